@@ -1,0 +1,77 @@
+"""A nest of dicts and lists with tensors as leaves, as one safetensors file and one JSON file. Never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hpccl.errors import CheckpointError
+
+__all__ = ["read_tree", "write_tree"]
+
+_TENSOR = "__tensor__"
+
+
+def write_tree(folder: Path, tree: dict[str, Any], *, header: dict[str, Any]) -> int:
+    """Write state.safetensors and state.json into an existing folder; returns the bytes written.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _strip(tree, "", tensors)
+    data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    text = json.dumps({**header, "tree": skeleton}).encode()
+    for name, content in (("state.safetensors", data), ("state.json", text)):
+        with open(folder / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    return len(data) + len(text)
+
+
+def read_tree(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(header, tree) of a folder written by write_tree; tensors are on the CPU.
+
+    Raises:
+        CheckpointError: a file is missing, torn or not what it says.
+    """
+    try:
+        header = json.loads((folder / "state.json").read_text())
+        tensors = safetensors.torch.load_file(folder / "state.safetensors")
+        tree = _fill(header.pop("tree"), tensors)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint '{folder}' cannot be read ({error}); delete it to continue from the one before"
+        ) from error
+    return header, tree
+
+
+def _strip(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The nest with every tensor replaced by its name in `tensors`."""
+    if isinstance(node, Tensor):
+        tensors[path] = node
+        return {_TENSOR: path}
+    if isinstance(node, dict):
+        assert all(isinstance(key, str) for key in node), f"keys must be text at '{path}'"
+        return {key: _strip(value, f"{path}/{key}", tensors) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_strip(value, f"{path}/{index}", tensors) for index, value in enumerate(node)]
+    assert node is None or isinstance(node, (bool, int, float, str)), f"cannot be saved: {type(node)} at '{path}'"
+    return node
+
+
+def _fill(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, dict):
+        if _TENSOR in node:
+            return tensors[node[_TENSOR]]
+        return {key: _fill(value, tensors) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_fill(value, tensors) for value in node]
+    return node

@@ -1,0 +1,135 @@
+"""A run's folder before anything runs: made, described, and refused when it holds another run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hpccl
+from hpccl.config.load import dump, load
+from hpccl.config.run import RunConfig
+from hpccl.errors import ConfigError, FolderError
+from hpccl.folder import RunFolder, replacing
+
+__all__ = ["prepare"]
+
+# Settings of libraries and of the scheduler that say how a run was carried out; nothing else, for secrets live there too.
+_PREFIXES = ("CUDA_VISIBLE", "GLOO_", "HPCCL_", "MKL_NUM", "NCCL_", "OMP_", "SLURM_JOB", "SLURM_NTASKS", "TORCH_", "WORLD_SIZE")
+
+
+def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
+    """Make the run folder and write config.yaml, code.txt and env.txt, unless they are there.
+
+    A folder of the same run is taken up again; only `name`, `log`, `checkpoint` and `cluster` may have changed.
+
+    Raises:
+        FolderError: the folder holds another run, or cannot be written.
+    """
+    folder = RunFolder(Path(config.path))
+    before = _earlier(folder)
+    if before is not None:
+        _refuse_another(before, config, folder)
+    folder.create()
+    if before != config:
+        _write(folder.config, dump(config))
+    if not folder.code.exists():
+        _write(folder.code, _code())
+    if not folder.env.exists():
+        _write(folder.env, _environment(argv))
+    return folder
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def _earlier(folder: RunFolder) -> RunConfig | None:
+    """The configuration in the folder, or None where there is none."""
+    try:
+        if not folder.config.exists():
+            return None
+        return load([folder.config], [])
+    except (ConfigError, PermissionError) as error:
+        raise FolderError(
+            f"run folder '{folder.path}' cannot be taken up again, for its config.yaml cannot be read:\n{error}\n"
+            "set folder=... to another one, or delete it"
+        ) from error
+
+
+def _refuse_another(there: RunConfig, here: RunConfig, folder: RunFolder) -> None:
+    old, new = dict(_flat(there.identity())), dict(_flat(here.identity()))
+    changed = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+    if not changed:
+        return
+    lines = [f"  {key}: {old.get(key, _ABSENT)} there, {new.get(key, _ABSENT)} here" for key in changed]
+    differs = "\n".join(lines)
+    raise FolderError(
+        f"run folder '{folder.path}' holds a run of another configuration:\n{differs}\n"
+        f"set folder=... (or name=...) for a new run, or delete '{folder.path}', or undo the change to resume"
+    )
+
+
+_ABSENT = "absent"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _code() -> str:
+    """Version; and, where the code is a git checkout, commit and uncommitted changes."""
+    root = Path(hpccl.__file__).parents[1]
+    lines = [f"hpccl {hpccl.__version__}"]
+    # The package may be installed inside some other project's repository: ask for its own file.
+    if _git(root, "ls-files", "--error-unmatch", "hpccl/__init__.py") is None:
+        return "\n".join([*lines, "not a git checkout", ""])
+    commit = (_git(root, "rev-parse", "HEAD") or "none yet").strip()
+    untracked = (_git(root, "ls-files", "--others", "--exclude-standard") or "").strip()
+    changes = _git(root, "diff", "HEAD", "--no-ext-diff") or ""
+    lines += [f"commit {commit}", "", "untracked files:", untracked or "none", "", "changes:", changes or "none", ""]
+    return "\n".join(lines)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git says, or None where it fails or is not installed."""
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", errors="replace")
+
+
+def _environment(argv: Sequence[str]) -> str:
+    packages = sorted({f"{each.name}=={each.version}" for each in importlib.metadata.distributions()}, key=str.lower)
+    variables = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(_PREFIXES)]
+    lines = [
+        f"command: {shlex.join(argv)}",
+        f"working directory: {Path.cwd()}",
+        f"python: {sys.version}",
+        f"executable: {sys.executable}",
+        f"platform: {platform.platform()}",
+        f"hostname: {socket.gethostname()}",
+        f"cores: {len(os.sched_getaffinity(0))}",
+        "",
+        "variables:",
+        *(variables or ["none"]),
+        "",
+        "packages:",
+        *packages,
+        "",
+    ]
+    return "\n".join(lines)

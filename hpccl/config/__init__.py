@@ -1,0 +1,1 @@
+"""What a run is: frozen, validated, read from YAML. Never imports torch."""

@@ -1,0 +1,148 @@
+"""Combinations that say two things at once, or something that would be ignored. Defaults never clash."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hpccl.config.sections import (
+    DataConfig,
+    DigitsStream,
+    MemoryConfig,
+    PriorConfig,
+    StratifiedMix,
+    TimmAugment,
+)
+
+if TYPE_CHECKING:
+    from hpccl.config.run import RunConfig
+
+__all__ = ["Clash", "ClashError", "clashes"]
+
+
+@dataclass(frozen=True)
+class Clash:
+    """keys: the key that is wrong, then those that make it so; problem: why, and what to do."""
+
+    keys: tuple[str, ...]
+    problem: str
+
+
+class ClashError(ValueError):
+    """Carries clashes through pydantic, which turns a ValueError into a ValidationError."""
+
+    def __init__(self, found: tuple[Clash, ...]) -> None:
+        super().__init__("; ".join(f"{clash.keys[0]}: {clash.problem}" for clash in found))
+        self.found = found
+
+
+def clashes(config: RunConfig) -> tuple[Clash, ...]:
+    """Every combination in `config` that cannot be meant."""
+    rules = (_needs_memory, _needs_soft_labels, _fresh_network, _counted_twice, _pictures, _schedule, _lengths)
+    return tuple(clash for rule in rules for clash in rule(config))
+
+
+def _needs_memory(config: RunConfig) -> Iterator[Clash]:
+    prior, usual = config.prior, PriorConfig()
+    if config.memory.size > 0:
+        return
+    ignored = [f"prior.{key}" for key in ("replay", "weight", "scale_to_task") if _differs(prior, usual, key)]
+    if isinstance(config.memory.mix, StratifiedMix):
+        ignored.append("memory.mix.kind")
+    if config.memory.balanced != MemoryConfig().balanced:
+        ignored.append("memory.balanced")
+    for key in ignored:
+        yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
+
+
+def _differs(one: PriorConfig, other: PriorConfig, key: str) -> bool:
+    return bool(getattr(one, key) != getattr(other, key))
+
+
+def _needs_soft_labels(config: RunConfig) -> Iterator[Clash]:
+    prior, usual = config.prior, PriorConfig()
+    if config.memory.size > 0 and prior.replay < 1:
+        return
+    empty = config.memory.size == 0
+    cause = ("memory.size",) if empty else ("prior.replay",)
+    why = "there is no memory; set memory.size" if empty else "all of the memory has true labels; set prior.replay < 1"
+    for key in ("temperature", "view"):
+        if _differs(prior, usual, key):
+            yield Clash((f"prior.{key}", *cause), f"is about soft labels, but {why}, or leave it {getattr(usual, key)}")
+
+
+def _fresh_network(config: RunConfig) -> Iterator[Clash]:
+    train = config.train
+    if not train.restart:
+        if train.only_last:
+            keys = ("train.only_last", "train.restart")
+            yield Clash(keys, "skips earlier tasks, which changes nothing only with train.restart=true")
+        return
+    past = []
+    if config.memory.size > 0:
+        past.append("memory.size")
+    if config.prior.quadratic.weight > 0:
+        past.append("prior.quadratic.weight")
+    if train.first_task_from is not None:
+        past.append("train.first_task_from")
+    for key in past:
+        problem = "a network that restarts at every task has no past; unset it, or set train.restart=false"
+        yield Clash((key, "train.restart"), problem)
+
+
+def _counted_twice(config: RunConfig) -> Iterator[Clash]:
+    if config.train.data != "seen" or config.train.restart:  # with restart: _fresh_network speaks
+        return
+    for key, used in (
+        ("memory.size", config.memory.size > 0),
+        ("prior.quadratic.weight", config.prior.quadratic.weight > 0),
+    ):
+        if used:
+            yield Clash((key, "train.data"), "train.data=seen already trains on the past; unset one of the two")
+
+
+def _pictures(config: RunConfig) -> Iterator[Clash]:
+    data, usual = config.data, DataConfig()
+    if data.image_size is None:
+        problem = "needs data.image_size: the size that images are brought to"
+        if isinstance(data.augment, TimmAugment):
+            yield Clash(("data.augment.kind", "data.image_size"), problem)
+        if data.crop_pct != usual.crop_pct:
+            yield Clash(("data.crop_pct", "data.image_size"), problem)
+    if any(value <= 0 for value in data.std):
+        yield Clash(("data.std",), "every standard deviation must be > 0")
+    if len({len(data.mean), len(data.std)} - {1}) > 1:
+        yield Clash(("data.mean", "data.std"), f"has {len(data.mean)} numbers and data.std has {len(data.std)}")
+    if isinstance(data.augment, TimmAugment):
+        for key in ("scale", "ratio"):
+            values = getattr(data.augment, key)
+            if len(values) != 2 or not 0 < values[0] <= values[1]:
+                yield Clash((f"data.augment.{key}",), "must be [smallest, largest], both > 0")
+
+
+def _schedule(config: RunConfig) -> Iterator[Clash]:
+    optim, train = config.optim, config.train
+    if optim.schedule == "constant" and optim.final_lr != 0:
+        keys = ("optim.final_lr", "optim.schedule")
+        yield Clash(keys, "a constant schedule has no last learning rate; set optim.schedule=cosine, or leave it 0")
+    if train.accumulate > train.batch_size:
+        keys = ("train.accumulate", "train.batch_size")
+        yield Clash(keys, f"cuts a batch of {train.batch_size} rows into more pieces than it has rows")
+    if config.curvature.samples != 1 and config.curvature.fisher != "mc":
+        keys = ("curvature.samples", "curvature.fisher")
+        yield Clash(keys, "labels are drawn only with curvature.fisher=mc")
+
+
+def _lengths(config: RunConfig) -> Iterator[Clash]:
+    if isinstance(config.stream, DigitsStream):
+        tasks, keys = config.stream.tasks, ("stream.tasks",)
+    else:
+        tasks, keys = sum(part.tasks for part in config.stream.parts), ("stream.parts",)
+    for key, values in (
+        ("train.epochs", config.train.epochs),
+        ("optim.lr", config.optim.lr),
+        ("prior.weight", config.prior.weight),
+    ):
+        if len(values) > max(tasks, 1):
+            yield Clash((key, *keys), f"has {len(values)} values, but the stream has {tasks} tasks")

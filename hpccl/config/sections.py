@@ -1,0 +1,314 @@
+"""What a run is: frozen, validated sections. No torch here, so that a login node can check a file in a moment.
+
+Units: a weight multiplies nats; sizes are examples; lengths are optimiser steps unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "CropFlip",
+    "CurvatureConfig",
+    "DataConfig",
+    "DdpEngine",
+    "DiagonalCurvature",
+    "DigitsStream",
+    "EngineConfig",
+    "LocalCluster",
+    "LogConfig",
+    "MemoryConfig",
+    "MlpModel",
+    "ModelConfig",
+    "NaturalMix",
+    "NoAugment",
+    "OptimConfig",
+    "PaperModel",
+    "Part",
+    "PriorConfig",
+    "QuadraticConfig",
+    "ShardStream",
+    "StratifiedMix",
+    "StreamConfig",
+    "TimmAugment",
+    "TimmModel",
+    "TrainConfig",
+    "per_task",
+]
+
+
+Value = TypeVar("Value")
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    return (value,)
+
+
+def per_task(values: tuple[Value, ...], task: int) -> Value:
+    """The value for task `task` (from 0); the last one repeats."""
+    return values[min(task, len(values) - 1)]
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# One value, or one a task (the last repeats); always stored as a tuple.
+_PER_TASK = Field(min_length=1, json_schema_extra={"per_task": True})
+IntPerTask = Annotated[tuple[PositiveInt, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
+FloatPerTask = Annotated[tuple[NonNegativeFloat, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
+PositiveFloatPerTask = Annotated[tuple[PositiveFloat, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
+Floats = Annotated[tuple[float, ...], Strict(False)]
+
+
+class Section(BaseModel):
+    """A part of a configuration: frozen, unknown keys refused, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------- stream
+
+
+class DigitsStream(Section):
+    """scikit-learn's 1,797 handwritten digits (8x8, 1 channel), embedded: no download."""
+
+    kind: Literal["digits"] = "digits"
+    tasks: Annotated[int, Field(gt=0, le=10)] = 5  # the ten digits are split into so many tasks
+    order: Literal["given", "random"] = "given"  # of the classes
+    order_seed: int = 1993  # of order=random
+
+
+class Part(Section):
+    """One data set of shards, split into `tasks` tasks of equally many classes."""
+
+    path: str  # folder that `hpccl shards build` wrote
+    tasks: PositiveInt = 1  # the classes are split into so many tasks
+    classes: PositiveInt | None = None  # use only the first so many classes (after ordering)
+
+
+class ShardStream(Section):
+    """Data sets written by `hpccl shards build`, one after the other, each split by class."""
+
+    kind: Literal["shards"] = "shards"
+    parts: Annotated[tuple[Part, ...], Strict(False), Field(min_length=1)]  # the data sets, in the order of learning
+    order: Literal["given", "random"] = "given"  # of the classes within a part
+    order_seed: int = 1993  # of order=random
+    train_split: str = "train"  # name of the split to train on
+    test_split: str = "test"  # name of the split to test on
+
+
+StreamConfig = Annotated[DigitsStream | ShardStream, Field(discriminator="kind")]
+
+# ---------------------------------------------------------------- data
+
+
+class NoAugment(Section):
+    """The evaluation view, always."""
+
+    kind: Literal["none"] = "none"
+
+
+class CropFlip(Section):
+    """Zero-pad by `padding` pixels, crop back at random, mirror with probability 1/2."""
+
+    kind: Literal["crop_flip"] = "crop_flip"
+    padding: NonNegativeInt = 4  # pixels on each side
+    flip: bool = True  # mirror left and right
+
+
+class TimmAugment(Section):
+    """timm.data.create_transform for training; see timm for the meaning of each."""
+
+    kind: Literal["timm"] = "timm"
+    scale: Floats = (0.08, 1.0)  # smallest and largest share of the picture's area that is cut out
+    ratio: Floats = (0.75, 1.3333)  # smallest and largest width over height of the cut
+    hflip: Fraction = 0.5  # probability of mirroring left and right
+    color_jitter: NonNegativeFloat = 0.0  # strength of random brightness, contrast and saturation
+    auto_augment: str | None = None  # timm's policy, such as rand-m9-mstd0.5
+    random_erase: Fraction = 0.0  # probability of erasing a rectangle
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"  # of resizing
+
+
+class DataConfig(Section):
+    """How examples become tensors."""
+
+    image_size: PositiveInt | None = None  # null: as stored (all images must then have one size)
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: shorter side is resized to image_size / crop_pct
+    mean: Floats = (0.5,)  # one for all channels, or one a channel; of pixels in [0, 1]
+    std: Floats = (0.5,)  # as mean
+    augment: Annotated[NoAugment | CropFlip | TimmAugment, Field(discriminator="kind")] = NoAugment()  # of training views
+    storage: Literal["auto", "decoded", "encoded"] = "auto"  # decoded: once, kept as uint8 in a memory-mapped cache
+    cache: str | None = None  # folder of decoded images; null: the user's cache folder
+    workers: NonNegativeInt = 2  # decoding processes per rank for storage=encoded
+    shuffle_window: NonNegativeInt = 0  # shuffle within so many shards at a time; 0: over all (random reads)
+    bad_images: Literal["stop", "skip"] = "stop"  # what an undecodable image does; skips are counted in the report
+
+
+# ---------------------------------------------------------------- model
+
+
+class PaperModel(Section):
+    """The papers' small nets: CifarNet (1.28 M parameters) and the small VGG (3.6 M)."""
+
+    kind: Literal["cifarnet", "vgg_small"]
+    dropout: bool = True  # cifarnet's .25 / .25 / .5; vgg_small has none
+
+
+class MlpModel(Section):
+    """A multilayer perceptron with ReLU, for small images and tests."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: Annotated[tuple[PositiveInt, ...], Strict(False)] = (128,)  # units of each hidden layer
+
+
+class TimmModel(Section):
+    """Any model that timm.create_model knows."""
+
+    kind: Literal["timm"] = "timm"
+    name: str  # such as resnet18
+    checkpoint: str | None = None  # a safetensors file with the backbone's weights; the head is always new
+    options: dict[str, Any] = {}  # further keyword arguments of timm.create_model
+
+
+ModelConfig = Annotated[PaperModel | MlpModel | TimmModel, Field(discriminator="kind")]
+
+# ---------------------------------------------------------------- training
+
+
+class TrainConfig(Section):
+    """One task's training. `restart` and `data` make the references: joint = seen + restart, separate = task + restart."""
+
+    epochs: IntPerTask = (10,)  # one value, or one a task
+    batch_size: PositiveInt = 256  # rows a step, over all ranks, memory included
+    head: Literal["own", "seen"] = "own"  # which classes compete: a row's own task, or all seen so far
+    data: Literal["task", "seen"] = "task"  # seen: all tasks up to now (joint)
+    restart: bool = False  # a fresh network for every task
+    only_last: bool = False  # train the last task alone; only with restart, where earlier tasks change nothing
+    accumulate: PositiveInt = 1  # micro-batches a step
+    clip_norm: PositiveFloat | None = None  # largest norm of the gradient; null: no limit
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the true labels of new examples
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the averaged weights that end a task
+    flip_test: bool = False  # evaluate on the mean of logits of an image and its mirror image
+    first_task_from: str | None = None  # run folder with the same first task: take its weights, do not train it again
+
+
+class OptimConfig(Section):
+    """Optimiser by timm's factory, restarted at every task."""
+
+    name: str = "adamw"  # a name that timm.optim.create_optimizer_v2 knows
+    lr: PositiveFloatPerTask = (1e-3,)  # largest learning rate; one value, or one a task
+    weight_decay: NonNegativeFloat = 0.0  # of weight matrices; biases and norms have none
+    momentum: Fraction = 0.9  # of sgd
+    options: dict[str, Any] = {}  # further keyword arguments of the optimiser
+    schedule: Literal["constant", "cosine", "onecycle"] = "cosine"  # of the learning rate, over one task
+    warmup: Fraction = 0.0  # share of a task's steps with linear warm-up; onecycle: the rising share
+    final_lr: Fraction = 0.0  # last learning rate as a share of lr
+
+
+# ---------------------------------------------------------------- the past
+
+
+class NaturalMix(Section):
+    """Shuffle the union of the task and the memory: every example once an epoch."""
+
+    kind: Literal["natural"] = "natural"
+
+
+class StratifiedMix(Section):
+    """A fixed share of memory rows in every step, weighted so that the expected objective stays the same."""
+
+    kind: Literal["stratified"] = "stratified"
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of a step's rows
+
+
+class MemoryConfig(Section):
+    """Examples of past tasks that are kept."""
+
+    size: NonNegativeInt = 0  # examples kept of each task
+    selector: Literal["uniform"] = "uniform"  # which examples are kept
+    balanced: bool = True  # equally many of each class
+    mix: Annotated[NaturalMix | StratifiedMix, Field(discriminator="kind")] = NaturalMix()  # of new and memory rows
+
+
+class QuadraticConfig(Section):
+    """weight/2 (w - anchor)' (F + damping) (w - anchor), F summed over the examples that are not in memory."""
+
+    weight: NonNegativeFloat = 0.0  # lambda; 1 is the un-tempered value
+    damping: NonNegativeFloat = 1e-3  # delta
+
+
+class PriorConfig(Section):
+    """What the past says while a new task is learned."""
+
+    quadratic: QuadraticConfig = QuadraticConfig()  # EWC
+    weight: FloatPerTask = (1.0,)  # tau of a memory example, by the task it comes from
+    scale_to_task: bool = False  # tau * N_s / m: memory stands for its whole task
+    replay: Fraction = 0.0  # share of memory with true labels; the rest has the old model's soft labels
+    temperature: PositiveFloat = 1.0  # of the soft labels
+    # stored: student and label on one stored view; teacher: the old model labels the student's view;
+    # recorded: label of the stored view, student on a fresh view (the published code)
+    view: Literal["stored", "teacher", "recorded"] = "stored"
+
+
+class DiagonalCurvature(Section):
+    """Diagonal of the Fisher matrix, exact per example."""
+
+    kind: Literal["diagonal"] = "diagonal"
+    fisher: Literal["ggn", "mc", "empirical"] = "ggn"  # exact over labels, labels drawn from the model, true labels
+    samples: PositiveInt = 1  # labels drawn per example for fisher=mc
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the task's examples that is used
+    batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
+
+
+CurvatureConfig = DiagonalCurvature  # a union by `kind` once there is a second one
+
+# ---------------------------------------------------------------- machinery
+
+
+class DdpEngine(Section):
+    """Every rank holds the model; gradients are averaged. One process is the same code."""
+
+    kind: Literal["ddp"] = "ddp"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay fp32
+    channels_last: bool = False  # memory layout of images and convolutions; often faster with bf16
+    compile: bool = False  # torch.compile
+
+
+EngineConfig = DdpEngine
+
+
+class CheckpointConfig(Section):
+    """When to save and how many to keep. The end of every task is always kept."""
+
+    every: NonNegativeInt = 500  # steps; 0: only at the end of a phase
+    keep: PositiveInt = 2  # newest ones kept within a task
+
+
+class LogConfig(Section):
+    """What is written while running."""
+
+    every: PositiveInt = 20  # steps between two lines of loss terms
+    quiet: bool = False  # no progress display
+    tensorboard: bool = True  # write curves to the run folder
+    reconstruction: Fraction = 0.0  # share of the past on which the gradient-reconstruction error is measured
+
+
+class LocalCluster(Section):
+    """Processes on this machine."""
+
+    kind: Literal["local"] = "local"
+    nproc: PositiveInt = 1  # processes; one a GPU, or a few a CPU
+    threads: PositiveInt | None = None  # per process; null: cores / nproc
+    port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0: a free one
+
+
+ClusterConfig = LocalCluster

@@ -1,0 +1,176 @@
+"""Which route measures each trainable parameter, found by trying, and checked by numbers.
+
+A layer that is called once per forward pass, with tensors and one row block per example, is measured by hooks. Every
+other trainable parameter (held outside a layer, shared, used without calling its layer, called twice) is measured through
+the whole model. The layer route is then compared with plain autograd on a few examples, one by one; a layer that disagrees
+(its weight is also used elsewhere, its batch dim is not the first) goes through the whole model too. What plain
+autograd does not reach at all is an error: nobody may believe it to be protected.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hpccl.curvature.capture import Call, captured
+from hpccl.curvature.pullback import layer_squares
+from hpccl.errors import CoverageError
+
+__all__ = ["Coverage", "plan", "refuse_unfit"]
+
+_AGREE = 1e-2  # relative difference of squared gradients that still counts as rounding
+_NOISE = 1e-13  # of the largest squared gradient: below it a gradient is rounding alone (exact zeros by symmetry)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How the model's trainable parameters are measured.
+
+    layers: by module, the local and full names of its parameters that hooks measure
+    whole: full names of the parameters that are measured through the whole model
+    graph_bytes: held per example between forward and backward
+    output_bytes: of the hooked layers' outputs, per example
+    """
+
+    layers: Mapping[str, Mapping[str, str]]
+    whole: tuple[str, ...]
+    graph_bytes: int
+    output_bytes: int
+
+    def demoted(self, modules: set[str]) -> Coverage:
+        """The same with some modules measured through the whole model."""
+        moved = [full for name in modules for full in self.layers[name].values()]
+        kept = {name: names for name, names in self.layers.items() if name not in modules}
+        return replace(self, layers=kept, whole=(*self.whole, *moved))
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """Refuse what makes per-example gradients meaningless or imprecise.
+
+    Raises:
+        CoverageError: a norm layer couples examples, or a trainable parameter has half precision.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise CoverageError(
+                f"layer '{name}' ({type(module).__name__}) has no running statistics, so that examples of a batch "
+                "influence each other; per-example curvature needs track_running_stats=True, or a group or layer norm"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            raise CoverageError(
+                f"parameter '{name}' is {parameter.dtype}; curvature is measured in fp32: keep fp32 weights and use autocast"
+            )
+
+
+def plan(model: nn.Module, pixels: Tensor) -> Coverage:
+    """Choose and check the routes with a few examples, `pixels` [m, channels, h, w].
+
+    Raises:
+        CoverageError: a trainable parameter does not influence the logits of any of them.
+    """
+    coverage = _by_structure(model, pixels)
+    columns = _random_columns(model, pixels)
+    truth = _plain_autograd(model, pixels, columns)
+    with captured(model, coverage.layers) as calls:
+        logits = model(pixels)
+    found = layer_squares(model, coverage.layers, calls, logits, columns, group=1)
+    largest = max((float(value.max()) for value in truth.values()), default=0.0)
+    wrong = {
+        name
+        for name, names in coverage.layers.items()
+        if not all(_agrees(found[full], truth[full], largest) for full in names.values())
+    }
+    return coverage.demoted(wrong)
+
+
+def _by_structure(model: nn.Module, pixels: Tensor) -> Coverage:
+    """Layers that may be measured by hooks, judged by how they are called in batches of two sizes."""
+    full_names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = _single_layers(model, full_names)
+    calls: list[dict[str, list[Call]]] = []
+    held: list[int] = []
+    for size in (2, 3):
+        rows = torch.arange(size, device=pixels.device) % len(pixels)
+        with captured(model, layers) as seen:
+            held.append(_graph_bytes(model, pixels[rows]))
+        calls.append(seen)
+    kept = {name: names for name, names in layers.items() if _once_per_example(calls[0][name], calls[1][name])}
+    covered = {full for names in kept.values() for full in names.values()}
+    whole = tuple(name for name in full_names.values() if name not in covered)
+    return Coverage(kept, whole, max(0, held[1] - held[0]), sum(calls[0][name][0].num_bytes for name in kept) // 2)
+
+
+def _single_layers(model: nn.Module, full_names: Mapping[nn.Parameter, str]) -> dict[str, dict[str, str]]:
+    """Modules that own trainable parameters alone, and have no parts that own some."""
+    owners = Counter(parameter for module in model.modules() for parameter in module._parameters.values())
+    layers: dict[str, dict[str, str]] = {}
+    for name, module in model.named_modules():
+        if any(True for child in module.children() for _ in child.parameters()):
+            continue
+        own = module.named_parameters(recurse=False)
+        mine = {local: full_names[value] for local, value in own if value in full_names and owners[value] == 1}
+        if mine:
+            layers[name] = mine
+    return layers
+
+
+def _once_per_example(two: list[Call], three: list[Call]) -> bool:
+    """Called once, with equally many rows for each example, in a batch of two and in a batch of three."""
+    if len(two) != 1 or len(three) != 1:
+        return False
+    usable = all(call.inputs and call.edge is not None and call.rows > 0 for call in (*two, *three))
+    return usable and two[0].rows % 2 == 0 and 3 * two[0].rows == 2 * three[0].rows
+
+
+def _graph_bytes(model: nn.Module, pixels: Tensor) -> int:
+    """Bytes that a forward pass holds for the backward pass, weights included."""
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(pixels)
+    return sum(held.values())
+
+
+def _random_columns(model: nn.Module, pixels: Tensor) -> Tensor:
+    """[1, m, C] directions that favour no class."""
+    with torch.no_grad():
+        logits: Tensor = model(pixels)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, *logits.shape, generator=generator).to(logits)
+
+
+def _plain_autograd(model: nn.Module, pixels: Tensor, columns: Tensor) -> dict[str, Tensor]:
+    """Squared gradients of single examples, summed, by the road that every training step takes."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    total = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+    reached: set[str] = set()
+    for image, direction in zip(pixels.split(1), columns[0].split(1), strict=True):
+        grads = torch.autograd.grad(model(image), list(named.values()), direction, allow_unused=True)
+        for name, grad in zip(named, grads, strict=True):
+            if grad is not None:
+                total[name] += grad.square()
+                reached.add(name)
+    missing = [name for name in named if name not in reached]
+    if missing:
+        raise CoverageError(
+            f"{len(missing)} trainable parameter(s) do not influence the logits and would be left unprotected: "
+            f"{', '.join(repr(name) for name in missing[:8])}; freeze what is not used (requires_grad=False)"
+        )
+    return total
+
+
+def _agrees(found: Tensor, truth: Tensor, largest: float) -> bool:
+    if not bool(truth.isfinite().all()):
+        return True  # the pass itself reports which layer and which image
+    return bool((found - truth).norm() <= _AGREE * truth.norm() + _NOISE * largest * truth.numel() ** 0.5)

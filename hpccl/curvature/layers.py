@@ -1,0 +1,172 @@
+"""What one layer's parameters add to the diagonal: exact squares of per-example gradients.
+
+For example i and column j, a layer with input a and output gradient g (a over rows and positions r) has the gradient
+
+    Linear, Conv2d   dW_ij = sum_r g_ijr a_ir'      (a: patches of the input, per group)
+    bias             db_ij = sum_r g_ijr
+    norm weight      dw_ij = sum_r g_ijr * x_hat_ir (x_hat recomputed without the affine map: the weight may be 0)
+
+and adds sum_ij (d.._ij)^2. Summing over positions comes before squaring; only without positions is the sum of squares
+of dW the product (G^2)'(A^2). Every other layer takes the vector-Jacobian product of its own forward, example by example.
+
+Legend: n examples, f rows of the layer's batch dim per example (windows), c columns, d inputs, o outputs.
+Inputs are [n*f, ...], gradients [n*f, c, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["pieces", "squares"]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
+
+
+def squares(
+    module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, names: Collection[str], n: int
+) -> Mapping[str, Tensor]:
+    """Sum over examples and columns of squared gradients, by local parameter name, shaped like the parameter.
+
+    Args:
+        module: the layer.
+        inputs: what it was called with, each [n*f, ...].
+        grad: [n*f, c, ...] gradients of its output.
+        names: which of its own parameters.
+        n: examples in the batch.
+    """
+    if not _has_formula(module):
+        return _any_layer(module, inputs, grad, names, n)
+    (x,) = inputs
+    if isinstance(module, nn.Linear):
+        weight, bias = partial(_linear, x, grad, n), partial(_summed, grad, n, -1)
+    elif isinstance(module, nn.Conv2d):
+        weight, bias = partial(_conv2d, module, x, grad, n), partial(_summed, grad, n, 2)
+    elif isinstance(module, nn.LayerNorm):
+        width = prod(module.normalized_shape)
+        scaled = (grad * _normalised(module, x)[:, None]).reshape(*grad.shape[:2], -1, width)
+        weight = partial(_summed, scaled, n, -1)
+        bias = partial(_summed, grad.reshape(*grad.shape[:2], -1, width), n, -1)
+    else:
+        weight = partial(_summed, grad * _normalised(module, x)[:, None], n, 2)
+        bias = partial(_summed, grad, n, 2)
+    by_name: dict[str, Callable[[], Tensor]] = {"weight": weight, "bias": bias}
+    return {name: by_name[name]().view_as(module.get_parameter(name)) for name in names}
+
+
+def _has_formula(module: nn.Module) -> bool:
+    """Whether the layer's forward is the one that its formula describes; subclasses often change it."""
+    known = [kind for kind in (nn.Linear, nn.Conv2d, *_NORMS) if isinstance(module, kind)]
+    if not known or "forward" in vars(module) or type(module).forward is not known[0].forward:
+        return False
+    if isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        return False
+    # Weight norm and pruning put other parameters behind the weight.
+    return {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
+
+
+def _summed(terms: Tensor, n: int, dim: int) -> Tensor:
+    """Squares of `terms` [n*f, c, ...] summed within an example over all dims but `dim`: [size of dim]."""
+    dim = dim % terms.dim()
+    positions = [other for other in range(2, terms.dim()) if other != dim]
+    per_row = terms.sum(positions) if positions else terms
+    return per_row.unflatten(0, (n, -1)).sum(1).square().sum((0, 1))
+
+
+def _normalised(module: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, None, None, module.eps)
+    assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+
+
+def _linear(x: Tensor, grad: Tensor, n: int) -> Tensor:
+    """[o, d], for x [n*f, ..., d] and grad [n*f, c, ..., o]."""
+    c, o, d = grad.shape[1], grad.shape[-1], x.shape[-1]
+    rows = x.reshape(n, -1, d)
+    if rows.shape[1] == 1:
+        return grad.reshape(n, c, o).square().sum(1).T @ rows[:, 0].square()
+    outer = grad.reshape(n, -1, c, *grad.shape[2:]).movedim(2, 1).reshape(n, c, -1, o)
+    total = x.new_zeros(o, d)
+    for some, columns in pieces(n, c, o * d, x):
+        left = outer[some, columns].transpose(2, 3).flatten(1, 2)  # [m, c*o, positions]
+        total += torch.bmm(left, rows[some]).square_().view(-1, o, d).sum(0)
+    return total
+
+
+def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int) -> Tensor:
+    """[o, d per group], for x [n*f, d, h, w] and grad [n*f, c, o, h', w']."""
+    groups, c, o = module.groups, grad.shape[1], grad.shape[2]
+    width = prod(module.weight.shape[1:])
+    positions = grad.shape[3] * grad.shape[4]
+    view = _patches(module, x, (grad.shape[3], grad.shape[4]))
+    view = view.unflatten(0, (n, -1)).unflatten(2, (groups, -1))  # [n, f, groups, d/groups, kh, kw, h', w']
+    outer = grad.unflatten(0, (n, -1)).unflatten(3, (groups, -1))  # [n, f, c, groups, o/groups, h', w']
+    total = x.new_zeros(groups, o // groups * width)
+    for some, columns in pieces(n, c, o * width, x):
+        right = view[some].permute(0, 2, 3, 4, 5, 1, 6, 7).reshape(-1, width, view.shape[1] * positions)
+        part = outer[some, :, columns].permute(0, 3, 2, 4, 1, 5, 6)  # [m, groups, c, o/groups, f, h', w']
+        left = part.reshape(right.shape[0], -1, right.shape[2])
+        product = torch.bmm(left, right.mT).square_()
+        total += product.view(-1, groups, part.shape[2], o // groups * width).sum((0, 2))
+    return total
+
+
+def _patches(module: nn.Conv2d, x: Tensor, out: tuple[int, int]) -> Tensor:
+    """A view [rows, channels, kh, kw, h', w'] of the padded input: which pixels each output position sees."""
+    if module.padding_mode == "zeros" and isinstance(module.padding, tuple):
+        x = F.pad(x, [pad for pad in reversed(module.padding) for _ in range(2)])
+    else:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, list(module._reversed_padding_repeated_twice), mode=mode)
+    rows, channels, down, right = x.stride()
+    steps = (rows, channels, down * module.dilation[0], right * module.dilation[1])
+    strides = (*steps, down * module.stride[0], right * module.stride[1])
+    return x.as_strided((*x.shape[:2], *module.kernel_size, *out), strides, x.storage_offset())
+
+
+def _any_layer(
+    module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, names: Collection[str], n: int
+) -> Mapping[str, Tensor]:
+    """The same by per-example vector-Jacobian products of the layer's own forward."""
+    own = {name: module.get_parameter(name).detach() for name in names}
+    total = {name: torch.zeros_like(value) for name, value in own.items()}
+
+    def one(arguments: tuple[Tensor, ...], columns: Tensor) -> Mapping[str, Tensor]:
+        def forward(parameters: dict[str, Tensor]) -> Tensor:
+            out: Tensor = torch.func.functional_call(module, parameters, arguments)
+            return out
+
+        pull = torch.func.vjp(forward, own)[1]
+        pulled: Mapping[str, Tensor] = torch.vmap(pull)(columns)[0]
+        return pulled
+
+    folded = tuple(x.unflatten(0, (n, -1)) for x in inputs)
+    columns = grad.unflatten(0, (n, -1)).transpose(1, 2)  # [n, c, f, ...]
+    size = sum(value.numel() for value in own.values()) + columns[0, 0].numel()
+    for some, group in pieces(n, grad.shape[1], size, grad):
+        pulled = torch.vmap(one)(tuple(x[some] for x in folded), columns[some, group])
+        for name, value in pulled.items():
+            total[name] += value.square().sum((0, 1))
+    return total
+
+
+def pieces(n: int, c: int, size: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Ranges of examples and columns whose temporaries, [m, c', size] of `like`'s kind, are small enough.
+
+    Small is what stays in a CPU's cache, or keeps a GPU busy.
+    """
+    budget = 1 << 23 if like.device.type == "cpu" else 1 << 28
+    fits = max(1, budget // (like.element_size() * max(size, 1)))
+    columns = min(max(c, 1), fits)
+    examples = max(1, fits // columns)
+    for first in range(0, n, examples):
+        for column in range(0, c, columns):
+            yield slice(first, first + examples), slice(column, column + columns)

@@ -1,0 +1,107 @@
+"""Squares of per-example gradients, summed: by hooked layers, and through the whole model.
+
+Both give sum_i sum_j (J_i' v_ij)^2 by parameter name, for columns v [c, n, C] over the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from hpccl.curvature.capture import Call
+from hpccl.curvature.layers import pieces, squares
+from hpccl.errors import CoverageError
+
+__all__ = ["layer_gradients", "layer_squares", "whole_squares"]
+
+Layers = Mapping[str, Mapping[str, str]]  # module -> local name -> full name
+
+
+def layer_squares(
+    model: nn.Module, layers: Layers, calls: Mapping[str, list[Call]], logits: Tensor, columns: Tensor, *, group: int
+) -> dict[str, Tensor]:
+    """Squares by full name, for the parameters of hooked layers.
+
+    Args:
+        model: the model.
+        layers: what to measure.
+        calls: of the forward pass that made `logits` [n, C].
+        columns: [c, n, C].
+        logits: [n, C], with their graph.
+        group: columns taken back at a time; bounds memory.
+    """
+    total: dict[str, Tensor] = {}
+    for some in columns.split(group):
+        for name, grad in layer_gradients(layers, calls, logits, some):
+            call, names = calls[name][0], layers[name]
+            found = squares(model.get_submodule(name), call.inputs, grad, names, len(logits))
+            for local, value in found.items():
+                full = names[local]
+                total[full] = total[full] + value if full in total else value
+    return total
+
+
+def layer_gradients(
+    layers: Layers, calls: Mapping[str, list[Call]], logits: Tensor, columns: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """By layer, the gradients [n*f, c, ...] of its output; layers from the last to the first, each freed when passed."""
+    edges = {name: edge for name in layers if (edge := calls[name][0].edge) is not None}
+    by_column = [_pulled(logits, list(edges.values()), column) for column in columns]
+    for position in reversed(range(len(edges))):
+        name = list(edges)[position]
+        parts = [grads.pop() for grads in by_column]
+        if parts and parts[0] is not None:
+            yield name, torch.stack([part for part in parts if part is not None], dim=1)
+
+
+def whole_squares(
+    model: nn.Module, names: Sequence[str], pixels: Tensor, columns: Tensor, *, graph_bytes: int
+) -> dict[str, Tensor]:
+    """Squares by full name, for parameters that only the whole model's forward pass can account for.
+
+    Args:
+        model: the model.
+        names: of the parameters.
+        pixels: [n, channels, h, w].
+        columns: [c, n, C].
+        graph_bytes: held per example between forward and backward.
+
+    Raises:
+        CoverageError: the forward pass cannot be mapped over examples.
+    """
+    fixed = {name: value.detach() for name, value in model.named_parameters()}
+    own = {name: fixed.pop(name) for name in names}
+    total = {name: torch.zeros_like(value) for name, value in own.items()}
+    if not names or not len(columns):
+        return total
+
+    def one(image: Tensor, directions: Tensor) -> Mapping[str, Tensor]:
+        def forward(parameters: dict[str, Tensor]) -> Tensor:
+            logits: Tensor = torch.func.functional_call(model, {**fixed, **parameters}, (image[None],))
+            return logits[0]
+
+        pull = torch.func.vjp(forward, own)[1]
+        pulled: Mapping[str, Tensor] = torch.vmap(pull)(directions)[0]
+        return pulled
+
+    size = sum(value.numel() for value in own.values()) + graph_bytes // pixels.element_size()
+    by_example = columns.transpose(0, 1)
+    try:
+        for some, group in pieces(len(pixels), len(columns), size, pixels):
+            for name, value in torch.vmap(one)(pixels[some], by_example[some, group]).items():
+                total[name] += value.square().sum((0, 1))
+    except RuntimeError as error:
+        raise CoverageError(
+            f"parameters {', '.join(repr(name) for name in names[:8])} need per-example gradients through the whole model, "
+            f"which torch.vmap refuses ({str(error).splitlines()[0]}); freeze them, or put them into a layer of their own"
+        ) from error
+    return total
+
+
+def _pulled(logits: Tensor, edges: Sequence[GradientEdge], column: Tensor) -> list[Tensor | None]:
+    if not edges:
+        return []
+    return list(torch.autograd.grad(logits, edges, column, retain_graph=True, allow_unused=True))

@@ -1,0 +1,192 @@
+"""The fast path for small images: decoded once, kept as uint8 in a memory-mapped file that all processes share.
+
+A file holds the evaluation view of every image of one split of one data set, [num, h, w, channels] in the order of its
+shards. It does not depend on how classes are ordered or cut into tasks, so that all runs share it. Beside it lies a list of
+the images that could not be decoded (zero pixels in the file).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hpccl.data.ahead import ahead
+from hpccl.data.augment import BatchAugment, Normaliser
+from hpccl.data.layout import Index
+from hpccl.data.protocols import Split
+from hpccl.data.rows import Images, Request
+from hpccl.errors import DataError, FolderError
+from hpccl.folder import replacing
+
+__all__ = ["DecodedImages", "Kept", "cache_folder", "keep_decoded", "kept_path"]
+
+Pixels = npt.NDArray[np.uint8]
+_FORMAT = 1
+_CHUNK = 1024  # images decoded between two writes
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """pixels: [num, h, w, channels] uint8; bad: why an image could not be decoded, by number."""
+
+    pixels: Pixels
+    bad: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImages:
+    """Makes batches from decoded images: one gather, one crop, one normalisation a batch."""
+
+    parts: Mapping[Split, Sequence[Kept]]
+    index: Mapping[Split, Index]
+    augment: BatchAugment
+    normalise: Normaliser
+
+    def load(self, requests: Iterable[Request], split: Split) -> Iterator[Images]:
+        """One Images a request, made in a background thread."""
+        return ahead(self.make(request, split) for request in requests)
+
+    def make(self, request: Request, split: Split) -> Images:
+        """One batch: pixels float32 [n, channels, h, w], contiguous as channels_last."""
+        pixels, valid = self.gather(request.sample, split)
+        images = self.normalise(self.augment(pixels, request.key))
+        if not valid.all():
+            images[torch.from_numpy(~valid)] = 0
+        return Images(images, torch.from_numpy(valid))
+
+    def gather(self, samples: npt.NDArray[np.int64], split: Split) -> tuple[Pixels, npt.NDArray[np.bool_]]:
+        """Stored pixels [n, h, w, channels] and whether they are valid [n]."""
+        parts, index = self.parts[split], self.index[split]
+        part, local = index.part[samples], index.local[samples]
+        pixels = np.empty((len(samples), *parts[0].pixels.shape[1:]), dtype=np.uint8)
+        valid = np.ones(len(samples), dtype=bool)
+        for which in np.unique(part):
+            mine = part == which
+            pixels[mine] = parts[which].pixels[local[mine]]
+            if parts[which].bad:
+                valid[mine] = ~np.isin(local[mine], list(parts[which].bad))
+        return pixels, valid
+
+    def raw(self, sample: int, split: Split) -> Pixels:
+        """[h, w, channels] of one image."""
+        return self.gather(np.asarray([sample]), split)[0][0]
+
+    def skipped(self) -> list[tuple[Split, int, str]]:
+        """(split, sample, reason) of all images of the stream that could not be decoded."""
+        found: list[tuple[Split, int, str]] = []
+        for split, index in self.index.items():
+            for which, part in enumerate(self.parts[split]):
+                bad = np.flatnonzero((index.part == which) & np.isin(index.local, list(part.bad)))
+                found += [(split, int(sample), part.bad[int(index.local[sample])]) for sample in bad]
+        return found
+
+
+def cache_folder(configured: str | None) -> Path:
+    """data.cache, or hpccl/decoded in the user's cache folder."""
+    if configured is not None:
+        return Path(configured).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "hpccl" / "decoded"
+
+
+def kept_path(folder: Path, fingerprint: str, view: str) -> Path:
+    """Where the decoded images of a split are; `view` says how they were resized."""
+    key = hashlib.sha256(f"{_FORMAT}\n{fingerprint}\n{view}".encode()).hexdigest()[:32]
+    return folder / f"{key}.npy"
+
+
+def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], decode: Callable[[int], Pixels]) -> Kept:
+    """Open `path`; if it is not there yet, decode all images into it first. Any number of processes may call this at once.
+
+    Args:
+        path: ends in .npy.
+        shape: [num, h, w, channels].
+        decode: number -> [h, w, channels]; raises DataError for an image that cannot be decoded. Called from threads.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    kept = _opened(path, shape)
+    if kept is not None:
+        return kept
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            kept = _opened(path, shape)  # another process may have been quicker
+            if kept is None:
+                _write(path, shape, decode)
+    except (OSError, FolderError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        raise DataError(
+            f"decoded images cannot be kept in '{path.parent}': {getattr(cause, 'strerror', None) or error}; set data.cache "
+            f"to a folder that can be written and has {np.prod(shape) / 1e9:.2f} GB free, or data.storage to encoded"
+        ) from error
+    kept = kept or _opened(path, shape)
+    if kept is None:
+        raise DataError(f"'{path}' was removed while it was opened; run the same command again")
+    return kept
+
+
+def _opened(path: Path, shape: tuple[int, ...]) -> Kept | None:
+    """The file, unless it is missing or not what is wanted."""
+    try:
+        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+        bad = json.loads(_bad_path(path).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    if pixels.shape != shape or pixels.dtype != np.uint8:
+        return None
+    return Kept(pixels, {int(number): reason for number, reason in bad.items()})
+
+
+def _bad_path(path: Path) -> Path:
+    return path.with_suffix(".bad.json")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process decode and the others wait. The system frees the lock of a process that dies."""
+    with open(path, "wb") as file:
+        # A file system without locks only costs time: all decode the same and the last rename wins.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(path: Path, shape: tuple[int, int, int, int], decode: Callable[[int], Pixels]) -> None:
+    bad: dict[int, str] = {}
+
+    def attempt(number: int) -> Pixels:
+        try:
+            pixels = decode(number)
+        except DataError as error:
+            bad[number] = str(error)
+            return np.zeros(shape[1:], dtype=np.uint8)
+        if pixels.shape != shape[1:]:
+            bad[number] = f"has {pixels.shape} pixels and channels, not {shape[1:]}"
+            return np.zeros(shape[1:], dtype=np.uint8)
+        return pixels
+
+    threads = len(os.sched_getaffinity(0))
+    with replacing(path) as beside, open(beside, "wb") as file, ThreadPoolExecutor(threads) as pool:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+        )
+        for start in range(0, shape[0], _CHUNK):
+            numbers = range(start, min(start + _CHUNK, shape[0]))
+            # Written, not mapped: a full disk is an error here and a bus error there.
+            file.write(np.stack(list(pool.map(attempt, numbers))).data)
+        # First, so that whoever sees the images also sees which are none.
+        with replacing(_bad_path(path)) as bad_beside:
+            bad_beside.write_text(json.dumps({str(number): reason for number, reason in sorted(bad.items())}))

@@ -1,0 +1,164 @@
+"""From data sets with classes to a stream of tasks: which class is learned when, and which number it then has.
+
+Everything is counted in learning order. Classes: task 0 has 0..K-1, task 1 the next; inside a task they keep the order
+of their data set. Sample positions: task by task, inside a task class by class, inside a class as stored.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccl.data.order import permutation
+from hpccl.data.protocols import Split
+from hpccl.errors import DataError
+
+__all__ = ["ClassTask", "Collection", "Index", "Layout", "arrange", "unique_titles"]
+
+Ints = npt.NDArray[np.int64]
+SPLITS: tuple[Split, Split] = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """One data set to be cut into tasks.
+
+    labels, groups: by split, [num_images] class number within the data set and shard number
+    tasks: how many; keep: use only so many classes (after ordering), None for all
+    """
+
+    title: str
+    class_names: Sequence[str]
+    labels: Mapping[Split, Ints]
+    groups: Mapping[Split, Ints]
+    tasks: int
+    keep: int | None = None
+
+
+@dataclass(frozen=True)
+class ClassTask:
+    """One step of the stream: some classes and where their examples are."""
+
+    index: int
+    name: str
+    classes: tuple[int, ...]
+    train: range
+    test: range
+
+    def samples(self, split: Split) -> range:
+        """The stream's sample positions that belong to this task."""
+        return self.train if split == "train" else self.test
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """By sample position [num_samples]: the data set and the number within it, class and shard in the stream."""
+
+    part: Ints
+    local: Ints
+    label: Ints
+    group: Ints
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The tasks of a stream and the index of each split."""
+
+    tasks: tuple[ClassTask, ...]
+    class_names: tuple[str, ...]
+    index: Mapping[Split, Index]
+
+
+def arrange(collections: Sequence[Collection], *, order: Literal["given", "random"], seed: int) -> Layout:
+    """Cut each data set into tasks of equally many classes, one data set after the other.
+
+    Raises:
+        DataError: more classes are asked for than there are, they cannot be split evenly, or a task has no examples.
+    """
+    chosen = [_class_order(part, which, order, seed) for which, part in enumerate(collections)]
+    tasks: list[ClassTask] = []
+    pieces: dict[Split, list[Index]] = {"train": [], "test": []}
+    names: list[tuple[str, str]] = []
+    for which, (part, classes) in enumerate(zip(collections, chosen, strict=True)):
+        width = len(classes) // part.tasks
+        for number in range(part.tasks):
+            mine = np.sort(classes[number * width : (number + 1) * width])
+            first = len(names)
+            ranges = [_append(pieces[split], collections, which, mine, first, split) for split in SPLITS]
+            title = part.title if part.tasks == 1 else f"{part.title}[{number + 1}/{part.tasks}]"
+            for split, positions in zip(SPLITS, ranges, strict=True):
+                if not positions:
+                    raise DataError(f"task {title} has no {split} images; its classes: {_list(part, mine)}")
+            names += [(part.title, part.class_names[name]) for name in mine]
+            tasks.append(ClassTask(len(tasks), title, tuple(range(first, first + width)), *ranges))
+    index: dict[Split, Index] = {split: _joined(pieces[split]) for split in SPLITS}
+    return Layout(tuple(tasks), _told_apart(names), index)
+
+
+def _class_order(part: Collection, which: int, order: Literal["given", "random"], seed: int) -> Ints:
+    """The classes of one data set in learning order, as numbers within the data set."""
+    total = len(part.class_names)
+    keep = total if part.keep is None else part.keep
+    if keep > total:
+        raise DataError(f"{keep} classes of '{part.title}' are asked for but it has {total}; set classes to at most {total}")
+    if keep % part.tasks:
+        allowed = [divisor for divisor in range(1, keep + 1) if keep % divisor == 0]
+        raise DataError(
+            f"{keep} classes of '{part.title}' cannot be split into {part.tasks} tasks of equally many; "
+            f"tasks can be {', '.join(map(str, allowed))}"
+        )
+    classes = permutation(total, seed, which) if order == "random" else np.arange(total)
+    return classes[:keep]
+
+
+def _append(
+    pieces: list[Index], collections: Sequence[Collection], which: int, classes: Ints, first: int, split: Split
+) -> range:
+    """Add the examples of one task's classes; the positions they get."""
+    labels, groups = collections[which].labels[split], collections[which].groups[split]
+    local = np.flatnonzero(np.isin(labels, classes))
+    label = first + np.searchsorted(classes, labels[local])
+    by_class = np.argsort(label, kind="stable")
+    earlier = sum(int(part.groups[split].max(initial=-1)) + 1 for part in collections[:which])
+    start = sum(len(piece) for piece in pieces)
+    local, label = local[by_class], label[by_class]
+    pieces.append(Index(np.full(len(local), which), local, label, groups[local] + earlier))
+    return range(start, start + len(local))
+
+
+def _joined(pieces: Sequence[Index]) -> Index:
+    return Index(
+        *(
+            np.concatenate([getattr(piece, name) for piece in pieces]).astype(np.int64)
+            for name in ("part", "local", "label", "group")
+        )
+    )
+
+
+def _list(part: Collection, classes: Ints, most: int = 5) -> str:
+    names = [part.class_names[number] for number in classes[:most]]
+    return ", ".join(names) + (", ..." if len(classes) > most else "")
+
+
+def _told_apart(names: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """Class names; those that several data sets have are preceded by the data set's."""
+    times = Counter(name for _, name in names)
+    return tuple(name if times[name] == 1 else f"{title}/{name}" for title, name in names)
+
+
+def unique_titles(titles: Sequence[str]) -> tuple[str, ...]:
+    """The same titles; those that occur again get #2, #3, ..."""
+    seen: Counter[str] = Counter()
+    result = []
+    for title in titles:
+        seen[title] += 1
+        result.append(title if seen[title] == 1 else f"{title}#{seen[title]}")
+    return tuple(result)

@@ -1,0 +1,169 @@
+"""Which examples make up a step: pure functions of (seed, task, step), the same for any number of ranks or workers.
+
+Nothing here has a past, so resuming in the middle of an epoch is arithmetic. Randomness is a hash of counters
+(Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators": the finaliser of SplitMix64), because a
+generator's state would have to be carried and could drift apart between ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Batch", "BatchPlan", "mix", "permutation"]
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+# What a hash is for; keeps the streams of random numbers apart.
+_ORDER_NEW, _ORDER_MEMORY, _ORDER_UNION, _VIEW, _NOISE = range(1, 6)
+
+
+def mix(*words: int | Ints | Words) -> Words:
+    """Hash integers (broadcast against each other) to uint64, elementwise."""
+    state = np.zeros((), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for word in words:
+            state = state + np.uint64(0x9E3779B97F4A7C15) + np.asarray(word).astype(np.uint64)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def permutation(count: int, *words: int) -> Ints:
+    """A random order of range(count), decided by `words` alone."""
+    return np.argsort(mix(*words, np.arange(count)), kind="stable").astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's rows over all ranks, in order.
+
+    new:    [b] int64, offset within the new data, or -1 where the row is a memory row
+    slot:   [b] int64, position in the memory, or -1 where the row is new
+    view:   [b] uint64 non-zero, seeds the augmentation
+    noise:  [b] int64, seeds what is random inside the network
+    weight_new, weight_memory: what a row counts (before tau), so that
+        E[sum(weight * nats) / b] = (sum of new nats + sum of memory nats) / (num_new + num_memory)
+    """
+
+    new: Ints
+    slot: Ints
+    view: Words
+    noise: Ints
+    weight_new: float
+    weight_memory: float
+
+    def __len__(self) -> int:
+        return len(self.new)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """The steps of one task.
+
+    share is None for natural mixing (shuffle the union of new data and memory, every example once an epoch) or the
+    share of memory rows in every step (stratified: new data once an epoch, memory in a cycle of its own).
+    groups: [num_new] shard number; with `window` > 0 the order shuffles within so many shards at a time, so that
+    a reader touches few files at once.
+    """
+
+    num_new: int
+    num_memory: int
+    batch_size: int
+    epochs: int
+    seed: int
+    task: int
+    share: float | None = None
+    window: int = 0
+    groups: Ints | None = None
+
+    @property
+    def num_train(self) -> int:
+        """Training examples, memory included: the divisor of the objective."""
+        return self.num_new + self.num_memory
+
+    @cached_property
+    def memory_rows(self) -> int:
+        """Memory rows a step when stratified."""
+        if self.share is None or self.num_memory == 0:
+            return 0
+        return min(max(round(self.share * self.batch_size), 1), self.batch_size - 1)
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps until every new example was used once."""
+        stratified = self.memory_rows > 0
+        examples = self.num_new if stratified else self.num_train
+        return -(-examples // (self.batch_size - self.memory_rows))
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the task."""
+        return self.epochs * self.steps_per_epoch
+
+    def batch(self, step: int) -> Batch:
+        """The rows of step `step` (from 0)."""
+        new, slot = self._stratified(step) if self.memory_rows else self._natural(step)
+        position = np.arange(len(new))
+        view = mix(self.seed, _VIEW, self.task, step, position) | np.uint64(1)
+        noise = mix(self.seed, _NOISE, self.task, step, position).astype(np.int64)
+        weight_new, weight_memory = 1.0, 1.0
+        if self.memory_rows:
+            size, num_memory_rows = len(new), int((slot >= 0).sum())
+            weight_new = self.num_new / self.num_train * size / (size - num_memory_rows)
+            weight_memory = self.num_memory / self.num_train * size / num_memory_rows
+        return Batch(new, slot, view, noise, weight_new, weight_memory)
+
+    def _natural(self, step: int) -> tuple[Ints, Ints]:
+        epoch, start = divmod(step, self.steps_per_epoch)
+        entries = _union_order(self, epoch)[start * self.batch_size : (start + 1) * self.batch_size]
+        is_new = entries < self.num_new
+        return np.where(is_new, entries, -1), np.where(is_new, -1, entries - self.num_new)
+
+    def _stratified(self, step: int) -> tuple[Ints, Ints]:
+        epoch, start = divmod(step, self.steps_per_epoch)
+        quota = self.batch_size - self.memory_rows
+        new = _new_order(self, epoch)[start * quota : (start + 1) * quota]
+        first = step * self.memory_rows
+        slot = np.empty(self.memory_rows, dtype=np.int64)
+        counters = np.arange(first, first + self.memory_rows)
+        for cycle in np.unique(counters // self.num_memory):
+            inside = counters // self.num_memory == cycle
+            slot[inside] = _memory_order(self, int(cycle))[counters[inside] % self.num_memory]
+        nothing = np.full
+        return (
+            np.concatenate([new, nothing(self.memory_rows, -1)]),
+            np.concatenate([nothing(len(new), -1), slot]),
+        )
+
+
+# An epoch's order is used by hundreds of steps in a row; computing it is O(n log n).
+@lru_cache(maxsize=2)
+def _union_order(plan: BatchPlan, epoch: int) -> Ints:
+    """Entries below num_new are new data, the rest memory slots shifted by num_new."""
+    order = permutation(plan.num_train, plan.seed, _ORDER_UNION, plan.task, epoch)
+    if plan.window:
+        # Keep which positions are memory, but visit the new data window by window.
+        order[order < plan.num_new] = _new_order(plan, epoch)
+    return order
+
+
+@lru_cache(maxsize=2)
+def _new_order(plan: BatchPlan, epoch: int) -> Ints:
+    shuffled = permutation(plan.num_new, plan.seed, _ORDER_NEW, plan.task, epoch)
+    if not plan.window or plan.groups is None:
+        return shuffled
+    group = np.unique(plan.groups, return_inverse=True)[1]
+    rank_of_group = np.argsort(permutation(int(group.max()) + 1, plan.seed, _ORDER_NEW, plan.task, epoch, 1))
+    window = rank_of_group[group] // plan.window
+    return shuffled[np.argsort(window[shuffled], kind="stable")]
+
+
+@lru_cache(maxsize=2)
+def _memory_order(plan: BatchPlan, cycle: int) -> Ints:
+    return permutation(plan.num_memory, plan.seed, _ORDER_MEMORY, plan.task, cycle)

@@ -1,0 +1,72 @@
+"""What the trainer asks of data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccl.data.rows import Images, Request
+
+__all__ = ["Split", "Stream", "Task"]
+
+Split = Literal["train", "test"]
+
+
+class Task(Protocol):
+    """One step of the stream."""
+
+    @property
+    def index(self) -> int:
+        """Position in the stream, from 0."""
+
+    @property
+    def name(self) -> str:
+        """A short name for reports."""
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Class numbers in the stream, ascending."""
+
+    def samples(self, split: Split) -> range:
+        """The stream's sample positions that belong to this task (contiguous)."""
+
+
+class Stream(Protocol):
+    """A sequence of tasks over one space of classes and one space of sample positions per split.
+
+    Sample positions number the training (test) examples of all tasks one after the other: task 0 first. They do not
+    depend on the number of ranks or workers.
+    """
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """In the order of learning."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By class number in the stream; len(class_names) is C."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what `load` yields."""
+
+    def labels(self, split: Split) -> npt.NDArray[np.int64]:
+        """[num_samples] class number in the stream, by sample position."""
+
+    def groups(self, split: Split) -> npt.NDArray[np.int64]:
+        """[num_samples] shard number by sample position, non-decreasing within a task (for windowed shuffling)."""
+
+    def sample_names(self, split: Split, samples: npt.NDArray[np.int64]) -> list[str]:
+        """Global ids, `<data set>/<shard sample key>`, stable over runs."""
+
+    def load(self, requests: Iterable[Request], split: Split = "train") -> Iterator[Images]:
+        """One Images a request, in order, made ahead of time in the background. Closing the iterator ends its workers.
+
+        Raises DataError for an undecodable image (its name, its shard) unless data.bad_images is `skip`.
+        """
+
+    def raw(self, sample: int, split: Split = "train") -> npt.NDArray[np.uint8]:
+        """[h, w, channels] uint8 pixels of one image as stored, for pictures in reports."""

@@ -1,0 +1,70 @@
+"""What flows from data to the loss: requests for images, images, and rows.
+
+Shapes: n images, r rows, C classes of the whole stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["NEW", "REPLAY", "SOFT", "Images", "Request", "Rows"]
+
+# The term of the objective that a row belongs to.
+NEW, SOFT, REPLAY = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which images to make, in this order.
+
+    sample: [n] int64, position in the stream's training (or test) data, counted over all tasks.
+    key:    [n] uint64, seeds the augmentation of one image; 0 asks for the evaluation view.
+    """
+
+    sample: npt.NDArray[np.int64]
+    key: npt.NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+
+@dataclass(frozen=True)
+class Images:
+    """pixels: [n, channels, h, w] float32, normalised; valid: [n] bool, False where an image could not be decoded and
+    `data.bad_images` is `skip` (its pixels are zero and nothing may be learned from it)."""
+
+    pixels: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples and what to say about them: the rows of one weighted cross-entropy.
+
+    pixels:      [n, channels, h, w]
+    noise:       [n] int64, seeds what is random inside the network (dropout) for one image
+    image:       [r] int64, which image a row speaks of
+    target:      [r, C] probabilities
+    weight:      [r]; sum over a global batch of weight * nats / batch_size estimates the objective per training example
+    head:        [r, C] bool, the classes that compete
+    temperature: [r], divides the logits
+    term:        [r] int64, NEW, SOFT or REPLAY
+    """
+
+    pixels: Tensor
+    noise: Tensor
+    image: Tensor
+    target: Tensor
+    weight: Tensor
+    head: Tensor
+    temperature: Tensor
+    term: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on a device."""
+        return Rows(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})

@@ -1,0 +1,91 @@
+"""The stream that the trainer sees: a layout of tasks, and a way to make images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccl.data.layout import ClassTask, Layout
+from hpccl.data.protocols import Split
+from hpccl.data.rows import Images, Request
+
+__all__ = ["ImageSource", "ImageStream", "Skipped"]
+
+
+class ImageSource(Protocol):
+    """Where images come from, by sample position."""
+
+    def load(self, requests: Iterable[Request], split: Split) -> Iterator[Images]:
+        """One Images a request, in order."""
+
+    def raw(self, sample: int, split: Split) -> npt.NDArray[np.uint8]:
+        """[h, w, channels] uint8 pixels of one image."""
+
+    def skipped(self) -> list[tuple[Split, int, str]]:
+        """(split, sample, reason) of the undecodable images known up to now."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be decoded."""
+
+    split: Split
+    sample: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class ImageStream:
+    """A stream of tasks that are classes of images.
+
+    name_of: (split, sample) -> `<data set>/<key>`
+    """
+
+    layout: Layout
+    image_shape: tuple[int, int, int]
+    source: ImageSource
+    name_of: Callable[[Split, int], str]
+
+    @property
+    def tasks(self) -> tuple[ClassTask, ...]:
+        """In the order of learning."""
+        return self.layout.tasks
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By class number in the stream."""
+        return self.layout.class_names
+
+    def labels(self, split: Split) -> npt.NDArray[np.int64]:
+        """[num_samples] class number in the stream, by sample position."""
+        return self.layout.index[split].label
+
+    def groups(self, split: Split) -> npt.NDArray[np.int64]:
+        """[num_samples] shard number by sample position."""
+        return self.layout.index[split].group
+
+    def sample_names(self, split: Split, samples: npt.NDArray[np.int64]) -> list[str]:
+        """Global ids, `<data set>/<key>`."""
+        return [self.name_of(split, int(sample)) for sample in samples]
+
+    def load(self, requests: Iterable[Request], split: Split = "train") -> Iterator[Images]:
+        """One Images a request, in order, made ahead of time. Closing the iterator ends its workers.
+
+        Raises:
+            DataError: an image cannot be decoded (unless data.bad_images is `skip`), or a shard cannot be read.
+        """
+        return self.source.load(requests, split)
+
+    def raw(self, sample: int, split: Split = "train") -> npt.NDArray[np.uint8]:
+        """[h, w, channels] uint8 pixels of one image as stored."""
+        return self.source.raw(sample, split)
+
+    def skipped(self) -> list[Skipped]:
+        """The undecodable images known up to now, each once, in a stable order."""
+        found = sorted(self.source.skipped(), key=lambda item: (item[0] == "test", item[1]))
+        return [Skipped(split, sample, self.name_of(split, sample), reason) for split, sample, reason in found]

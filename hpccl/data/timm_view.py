@@ -1,0 +1,119 @@
+"""timm's training augmentation, with its random resized crop done on a JPEG decoded no larger than needed.
+
+The crop is drawn by timm itself; everything after it (mirror, colour, automatic augmentation, erasing) is timm's own
+pipeline. Only the pixels of the crop come by another way: decoded at 1/2, 1/4 or 1/8 of the size where that is still as
+large as the view, then resized by torch's antialiased filters, the same as Pillow's.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpccl.compat import import_timm
+from hpccl.config.sections import TimmAugment
+from hpccl.data.augment import Normaliser
+from hpccl.data.shards.decode import decode_scaled, image_size
+from hpccl.data.views import to_array, to_picture
+from hpccl.errors import DataError
+
+__all__ = ["TimmView", "seed_all"]
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def seed_all(key: int) -> None:
+    """Seed this process's generators (Python, numpy, torch on the CPU) with a 64-bit key."""
+    random.seed(key)
+    np.random.seed([key & 0xFFFFFFFF, key >> 32])  # noqa: NPY002 - timm draws from the old global generator
+    # Not torch.manual_seed, which would also reseed the devices.
+    torch.default_generator.manual_seed(key)
+
+
+@dataclass(frozen=True, eq=False)
+class TimmView:
+    """A random view of one image, decided by its key alone.
+
+    crop: timm's RandomResizedCropAndInterpolation
+    mirror: what follows it (works on tensors as well as on pictures)
+    picture: transforms of a Pillow image, may be none
+    erase: transforms of the normalised tensor, may be none
+    """
+
+    size: int
+    crop: Any
+    mirror: tuple[Any, ...]
+    picture: tuple[Any, ...]
+    erase: tuple[Any, ...]
+    normalise: Normaliser
+
+    @classmethod
+    def of(cls, config: TimmAugment, *, size: int, mean: tuple[float, ...], normalise: Normaliser) -> TimmView:
+        """Take timm.data.create_transform apart.
+
+        Raises:
+            DataError: timm does not understand data.augment.auto_augment.
+        """
+        import_timm()
+        from timm.data.transforms_factory import create_transform
+
+        try:
+            primary, secondary, final = create_transform(
+                size,
+                is_training=True,
+                separate=True,
+                scale=config.scale,
+                ratio=config.ratio,
+                hflip=config.hflip,
+                color_jitter=config.color_jitter or None,
+                auto_augment=config.auto_augment,
+                interpolation=config.interpolation,
+                mean=tuple(np.broadcast_to(mean, 3).tolist()),
+                re_prob=config.random_erase,
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise DataError(
+                f"timm does not understand data.augment.auto_augment {config.auto_augment!r} ({error}); examples: "
+                "rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a"
+            ) from error
+        crop, *mirror = primary.transforms
+        # The first two of the final transforms are conversion and normalisation.
+        return cls(size, crop, tuple(mirror), tuple(secondary.transforms), tuple(final.transforms[2:]), normalise)
+
+    def __call__(self, data: bytes, name: str, key: int) -> Tensor:
+        """Float32 [3, size, size], normalised. Seeds this process's generators: isolate them.
+
+        Raises:
+            DataError: the image cannot be decoded.
+        """
+        seed_all(key)
+        image: Any = self._cropped(data, name)
+        for transform in self.mirror:
+            image = transform(image)
+        pixels: Pixels = image.permute(1, 2, 0).numpy()
+        if self.picture:
+            changed: Any = to_picture(np.ascontiguousarray(pixels))
+            for transform in self.picture:
+                changed = transform(changed)
+            pixels = to_array(changed)
+        view = self.normalise(pixels[None])[0]
+        for transform in self.erase:
+            view = transform(view)
+        return view
+
+    def _cropped(self, data: bytes, name: str) -> Tensor:
+        """The random resized crop, uint8 [3, size, size] in channels_last memory."""
+        width, height = image_size(data, name)
+        # timm asks its argument for its size only; an expanded tensor has one and no memory.
+        drawn = self.crop.get_params(torch.empty(1).expand(1, height, width), self.crop.scale, self.crop.ratio)
+        filters = self.crop.interpolation
+        chosen = random.choice(filters) if isinstance(filters, (tuple, list)) else filters
+        pixels = decode_scaled(data, name, drawn, self.size)
+        source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        return torch.nn.functional.interpolate(source, (self.size, self.size), mode=chosen.value, antialias=True)[0]

@@ -1,0 +1,97 @@
+"""Every collective of hpccl. `Comm.solo()` is a world of one and needs no process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Comm"]
+
+_BUCKET = 1 << 23  # elements in one flat buffer
+
+
+@dataclass(frozen=True)
+class Comm:
+    """A rank's view of its world. Every method is collective: all ranks call it, in the same order."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def solo(cls, device: torch.device | str = "cpu") -> Comm:
+        """A world of one."""
+        return cls(rank=0, size=1, device=torch.device(device))
+
+    @property
+    def leader(self) -> bool:
+        """True on the one rank that writes."""
+        return self.rank == 0
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over ranks; tensors of one dtype travel together."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self.device)
+            dist.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate along the first dim in rank order; lengths may differ between ranks."""
+        if self.size == 1:
+            return tensor
+        length = torch.tensor([tensor.shape[0]], device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length)
+        longest = int(max(int(other) for other in lengths))
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]), device=self.device)
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        whole = torch.cat([part[: int(count)] for part, count in zip(parts, lengths, strict=True)])
+        return whole.to(tensor.device)
+
+    def broadcast_(self, tensors: Sequence[Tensor], *, source: int = 0) -> None:
+        """Replace each tensor by the one of rank `source`."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            sent = tensor.to(self.device).contiguous()
+            dist.broadcast(sent, src=source)
+            tensor.copy_(sent)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        if self.size == 1:
+            return flag
+        total = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        return bool(total.item())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.any(False)
+
+    def share(self, count: int) -> range:
+        """This rank's contiguous part of `count` items; parts differ by at most one and need no padding."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    filled = 0
+    for tensor in tensors:
+        same = buckets and buckets[-1][0].dtype == tensor.dtype and filled + tensor.numel() <= _BUCKET
+        if not same:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(tensor)
+        filled += tensor.numel()
+    return buckets

@@ -1,0 +1,62 @@
+"""Joining and leaving the world of processes that the launcher's environment describes."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hpccl.dist.comm import Comm
+from hpccl.errors import WorldError
+
+__all__ = ["join", "leave", "pick_device"]
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this process: `auto` is this rank's CUDA device where there is one.
+
+    Raises:
+        WorldError: cuda was asked for and there is none.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise WorldError("engine.device is 'cuda' but torch sees no CUDA device; allowed: cpu, auto, or a GPU node")
+    # A launcher may show each process its own device only; then the local rank is not an index.
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def join(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30)) -> Comm:
+    """Meet the other processes named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a world of one needs none.
+
+    Raises:
+        WorldError: a variable is missing or wrong, or the meeting point cannot be reached.
+    """
+    chosen = pick_device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Comm.solo(chosen)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise WorldError(f"WORLD_SIZE={size} but {', '.join(missing)} not set; start with `hpccl train --nproc {size}`")
+    rank = int(os.environ["RANK"])
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise WorldError(
+            f"rank {rank} of {size} could not meet the others at {where} ({error}); "
+            "is the port taken or blocked? set cluster.port to a free one, or 0 to have one chosen"
+        ) from error
+    return Comm(rank=rank, size=size, device=chosen)
+
+
+def leave() -> None:
+    """Leave the world, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

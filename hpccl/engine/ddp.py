@@ -1,0 +1,225 @@
+"""Every rank holds the whole model and gradients are averaged; one process is the same code without the averaging."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import OptimConfig, TrainConfig
+from hpccl.config.sections import DdpEngine as DdpConfig
+from hpccl.dist.comm import Comm
+from hpccl.engine.optim import build_optimizer, learning_rate
+from hpccl.engine.protocols import GradientHook, Weights
+from hpccl.models.dropout import set_noise
+
+__all__ = ["DdpEngine"]
+
+
+class DdpEngine:
+    """The Engine protocol on replicated weights."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, comm: Comm) -> None:
+        self._comm = comm
+        self._config: DdpConfig = config.engine
+        self._train: TrainConfig = config.train
+        self._optim: OptimConfig = config.optim
+        self._format = torch.channels_last if self._config.channels_last else torch.contiguous_format
+        self._model = model.to(device=comm.device).to(memory_format=self._format)  # type: ignore[call-overload]
+        comm.broadcast_(list(self._model.state_dict().values()))
+        self._initial = {name: value.detach().clone() for name, value in self._model.state_dict().items()}
+        self._forward: nn.Module = torch.compile(self._model) if self._config.compile else self._model  # type: ignore[assignment]
+        self._wrapped = self._wrap(self._forward)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._average: dict[str, Tensor] | None = None
+        self._task = self._step = self._num_steps = 0
+        self._last = True
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        if self._comm.size == 1:
+            return model
+        devices = [self._comm.device] if self._comm.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where images and targets must be."""
+        return self._comm.device
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, unwrapped."""
+        return self._model
+
+    def start(self, *, num_steps: int, task: int) -> None:
+        """A new optimiser for a task of `num_steps` steps."""
+        self._optimizer = build_optimizer(self._optim, self._model)
+        self._task, self._step, self._num_steps = task, 0, num_steps
+        self._average = None
+        if self._train.ema is not None:
+            self._average = {name: value.detach().clone() for name, value in self._model.named_parameters()}
+
+    def reset(self) -> None:
+        """Back to the initial weights."""
+        self.put(self._initial)
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Logits in training mode, fp32; autocast ends here, before any loss or prior."""
+        self._wrapped.train()
+        set_noise(self._model, noise)
+        with self._autocast():
+            logits: Tensor = self._wrapped(pixels.to(memory_format=self._format))
+        return logits.float()
+
+    def predict(self, pixels: Tensor) -> Tensor:
+        """Logits in evaluation mode, fp32."""
+        self._model.eval()
+        return self._infer(self._forward, pixels)
+
+    def frozen(self, weights: Weights) -> Callable[[Tensor], Tensor]:
+        """A copy of the network that no training touches: a teacher in training mode would answer with noise."""
+        copied = copy.deepcopy(self._model).eval().requires_grad_(False)
+        copied.load_state_dict(dict(weights))
+        return functools.partial(self._infer, copied)
+
+    @torch.no_grad()
+    def _infer(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        with self._autocast():
+            logits: Tensor = model(pixels.to(memory_format=self._format))
+        return logits.float()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradient.
+
+        DDP averages over ranks; the caller's losses are this rank's share of a sum, so the world size is put back.
+        """
+        self._last = last
+        loss = loss * self._comm.size
+        with contextlib.nullcontext() if last else self._unreduced():
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def _unreduced(self) -> Iterator[None]:
+        # no_sync() must also cover the forward pass to spare DDP's bookkeeping; for the reduction, backward suffices.
+        if not isinstance(self._wrapped, DistributedDataParallel):
+            yield
+            return
+        self._wrapped.require_backward_grad_sync = False
+        try:
+            yield
+        finally:
+            self._wrapped.require_backward_grad_sync = True
+
+    def on_gradient(self, hooks: Mapping[str, GradientHook]) -> Callable[[], None]:
+        """Tensor hooks: they see the gradient as autograd made it, before DDP reduces it, on the last micro-batch."""
+
+        def register(parameter: Tensor, hook: GradientHook) -> Any:
+            def call(gradient: Tensor) -> Tensor:
+                return hook(gradient, parameter.detach()) if self._last else gradient
+
+            return parameter.register_hook(call)  # type: ignore[no-untyped-call]
+
+        parameters = dict(self._model.named_parameters())
+        handles = [register(parameters[name], hook) for name, hook in hooks.items()]
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return remove
+
+    def step(self) -> Tensor:
+        """Clip, update, clear."""
+        assert self._optimizer is not None, "start() comes first"
+        parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
+        limit = self._train.clip_norm if self._train.clip_norm is not None else float("inf")
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if bool(torch.isfinite(norm)):
+            if limit < float("inf"):
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            rate = learning_rate(self._optim, task=self._task, step=self._step, num_steps=self._num_steps)
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+            self._optimizer.step()
+            self._update_average()
+        self._optimizer.zero_grad(set_to_none=False)
+        self._step += 1
+        return norm
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        if self._average is None or self._train.ema is None:
+            return
+        current = [value.detach() for value in self._model.parameters()]
+        torch._foreach_lerp_(list(self._average.values()), current, 1 - self._train.ema)
+
+    @property
+    def lr(self) -> float:
+        """The coming step's learning rate."""
+        return learning_rate(self._optim, task=self._task, step=self._step, num_steps=self._num_steps)
+
+    def finish(self) -> None:
+        """Averaged weights become the weights; buffers (BatchNorm statistics) are rank 0's everywhere."""
+        if self._average is not None:
+            self.put(self._average)
+            self._average = None
+        self._comm.broadcast_([buffer for _, buffer in self._model.named_buffers()])
+
+    def gather(self) -> dict[str, Tensor]:
+        """A copy of all parameters and buffers."""
+        return {name: value.detach().clone() for name, value in self._model.state_dict().items()}
+
+    @torch.no_grad()
+    def put(self, weights: Weights) -> None:
+        """Replace parameters and buffers by name."""
+        own = self._model.state_dict()
+        for name, value in weights.items():
+            own[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimiser state by parameter name, averages and the position in the schedule."""
+        return {
+            "weights": self.gather(),
+            "optimizer": None if self._optimizer is None else self._optimizer_state(),
+            "average": self._average,
+            "position": {"task": self._task, "step": self._step, "num_steps": self._num_steps},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of state_dict."""
+        position = state["position"]
+        if state["optimizer"] is not None:
+            self.start(num_steps=position["num_steps"], task=position["task"])
+            self._step = position["step"]
+            self._load_optimizer_state(state["optimizer"])
+        self.put(state["weights"])
+        average = state["average"]
+        self._average = None if average is None else {name: v.to(self.device) for name, v in average.items()}
+
+    def _named(self) -> list[str]:
+        """Parameter names in the optimiser's order."""
+        assert self._optimizer is not None
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        return [names[id(parameter)] for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        assert self._optimizer is not None
+        state = self._optimizer.state_dict()["state"]
+        return {name: state[index] for index, name in enumerate(self._named()) if index in state}
+
+    def _load_optimizer_state(self, state: dict[str, Any]) -> None:
+        assert self._optimizer is not None
+        indexed = {index: state[name] for index, name in enumerate(self._named()) if name in state}
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": indexed, "param_groups": groups})
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._config.precision == "bf16")

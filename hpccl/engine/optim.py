@@ -1,0 +1,55 @@
+"""Optimiser by timm's factory, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpccl.compat import import_timm
+from hpccl.config.sections import OptimConfig, per_task
+from hpccl.errors import ConfigError
+
+__all__ = ["build_optimizer", "learning_rate"]
+
+# torch's own optimisers that have a fused kernel on every device we run on.
+_FUSED = {"adam", "adamw", "sgd", "momentum"}
+# One-cycle starts at a share of the peak (Smith and Topin 2018).
+_ONECYCLE_START = 1 / 25
+
+
+def learning_rate(config: OptimConfig, *, task: int, step: int, num_steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `num_steps`."""
+    peak = per_task(config.lr, task)
+    rising = config.warmup * num_steps
+    if step < rising:
+        start = _ONECYCLE_START if config.schedule == "onecycle" else 0.0
+        return peak * (start + (1 - start) * (step + 1) / (rising + 1))
+    if config.schedule == "constant":
+        return peak
+    progress = (step - rising) / max(num_steps - rising, 1)
+    falling = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (config.final_lr + (1 - config.final_lr) * falling)
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser, by timm's name; weight decay spares biases and normalisation.
+
+    Raises:
+        ConfigError: timm or the optimiser refuses the name or an option.
+    """
+    import_timm()
+    from timm.optim import create_optimizer_v2
+
+    options: dict[str, Any] = dict(config.options)
+    if config.name.lower() in _FUSED:
+        options.setdefault("fused", True)
+    try:
+        optimizer = create_optimizer_v2(
+            model, opt=config.name, lr=config.lr[0], weight_decay=config.weight_decay, momentum=config.momentum, **options
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"optim.name '{config.name}' with options {config.options} was refused: {error}") from error
+    return optimizer

@@ -1,0 +1,71 @@
+"""What the trainer asks of an engine: where the weights live and how they move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Engine", "GradientHook", "Weights"]
+
+Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
+
+# (gradient, weight) -> gradient; both of the parameter's shape, in fp32.
+GradientHook = Callable[[Tensor, Tensor], Tensor]
+
+
+class Engine(Protocol):
+    """A model, its optimiser, and the ranks that share them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where images and targets must be."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network itself, unwrapped, for curvature and for a frozen copy."""
+
+    def start(self, *, num_steps: int, task: int) -> None:
+        """A new optimiser for a task of `num_steps` steps."""
+
+    def reset(self) -> None:
+        """Back to the initial weights."""
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """[n, c, h, w], [n] int64 -> logits [n, C] in fp32, in training mode."""
+
+    def predict(self, pixels: Tensor) -> Tensor:
+        """[n, c, h, w] -> logits [n, C] in fp32, in evaluation mode, without gradient. Not collective."""
+
+    def frozen(self, weights: Weights) -> Callable[[Tensor], Tensor]:
+        """A frozen copy of the network with other weights: pixels [n, c, h, w] -> logits [n, C], evaluation mode."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradient; on the last one, average over ranks."""
+
+    def on_gradient(self, hooks: Mapping[str, GradientHook]) -> Callable[[], None]:
+        """Call a hook once a step on a parameter's gradient before ranks are averaged. Returns what removes them."""
+
+    def step(self) -> Tensor:
+        """Clip, update, clear. Returns the gradient's norm before clipping (scalar, equal on all ranks)."""
+
+    @property
+    def lr(self) -> float:
+        """The coming step's learning rate."""
+
+    def finish(self) -> None:
+        """End a task: averaged weights (if asked for) become the weights; buffers agree on all ranks."""
+
+    def gather(self) -> dict[str, Tensor]:
+        """A copy of all parameters and buffers by name. Collective on sharded engines."""
+
+    def put(self, weights: Weights) -> None:
+        """Replace parameters and buffers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimiser, averages: a nest of dicts and lists with tensors and JSON values as leaves."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse."""

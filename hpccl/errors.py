@@ -1,0 +1,56 @@
+"""Every error that hpccl raises on purpose.
+
+HpcclError                     something a user can mend; the command prints it without a traceback
+├── ConfigError                a configuration is wrong: one line per mistake
+├── DataError                  images or shards are missing, truncated, altered or undecodable
+├── FolderError                a run folder cannot be used (another configuration, no permission, disk full)
+│   └── CheckpointError        a checkpoint is damaged or of an unknown format
+├── WorldError                 processes cannot meet, or one of them died
+├── CoverageError              a parameter that the curvature was asked to cover is not covered
+└── DivergedError              the loss or its gradient is not finite
+
+A message says what is wrong, the value, what is allowed and what to do.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CoverageError",
+    "DataError",
+    "DivergedError",
+    "FolderError",
+    "HpcclError",
+    "WorldError",
+]
+
+
+class HpcclError(Exception):
+    """Something a user can mend."""
+
+
+class ConfigError(HpcclError):
+    """A configuration is wrong."""
+
+
+class DataError(HpcclError):
+    """Images or shards are missing, truncated, altered or undecodable."""
+
+
+class FolderError(HpcclError):
+    """A run folder cannot be used."""
+
+
+class CheckpointError(FolderError):
+    """A checkpoint is damaged or of an unknown format."""
+
+
+class WorldError(HpcclError):
+    """Processes cannot meet, or one of them died."""
+
+
+class CoverageError(HpcclError):
+    """A parameter that the curvature was asked to cover is not covered."""
+
+
+class DivergedError(HpcclError):
+    """The loss or its gradient is not finite."""

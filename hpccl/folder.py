@@ -1,0 +1,116 @@
+"""Names and layout of a run folder, and writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpccl.errors import FolderError
+
+__all__ = ["RunFolder", "explain_os_error", "replacing"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run.
+
+    config.yaml code.txt env.txt events.jsonl checkpoints/ memory/ logs/ tensorboard/ report.{json,md,html}
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def code(self) -> Path:
+        """Commit and uncommitted changes of the code that ran."""
+        return self.path / "code.txt"
+
+    @property
+    def env(self) -> Path:
+        """Versions and machine."""
+        return self.path / "env.txt"
+
+    @property
+    def events(self) -> Path:
+        """What happened, one JSON object a line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def memory(self) -> Path:
+        """Pictures of the memory, one file a task."""
+        return self.path / "memory"
+
+    @property
+    def logs(self) -> Path:
+        """One text file a rank."""
+        return self.path / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Curves."""
+        return self.path / "tensorboard"
+
+    def report(self, suffix: str) -> Path:
+        """report.json, report.md or report.html."""
+        return self.path / f"report.{suffix}"
+
+    def create(self) -> None:
+        """Make the folder and check that it can be written.
+
+        Raises:
+            FolderError: it cannot be made or written.
+        """
+        try:
+            for folder in (self.path, self.checkpoints, self.memory, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise FolderError(f"run folder '{self.path}' cannot be written: {explain_os_error(error)}") from error
+
+
+def explain_os_error(error: OSError) -> str:
+    """The system's words and what to do."""
+    advice = {
+        28: "the disk is full: free some space and run the same command again",
+        122: "your disk quota is used up: free some space and run the same command again",
+        13: "no permission: choose another folder=... or ask its owner",
+        30: "the file system is read-only: choose another folder=...",
+        20: "a part of the path is a file: choose another folder=...",
+        17: "a file is in the way: choose another folder=...",
+    }.get(error.errno or 0, "check the path and run the same command again")
+    return f"{error.strerror or error} ({advice})"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; it becomes `path` at the end, or disappears if an exception is raised.
+
+    Raises:
+        FolderError: the file cannot be written (disk full, no permission).
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        with open(beside, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise FolderError(f"'{path}' cannot be written: {explain_os_error(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)

@@ -1,0 +1,60 @@
+"""What a result was made on: machine, versions, commit. No torch here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["commit", "machine", "versions"]
+
+_PACKAGES = ("hpccl", "torch", "timm", "webdataset", "numpy", "pydantic", "safetensors", "deepspeed", "submitit")
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores that this process may use, memory in bytes, host name."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "hostname": socket.gethostname(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide a result; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of the code that runs, with `+dirty` if files differ from it; the version outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {versions().get('hpccl', 'unknown')}"
+    return head + ("+dirty" if dirty else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,78 @@
+"""Dropout whose noise belongs to the example, not to the process.
+
+A mask is a hash of (the example's key, the layer, the position in the layer). It is the same whatever rank, batch or
+order the example is met in, so results do not depend on the number of processes and resuming needs no generator state.
+One 32-bit hash serves four values, so the drop rate is rounded to a multiple of 1/256.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["KeyedDropout", "replace_dropout", "set_noise"]
+
+# Two rounds of xor-shift-multiply with constants below 2**31 (int32 arithmetic wraps); found by C. Wellons'
+# "prospecting for hash functions", lowbias32.
+_MULTIPLY_1, _MULTIPLY_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
+
+
+class KeyedDropout(nn.Module):
+    """Dropout with one key an example: `set_noise(model, keys)` before a training forward pass."""
+
+    def __init__(self, rate: float, layer: int = 0) -> None:
+        super().__init__()
+        self.rate = rate
+        self.layer = layer
+        self.keys: Tensor | None = None
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"rate={self.rate}"
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[n, ...] -> [n, ...], scaled so that the expectation stays the same."""
+        threshold = round(self.rate * 256)
+        if not self.training or threshold == 0:
+            return values
+        if self.keys is None or len(self.keys) != len(values):
+            raise RuntimeError("KeyedDropout: call set_noise(model, keys) with one key per example before a training pass")
+        keep = _bytes(self.keys, self.layer, values[0].numel()) >= threshold
+        # Made in memory order, so that a channels_last tensor is masked without a copy.
+        mask = keep.to(values.dtype).mul_(256 / (256 - threshold))
+        if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+            n, c, h, w = values.shape
+            return values * mask.view(n, h, w, c).permute(0, 3, 1, 2)
+        return values * mask.view(values.shape)
+
+
+def _bytes(keys: Tensor, layer: int, count: int) -> Tensor:
+    """[n] int64 keys -> [n, count] uint8, uniform."""
+    words = -(-count // 4)
+    folded = (keys ^ (keys >> 32)).to(torch.int32) + layer * 0x3C6EF372
+    state = torch.arange(words, dtype=torch.int32, device=keys.device) * 0x1E3779B1 + folded[:, None]
+    state ^= (state >> 16) & 0xFFFF
+    state *= _MULTIPLY_1
+    state ^= (state >> 15) & 0x1FFFF
+    state *= _MULTIPLY_2
+    state ^= (state >> 16) & 0xFFFF
+    return state.view(torch.uint8).view(len(keys), 4 * words)[:, :count]
+
+
+def set_noise(model: nn.Module, keys: Tensor) -> None:
+    """Give every KeyedDropout of the model the keys [n] (int64) of the coming batch."""
+    for module in model.modules():
+        if isinstance(module, KeyedDropout):
+            module.keys = keys
+
+
+def replace_dropout(model: nn.Module) -> None:
+    """Replace every nn.Dropout inside the model by a KeyedDropout (functional dropout cannot be reached)."""
+    found = [
+        (parent, name, child.p)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Dropout
+    ]
+    for layer, (parent, name, rate) in enumerate(found):
+        setattr(parent, name, KeyedDropout(rate, layer))

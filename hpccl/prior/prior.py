@@ -1,0 +1,51 @@
+"""What the past says while a new task is learned: memory, a quadratic, and the old model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpccl.memory.store import Memory
+from hpccl.prior.quadratic import Quadratic
+
+__all__ = ["Prior"]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Each part may be absent.
+
+    memory:    kept examples (may be empty)
+    quadratic: curvature of the past that is not in memory, or None
+    anchor:    weights and buffers of the newest old model, or None before the first task ends
+    """
+
+    memory: Memory
+    quadratic: Quadratic | None = None
+    anchor: dict[str, Tensor] | None = None
+
+    def to(self, device: torch.device) -> Prior:
+        """The same prior with what a step needs on a device (the memory's few tensors stay on the CPU)."""
+        anchor = None if self.anchor is None else {name: value.to(device) for name, value in self.anchor.items()}
+        quadratic = None
+        if self.quadratic is not None and anchor is not None:
+            quadratic = replace(self.quadratic, precision=self.quadratic.precision.to(device), anchor=anchor)
+        return Prior(self.memory, quadratic, anchor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "memory": self.memory.state_dict(),
+            "quadratic": None if self.quadratic is None else self.quadratic.state_dict(),
+            "anchor": self.anchor,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Prior:
+        """The inverse."""
+        anchor, quadratic = state["anchor"], state["quadratic"]
+        restored = None if quadratic is None else Quadratic.from_state_dict(quadratic, anchor)
+        return cls(Memory.from_state_dict(state["memory"]), restored, anchor)

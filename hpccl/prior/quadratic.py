@@ -1,0 +1,79 @@
+"""The quadratic part of the prior (EWC).
+
+    R(w) = weight / 2 * (w - a)' (F + damping I) (w - a)        nats in total
+    dR/dw = weight * (F + damping I) (w - a)
+
+F is a Precision summed over the examples that are not in memory, a the weights after the last task. The gradient enters
+the parameters' gradient hooks in fp32, outside autocast and loss scaling: each parameter's owner rank adds
+world size times its force, and the averaging of gradients that happens anyway delivers it to all ranks. No collective of
+its own, no dependence on the number of micro-batches. (Online Laplace / EWC with a moving centre; Daxberger et al. 2023.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpccl.curvature.build import precision_from_state
+from hpccl.curvature.protocols import Precision
+from hpccl.dist.comm import Comm
+from hpccl.dist.placement import owners
+from hpccl.engine.protocols import Engine, GradientHook, Weights
+
+__all__ = ["Quadratic"]
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """A quadratic around an anchor."""
+
+    precision: Precision
+    anchor: dict[str, Tensor]
+    weight: float
+    damping: float
+
+    def force(self, weights: Weights) -> dict[str, Tensor]:
+        """dR/dw of the named weights, in fp32."""
+        delta = {name: value.float() - self.anchor[name] for name, value in weights.items()}
+        pulled = self.precision.matvec(delta)
+        return {name: self.weight * (pulled[name] + self.damping * delta[name]) for name in delta}
+
+    def value(self, weights: Weights) -> float:
+        """R(w) in nats, over the named weights."""
+        force = self.force(weights)
+        return sum(0.5 * float(((weights[name].float() - self.anchor[name]) * force[name]).sum()) for name in force)
+
+    def attach(self, engine: Engine, comm: Comm, *, num_train: int) -> Callable[[], None]:
+        """Add dR/dw / num_train to every step's gradient until the returned function is called."""
+        names = [name for name, _ in engine.module.named_parameters()]
+        owner = owners({name: float(self.anchor[name].numel()) for name in names}, comm.size)
+        scale = comm.size / num_train
+        mine = [name for name in names if owner[name] == comm.rank]
+        return engine.on_gradient({name: self._hook(name, scale) for name in mine})
+
+    def _hook(self, name: str, scale: float) -> GradientHook:
+        def add(gradient: Tensor, weight: Tensor) -> Tensor:
+            return torch.add(gradient, self.force({name: weight})[name], alpha=scale)
+
+        return add
+
+    def plus(self, precision: Precision, anchor: dict[str, Tensor]) -> Quadratic:
+        """The quadratic after one more task: curvatures add up, the anchor moves to the newest weights."""
+        return Quadratic(self.precision.plus(precision), anchor, self.weight, self.damping)
+
+    def moved(self, anchor: dict[str, Tensor]) -> Quadratic:
+        """The same curvature around the newest weights (a task that is wholly in memory adds no curvature)."""
+        return Quadratic(self.precision, anchor, self.weight, self.damping)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; the anchor is saved by the prior."""
+        return {"precision": self.precision.state_dict(), "weight": self.weight, "damping": self.damping}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], anchor: dict[str, Tensor]) -> Quadratic:
+        """The inverse."""
+        return cls(precision_from_state(state["precision"]), anchor, state["weight"], state["damping"])

@@ -1,0 +1,196 @@
+"""The diary of a run: one JSON object a line, appended, readable at any moment and after any kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeAlias
+
+import numpy as np
+
+from hpccl.errors import FolderError
+from hpccl.folder import explain_os_error
+
+__all__ = ["Event", "EventLog", "Sink", "latest", "number", "read_events", "valid_json"]
+
+Event: TypeAlias = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Something else that wants to hear every event, such as TensorBoard."""
+
+    def recall(self, events: Sequence[Event]) -> None:
+        """Learn what earlier processes of this run wrote; called once, before the first `write`."""
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Take one event."""
+
+    def close(self) -> None:
+        """Let go of files."""
+
+
+def valid_json(value: Any) -> Any:
+    """The same value in types that strict JSON knows.
+
+    NaN and infinities become the strings "NaN", "Infinity" and "-Infinity", which `float` reads back; numpy numbers and
+    arrays become numbers and lists; paths become strings.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): valid_json(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return valid_json(value.tolist())
+    if isinstance(value, (list, tuple, set, frozenset, range)):
+        return [valid_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
+
+
+def number(value: Any) -> float | None:
+    """A number that `valid_json` wrote, or None where there is none."""
+    return None if value is None else float(value)
+
+
+class EventLog:
+    """Appends events to a file; on other ranks than 0 it is disabled and does nothing.
+
+    A line is handed to the operating system in one write, so a killed process leaves at most one torn line, at the end;
+    the next process that opens the file removes it.
+
+    Raises:
+        FolderError: the file cannot be opened or written (disk full, no permission), or is damaged before its end.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        enabled: bool = True,
+        clock: Callable[[], float] = time.time,
+        sinks: Iterable[Sink] = (),
+    ) -> None:
+        self._path = path
+        self._clock = clock
+        self._sinks: tuple[Sink, ...] = tuple(sinks) if enabled else ()
+        self._lock = threading.Lock()
+        self._file: int | None = None
+        if enabled:
+            self._open()
+
+    def _open(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            _repair(self._path, self._file)
+        except OSError as error:
+            self.close()
+            raise FolderError(f"'{self._path}' cannot be opened for writing: {explain_os_error(error)}") from error
+        if self._sinks:
+            history = read_events(self._path)
+            for sink in self._sinks:
+                sink.recall(history)
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event, with the time, and flush it.
+
+        Raises:
+            FolderError: it cannot be written.
+        """
+        if self._file is None:
+            return
+        line: Event = valid_json({"event": event, "time": round(self._clock(), 3), **fields})
+        data = json.dumps(line, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+        with self._lock:
+            self._append(data)
+            for sink in self._sinks:
+                sink.write(line)
+
+    def _append(self, data: bytes) -> None:
+        assert self._file is not None
+        size = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, data)
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+        except OSError as error:
+            os.ftruncate(self._file, size)  # a full disk may have taken half a line
+            raise FolderError(f"'{self._path}' cannot be written: {explain_os_error(error)}") from error
+
+    def close(self) -> None:
+        """Close the file and the sinks; twice is harmless."""
+        if self._file is None:
+            return
+        os.close(self._file)
+        self._file = None
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _parse(line: bytes) -> Event | None:
+    """The event of a line, or None if it is torn."""
+    try:
+        event = json.loads(line)
+    except ValueError:  # also an undecodable byte
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def _repair(path: Path, file: int) -> None:
+    """Remove a torn last line; end a whole one that lacks only its newline."""
+    data = path.read_bytes()
+    if not data:
+        return
+    start = data.rstrip(b"\n").rfind(b"\n") + 1
+    if _parse(data[start:]) is None:
+        os.ftruncate(file, start)
+    elif not data.endswith(b"\n"):
+        os.write(file, b"\n")
+
+
+def read_events(path: Path) -> list[Event]:
+    """All events of a file, in order; a torn last line is ignored.
+
+    Raises:
+        FolderError: the file is absent, unreadable, or damaged before its last line.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise FolderError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
+    numbered = [(position, line) for position, line in enumerate(lines, start=1) if line.strip()]
+    events = []
+    for position, line in numbered:
+        event = _parse(line)
+        if event is not None:
+            events.append(event)
+        elif position != numbered[-1][0]:
+            raise FolderError(
+                f"line {position} of '{path}' is not an event: {line[:60]!r}; only the last line of a run that was "
+                "killed may be torn. Restore the file, or delete that line to go on without it"
+            )
+    return events
+
+
+def latest(events: Iterable[Mapping[str, Any]], kind: str, *keys: str) -> list[Mapping[str, Any]]:
+    """The events of one kind, sorted by key, only the last one of each: a resumed run repeats lines."""
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for event in events:
+        if event["event"] == kind:
+            found[tuple(event.get(key) or 0 for key in keys)] = event
+    return [found[key] for key in sorted(found, key=lambda values: tuple((str(type(v)), v) for v in values))]

@@ -1,0 +1,211 @@
+"""Plots of a report as SVG text that takes its ink from the page, so that it fits light and dark mode."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hpccl.report.events import latest, number
+
+__all__ = ["accuracy_over_tasks", "bars", "loss_curves", "reconstruction", "svg"]
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+# Wong 2011, "Points of view: color blindness", without black and yellow; legible on white and on near-black.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_INK = "#010203"  # stands for the page's text colour until the SVG is written
+_STYLE: dict[Any, Any] = {
+    "axes.edgecolor": _INK,
+    "axes.facecolor": "none",
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "font.size": 9,
+    "grid.alpha": 0.15,
+    "grid.color": _INK,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hpccl",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+_MAX_POINTS = 600
+_MAX_LEGEND = 12
+
+
+def svg(figure: Figure, label: str) -> str:
+    """The figure as an <svg> element with the page's ink and font, scaled to its container.
+
+    Args:
+        figure: drawn with `_STYLE`.
+        label: what it shows, for those who do not see it.
+    """
+    buffer = io.StringIO()
+    with rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Groups are numbered from 1 in every figure, but an id may occur once in a page.
+    text = re.sub(r'<g id="[A-Za-z]\w*_\d+">', "<g>", text)
+    text = re.sub(r'font: (?:[^"]*? )?([\d.]+px) [^;"]*', r"font-size: \1", text)
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', text, count=1)
+
+
+def _axes(width: float = 6.4, height: float = 2.9, *, x: str, y: str) -> tuple[Figure, Axes]:
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height))
+        axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(visible=True, axis="y")
+    return figure, axes
+
+
+def _legend(axes: Axes) -> None:
+    with rc_context(_STYLE):
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+
+
+def _task_ticks(axes: Axes, num_tasks: int) -> None:
+    every = max(1, num_tasks // 12)
+    axes.set_xticks(range(1, num_tasks + 1, every))
+
+
+def _array(rows: Sequence[Sequence[float | None]]) -> Floats:
+    return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
+
+
+def accuracy_over_tasks(rows: Sequence[Sequence[float | None]], label: str) -> str | None:
+    """Accuracy on each task learned, and their mean, after each task; None before the first evaluation."""
+    a = 100 * _array(rows)
+    if not a.size or np.isnan(a).all():
+        return None
+    num_tasks = len(a)
+    figure, axes = _axes(x="tasks learned", y="test accuracy / %")
+    steps = np.arange(1, num_tasks + 1)
+    for task in range(num_tasks):
+        axes.plot(steps[task:], a[task:, task], color=_COLOURS[task % len(_COLOURS)], lw=1, alpha=0.6, marker=".")
+    measured = [t for t in range(num_tasks) if not np.isnan(a[t, : t + 1]).any()]
+    means = [a[t, : t + 1].mean() for t in measured]
+    axes.plot([t + 1 for t in measured], means, color=_INK, lw=2.2, marker="o", ms=4, label="mean")
+    for task in range(num_tasks) if num_tasks <= _MAX_LEGEND else ():
+        axes.lines[task].set_label(f"task {task + 1}")
+    _legend(axes)
+    _task_ticks(axes, num_tasks)
+    return svg(figure, label)
+
+
+def loss_curves(events: Sequence[Mapping[str, Any]], label: str) -> str | None:
+    """The loss and its terms over all steps; vertical lines part the tasks. None without steps."""
+    steps = latest(events, "step", "task", "step")
+    if not steps:
+        return None
+    lengths = {int(event["task"]): int(event["num_steps"]) for event in steps}
+    starts = {task: sum(n for other, n in lengths.items() if other < task) for task in lengths}
+    x = np.array([starts[event["task"]] + event["step"] for event in steps], dtype=np.float64)
+    figure, axes = _axes(width=8.2, x="step", y="nats per training example")
+    curves = _curves(steps)
+    for position, (name, y) in enumerate(curves.items()):
+        bold: dict[str, Any] = (
+            {"color": _INK, "lw": 1.6} if name == "loss" else {"color": _COLOURS[position % len(_COLOURS)], "lw": 1}
+        )
+        axes.plot(*_thinned(x, y), label=name, **bold)
+    for start in sorted(starts.values())[1:]:
+        axes.axvline(start, color=_INK, lw=0.6, alpha=0.35, ls=":")
+    positive = np.concatenate([y[np.isfinite(y) & (y > 0)] for y in curves.values()])
+    if positive.size and positive.max() > 100 * np.median(positive):
+        axes.set_yscale("log")
+    _legend(axes)
+    return svg(figure, label)
+
+
+def _curves(steps: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
+    """Terms that are zero throughout are left out."""
+    names = list(dict.fromkeys(name for event in steps for name in event.get("terms") or {}))
+    curves = {name: _series([(event.get("terms") or {}).get(name) for event in steps]) for name in names}
+    shown = {name: y for name, y in curves.items() if np.any(np.nan_to_num(y) != 0)}
+    return {**shown, "loss": _series([event.get("loss") for event in steps])}
+
+
+def _series(values: Sequence[Any]) -> Floats:
+    numbers = (number(value) for value in values)
+    return np.array([np.nan if value is None or not np.isfinite(value) else value for value in numbers])
+
+
+def _thinned(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """At most _MAX_POINTS points: the means of equally long stretches."""
+    stretch = -(-len(x) // _MAX_POINTS)
+    if stretch == 1:
+        return x, y
+    whole = len(x) // stretch * stretch
+    return x[:whole].reshape(-1, stretch).mean(axis=1), y[:whole].reshape(-1, stretch).mean(axis=1)
+
+
+def reconstruction(measured: Sequence[Mapping[str, Any]], label: str) -> str | None:
+    """Cosine and relative error of each term of the prior's gradient, by task. None if never measured."""
+    if not measured:
+        return None
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.2, 2.7))
+        panels = figure.subplots(1, 2)
+    names = list(dict.fromkeys(name for event in measured for name in event["terms"]))
+    tasks = [event["task"] + 1 for event in measured]
+    for axes, figure_name, title in zip(
+        panels, ("cosine", "relative_error"), ("cosine", "relative error"), strict=True
+    ):
+        for position, name in enumerate(names):
+            y = _series([(event["terms"].get(name) or {}).get(figure_name) for event in measured])
+            bold: dict[str, Any] = (
+                {"color": _INK, "lw": 2}
+                if name == "total"
+                else {"color": _COLOURS[position % len(_COLOURS)], "lw": 1.2}
+            )
+            axes.plot(tasks, y, marker=".", label=name, **bold)
+        axes.set_xlabel("after learning task")
+        axes.set_ylabel(title)
+        axes.set_xticks(tasks[:: max(1, len(tasks) // 8)])
+        axes.grid(visible=True, axis="y")
+    _legend(panels[-1])
+    figure.subplots_adjust(wspace=0.28)
+    return svg(figure, label)
+
+
+def bars(
+    names: Sequence[str], series: Mapping[str, Sequence[tuple[float | None, float | None]]], label: str
+) -> str | None:
+    """Horizontal bars in percent with error bars, one group a name and one bar a series.
+
+    Args:
+        names: of the groups, from top to bottom.
+        series: by legend entry, (share in [0, 1], its standard deviation or None) of every group; None is left out.
+        label: for those who do not see it.
+    """
+    shown = {key: values for key, values in series.items() if any(mean is not None for mean, _ in values)}
+    if not shown:
+        return None
+    figure, axes = _axes(width=7.0, height=0.7 + len(names) * (0.16 + 0.17 * len(shown)), x="accuracy / %", y="")
+    thickness = 0.8 / len(shown)
+    for position, (key, values) in enumerate(shown.items()):
+        y = np.arange(len(names)) - 0.4 + (position + 0.5) * thickness
+        means = _series([None if mean is None else 100 * mean for mean, _ in values])
+        spread = np.nan_to_num(_series([None if std is None else 100 * std for _, std in values]))
+        colour = _COLOURS[position % len(_COLOURS)]
+        axes.barh(y, means, thickness * 0.92, xerr=spread, color=colour, ecolor=_INK, capsize=2, label=key)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.set_xlim(0, 100)
+    _legend(axes)
+    return svg(figure, label)

@@ -1,0 +1,220 @@
+"""What a person sees while a run trains: a live line on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Protocol, Self, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+
+__all__ = ["Display", "LiveDisplay", "PlainDisplay", "QuietDisplay", "duration", "make_progress"]
+
+
+def duration(seconds: float | None) -> str:
+    """`1:02:03` or `2:03`; `-` if not known.
+
+    >>> duration(3723), duration(123.4), duration(None)
+    ('1:02:03', '2:03', '-')
+    """
+    if seconds is None or not 0 <= seconds < 1e9:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Display(Protocol):
+    """Where a run stands. A context manager; every method is cheap enough to be called at every step."""
+
+    def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
+        """A phase of a task begins, or goes on at step `start` after a resume."""
+
+    def update(
+        self,
+        step: int,
+        epoch: float | None = None,
+        terms: Mapping[str, float] | None = None,
+        images_per_second: float | None = None,
+        eta_seconds: float | None = None,
+    ) -> None:
+        """`step` steps of the phase are done. Terms are nats per training example; `loss` may be one of them."""
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+
+    def __enter__(self) -> Self:
+        """Start."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave the terminal as it was."""
+
+
+def make_progress(enabled: bool = True, stream: TextIO | None = None, *, interval: float = 10.0) -> Display:
+    """The display that fits the stream: nothing if not enabled, live on a terminal, else a line every so often.
+
+    Args:
+        enabled: False on ranks other than 0, or where nothing shall be shown.
+        stream: None is standard error, so that standard output stays for results.
+        interval: seconds between two plain lines.
+    """
+    target = sys.stderr if stream is None else stream
+    if not enabled:
+        return QuietDisplay()
+    if target.isatty():
+        return LiveDisplay(Console(file=target))
+    return PlainDisplay(target, interval=interval)
+
+
+class QuietDisplay:
+    """Shows nothing."""
+
+    def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
+        """See Display."""
+
+    def update(
+        self,
+        step: int,
+        epoch: float | None = None,
+        terms: Mapping[str, float] | None = None,
+        images_per_second: float | None = None,
+        eta_seconds: float | None = None,
+    ) -> None:
+        """See Display."""
+
+    def message(self, text: str) -> None:
+        """See Display."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+
+class PlainDisplay:
+    """A line of `key=value` pairs every `interval` seconds and at both ends of a phase, for log files and programs."""
+
+    def __init__(self, stream: TextIO, *, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._interval = interval
+        self._clock = clock
+        self._place = ""
+        self._total = 0
+        self._last = -float("inf")
+
+    def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
+        """See Display."""
+        self._place, self._total = f"task={_word(task_name)} phase={_word(phase)}", total_steps
+        self._last = self._clock()
+        self._print(f"{self._place} step={start}/{total_steps}")
+
+    def update(
+        self,
+        step: int,
+        epoch: float | None = None,
+        terms: Mapping[str, float] | None = None,
+        images_per_second: float | None = None,
+        eta_seconds: float | None = None,
+    ) -> None:
+        """See Display."""
+        now = self._clock()
+        if now - self._last < self._interval and step < self._total:
+            return
+        self._last = now
+        parts = [f"{self._place} step={step}/{self._total}"]
+        parts += [] if epoch is None else [f"epoch={epoch:.2f}"]
+        parts += [f"{name}={value:.4g}" for name, value in (terms or {}).items()]
+        parts += [] if images_per_second is None else [f"images_per_second={images_per_second:.0f}"]
+        parts += [] if eta_seconds is None else [f"eta={duration(eta_seconds)}"]
+        self._print(" ".join(parts))
+
+    def message(self, text: str) -> None:
+        """See Display."""
+        self._print(text)
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stream.flush()
+
+
+def _word(text: str) -> str:
+    return text.replace(" ", "_")
+
+
+class LiveDisplay:
+    """A bar with task, phase, epoch, loss terms, images/s and time left; redrawn at most ten times a second."""
+
+    _REDRAW = 0.1
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = -float("inf")
+        self._total = 0
+        self._bar: TaskID | None = None
+        self._progress = RichProgress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=console,
+            refresh_per_second=1 / self._REDRAW,
+            transient=True,
+        )
+
+    def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
+        """See Display."""
+        if self._bar is not None:
+            self._progress.remove_task(self._bar)
+        name = f"{escape(task_name)} · {escape(phase)}"
+        self._total, self._last = total_steps, -float("inf")
+        self._bar = self._progress.add_task(name, total=total_steps or None, completed=start, detail="")
+
+    def update(
+        self,
+        step: int,
+        epoch: float | None = None,
+        terms: Mapping[str, float] | None = None,
+        images_per_second: float | None = None,
+        eta_seconds: float | None = None,
+    ) -> None:
+        """See Display."""
+        now = self._clock()
+        if self._bar is None or (now - self._last < self._REDRAW and step < self._total):
+            return
+        self._last = now
+        parts = [] if epoch is None else [f"epoch {epoch:.2f}"]
+        parts += [f"{escape(name)} {value:.3f}" for name, value in (terms or {}).items()]
+        parts += [] if images_per_second is None else [f"{images_per_second:,.0f} images/s"]
+        parts += [] if eta_seconds is None else [f"{duration(eta_seconds)} left"]
+        self._progress.update(self._bar, completed=step, detail="  ".join(parts))
+
+    def message(self, text: str) -> None:
+        """See Display."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()

@@ -1,0 +1,110 @@
+"""Published values from a CSV file, by method and memory size."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from hpccl.errors import ConfigError, FolderError
+from hpccl.folder import explain_os_error
+
+__all__ = ["FIGURES", "Published", "PublishedTable", "read_published"]
+
+# Attribute of RunReport -> column, in percent.
+FIGURES = {"average_accuracy": "final_avg_acc_pct", "forgetting": "forgetting_max_pct", "bwt": "bwt_pct"}
+_REQUIRED = ("dataset", "method", "memory_per_task", "row", "last_task_trained", *FIGURES.values())
+_METHODS = {"batch-joint": "joint", "batch-separate": "separate"}
+
+Row: TypeAlias = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published mean and standard deviation of each figure, as shares."""
+
+    seeds: int
+    figures: dict[str, tuple[float | None, float | None]]
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """One data set of a file, by (method, examples in memory a task)."""
+
+    dataset: str
+    values: dict[tuple[str, int], Published]
+
+
+def read_published(path: Path, *, dataset: str | None, num_tasks: int) -> PublishedTable:
+    """Read the rows `mean(n=..)` and `std(n=..)` of one data set.
+
+    Args:
+        path: the CSV file.
+        dataset: its name in the file; None: the only one with `num_tasks` tasks.
+        num_tasks: of the runs.
+
+    Raises:
+        FolderError: the file cannot be read.
+        ConfigError: it has other columns, or it is not clear which data set is meant.
+    """
+    rows = _read(path)
+    tasks: dict[str, int] = {}
+    for row in rows:
+        tasks[row["dataset"]] = max(tasks.get(row["dataset"], 0), int(row["last_task_trained"]))
+    chosen = _choose(tasks, dataset, num_tasks, path)
+    return PublishedTable(chosen, _values([row for row in rows if row["dataset"] == chosen]))
+
+
+def _read(path: Path) -> list[Row]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows: list[Row] = list(reader)
+            columns = reader.fieldnames or ()
+    except OSError as error:
+        raise FolderError(f"published values '{path}' cannot be read: {explain_os_error(error)}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"published values '{path}' are not a CSV file: {error}") from error
+    if missing := [column for column in _REQUIRED if column not in columns]:
+        raise ConfigError(
+            f"published values '{path}' lack the columns {', '.join(missing)}; found: {', '.join(columns)}"
+        )
+    return rows
+
+
+def _choose(tasks: Mapping[str, int], dataset: str | None, num_tasks: int, path: Path) -> str:
+    known = ", ".join(f"{name} ({count} tasks)" for name, count in tasks.items())
+    if dataset is not None:
+        if dataset not in tasks:
+            raise ConfigError(f"published values '{path}' have no data set '{dataset}'; there are: {known}")
+        return dataset
+    fitting = [name for name, count in tasks.items() if count == num_tasks]
+    if len(fitting) != 1:
+        found = "several data sets" if fitting else "no data set"
+        raise ConfigError(
+            f"published values '{path}' have {found} with {num_tasks} tasks, as the runs have; there are: {known}. "
+            "Say which one is meant, or leave the published values out"
+        )
+    return fitting[0]
+
+
+def _values(rows: Sequence[Row]) -> dict[tuple[str, int], Published]:
+    stds = {_key(row): row for row in rows if row["row"].startswith("std(")}
+    found = {}
+    for row in rows:
+        if match := re.fullmatch(r"mean\(n=(\d+)\)", row["row"]):
+            std = stds.get(_key(row), {})
+            figures = {name: (_share(row[column]), _share(std.get(column, ""))) for name, column in FIGURES.items()}
+            found[_key(row)] = Published(int(match[1]), figures)
+    return found
+
+
+def _key(row: Row) -> tuple[str, int]:
+    return _METHODS.get(row["method"], row["method"]), int(float(row["memory_per_task"] or 0))
+
+
+def _share(percent: str) -> float | None:
+    return float(percent) / 100 if percent else None

@@ -1,0 +1,292 @@
+"""From the folder of a run to its figures; a run that is not finished reports what is there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from hpccl.config.run import RunConfig
+from hpccl.errors import FolderError
+from hpccl.folder import RunFolder, explain_os_error
+from hpccl.report import metrics
+from hpccl.report.events import Event, latest, number, read_events, valid_json
+
+__all__ = ["PhaseCost", "RunReport", "Status", "phase_totals", "read_config", "summarise", "summarise_events"]
+
+Status: TypeAlias = Literal["running", "done", "stopped", "failed"]
+Matrix: TypeAlias = list[list[float | None]]
+_STATUS: dict[str, Status] = {"run": "running", "stop": "stopped", "done": "done", "error": "failed"}
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """What one phase of one task cost; the parts of a phase that a kill cut in two are added."""
+
+    task: int
+    phase: str
+    seconds: float
+    images: int
+    images_per_second: float | None
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """Everything that a run says. None stands for what was not measured (yet).
+
+    Accuracies and transfers are shares in [0, 1], NLL is nats per example. Figures without a suffix are
+    task-incremental (only a task's own classes compete), `_class_incremental` lets all seen classes compete.
+    `average_accuracy`, `nll` and `ece` are means over the tasks learned so far, by the network after the last of them.
+    """
+
+    format: int = 1
+    name: str
+    method: str
+    seed: int
+    status: Status
+    message: str | None
+    num_tasks: int
+    tasks_learned: int
+    average_accuracy: float | None
+    average_accuracy_class_incremental: float | None
+    average_incremental_accuracy: float | None
+    average_incremental_accuracy_class_incremental: float | None
+    forgetting: float | None
+    forgetting_class_incremental: float | None
+    bwt: float | None
+    bwt_class_incremental: float | None
+    fwt: float | None
+    learning_accuracy: float | None
+    learning_accuracy_class_incremental: float | None
+    nll: float | None
+    nll_class_incremental: float | None
+    ece: float | None
+    ece_class_incremental: float | None
+    accuracy_matrix: Matrix
+    accuracy_matrix_class_incremental: Matrix
+    accuracy_untrained: list[float | None]
+    weights_sha256: str | None
+    images_per_second: float | None
+    wall_seconds: float
+    segments: int
+    tasks: list[dict[str, Any]]
+    phases: list[PhaseCost]
+    memory: list[dict[str, Any]]
+    memory_bytes: int | None
+    checkpoints: list[dict[str, Any]]
+    checkpoint_bytes: int | None
+    curvature: list[dict[str, Any]]
+    reconstruction: list[dict[str, Any]]
+    skipped: int
+    skipped_examples: list[dict[str, Any]]
+    commit: str | None
+    command: list[str]
+    world_size: int | None
+    machine: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as strict JSON types."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        found["phases"] = [vars(phase) for phase in self.phases]
+        return dict(valid_json(found))
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The resolved configuration of a run.
+
+    Raises:
+        FolderError: there is none, or this version cannot read it.
+    """
+    path = RunFolder(folder).config
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return RunConfig.model_validate(content)
+    except FileNotFoundError as error:
+        raise FolderError(f"'{folder}' is not the folder of a run: it has no config.yaml. Give runs/<name>") from error
+    except OSError as error:
+        raise FolderError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise FolderError(f"'{path}' is not YAML: {error}. Restore it or run again in another folder") from error
+    except ValidationError as error:
+        mistakes = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        raise FolderError(
+            f"'{path}' does not fit this version of hpccl: {mistakes}. Use the version of code.txt"
+        ) from error
+
+
+def summarise(folder: Path) -> RunReport:
+    """The report of a run folder, from config.yaml and events.jsonl alone.
+
+    Raises:
+        FolderError: it is not a run folder, or one of the two files is damaged.
+    """
+    return summarise_events(read_config(folder), read_events(RunFolder(folder).events))
+
+
+def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
+    """The report of a configuration and what happened."""
+    tasks = [_plain(event) for event in latest(events, "task", "task")]
+    memory = [_plain(event) for event in latest(events, "memory", "task")]
+    checkpoints = [_plain(event) for event in latest(events, "checkpoint", "task", "step", "phase")]
+    run = next((event for event in reversed(events) if event["event"] == "run"), {})
+    done = next((event for event in reversed(events) if event["event"] == "done"), {})
+    skipped = [_plain(event) for event in latest(events, "skipped", "split", "sample")]
+    phases = _phases(events)
+    status, message = _status(events)
+    return RunReport(
+        name=config.name,
+        method=config.method,
+        seed=config.seed,
+        status=status,
+        message=message,
+        **_accuracies(events, len(tasks)),
+        # An earlier `done` says nothing about a run that was started again since.
+        weights_sha256=done.get("weights_sha256") if status == "done" else None,
+        images_per_second=_training_rate(events, phases, done),
+        **_segments(events),
+        tasks=tasks,
+        phases=phases,
+        memory=memory,
+        memory_bytes=_memory_bytes(memory[-1]) if memory else None,
+        checkpoints=checkpoints,
+        checkpoint_bytes=checkpoints[-1].get("bytes") if checkpoints else None,
+        curvature=[_plain(event) for event in latest(events, "curvature", "task")],
+        reconstruction=[_plain(event) for event in latest(events, "reconstruction", "task")],
+        skipped=len(skipped),
+        skipped_examples=skipped[:20],
+        commit=run.get("commit"),
+        command=list(run.get("command") or []),
+        world_size=run.get("world_size"),
+        machine=dict(run.get("machine") or {}),
+        versions=dict(run.get("versions") or {}),
+    )
+
+
+def _plain(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key not in ("event", "time")}
+
+
+# ---------------------------------------------------------------- accuracy
+
+
+def _accuracies(events: Sequence[Event], num_announced: int) -> dict[str, Any]:
+    """Every field of RunReport that comes from `evaluate` events."""
+    evaluations = latest(events, "evaluate", "task")
+    mentioned = [result["task"] + 1 for event in evaluations for result in event["results"]]
+    num_tasks = max([num_announced, *mentioned])
+    own = metrics.accuracy_matrix(evaluations, num_tasks, "task_incremental")
+    seen = metrics.accuracy_matrix(evaluations, num_tasks, "class_incremental")
+    before = metrics.untrained(evaluations, num_tasks)
+    found: dict[str, Any] = {
+        "num_tasks": num_tasks,
+        "tasks_learned": metrics.last_task(own) + 1,
+        "fwt": _known(metrics.forward_transfer(own, before)),
+        "accuracy_matrix": _rows(own),
+        "accuracy_matrix_class_incremental": _rows(seen),
+        "accuracy_untrained": [_known(value) for value in before],
+    }
+    for suffix, a in (("", own), ("_class_incremental", seen)):
+        found[f"average_accuracy{suffix}"] = _known(metrics.average_accuracy(a))
+        found[f"average_incremental_accuracy{suffix}"] = _known(metrics.average_incremental_accuracy(a))
+        found[f"forgetting{suffix}"] = _known(metrics.forgetting(a))
+        found[f"bwt{suffix}"] = _known(metrics.backward_transfer(a))
+        found[f"learning_accuracy{suffix}"] = _known(metrics.learning_accuracy(a))
+    settings: tuple[tuple[str, metrics.Setting], ...] = (
+        ("", "task_incremental"),
+        ("_class_incremental", "class_incremental"),
+    )
+    for (suffix, setting), figure in itertools.product(settings, ("nll", "ece")):
+        values = metrics.matrix(evaluations, num_tasks, setting=setting, figure=figure)
+        found[f"{figure}{suffix}"] = _known(metrics.average_accuracy(values))
+    return found
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _rows(values: metrics.Floats) -> Matrix:
+    return [[_known(value) for value in row] for row in values]
+
+
+# ---------------------------------------------------------------- cost
+
+
+def _phases(events: Sequence[Event]) -> list[PhaseCost]:
+    """One entry a task and phase; the last line of each part counts, parts add up."""
+    parts: dict[tuple[int, str], dict[int, Mapping[str, Any]]] = {}
+    for event in events:
+        if event["event"] == "phase":
+            parts.setdefault((event["task"], event["phase"]), {})[event.get("part") or 0] = event
+    return [_phase(task, phase, list(found.values())) for (task, phase), found in parts.items()]
+
+
+def _phase(task: int, phase: str, parts: Sequence[Mapping[str, Any]]) -> PhaseCost:
+    seconds = sum(number(part.get("seconds")) or 0.0 for part in parts)
+    images = sum(int(part.get("images") or 0) for part in parts)
+    rate = images / seconds if images and seconds > 0 else None
+    peak = max((int(part.get("peak_memory_bytes") or 0) for part in parts), default=0)
+    return PhaseCost(task, phase, seconds, images, rate, peak or None)
+
+
+def _training_rate(events: Sequence[Event], phases: Sequence[PhaseCost], done: Mapping[str, Any]) -> float | None:
+    """Images per second while fitting; of an unfinished first task, what its last step said."""
+    fits = [phase for phase in phases if phase.phase == "fit"]
+    seconds = sum(phase.seconds for phase in fits)
+    if seconds > 0:
+        return sum(phase.images for phase in fits) / seconds
+    step = next((event for event in reversed(events) if event["event"] == "step"), {})
+    return number(done.get("images_per_second", step.get("images_per_second")))
+
+
+def _segments(events: Sequence[Event]) -> dict[str, Any]:
+    """Wall time: from each start of a process to its last word, added over resumes; pauses between do not count."""
+    segments: list[list[float]] = []
+    for event in events:
+        if event["event"] == "run" or not segments:
+            segments.append([])
+        segments[-1].append(event["time"])
+    return {"wall_seconds": sum(max(times) - times[0] for times in segments), "segments": len(segments)}
+
+
+def _memory_bytes(memory: Mapping[str, Any]) -> int:
+    return int(memory.get("bytes") or 0) + int(memory.get("soft_bytes") or 0)
+
+
+# ---------------------------------------------------------------- status
+
+
+def _status(events: Sequence[Event]) -> tuple[Status, str | None]:
+    """The last start or end decides; a run that was killed without a word still counts as running."""
+    last = next((event for event in reversed(events) if event["event"] in _STATUS), {"event": "run"})
+    match last["event"]:
+        case "error":
+            return "failed", f"{last.get('kind')}: {last.get('message')}"
+        case "stop":
+            place = f"task {last.get('task')}, {last.get('phase')}, step {last.get('step')}"
+            return "stopped", f"{last.get('reason')} at {place}"
+        case other:
+            return _STATUS[other], None
+
+
+def phase_totals(phases: Sequence[PhaseCost]) -> list[PhaseCost]:
+    """The same, added over tasks, in order of first appearance; `task` is -1."""
+    return [
+        _total(name, [phase for phase in phases if phase.phase == name])
+        for name in dict.fromkeys(p.phase for p in phases)
+    ]
+
+
+def _total(name: str, phases: Sequence[PhaseCost]) -> PhaseCost:
+    seconds, images = sum(phase.seconds for phase in phases), sum(phase.images for phase in phases)
+    peak = max(phase.peak_memory_bytes or 0 for phase in phases)
+    return PhaseCost(-1, name, seconds, images, images / seconds if images and seconds > 0 else None, peak or None)

@@ -1,0 +1,310 @@
+"""report.json, report.md and report.html of one run, made from its folder alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from hpccl.errors import FolderError
+from hpccl.folder import RunFolder, explain_os_error, replacing
+from hpccl.report import plots
+from hpccl.report.events import Event, number, read_events
+from hpccl.report.pictures import memory_grids
+from hpccl.report.summary import PhaseCost, RunReport, phase_totals, read_config, summarise_events
+from hpccl.report.text import fixed, markdown_table, percent, signed, size, time_span, whole
+
+__all__ = ["page", "render_html", "render_markdown", "report_run", "write_json", "write_text"]
+
+Rows: TypeAlias = list[list[str]]
+
+_PHASES = ["task", "phase", "time", "images", "images/s", "peak memory"]
+_TASKS = ["task", "name", "classes", "training images", "test images"]
+_MEMORY = ["after task", "examples", "pictures", "soft labels", "soft label agrees with the true one"]
+_CURVATURE = ["task", "kind", "trace", "examples", "parameters", "size"]
+_RECONSTRUCTION = ["after task", "term", "cosine", "relative error", "norm", "true norm"]
+_CHECKPOINTS = ["task", "saved", "last size", "time"]
+_SKIPPED = ["split", "sample", "name", "reason"]
+
+
+def report_run(folder: Path) -> dict[str, Any]:
+    """Write report.json, report.md and report.html into a run folder.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        FolderError: it is not a run folder, a file in it is damaged, or a report cannot be written.
+    """
+    run = RunFolder(folder)
+    events = read_events(run.events) if run.events.exists() else _nothing_yet(folder)
+    report = summarise_events(read_config(folder), events)
+    content = report.to_dict()
+    write_json(run.report("json"), content)
+    write_text(run.report("md"), render_markdown(report))
+    write_text(run.report("html"), render_html(report, events, folder))
+    return content
+
+
+def _nothing_yet(folder: Path) -> list[Event]:
+    """No events: an error if this is no run at all."""
+    read_config(folder)
+    raise FolderError(f"run '{folder}' has not started: it has no events.jsonl. Run `hpccl train {folder}/config.yaml`")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Strict JSON, two spaces deep.
+
+    Raises:
+        FolderError: it cannot be written.
+    """
+    write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, beside and renamed.
+
+    Raises:
+        FolderError: it cannot be written.
+    """
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def page(template: str, **content: Any) -> str:
+    """A page from a packaged template; an unknown name in it is an error."""
+    environment = Environment(
+        loader=PackageLoader("hpccl.report"),
+        autoescape=select_autoescape(("html.j2",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**content)
+
+
+# ---------------------------------------------------------------- tables, the same in both formats
+
+
+def _figures(report: RunReport) -> list[tuple[str, str]]:
+    """(value, what it is), the headline first."""
+    return [
+        (f"{percent(report.average_accuracy)} %", "average accuracy"),
+        (f"{percent(report.average_accuracy_class_incremental)} %", "average accuracy, class-incremental"),
+        (percent(report.forgetting), "forgetting, points"),
+        (signed(report.bwt), "backward transfer, points"),
+        (signed(report.fwt), "forward transfer, points"),
+        (f"{percent(report.learning_accuracy)} %", "learning accuracy"),
+        (f"{percent(report.average_incremental_accuracy)} %", "average incremental accuracy"),
+        (fixed(report.nll), "NLL, nats"),
+        (fixed(report.ece), "ECE, 15 bins"),
+        (whole(report.images_per_second), "images/s while training"),
+        (time_span(report.wall_seconds), f"wall time, {report.segments} start{'s' * (report.segments != 1)}"),
+        (size(report.memory_bytes), "memory"),
+    ]
+
+
+def _task_rows(report: RunReport) -> Rows:
+    return [
+        [
+            str(task["task"] + 1),
+            str(task.get("name", "")),
+            str(len(task.get("classes", []))),
+            whole(task.get("num_train")),
+            whole(task.get("num_test")),
+        ]
+        for task in report.tasks
+    ]
+
+
+def _phase_rows(phases: Sequence[PhaseCost]) -> Rows:
+    return [
+        [
+            str(phase.task + 1),
+            phase.phase,
+            time_span(phase.seconds),
+            whole(phase.images or None),
+            whole(phase.images_per_second),
+            size(phase.peak_memory_bytes),
+        ]
+        for phase in phases
+    ]
+
+
+def _memory_rows(report: RunReport) -> Rows:
+    return [
+        [
+            str(memory["task"] + 1),
+            whole(sum(memory.get("per_task") or [])),
+            size(memory.get("bytes")),
+            size(memory.get("soft_bytes")),
+            "  ".join(percent(number(share)) for share in memory.get("agreement") or []) or "–",
+        ]
+        for memory in report.memory
+    ]
+
+
+def _curvature_rows(report: RunReport) -> Rows:
+    return [
+        [
+            str(found["task"] + 1),
+            str(found.get("kind", "")),
+            fixed(number(found.get("trace"))),
+            whole(found.get("num_examples")),
+            whole(found.get("parameters")),
+            size(found.get("bytes")),
+        ]
+        for found in report.curvature
+    ]
+
+
+def _reconstruction_rows(report: RunReport) -> Rows:
+    return [
+        [
+            str(measured["task"] + 1),
+            term,
+            fixed(number(errors.get("cosine"))),
+            fixed(number(errors.get("relative_error"))),
+            fixed(number(errors.get("norm"))),
+            fixed(number(measured.get("true_norm"))),
+        ]
+        for measured in report.reconstruction
+        for term, errors in measured["terms"].items()
+        if errors is not None
+    ]
+
+
+def _checkpoint_rows(report: RunReport) -> Rows:
+    by_task: dict[int, list[Mapping[str, Any]]] = {}
+    for checkpoint in report.checkpoints:
+        by_task.setdefault(checkpoint["task"], []).append(checkpoint)
+    return [
+        [
+            str(task + 1),
+            str(len(saved)),
+            size(saved[-1].get("bytes")),
+            time_span(sum(number(checkpoint.get("seconds")) or 0.0 for checkpoint in saved)),
+        ]
+        for task, saved in by_task.items()
+    ]
+
+
+def _skipped_rows(report: RunReport) -> Rows:
+    return [[str(skipped.get(key, "")) for key in _SKIPPED] for skipped in report.skipped_examples]
+
+
+def _origin(report: RunReport) -> list[tuple[str, str]]:
+    machine = report.machine
+    parts = [machine.get("hostname"), machine.get("cpu"), machine.get("gpu")]
+    cores = machine.get("cores")
+    memory = machine.get("memory_bytes")
+    parts += [f"{cores} cores" if cores else None, size(memory) if memory else None]
+    found = {
+        "command": " ".join(report.command),
+        "commit": report.commit,
+        "weights sha256": report.weights_sha256,
+        "processes": report.world_size,
+        "machine": ", ".join(str(part) for part in parts if part),
+        "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    }
+    return [(name, str(value)) for name, value in found.items() if value]
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def render_markdown(report: RunReport) -> str:
+    """The report as a text that reads well with and without rendering."""
+    facts = f"{report.method}, seed {report.seed}, {report.tasks_learned} of {report.num_tasks} tasks, {report.status}"
+    sections = [f"# {report.name}\n\n{facts}\n"]
+    sections += [f"> {report.message}\n"] if report.message else []
+    sections += [markdown_table(["figure", "value"], [[label, value] for value, label in _figures(report)])]
+    tables = [
+        ("Accuracy, task-incremental", *_matrix_table(report.accuracy_matrix), 1),
+        ("Accuracy, class-incremental", *_matrix_table(report.accuracy_matrix_class_incremental), 1),
+        ("Tasks", _TASKS, _task_rows(report), 2),
+        ("Gradient-reconstruction error", _RECONSTRUCTION, _reconstruction_rows(report), 2),
+        ("Memory", _MEMORY, _memory_rows(report), 1),
+        ("Curvature", _CURVATURE, _curvature_rows(report), 2),
+        ("Cost", _PHASES[1:], [row[1:] for row in _phase_rows(phase_totals(report.phases))], 1),
+        ("Checkpoints", _CHECKPOINTS, _checkpoint_rows(report), 1),
+        (f"Skipped images: {report.skipped}", _SKIPPED, _skipped_rows(report), 4),
+    ]
+    sections += [
+        f"## {title}\n\n{markdown_table(header, rows, left=left)}" for title, header, rows, left in tables if rows
+    ]
+    sections += ["## Where this comes from\n\n" + "".join(f"- {name}: {value}\n" for name, value in _origin(report))]
+    return "\n".join(sections)
+
+
+def _matrix_table(rows: Sequence[Sequence[float | None]]) -> tuple[list[str], Rows]:
+    """Percent; rows that were not measured are left out."""
+    header = ["after task", *(str(task + 1) for task in range(len(rows)))]
+    measured = [(task, row) for task, row in enumerate(rows) if any(value is not None for value in row)]
+    return header, [[str(task + 1), *(percent(value) for value in row)] for task, row in measured]
+
+
+# ---------------------------------------------------------------- HTML
+
+
+def render_html(report: RunReport, events: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    """One page without outside parts.
+
+    Args:
+        report: what `events` say.
+        events: for the loss curves.
+        folder: of the run, for the configuration and the pictures of the memory.
+    """
+    phases = _phase_rows(report.phases)
+    return page(
+        "run.html.j2",
+        report=report,
+        tiles=[tile for tile in _figures(report) if not tile[0].startswith("–")],
+        accuracy_plot=plots.accuracy_over_tasks(report.accuracy_matrix, "task-incremental accuracy over tasks"),
+        class_accuracy_plot=plots.accuracy_over_tasks(
+            report.accuracy_matrix_class_incremental, "class-incremental accuracy over tasks"
+        ),
+        loss_plot=plots.loss_curves(events, "loss and its terms over steps"),
+        reconstruction_plot=plots.reconstruction(report.reconstruction, "gradient-reconstruction error over tasks"),
+        task_header=_TASKS,
+        task_rows=_task_rows(report),
+        reconstruction_header=_RECONSTRUCTION,
+        reconstruction_rows=_reconstruction_rows(report),
+        memory_header=_MEMORY,
+        memory_rows=_memory_rows(report),
+        grids=_grids(report, folder),
+        curvature_header=_CURVATURE,
+        curvature_rows=_curvature_rows(report),
+        phase_header=_PHASES,
+        phase_rows=phases,
+        total_rows=[row[1:] for row in _phase_rows(phase_totals(report.phases))],
+        checkpoint_header=_CHECKPOINTS,
+        checkpoint_rows=_checkpoint_rows(report),
+        skipped_header=_SKIPPED,
+        skipped_rows=_skipped_rows(report),
+        origin=_origin(report),
+        config_text=_config_text(folder),
+    )
+
+
+def _config_text(folder: Path) -> str:
+    try:
+        return RunFolder(folder).config.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FolderError(f"'{folder}/config.yaml' cannot be read: {explain_os_error(error)}") from error
+
+
+def _grids(report: RunReport, folder: Path) -> list[dict[str, Any]]:
+    """Grids with their classes; small pictures are shown at twice or three times their size."""
+    names = {task["task"]: ", ".join(task.get("class_names") or []) for task in report.tasks}
+    return [
+        {
+            **vars(grid),
+            "title": names.get(grid.task, "")[:200],
+            "page_width": grid.width * max(1, min(3, 960 // max(1, grid.width))),
+        }
+        for grid in memory_grids(folder)
+    ]

@@ -1,0 +1,190 @@
+"""From a step's batch to rows: what is said about each image, and with which weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import per_task
+from hpccl.data.order import Batch, BatchPlan
+from hpccl.data.protocols import Stream, Task
+from hpccl.data.rows import NEW, REPLAY, SOFT, Images, Request, Rows
+from hpccl.dist.comm import Comm
+from hpccl.memory.store import Memory, spread
+
+__all__ = ["Composer", "Part", "plan_task", "split"]
+
+
+def plan_task(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> BatchPlan:
+    """The steps of a task: its own examples (or all seen ones) and the memory."""
+    new = new_samples(config, task)
+    mix = config.memory.mix
+    return BatchPlan(
+        num_new=len(new),
+        num_memory=len(memory),
+        batch_size=config.train.batch_size,
+        epochs=per_task(config.train.epochs, task.index),
+        seed=config.seed,
+        task=task.index,
+        share=mix.share if mix.kind == "stratified" else None,
+        window=config.data.shuffle_window,
+        groups=stream.groups("train")[new.start : new.stop],
+    )
+
+
+def new_samples(config: RunConfig, task: Task) -> range:
+    """Sample positions of the data that a task trains on."""
+    own = task.samples("train")
+    return range(0, own.stop) if config.train.data == "seen" else own
+
+
+@dataclass(frozen=True)
+class Part:
+    """One micro-batch of one rank.
+
+    rows: [p] positions in the step's batch. absent: there were fewer rows than parts and this one only keeps the
+    collectives company; its row counts nothing.
+    """
+
+    batch: Batch
+    rows: npt.NDArray[np.int64]
+    absent: bool
+
+
+def split(batch: Batch, comm: Comm, *, accumulate: int) -> list[Part]:
+    """This rank's micro-batches: contiguous, differing by at most one row, no padding."""
+    whole = comm.share(len(batch))
+    bounds = [whole.start + len(whole) * number // accumulate for number in range(accumulate + 1)]
+    parts = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        rows = np.arange(start, stop)
+        parts.append(Part(batch, rows if len(rows) else np.zeros(1, dtype=np.int64), absent=len(rows) == 0))
+    return parts
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Turns parts and their images into rows during one task.
+
+    labels: [N] class number of every training example; task_of_class: [C]; heads: [T + 1, C] bool, row t is task t's
+    own head, the last row all classes seen so far; tau: [T] weight of a memory example by the task it comes from;
+    teacher: the frozen old model on pixels, where soft labels belong to the student's view.
+    """
+
+    config: RunConfig
+    first: int
+    labels: Tensor
+    task_of_class: Tensor
+    heads: Tensor
+    tau: Tensor
+    memory: Memory
+    teacher: Callable[[Tensor], Tensor] | None
+    device: torch.device
+
+    @classmethod
+    def build(
+        cls,
+        config: RunConfig,
+        stream: Stream,
+        task: Task,
+        memory: Memory,
+        *,
+        teacher: Callable[[Tensor], Tensor] | None,
+        device: torch.device,
+    ) -> Composer:
+        """For one task."""
+        num_classes = len(stream.class_names)
+        task_of_class = torch.zeros(num_classes, dtype=torch.int64)
+        heads = torch.zeros(len(stream.tasks) + 1, num_classes, dtype=torch.bool)
+        for other in stream.tasks:
+            task_of_class[list(other.classes)] = other.index
+            heads[other.index, list(other.classes)] = True
+            heads[-1, list(other.classes)] = other.index <= task.index
+        return cls(
+            config=config,
+            first=new_samples(config, task).start,
+            labels=torch.from_numpy(stream.labels("train")),
+            task_of_class=task_of_class,
+            heads=heads,
+            tau=_memory_weights(config, stream),
+            memory=memory,
+            teacher=teacher,
+            device=device,
+        )
+
+    def request(self, part: Part) -> Request:
+        """The images of a part: fresh views, but the stored one where a soft label belongs to it."""
+        new, slot = part.batch.new[part.rows], part.batch.slot[part.rows]
+        from_memory = slot >= 0
+        sample = self.first + new
+        sample[from_memory] = self.memory.sample.numpy()[slot[from_memory]]
+        key = part.batch.view[part.rows].copy()
+        if self.config.prior.view == "stored":
+            soft = from_memory.copy()
+            soft[from_memory] = ~self.memory.replay.numpy()[slot[from_memory]]
+            key[soft] = 0
+        return Request(sample, key)
+
+    def rows(self, part: Part, images: Images) -> Rows:
+        """Rows [p], one an image, on the device."""
+        slot = torch.from_numpy(part.batch.slot[part.rows])
+        sample = torch.from_numpy(self.request(part).sample)
+        from_memory = slot >= 0
+        target, head = self.hard_targets(self.labels[sample])
+        weight = torch.full((len(slot),), part.batch.weight_new)
+        term = torch.full((len(slot),), NEW)
+        temperature = torch.ones(len(slot))
+        if bool(from_memory.any()):
+            kept = slot[from_memory]
+            weight[from_memory] = part.batch.weight_memory * self.tau[self.memory.task[kept]]
+            term[from_memory] = torch.where(self.memory.replay[kept], REPLAY, SOFT)
+            soft = term == SOFT
+            if bool(soft.any()):
+                temperature[soft] = self.config.prior.temperature
+                target[soft], head[soft] = self._soft(slot[soft], images.pixels[soft])
+        weight = weight * images.valid
+        if part.absent:
+            weight = torch.zeros_like(weight)
+        return Rows(
+            pixels=images.pixels,
+            noise=torch.from_numpy(part.batch.noise[part.rows]),
+            image=torch.arange(len(slot)),
+            target=target,
+            weight=weight,
+            head=head,
+            temperature=temperature,
+            term=term,
+        ).to(self.device)
+
+    def hard_targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Smoothed one-hot targets and competing classes of true labels."""
+        own = self.config.train.head == "own"
+        head = self.heads[self.task_of_class[labels]] if own else self.heads[-1].expand(len(labels), -1)
+        smoothing = self.config.train.label_smoothing
+        target = head * (smoothing / head.sum(dim=1, keepdim=True))
+        target[torch.arange(len(labels)), labels] += 1 - smoothing
+        return target, head.clone()
+
+    def _soft(self, slots: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets and competing classes that the old model gives."""
+        num_classes, temperature = self.heads.shape[1], self.config.prior.temperature
+        if self.teacher is None:
+            return self.memory.soft_targets(slots, temperature=temperature, num_classes=num_classes)
+        columns = self.memory.columns[slots]
+        logits = self.teacher(pixels.to(self.device)).cpu().gather(1, columns.clamp(min=0))
+        return spread(logits, columns, temperature=temperature, num_classes=num_classes)
+
+
+def _memory_weights(config: RunConfig, stream: Stream) -> Tensor:
+    """[T] tau, times N_s / m where memory stands for its whole task."""
+    weights = []
+    for task in stream.tasks:
+        stands_for = len(task.samples("train")) / max(config.memory.size, 1) if config.prior.scale_to_task else 1.0
+        weights.append(per_task(config.prior.weight, task.index) * stands_for)
+    return torch.tensor(weights)

@@ -1,0 +1,192 @@
+"""What happens at the end of a task: choose memory, measure the curvature of the rest, move the anchor, re-label.
+
+Nothing is written before all of it is done, so a job may die anywhere and repeat it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpccl.curvature.build import build_estimator
+from hpccl.curvature.protocols import Examples, Precision
+from hpccl.data.order import mix
+from hpccl.data.protocols import Task
+from hpccl.data.rows import Request
+from hpccl.dist.comm import Comm
+from hpccl.errors import DataError
+from hpccl.folder import replacing
+from hpccl.memory.select import choose
+from hpccl.memory.store import Memory
+from hpccl.prior.prior import Prior
+from hpccl.prior.quadratic import Quadratic
+from hpccl.train.state import RunState, World
+
+__all__ = ["consolidate"]
+
+Ints = npt.NDArray[np.int64]
+
+# What a hash is for (apart from those of hpccl.data.order).
+_SELECT, _REPLAY, _SUBSAMPLE = 101, 102, 103
+_BATCH = 500
+_PICTURES = 100
+
+
+def consolidate(task: Task, state: RunState, world: World) -> None:
+    """Make the prior of the next task."""
+    memory = select(task, state.prior.memory, world)
+    anchor = state.engine.gather()
+    quadratic = measure(task, memory, anchor, state, world)
+    memory = relabel(task, memory, state, world)
+    state.prior = Prior(memory, quadratic, anchor)
+
+
+def select(task: Task, memory: Memory, world: World) -> Memory:
+    """The memory with `memory.size` examples of the task admitted."""
+    config = world.config
+    if config.memory.size == 0:
+        return memory
+    with world.phase(task, "select") as phase:
+        samples = np.arange(task.samples("train").start, task.samples("train").stop)
+        labels = world.stream.labels("train")[samples]
+        phase.images = len(samples)
+        keep, balanced = config.memory.size, config.memory.balanced
+        chosen = choose(labels, samples, keep=keep, balanced=balanced, words=(config.seed, _SELECT, task.index))
+        sample, label = samples[chosen], labels[chosen]
+        num_replay = int(config.prior.replay * keep)
+        replayed = choose(label, sample, keep=num_replay, balanced=True, words=(config.seed, _REPLAY, task.index))
+        replay = np.isin(np.arange(keep), replayed)
+        admitted = memory.admit(
+            task=task.index,
+            sample=torch.from_numpy(sample),
+            label=torch.from_numpy(label),
+            replay=torch.from_numpy(replay),
+        )
+    if world.comm.leader:
+        _keep_pictures(task, sample, label, world)
+    return admitted
+
+
+def measure(
+    task: Task, memory: Memory, anchor: dict[str, Tensor], state: RunState, world: World
+) -> Quadratic | None:
+    """The quadratic with the curvature of the task's examples that are not in memory; None if there is none."""
+    config = world.config.prior.quadratic
+    if config.weight == 0:
+        return None
+    with world.phase(task, "curvature") as phase:
+        rest, times = _rest(task, memory, world)
+        phase.images = len(rest)
+        estimator = build_estimator(world.config.curvature, world.config.seed)
+        batches = _examples(task, rest, world)
+        precision: Precision = estimator.estimate(state.engine.module, batches, world.comm).times(times)
+    world.log.write(
+        "curvature",
+        task=task.index,
+        kind=world.config.curvature.kind,
+        trace=precision.trace(),
+        num_examples=len(rest),
+        bytes=precision.num_bytes,
+        parameters=sum(parameter.numel() for parameter in state.engine.module.parameters()),
+    )
+    if state.prior.quadratic is None:
+        return Quadratic(precision, anchor, config.weight, config.damping)
+    return state.prior.quadratic.plus(precision, anchor)
+
+
+def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
+    """All memory with the soft labels of the present model on the stored view."""
+    if len(memory) == 0:
+        return memory
+    with world.phase(task, "relabel") as phase:
+        phase.images = len(memory)
+        logits = predict(memory.sample.numpy(), state, world)
+        seen = sorted(number for other in world.stream.tasks[: task.index + 1] for number in other.classes)
+        own = world.config.train.head == "own"
+        heads = [list(other.classes) if own else seen for other in world.stream.tasks[: task.index + 1]]
+        relabelled = memory.relabelled(logits, heads)
+    world.log.write(
+        "memory",
+        task=task.index,
+        size=len(memory),
+        per_task=memory.per_task(task.index + 1),
+        bytes=relabelled.num_bytes,
+        soft_bytes=relabelled.soft_bytes,
+        agreement=relabelled.agreement(task.index + 1),
+    )
+    return relabelled
+
+
+def predict(samples: Ints, state: RunState, world: World) -> Tensor:
+    """[n, C] logits of training examples in the evaluation view, each rank computing its share; on the CPU."""
+    mine = samples[world.comm.share(len(samples)).start : world.comm.share(len(samples)).stop]
+    parts = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
+    images = world.stream.load(_stored_view(part) for part in parts)
+    logits = [state.engine.predict(batch.pixels.to(state.engine.device)) for batch in images]
+    empty = torch.zeros(0, len(world.stream.class_names), device=state.engine.device)
+    return world.comm.gather(torch.cat([empty, *logits])).cpu()
+
+
+def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:
+    """The task's samples that are not in memory (or a random share of them), and how many each stands for."""
+    samples = np.arange(task.samples("train").start, task.samples("train").stop)
+    rest = samples[~np.isin(samples, memory.sample.numpy())]
+    fraction = world.config.curvature.fraction
+    if fraction == 1 or len(rest) == 0:
+        return rest, 1.0
+    count = max(1, round(fraction * len(rest)))
+    priority = mix(world.config.seed, _SUBSAMPLE, task.index, rest)
+    return np.sort(rest[np.argsort(priority, kind="stable")[:count]]), len(rest) / count
+
+
+def _examples(task: Task, samples: Ints, world: World) -> Iterator[Examples]:
+    """This rank's share of the samples in the evaluation view, with the head they are judged by."""
+    comm: Comm = world.comm
+    mine = samples[comm.share(len(samples)).start : comm.share(len(samples)).stop]
+    size = world.config.curvature.batch_size
+    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+    own = world.config.train.head == "own"
+    competing = [task] if own else list(world.stream.tasks[: task.index + 1])
+    head = torch.zeros(len(world.stream.class_names), dtype=torch.bool)
+    head[[number for other in competing for number in other.classes]] = True
+    labels = torch.from_numpy(world.stream.labels("train"))
+    images = world.stream.load(_stored_view(part) for part in parts)
+    for part, batch in zip(parts, images, strict=True):
+        positions = torch.from_numpy(part)
+        yield Examples(
+            pixels=batch.pixels.to(comm.device),
+            labels=labels[positions].to(comm.device),
+            head=head.to(comm.device),
+            sample=positions.to(comm.device),
+            weight=batch.valid.float().to(comm.device),
+        )
+
+
+def _stored_view(samples: Ints) -> Request:
+    return Request(samples, np.zeros(len(samples), dtype=np.uint64))
+
+
+def _keep_pictures(task: Task, sample: Ints, label: Ints, world: World) -> None:
+    """Some of the chosen images, as stored, for the report's picture grid."""
+    few = np.linspace(0, len(sample) - 1, num=min(len(sample), _PICTURES)).astype(np.int64)
+    pictures: list[Any] = []
+    for position in sample[few]:
+        try:
+            pictures.append(world.stream.raw(int(position)))
+        except DataError:  # already reported; data.bad_images is `skip`
+            continue
+    small = [picture for picture in pictures if picture.shape == pictures[0].shape]
+    names = world.stream.sample_names("train", sample[few])
+    with replacing(world.folder.memory / f"task-{task.index}.npz") as path, open(path, "wb") as file:
+        np.savez(
+            file,
+            images=np.stack(small) if len(small) == len(pictures) and small else np.zeros((0, 1, 1, 3), np.uint8),
+            labels=label[few],
+            names=np.array(names),
+            task=np.array(task.index),
+        )

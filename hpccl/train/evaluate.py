@@ -1,0 +1,103 @@
+"""Accuracy, likelihood and calibration on the test data of every task, task- and class-incremental from one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpccl.data.protocols import Task
+from hpccl.data.rows import Request
+from hpccl.report.metrics import calibration_bins, calibration_error
+from hpccl.train.loss import row_nats
+from hpccl.train.state import RunState, World
+
+__all__ = ["evaluate", "test"]
+
+_BATCH = 500
+
+
+def evaluate(task: Task, state: RunState, world: World) -> None:
+    """Test after training on `task`, write it down, and keep it in the state."""
+    with world.phase(task, "evaluate") as phase:
+        results = test(state, world, last=task.index)
+        phase.images = sum(result["num"] for result in results)
+    if _own_network(world):
+        # Every task has its own network: what the earlier ones scored stands.
+        results = state.results[: task.index] + results[task.index :]
+    state.results = results
+    world.log.write("evaluate", task=task.index, results=results)
+
+
+def test(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
+    """One entry a task of the stream, also those not yet trained (for forward transfer).
+
+    Each has {task, num, task_incremental, class_incremental}, the latter two {accuracy, nll, ece}; the classes of tasks
+    0..last compete class-incrementally, and it is None for later tasks and where every task has its own network.
+    """
+    count = world.stream.tasks[-1].samples("test").stop
+    mine = np.arange(count)[world.comm.share(count).start : world.comm.share(count).stop]
+    scores = [_scores(logits, labels, world, last) for logits, labels in _logits(mine, state, world)]
+    empty = torch.zeros(0, 7, device=state.engine.device)
+    everything = world.comm.gather(torch.cat([empty, *scores])).cpu().numpy()
+    return [_result(task, everything, last, world) for task in world.stream.tasks]
+
+
+def _logits(mine: np.ndarray[Any, np.dtype[np.int64]], state: RunState, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    parts = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
+    requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts)
+    labels = torch.from_numpy(world.stream.labels("test"))
+    for part, images in zip(parts, world.stream.load(requests, "test"), strict=True):
+        pixels = images.pixels.to(state.engine.device)
+        logits = state.engine.predict(pixels)
+        if world.config.train.flip_test:
+            logits = (logits + state.engine.predict(pixels.flip(-1))) / 2
+        shown = torch.where(images.valid, labels[torch.from_numpy(part)], -1)
+        yield logits, shown.to(logits.device)
+
+
+def _scores(logits: Tensor, labels: Tensor, world: World, last: int) -> Tensor:
+    """[n, 7]: valid, then (right, nats, confidence) among the own head and among the seen classes."""
+    heads = torch.zeros(len(world.stream.tasks), logits.shape[1], dtype=torch.bool, device=logits.device)
+    owner = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
+    for task in world.stream.tasks:
+        heads[task.index, list(task.classes)] = True
+        owner[list(task.classes)] = task.index
+    truth = labels.clamp(min=0)
+    own = heads[owner[truth]]
+    seen = heads[: last + 1].any(dim=0).expand_as(own)
+    target = torch.nn.functional.one_hot(truth, logits.shape[1]).float()
+    columns = [(labels >= 0).float()]
+    for head in (own, seen):
+        probabilities = logits.masked_fill(~head, -torch.inf).softmax(dim=1)
+        confidence, guess = probabilities.max(dim=1)
+        columns += [(guess == truth).float(), row_nats(logits, target, head), confidence]
+    return torch.stack(columns, dim=1)
+
+
+def _result(task: Task, scores: np.ndarray[Any, np.dtype[np.float32]], last: int, world: World) -> dict[str, Any]:
+    rows = scores[task.samples("test").start : task.samples("test").stop]
+    rows = rows[rows[:, 0] > 0]
+    competing = task.index <= last and not _own_network(world)
+    return {
+        "task": task.index,
+        "num": len(rows),
+        "task_incremental": _summary(rows[:, 1:4]),
+        "class_incremental": _summary(rows[:, 4:7]) if competing else None,
+    }
+
+
+def _summary(columns: np.ndarray[Any, np.dtype[np.float32]]) -> dict[str, float]:
+    right, nats, confidence = columns.astype(np.float64).T
+    return {
+        "accuracy": float(right.mean()),
+        "nll": float(nats.mean()),
+        "ece": calibration_error(calibration_bins(confidence, right)),
+    }
+
+
+def _own_network(world: World) -> bool:
+    return world.config.method == "separate"

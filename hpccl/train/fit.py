@@ -1,0 +1,197 @@
+"""Training on one task, from whatever step the state stands at."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hpccl.checkpoint.store import Mark
+from hpccl.data.order import BatchPlan, mix
+from hpccl.data.protocols import Task
+from hpccl.data.rows import Request, Rows
+from hpccl.errors import DivergedError
+from hpccl.folder import replacing
+from hpccl.train.compose import Composer, Part, plan_task, split
+from hpccl.train.state import RunState, World
+from hpccl.train.step import StepStats, train_step
+
+__all__ = ["fit"]
+
+# Ranks agree on stopping every so many steps: often enough for any grace period, rarely enough to cost nothing.
+_POLL = 5
+_NAMES = ("new", "soft", "replay")
+
+
+def fit(task: Task, state: RunState, world: World) -> bool:
+    """Train on a task, saving on the way; False if it was stopped (and saved) before its end."""
+    config, engine = world.config, state.engine
+    plan = plan_task(config, world.stream, task, state.prior.memory)
+    first = state.mark.step
+    if first == 0:
+        if config.train.restart:
+            engine.reset()
+        engine.start(num_steps=plan.num_steps, task=task.index)
+    composer = Composer.build(
+        config, world.stream, task, state.prior.memory, teacher=_teacher(state, world), device=engine.device
+    )
+    detach = _attach(state, world, plan)
+    world.progress.begin(task.name, "fit", plan.num_steps, first)
+    try:
+        with world.phase(task, "fit", part=first) as phase:
+            last = _steps(task, state, world, plan, composer)
+            phase.images = sum(len(plan.batch(step)) for step in range(first, last))
+    finally:
+        detach()
+    if last < plan.num_steps:
+        return False
+    engine.finish()
+    world.save(state, Mark.at(task.index, "fitted", plan.num_steps))
+    return True
+
+
+def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer: Composer) -> int:
+    """Run steps until the end or a wish to stop (then saved); returns the step it stands at."""
+    first = state.mark.step
+    every = world.config.checkpoint.every
+    meter = Meter(task, world, plan, state)
+    for step, (parts, rows) in enumerate(_batches(plan, composer, world, first), start=first):
+        torch.manual_seed(int(mix(plan.seed, plan.task, step, world.comm.rank)) >> 1)
+        stats = train_step(state.engine, rows, num_rows=len(parts[0].batch))
+        if not bool(torch.isfinite(stats.gradient_norm)):
+            _diverged(task, step, parts, rows, stats, state, world)
+        done = step + 1
+        meter.update(done, len(parts[0].batch), stats)
+        if done == plan.num_steps:
+            break
+        stopping = done % _POLL == 0 and world.stop.requested(world.comm)
+        if stopping or (every and done % every == 0):
+            world.save(state, Mark.at(task.index, "fit", done))
+        if stopping:
+            return done
+    return plan.num_steps
+
+
+def _batches(
+    plan: BatchPlan, composer: Composer, world: World, first: int
+) -> Iterator[tuple[list[Part], list[Rows]]]:
+    """Each step's parts of this rank and their rows; images are made ahead of time."""
+    accumulate = world.config.train.accumulate
+
+    def requests() -> Iterator[Request]:
+        for step in range(first, plan.num_steps):
+            for part in split(plan.batch(step), world.comm, accumulate=accumulate):
+                yield composer.request(part)
+
+    images = world.stream.load(requests())
+    for step in range(first, plan.num_steps):
+        parts = split(plan.batch(step), world.comm, accumulate=accumulate)
+        yield parts, [composer.rows(part, next(images)) for part in parts]
+
+
+def _teacher(state: RunState, world: World) -> Callable[[Tensor], Tensor] | None:
+    """The frozen old model, where soft labels belong to the student's view."""
+    prior = state.prior
+    if world.config.prior.view != "teacher" or prior.anchor is None or bool(prior.memory.replay.all()):
+        return None
+    return state.engine.frozen(prior.anchor)
+
+
+def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None]:
+    if state.prior.quadratic is None:
+        return lambda: None
+    return state.prior.quadratic.attach(state.engine, world.comm, num_train=plan.num_train)
+
+
+@dataclass
+class Meter:
+    """Writes loss terms and speed now and then; summed on the device and reduced only when written."""
+
+    task: Task
+    world: World
+    plan: BatchPlan
+    state: RunState
+    terms: Tensor = field(init=False)
+    steps: int = 0
+    images: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.terms = torch.zeros(3, device=self.state.engine.device)
+
+    def update(self, done: int, images: int, stats: StepStats) -> None:
+        """After `done` steps of the task."""
+        self.terms += stats.terms
+        self.steps += 1
+        self.images += images
+        if done % self.world.config.log.every and done != self.plan.num_steps:
+            return
+        self._write(done, stats)
+        self.terms.zero_()
+        self.steps, self.images, self.since = 0, 0, time.perf_counter()
+
+    def _write(self, done: int, stats: StepStats) -> None:
+        terms = self.terms / self.steps
+        self.world.comm.sum_([terms])
+        named = {name: float(value) for name, value in zip(_NAMES, terms, strict=True)}
+        quadratic = self.state.prior.quadratic
+        if quadratic is not None and self.world.comm.leader:
+            weights = {name: value.detach() for name, value in self.state.engine.module.named_parameters()}
+            named["quadratic"] = quadratic.value(weights) / self.plan.num_train
+        speed = self.images / (time.perf_counter() - self.since)
+        left = (self.plan.num_steps - done) * self.plan.batch_size / speed
+        epoch = done / self.plan.steps_per_epoch
+        self.world.log.write(
+            "step",
+            task=self.task.index,
+            step=done,
+            num_steps=self.plan.num_steps,
+            epoch=epoch,
+            loss=sum(named.values()),
+            terms=named,
+            lr=self.state.engine.lr,
+            gradient_norm=float(stats.gradient_norm),
+            images_per_second=speed,
+            eta_seconds=left,
+        )
+        self.world.progress.update(done, epoch, {"loss": sum(named.values()), **named}, speed, left)
+
+
+def _diverged(
+    task: Task, step: int, parts: list[Part], rows: list[Rows], stats: StepStats, state: RunState, world: World
+) -> None:
+    """Save what helps diagnosis and stop. The norm is the same on all ranks, so all come here together."""
+    terms = stats.terms.clone()
+    world.comm.sum_([terms])
+    named = {name: float(value) for name, value in zip(_NAMES, terms, strict=True)}
+    weights = state.engine.gather()
+    broken = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
+    note = world.folder.path / f"diverged-rank-{world.comm.rank}"
+    samples = [int(sample) for part in parts for sample in part.batch.new[part.rows]]
+    slots = [int(slot) for part in parts for slot in part.batch.slot[part.rows]]
+    description = {
+        "task": task.index,
+        "step": step,
+        "terms": {name: str(value) for name, value in named.items()},
+        "weights_not_finite": broken,
+        "new_offsets": samples,
+        "memory_slots": slots,
+    }
+    with replacing(note.with_suffix(".json")) as path:
+        path.write_text(json.dumps(description, indent=1))
+    tensors = {f"pixels.{number}": row.pixels.cpu().contiguous() for number, row in enumerate(rows)}
+    if world.comm.leader:
+        tensors |= {f"weights.{name}": value.cpu().contiguous() for name, value in weights.items()}
+    with replacing(note.with_suffix(".safetensors")) as path:
+        safetensors.torch.save_file(tensors, path)
+    raise DivergedError(
+        f"the gradient is not finite at step {step} of task {task.index} ('{task.name}'); loss terms in nats per example: "
+        + ", ".join(f"{name} {value:.4g}" for name, value in named.items())
+        + f"; weights already not finite: {broken[:3] or 'none'}. The batch and the weights are in '{note}.*', the last "
+        "good checkpoint is untouched. Lower optim.lr, set train.clip_norm, or use engine.precision=fp32"
+    )

@@ -1,0 +1,211 @@
+"""A whole run: find the state in the folder or start afresh, go through the stream, report."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpccl.checkpoint.store import Mark, latest, load
+from hpccl.config.load import load as load_config
+from hpccl.config.run import RunConfig
+from hpccl.data.build import open_stream
+from hpccl.data.protocols import Stream, Task
+from hpccl.dist.comm import Comm
+from hpccl.engine.build import build_engine
+from hpccl.errors import ConfigError, FolderError, HpcclError
+from hpccl.folder import RunFolder
+from hpccl.machine import commit, machine, versions
+from hpccl.models.build import build_model
+from hpccl.report.events import EventLog, latest as latest_events, read_events
+from hpccl.report.progress import make_progress
+from hpccl.report.tensorboard import TensorBoardSink
+from hpccl.report.write import report_run
+from hpccl.train.consolidate import consolidate
+from hpccl.train.evaluate import evaluate, test
+from hpccl.train.fit import fit
+from hpccl.train.reconstruction import reconstruct
+from hpccl.train.state import RunState, World
+from hpccl.train.stop import Stop
+
+__all__ = ["open_world", "run", "weights_sha256"]
+
+
+def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (), quiet: bool = False) -> str:
+    """Train through the whole stream; returns `done`, or `stopped` if it was asked to stop (run again to continue).
+
+    Raises:
+        HpcclError: something a user can mend; it is also written to events.jsonl.
+    """
+    folder = RunFolder(Path(config.path))
+    folder.create()
+    sinks = [TensorBoardSink(folder.tensorboard)] if config.log.tensorboard and comm.leader else []
+    with EventLog(folder.events, enabled=comm.leader, sinks=sinks) as log:
+        try:
+            with make_progress(comm.leader and not quiet) as progress:
+                stream = open_stream(config.stream, config.data)
+                world = World(config, comm, stream, folder, log, progress, stop)
+                outcome = _through_the_stream(world, command)
+        except HpcclError as error:
+            log.write("error", kind=type(error).__name__, message=str(error))
+            raise
+    if comm.leader:
+        report_run(folder.path)
+    return outcome
+
+
+def _through_the_stream(world: World, command: Sequence[str]) -> str:
+    config, stream = world.config, world.stream
+    check_memory(config, stream)
+    start = time.perf_counter()
+    state = fresh_state(config, stream, world.comm)
+    found = latest(world.folder.checkpoints)
+    _introduce(world, command, found)
+    if found is not None:
+        state.load_state_dict(load(world.folder.checkpoints, found), found)
+    else:
+        world.log.write("evaluate", task=-1, results=test(state, world, last=-1))
+    for task in stream.tasks[_first_task(config, stream, state.mark) :]:
+        if state.mark.task < task.index:
+            state.mark = Mark.at(task.index, "fit", 0)
+        if not _learn(task, state, world):
+            world.log.write(
+                "stop", task=task.index, phase=state.mark.phase, step=state.mark.step, reason=world.stop.reason
+            )
+            return "stopped"
+    _finish(state, world, time.perf_counter() - start)
+    return "done"
+
+
+def _learn(task: Task, state: RunState, world: World) -> bool:
+    """One task: train, measure, consolidate, evaluate. False if stopped; everything done so far is saved."""
+    if state.mark.phase == "fit":
+        if state.mark.step == 0:
+            _announce(task, world)
+        if not (_adopt_first_task(task, state, world) or fit(task, state, world)):
+            return False
+        if world.stop.requested(world.comm):
+            return False
+    reconstruct(task, state, world)
+    if not world.config.train.restart:
+        consolidate(task, state, world)
+    evaluate(task, state, world)
+    _write_skipped(world)
+    world.save(state, Mark.at(task.index, "done", state.mark.step))
+    return not (world.stop.requested(world.comm) and task.index + 1 < len(world.stream.tasks))
+
+
+def fresh_state(config: RunConfig, stream: Stream, comm: Comm) -> RunState:
+    """The state before the first step, equal on all ranks."""
+    model = build_model(
+        config.model, image_shape=stream.image_shape, num_classes=len(stream.class_names), seed=config.seed
+    )
+    return RunState(build_engine(config, model, comm))
+
+
+def check_memory(config: RunConfig, stream: Stream) -> None:
+    """The rule that only the data can settle.
+
+    Raises:
+        ConfigError: the memory is larger than a task.
+    """
+    sizes = {task.name: len(task.samples("train")) for task in stream.tasks}
+    smallest = min(sizes, key=lambda name: sizes[name])
+    if config.memory.size > sizes[smallest]:
+        raise ConfigError(
+            f"memory.size={config.memory.size} is larger than task '{smallest}' with {sizes[smallest]} training examples; "
+            f"allowed: 0 to {sizes[smallest]} (examples kept of each task)"
+        )
+
+
+def _first_task(config: RunConfig, stream: Stream, mark: Mark) -> int:
+    if config.train.only_last:
+        return len(stream.tasks) - 1 if mark.phase != "done" or mark.task < len(stream.tasks) - 1 else len(stream.tasks)
+    return mark.task + 1 if mark.phase == "done" else mark.task
+
+
+def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
+    """Take the first task's weights from another run with the same first task, if the configuration names one."""
+    source = world.config.train.first_task_from
+    if source is None or task.index > 0:
+        return False
+    other = RunFolder(Path(source))
+    theirs, ours = _first_task_identity(load_config([other.config], [])), _first_task_identity(world.config)
+    differing = sorted(key for key in theirs if theirs[key] != ours[key])
+    if differing:
+        raise ConfigError(f"train.first_task_from='{source}' learned its first task otherwise: {', '.join(differing)} differ")
+    marks = [Mark.at(0, "fitted", int(path.name.rsplit("-", 1)[1])) for path in other.checkpoints.glob("task-000-fitted-*")]
+    if not marks:
+        raise FolderError(f"train.first_task_from='{source}' has no checkpoint of its first task's end; run it to there first")
+    state.engine.put(load(other.checkpoints, marks[-1])["engine"]["weights"])
+    world.save(state, Mark.at(0, "fitted", marks[-1].step))
+    return True
+
+
+def _first_task_identity(config: RunConfig) -> dict[str, Any]:
+    """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
+    identity = config.identity()
+    train, optim = identity["train"], identity["optim"]
+    return {
+        **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
+        "train": {**train, "epochs": train["epochs"][0], "first_task_from": None},
+        "optim": {**optim, "lr": optim["lr"][0]},
+    }
+
+
+def _introduce(world: World, command: Sequence[str], found: Mark | None) -> None:
+    gpu = torch.cuda.get_device_name() if world.comm.device.type == "cuda" else None
+    world.log.write(
+        "run",
+        format=1,
+        commit=commit(),
+        command=list(command),
+        machine={**machine(), "gpu": gpu, "threads": torch.get_num_threads()},
+        versions=versions(),
+        world_size=world.comm.size,
+        resumed=None if found is None else {"task": found.task, "phase": found.phase, "step": found.step},
+    )
+    if found is not None:
+        world.progress.message(f"continuing from {found.name}")
+
+
+def _announce(task: Task, world: World) -> None:
+    names = world.stream.class_names
+    world.log.write(
+        "task",
+        task=task.index,
+        name=task.name,
+        classes=list(task.classes),
+        class_names=[names[number] for number in task.classes],
+        num_train=len(task.samples("train")),
+        num_test=len(task.samples("test")),
+    )
+
+
+def _write_skipped(world: World) -> None:
+    for split, sample, name, reason in world.stream.skipped():
+        world.log.write("skipped", split=split, sample=sample, name=name, reason=reason)
+
+
+def _finish(state: RunState, world: World, seconds: float) -> None:
+    digest = weights_sha256(state.engine.gather())
+    images = 0
+    if world.comm.leader:
+        fits = latest_events(read_events(world.folder.events), "phase", "task", "phase", "part")
+        images = sum(int(event["images"]) for event in fits if event["phase"] == "fit")
+    world.log.write("done", weights_sha256=digest, wall_seconds=seconds, images=images)
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """A digest of all weights and buffers by name."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,100 @@
+"""What a run carries from step to step, and what surrounds it."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpccl.checkpoint.store import Mark, save
+from hpccl.config.run import RunConfig
+from hpccl.data.protocols import Stream, Task
+from hpccl.dist.comm import Comm
+from hpccl.engine.protocols import Engine
+from hpccl.folder import RunFolder
+from hpccl.memory.store import Memory
+from hpccl.prior.prior import Prior
+from hpccl.report.events import EventLog
+from hpccl.report.progress import Progress
+from hpccl.train.stop import Stop
+
+__all__ = ["Phase", "RunState", "World"]
+
+
+@dataclass
+class RunState:
+    """Everything a checkpoint holds: weights and optimiser, what the past says, where the run is, results so far."""
+
+    engine: Engine
+    prior: Prior = field(default_factory=lambda: Prior(Memory.empty()))
+    mark: Mark = Mark.at(0, "fit", 0)
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The nest that is saved."""
+        return {"engine": self.engine.state_dict(), "prior": self.prior.state_dict(), "results": self.results}
+
+    def load_state_dict(self, state: dict[str, Any], mark: Mark) -> None:
+        """The inverse of state_dict, taken at `mark`."""
+        self.engine.load_state_dict(state["engine"])
+        self.prior = Prior.from_state_dict(state["prior"]).to(self.engine.device)
+        self.results = state["results"]
+        self.mark = mark
+
+
+@dataclass
+class Phase:
+    """What a phase of a task cost."""
+
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class World:
+    """What a run meets: its configuration, its ranks, its data, its folder, its listeners. Nothing here is saved."""
+
+    config: RunConfig
+    comm: Comm
+    stream: Stream
+    folder: RunFolder
+    log: EventLog
+    progress: Progress
+    stop: Stop
+
+    def save(self, state: RunState, mark: Mark) -> None:
+        """Checkpoint on the leader while the others wait; if it fails there, the launcher ends the others."""
+        state.mark = mark
+        tree = state.state_dict()
+        if self.comm.leader:
+            saved = save(self.folder.checkpoints, mark, tree, keep=self.config.checkpoint.keep)
+            self.log.write(
+                "checkpoint",
+                task=mark.task,
+                phase=mark.phase,
+                step=mark.step,
+                bytes=saved.num_bytes,
+                seconds=saved.seconds,
+            )
+        self.comm.barrier()
+
+    @contextlib.contextmanager
+    def phase(self, task: Task, name: str, *, part: int = 0) -> Iterator[Phase]:
+        """Time a phase and write it down; `part` is the step at which it was (re)entered."""
+        start = time.perf_counter()
+        phase = Phase()
+        yield phase
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.log.write(
+            "phase",
+            task=task.index,
+            phase=name,
+            part=part,
+            seconds=seconds,
+            images=phase.images,
+            images_per_second=phase.images / seconds,
+            peak_memory_bytes=peak,
+        )

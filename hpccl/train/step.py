@@ -1,0 +1,37 @@
+"""One optimiser step; the page to read first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpccl.data.rows import Rows
+from hpccl.engine.protocols import Engine
+from hpccl.train.loss import weighted_nats
+
+__all__ = ["StepStats", "train_step"]
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """terms: [3] this rank's share of the loss by term (NEW, SOFT, REPLAY); gradient_norm: [] over all ranks."""
+
+    terms: Tensor
+    gradient_norm: Tensor
+
+
+def train_step(engine: Engine, batches: Sequence[Rows], *, num_rows: int) -> StepStats:
+    """One step on J(w) / num_train,   J = sum_i v_i CE_i(w) + 1/2 (w - a)' P (w - a).
+
+    batches: this rank's micro-batches; num_rows: rows of the step over all ranks and micro-batches.
+    The quadratic was attached to the engine when the task began and enters the gradient there.
+    """
+    terms = torch.zeros(3, device=engine.device)
+    for number, rows in enumerate(batches, start=1):
+        nats = weighted_nats(engine.forward(rows.pixels, rows.noise), rows) / num_rows
+        engine.backward(nats.sum(), last=number == len(batches))
+        terms.index_add_(0, rows.term, nats.detach())
+    return StepStats(terms, engine.step())

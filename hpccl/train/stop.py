@@ -1,0 +1,29 @@
+"""A wish to stop, heard by one process and agreed on by all."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from hpccl.dist.comm import Comm
+
+__all__ = ["Stop"]
+
+
+class Stop:
+    """A signal handler only sets a flag here; ranks agree in a collective between two steps, never in the handler."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def request(self, reason: str) -> None:
+        """Ask to stop at the next opportunity; the first reason is kept."""
+        self.reason = self.reason or reason
+
+    def on_signal(self, number: int, _frame: FrameType | None = None) -> None:
+        """For signal.signal()."""
+        self.request(f"signal {signal.Signals(number).name}")
+
+    def requested(self, comm: Comm) -> bool:
+        """True on every rank if any rank was asked. Collective."""
+        return comm.any(self.reason is not None)

@@ -1,0 +1,87 @@
+"""Checkpoints appear whole or not at all, are pruned, and refuse what they do not know."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpccl.checkpoint import store
+from hpccl.checkpoint.store import Mark, latest, load, save
+from hpccl.errors import CheckpointError, FolderError
+
+TREE = {"a": torch.arange(3), "b": {"c": [torch.ones(2, 2), None, 1.5], "d": "text"}, "e": {}}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    mark = Mark.at(2, "fit", 30)
+    saved = save(tmp_path, mark, TREE, keep=1)
+    tree = load(tmp_path, mark)
+    assert torch.equal(tree["a"], TREE["a"]) and torch.equal(tree["b"]["c"][0], torch.ones(2, 2))
+    assert tree["b"]["c"][1:] == [None, 1.5] and tree["b"]["d"] == "text" and tree["e"] == {}
+    assert saved.num_bytes == sum(path.stat().st_size for path in (tmp_path / mark.name).iterdir())
+
+
+def test_no_pickle_is_written(tmp_path: Path) -> None:
+    save(tmp_path, Mark.at(0, "fit", 1), TREE, keep=1)
+    assert names(tmp_path / "task-000-fit-00000001") == ["state.json", "state.safetensors"]
+
+
+def test_latest_follows_the_order_of_a_run(tmp_path: Path) -> None:
+    assert latest(tmp_path / "absent") is None
+    for task, phase, step in [(0, "fit", 9), (0, "fitted", 10), (0, "done", 10), (1, "fit", 2)]:
+        save(tmp_path, Mark.at(task, phase, step), TREE, keep=3)
+    assert latest(tmp_path) == Mark.at(1, "fit", 2)
+
+
+def test_pruning_keeps_ends_and_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, Mark.at(0, "fit", step), TREE, keep=2)
+    assert names(tmp_path) == ["task-000-fit-00000002", "task-000-fit-00000003"]
+    save(tmp_path, Mark.at(0, "fitted", 4), TREE, keep=2)
+    save(tmp_path, Mark.at(0, "done", 4), TREE, keep=2)
+    assert names(tmp_path) == ["task-000-done-00000004", "task-000-fitted-00000004"]
+
+
+def test_unknown_format(tmp_path: Path) -> None:
+    mark = Mark.at(0, "fit", 1)
+    save(tmp_path, mark, TREE, keep=1)
+    state = tmp_path / mark.name / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match=r"has format 99, this version reads 1"):
+        load(tmp_path, mark)
+
+
+@pytest.mark.parametrize("victim", ["state.json", "state.safetensors"])
+def test_torn_file(tmp_path: Path, victim: str) -> None:
+    mark = Mark.at(0, "fit", 1)
+    save(tmp_path, mark, TREE, keep=1)
+    path = tmp_path / mark.name / victim
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(CheckpointError, match="cannot be read.*continue from the one before"):
+        load(tmp_path, mark)
+
+
+def test_full_disk_leaves_the_older_ones(tmp_path: Path) -> None:
+    """A real full disk is tried in tests/run; here only that any failing write cleans up after itself."""
+    save(tmp_path, Mark.at(0, "fit", 1), TREE, keep=1)
+    with pytest.raises(FolderError, match="checkpoints before it are untouched"):
+        save(Path("/dev/full"), Mark.at(0, "fit", 2), TREE, keep=1)
+    assert names(tmp_path) == ["task-000-fit-00000001"]
+    assert os.strerror(errno.ENOSPC)
+
+
+def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / ".task-000-fit-00000001.123.part"
+    left.mkdir()
+    (left / "state.json").write_text("{")
+    assert latest(tmp_path) is None
+    save(tmp_path, Mark.at(0, "fit", 2), TREE, keep=1)
+    assert names(tmp_path) == ["task-000-fit-00000002"]
+    assert store.FORMAT == 1

@@ -1,0 +1,98 @@
+"""Order of examples: a function of counters, complete, unbiased, the same for any reader."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpccl.data.order import BatchPlan, mix, permutation
+
+
+def plan(**changes: object) -> BatchPlan:
+    settings: dict[str, object] = {
+        "num_new": 100, "num_memory": 30, "batch_size": 16, "epochs": 2, "seed": 3, "task": 1,
+    }  # fmt: skip
+    return BatchPlan(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_mix_is_splitmix64() -> None:
+    # The first outputs of the reference SplitMix64 generator with seed 0 (Vigna's splitmix64.c).
+    state = np.uint64(0)
+    assert int(mix(0)) == 0xE220A8397B1DCDAF
+    assert int(mix(0, 0)) != int(mix(0)) and state == 0
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**31))
+def test_mix_does_not_collide_on_neighbours(seed: int, start: int) -> None:
+    words = mix(seed, np.arange(start, start + 256))
+    assert len(np.unique(words)) == 256
+
+
+@given(st.integers(0, 300), st.integers(0, 10**6))
+def test_permutation_holds_every_number_once(count: int, seed: int) -> None:
+    assert np.array_equal(np.sort(permutation(count, seed)), np.arange(count))
+
+
+def test_permutations_of_different_epochs_are_unrelated() -> None:
+    first, second = permutation(1000, 0, 1), permutation(1000, 0, 2)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(("window", "groups"), [(0, None), (2, np.repeat(np.arange(10), 10))])
+def test_natural_visits_every_example_once_an_epoch(window: int, groups: np.ndarray | None) -> None:
+    natural = plan(window=window, groups=groups)
+    assert natural.steps_per_epoch == 9  # ceil(130 / 16)
+    for epoch in range(2):
+        batches = [natural.batch(epoch * 9 + step) for step in range(9)]
+        new = np.concatenate([batch.new for batch in batches])
+        slot = np.concatenate([batch.slot for batch in batches])
+        assert np.array_equal(np.sort(new[new >= 0]), np.arange(100))
+        assert np.array_equal(np.sort(slot[slot >= 0]), np.arange(30))
+        assert np.array_equal(new >= 0, slot < 0)
+        assert {(batch.weight_new, batch.weight_memory) for batch in batches} == {(1.0, 1.0)}
+
+
+def test_window_touches_few_shards_at_a_time() -> None:
+    groups = np.repeat(np.arange(10), 10)
+    windowed = plan(num_memory=0, batch_size=20, window=2, groups=groups)
+    for step in range(5):
+        assert len(np.unique(groups[windowed.batch(step).new])) == 2
+
+
+def test_stratified_has_fixed_quotas_and_visits_new_data_once() -> None:
+    stratified = plan(share=0.25)
+    batches = [stratified.batch(step) for step in range(stratified.steps_per_epoch)]
+    assert [int((batch.slot >= 0).sum()) for batch in batches] == [4] * len(batches)
+    new = np.concatenate([batch.new[batch.new >= 0] for batch in batches])
+    assert np.array_equal(np.sort(new), np.arange(100))
+
+
+def test_stratified_visits_memory_evenly_over_cycles() -> None:
+    stratified = plan(share=0.5, num_memory=12, epochs=6)
+    slots = np.concatenate([stratified.batch(step).slot for step in range(stratified.num_steps)])
+    counts = np.bincount(slots[slots >= 0], minlength=12)
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("share", [None, 0.25, 0.5, 0.9])
+def test_weights_keep_the_expected_objective(share: float | None) -> None:
+    """Averaged over an epoch, a step's weighted mean is the mean over the union, whatever the quotas."""
+    composed = plan(share=share, num_new=96, num_memory=24, batch_size=8, epochs=24)
+    rng = np.random.default_rng(0)
+    nats_new, nats_memory = rng.random(96), rng.random(24)
+    estimates = []
+    for step in range(composed.num_steps):
+        batch = composed.batch(step)
+        is_new = batch.new >= 0
+        total = batch.weight_new * nats_new[batch.new[is_new]].sum()
+        total += batch.weight_memory * nats_memory[batch.slot[~is_new]].sum()
+        estimates.append(total / len(batch))
+    exact = (nats_new.sum() + nats_memory.sum()) / 120
+    # Whole epochs and whole memory cycles: exact, but for what a cut-off memory cycle leaves over.
+    assert np.mean(estimates) == pytest.approx(exact, rel=2e-3)
+
+
+def test_noise_and_views_differ_between_steps_and_rows() -> None:
+    natural = plan()
+    views = np.concatenate([natural.batch(step).view for step in range(natural.num_steps)])
+    assert len(np.unique(views)) == len(views) and (views != 0).all()

@@ -1,0 +1,98 @@
+"""Networks: published sizes, seeded, clear errors; dropout that belongs to the example."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from hpccl.config.sections import MlpModel, PaperModel, TimmModel
+from hpccl.errors import ConfigError, DataError
+from hpccl.models.build import build_model
+from hpccl.models.dropout import KeyedDropout, replace_dropout, set_noise
+
+
+def size(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_paper_sizes() -> None:
+    cifarnet = build_model(PaperModel(kind="cifarnet"), image_shape=(3, 32, 32), num_classes=60, seed=0)
+    vgg = build_model(PaperModel(kind="vgg_small"), image_shape=(3, 64, 64), num_classes=200, seed=0)
+    assert (size(cifarnet), size(vgg)) == (1_276_508, 3_608_328)
+
+
+def test_same_seed_same_weights_and_the_global_generator_is_left_alone() -> None:
+    before = torch.random.get_rng_state()
+    first = build_model(MlpModel(), image_shape=(1, 8, 8), num_classes=10, seed=4).state_dict()
+    second = build_model(MlpModel(), image_shape=(1, 8, 8), num_classes=10, seed=4).state_dict()
+    other = build_model(MlpModel(), image_shape=(1, 8, 8), num_classes=10, seed=5).state_dict()
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["1.weight"], other["1.weight"])
+
+
+def test_too_small_images_say_what_is_allowed() -> None:
+    with pytest.raises(ConfigError, match=r"at least 12 pixels, the stream has 8x8.*model.kind=mlp"):
+        build_model(PaperModel(kind="cifarnet"), image_shape=(1, 8, 8), num_classes=10, seed=0)
+
+
+def test_unknown_timm_model_suggests() -> None:
+    with pytest.raises(ConfigError, match=r"'resnet81' is not a timm model; similar: .*resnet"):
+        build_model(TimmModel(name="resnet81"), image_shape=(3, 32, 32), num_classes=10, seed=0)
+
+
+def test_timm_backbone_from_a_file(tmp_path: Path) -> None:
+    config = TimmModel(name="test_resnet")
+    source = build_model(config, image_shape=(3, 32, 32), num_classes=7, seed=1)
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(source.state_dict(), path)
+    loaded = build_model(
+        TimmModel(name="test_resnet", checkpoint=str(path)), image_shape=(3, 32, 32), num_classes=10, seed=2
+    ).state_dict()
+    same = [name for name, value in source.state_dict().items() if torch.equal(value, loaded[name])] if size(source) else []
+    assert "conv1.0.weight" in same and not any(name.startswith("fc.") for name in same)
+    with pytest.raises(DataError, match="is of another model"):
+        build_model(TimmModel(name="test_vit", checkpoint=str(path)), image_shape=(3, 160, 160), num_classes=10, seed=2)
+
+
+def test_dropout_noise_belongs_to_the_example() -> None:
+    layer = KeyedDropout(0.25, layer=1)
+    keys = torch.randint(-(2**62), 2**62, (64,), generator=torch.Generator().manual_seed(0))
+    values = torch.ones(64, 8, 5, 5)
+    layer.keys = keys
+    whole = layer(values)
+    layer.keys = keys[10:20]
+    assert torch.equal(layer(values[10:20]), whole[10:20])
+    layer.keys = keys.flip(0)
+    assert torch.equal(layer(values).flip(0), whole)
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.1])
+def test_dropout_rate_and_expectation(rate: float) -> None:
+    layer = KeyedDropout(rate)
+    layer.keys = torch.arange(1000)
+    out = layer(torch.ones(1000, 333))
+    dropped = (out == 0).float()
+    assert float(dropped.mean()) == pytest.approx(rate, abs=0.003)
+    assert float(out.mean()) == pytest.approx(1, abs=0.01)
+    assert float(dropped.mean(0).std()) < 0.02 and float(dropped.mean(1).std()) < 0.04
+    assert torch.equal(layer.eval()(torch.ones(3)), torch.ones(3))
+
+
+def test_layers_and_neighbouring_keys_are_independent() -> None:
+    first, second = KeyedDropout(0.5, layer=0), KeyedDropout(0.5, layer=1)
+    first.keys = second.keys = torch.arange(200)
+    a, b = (layer(torch.ones(200, 1000)) > 0 for layer in (first, second))
+    assert abs(float((a == b).float().mean()) - 0.5) < 0.01
+    assert abs(float((a[1:] == a[:-1]).float().mean()) - 0.5) < 0.01
+    assert abs(float((a[:, 1:] == a[:, :-1]).float().mean()) - 0.5) < 0.01
+
+
+def test_timm_dropout_is_replaced() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.3))
+    replace_dropout(model)
+    set_noise(model, torch.arange(5))
+    assert isinstance(model[1], KeyedDropout) and model[1].rate == 0.3
+    with pytest.raises(RuntimeError, match="set_noise"):
+        model(torch.ones(4, 4))
