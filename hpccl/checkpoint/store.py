@@ -75,7 +75,8 @@ def save(checkpoints: Path, mark: Mark, tree: dict[str, Any], *, keep: int) -> S
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise FolderError(
-            f"checkpoint '{final}' cannot be written: {explain_os_error(error)}; the checkpoints before it are untouched"
+            f"checkpoint '{final}' cannot be written: {explain_os_error(error)}; "
+            "the checkpoints before it are untouched"
         ) from error
     _prune(checkpoints, keep)
     return Saved(num_bytes, time.perf_counter() - start)

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ from hpccl.config.load import dump, load
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import RunFolder, replacing
+from hpccl.machine import commit, machine
 
 __all__ = ["prepare"]
 
-# Settings of libraries and of the scheduler that say how a run was carried out; nothing else, for secrets live there too.
-_PREFIXES = ("CUDA_VISIBLE", "GLOO_", "HPCCL_", "MKL_NUM", "NCCL_", "OMP_", "SLURM_JOB", "SLURM_NTASKS", "TORCH_", "WORLD_SIZE")
+# Settings of libraries and of the scheduler that say how a run was carried out; nothing else, for secrets live there.
+_PREFIXES = ("CUDA_VISIBLE", "GLOO_", "HPCCL_", "MKL_NUM", "NCCL_", "OMP_", "SLURM_JOB", "SLURM_NTASKS", "TORCH_")
 
 
 def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
@@ -90,17 +90,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _code() -> str:
-    """Version; and, where the code is a git checkout, commit and uncommitted changes."""
+    """Version and commit; and, where the code is a git checkout, its uncommitted changes."""
     root = Path(hpccl.__file__).parents[1]
-    lines = [f"hpccl {hpccl.__version__}"]
+    lines = [f"hpccl {hpccl.__version__}", f"commit {commit()}"]
     # The package may be installed inside some other project's repository: ask for its own file.
     if _git(root, "ls-files", "--error-unmatch", "hpccl/__init__.py") is None:
-        return "\n".join([*lines, "not a git checkout", ""])
-    commit = (_git(root, "rev-parse", "HEAD") or "none yet").strip()
+        return "\n".join([*lines, "not under git", ""])
     untracked = (_git(root, "ls-files", "--others", "--exclude-standard") or "").strip()
     changes = _git(root, "diff", "HEAD", "--no-ext-diff") or ""
-    lines += [f"commit {commit}", "", "untracked files:", untracked or "none", "", "changes:", changes or "none", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "untracked files:", untracked or "none", "", "changes:", changes or "none", ""])
 
 
 def _git(root: Path, *arguments: str) -> str | None:
@@ -122,8 +120,7 @@ def _environment(argv: Sequence[str]) -> str:
         f"python: {sys.version}",
         f"executable: {sys.executable}",
         f"platform: {platform.platform()}",
-        f"hostname: {socket.gethostname()}",
-        f"cores: {len(os.sched_getaffinity(0))}",
+        *(f"{key}: {value}" for key, value in machine().items()),
         "",
         "variables:",
         *(variables or ["none"]),

@@ -31,13 +31,13 @@ hpccl train configs/quickstart.yaml configs/method/ewc+fr.yaml train.epochs=3 se
 - `key=a,b` is a sweep: one run for each value (of several sweeps: for each combination), one after the other, in
   `runs/<name>/<key=value>`. `key=[a,b]` is one list.
 - Files are YAML 1.2: `no` is text, `12:30:00` is text, `1e-3` is a number. Anchors, tags and includes are not read.
-- A mapping whose `kind` changes starts afresh: `model.kind=timm` forgets the keys of `model.kind=mlp`. Where a file gives
-  no kind, the one marked *default* holds.
+- A mapping whose `kind` changes starts afresh: `model.kind=timm` forgets the keys of `model.kind=mlp`. Where no kind is
+  given, the one marked *default* holds.
 - `stream.parts.0.path=...` changes one item of a list.
 - A key that takes one value for each task takes a single value too; the last of a list repeats.
-- `hpccl check FILES... key=value` prints the whole configuration that results, or every mistake in it, and runs nothing.
-- `name`, `folder`, `checkpoint`, `log` and `cluster` may change when a run is resumed. Everything else decides the result
-  and may not.
+- `hpccl check FILES... key=value` prints the whole configuration that results, or every mistake in it; it runs nothing.
+- `name`, `folder`, `checkpoint`, `log` and `cluster` may change when a run is resumed. Everything else decides the
+  result and may not.
 
 This page is written by `python -m hpccl.config.docs docs/configuration.md`.
 """
@@ -127,7 +127,8 @@ def _comments(section: type[Section]) -> dict[str, str]:
         first = node.lineno
         while first - 1 in remarks and source.splitlines()[first - 2].lstrip().startswith("#"):
             first -= 1
-        found[node.target.id] = " ".join(remarks[at] for at in range(first, (node.end_lineno or 0) + 1) if at in remarks)
+        last = node.end_lineno or first
+        found[node.target.id] = " ".join(remarks[at] for at in range(first, last + 1) if at in remarks)
     return found
 
 

@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from hpccl.config.rules import Clash, ClashError
 from hpccl.config.run import RunConfig
@@ -61,7 +62,8 @@ def sweep(files: Sequence[Path], overrides: Sequence[str]) -> list[RunConfig]:
     if repeated:
         raise ConfigError("\n".join(f"{key}: a value is given twice in {','.join(axes[key])}" for key in repeated))
     fixed = [f"{key}={text}" for key, text in _split(overrides) if key not in axes]
-    configs, mistakes = [], {}
+    configs: list[RunConfig] = []
+    mistakes: dict[str, None] = {}
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         try:
@@ -88,7 +90,7 @@ def _refuse_shared_folders(configs: Sequence[RunConfig]) -> None:
     paths = [config.path for config in configs]
     shared = sorted({path for path in paths if paths.count(path) > 1})
     if shared:
-        raise ConfigError(f"several runs of the sweep would share the folder {', '.join(shared)}; name the values apart")
+        raise ConfigError(f"several runs of the sweep would share a folder ({', '.join(shared)}); use other values")
 
 
 def dump(config: RunConfig) -> str:
@@ -106,9 +108,11 @@ def _represent_null(representer: Any, value: None) -> Any:
 
 
 def _in_flow(value: Any) -> Any:
-    """Lists of scalars on one line."""
+    """Lists of scalars on one line; text with line breaks and the like as escapes, which survive every reader."""
     if isinstance(value, dict):
-        return {key: _in_flow(item) for key, item in value.items()}
+        return {_in_flow(key): _in_flow(item) for key, item in value.items()}
+    if isinstance(value, str) and not value.isprintable():
+        return DoubleQuotedScalarString(value)
     if not isinstance(value, list):
         return value
     items = CommentedSeq([_in_flow(item) for item in value])
@@ -154,7 +158,7 @@ def _alternatives(text: str) -> list[str]:
 
 def _load(files: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
     tree, mistakes = _read(files, overrides)
-    if isinstance(tree, Table) and "name" not in tree.entries and files:
+    if "name" not in tree.entries and files:
         tree = Table({"name": Leaf(_joined_name(files), "the files' names"), **tree.entries}, tree.source)
     config, wrong = _validate(tree)
     if mistakes or wrong or config is None:
@@ -168,7 +172,9 @@ def _joined_name(files: Sequence[Path]) -> str:
 
 def _read(files: Sequence[Path], overrides: Sequence[str]) -> tuple[Table, list[str]]:
     """One tree, and the mistakes that do not hide others. Raises ConfigError for those that do."""
-    tables, fatal, mistakes = [], [], []
+    tables: list[Table] = []
+    fatal: list[str] = []
+    mistakes: list[str] = []
     for path in files:
         try:
             tables.append(read_file(path))
@@ -347,9 +353,7 @@ def _line(wrong: _Wrong, tree: Node) -> str:
         return f"{key} = {_short(node)}: no such key; {hint} ({node.source})"
     if wrong.type in ("union_tag_invalid", "literal_error"):
         return _kind_line(wrong, node, shown)
-    field = _field(wrong)
-    hint = f"expected {allowed(*field)}" if field else wrong.message
-    return f"{'.'.join(shown)} = {_short(node)}: not allowed; {hint} ({node.source})"
+    return _value_line(wrong, node, shown)
 
 
 def _kind_line(wrong: _Wrong, node: Node, shown: tuple[str, ...]) -> str:
@@ -358,6 +362,13 @@ def _kind_line(wrong: _Wrong, node: Node, shown: tuple[str, ...]) -> str:
         held = choice(wrong.section, wrong.path[-1])
         kinds = ", ".join(held.sections) if held else ""
         return f"{'.'.join(shown)}.kind = {_short(kind)}: no such kind; kinds: {kinds} ({kind.source})"
+    if wrong.path[-1] == "kind" and wrong.section is not None:
+        kinds = ", ".join(get_args(wrong.section.model_fields["kind"].annotation))
+        return f"{'.'.join(shown)} = {_short(node)}: no such kind; kinds: {kinds} ({node.source})"
+    return _value_line(wrong, node, shown)
+
+
+def _value_line(wrong: _Wrong, node: Node, shown: tuple[str, ...]) -> str:
     field = _field(wrong)
     hint = f"expected {allowed(*field)}" if field else wrong.message
     return f"{'.'.join(shown)} = {_short(node)}: not allowed; {hint} ({node.source})"

@@ -141,10 +141,10 @@ class DataConfig(Section):
     """How examples become tensors."""
 
     image_size: PositiveInt | None = None  # null: as stored (all images must then have one size)
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: shorter side is resized to image_size / crop_pct
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: shorter side becomes image_size / crop_pct
     mean: Floats = (0.5,)  # one for all channels, or one a channel; of pixels in [0, 1]
     std: Floats = (0.5,)  # as mean
-    augment: Annotated[NoAugment | CropFlip | TimmAugment, Field(discriminator="kind")] = NoAugment()  # of training views
+    augment: Annotated[NoAugment | CropFlip | TimmAugment, Field(discriminator="kind")] = NoAugment()  # training
     storage: Literal["auto", "decoded", "encoded"] = "auto"  # decoded: once, kept as uint8 in a memory-mapped cache
     cache: str | None = None  # folder of decoded images; null: the user's cache folder
     workers: NonNegativeInt = 2  # decoding processes per rank for storage=encoded
@@ -184,7 +184,10 @@ ModelConfig = Annotated[PaperModel | MlpModel | TimmModel, Field(discriminator="
 
 
 class TrainConfig(Section):
-    """One task's training. `restart` and `data` make the references: joint = seen + restart, separate = task + restart."""
+    """One task's training.
+
+    `restart` and `data` make the references: joint = seen + restart, separate = task + restart.
+    """
 
     epochs: IntPerTask = (10,)  # one value, or one a task
     batch_size: PositiveInt = 256  # rows a step, over all ranks, memory included

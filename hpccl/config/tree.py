@@ -10,7 +10,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node as YamlNode, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import Node as YamlNode
 
 from hpccl.errors import ConfigError
 
@@ -107,12 +108,12 @@ class _Reader:
         if node.anchor:  # also keeps out a mapping that holds itself
             raise ConfigError(f"&{node.anchor}: anchors and aliases are not read; write the value out ({where})")
         if node.tag not in _PLAIN_TAGS:
-            raise ConfigError(f"{node.tag.removeprefix(_TAG)}: tags are not read; write the plain value ({where})")
+            raise ConfigError(f"{str(node.tag).removeprefix(_TAG)}: tags are not read; write the plain value ({where})")
         if isinstance(node, MappingNode):
             return self._table(node, path, where)
         if isinstance(node, SequenceNode):
             return Items(tuple(self._convert(item, f"{path}{i}.") for i, item in enumerate(node.value)), where)
-        return Leaf(self._scalar(node), where)
+        return Leaf(self._scalar(node), where)  # the third kind that there is
 
     def _table(self, node: MappingNode, path: str, where: str) -> Table:
         entries: dict[str, Node] = {}
@@ -126,7 +127,7 @@ class _Reader:
             entries[key.value] = _moved(converted, self._where(key))
         return Table(entries, where)
 
-    def _scalar(self, node: ScalarNode) -> Any:
+    def _scalar(self, node: YamlNode) -> Any:
         if node.tag == _TAG + "timestamp":  # 2026-01-31 is text: no key of a configuration is a date
             return node.value
         return self._yaml.constructor.construct_object(node, deep=True)

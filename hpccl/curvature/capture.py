@@ -1,8 +1,8 @@
 """One undisturbed pass through a model: what each layer received, and where to ask for its output gradient.
 
 Nothing stays behind: hooks are removed and modes restored however the pass ends. Output gradients are asked for at the
-edges of the graph, as they were when the layer returned, so that later in-place operations change nothing; and since only
-edges are named, autograd computes no weight gradient and touches no `.grad`.
+edges of the graph, as they were when the layer returned, so that later in-place operations change nothing; and since
+only edges are named, autograd computes no weight gradient and touches no `.grad`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from hpccl.curvature.protocols import Examples
 from hpccl.errors import DataError
@@ -80,10 +80,10 @@ def hessian_root(probabilities: Tensor) -> Tensor:
 def uniform_draws(sample: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDArray[np.float64]:
     """[n, count] numbers in [0, 1), each a pure function of (seed, sample, position in its row)."""
     with np.errstate(over="ignore"):
-        state = _mixed(np.full(1, seed, dtype=np.uint64))
-        state = _mixed(state + sample.astype(np.uint64))
-        state = _mixed(state[:, None] + np.arange(count, dtype=np.uint64))
-    return np.asarray((state >> np.uint64(11)) * 2.0**-53)
+        start = _mixed(np.full(1, seed, dtype=np.uint64))
+        rows = _mixed(np.add(start, sample, dtype=np.uint64, casting="unsafe"))
+        draws = _mixed(np.add(rows[:, None], np.arange(count), dtype=np.uint64, casting="unsafe"))
+    return np.asarray((draws >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
 
 def check_labels(examples: Examples) -> None:
@@ -96,14 +96,14 @@ def check_labels(examples: Examples) -> None:
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise DataError(
-            f"sample {int(examples.sample[row])} has class {int(examples.labels[row])}, which is not in its task's head "
-            f"{examples.head.nonzero().flatten().tolist()}; labels must be class numbers of the stream"
+            f"sample {int(examples.sample[row])} has class {int(examples.labels[row])}, which is not in its task's "
+            f"head {examples.head.nonzero().flatten().tolist()}; labels must be class numbers of the stream"
         )
 
 
 def _residuals(own: Tensor, classes: Tensor) -> Tensor:
-    """p - e_y as [c, n, K], for y = `classes` [n, c] among the own head."""
-    return own[None] - F.one_hot(classes.T, own.shape[1]).to(own.dtype)
+    """Residuals p - e_y as [c, n, K], for y = `classes` [n, c] among the own head."""
+    return own[None] - functional.one_hot(classes.T, own.shape[1]).to(own.dtype)
 
 
 def _inverse_cdf(own: Tensor, draws: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Which route measures each trainable parameter, found by trying, and checked by numbers.
 
 A layer that is called once per forward pass, with tensors and one row block per example, is measured by hooks. Every
-other trainable parameter (held outside a layer, shared, used without calling its layer, called twice) is measured through
-the whole model. The layer route is then compared with plain autograd on a few examples, one by one; a layer that disagrees
-(its weight is also used elsewhere, its batch dim is not the first) goes through the whole model too. What plain
-autograd does not reach at all is an error: nobody may believe it to be protected.
+other trainable parameter (held outside a layer, shared, used without calling its layer, called twice) is measured
+through the whole model. The layer route is then compared with plain autograd on a few examples, one by one; a layer
+that disagrees (its weight is also used elsewhere, its batch dim is not the first) goes through the whole model too.
+What plain autograd does not reach at all is an error: nobody may believe it to be protected.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def refuse_unfit(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
             raise CoverageError(
-                f"parameter '{name}' is {parameter.dtype}; curvature is measured in fp32: keep fp32 weights and use autocast"
+                f"parameter '{name}' is {parameter.dtype}; curvature is measured in fp32: "
+                "keep fp32 weights and use autocast"
             )
 
 

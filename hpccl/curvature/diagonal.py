@@ -1,7 +1,8 @@
 """The diagonal of the Fisher matrix: sum_i w_i diag(J_i' Lambda_i J_i), exact per example.
 
-J_i = d logits / d weights [C, parameters], Lambda_i = diag(p) - p p' of the own-head softmax for `ggn`; the outer product
-of residuals p - e_y for `mc` (y drawn from p) and `empirical` (y the label). Sums, never means: nats per squared weight.
+J_i = d logits / d weights [C, parameters], Lambda_i = diag(p) - p p' of the own-head softmax for `ggn`; the outer
+product of residuals p - e_y for `mc` (y drawn from p) and `empirical` (y the label). Sums, never means: nats per
+squared weight.
 Source: Martens 2020, "New insights and perspectives on the natural gradient method", JMLR 21, sections 8-9.
 """
 
@@ -20,7 +21,7 @@ from hpccl.curvature.coverage import Coverage, plan, refuse_unfit
 from hpccl.curvature.protocols import Examples, Precision, Weights
 from hpccl.curvature.pullback import layer_gradients, layer_squares, whole_squares
 from hpccl.dist.comm import Comm
-from hpccl.errors import CheckpointError, CoverageError, DivergedError, HpcclError
+from hpccl.errors import CheckpointError, CoverageError, DivergedError, HpcclError, WorldError
 
 __all__ = ["Diagonal", "DiagonalEstimator"]
 
@@ -48,16 +49,12 @@ class Diagonal:
         """
         values = state.get("values")
         if state.get("kind") != "diagonal" or not isinstance(values, Mapping):
-            raise CheckpointError(
-                f"not the state of a diagonal curvature: it has {sorted(state)} of kind {state.get('kind')!r}"
-            )
-        wrong = [
-            name for name, value in values.items() if not isinstance(value, Tensor) or value.dtype != torch.float32
-        ]
-        if wrong:
-            raise CheckpointError(
-                f"diagonal curvature of {wrong[0]!r} is not an fp32 tensor; the checkpoint is damaged"
-            )
+            raise CheckpointError(f"not the state of a diagonal curvature: kind {state.get('kind')!r}, {sorted(state)}")
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or value.dtype != torch.float32:
+                raise CheckpointError(
+                    f"diagonal curvature of '{name}' is not an fp32 tensor: the checkpoint is damaged"
+                )
         return cls(dict(values), float(state.get("num_examples", 0.0)))
 
     @property
@@ -86,9 +83,7 @@ class Diagonal:
             raise CoverageError(f"cannot add {type(other).__name__} to a diagonal curvature; both must be diagonal")
         differing = self.values.keys() ^ other.values.keys()
         if differing:
-            raise CoverageError(
-                f"cannot add curvatures of different weights: {_some(differing)} is in one of them only"
-            )
+            raise CoverageError(f"cannot add curvatures of different weights: only one of them has {_some(differing)}")
         values = {name: value + other.values[name] for name, value in self.values.items()}
         return Diagonal(values, self.num_examples + other.num_examples)
 
@@ -131,11 +126,10 @@ class DiagonalEstimator:
         Raises:
             CoverageError: a trainable parameter is not covered.
             DataError: a label is outside its head.
-            DivergedError: an activation or a gradient is not finite, here or on another rank.
+            DivergedError: an activation or a gradient is not finite.
+            WorldError: any of these on another rank.
         """
-        values = {
-            name: _accumulator(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
+        values = {name: _accumulator(value) for name, value in model.named_parameters() if value.requires_grad}
         count = torch.zeros(1, dtype=torch.float64, device=comm.device)
         failure: HpcclError | None = None
         try:
@@ -147,9 +141,7 @@ class DiagonalEstimator:
             failure = error
         # Together, so that no rank waits in the sum below for one that has stopped.
         if comm.any(failure is not None):
-            raise failure or DivergedError(
-                "curvature stopped because another rank could not measure its part; see its message"
-            )
+            raise failure or WorldError("curvature stopped: another rank could not measure its part; see its message")
         comm.sum_([*values.values(), count])
         return Diagonal(values, float(count))
 
@@ -166,12 +158,15 @@ class DiagonalEstimator:
             if len(examples) == 0:
                 continue
             check_labels(examples)
-            with measuring(model, like.device):
-                coverage = coverage or plan(model, examples.pixels[:_PROBE])
-                size, group = self._part(coverage, examples)
-                for first in range(0, len(examples), size):
-                    part = examples.select(slice(first, first + size))
-                    yield part, self._squares(model, coverage, part, group)
+            if coverage is None:
+                with measuring(model, like.device):
+                    coverage = plan(model, examples.pixels[:_PROBE])
+            size, group = self._part(coverage, examples)
+            for first in range(0, len(examples), size):
+                part = examples.select(slice(first, first + size))
+                with measuring(model, like.device):
+                    squares = self._squares(model, coverage, part, group)
+                yield part, squares
 
     def _part(self, coverage: Coverage, examples: Examples) -> tuple[int, int]:
         """How many examples, and how many columns of them, to hold at a time."""
@@ -206,13 +201,12 @@ def _diverged(model: nn.Module, part: Examples) -> DivergedError:
     place, rows = "the pixels", bad_pixels
     if not bool(bad_pixels.any()):
         place, rows = first_not_finite(model, part.pixels) or ("the model's output", ~bad_pixels)
-    return DivergedError(
-        f"{place} is not finite for samples {_samples(part, rows)}; curvature needs a model that converged"
-    )
+    samples = _samples(part, rows)
+    return DivergedError(f"{place} is not finite for samples {samples}; curvature needs a model that has not diverged")
 
 
 def _check_gradient(name: str, grad: Tensor, part: Examples) -> None:
-    bad = ~grad.isfinite().flatten(1).all(1).unflatten(0, (len(part), -1)).all(1)
+    bad = ~grad.isfinite().flatten(1).all(1).unflatten(0, (len(part), -1)).any(1)
     if bool(bad.any()):
         raise DivergedError(f"the gradient of layer '{name}' is not finite for samples {_samples(part, bad)}")
 

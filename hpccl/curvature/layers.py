@@ -7,7 +7,7 @@ For example i and column j, a layer with input a and output gradient g (a over r
     norm weight      dw_ij = sum_r g_ijr * x_hat_ir (x_hat recomputed without the affine map: the weight may be 0)
 
 and adds sum_ij (d.._ij)^2. Summing over positions comes before squaring; only without positions is the sum of squares
-of dW the product (G^2)'(A^2). Every other layer takes the vector-Jacobian product of its own forward, example by example.
+of dW the product (G^2)'(A^2). Every other layer takes the vector-Jacobian product of its own forward, per example.
 
 Legend: n examples, f rows of the layer's batch dim per example (windows), c columns, d inputs, o outputs.
 Inputs are [n*f, ...], gradients [n*f, c, ...].
@@ -21,7 +21,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 __all__ = ["pieces", "squares"]
 
@@ -75,16 +75,17 @@ def _summed(terms: Tensor, n: int, dim: int) -> Tensor:
     dim = dim % terms.dim()
     positions = [other for other in range(2, terms.dim()) if other != dim]
     per_row = terms.sum(positions) if positions else terms
-    return per_row.unflatten(0, (n, -1)).sum(1).square().sum((0, 1))
+    per_example: Tensor = per_row.unflatten(0, (n, -1)).sum(1)
+    return per_example.square().sum((0, 1))
 
 
 def _normalised(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.LayerNorm):
-        return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+        return functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
     if isinstance(module, nn.GroupNorm):
-        return F.group_norm(x, module.num_groups, None, None, module.eps)
+        return functional.group_norm(x, module.num_groups, None, None, module.eps)
     assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-    return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+    return functional.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
 
 
 def _linear(x: Tensor, grad: Tensor, n: int) -> Tensor:
@@ -122,10 +123,10 @@ def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int) -> Tensor:
 def _patches(module: nn.Conv2d, x: Tensor, out: tuple[int, int]) -> Tensor:
     """A view [rows, channels, kh, kw, h', w'] of the padded input: which pixels each output position sees."""
     if module.padding_mode == "zeros" and isinstance(module.padding, tuple):
-        x = F.pad(x, [pad for pad in reversed(module.padding) for _ in range(2)])
+        x = functional.pad(x, [pad for pad in reversed(module.padding) for _ in range(2)])
     else:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, list(module._reversed_padding_repeated_twice), mode=mode)
+        x = functional.pad(x, list(module._reversed_padding_repeated_twice), mode=mode)
     rows, channels, down, right = x.stride()
     steps = (rows, channels, down * module.dilation[0], right * module.dilation[1])
     strides = (*steps, down * module.stride[0], right * module.stride[1])

@@ -47,7 +47,7 @@ def layer_squares(
 def layer_gradients(
     layers: Layers, calls: Mapping[str, list[Call]], logits: Tensor, columns: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """By layer, the gradients [n*f, c, ...] of its output; layers from the last to the first, each freed when passed."""
+    """By layer, the gradients [n*f, c, ...] of its output, from the last layer to the first; freed as they pass."""
     edges = {name: edge for name in layers if (edge := calls[name][0].edge) is not None}
     by_column = [_pulled(logits, list(edges.values()), column) for column in columns]
     for position in reversed(range(len(edges))):
@@ -95,8 +95,8 @@ def whole_squares(
                 total[name] += value.square().sum((0, 1))
     except RuntimeError as error:
         raise CoverageError(
-            f"parameters {', '.join(repr(name) for name in names[:8])} need per-example gradients through the whole model, "
-            f"which torch.vmap refuses ({str(error).splitlines()[0]}); freeze them, or put them into a layer of their own"
+            f"parameters {', '.join(repr(name) for name in names[:8])} need per-example gradients through the whole "
+            f"model, which torch.vmap refuses ({str(error).splitlines()[0]}); freeze them, or give them their own layer"
         ) from error
     return total
 

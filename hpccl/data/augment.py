@@ -1,7 +1,7 @@
 """Pixels to network input: crop, mirror and normalise a batch, as a pure function of each image's key.
 
-Images are uint8 [n, h, w, channels]. Key 0 asks for the image as it is. The numbers drawn for an image are hashes of its
-key, so that neither the batch it is in nor the process that makes it matters.
+Images are uint8 [n, h, w, channels]. Key 0 asks for the image as it is. The numbers drawn for an image are hashes of
+its key, so that neither the batch it is in nor the process that makes it matters.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def crop_flip(images: Pixels, keys: Keys, *, padding: int, flip: bool) -> Pixels
     rows = np.arange(num)[:, None] * padded.shape[1] + top[:, None] + np.arange(height)
     columns = left[:, None] + np.where(mirror[:, None], np.arange(width)[::-1], np.arange(width))
     where = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
-    return padded.reshape(-1, channels).take(where.reshape(-1), axis=0).reshape(images.shape)
+    cropped: Pixels = padded.reshape(-1, channels).take(where.reshape(-1), axis=0)
+    return cropped.reshape(images.shape)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ class Normaliser:
                     f"give 1 value" + (f" or {channels}" if channels > 1 else "")
                 )
         if min(std) <= 0:
-            raise DataError(f"data.std is {list(std)}; every value must be above 0 (1 leaves pixels in [0, 1] as they are)")
+            raise DataError(
+                f"data.std is {list(std)}; every value must be above 0 (1 leaves pixels in [0, 1] as they are)"
+            )
         wide_mean = np.broadcast_to(np.asarray(mean, dtype=np.float64), channels)
         wide_std = np.broadcast_to(np.asarray(std, dtype=np.float64), channels)
         return cls(

@@ -1,8 +1,8 @@
 """The fast path for small images: decoded once, kept as uint8 in a memory-mapped file that all processes share.
 
-A file holds the evaluation view of every image of one split of one data set, [num, h, w, channels] in the order of its
-shards. It does not depend on how classes are ordered or cut into tasks, so that all runs share it. Beside it lies a list of
-the images that could not be decoded (zero pixels in the file).
+A file holds the evaluation view of every image of one split of one data set, [num, h, w, channels] in the order of
+its shards. It does not depend on how classes are ordered or cut into tasks, so that all runs share it. Beside it lies
+a list of the images that could not be decoded (zero pixels in the file).
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class DecodedImages:
 
     def raw(self, sample: int, split: Split) -> Pixels:
         """[h, w, channels] of one image."""
-        return self.gather(np.asarray([sample]), split)[0][0]
+        pixels: Pixels = self.gather(np.asarray([sample]), split)[0][0]
+        return pixels
 
     def skipped(self) -> list[tuple[Split, int, str]]:
         """(split, sample, reason) of all images of the stream that could not be decoded."""
@@ -107,7 +108,7 @@ def kept_path(folder: Path, fingerprint: str, view: str) -> Path:
 
 
 def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], decode: Callable[[int], Pixels]) -> Kept:
-    """Open `path`; if it is not there yet, decode all images into it first. Any number of processes may call this at once.
+    """Open `path`; if it is not there yet, decode all images into it first. Any number of processes may do so at once.
 
     Args:
         path: ends in .npy.
@@ -129,8 +130,9 @@ def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], decode: Callab
     except (OSError, FolderError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         raise DataError(
-            f"decoded images cannot be kept in '{path.parent}': {getattr(cause, 'strerror', None) or error}; set data.cache "
-            f"to a folder that can be written and has {np.prod(shape) / 1e9:.2f} GB free, or data.storage to encoded"
+            f"decoded images cannot be kept in '{path.parent}': {getattr(cause, 'strerror', None) or error}; "
+            f"set data.cache to a folder that can be written and has {np.prod(shape) / 1e9:.2f} GB free, "
+            "or data.storage to encoded"
         ) from error
     kept = kept or _opened(path, shape)
     if kept is None:

@@ -18,7 +18,9 @@ _TEST_SHARE = 0.2
 _SEED = 0  # of the split; fixed, because scikit-learn names no test set
 
 
-def digits(*, tasks: int, view: EvaluationView) -> tuple[Collection, dict[Split, Kept], dict[Split, npt.NDArray[np.int64]]]:
+def digits(
+    *, tasks: int, view: EvaluationView
+) -> tuple[Collection, dict[Split, Kept], dict[Split, npt.NDArray[np.int64]]]:
     """The data set, its pixels uint8 [num, h, w, 1], and the number in scikit-learn's data, by split."""
     from sklearn.datasets import load_digits
 

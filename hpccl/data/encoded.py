@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import random
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +32,7 @@ from hpccl.data.views import EvaluationView
 from hpccl.errors import DataError
 
 if TYPE_CHECKING:
-    from hpccl.data.shards import ShardSet
+    from hpccl.data.shards.reader import ShardSet
 
 __all__ = ["EncodedImages", "Made", "Maker"]
 
@@ -69,7 +68,8 @@ class Maker(Dataset[Made]):
 
     def __getitem__(self, request: Request) -> Made:
         """Make one request's images; failures are values, because an exception from a worker loses its message."""
-        pixels = torch.zeros(len(request), *self.shape).contiguous(memory_format=torch.channels_last)
+        channels, height, width = self.shape
+        pixels = torch.zeros(len(request), height, width, channels).permute(0, 3, 1, 2)
         valid = torch.ones(len(request), dtype=torch.bool)
         bad: list[tuple[int, str]] = []
         with _own_randomness():
@@ -121,7 +121,7 @@ class EncodedImages:
             DataError: an image cannot be decoded and data.bad_images is `stop`, or a shard cannot be read.
         """
         maker = self.makers[split]
-        made = _in_workers(maker, requests, self.workers) if self.workers else (maker[request] for request in requests)
+        made = _in_workers(maker, requests, self.workers) if self.workers else _inline(maker, requests)
         with contextlib.closing(made):
             for result in made:
                 self._note(result, split)
@@ -144,10 +144,15 @@ class EncodedImages:
         return [(split, sample, reason) for (split, sample), reason in self.seen_bad.items()]
 
 
-def _in_workers(maker: Maker, requests: Iterable[Request], workers: int) -> Iterator[Made]:
+def _inline(maker: Maker, requests: Iterable[Request]) -> Generator[Made, None, None]:
+    for request in requests:
+        yield maker[request]
+
+
+def _in_workers(maker: Maker, requests: Iterable[Request], workers: int) -> Generator[Made, None, None]:
     loader: DataLoader[Made] = DataLoader(
         maker,
-        sampler=requests,  # type: ignore[arg-type]  # any iterable of what the data set takes
+        sampler=requests,
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_is,
@@ -167,7 +172,7 @@ def _in_workers(maker: Maker, requests: Iterable[Request], workers: int) -> Iter
         del made, loader
 
 
-def _as_is(made: Made) -> Made:
+def _as_is(made: Any) -> Any:
     return made
 
 
@@ -179,8 +184,6 @@ def _start_worker(_: int) -> None:
         # Else torch's watchdog notices within five seconds, in which files and locks stay open.
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() == 1:
-        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -92,7 +92,9 @@ def arrange(collections: Sequence[Collection], *, order: Literal["given", "rando
         for number in range(part.tasks):
             mine = np.sort(classes[number * width : (number + 1) * width])
             first = len(names)
-            ranges = [_append(pieces[split], collections, which, mine, first, split) for split in SPLITS]
+            ranges = [
+                _append(pieces[split], collections, which, classes=mine, first=first, split=split) for split in SPLITS
+            ]
             title = part.title if part.tasks == 1 else f"{part.title}[{number + 1}/{part.tasks}]"
             for split, positions in zip(SPLITS, ranges, strict=True):
                 if not positions:
@@ -108,7 +110,9 @@ def _class_order(part: Collection, which: int, order: Literal["given", "random"]
     total = len(part.class_names)
     keep = total if part.keep is None else part.keep
     if keep > total:
-        raise DataError(f"{keep} classes of '{part.title}' are asked for but it has {total}; set classes to at most {total}")
+        raise DataError(
+            f"{keep} classes of '{part.title}' are asked for but it has {total}; set classes to at most {total}"
+        )
     if keep % part.tasks:
         allowed = [divisor for divisor in range(1, keep + 1) if keep % divisor == 0]
         raise DataError(
@@ -120,7 +124,7 @@ def _class_order(part: Collection, which: int, order: Literal["given", "random"]
 
 
 def _append(
-    pieces: list[Index], collections: Sequence[Collection], which: int, classes: Ints, first: int, split: Split
+    pieces: list[Index], collections: Sequence[Collection], which: int, *, classes: Ints, first: int, split: Split
 ) -> range:
     """Add the examples of one task's classes; the positions they get."""
     labels, groups = collections[which].labels[split], collections[which].groups[split]

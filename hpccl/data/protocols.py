@@ -68,5 +68,8 @@ class Stream(Protocol):
         Raises DataError for an undecodable image (its name, its shard) unless data.bad_images is `skip`.
         """
 
+    def skipped(self) -> list[tuple[Split, int, str, str]]:
+        """Images passed over so far in this process: (split, sample, name, reason); only with data.bad_images=skip."""
+
     def raw(self, sample: int, split: Split = "train") -> npt.NDArray[np.uint8]:
         """[h, w, channels] uint8 pixels of one image as stored, for pictures in reports."""

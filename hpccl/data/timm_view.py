@@ -2,7 +2,7 @@
 
 The crop is drawn by timm itself; everything after it (mirror, colour, automatic augmentation, erasing) is timm's own
 pipeline. Only the pixels of the crop come by another way: decoded at 1/2, 1/4 or 1/8 of the size where that is still as
-large as the view, then resized by torch's antialiased filters, the same as Pillow's.
+large as the view.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TimmView:
         """Take timm.data.create_transform apart.
 
         Raises:
-            DataError: timm does not understand data.augment.auto_augment.
+            DataError: timm does not understand data.augment.auto_augment, or scale or ratio is no interval.
         """
         import_timm()
         from timm.data.transforms_factory import create_transform
@@ -68,10 +68,10 @@ class TimmView:
                 size,
                 is_training=True,
                 separate=True,
-                scale=config.scale,
-                ratio=config.ratio,
+                scale=_interval("scale", config.scale),
+                ratio=_interval("ratio", config.ratio),
                 hflip=config.hflip,
-                color_jitter=config.color_jitter or None,
+                color_jitter=config.color_jitter or None,  # type: ignore[arg-type]  # timm leaves it out for None
                 auto_augment=config.auto_augment,
                 interpolation=config.interpolation,
                 mean=tuple(np.broadcast_to(mean, 3).tolist()),
@@ -111,9 +111,16 @@ class TimmView:
         """The random resized crop, uint8 [3, size, size] in channels_last memory."""
         width, height = image_size(data, name)
         # timm asks its argument for its size only; an expanded tensor has one and no memory.
-        drawn = self.crop.get_params(torch.empty(1).expand(1, height, width), self.crop.scale, self.crop.ratio)
+        shape = torch.empty(1).expand(1, height, width)
+        top, left, rows, columns = self.crop.get_params(shape, self.crop.scale, self.crop.ratio)
         filters = self.crop.interpolation
         chosen = random.choice(filters) if isinstance(filters, (tuple, list)) else filters
-        pixels = decode_scaled(data, name, drawn, self.size)
-        source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        return torch.nn.functional.interpolate(source, (self.size, self.size), mode=chosen.value, antialias=True)[0]
+        box = (left, top, left + columns, top + rows)
+        pixels = decode_scaled(data, name, box=box, size=self.size, interpolation=chosen.value)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _interval(name: str, values: tuple[float, ...]) -> tuple[float, float]:
+    if len(values) != 2 or not 0 < values[0] <= values[1]:
+        raise DataError(f"data.augment.{name} is {list(values)}; it takes two numbers, 0 < smallest <= largest")
+    return values[0], values[1]

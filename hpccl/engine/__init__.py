@@ -1,0 +1,1 @@
+"""Where the weights live: the Engine protocol and its implementations."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import OptimConfig, TrainConfig
 from hpccl.config.sections import DdpEngine as DdpConfig
+from hpccl.config.sections import OptimConfig, TrainConfig
 from hpccl.dist.comm import Comm
 from hpccl.engine.optim import build_optimizer, learning_rate
 from hpccl.engine.protocols import GradientHook, Weights
@@ -46,7 +46,8 @@ class DdpEngine:
         if self._comm.size == 1:
             return model
         devices = [self._comm.device] if self._comm.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        wrapped: nn.Module = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return wrapped
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +104,7 @@ class DdpEngine:
         self._last = last
         loss = loss * self._comm.size
         with contextlib.nullcontext() if last else self._unreduced():
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     @contextlib.contextmanager
     def _unreduced(self) -> Iterator[None]:
@@ -124,7 +125,7 @@ class DdpEngine:
             def call(gradient: Tensor) -> Tensor:
                 return hook(gradient, parameter.detach()) if self._last else gradient
 
-            return parameter.register_hook(call)  # type: ignore[no-untyped-call]
+            return parameter.register_hook(call)
 
         parameters = dict(self._model.named_parameters())
         handles = [register(parameters[name], hook) for name, hook in hooks.items()]

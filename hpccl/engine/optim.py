@@ -48,7 +48,12 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         options.setdefault("fused", True)
     try:
         optimizer = create_optimizer_v2(
-            model, opt=config.name, lr=config.lr[0], weight_decay=config.weight_decay, momentum=config.momentum, **options
+            model,
+            opt=config.name,
+            lr=config.lr[0],
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **options,
         )
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(f"optim.name '{config.name}' with options {config.options} was refused: {error}") from error

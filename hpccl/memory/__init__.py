@@ -1,0 +1,1 @@
+"""Examples of past tasks: choosing and keeping them."""

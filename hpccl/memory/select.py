@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 def choose(labels: Ints, samples: Ints, *, keep: int, balanced: bool, words: tuple[int, ...]) -> Ints:
     """Positions [keep] (ascending) of a uniform choice without replacement.
 
-    labels: [n] class of each candidate; samples: [n] its sample position, which seeds its priority together with `words`.
+    labels: [n] class of each candidate; samples: [n] its sample position, which seeds its priority with `words`.
     balanced: equally many of each class as far as classes have them.
     """
     assert keep <= len(labels), f"cannot keep {keep} of {len(labels)}"

@@ -1,0 +1,1 @@
+"""Networks: timm, the papers' small nets, dropout that belongs to the example."""

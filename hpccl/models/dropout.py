@@ -36,7 +36,9 @@ class KeyedDropout(nn.Module):
         if not self.training or threshold == 0:
             return values
         if self.keys is None or len(self.keys) != len(values):
-            raise RuntimeError("KeyedDropout: call set_noise(model, keys) with one key per example before a training pass")
+            raise RuntimeError(
+                "KeyedDropout: call set_noise(model, keys) with one key per example before a training pass"
+            )
         keep = _bytes(self.keys, self.layer, values[0].numel()) >= threshold
         # Made in memory order, so that a channels_last tensor is masked without a copy.
         mask = keep.to(values.dtype).mul_(256 / (256 - threshold))

@@ -1,7 +1,7 @@
 """The papers' small networks and a multilayer perceptron.
 
-CifarNet and the small VGG follow the layer lists of Daxberger et al. (TMLR 2023), which took them from Zenke et al. 2017
-and De Lange et al. 2021; sizes are checked against the published parameter counts (1,276,508 and 3,608,328).
+CifarNet and the small VGG follow the layer lists of Daxberger et al. (TMLR 2023); their sizes are checked against the
+parameter counts of the released code (1,276,508 and 3,608,328).
 """
 
 from __future__ import annotations

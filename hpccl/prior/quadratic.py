@@ -3,10 +3,10 @@
     R(w) = weight / 2 * (w - a)' (F + damping I) (w - a)        nats in total
     dR/dw = weight * (F + damping I) (w - a)
 
-F is a Precision summed over the examples that are not in memory, a the weights after the last task. The gradient enters
-the parameters' gradient hooks in fp32, outside autocast and loss scaling: each parameter's owner rank adds
-world size times its force, and the averaging of gradients that happens anyway delivers it to all ranks. No collective of
-its own, no dependence on the number of micro-batches. (Online Laplace / EWC with a moving centre; Daxberger et al. 2023.)
+F is a Precision summed over the examples that are not in memory, a the weights after the last task. The gradient
+enters the parameters' gradient hooks in fp32, outside autocast and loss scaling: each parameter's owner rank adds
+world size times its force, and the averaging of gradients that happens anyway delivers it to all ranks. No collective
+of its own, no dependence on the number of micro-batches. (EWC with a moving centre, Daxberger et al. 2023.)
 """
 
 from __future__ import annotations

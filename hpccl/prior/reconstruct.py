@@ -43,8 +43,7 @@ def summed_gradients(
         for number, nats in enumerate(terms):
             last = number + 1 == num_terms
             gradients = torch.autograd.grad(nats, list(parameters.values()), retain_graph=not last)
-            for total, gradient in zip(sums[number].values(), gradients, strict=True):
-                total += gradient
+            torch._foreach_add_(list(sums[number].values()), gradients)
     comm.sum_([value for total in sums for value in total.values()])
     model.train(was_training)
     return sums

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -35,10 +37,13 @@ FIGURES: dict[str, str] = {
     "learning_accuracy": "learning accuracy",
 }
 _RUN_HEADER = ["run", "method", "status", "seed", "tasks", *FIGURES.values(), "time"]
-_NOTES = (
+_NOTE = (
     "Accuracies in percent, forgetting and BWT in percentage points, all of the network after the last task; "
-    "task-incremental unless said otherwise. Time is wall time, resumes counted, pauses not.",
+    "task-incremental unless said otherwise. Time is wall time, resumes counted, pauses not."
 )
+
+# Keys that change what a run costs, or which of several equal paths it took, but not what is compared.
+_IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
 
 Flat: TypeAlias = dict[str, Any]
 
@@ -144,7 +149,7 @@ def _groups(
 ) -> list[Group]:
     members: dict[str, list[int]] = {}
     for position, identity in enumerate(identities):
-        key = json.dumps({k: v for k, v in identity.items() if k != "seed"}, sort_keys=True)
+        key = json.dumps({k: v for k, v in identity.items() if k not in _IGNORED}, sort_keys=True)
         members.setdefault(key, []).append(position)
     firsts = [positions[0] for positions in members.values()]
     found = []
@@ -167,7 +172,7 @@ def _kind(identity: Flat, run: RunReport) -> tuple[str, int]:
 
 def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
     """`key=value` of every setting in which groups of one method and memory differ."""
-    keys = dict.fromkeys(key for other in alike for key in other if key != "seed")
+    keys = dict.fromkeys(key for other in alike for key in other if key not in _IGNORED)
     differing = [key for key in keys if len({json.dumps(other.get(key), sort_keys=True) for other in alike}) > 1]
     return " ".join(f"{key}={_short(identity.get(key))}" for key in differing if key in identity)
 
@@ -234,7 +239,7 @@ def _has_published(comparison: Comparison, key: str) -> bool:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    notes = list(_NOTES)
+    notes = [_NOTE]
     left_out = [name for group in comparison.groups for name in group.left_out]
     notes += [f"Not finished and left out: {', '.join(left_out)}."] if left_out else []
     early = [run.name for run in comparison.runs if run.status != "done" and run.name not in _names(left_out)]
@@ -262,12 +267,17 @@ def _run_rows(comparison: Comparison) -> list[list[str]]:
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the table, the headline column first in bold, and its notes."""
-    target = console or Console()
-    table = Table(header_style="bold", title=None, pad_edge=False)
+    """Print the table and its notes.
+
+    Args:
+        comparison: what to print.
+        console: None is standard output, wide enough for a line a group where it is a file.
+    """
+    target = console or Console(width=None if sys.stdout.isatty() else 200)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     left = _num_left(comparison)
     for position, heading in enumerate(_header(comparison)):
-        table.add_column(heading, justify="left" if position < left else "right", overflow="fold")
+        table.add_column(heading, justify="left" if position < left else "right", no_wrap=position == 0)
     for row in _rows(comparison):
         table.add_row(*row)
     target.print(table)

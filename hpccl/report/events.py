@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -121,7 +122,8 @@ class EventLog:
             while written < len(data):
                 written += os.write(self._file, data[written:])
         except OSError as error:
-            os.ftruncate(self._file, size)  # a full disk may have taken half a line
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, size)  # a full disk may have taken half a line
             raise FolderError(f"'{self._path}' cannot be written: {explain_os_error(error)}") from error
 
     def close(self) -> None:

@@ -50,7 +50,7 @@ def memory_grids(folder: Path) -> list[Grid]:
 
 def _grid(task: int, path: Path, most: int) -> Grid:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in {1, 3} or len(labels) != len(images):
             raise ValueError(f"images are {images.dtype} {list(images.shape)} instead of uint8 [n, h, w, 1 or 3]")

@@ -34,11 +34,11 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _INK,
     "legend.frameon": False,
     "svg.fonttype": "none",
-    "svg.hashsalt": "hpccl",
     "text.color": _INK,
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
+_TERMS = ("new", "soft", "replay", "quadratic")
 _MAX_POINTS = 600
 _MAX_LEGEND = 12
 
@@ -51,14 +51,16 @@ def svg(figure: Figure, label: str) -> str:
         label: what it shows, for those who do not see it.
     """
     buffer = io.StringIO()
-    with rc_context(_STYLE):
+    # The salt makes the ids of two figures in one page differ.
+    with rc_context({**_STYLE, "svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Metadata says nothing, and a <style> inside would apply to the whole page.
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     # Groups are numbered from 1 in every figure, but an id may occur once in a page.
-    text = re.sub(r'<g id="[A-Za-z]\w*_\d+">', "<g>", text)
-    text = re.sub(r'font: (?:[^"]*? )?([\d.]+px) [^;"]*', r"font-size: \1", text)
+    text = re.sub(r'<g id="[A-Za-z][\w.]*_\d+">', "<g>", text)
+    text = re.sub(r"font-family: [^;]*; ?", "", text)
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', text, count=1)
 
 
@@ -114,13 +116,10 @@ def loss_curves(events: Sequence[Mapping[str, Any]], label: str) -> str | None:
     lengths = {int(event["task"]): int(event["num_steps"]) for event in steps}
     starts = {task: sum(n for other, n in lengths.items() if other < task) for task in lengths}
     x = np.array([starts[event["task"]] + event["step"] for event in steps], dtype=np.float64)
-    figure, axes = _axes(width=8.2, x="step", y="nats per training example")
+    figure, axes = _axes(width=10, x="step", y="nats per training example")
     curves = _curves(steps)
-    for position, (name, y) in enumerate(curves.items()):
-        bold: dict[str, Any] = (
-            {"color": _INK, "lw": 1.6} if name == "loss" else {"color": _COLOURS[position % len(_COLOURS)], "lw": 1}
-        )
-        axes.plot(*_thinned(x, y), label=name, **bold)
+    for name, y in curves.items():
+        axes.plot(*_thinned(x, y), label=name, **_line(name))
     for start in sorted(starts.values())[1:]:
         axes.axvline(start, color=_INK, lw=0.6, alpha=0.35, ls=":")
     positive = np.concatenate([y[np.isfinite(y) & (y > 0)] for y in curves.values()])
@@ -128,6 +127,14 @@ def loss_curves(events: Sequence[Mapping[str, Any]], label: str) -> str | None:
         axes.set_yscale("log")
     _legend(axes)
     return svg(figure, label)
+
+
+def _line(term: str) -> dict[str, Any]:
+    """One colour a term in every plot; the whole is the heavy line."""
+    if term in {"loss", "total"}:
+        return {"color": _INK, "lw": 1.8}
+    order = (*_TERMS, term)
+    return {"color": _COLOURS[order.index(term)], "lw": 1.1}
 
 
 def _curves(steps: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
@@ -157,21 +164,16 @@ def reconstruction(measured: Sequence[Mapping[str, Any]], label: str) -> str | N
     if not measured:
         return None
     with rc_context(_STYLE):
-        figure = Figure(figsize=(8.2, 2.7))
+        figure = Figure(figsize=(10, 2.7))
         panels = figure.subplots(1, 2)
     names = list(dict.fromkeys(name for event in measured for name in event["terms"]))
     tasks = [event["task"] + 1 for event in measured]
     for axes, figure_name, title in zip(
         panels, ("cosine", "relative_error"), ("cosine", "relative error"), strict=True
     ):
-        for position, name in enumerate(names):
+        for name in names:
             y = _series([(event["terms"].get(name) or {}).get(figure_name) for event in measured])
-            bold: dict[str, Any] = (
-                {"color": _INK, "lw": 2}
-                if name == "total"
-                else {"color": _COLOURS[position % len(_COLOURS)], "lw": 1.2}
-            )
-            axes.plot(tasks, y, marker=".", label=name, **bold)
+            axes.plot(tasks, y, marker=".", label=name, **_line(name))
         axes.set_xlabel("after learning task")
         axes.set_ylabel(title)
         axes.set_xticks(tasks[:: max(1, len(tasks) // 8)])
@@ -199,7 +201,7 @@ def bars(
     for position, (key, values) in enumerate(shown.items()):
         y = np.arange(len(names)) - 0.4 + (position + 0.5) * thickness
         means = _series([None if mean is None else 100 * mean for mean, _ in values])
-        spread = np.nan_to_num(_series([None if std is None else 100 * std for _, std in values]))
+        spread = _series([None if std is None else 100 * std for _, std in values])
         colour = _COLOURS[position % len(_COLOURS)]
         axes.barh(y, means, thickness * 0.92, xerr=spread, color=colour, ecolor=_INK, capsize=2, label=key)
     axes.set_yticks(range(len(names)), names)

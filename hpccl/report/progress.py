@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
-__all__ = ["Display", "LiveDisplay", "PlainDisplay", "QuietDisplay", "duration", "make_progress"]
+__all__ = ["LiveDisplay", "PlainDisplay", "Progress", "QuietDisplay", "duration", "make_progress"]
 
 
 def duration(seconds: float | None) -> str:
@@ -29,7 +30,7 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Display(Protocol):
+class Progress(Protocol):
     """Where a run stands. A context manager; every method is cheap enough to be called at every step."""
 
     def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
@@ -57,7 +58,7 @@ class Display(Protocol):
         """Leave the terminal as it was."""
 
 
-def make_progress(enabled: bool = True, stream: TextIO | None = None, *, interval: float = 10.0) -> Display:
+def make_progress(enabled: bool = True, stream: TextIO | None = None, *, interval: float = 10.0) -> Progress:
     """The display that fits the stream: nothing if not enabled, live on a terminal, else a line every so often.
 
     Args:
@@ -77,7 +78,7 @@ class QuietDisplay:
     """Shows nothing."""
 
     def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
-        """See Display."""
+        """See Progress."""
 
     def update(
         self,
@@ -87,10 +88,10 @@ class QuietDisplay:
         images_per_second: float | None = None,
         eta_seconds: float | None = None,
     ) -> None:
-        """See Display."""
+        """See Progress."""
 
     def message(self, text: str) -> None:
-        """See Display."""
+        """See Progress."""
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +114,7 @@ class PlainDisplay:
         self._last = -float("inf")
 
     def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
-        """See Display."""
+        """See Progress."""
         self._place, self._total = f"task={_word(task_name)} phase={_word(phase)}", total_steps
         self._last = self._clock()
         self._print(f"{self._place} step={start}/{total_steps}")
@@ -126,7 +127,7 @@ class PlainDisplay:
         images_per_second: float | None = None,
         eta_seconds: float | None = None,
     ) -> None:
-        """See Display."""
+        """See Progress."""
         now = self._clock()
         if now - self._last < self._interval and step < self._total:
             return
@@ -139,7 +140,7 @@ class PlainDisplay:
         self._print(" ".join(parts))
 
     def message(self, text: str) -> None:
-        """See Display."""
+        """See Progress."""
         self._print(text)
 
     def _print(self, line: str) -> None:
@@ -171,16 +172,16 @@ class LiveDisplay:
         self._progress = RichProgress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
             refresh_per_second=1 / self._REDRAW,
             transient=True,
         )
 
     def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
-        """See Display."""
+        """See Progress."""
         if self._bar is not None:
             self._progress.remove_task(self._bar)
         name = f"{escape(task_name)} · {escape(phase)}"
@@ -195,19 +196,20 @@ class LiveDisplay:
         images_per_second: float | None = None,
         eta_seconds: float | None = None,
     ) -> None:
-        """See Display."""
+        """See Progress."""
         now = self._clock()
         if self._bar is None or (now - self._last < self._REDRAW and step < self._total):
             return
         self._last = now
-        parts = [] if epoch is None else [f"epoch {epoch:.2f}"]
-        parts += [f"{escape(name)} {value:.3f}" for name, value in (terms or {}).items()]
+        # What matters most comes first: a narrow terminal cuts the end off.
+        parts = [] if eta_seconds is None else [f"{duration(eta_seconds)} left"]
+        parts += [] if epoch is None else [f"epoch {epoch:.2f}"]
         parts += [] if images_per_second is None else [f"{images_per_second:,.0f} images/s"]
-        parts += [] if eta_seconds is None else [f"{duration(eta_seconds)} left"]
+        parts += [f"{escape(name)} {value:.3f}" for name, value in (terms or {}).items()]
         self._progress.update(self._bar, completed=step, detail="  ".join(parts))
 
     def message(self, text: str) -> None:
-        """See Display."""
+        """See Progress."""
         self._progress.console.print(text, markup=False, highlight=False)
 
     def __enter__(self) -> Self:

@@ -51,11 +51,24 @@ def read_published(path: Path, *, dataset: str | None, num_tasks: int) -> Publis
         ConfigError: it has other columns, or it is not clear which data set is meant.
     """
     rows = _read(path)
+    try:
+        return _table(rows, dataset, num_tasks, path)
+    except ValueError as error:
+        raise ConfigError(f"published values '{path}' have a cell that is not a number: {error}") from error
+
+
+def _table(rows: Sequence[Row], dataset: str | None, num_tasks: int, path: Path) -> PublishedTable:
     tasks: dict[str, int] = {}
     for row in rows:
-        tasks[row["dataset"]] = max(tasks.get(row["dataset"], 0), int(row["last_task_trained"]))
+        tasks[row["dataset"]] = max(tasks.get(row["dataset"], 0), _last_task(row))
     chosen = _choose(tasks, dataset, num_tasks, path)
-    return PublishedTable(chosen, _values([row for row in rows if row["dataset"] == chosen]))
+    # A run that was given up before the last task has no final figures.
+    whole = [row for row in rows if row["dataset"] == chosen and _last_task(row) in {0, tasks[chosen]}]
+    return PublishedTable(chosen, _values(whole))
+
+
+def _last_task(row: Row) -> int:
+    return int(row["last_task_trained"] or 0)  # rows of deviations may leave it out
 
 
 def _read(path: Path) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 __all__ = ["fixed", "markdown_table", "percent", "signed", "size", "spread", "time_span", "whole"]
@@ -15,7 +16,7 @@ def percent(value: float | None, digits: int = 1) -> str:
     >>> percent(0.8231), percent(None)
     ('82.3', '–')
     """
-    return _ABSENT if value is None else f"{100 * value:.{digits}f}"
+    return _ABSENT if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 1) -> str:
@@ -40,8 +41,12 @@ def spread(mean: float | None, std: float | None, scale: float = 100.0, digits: 
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
-    """A number with so many digits after the point; very large and very small ones with an exponent."""
-    if value is None:
+    """A number with so many digits after the point; very large and very small ones with an exponent.
+
+    >>> fixed(0.12345), fixed(1e-5), fixed(float("nan"))
+    ('0.123', '1.00e−05', '–')
+    """
+    if value is None or math.isnan(value):
         return _ABSENT
     text = f"{value:.{digits}f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.2e}"
     return text.replace("-", "−")

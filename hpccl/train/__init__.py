@@ -1,0 +1,1 @@
+"""A run: fit, consolidate, evaluate, task by task."""

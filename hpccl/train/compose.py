@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ def plan_task(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> 
 def new_samples(config: RunConfig, task: Task) -> range:
     """Sample positions of the data that a task trains on."""
     own = task.samples("train")
-    return range(0, own.stop) if config.train.data == "seen" else own
+    return range(own.stop) if config.train.data == "seen" else own
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def split(batch: Batch, comm: Comm, *, accumulate: int) -> list[Part]:
     whole = comm.share(len(batch))
     bounds = [whole.start + len(whole) * number // accumulate for number in range(accumulate + 1)]
     parts = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         rows = np.arange(start, stop)
         parts.append(Part(batch, rows if len(rows) else np.zeros(1, dtype=np.int64), absent=len(rows) == 0))
     return parts

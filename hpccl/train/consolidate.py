@@ -72,9 +72,7 @@ def select(task: Task, memory: Memory, world: World) -> Memory:
     return admitted
 
 
-def measure(
-    task: Task, memory: Memory, anchor: dict[str, Tensor], state: RunState, world: World
-) -> Quadratic | None:
+def measure(task: Task, memory: Memory, anchor: dict[str, Tensor], state: RunState, world: World) -> Quadratic | None:
     """The quadratic with the curvature of the task's examples that are not in memory; None if there is none."""
     config = world.config.prior.quadratic
     if config.weight == 0:

@@ -46,7 +46,9 @@ def test(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
     return [_result(task, everything, last, world) for task in world.stream.tasks]
 
 
-def _logits(mine: np.ndarray[Any, np.dtype[np.int64]], state: RunState, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+def _logits(
+    mine: np.ndarray[Any, np.dtype[np.int64]], state: RunState, world: World
+) -> Iterator[tuple[Tensor, Tensor]]:
     parts = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
     requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts)
     labels = torch.from_numpy(world.stream.labels("test"))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -15,17 +13,15 @@ from hpccl.checkpoint.store import Mark
 from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
-from hpccl.errors import DivergedError
-from hpccl.folder import replacing
 from hpccl.train.compose import Composer, Part, plan_task, split
+from hpccl.train.diverged import Failure, diagnose
 from hpccl.train.state import RunState, World
-from hpccl.train.step import StepStats, train_step
+from hpccl.train.step import TERM_NAMES, StepStats, train_step
 
 __all__ = ["fit"]
 
 # Ranks agree on stopping every so many steps: often enough for any grace period, rarely enough to cost nothing.
 _POLL = 5
-_NAMES = ("new", "soft", "replay")
 
 
 def fit(task: Task, state: RunState, world: World) -> bool:
@@ -64,7 +60,7 @@ def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer:
         torch.manual_seed(int(mix(plan.seed, plan.task, step, world.comm.rank)) >> 1)
         stats = train_step(state.engine, rows, num_rows=len(parts[0].batch))
         if not bool(torch.isfinite(stats.gradient_norm)):
-            _diverged(task, step, parts, rows, stats, state, world)
+            raise diagnose(Failure(task, step, parts, rows, stats.terms), state, world)
         done = step + 1
         meter.update(done, len(parts[0].batch), stats)
         if done == plan.num_steps:
@@ -77,9 +73,7 @@ def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer:
     return plan.num_steps
 
 
-def _batches(
-    plan: BatchPlan, composer: Composer, world: World, first: int
-) -> Iterator[tuple[list[Part], list[Rows]]]:
+def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> Iterator[tuple[list[Part], list[Rows]]]:
     """Each step's parts of this rank and their rows; images are made ahead of time."""
     accumulate = world.config.train.accumulate
 
@@ -138,7 +132,7 @@ class Meter:
     def _write(self, done: int, stats: StepStats) -> None:
         terms = self.terms / self.steps
         self.world.comm.sum_([terms])
-        named = {name: float(value) for name, value in zip(_NAMES, terms, strict=True)}
+        named = {name: float(value) for name, value in zip(TERM_NAMES, terms, strict=True)}
         quadratic = self.state.prior.quadratic
         if quadratic is not None and self.world.comm.leader:
             weights = {name: value.detach() for name, value in self.state.engine.module.named_parameters()}
@@ -160,38 +154,3 @@ class Meter:
             eta_seconds=left,
         )
         self.world.progress.update(done, epoch, {"loss": sum(named.values()), **named}, speed, left)
-
-
-def _diverged(
-    task: Task, step: int, parts: list[Part], rows: list[Rows], stats: StepStats, state: RunState, world: World
-) -> None:
-    """Save what helps diagnosis and stop. The norm is the same on all ranks, so all come here together."""
-    terms = stats.terms.clone()
-    world.comm.sum_([terms])
-    named = {name: float(value) for name, value in zip(_NAMES, terms, strict=True)}
-    weights = state.engine.gather()
-    broken = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
-    note = world.folder.path / f"diverged-rank-{world.comm.rank}"
-    samples = [int(sample) for part in parts for sample in part.batch.new[part.rows]]
-    slots = [int(slot) for part in parts for slot in part.batch.slot[part.rows]]
-    description = {
-        "task": task.index,
-        "step": step,
-        "terms": {name: str(value) for name, value in named.items()},
-        "weights_not_finite": broken,
-        "new_offsets": samples,
-        "memory_slots": slots,
-    }
-    with replacing(note.with_suffix(".json")) as path:
-        path.write_text(json.dumps(description, indent=1))
-    tensors = {f"pixels.{number}": row.pixels.cpu().contiguous() for number, row in enumerate(rows)}
-    if world.comm.leader:
-        tensors |= {f"weights.{name}": value.cpu().contiguous() for name, value in weights.items()}
-    with replacing(note.with_suffix(".safetensors")) as path:
-        safetensors.torch.save_file(tensors, path)
-    raise DivergedError(
-        f"the gradient is not finite at step {step} of task {task.index} ('{task.name}'); loss terms in nats per example: "
-        + ", ".join(f"{name} {value:.4g}" for name, value in named.items())
-        + f"; weights already not finite: {broken[:3] or 'none'}. The batch and the weights are in '{note}.*', the last "
-        "good checkpoint is untouched. Lower optim.lr, set train.clip_norm, or use engine.precision=fp32"
-    )

@@ -1,4 +1,4 @@
-"""Measure, at the end of a task's training, how well its prior stood for the past (a diagnosis; nothing depends on it)."""
+"""A diagnosis at the end of a task's training: how well its prior stood for the past. Nothing depends on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BATCH = 256
 
 
 def reconstruct(task: Task, state: RunState, world: World) -> None:
-    """Write the gradient-reconstruction error of every term at the present weights; the prior is the one trained with."""
+    """Write the error of every term at the present weights, for the prior that the task was trained with."""
     fraction = world.config.log.reconstruction
     prior = state.prior
     if fraction == 0 or task.index == 0 or (prior.quadratic is None and len(prior.memory) == 0):
@@ -73,9 +73,12 @@ def _memory(composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]
         temperature = world.config.prior.temperature
         soft, soft_head = memory.soft_targets(slots, temperature=temperature, num_classes=hard.shape[1])
         tau = composer.tau[memory.task[slots]] * valid
-        yield pixels, _pair(
-            _losses(soft, soft_head, [tau * ~replayed], temperature, world.comm.device),
-            _losses(hard, hard_head, [tau * replayed], 1.0, world.comm.device),
+        yield (
+            pixels,
+            _pair(
+                _losses(soft, soft_head, [tau * ~replayed], temperature, world.comm.device),
+                _losses(hard, hard_head, [tau * replayed], 1.0, world.comm.device),
+            ),
         )
 
 
@@ -94,9 +97,7 @@ def _pair(first: Losses, second: Losses) -> Losses:
     return lambda logits: [*first(logits), *second(logits)]
 
 
-def _load(
-    samples: npt.NDArray[np.int64], world: World
-) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor]]:
+def _load(samples: npt.NDArray[np.int64], world: World) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor]]:
     """(samples [n], pixels, valid) in the evaluation view."""
     parts = [samples[start : start + _BATCH] for start in range(0, len(samples), _BATCH)]
     requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts)

@@ -22,7 +22,8 @@ from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, versions
 from hpccl.models.build import build_model
-from hpccl.report.events import EventLog, latest as latest_events, read_events
+from hpccl.report.events import EventLog, read_events
+from hpccl.report.events import latest as latest_events
 from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
 from hpccl.report.write import report_run
@@ -33,7 +34,7 @@ from hpccl.train.reconstruction import reconstruct
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
 
-__all__ = ["open_world", "run", "weights_sha256"]
+__all__ = ["fresh_state", "run", "weights_sha256"]
 
 
 def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (), quiet: bool = False) -> str:
@@ -118,8 +119,8 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
     smallest = min(sizes, key=lambda name: sizes[name])
     if config.memory.size > sizes[smallest]:
         raise ConfigError(
-            f"memory.size={config.memory.size} is larger than task '{smallest}' with {sizes[smallest]} training examples; "
-            f"allowed: 0 to {sizes[smallest]} (examples kept of each task)"
+            f"memory.size={config.memory.size} is larger than task '{smallest}', which has {sizes[smallest]} training "
+            f"examples; allowed: 0 to {sizes[smallest]} (examples kept of each task)"
         )
 
 
@@ -138,10 +139,16 @@ def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
     theirs, ours = _first_task_identity(load_config([other.config], [])), _first_task_identity(world.config)
     differing = sorted(key for key in theirs if theirs[key] != ours[key])
     if differing:
-        raise ConfigError(f"train.first_task_from='{source}' learned its first task otherwise: {', '.join(differing)} differ")
-    marks = [Mark.at(0, "fitted", int(path.name.rsplit("-", 1)[1])) for path in other.checkpoints.glob("task-000-fitted-*")]
+        raise ConfigError(
+            f"train.first_task_from='{source}' learned its first task otherwise: {', '.join(differing)} differ"
+        )
+    marks = [
+        Mark.at(0, "fitted", int(path.name.rsplit("-", 1)[1])) for path in other.checkpoints.glob("task-000-fitted-*")
+    ]
     if not marks:
-        raise FolderError(f"train.first_task_from='{source}' has no checkpoint of its first task's end; run it to there first")
+        raise FolderError(
+            f"train.first_task_from='{source}' has no checkpoint of its first task's end; run it to there first"
+        )
     state.engine.put(load(other.checkpoints, marks[-1])["engine"]["weights"])
     world.save(state, Mark.at(0, "fitted", marks[-1].step))
     return True

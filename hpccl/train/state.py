@@ -30,7 +30,7 @@ class RunState:
 
     engine: Engine
     prior: Prior = field(default_factory=lambda: Prior(Memory.empty()))
-    mark: Mark = Mark.at(0, "fit", 0)
+    mark: Mark = field(default_factory=lambda: Mark.at(0, "fit", 0))
     results: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:

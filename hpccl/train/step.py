@@ -12,7 +12,9 @@ from hpccl.data.rows import Rows
 from hpccl.engine.protocols import Engine
 from hpccl.train.loss import weighted_nats
 
-__all__ = ["StepStats", "train_step"]
+__all__ = ["TERM_NAMES", "StepStats", "train_step"]
+
+TERM_NAMES = ("new", "soft", "replay")  # of NEW, SOFT and REPLAY
 
 
 @dataclass(frozen=True)

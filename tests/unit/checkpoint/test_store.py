@@ -23,8 +23,11 @@ def test_round_trip(tmp_path: Path) -> None:
     mark = Mark.at(2, "fit", 30)
     saved = save(tmp_path, mark, TREE, keep=1)
     tree = load(tmp_path, mark)
-    assert torch.equal(tree["a"], TREE["a"]) and torch.equal(tree["b"]["c"][0], torch.ones(2, 2))
-    assert tree["b"]["c"][1:] == [None, 1.5] and tree["b"]["d"] == "text" and tree["e"] == {}
+    assert torch.equal(tree["a"], TREE["a"])
+    assert torch.equal(tree["b"]["c"][0], torch.ones(2, 2))
+    assert tree["b"]["c"][1:] == [None, 1.5]
+    assert tree["b"]["d"] == "text"
+    assert tree["e"] == {}
     assert saved.num_bytes == sum(path.stat().st_size for path in (tmp_path / mark.name).iterdir())
 
 
@@ -64,7 +67,7 @@ def test_torn_file(tmp_path: Path, victim: str) -> None:
     save(tmp_path, mark, TREE, keep=1)
     path = tmp_path / mark.name / victim
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(CheckpointError, match="cannot be read.*continue from the one before"):
+    with pytest.raises(CheckpointError, match=r"cannot be read.*continue from the one before"):
         load(tmp_path, mark)
 
 

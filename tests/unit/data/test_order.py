@@ -19,7 +19,8 @@ def test_mix_is_splitmix64() -> None:
     # The first outputs of the reference SplitMix64 generator with seed 0 (Vigna's splitmix64.c).
     state = np.uint64(0)
     assert int(mix(0)) == 0xE220A8397B1DCDAF
-    assert int(mix(0, 0)) != int(mix(0)) and state == 0
+    assert int(mix(0, 0)) != int(mix(0))
+    assert state == 0
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**31))
@@ -95,4 +96,5 @@ def test_weights_keep_the_expected_objective(share: float | None) -> None:
 def test_noise_and_views_differ_between_steps_and_rows() -> None:
     natural = plan()
     views = np.concatenate([natural.batch(step).view for step in range(natural.num_steps)])
-    assert len(np.unique(views)) == len(views) and (views != 0).all()
+    assert len(np.unique(views)) == len(views)
+    assert (views != 0).all()

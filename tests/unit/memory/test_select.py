@@ -35,7 +35,8 @@ def test_quotas_sum_and_never_exceed(counts: list[int], share: float, seed: int)
     keep = int(share * available.sum())
     ties = np.random.default_rng(seed).integers(0, 2**63, len(counts)).astype(np.uint64)
     quotas = class_quotas(available, keep, tie_break=ties)
-    assert quotas.sum() == keep and (quotas <= available).all()
+    assert quotas.sum() == keep
+    assert (quotas <= available).all()
     unfilled = quotas[quotas < available]
     if len(unfilled):
         assert quotas.max() - unfilled.min() <= 1

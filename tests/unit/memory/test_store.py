@@ -21,7 +21,8 @@ def test_soft_targets_are_the_own_heads_softmax() -> None:
     assert head.tolist() == [[True, True, False, False, False, False], [False, False, True, True, True, False]]
     torch.testing.assert_close(target[0, :2], (logits[0, :2] / 2).softmax(0))
     torch.testing.assert_close(target[1, 2:5], (logits[2, 2:5] / 2).softmax(0))
-    assert float(target[0, 2:].sum()) == 0 and float(target[1, :2].sum() + target[1, 5]) == 0
+    assert float(target[0, 2:].sum()) == 0
+    assert float(target[1, :2].sum() + target[1, 5]) == 0
 
 
 def test_agreement_counts_right_soft_labels_by_task() -> None:
@@ -36,5 +37,7 @@ def test_state_round_trip_and_sizes() -> None:
     memory = filled()
     again = Memory.from_state_dict(memory.state_dict())
     assert all(torch.equal(value, getattr(again, name)) for name, value in vars(memory).items())
-    assert memory.per_task(3) == [2, 3, 0] and len(memory) == 5 and memory.num_bytes > 0
+    assert memory.per_task(3) == [2, 3, 0]
+    assert len(memory) == 5
+    assert memory.num_bytes > 0
     assert len(Memory.empty()) == 0

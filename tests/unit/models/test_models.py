@@ -50,8 +50,13 @@ def test_timm_backbone_from_a_file(tmp_path: Path) -> None:
     loaded = build_model(
         TimmModel(name="test_resnet", checkpoint=str(path)), image_shape=(3, 32, 32), num_classes=10, seed=2
     ).state_dict()
-    same = [name for name, value in source.state_dict().items() if torch.equal(value, loaded[name])] if size(source) else []
-    assert "conv1.0.weight" in same and not any(name.startswith("fc.") for name in same)
+    same = (
+        [name for name, value in source.state_dict().items() if torch.equal(value, loaded[name])]
+        if size(source)
+        else []
+    )
+    assert "conv1.0.weight" in same
+    assert not any(name.startswith("fc.") for name in same)
     with pytest.raises(DataError, match="is of another model"):
         build_model(TimmModel(name="test_vit", checkpoint=str(path)), image_shape=(3, 160, 160), num_classes=10, seed=2)
 
@@ -76,7 +81,8 @@ def test_dropout_rate_and_expectation(rate: float) -> None:
     dropped = (out == 0).float()
     assert float(dropped.mean()) == pytest.approx(rate, abs=0.003)
     assert float(out.mean()) == pytest.approx(1, abs=0.01)
-    assert float(dropped.mean(0).std()) < 0.02 and float(dropped.mean(1).std()) < 0.04
+    assert float(dropped.mean(0).std()) < 0.02
+    assert float(dropped.mean(1).std()) < 0.04
     assert torch.equal(layer.eval()(torch.ones(3)), torch.ones(3))
 
 
@@ -93,6 +99,7 @@ def test_timm_dropout_is_replaced() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.3))
     replace_dropout(model)
     set_noise(model, torch.arange(5))
-    assert isinstance(model[1], KeyedDropout) and model[1].rate == 0.3
+    assert isinstance(model[1], KeyedDropout)
+    assert model[1].rate == 0.3
     with pytest.raises(RuntimeError, match="set_noise"):
         model(torch.ones(4, 4))

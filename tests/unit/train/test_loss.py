@@ -47,7 +47,8 @@ def test_gradient_of_soft_row_has_no_t_squared(temperature: float) -> None:
     logits, head, soft, _ = random_case(3)
     rows = Rows(
         pixels=torch.zeros(5, 1), noise=torch.zeros(5), image=torch.arange(5), target=soft, head=head,
-        weight=torch.full((5,), 0.25, dtype=torch.float64), temperature=torch.full((5,), temperature), term=torch.ones(5),
+        weight=torch.full((5,), 0.25, dtype=torch.float64), temperature=torch.full((5,), temperature),
+        term=torch.ones(5),
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(weighted_nats(logits, rows).sum(), logits)
     expected = 0.25 / temperature * ((logits[:, 2:6] / temperature).softmax(1) - soft[:, 2:6])

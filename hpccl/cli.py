@@ -1,0 +1,262 @@
+"""The command `hpccl`: parse, call, print. torch is imported only by what needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import hpccl
+from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, tell
+from hpccl.config.load import dump, is_override, sweep
+from hpccl.errors import ConfigError, HpcclError
+
+if TYPE_CHECKING:
+    from hpccl.config.run import RunConfig
+    from hpccl.data.shards.encodings import Encoding
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hpccl",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Continual learning of image classifiers on a stream of tasks.",
+)
+shards = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and verify data sets of shards.")
+app.add_typer(shards, name="shards")
+
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILES... [key=value]...",
+        help="YAML files, merged from left to right, then settings; key=a,b is a sweep. "
+        "A file whose name holds '=' is written ./a=b.yaml.",
+    ),
+]
+
+
+def main() -> None:
+    """Run the command and exit.
+
+    Exit codes: 0 done; 1 failed; 2 wrong command or configuration; 75 stopped and saved, the same command continues;
+    130 stopped by Ctrl-C.
+    """
+    try:
+        app()
+    except HpcclError as error:
+        sys.exit(tell(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hpccl {hpccl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------- runs
+
+
+@app.command()
+def train(
+    arguments: Arguments,
+    *,
+    nproc: Annotated[int | None, typer.Option(help="Processes; the same as cluster.nproc=N.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; the same as log.quiet=true.")] = False,
+) -> None:
+    """Train, or continue a run that was stopped. A sweep runs one after the other."""
+    options = [f"cluster.nproc={nproc}"] if nproc is not None else []
+    options += ["log.quiet=true"] if quiet else []
+    raise typer.Exit(_train_all(_configs([*arguments, *options])))
+
+
+def _configs(arguments: Sequence[str]) -> list[RunConfig]:
+    """Raises ConfigError."""
+    files = [Path(argument) for argument in arguments if not is_override(argument)]
+    return sweep(files, [argument for argument in arguments if is_override(argument)])
+
+
+def _train_all(configs: Sequence[RunConfig]) -> int:
+    """Run each; a failure does not keep the others from running, a wish to stop does."""
+    from hpccl.cluster.local import launch
+
+    argv = ["hpccl", *sys.argv[1:]]
+    failed: list[str] = []
+    code = DONE
+    for number, config in enumerate(configs, start=1):
+        if len(configs) > 1:
+            typer.echo(f"run {number} of {len(configs)}: {config.path}", err=True)
+        ended = launch(config, argv=argv)
+        if ended in (STOPPED, INTERRUPTED):
+            if ended == STOPPED:
+                typer.echo(f"stopped and saved in {config.path}; run the same command again to continue", err=True)
+            return ended
+        if ended == DONE:
+            typer.echo(f"done: {config.path}", err=True)
+            continue
+        failed.append(config.path)
+        code = max(code, ended)
+    if failed and len(configs) > 1:
+        typer.echo(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}", err=True)
+    return code
+
+
+@app.command()
+def check(arguments: Arguments) -> None:
+    """Validate a configuration and print all of it; touch nothing. A sweep prints one document for each run."""
+    configs = _configs(arguments)
+    typer.echo("---\n".join(dump(config) for config in configs), nl=False)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    *,
+    task: Annotated[
+        int | None, typer.Option(help="The state after this task, counted from 0; the newest if not given.")
+    ] = None,
+) -> None:
+    """Test a run's checkpoint on all tasks and print the figures as JSON."""
+    from hpccl.train.evaluate_run import evaluate_run
+
+    typer.echo(json.dumps(evaluate_run(run, task=task), indent=2))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    *,
+    out: Annotated[Path | None, typer.Option(help="Folder for the comparison: md, html, csv and json.")] = None,
+    published: Annotated[Path | None, typer.Option(help="CSV file of published values to put beside.")] = None,
+) -> None:
+    """Write report.{json,md,html} in each run's folder, and compare the runs."""
+    from hpccl.report.compare import compare_runs, print_comparison
+    from hpccl.report.write import report_run
+
+    for folder in runs:
+        report_run(folder)
+    print_comparison(compare_runs(runs, out=out, published=published))
+    pages = [out / "comparison.html"] if out is not None else [folder / "report.html" for folder in runs]
+    for page in pages:
+        typer.echo(str(page))
+
+
+@app.command()
+def doctor(
+    *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False
+) -> None:
+    """Look at this machine: what is there, what is missing, what to do. Exit code 1 where training cannot work."""
+    from hpccl.doctor import as_dict, diagnose, ready, render
+
+    checks = diagnose()
+    if as_json:
+        typer.echo(json.dumps(as_dict(checks), indent=2))
+    else:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 200).print(render(checks))
+    raise typer.Exit(DONE if ready(checks) else FAILED)
+
+
+# ---------------------------------------------------------------- shards
+
+
+@shards.command("build")
+def build_shards(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image folder, zip, tar, or tar of class tars.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or that of an interrupted build.")],
+    *,
+    split: Annotated[
+        str | None, typer.Option(help="Only this split; for a source without splits, the name to give it.")
+    ] = None,
+    max_side: Annotated[
+        int | None, typer.Option(help="Shrink images whose longer side has more pixels; stores JPEG.")
+    ] = None,
+    quality: Annotated[int | None, typer.Option(help="JPEG quality, 1 to 100; stores JPEG.")] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Store WebP without loss, for small images.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores if not given.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be decoded; otherwise stop at one.")
+    ] = False,
+) -> None:
+    """Turn images into shards. After a kill, the same command continues."""
+    from hpccl.data.shards.build import Progress, build
+    from hpccl.machine import machine
+
+    encoding = _encoding(max_side=max_side, quality=quality, lossless=lossless)
+
+    def show(progress: Progress) -> None:
+        end = "\n" if progress.done == progress.total else "\r"
+        line = f"{progress.done} of {progress.total} images"
+        if sys.stderr.isatty():
+            sys.stderr.write(f"{line}\x1b[K{end}")
+        elif progress.shard is not None:
+            sys.stderr.write(f"{line}, wrote {progress.shard}\n")
+        sys.stderr.flush()
+
+    manifests = build(
+        source,
+        out,
+        split=split,
+        encoding=encoding,
+        workers=workers or int(machine()["cores"]),
+        bad_images="skip" if skip_bad else "stop",
+        progress=show,
+    )
+    for name, manifest in manifests.items():
+        typer.echo(
+            f"{out / name}: {manifest.num_samples} images of {len(manifest.classes)} classes "
+            f"in {len(manifest.shards)} shards, {len(manifest.skipped)} skipped"
+        )
+
+
+def _encoding(*, max_side: int | None, quality: int | None, lossless: bool) -> Encoding:
+    """Raises ConfigError for two at once."""
+    from hpccl.data.shards.encodings import Lossless, Original, Reencode
+
+    if max_side is None and quality is None:
+        return Lossless() if lossless else Original()
+    if lossless:
+        raise ConfigError("--lossless together with --max-side or --quality: choose one way to store images")
+    usual = Reencode()
+    return Reencode(max_side or usual.max_side, usual.quality if quality is None else quality)
+
+
+@shards.command("verify")
+def verify_shards(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder of shards.")],
+    *,
+    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+) -> None:
+    """Read every shard and name those that are damaged or missing; exit code 1 if there are any."""
+    from hpccl.data.shards.verify import verify
+
+    problems = verify(out, split)
+    for problem in problems:
+        typer.echo(f"{problem.file}: {problem.what}")
+    if problems:
+        typer.echo(f"{len(problems)} problems; build these shards again: hpccl shards build SOURCE {out}", err=True)
+        raise typer.Exit(FAILED)
+    typer.echo(f"{out}: all shards are as the manifest says")
+
+
+if __name__ == "__main__":
+    main()

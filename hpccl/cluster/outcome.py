@@ -1,0 +1,28 @@
+"""How a run ends, in exit codes and in words."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+from hpccl.errors import ConfigError, HpcclError
+
+__all__ = ["DONE", "FAILED", "INTERRUPTED", "STOPPED", "WRONG_CONFIG", "code_of", "tell"]
+
+DONE: Final = 0
+FAILED: Final = 1
+WRONG_CONFIG: Final = 2
+STOPPED: Final = 75  # EX_TEMPFAIL: asked to stop, everything saved; a scheduler may run the same command again
+INTERRUPTED: Final = 130  # stopped hard by a second Ctrl-C
+
+
+def code_of(error: HpcclError) -> int:
+    """The exit code of an error."""
+    return WRONG_CONFIG if isinstance(error, ConfigError) else FAILED
+
+
+def tell(error: HpcclError) -> int:
+    """Print an error without a traceback, and return its exit code."""
+    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.flush()
+    return code_of(error)

@@ -1,0 +1,146 @@
+"""One process of a run: signals, the world, training, and an exit code.
+
+`python -m hpccl.cluster.worker CONFIG COMMAND...` is one rank of several, started by `hpccl.cluster.local`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+from hpccl.cluster.lock import holding
+from hpccl.cluster.outcome import DONE, INTERRUPTED, STOPPED, code_of, tell
+from hpccl.config.load import load
+from hpccl.config.run import RunConfig
+from hpccl.errors import HpcclError
+from hpccl.folder import RunFolder, replacing
+
+if TYPE_CHECKING:
+    from hpccl.train.stop import Stop
+
+__all__ = ["die_with_parent", "main"]
+
+_ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+def main(config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError], int] = tell) -> int:
+    """Train in this process as the rank that the environment names (alone, where it names none).
+
+    SIGTERM, SIGINT and SIGUSR2 save and stop; a second SIGINT stops at once.
+
+    Args:
+        config: what to run.
+        argv: the command, for the record.
+        report: what to do with an error that a user can mend; returns the exit code.
+
+    Returns:
+        0 done, 1 failed, 2 wrong configuration, 75 stopped and saved, 130 stopped hard.
+    """
+    from hpccl.train.stop import Stop  # torch from here on
+
+    stop = Stop()
+    try:
+        with _listening(stop):
+            outcome = _train(config, argv, stop)
+    except HpcclError as error:
+        return report(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return STOPPED if outcome == "stopped" else DONE
+
+
+def _train(config: RunConfig, argv: Sequence[str], stop: Stop) -> str:
+    import torch
+
+    from hpccl.dist.mesh import join, leave
+    from hpccl.train.run import run
+
+    threads = config.cluster.threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+    if threads > 0:
+        torch.set_num_threads(threads)
+    leader = os.environ.get("RANK", "0") == "0"
+    with holding(RunFolder(Path(config.path))) if leader else contextlib.nullcontext():
+        comm = join(config.engine.device)
+        try:
+            return run(config, comm, stop, command=argv, quiet=config.log.quiet)
+        finally:
+            leave()
+
+
+@contextlib.contextmanager
+def _listening(stop: Stop) -> Iterator[None]:
+    """Pass signals on to `stop`; put the former handlers back at the end."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.reason is not None:
+            signal.default_int_handler(number, frame)
+        stop.on_signal(number, frame)
+
+    former = {number: signal.signal(number, ask) for number in _ASKED_TO_STOP}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- one rank of several
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the system kill this process when the launcher dies, so that no rank is left behind (Linux only).
+
+    Killed, not asked: the launcher may be started again at once, and two runs must not write in one folder.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _leave_word(kind: str, message: str) -> None:
+    """Write an error where the launcher finds it; it prints one of all ranks' errors."""
+    path = os.environ.get("HPCCL_ERROR_FILE")
+    if path is None:
+        sys.stderr.write(message)
+        return
+    # The launcher has no use for half a word, and a full disk must not hide the error itself.
+    with contextlib.suppress(HpcclError), replacing(Path(path)) as beside:
+        beside.write_text(json.dumps({"kind": kind, "message": message}), encoding="utf-8")
+
+
+def _on_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _leave_word("crash", "".join(traceback.format_exception(kind, error, trace)))
+
+
+def _on_error(error: HpcclError) -> int:
+    _leave_word(type(error).__name__, str(error))
+    return code_of(error)
+
+
+def _entry(arguments: Sequence[str]) -> int:
+    parent = os.environ.get("HPCCL_PARENT")
+    if parent is not None:
+        die_with_parent(int(parent))
+    sys.excepthook = _on_crash
+    path, *command = arguments
+    try:
+        config = load([Path(path)], [])
+    except HpcclError as error:
+        return _on_error(error)
+    return main(config, command, report=_on_error)
+
+
+if __name__ == "__main__":
+    sys.exit(_entry(sys.argv[1:]))

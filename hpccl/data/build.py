@@ -1,0 +1,281 @@
+"""From a configuration to a stream of tasks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccl.config.sections import (
+    CropFlip,
+    DataConfig,
+    DigitsStream,
+    NoAugment,
+    Part,
+    ShardStream,
+    StreamConfig,
+    TimmAugment,
+)
+from hpccl.data.augment import BatchAugment, Normaliser
+from hpccl.data.decoded import DecodedImages, Kept, cache_folder, keep_decoded, kept_path
+from hpccl.data.digits import TITLE, digits
+from hpccl.data.encoded import EncodedImages, Maker
+from hpccl.data.layout import SPLITS, Collection, Layout, arrange, unique_titles
+from hpccl.data.protocols import Split
+from hpccl.data.shards.decode import decode
+from hpccl.data.shards.reader import ShardSet
+from hpccl.data.stream import ImageSource, ImageStream
+from hpccl.data.timm_view import TimmView
+from hpccl.data.views import EvaluationView
+from hpccl.errors import DataError
+
+__all__ = ["open_stream"]
+
+_SMALL = 64  # pixels a side up to which storage=auto decodes once
+_DISK_SHARE = 0.5  # of what is free, at most, for what storage=auto decodes
+
+
+def open_stream(stream: StreamConfig, data: DataConfig) -> ImageStream:
+    """Open a stream of tasks. Every process of a run calls this; the first one on a machine decodes for all.
+
+    Raises:
+        DataError: shards are missing or damaged, classes of the splits differ or cannot be cut into so many tasks,
+            images have several sizes and data.image_size is not set, the cache folder cannot be written, an image
+            cannot be decoded and data.bad_images is `stop`, or settings do not go together.
+    """
+    match stream:
+        case DigitsStream():
+            return _open_digits(stream, data)
+        case ShardStream():
+            return _open_shards(stream, data)
+        case _:
+            assert_never(stream)
+
+
+# ---------------------------------------------------------------- digits
+
+
+def _open_digits(stream: DigitsStream, data: DataConfig) -> ImageStream:
+    collection, kept, numbers = digits(tasks=stream.tasks, view=_evaluation_view(data))
+    layout = arrange([collection], order=stream.order, seed=stream.order_seed)
+    height, width, channels = kept["train"].pixels.shape[1:]
+    source = DecodedImages(
+        parts={split: [kept[split]] for split in SPLITS},
+        index=layout.index,
+        augment=_batch_augment(data, where="the digits"),
+        normalise=Normaliser.of(data.mean, data.std, channels),
+    )
+
+    def name_of(split: Split, sample: int) -> str:
+        return f"{TITLE}/{numbers[split][layout.index[split].local[sample]]}"
+
+    return ImageStream(layout, (channels, height, width), source, name_of)
+
+
+# ---------------------------------------------------------------- shards
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """One part of a stream: the shards of its splits."""
+
+    part: Part
+    title: str
+    splits: dict[Split, ShardSet]
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """[k, 2] the different (width, height) of its images; (0, 0) stands for an unknown one."""
+        sizes = np.unique(np.concatenate([np.asarray(shards.sizes) for shards in self.splits.values()]), axis=0)
+        known: npt.NDArray[np.int64] = sizes[sizes.min(axis=1) > 0].astype(np.int64)
+        return known
+
+
+def _open_shards(stream: ShardStream, data: DataConfig) -> ImageStream:
+    parts = _open_parts(stream)
+    layout = arrange([_collection(part) for part in parts], order=stream.order, seed=stream.order_seed)
+    height, width = _view_shape(parts, data)
+    decoded = _storage(parts, data, (height, width)) == "decoded"
+    source: ImageSource
+    if decoded:
+        source = _decoded_source(parts, layout, data, (height, width))
+    else:
+        source = _encoded_source(parts, layout, data, (height, width))
+    opened = ImageStream(layout, (3, height, width), source, partial(_name_of, parts, layout))
+    if decoded and data.bad_images == "stop" and opened.skipped():
+        raise DataError(_explain_bad(opened))
+    return opened
+
+
+def _open_parts(stream: ShardStream) -> list[_Opened]:
+    names: dict[Split, str] = {"train": stream.train_split, "test": stream.test_split}
+    titles = unique_titles([Path(part.path).expanduser().resolve().name for part in stream.parts])
+    opened = []
+    for part, title in zip(stream.parts, titles, strict=True):
+        folder = Path(part.path).expanduser()
+        splits: dict[Split, ShardSet] = {split: ShardSet.open(folder, names[split]) for split in SPLITS}
+        _check_classes(part, splits, names)
+        opened.append(_Opened(part, title, splits))
+    return opened
+
+
+def _check_classes(part: Part, splits: dict[Split, ShardSet], names: dict[Split, str]) -> None:
+    train, test = (_classes_with_images(splits[split]) for split in SPLITS)
+    if splits["train"].classes == splits["test"].classes and train == test:
+        return
+    differing: dict[Split, list[str]] = {"train": sorted(train - test), "test": sorted(test - train)}
+    words = [
+        f"only in {names[split]}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
+        for split, found in differing.items()
+        if found
+    ]
+    raise DataError(
+        f"'{part.path}' has images of {len(train)} classes in split '{names['train']}' and of {len(test)} in "
+        f"'{names['test']}', which are not the same ({'; '.join(words) or 'lists of classes differ'}); "
+        "build both splits from folders with the same class names"
+    )
+
+
+def _classes_with_images(shards: ShardSet) -> set[str]:
+    return {shards.classes[label] for label in np.unique(shards.labels)}
+
+
+def _collection(opened: _Opened) -> Collection:
+    return Collection(
+        title=opened.title,
+        class_names=opened.splits["train"].classes,
+        labels={split: np.asarray(shards.labels, dtype=np.int64) for split, shards in opened.splits.items()},
+        groups={split: np.asarray(shards.shard_of, dtype=np.int64) for split, shards in opened.splits.items()},
+        tasks=opened.part.tasks,
+        keep=opened.part.classes,
+    )
+
+
+def _name_of(parts: Sequence[_Opened], layout: Layout, split: Split, sample: int) -> str:
+    index = layout.index[split]
+    part = parts[index.part[sample]]
+    return f"{part.title}/{part.splits[split].name(int(index.local[sample]))}"
+
+
+def _view_shape(parts: Sequence[_Opened], data: DataConfig) -> tuple[int, int]:
+    """(height, width) of what the stream yields."""
+    if data.image_size is not None:
+        return data.image_size, data.image_size
+    sizes = np.unique(np.concatenate([part.sizes for part in parts]), axis=0)
+    if len(sizes) != 1:
+        known = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
+        raise DataError(
+            f"images have {len(sizes)} sizes ({known}{', ...' if len(sizes) > 3 else ''}); "
+            "set data.image_size to the side of the squares that the model gets"
+        )
+    width, height = sizes[0].tolist()
+    return height, width
+
+
+def _storage(parts: Sequence[_Opened], data: DataConfig, shape: tuple[int, int]) -> Literal["decoded", "encoded"]:
+    if data.storage == "decoded" and isinstance(data.augment, TimmAugment):
+        raise DataError(
+            "data.storage is decoded but data.augment.kind is timm, which crops from the full image; "
+            "set data.storage to auto or encoded, or data.augment.kind to crop_flip or none"
+        )
+    if data.storage != "auto":
+        return data.storage
+    sizes = np.unique(np.concatenate([part.sizes for part in parts]), axis=0)
+    small = len(sizes) == 1 and max(*sizes[0].tolist(), *shape) <= _SMALL
+    if isinstance(data.augment, TimmAugment) or not small:
+        return "encoded"
+    paths = _kept_paths(parts, data)
+    missing = sum(
+        len(part.splits[split].labels) * 3 * shape[0] * shape[1]
+        for part, by_split in zip(parts, paths, strict=True)
+        for split, path in by_split.items()
+        if not path.exists()
+    )
+    folder = cache_folder(data.cache).absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    return "decoded" if missing <= _DISK_SHARE * shutil.disk_usage(existing).free else "encoded"
+
+
+def _kept_paths(parts: Sequence[_Opened], data: DataConfig) -> list[dict[Split, Path]]:
+    folder, view = cache_folder(data.cache), repr(_evaluation_view(data))
+    return [
+        {split: kept_path(folder, shards.fingerprint, view) for split, shards in part.splits.items()} for part in parts
+    ]
+
+
+def _decoded_source(
+    parts: Sequence[_Opened], layout: Layout, data: DataConfig, shape: tuple[int, int]
+) -> DecodedImages:
+    kept: dict[Split, list[Kept]] = {split: [] for split in SPLITS}
+    view = _evaluation_view(data)
+    for part, paths in zip(parts, _kept_paths(parts, data), strict=True):
+        for split, shards in part.splits.items():
+            full_shape = (len(shards.labels), *shape, 3)
+            kept[split].append(keep_decoded(paths[split], shape=full_shape, decode=partial(_view_of, shards, view)))
+    return DecodedImages(
+        parts=kept,
+        index=layout.index,
+        augment=_batch_augment(data, where="decoded images"),
+        normalise=Normaliser.of(data.mean, data.std, 3),
+    )
+
+
+def _view_of(shards: ShardSet, view: EvaluationView, number: int) -> npt.NDArray[np.uint8]:
+    return view(decode(shards.read(number), shards.name(number)))
+
+
+def _encoded_source(
+    parts: Sequence[_Opened], layout: Layout, data: DataConfig, shape: tuple[int, int]
+) -> EncodedImages:
+    normalise = Normaliser.of(data.mean, data.std, 3)
+    augment: BatchAugment | TimmView
+    if isinstance(data.augment, TimmAugment):
+        if shape[0] != shape[1]:
+            raise DataError(f"images are {shape[1]} x {shape[0]} and data.augment.kind is timm; set data.image_size")
+        augment = TimmView.of(data.augment, size=shape[0], mean=data.mean, normalise=normalise)
+    else:
+        augment = _batch_augment(data, where="encoded images")
+    makers: dict[Split, Maker] = {
+        split: Maker(
+            sets=[part.splits[split] for part in parts],
+            index=layout.index[split],
+            shape=(3, *shape),
+            view=_evaluation_view(data),
+            augment=augment,
+            normalise=normalise,
+        )
+        for split in SPLITS
+    }
+    return EncodedImages(makers, workers=data.workers, stop_at_bad=data.bad_images == "stop")
+
+
+def _explain_bad(stream: ImageStream) -> str:
+    bad = stream.skipped()
+    others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    return f"{bad[0].name}: {bad[0].reason}{others}; set data.bad_images to skip to go on without such images"
+
+
+# ---------------------------------------------------------------- both
+
+
+def _evaluation_view(data: DataConfig) -> EvaluationView:
+    filters = data.augment.interpolation if isinstance(data.augment, TimmAugment) else "bicubic"
+    return EvaluationView(data.image_size, data.crop_pct, "bilinear" if filters == "bilinear" else "bicubic")
+
+
+def _batch_augment(data: DataConfig, *, where: str) -> BatchAugment:
+    match data.augment:
+        case NoAugment():
+            return BatchAugment()
+        case CropFlip(padding=padding, flip=flip):
+            return BatchAugment(padding, flip)
+        case TimmAugment():
+            raise DataError(f"data.augment.kind is timm, which {where} cannot have; set it to crop_flip or none")
+        case _:
+            assert_never(data.augment)

@@ -1,0 +1,487 @@
+"""From a source of images to shards: in parallel, and resumable after a kill at any moment.
+
+A shard is the unit of work. It is written beside and renamed, then a note about it is written to `.build/`; a later
+run of the same command skips the shards that have a note. The notes together make the manifest, which comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal, NamedTuple
+
+from webdataset.writer import TarWriter
+
+from hpccl.data.shards.encodings import Encoded, Encoding, Original, describe, encode
+from hpccl.data.shards.manifest import (
+    FORMAT,
+    MANIFEST,
+    UNFINISHED,
+    Index,
+    Manifest,
+    ShardEntry,
+    SkippedImage,
+)
+from hpccl.data.shards.sources import SPLITS, Listing, Member, SourceReader, scan
+from hpccl.errors import DataError, FolderError
+from hpccl.folder import explain_os_error, replacing
+
+__all__ = ["Progress", "build"]
+
+BadImages = Literal["stop", "skip"]
+
+_BLOCK = 512  # bytes of a tar header, and what contents are padded to
+_MAX_KEY = 80  # characters; a plain tar header holds names of 100 bytes
+_PLAN = "plan.json"
+
+
+class Progress(NamedTuple):
+    """How far a build is, in images of all splits; shard was just finished (None: found finished at the start)."""
+
+    done: int
+    total: int
+    shard: str | None
+
+
+def build(
+    source: Path,
+    out: Path,
+    *,
+    split: str | None = None,
+    encoding: Encoding = Original(),  # noqa: B008  (frozen)
+    samples_per_shard: int = 2500,
+    workers: int = 1,
+    bad_images: BadImages = "stop",
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Manifest]:
+    """Write `out/<split>/` for every split of the source.
+
+    Args:
+        source: image folder, zip, tar, or tar (or folder) of per-class tars.
+        out: a new folder, or one that an interrupted or finished build of the same source left.
+        split: only this split; for a source without splits, the name to give it (default `train`).
+        encoding: how images are stored.
+        samples_per_shard: at most; a class with more is cut into equal shards.
+        workers: processes (spawned: a script must have the usual `if __name__ == "__main__"`).
+        bad_images: what to do about an image that cannot be decoded: `stop`, or `skip` and note it in the manifest.
+        progress: called after every shard.
+
+    Returns:
+        The manifest of every split.
+
+    Raises:
+        DataError: unusable source, undecodable image, or `out` holds something else (says what differs).
+        FolderError: `out` cannot be written (disk full, no permission).
+    """
+    if samples_per_shard < 1:
+        raise DataError(f"samples_per_shard is {samples_per_shard}: allowed is a positive number")
+    listing = _choose(scan(source), split, source)
+    classes = tuple(sorted({name for by_class in listing.values() for name in by_class}))
+    plans = [
+        _Plan(source, out / name, encoding, samples_per_shard, bad_images, classes, by_class)
+        for name, by_class in listing.items()
+    ]
+    for plan in plans:
+        plan.check_folder()
+    counter = _Counter(sum(len(unit.members) for plan in plans for unit in plan.units), progress)
+    return _run(plans, workers, counter)
+
+
+def _choose(listing: Listing, split: str | None, source: Path) -> Listing:
+    if split is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", split):
+        raise DataError(f"split is '{split}': allowed are letters, digits, '-' and '_'")
+    if list(listing) == [""]:
+        return {split or "train": listing[""]}
+    if split is None:
+        return {name: listing[name] for name in SPLITS if name in listing}
+    if split not in listing:
+        raise DataError(f"'{source}' has no split '{split}': it has {', '.join(sorted(listing))}")
+    return {split: listing[split]}
+
+
+# ---------------------------------------------------------------- the plan of one split
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One shard to be written."""
+
+    source: Path
+    folder: Path
+    stem: str
+    class_name: str
+    label: int
+    members: tuple[Member, ...]
+    keys: tuple[str, ...]
+    encoding: Encoding
+    bad_images: BadImages
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.stem}.tar"
+
+    @property
+    def note(self) -> Path:
+        return self.folder / UNFINISHED / f"{self.stem}.json"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one split is made of and where it goes."""
+
+    source: Path
+    folder: Path
+    encoding: Encoding
+    samples_per_shard: int
+    bad_images: BadImages
+    classes: tuple[str, ...]
+    by_class: Mapping[str, list[Member]]
+
+    @cached_property
+    def units(self) -> list[_Unit]:
+        """In the order of the manifest."""
+        return [unit for label, name in enumerate(self.classes) for unit in self._units_of_class(label, name)]
+
+    def _units_of_class(self, label: int, name: str) -> Iterator[_Unit]:
+        members = self.by_class.get(name, [])
+        keys = _sample_keys(members)
+        count = -(-len(members) // self.samples_per_shard)
+        for part in range(count):
+            inside = slice(len(members) * part // count, len(members) * (part + 1) // count)
+            yield _Unit(
+                source=self.source,
+                folder=self.folder,
+                stem=f"c{label:04d}-{part:03d}",
+                class_name=name,
+                label=label,
+                members=tuple(members[inside]),
+                keys=tuple(keys[inside]),
+                encoding=self.encoding,
+                bad_images=self.bad_images,
+            )
+
+    @cached_property
+    def listing(self) -> str:
+        """SHA-256 of the names and sizes of all images."""
+        digest = hashlib.sha256()
+        for unit in self.units:
+            for member in unit.members:
+                digest.update(f"{unit.class_name}\0{member.name}\0{member.size}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def manifest(
+        self, shards: tuple[ShardEntry, ...], index: tuple[int, str], skipped: tuple[SkippedImage, ...]
+    ) -> Manifest:
+        """The manifest, of what is known so far."""
+        return Manifest(
+            split=self.folder.name,
+            source=self.source.resolve().name,
+            listing=self.listing,
+            encoding=describe(self.encoding),
+            samples_per_shard=self.samples_per_shard,
+            classes=self.classes,
+            shards=shards,
+            index_bytes=index[0],
+            index_sha256=index[1],
+            skipped=skipped,
+        )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the shards' bytes."""
+        return self.manifest((), (0, ""), ()).identity()
+
+    def check_folder(self) -> None:
+        """Refuse a folder that holds something else.
+
+        Raises:
+            DataError: says what differs.
+        """
+        if (self.folder / MANIFEST).exists():
+            self._compare(Manifest.load(self.folder).identity())
+        elif (self.folder / UNFINISHED / _PLAN).exists():
+            self._compare(_load_json(self.folder / UNFINISHED / _PLAN))
+        elif self.folder.is_dir() and any(entry.name != UNFINISHED for entry in self.folder.iterdir()):
+            raise DataError(f"'{self.folder}' is not empty and was not written by this command: choose another folder")
+        elif self.folder.exists() and not self.folder.is_dir():
+            raise DataError(f"'{self.folder}' is a file: choose another folder")
+
+    def _compare(self, there: dict[str, Any]) -> None:
+        differences = [
+            f"{name} is {_short(there.get(name))} there and {_short(value)} now"
+            for name, value in self.identity.items()
+            if there.get(name) != value
+        ]
+        if differences:
+            raise DataError(
+                f"'{self.folder}' holds shards of something else: {'; '.join(differences)}. "
+                "Choose another folder, or delete this one"
+            )
+
+    def finished(self) -> Manifest | None:
+        """The manifest of an earlier, complete build.
+
+        Raises:
+            DataError: the shards were damaged since, or images were skipped then and may not be now.
+        """
+        if not (self.folder / MANIFEST).exists():
+            return None
+        manifest = Manifest.load(self.folder)
+        shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)  # killed between the manifest and the tidying
+        for shard in manifest.shards:
+            if not _has_size(self.folder / shard.file, shard.bytes):
+                raise DataError(
+                    f"'{self.folder / shard.file}' of a finished build is missing or truncated: delete '{self.folder}' "
+                    "and run the same command again"
+                )
+        self._refuse_skipped(manifest.skipped)
+        return manifest
+
+    def _refuse_skipped(self, skipped: tuple[SkippedImage, ...]) -> None:
+        if skipped and self.bad_images == "stop":
+            raise DataError(f"{skipped[0].reason}. {_BAD_IMAGE_ADVICE}")
+
+    def finish(self) -> Manifest:
+        """Write index and manifest from the notes; forget the notes."""
+        notes = [_load_json(unit.note) for unit in self.units]
+        skipped = tuple(SkippedImage(*pair) for note in notes for pair in note["skipped"])
+        self._refuse_skipped(skipped)
+        index = Index.of([tuple(row) for note in notes for row in note["rows"]]).save(self.folder)
+        shards = tuple(ShardEntry(**note["shard"]) for note in notes if note["rows"])
+        manifest = self.manifest(shards, index, skipped)
+        manifest.save(self.folder)
+        shutil.rmtree(self.folder / UNFINISHED)
+        return manifest
+
+
+def _sample_keys(members: list[Member]) -> list[str]:
+    """A name for each image of a class: its file's name without what webdataset or tar would stumble over, unique."""
+    taken: set[str] = set()
+    next_number: dict[str, int] = {}
+    keys = []
+    for member in members:
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(member.name).stem)[:_MAX_KEY]
+        key = stem
+        while key in taken:
+            next_number[stem] = next_number.get(stem, 1) + 1
+            key = f"{stem}-{next_number[stem]}"
+        taken.add(key)
+        keys.append(key)
+    return keys
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} ({', '.join(map(str, value[:3]))}{', ...' if len(value) > 3 else ''})"
+    text = repr(value) if not isinstance(value, dict) else " ".join(f"{key}={value[key]}" for key in value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+# ---------------------------------------------------------------- running a plan
+
+
+class _Counter:
+    """Adds up progress over splits."""
+
+    def __init__(self, total: int, report: Callable[[Progress], None] | None) -> None:
+        self.total = total
+        self.done = 0
+        self.report = report
+
+    def skip(self, missing: int) -> None:
+        """All but `missing` images were stored by an earlier run."""
+        self.done = self.total - missing
+        if self.report is not None and self.done:
+            self.report(Progress(self.done, self.total, None))
+
+    def add(self, unit: _Unit) -> None:
+        self.done += len(unit.members)
+        if self.report is not None:
+            self.report(Progress(self.done, self.total, f"{unit.folder.name}/{unit.stem}"))
+
+
+def _run(plans: list[_Plan], workers: int, counter: _Counter) -> dict[str, Manifest]:
+    manifests: dict[str, Manifest | None] = {plan.folder.name: plan.finished() for plan in plans}
+    unfinished = [plan for plan in plans if manifests[plan.folder.name] is None]
+    with contextlib.ExitStack() as locks:
+        for plan in unfinished:
+            _prepare(plan)
+            locks.enter_context(_locked(plan.folder))
+            for rest in plan.folder.glob(".*.part"):
+                rest.unlink(missing_ok=True)
+        missing = [unit for plan in unfinished for unit in plan.units if not _is_done(unit)]
+        counter.skip(sum(len(unit.members) for unit in missing))
+        for unit in _write_all(missing, workers):
+            counter.add(unit)
+        finished = {plan.folder.name: plan.finish() for plan in unfinished}
+    return {name: manifest or finished[name] for name, manifest in manifests.items()}
+
+
+def _prepare(plan: _Plan) -> None:
+    folder = plan.folder / UNFINISHED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"'{folder}' cannot be made: {explain_os_error(error)}") from error
+    if not (folder / _PLAN).exists():
+        with replacing(folder / _PLAN) as path:
+            path.write_text(json.dumps({"format": FORMAT, **plan.identity}))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One build of a folder at a time."""
+    with (folder / UNFINISHED / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process is building '{folder}': wait for it or stop it") from None
+        except OSError:
+            pass  # a file system without locks; writing beside and renaming still keeps shards whole
+        yield
+
+
+def _is_done(unit: _Unit) -> bool:
+    if not unit.note.exists():
+        return False
+    note = _load_json(unit.note)
+    return not note["rows"] or _has_size(unit.file, note["shard"]["bytes"])
+
+
+def _write_all(units: list[_Unit], workers: int) -> Iterator[_Unit]:
+    """Write shards; yield each when it is done."""
+    workers = min(workers, len(units))
+    if workers <= 1:
+        for unit in units:
+            _write_shard(unit)
+            yield unit
+        return
+    # Spawned, because the caller may have threads (a progress bar), which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        jobs = {pool.submit(_write_shard, unit): unit for unit in units}
+        for job in as_completed(jobs):
+            job.result()
+            yield jobs[job]
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that wrote shards died (killed, or out of memory?): run the same command again, it goes on "
+            "where it stopped; with fewer workers it needs less memory"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """The parent decides about Ctrl-C, and its death ends this process even when it had no time to say so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ---------------------------------------------------------------- writing one shard
+
+
+_BAD_IMAGE_ADVICE = "Mend or remove it, or build with bad images skipped (--bad-images skip)"
+
+
+class _HashingFile:
+    """Counts and hashes what is written through it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+
+def _write_shard(unit: _Unit) -> None:
+    """Write the tar, then the note about it.
+
+    Raises:
+        DataError: an image cannot be read or decoded.
+        FolderError: the disk is full, or the folder cannot be written.
+    """
+    with replacing(unit.file) as path, path.open("wb") as file:
+        hashing = _HashingFile(file)
+        rows, skipped = _write_samples(unit, hashing)
+    if not rows:
+        unit.file.unlink()
+    shard = ShardEntry(unit.file.name, unit.class_name, len(rows), hashing.bytes, hashing.digest.hexdigest())
+    with replacing(unit.note) as path:
+        path.write_text(json.dumps({"shard": vars(shard), "rows": rows, "skipped": skipped}))
+
+
+Row = tuple[str, str, int, int, int, int]
+
+
+def _write_samples(unit: _Unit, file: _HashingFile) -> tuple[list[Row], list[tuple[str, str]]]:
+    rows: list[Row] = []
+    skipped = []
+    label = str(unit.label).encode()
+    with (
+        contextlib.closing(SourceReader(unit.source)) as reader,
+        TarWriter(file, user="hpccl", group="hpccl", mtime=0, encoder=False) as writer,
+    ):
+        for key, member in zip(unit.keys, unit.members, strict=True):
+            data = reader.read(member)
+            try:
+                image = encode(data, member.name, unit.encoding)
+            except DataError as error:
+                if unit.bad_images == "stop":
+                    raise DataError(f"{error}, in '{unit.source}'. {_BAD_IMAGE_ADVICE}") from error
+                skipped.append((member.name, str(error)))
+                continue
+            offset = _image_offset(writer.tarstream.offset, image, label)
+            writer.write({"__key__": key, image.extension: image.data, "cls": label})
+            rows.append((key, image.extension, offset, len(image.data), image.width, image.height))
+    return rows, skipped
+
+
+def _image_offset(start: int, image: Encoded, label: bytes) -> int:
+    """First byte of the image in the tar; TarWriter sorts a sample's parts by extension."""
+    padded = -(-len(label) // _BLOCK) * _BLOCK
+    before = _BLOCK + padded if image.extension > "cls" else 0
+    return start + before + _BLOCK
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{path}' cannot be read ({error}): delete '{path.parent.parent}' and build again") from error
+    assert isinstance(document, dict)
+    return document

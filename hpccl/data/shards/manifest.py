@@ -1,0 +1,233 @@
+"""What a folder of shards says about itself: `manifest.json` to read, `index.npz` to find each image.
+
+    OUT/<split>/manifest.json, index.npz, c0000-000.tar, c0000-001.tar, c0001-000.tar, ...
+
+A shard holds images of one class. Samples are numbered shard after shard, in the manifest's order; a sample's global
+id is `<shard>/<key>`, such as `c0012-000/n01440764_10026`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccl.errors import DataError
+from hpccl.folder import replacing
+
+__all__ = [
+    "FORMAT",
+    "INDEX",
+    "MANIFEST",
+    "UNFINISHED",
+    "Index",
+    "Manifest",
+    "ShardEntry",
+    "SkippedImage",
+    "file_sha256",
+    "splits",
+]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+INDEX = "index.npz"
+UNFINISHED = ".build"  # folder of what a build leaves for its resumption
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar file: images of one class."""
+
+    file: str
+    class_name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+    @property
+    def stem(self) -> str:
+        """The first half of its samples' ids."""
+        return self.file.removesuffix(".tar")
+
+
+@dataclass(frozen=True)
+class SkippedImage:
+    """An image of the source that could not be decoded."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One split.
+
+    source is the base name of what it was made from; listing the SHA-256 of the names and sizes of its images;
+    classes are sorted, as in the source, over all splits that were built together.
+    """
+
+    split: str
+    source: str
+    listing: str
+    encoding: dict[str, Any]
+    samples_per_shard: int
+    classes: tuple[str, ...]
+    shards: tuple[ShardEntry, ...]
+    index_bytes: int
+    index_sha256: str
+    skipped: tuple[SkippedImage, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """Images in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides what `read` returns."""
+        parts = [self.split, *self.classes, self.index_sha256, *(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """What it was asked to be made of, in words for a message; equal identities make equal shards."""
+        return {
+            "source": self.source,
+            "images of the source": self.listing,
+            "encoding": self.encoding,
+            "samples_per_shard": self.samples_per_shard,
+            "classes": list(self.classes),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json."""
+        fields = dataclasses.asdict(self)
+        shards = [_rename(shard, "class_name", "class") for shard in fields.pop("shards")]
+        index = {"file": INDEX, "bytes": fields.pop("index_bytes"), "sha256": fields.pop("index_sha256")}
+        document = {"format": FORMAT, **fields, "samples": self.samples, "index": index, "shards": shards}
+        with replacing(folder / MANIFEST) as path:
+            path.write_text(json.dumps(document, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read manifest.json.
+
+        Raises:
+            DataError: it is missing, damaged or of another format.
+        """
+        path = folder / MANIFEST
+        try:
+            document = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise DataError(
+                f"'{folder}' has no {MANIFEST}: it is not a finished folder of shards (see `hpccl shards build`)"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"'{path}' cannot be read ({error}): copy or build the shards again") from error
+        found = document.get("format") if isinstance(document, dict) else None
+        if found != FORMAT:
+            raise DataError(f"'{path}' has format {found!r}, but this version of hpccl reads format {FORMAT}")
+        try:
+            return _parse(document)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"'{path}' is damaged ({error!r}): copy or build the shards again") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Where each of N samples lies in its shard.
+
+    key: [N] bytes; extension: [N] bytes; offset, length: [N] int64, of the image's bytes in the tar;
+    size: [N, 2] int32, width and height.
+    """
+
+    key: npt.NDArray[np.bytes_]
+    extension: npt.NDArray[np.bytes_]
+    offset: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[str, str, int, int, int, int]]) -> Index:
+        """From (key, extension, offset, length, width, height)."""
+        keys, extensions, offsets, lengths, widths, heights = zip(*rows, strict=True) if rows else ((),) * 6
+        return cls(
+            key=np.array([key.encode() for key in keys], dtype=np.bytes_),
+            extension=np.array([extension.encode() for extension in extensions], dtype=np.bytes_),
+            offset=np.array(offsets, dtype=np.int64),
+            length=np.array(lengths, dtype=np.int64),
+            size=np.array([widths, heights], dtype=np.int32).T.copy(),
+        )
+
+    def save(self, folder: Path) -> tuple[int, str]:
+        """Write index.npz; return its bytes and SHA-256."""
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **vars(self))
+        with replacing(folder / INDEX) as path:
+            path.write_bytes(buffer.getbuffer())
+        return len(buffer.getbuffer()), hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Manifest) -> Index:
+        """Read and check index.npz.
+
+        Raises:
+            DataError: it is missing, truncated or altered.
+        """
+        path = folder / INDEX
+        advice = "copy the shards again, or delete the folder and build them again"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read ({error.strerror}): {advice}") from error
+        if len(data) != manifest.index_bytes or hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+            raise DataError(f"'{path}' is truncated or altered (its checksum is not the manifest's): {advice}")
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                index = cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"'{path}' is damaged ({error}): {advice}") from error
+        if len(index) != manifest.samples:
+            raise DataError(f"'{path}' lists {len(index)} samples, the manifest {manifest.samples}: {advice}")
+        return index
+
+
+def splits(path: Path) -> list[str]:
+    """Names of the finished splits in a folder of shards."""
+    return sorted(manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}"))
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(document: dict[str, Any]) -> Manifest:
+    return Manifest(
+        split=document["split"],
+        source=document["source"],
+        listing=document["listing"],
+        encoding=document["encoding"],
+        samples_per_shard=document["samples_per_shard"],
+        classes=tuple(document["classes"]),
+        shards=tuple(ShardEntry(**_rename(shard, "class", "class_name")) for shard in document["shards"]),
+        index_bytes=document["index"]["bytes"],
+        index_sha256=document["index"]["sha256"],
+        skipped=tuple(SkippedImage(**skipped) for skipped in document["skipped"]),
+    )
+
+
+def _rename(fields: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {new if name == old else name: value for name, value in fields.items()}

@@ -1,0 +1,295 @@
+"""Where images come from: a folder, a zip or a tar of class folders, or a tar (or folder) of per-class tars.
+
+Nothing is extracted: a scan finds where in which file each image's bytes lie, and any process can read them from
+there. Every image has a path within the source, a tar inside counting as a folder:
+
+    [wrapper/][train|test|val/]class/.../image.jpg
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from hpccl.errors import DataError
+
+__all__ = ["SPLITS", "Listing", "Member", "SourceReader", "scan"]
+
+SPLITS = ("train", "test", "val")
+
+_IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm)$", re.IGNORECASE)
+_TAR = re.compile(r"\.tar$", re.IGNORECASE)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_LOCAL_HEADER = 30  # bytes of a zip's local header before the name (APPNOTE.TXT 4.3.7)
+
+
+class Member(NamedTuple):
+    """Where one image's bytes lie.
+
+    name: path within the source; file: the file that holds it, relative to the source, or '' for the source itself;
+    offset: first byte there (of a zip: of its local header); stored: bytes there; size: bytes when unpacked;
+    method: None outside zips, else zipfile's; crc: of the unpacked bytes, in zips.
+    """
+
+    name: str
+    file: str
+    offset: int
+    stored: int
+    size: int
+    method: int | None = None
+    crc: int = 0
+
+
+# split -> class -> images, sorted by name; a source without splits has the single split ''.
+Listing = dict[str, dict[str, list[Member]]]
+
+
+def scan(source: Path) -> Listing:
+    """Find all images.
+
+    Raises:
+        DataError: no such source, nothing usable in it, or a member whose path leads out of it.
+    """
+    if not source.exists():
+        raise DataError(f"source '{source}' does not exist: give a folder, a zip or a tar of images")
+    try:
+        members = [member for member in _members(source) if not _is_junk(member.name)]
+    except OSError as error:
+        raise DataError(f"source '{source}' cannot be read: {error}") from error
+    if not members:
+        raise DataError(f"no images in '{source}': looked for .jpg .png .webp .gif .bmp .tif .ppm in class folders")
+    name, times = Counter(member.name for member in members).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"'{name}' is in '{source}' {times} times: remove all but one")
+    return _arrange(sorted(members), source)
+
+
+class SourceReader:
+    """Reads members; keeps a few files open."""
+
+    def __init__(self, source: Path, max_open: int = 8) -> None:
+        self.source = source
+        self._max_open = max_open
+        self._open: dict[str, BinaryIO] = {}
+
+    def read(self, member: Member) -> bytes:
+        """The image file's bytes.
+
+        Raises:
+            DataError: the source changed or is damaged.
+        """
+        try:
+            file = self._file(member.file)
+            data = _pread(file, _payload_offset(file, member), member.stored)
+            if member.method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompress(data, -zlib.MAX_WBITS)
+        except (OSError, zlib.error) as error:
+            raise DataError(f"'{member.name}' in '{self.source}' cannot be read: {error}") from error
+        if len(data) != member.size or (member.method is not None and zlib.crc32(data) != member.crc):
+            raise DataError(f"'{member.name}' in '{self.source}' is truncated or altered: fetch the source again")
+        return data
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._open:
+            if len(self._open) >= self._max_open:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[name] = open(self.source / name if name else self.source, "rb", buffering=0)  # noqa: SIM115
+        return self._open[name]
+
+
+# ---------------------------------------------------------------- scanning
+
+
+def _members(source: Path) -> Iterator[Member]:
+    if source.is_dir():
+        return _scan_folder(source)
+    with source.open("rb") as file:
+        start = file.read(512)
+    if start[257:262] == b"ustar":
+        return _scan_tar(source)
+    if zipfile.is_zipfile(source):
+        return _scan_zip(source)
+    for magic, kind in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(
+                f"'{source}' is compressed ({kind}), so it cannot be read at random: unpack it to a .tar first"
+            )
+    return _scan_tar(source)
+
+
+def _scan_folder(source: Path) -> Iterator[Member]:
+    tars = []
+    for path, size in _walk(source, "", set()):
+        if _IMAGE.search(path):
+            yield Member(path, path, 0, size, size)
+        elif _TAR.search(path):
+            tars.append((path, size))
+    yield from _scan_inner_tars(source, [(path, path, 0, size) for path, size in tars])
+
+
+def _walk(source: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+    """(path, bytes) of all files, following links but never round in circles."""
+    status = os.stat(source / inside)
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen = {*seen, (status.st_dev, status.st_ino)}
+    with os.scandir(source / inside) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = f"{inside}/{entry.name}" if inside else entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(source, path, seen)
+            elif _IMAGE.search(entry.name) or _TAR.search(entry.name):
+                status = entry.stat()
+                if stat.S_ISREG(status.st_mode):
+                    yield path, status.st_size
+
+
+def _scan_zip(source: Path) -> Iterator[Member]:
+    try:
+        with zipfile.ZipFile(source) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise DataError(f"'{source}' is a damaged zip ({error}): fetch it again") from error
+    for entry in entries:
+        name = _safe(entry.filename, source)
+        if entry.is_dir() or not _IMAGE.search(name):
+            continue
+        if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"'{name}' in '{source}' is encrypted or compressed by an unusual method: zip it anew")
+        method, crc = entry.compress_type, entry.CRC
+        yield Member(name, "", entry.header_offset, entry.compress_size, entry.file_size, method, crc)
+
+
+def _scan_tar(source: Path) -> Iterator[Member]:
+    end = source.stat().st_size
+    found = list(_tar_entries(source, source, 0, end))
+    inner = [(name, "", offset, size) for name, offset, size in found if _TAR.search(name)]
+    for name, offset, size in found:
+        if _IMAGE.search(name):
+            yield Member(name, "", offset, size, size)
+    yield from _scan_inner_tars(source, inner)
+
+
+def _scan_inner_tars(source: Path, tars: list[tuple[str, str, int, int]]) -> Iterator[Member]:
+    """Images of tars at (name, file, offset, size)."""
+
+    def listed(tar: tuple[str, str, int, int]) -> list[Member]:
+        name, file, offset, size = tar
+        folder = _TAR.sub("", name)
+        path = source / file if file else source
+        entries = _tar_entries(path, source, offset, offset + size)
+        return [Member(f"{folder}/{inner}", file, at, n, n) for inner, at, n in entries if _IMAGE.search(inner)]
+
+    # Listing a tar means one small read an image, which waits for the disk rather than for Python.
+    with ThreadPoolExecutor(max_workers=16) as threads:
+        for members in threads.map(listed, tars):
+            yield from members
+
+
+def _tar_entries(path: Path, source: Path, start: int, end: int) -> Iterator[tuple[str, int, int]]:
+    """(name, first byte in the file, bytes) of the images and tars in the tar at [start, end)."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
+        file.seek(start)
+        try:
+            archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
+            while (entry := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
+                if entry.offset >= end:
+                    return
+                name = _safe(entry.name, source)
+                if entry.isdir() or not (_IMAGE.search(name) or _TAR.search(name)):
+                    continue
+                _check_tar_entry(entry, name, source, end)
+                yield name, entry.offset_data, entry.size
+        except tarfile.TarError as error:
+            raise DataError(f"'{source}' is neither a folder, a zip nor a whole tar ({error})") from error
+
+
+def _check_tar_entry(entry: tarfile.TarInfo, name: str, source: Path, end: int) -> None:
+    if not entry.isreg() or entry.issparse():
+        raise DataError(
+            f"'{name}' in '{source}' is a link or a special file: pack the image itself (tar --dereference)"
+        )
+    if entry.offset_data + entry.size > end:
+        raise DataError(f"'{source}' is truncated within '{name}': fetch it again")
+
+
+def _safe(name: str, source: Path) -> str:
+    """The name without './'; archives made on Windows may use backslashes."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or re.match(r"^[A-Za-z]:/", str(path)):
+        raise DataError(f"member '{name}' of '{source}' leads out of the archive: refused, do not trust this file")
+    return str(path)
+
+
+def _is_junk(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _payload_offset(file: BinaryIO, member: Member) -> int:
+    if member.method is None:
+        return member.offset
+    header = _pread(file, member.offset, _LOCAL_HEADER)
+    if header[:4] != b"PK\x03\x04":
+        raise OSError("the zip changed since it was listed")
+    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return member.offset + _LOCAL_HEADER + name + extra
+
+
+def _pread(file: BinaryIO, offset: int, length: int) -> bytes:
+    parts = []
+    while length > 0:
+        part = os.pread(file.fileno(), length, offset)
+        if not part:
+            raise OSError("the file ends too early")
+        parts.append(part)
+        offset, length = offset + len(part), length - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+# ---------------------------------------------------------------- splits and classes
+
+
+def _arrange(members: list[Member], source: Path) -> Listing:
+    paths = [tuple(member.name.split("/")) for member in members]
+    top = {path[0] for path in paths}
+    if len(top) == 1 and not top <= set(SPLITS) and all(len(path) >= 3 for path in paths):
+        paths = [path[1:] for path in paths]  # the folder that was packed
+    has_splits = _has_splits(paths)
+    listing: Listing = {}
+    for path, member in zip(paths, members, strict=True):
+        if len(path) < 2 + has_splits:
+            raise DataError(
+                f"'{member.name}' in '{source}' has no class: images must lie in <class>/ or in "
+                f"{'|'.join(SPLITS)}/<class>/"
+            )
+        split, name = (path[0], path[1]) if has_splits else ("", path[0])
+        listing.setdefault(split, {}).setdefault(name, []).append(member)
+    return listing
+
+
+def _has_splits(paths: Iterable[tuple[str, ...]]) -> bool:
+    """Whether the first folder is the split: always one of train, test, val, with class folders inside."""
+    return all(path[0] in SPLITS and len(path) >= 3 for path in paths)

@@ -1,0 +1,76 @@
+"""Finding damaged shards by name."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from hpccl.data.shards.manifest import INDEX, UNFINISHED, Index, Manifest, ShardEntry, file_sha256, splits
+from hpccl.errors import DataError
+
+__all__ = ["Problem", "verify"]
+
+
+class Problem(NamedTuple):
+    """A file, relative to the folder of shards, and what is wrong with it."""
+
+    file: str
+    what: str
+
+
+def verify(path: Path, split: str | None = None, workers: int = 4) -> list[Problem]:
+    """Compare every file with the manifest by reading all of it; empty when all is well.
+
+    Args:
+        path: a folder that `hpccl shards build` wrote.
+        split: only this one.
+        workers: files read at once.
+
+    Raises:
+        DataError: there are no shards here, or not this split.
+    """
+    found = sorted({*splits(path), *(folder.parent.name for folder in path.glob(f"*/{UNFINISHED}"))})
+    if not found or (split is not None and not (path / split).is_dir()):
+        raise DataError(
+            f"no shards {f'of split {split!r} ' if split else ''}in '{path}' (found splits: {found or 'none'})"
+        )
+    problems: list[Problem] = []
+    for name in [split] if split is not None else found:
+        problems += _verify_split(path / name, workers)
+    return problems
+
+
+def _verify_split(folder: Path, workers: int) -> list[Problem]:
+    try:
+        manifest = Manifest.load(folder)
+    except DataError as error:
+        return [Problem(f"{folder.name}/manifest.json", str(error))]
+    problems = []
+    if (folder / UNFINISHED).is_dir():
+        problems.append(Problem(f"{folder.name}/{UNFINISHED}", "a build was not finished: run the same command again"))
+    try:
+        Index.load(folder, manifest)
+    except DataError as error:
+        problems.append(Problem(f"{folder.name}/{INDEX}", str(error)))
+    with ThreadPoolExecutor(max_workers=max(workers, 1)) as threads:  # hashing releases the interpreter's lock
+        for problem in threads.map(lambda shard: _verify_shard(folder, shard), manifest.shards):
+            problems += [problem] if problem else []
+    known = {shard.file for shard in manifest.shards}
+    extra = sorted(file.name for file in folder.glob("*.tar") if file.name not in known)
+    return problems + [Problem(f"{folder.name}/{name}", "extra: the manifest does not know it") for name in extra]
+
+
+def _verify_shard(folder: Path, shard: ShardEntry) -> Problem | None:
+    path, name = folder / shard.file, f"{folder.name}/{shard.file}"
+    try:
+        size = path.stat().st_size
+        if size < shard.bytes:
+            return Problem(name, f"truncated: {size} of {shard.bytes} bytes")
+        if size > shard.bytes or file_sha256(path) != shard.sha256:
+            return Problem(name, "altered: its checksum is not the manifest's")
+    except FileNotFoundError:
+        return Problem(name, "missing")
+    except OSError as error:
+        return Problem(name, f"unreadable: {error.strerror}")
+    return None

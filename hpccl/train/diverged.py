@@ -1,0 +1,71 @@
+"""A gradient that is not finite: keep what helps to find out why, and say so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hpccl.data.protocols import Task
+from hpccl.data.rows import Rows
+from hpccl.errors import DivergedError
+from hpccl.folder import replacing
+from hpccl.train.compose import Part
+from hpccl.train.state import RunState, World
+from hpccl.train.step import TERM_NAMES
+
+__all__ = ["Failure", "diagnose"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Where it happened: this rank's micro-batches, and its share of the loss terms [3]."""
+
+    task: Task
+    step: int
+    parts: Sequence[Part]
+    rows: Sequence[Rows]
+    terms: Tensor
+
+
+def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
+    """Save the batch and the weights beside the checkpoints and return the error to raise.
+
+    The gradient's norm is the same on all ranks, so all of them come here together. Collective.
+    """
+    terms = failure.terms.clone()
+    world.comm.sum_([terms])
+    named = {name: float(value) for name, value in zip(TERM_NAMES, terms, strict=True)}
+    weights = state.engine.gather()
+    broken = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
+    note = world.folder.path / f"diverged-rank-{world.comm.rank}"
+    _keep(failure, named, broken, weights if world.comm.leader else {}, note)
+    world.comm.barrier()
+    return DivergedError(
+        f"the gradient is not finite at step {failure.step} of task {failure.task.index} ('{failure.task.name}'); "
+        f"loss terms in nats per example: {', '.join(f'{name} {value:.4g}' for name, value in named.items())}; "
+        f"weights that are not finite: {', '.join(broken[:3]) or 'none'}. The batch and the weights are in '{note}.*', "
+        "the last checkpoint is untouched. Lower optim.lr, set train.clip_norm, or use engine.precision=fp32"
+    )
+
+
+def _keep(failure: Failure, terms: dict[str, float], broken: list[str], weights: dict[str, Tensor], note: Path) -> None:
+    description = {
+        "task": failure.task.index,
+        "step": failure.step,
+        "terms": {name: str(value) for name, value in terms.items()},
+        "weights_not_finite": broken,
+        "new_offsets": [int(row) for part in failure.parts for row in part.batch.new[part.rows]],
+        "memory_slots": [int(row) for part in failure.parts for row in part.batch.slot[part.rows]],
+    }
+    with replacing(note.with_suffix(".json")) as path:
+        path.write_text(json.dumps(description, indent=1))
+    tensors = {f"pixels.{number}": rows.pixels.cpu().contiguous() for number, rows in enumerate(failure.rows)}
+    tensors |= {f"weights.{name}": value.cpu().contiguous() for name, value in weights.items()}
+    with replacing(note.with_suffix(".safetensors")) as path:
+        safetensors.torch.save_file(tensors, path)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from hpccl.config.load import dump, load
+from hpccl.config.rules import clashes
+from hpccl.config.run import RunConfig
+from hpccl.errors import ConfigError
+
+MEMORY = "memory.size=10"
+SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["prior.replay=0.5"], "prior.replay"),
+        (["prior.weight=2"], "prior.weight"),
+        (["prior.scale_to_task=true"], "prior.scale_to_task"),
+        (["memory.mix.kind=stratified"], "memory.mix.kind"),
+        (["memory.balanced=false"], "memory.balanced"),
+        ([MEMORY, "prior.replay=1", "prior.temperature=2"], "prior.temperature"),
+        (["prior.temperature=2"], "prior.temperature"),
+        ([MEMORY, "prior.replay=1", "prior.view=teacher"], "prior.view"),
+        (["prior.view=recorded"], "prior.view"),
+        (["train.only_last=true"], "train.only_last"),
+        (["train.restart=true", MEMORY], "memory.size"),
+        (["train.restart=true", "prior.quadratic.weight=1"], "prior.quadratic.weight"),
+        (["train.restart=true", "train.first_task_from=runs/a"], "train.first_task_from"),
+        (["train.data=seen", MEMORY], "memory.size"),
+        (["train.data=seen", "prior.quadratic.weight=1"], "prior.quadratic.weight"),
+        (["data.augment.kind=timm"], "data.augment.kind"),
+        (["data.crop_pct=1"], "data.crop_pct"),
+        (["data.std=0"], "data.std"),
+        (["data.mean=[.1,.2,.3]", "data.std=[1,1]"], "data.mean"),
+        (["data.image_size=9", "data.augment={kind: timm, scale: [1.0, 0.5]}"], "data.augment.scale"),
+        (["optim.schedule=constant", "optim.final_lr=0.1"], "optim.final_lr"),
+        (["train.accumulate=9", "train.batch_size=8"], "train.accumulate"),
+        (["curvature.samples=2"], "curvature.samples"),
+        (["train.epochs=[1,2,3,4,5,6]"], "train.epochs"),
+        (["optim.lr=[1,2,3]", "stream.tasks=2"], "optim.lr"),
+        ([MEMORY, "prior.weight=[1,2,3,4]", SHARDS], "prior.weight"),
+    ],
+)
+def test_a_combination_that_cannot_be_meant(arguments: list[str], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([], [argument.replace("data.std=0", "data.std=[0.0]") for argument in arguments])
+    lines = str(caught.value).splitlines()
+    assert [line.split(" = ")[0] for line in lines] == [key]
+    assert "(argument '" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        [MEMORY, "prior.replay=1"],
+        [MEMORY, "prior.replay=0.5", "prior.temperature=2", "prior.view=teacher", "memory.mix.kind=stratified"],
+        ["train.restart=true", "train.only_last=true", "train.data=seen"],
+        ["train.data=seen"],
+        ["prior.quadratic.weight=1", "prior.quadratic.damping=0"],
+        ["data.augment.kind=timm", "data.image_size=224"],
+        ["data.augment.kind=crop_flip", "train.batch_size=7", "train.ema=0.9", "engine.precision=bf16"],
+        ["train.epochs=[1,2,3]", SHARDS],
+        ["curvature.fisher=mc", "curvature.samples=5"],
+    ],
+)
+def test_what_is_fine_stays_fine_when_written_out(arguments: list[str], tmp_path: Path) -> None:
+    config = load([], arguments)
+    assert clashes(config) == ()
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    assert load([path], []) == config
+
+
+def test_several_clashes_are_told_together_and_name_the_values() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([], ["prior.replay=1", "prior.temperature=3", "train.only_last=true"])
+    assert str(caught.value).splitlines() == [
+        "prior.replay = 1 with memory.size = 0: needs a memory; set memory.size to the examples kept of each task "
+        "(argument 'prior.replay=1')",
+        "prior.temperature = 3 with memory.size = 0: is about soft labels, but there is no memory; set memory.size, "
+        "or leave it 1.0 (argument 'prior.temperature=3')",
+        "train.only_last = true with train.restart = false: skips earlier tasks, which changes nothing only with "
+        "train.restart=true (argument 'train.only_last=true')",
+    ]
+
+
+def test_rules_hold_without_files() -> None:
+    with pytest.raises(ValidationError, match=r"prior\.replay: needs a memory"):
+        RunConfig.model_validate({"prior": {"replay": 1.0}})

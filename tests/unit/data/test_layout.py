@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from hpccl.data.layout import Collection, arrange, unique_titles
+from hpccl.errors import DataError
+
+
+def collection(title: str, names: str, *, tasks: int, keep: int | None = None) -> Collection:
+    """Three training images and one test image a class, a shard a class, classes interleaved as stored."""
+    count = len(names)
+    train, test = np.tile(np.arange(count), 3), np.arange(count)
+    return Collection(
+        title=title,
+        class_names=tuple(names),
+        labels={"train": train, "test": test},
+        groups={"train": train, "test": test},
+        tasks=tasks,
+        keep=keep,
+    )
+
+
+def test_tasks_follow_each_other_in_the_given_order() -> None:
+    layout = arrange([collection("a", "uvwx", tasks=2), collection("b", "yz", tasks=1)], order="given", seed=0)
+    assert [task.name for task in layout.tasks] == ["a[1/2]", "a[2/2]", "b"]
+    assert [task.classes for task in layout.tasks] == [(0, 1), (2, 3), (4, 5)]
+    assert [task.index for task in layout.tasks] == [0, 1, 2]
+    assert layout.class_names == ("u", "v", "w", "x", "y", "z")
+    assert [task.samples("train") for task in layout.tasks] == [range(6), range(6, 12), range(12, 18)]
+    assert [task.samples("test") for task in layout.tasks] == [range(2), range(2, 4), range(4, 6)]
+    train = layout.index["train"]
+    np.testing.assert_array_equal(train.label, np.repeat(np.arange(6), 3))
+    np.testing.assert_array_equal(train.local[:6], [0, 4, 8, 1, 5, 9])
+    np.testing.assert_array_equal(train.part, np.repeat([0, 1], [12, 6]))
+    np.testing.assert_array_equal(train.group, np.repeat(np.arange(6), 3))  # shards of b come after those of a
+
+
+def test_random_order_is_seeded_and_keeps_source_order_inside_a_task() -> None:
+    names = "abcdefghijkl"
+    layout = arrange([collection("s", names, tasks=3)], order="random", seed=1993)
+    again = arrange([collection("s", names, tasks=3)], order="random", seed=1993)
+    other = arrange([collection("s", names, tasks=3)], order="random", seed=1994)
+    assert layout.class_names == again.class_names
+    assert layout.class_names != other.class_names
+    assert sorted(layout.class_names) == list(names)
+    for start in (0, 4, 8):
+        inside = layout.class_names[start : start + 4]
+        assert list(inside) == sorted(inside)
+    # Numbers still follow learning order, and each position names an image of its class.
+    index = layout.index["train"]
+    np.testing.assert_array_equal(index.label, np.repeat(np.arange(12), 3))
+    assert [names[local % 12] for local in index.local] == [layout.class_names[label] for label in index.label]
+
+
+@pytest.mark.parametrize("order", ["given", "random"])
+def test_only_some_classes(order: Literal["given", "random"]) -> None:
+    layout = arrange([collection("s", "abcdef", tasks=2, keep=4)], order=order, seed=5)
+    assert len(layout.class_names) == 4
+    assert len(layout.index["train"]) == 12
+    if order == "given":
+        assert layout.class_names == ("a", "b", "c", "d")
+
+
+def test_a_class_name_of_two_data_sets_says_which() -> None:
+    layout = arrange([collection("one", "ab", tasks=1), collection("two", "bc", tasks=1)], order="given", seed=0)
+    assert layout.class_names == ("a", "one/b", "two/b", "c")
+
+
+def test_impossible_splits_say_what_is_possible() -> None:
+    with pytest.raises(DataError, match=r"6 classes of 's' cannot be split into 4 tasks.* tasks can be 1, 2, 3, 6$"):
+        arrange([collection("s", "abcdef", tasks=4)], order="given", seed=0)
+    with pytest.raises(DataError, match="8 classes of 's' are asked for but it has 6; set classes to at most 6"):
+        arrange([collection("s", "abcdef", tasks=1, keep=8)], order="given", seed=0)
+
+
+def test_a_task_without_images_is_named() -> None:
+    whole = collection("s", "abcd", tasks=2)
+    empty = Collection(
+        title="s",
+        class_names=whole.class_names,
+        labels={"train": whole.labels["train"], "test": np.array([0, 1])},
+        groups={"train": whole.groups["train"], "test": np.array([0, 1])},
+        tasks=2,
+    )
+    with pytest.raises(DataError, match=r"task s\[2/2\] has no test images; its classes: c, d"):
+        arrange([empty], order="given", seed=0)
+
+
+def test_titles_become_unique() -> None:
+    assert unique_titles(["a", "b", "a", "a"]) == ("a", "b", "a#2", "a#3")

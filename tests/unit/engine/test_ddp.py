@@ -1,0 +1,144 @@
+"""The engine in a world of one: accumulation, clipping, hooks, averages, exact state."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from hpccl.config.run import RunConfig
+from hpccl.dist.comm import Comm
+from hpccl.engine.ddp import DdpEngine
+from hpccl.models.small import mlp
+
+
+def engine(**sections: object) -> DdpEngine:
+    torch.manual_seed(0)
+    model = mlp((1, 4, 4), 5, hidden=(8,))
+    config = RunConfig.model_validate({"optim": {"name": "sgd", "lr": 0.1, "schedule": "constant"}, **sections})
+    made = DdpEngine(model, config, Comm.solo())
+    made.start(num_steps=10, task=0)
+    return made
+
+
+def batch(seed: int = 0, rows: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 1, 4, 4, generator=generator), torch.arange(rows)
+
+
+def loss(made: DdpEngine, pixels: Tensor, noise: Tensor) -> Tensor:
+    return made.forward(pixels, noise).logsumexp(1).sum() / 6
+
+
+def weights(made: DdpEngine) -> Tensor:
+    return torch.cat([value.flatten() for value in made.gather().values()])
+
+
+def test_accumulated_micro_batches_equal_one_batch() -> None:
+    whole, split = engine(), engine()
+    pixels, noise = batch()
+    whole.backward(loss(whole, pixels, noise), last=True)
+    for part in (slice(0, 2), slice(2, 6)):
+        split.backward(loss(split, pixels[part], noise[part]), last=part.stop == 6)
+    torch.testing.assert_close(whole.step(), split.step())
+    torch.testing.assert_close(weights(whole), weights(split))
+
+
+def test_clipping_limits_the_update_and_reports_the_norm_before() -> None:
+    made = engine(train={"clip_norm": 0.01}, optim={"name": "momentum", "lr": 1.0, "momentum": 0.0, "schedule": "constant"})
+    before = weights(made)
+    made.backward(loss(made, *batch()), last=True)
+    norm = made.step()
+    assert float(norm) > 0.1
+    assert abs(float((weights(made) - before).norm()) - 0.01) < 1e-5
+
+
+def test_hook_fires_once_a_step_on_the_last_micro_batch() -> None:
+    made = engine()
+    calls = []
+
+    def hook(gradient: Tensor, weight: Tensor) -> Tensor:
+        calls.append((gradient.shape, weight.requires_grad))
+        return gradient + 1
+
+    remove = made.on_gradient({"1.weight": hook})
+    pixels, noise = batch()
+    made.backward(loss(made, pixels, noise), last=False)
+    plain = dict(made.module.named_parameters())["1.weight"].grad
+    assert plain is not None
+    plain = plain.clone()
+    made.backward(loss(made, pixels, noise), last=True)
+    parameter = dict(made.module.named_parameters())["1.weight"]
+    assert parameter.grad is not None
+    torch.testing.assert_close(parameter.grad, 2 * plain + 1)
+    assert calls == [(parameter.shape, False)]
+    remove()
+    made.backward(loss(made, pixels, noise), last=True)
+    assert len(calls) == 1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    made = engine()
+    before = weights(made)
+    made.backward(loss(made, *batch()) * float("nan"), last=True)
+    assert not bool(torch.isfinite(made.step()))
+    assert torch.equal(weights(made), before)
+
+
+def test_average_becomes_the_weights_at_the_end() -> None:
+    made = engine(train={"ema": 0.5})
+    start = weights(made)
+    made.backward(loss(made, *batch()), last=True)
+    made.step()
+    stepped = weights(made)
+    made.finish()
+    torch.testing.assert_close(weights(made), (start + stepped) / 2)
+
+
+def test_reset_and_frozen_copy() -> None:
+    made = engine()
+    initial = made.gather()
+    pixels, noise = batch()
+    teacher = made.frozen(initial)
+    expected = made.predict(pixels)
+    made.backward(loss(made, pixels, noise), last=True)
+    made.step()
+    assert not torch.equal(made.predict(pixels), expected)
+    assert torch.equal(teacher(pixels), expected)
+    made.reset()
+    assert torch.equal(made.predict(pixels), expected)
+
+
+def test_state_continues_bit_for_bit() -> None:
+    one = engine(optim={"name": "adamw", "lr": 0.1, "schedule": "cosine"}, train={"ema": 0.9})
+    two = engine(optim={"name": "adamw", "lr": 0.1, "schedule": "cosine"}, train={"ema": 0.9})
+    for seed in range(4):
+        one.backward(loss(one, *batch(seed)), last=True)
+        one.step()
+        if seed == 1:
+            two.load_state_dict(copy.deepcopy(one.state_dict()))
+        if seed >= 2:
+            two.backward(loss(two, *batch(seed)), last=True)
+            two.step()
+    assert torch.equal(weights(one), weights(two))
+    one.finish()
+    two.finish()
+    assert torch.equal(weights(one), weights(two))
+
+
+def test_bf16_keeps_weights_and_logits_in_fp32() -> None:
+    made = engine(engine={"precision": "bf16", "channels_last": True})
+    pixels, noise = batch()
+    assert made.forward(pixels, noise).dtype == torch.float32
+    assert made.predict(pixels).dtype == torch.float32
+    made.backward(loss(made, pixels, noise), last=True)
+    made.step()
+    assert {value.dtype for value in made.gather().values()} == {torch.float32}
+
+
+def test_compiled_engine_agrees() -> None:
+    plain, compiled = engine(), engine(engine={"compile": True})
+    pixels, noise = batch()
+    for made in (plain, compiled):
+        made.backward(loss(made, pixels, noise), last=True)
+        made.step()
+    torch.testing.assert_close(weights(plain), weights(compiled))

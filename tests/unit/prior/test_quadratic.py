@@ -1,0 +1,92 @@
+"""The quadratic: zero at its anchor, exact on a toy, in fp32 whatever the forward pass is in."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpccl.config.run import RunConfig
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.dist.comm import Comm
+from hpccl.engine.ddp import DdpEngine
+from hpccl.models.small import mlp
+from hpccl.prior.quadratic import Quadratic
+
+
+def diagonal(values: dict[str, Tensor]) -> Diagonal:
+    return Diagonal.from_state_dict({"kind": "diagonal", "values": values, "num_examples": 1.0})
+
+
+def toy(weight: float = 3.0, damping: float = 0.5) -> Quadratic:
+    anchor = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[4.0]])}
+    return Quadratic(diagonal({"a": torch.tensor([2.0, 0.0]), "b": torch.tensor([[5.0]])}), anchor, weight, damping)
+
+
+def test_nothing_at_the_anchor() -> None:
+    quadratic = toy()
+    assert all(not bool(force.any()) for force in quadratic.force(quadratic.anchor).values())
+    assert quadratic.value(quadratic.anchor) == 0
+
+
+def test_force_is_weight_times_curvature_times_distance() -> None:
+    quadratic = toy()
+    weights = {"a": torch.tensor([2.0, 4.0]), "b": torch.tensor([[3.0]])}
+    force = quadratic.force(weights)
+    torch.testing.assert_close(force["a"], torch.tensor([3 * 2.5 * 1, 3 * 0.5 * 2]))
+    torch.testing.assert_close(force["b"], torch.tensor([[3 * 5.5 * -1.0]]))
+    assert quadratic.value(weights) == pytest.approx(3 / 2 * (2.5 * 1 + 0.5 * 4 + 5.5 * 1))
+
+
+def test_force_is_the_gradient_of_the_value() -> None:
+    quadratic = toy()
+    weights = {"a": torch.tensor([0.3, -1.0]), "b": torch.tensor([[0.1]])}
+    step = 1e-2
+    for name, value in weights.items():
+        direction = torch.ones_like(value) * step
+        higher = quadratic.value({**weights, name: value + direction})
+        lower = quadratic.value({**weights, name: value - direction})
+        assert (higher - lower) / 2 == pytest.approx(float((quadratic.force(weights)[name] * direction).sum()), rel=1e-3)
+
+
+def test_curvatures_add_up_and_the_anchor_moves() -> None:
+    quadratic = toy()
+    moved = {"a": torch.zeros(2), "b": torch.zeros(1, 1)}
+    both = quadratic.plus(quadratic.precision, moved)
+    weights = {"a": torch.ones(2), "b": torch.ones(1, 1)}
+    torch.testing.assert_close(both.force(weights)["a"], torch.tensor([3 * 4.5, 3 * 0.5]))
+    assert not bool(both.force(moved)["a"].any())
+
+
+def attached(precision: str, curvature: float, accumulate: int = 1) -> tuple[Tensor, Tensor, float]:
+    """(gradient with the quadratic, gradient without, its scale) of one parameter."""
+    config = RunConfig.model_validate(
+        {"optim": {"name": "momentum", "lr": 1.0, "momentum": 0.0, "schedule": "constant"}, "engine": {"precision": precision}}
+    )
+    torch.manual_seed(0)
+    engine = DdpEngine(mlp((1, 4, 4), 5, hidden=(8,)), config, Comm.solo())
+    engine.start(num_steps=3, task=0)
+    anchor = {name: value.detach() - 1 for name, value in engine.module.named_parameters()}
+    values = {name: torch.full_like(value, curvature) for name, value in anchor.items()}
+    gradients = []
+    for quadratic in (Quadratic(diagonal(values), anchor, 2.0, 0.0), None):
+        before = engine.gather()["1.weight"]
+        detach = quadratic.attach(engine, Comm.solo(), num_train=100) if quadratic else lambda: None
+        pixels = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+        for number in range(accumulate):
+            nats = engine.forward(pixels, torch.arange(6)).logsumexp(1).mean() / accumulate
+            engine.backward(nats, last=number + 1 == accumulate)
+        detach()
+        parameter = dict(engine.module.named_parameters())["1.weight"]
+        assert parameter.grad is not None
+        gradients.append(parameter.grad.clone())
+        parameter.grad.zero_()
+        assert torch.equal(engine.gather()["1.weight"], before)
+    return gradients[0], gradients[1], 2.0 / 100 * curvature
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attached_force_enters_once_in_fp32(precision: str, accumulate: int) -> None:
+    """A curvature of 1e6 and a distance of 1 stay finite and exact also when the forward pass is bf16."""
+    with_quadratic, without, force = attached(precision, 1e6, accumulate)
+    torch.testing.assert_close(with_quadratic, without + force, rtol=1e-6, atol=0)
+    assert bool(torch.isfinite(with_quadratic).all())

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hpccl.config.sections import DataConfig, MemoryConfig, OptimConfig, StratifiedMix, TrainConfig
+from hpccl.errors import ConfigError, FolderError
+from hpccl.report.compare import Comparison, compare_runs, print_comparison
+from hpccl.report.events import EventLog
+from tests.unit.report import synthetic
+
+PUBLISHED = """dataset,method,memory_per_task,row,last_task_trained,final_avg_acc_pct,bwt_pct,forgetting_max_pct
+Toy,ewc+fr+replay,20,seed0,3,70,-1,2
+Toy,ewc+fr+replay,20,mean(n=2),3,71.5,-1.5,2.5
+Toy,ewc+fr+replay,20,"std(n=2,ddof=1)",,0.5,0.25,0.125
+Toy,ewc+fr+replay,50,mean(n=2),3,99,99,99
+Toy,ewc,,mean(n=1),2,55,,
+Toy,batch-joint,,mean(n=1),3,82.25,,0.5
+Other,ewc+fr+replay,20,mean(n=1),5,10,,
+"""
+
+
+def write(folder: Path, *, shift: float = 0.0, finished: bool = True, **settings: object) -> Path:
+    """A run whose last row is shifted."""
+    run = synthetic.config(name=folder.name, **settings)  # type: ignore[arg-type]
+    synthetic.write_run(folder, run, finished=False)
+    with EventLog(folder / "events.jsonl", clock=synthetic.Clock(1_000_020)) as log:
+        log.write("evaluate", **synthetic.evaluation(2, shift=shift))
+        if finished:
+            log.write("done", weights_sha256=folder.name)
+    return folder
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> list[Path]:
+    return [write(tmp_path / "a", seed=0), write(tmp_path / "b", seed=1, shift=0.03125)]
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    path = tmp_path / "published.csv"
+    path.write_text(PUBLISHED)
+    return path
+
+
+def printed(comparison: Comparison, width: int = 200) -> str:
+    buffer = io.StringIO()
+    print_comparison(comparison, Console(file=buffer, width=width))
+    return buffer.getvalue()
+
+
+def test_seeds_of_one_configuration_are_one_line(seeds: list[Path]) -> None:
+    (group,) = compare_runs(seeds).groups
+    assert (group.method, group.memory_size, group.seeds, group.settings) == ("ewc+fr+replay", 20, [0, 1], "")
+    accuracy = group.statistics["average_accuracy"]
+    assert accuracy.mean == pytest.approx(2.375 / 3 + 0.03125 / 2)
+    assert accuracy.std == pytest.approx(0.03125 / 2**0.5), "the sample standard deviation"
+    assert accuracy.n == 2
+    assert group.statistics["forgetting"].mean == pytest.approx(0.1875 - 0.03125 / 2)
+
+
+def test_one_run_has_no_deviation_and_counts_once(seeds: list[Path]) -> None:
+    (group,) = compare_runs([seeds[0], seeds[0]]).groups
+    assert group.statistics["average_accuracy"].std is None
+    assert len(group.runs) == 1
+
+
+def test_groups_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path / "slow", optim=OptimConfig(lr=(1e-3,))),
+        write(tmp_path / "fast", optim=OptimConfig(lr=(1e-2,)), seed=4),
+        write(tmp_path / "none", size=0, replay=0.0),
+    ]
+    comparison = compare_runs(runs)
+    assert [group.settings for group in comparison.groups] == ["optim.lr=0.001", "optim.lr=0.01", ""]
+    assert [group.method for group in comparison.groups] == ["ewc+fr+replay", "ewc+fr+replay", "ewc"]
+    assert "optim.lr=0.01" in printed(comparison)
+
+
+def test_sections_of_different_kinds_are_told_apart(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain")
+    other = tmp_path / "other"
+    run = synthetic.config(name="other").model_copy(update={"memory": MemoryConfig(size=20, mix=StratifiedMix())})
+    synthetic.write_run(other, run)
+    settings = [group.settings for group in compare_runs([plain, other]).groups]
+    assert settings == ["memory.mix.kind=natural", "memory.mix.kind=stratified memory.mix.share=0.5"]
+
+
+def test_what_only_saves_time_does_not_part_seeds(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path / "a", seed=0, data=DataConfig(workers=0)),
+        write(tmp_path / "b", seed=1, train=TrainConfig(first_task_from="runs/x")),
+    ]
+    assert len(compare_runs(runs).groups) == 1
+
+
+def test_an_unfinished_run_does_not_enter_a_mean(seeds: list[Path], tmp_path: Path) -> None:
+    late = write(tmp_path / "late", seed=2, shift=-0.5, finished=False)
+    comparison = compare_runs([*seeds, late])
+    assert comparison.groups[0].seeds == [0, 1]
+    assert comparison.groups[0].left_out == ["late (running)"]
+    assert "left out: late (running)" in printed(comparison)
+    alone = compare_runs([late])
+    assert alone.groups[0].seeds == [2]
+    assert "shown as they stand: late" in printed(alone)
+
+
+def test_published_values_stand_beside(seeds: list[Path], tmp_path: Path, published: Path) -> None:
+    joint = write(tmp_path / "joint", size=0, replay=0.0, quadratic=0.0, train=TrainConfig(data="seen", restart=True))
+    comparison = compare_runs([*seeds, joint], published=published)
+    assert comparison.dataset == "Toy"
+    beside = [group.published.figures if group.published else None for group in comparison.groups]
+    assert beside[0] == {"average_accuracy": (0.715, 0.005), "forgetting": (0.025, 0.00125), "bwt": (-0.015, 0.0025)}
+    assert beside[1] == {"average_accuracy": (0.8225, None), "forgetting": (0.005, None), "bwt": (None, None)}
+    given_up = write(tmp_path / "ewc", size=0, replay=0.0)
+    assert compare_runs([given_up], published=published).groups[0].published is None
+    text = printed(comparison)
+    assert "71.5 ± 0.5" in text
+    assert "82.2" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "dataset", "words"),
+    [
+        (PUBLISHED, "Nothing", r"no data set 'Nothing'; there are: Toy \(3 tasks\), Other \(5 tasks\)"),
+        (PUBLISHED.replace("Other,ewc+fr+replay,20,mean(n=1),5", "Other,ewc,,mean(n=1),3"), None, "several data sets"),
+        (PUBLISHED.replace(",3,", ",4,"), None, "no data set with 3 tasks"),
+        (PUBLISHED.replace("71.5", "good"), None, "not a number"),
+        ("dataset,method\nToy,ewc\n", None, "lack the columns memory_per_task, row"),
+    ],
+)
+def test_published_values_that_do_not_fit_are_an_error(
+    seeds: list[Path], published: Path, text: str, dataset: str | None, words: str
+) -> None:
+    published.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        compare_runs(seeds, published=published, dataset=dataset)
+
+
+def test_published_values_that_are_absent_are_an_error(seeds: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="cannot be read"):
+        compare_runs(seeds, published=tmp_path / "absent.csv")
+
+
+def test_the_four_files(seeds: list[Path], tmp_path: Path, published: Path) -> None:
+    out = tmp_path / "new" / "out"
+    comparison = compare_runs(seeds, out, published)
+    assert sorted(path.name for path in out.iterdir()) == [f"comparison.{s}" for s in ("csv", "html", "json", "md")]
+    content = json.loads((out / "comparison.json").read_text())
+    assert content == json.loads(json.dumps(comparison.to_dict()))
+    assert content["runs"][1]["name"] == "b"
+    (row,) = csv.DictReader(io.StringIO((out / "comparison.csv").read_text()))
+    assert float(row["average_accuracy_mean"]) == comparison.groups[0].statistics["average_accuracy"].mean
+    assert row["published_average_accuracy_mean"] == "0.715"
+    assert row["seeds"] == "0 1"
+    markdown = (out / "comparison.md").read_text()
+    assert "80.7 ± 2.2" in markdown
+    assert "published" in markdown
+    html = (out / "comparison.html").read_text()
+    assert html.count("<svg") == 1
+    assert "80.7 ± 2.2" in html
+
+
+def test_a_narrow_terminal_keeps_the_method_whole(seeds: list[Path]) -> None:
+    assert "ewc+fr+replay" in printed(compare_runs(seeds), width=80)
+
+
+def test_nothing_to_compare_is_an_error() -> None:
+    with pytest.raises(FolderError, match="nothing to compare"):
+        compare_runs([])
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="is not the folder of a run"):
+        compare_runs([tmp_path])

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hpccl.errors import FolderError
+from hpccl.folder import RunFolder
+from hpccl.report.events import EventLog
+from hpccl.report.summary import PhaseCost, phase_totals, read_config, summarise
+from tests.unit.report import synthetic
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    report = summarise(synthetic.write_run(tmp_path / "run"))
+    assert (report.name, report.method, report.seed, report.status) == ("toy", "ewc+fr+replay", 0, "done")
+    assert report.num_tasks == report.tasks_learned == 3
+    assert report.average_accuracy == pytest.approx((0.625 + 0.75 + 1.0) / 3)
+    assert report.average_accuracy_class_incremental == pytest.approx((0.25 + 0.5 + 0.875) / 3)
+    assert report.forgetting == pytest.approx(((0.875 - 0.625) + (0.875 - 0.75)) / 2)
+    assert report.bwt == -0.1875
+    assert report.fwt == 0.0
+    assert report.learning_accuracy == pytest.approx((0.875 + 0.875 + 1.0) / 3)
+    assert report.forgetting_class_incremental == pytest.approx(((0.875 - 0.25) + (0.75 - 0.5)) / 2)
+    assert (report.nll, report.ece, report.nll_class_incremental) == (0.5, 0.0625, 1.5)
+    assert report.accuracy_matrix == synthetic.OWN
+    assert report.accuracy_matrix_class_incremental == synthetic.SEEN
+    assert report.weights_sha256 == "f" * 64
+    assert report.images_per_second == 400.0
+    assert report.memory_bytes == 1280 + 800
+    assert report.checkpoint_bytes == 3 * 2**20
+    assert report.machine["cpu"] == "Imaginary 3000"
+    assert report.skipped == 0
+
+
+def test_the_report_is_strict_json(tmp_path: Path) -> None:
+    content = summarise(synthetic.write_run(tmp_path / "run")).to_dict()
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    assert content["reconstruction"][0]["terms"]["quadratic"]["cosine"] == "NaN"
+
+
+def test_a_run_under_way_reports_what_is_there(tmp_path: Path) -> None:
+    report = summarise(synthetic.write_run(tmp_path / "run", tasks=2, finished=False))
+    assert (report.status, report.tasks_learned, report.num_tasks) == ("running", 2, 3)
+    assert report.average_accuracy == pytest.approx((0.75 + 0.875) / 2)
+    assert report.accuracy_matrix[2] == [None, None, None]
+    assert report.weights_sha256 is None
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    synthetic.write_config(tmp_path, synthetic.config())
+    with EventLog(tmp_path / "events.jsonl", clock=synthetic.Clock()) as log:
+        log.write("run", **synthetic.run_fields())
+        log.write("step", **synthetic.step_fields(0, 10))
+    report = summarise(tmp_path)
+    assert (report.status, report.tasks_learned, report.average_accuracy) == ("running", 0, None)
+    assert report.images_per_second == 400.0
+
+
+def test_a_killed_and_resumed_run_counts_its_work_once_and_its_time_twice(tmp_path: Path) -> None:
+    synthetic.write_config(tmp_path, synthetic.config())
+    clock = synthetic.Clock()
+    path = RunFolder(tmp_path).events
+    with EventLog(path, clock=clock) as log:
+        log.write("run", **synthetic.run_fields())  # time .25
+        log.write("phase", **synthetic.phase("fit", 0, seconds=2.0, images=100))
+        log.write("evaluate", **synthetic.evaluation(0, shift=-0.25))
+        log.write("phase", **synthetic.phase("fit", 1, seconds=1.0, images=40, part=0))
+        log.write("stop", task=1, phase="fit", step=20, reason="SIGTERM")  # 1.0 s after the start
+    clock.now += 3600
+    with EventLog(path, clock=clock) as log:
+        log.write("run", **synthetic.run_fields())
+        log.write("evaluate", **synthetic.evaluation(0))
+        log.write("phase", **synthetic.phase("fit", 1, seconds=3.0, images=160, part=20))
+        log.write("phase", **synthetic.phase("fit", 1, seconds=2.0, images=160, part=20))  # the one that counts
+        log.write("done", weights_sha256="a" * 64)  # 1.0 s
+    report = summarise(tmp_path)
+    assert report.status == "done"
+    assert report.segments == 2
+    assert report.wall_seconds == pytest.approx(2.0)
+    assert report.accuracy_matrix[0] == synthetic.OWN[0]
+    assert report.phases[1] == PhaseCost(1, "fit", 3.0, 200, 200 / 3.0, 64 * 2**20)
+    assert report.images_per_second == pytest.approx(300 / 5)
+    assert phase_totals(report.phases) == [PhaseCost(-1, "fit", 5.0, 300, 60.0, 64 * 2**20)]
+
+
+@pytest.mark.parametrize(
+    ("event", "fields", "status", "message"),
+    [
+        (
+            "stop",
+            {"task": 1, "phase": "fit", "step": 7, "reason": "SIGTERM"},
+            "stopped",
+            "SIGTERM at task 1, fit, step 7",
+        ),
+        ("error", {"kind": "DivergedError", "message": "loss is NaN"}, "failed", "DivergedError: loss is NaN"),
+        ("run", {}, "running", None),
+    ],
+)
+def test_the_last_word_decides_the_status(
+    tmp_path: Path, event: str, fields: dict[str, object], status: str, message: str | None
+) -> None:
+    synthetic.write_run(tmp_path)
+    with EventLog(tmp_path / "events.jsonl", clock=synthetic.Clock(2e6)) as log:
+        log.write(event, **fields)
+    report = summarise(tmp_path)
+    assert (report.status, report.message, report.weights_sha256) == (status, message, None)
+
+
+def test_an_image_skipped_again_after_a_resume_is_one_image(tmp_path: Path) -> None:
+    synthetic.write_run(tmp_path)
+    with EventLog(tmp_path / "events.jsonl", clock=synthetic.Clock(2e6)) as log:
+        for sample in (5, 9, 5):
+            log.write("skipped", split="train", sample=sample, name=f"digits/{sample}", reason="truncated")
+    report = summarise(tmp_path)
+    assert report.skipped == 2
+    assert [skipped["sample"] for skipped in report.skipped_examples] == [5, 9]
+
+
+def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match=r"is not the folder of a run: it has no config\.yaml"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "is not YAML"),
+        ("nmae: x", "does not fit this version of hpccl: nmae"),
+        ("- 1", "does not fit this version"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_says_why(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(FolderError, match=words):
+        read_config(tmp_path)
+
+
+def test_the_configuration_that_training_writes_is_read_back(tmp_path: Path) -> None:
+    from hpccl.config.load import dump
+
+    run = synthetic.config(name="a", seed=3)
+    (tmp_path / "config.yaml").write_text(dump(run))
+    assert read_config(tmp_path) == run
