@@ -160,9 +160,7 @@ def report(
 
 
 @app.command()
-def doctor(
-    *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False
-) -> None:
+def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False) -> None:
     """Look at this machine: what is there, what is missing, what to do. Exit code 1 where training cannot work."""
     from hpccl.doctor import as_dict, diagnose, ready, render
 
@@ -223,7 +221,7 @@ def build_shards(
     )
     for name, manifest in manifests.items():
         typer.echo(
-            f"{out / name}: {manifest.num_samples} images of {len(manifest.classes)} classes "
+            f"{out / name}: {manifest.samples} images of {len(manifest.classes)} classes "
             f"in {len(manifest.shards)} shards, {len(manifest.skipped)} skipped"
         )
 

@@ -14,7 +14,7 @@ from hpccl.checkpoint.tree import read_tree, write_tree
 from hpccl.errors import CheckpointError, FolderError
 from hpccl.folder import explain_os_error
 
-__all__ = ["FORMAT", "Mark", "Saved", "latest", "load", "save"]
+__all__ = ["FORMAT", "Mark", "Saved", "latest", "load", "marks", "save"]
 
 FORMAT = 1
 _PHASES = ("fit", "fitted", "done")
@@ -84,7 +84,7 @@ def save(checkpoints: Path, mark: Mark, tree: dict[str, Any], *, keep: int) -> S
 
 def latest(checkpoints: Path) -> Mark | None:
     """The newest checkpoint, or None."""
-    return max(_marks(checkpoints), default=None)
+    return max(marks(checkpoints), default=None)
 
 
 def load(checkpoints: Path, mark: Mark) -> dict[str, Any]:
@@ -102,7 +102,8 @@ def load(checkpoints: Path, mark: Mark) -> dict[str, Any]:
     return tree
 
 
-def _marks(checkpoints: Path) -> list[Mark]:
+def marks(checkpoints: Path) -> list[Mark]:
+    """All checkpoints of a folder, in the order of a run."""
     if not checkpoints.is_dir():
         return []
     found = (_NAME.fullmatch(entry.name) for entry in checkpoints.iterdir())
@@ -111,9 +112,9 @@ def _marks(checkpoints: Path) -> list[Mark]:
 
 def _prune(checkpoints: Path, keep: int) -> None:
     """Ends of tasks stay; of the rest within tasks, the newest `keep`. Steps of finished tasks go."""
-    marks = _marks(checkpoints)
-    ended = {mark.task for mark in marks if mark.phase == "done"}
-    within = [mark for mark in marks if mark.phase == "fit"]
+    found = marks(checkpoints)
+    ended = {mark.task for mark in found if mark.phase == "done"}
+    within = [mark for mark in found if mark.phase == "fit"]
     unfinished = [mark for mark in within if mark.task not in ended]
     for mark in within:
         if mark not in unfinished[-keep:]:

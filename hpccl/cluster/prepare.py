@@ -16,7 +16,7 @@ import hpccl
 from hpccl.config.load import dump, load
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
-from hpccl.folder import RunFolder, replacing
+from hpccl.folder import RunFolder, explain_os_error, replacing
 from hpccl.machine import commit, machine
 
 __all__ = ["prepare"]
@@ -58,7 +58,9 @@ def _earlier(folder: RunFolder) -> RunConfig | None:
         if not folder.config.exists():
             return None
         return load([folder.config], [])
-    except (ConfigError, PermissionError) as error:
+    except PermissionError as error:
+        raise FolderError(f"run folder '{folder.path}' cannot be read: {explain_os_error(error)}") from error
+    except ConfigError as error:
         raise FolderError(
             f"run folder '{folder.path}' cannot be taken up again, for its config.yaml cannot be read:\n{error}\n"
             "set folder=... to another one, or delete it"

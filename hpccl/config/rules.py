@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from hpccl.config.sections import (
     DataConfig,
     DigitsStream,
-    MemoryConfig,
     PriorConfig,
     StratifiedMix,
     TimmAugment,
@@ -47,11 +46,10 @@ def _needs_memory(config: RunConfig) -> Iterator[Clash]:
     prior, usual = config.prior, PriorConfig()
     if config.memory.size > 0:
         return
-    ignored = [f"prior.{key}" for key in ("replay", "weight", "scale_to_task") if _differs(prior, usual, key)]
+    # scale_to_task and balanced only say how a memory would be used, and may stand in a file that all methods share.
+    ignored = [f"prior.{key}" for key in ("replay", "weight") if _differs(prior, usual, key)]
     if isinstance(config.memory.mix, StratifiedMix):
         ignored.append("memory.mix.kind")
-    if config.memory.balanced != MemoryConfig().balanced:
-        ignored.append("memory.balanced")
     for key in ignored:
         yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
 

@@ -4,13 +4,14 @@ A layer that is called once per forward pass, with tensors and one row block per
 other trainable parameter (held outside a layer, shared, used without calling its layer, called twice) is measured
 through the whole model. The layer route is then compared with plain autograd on a few examples, one by one; a layer
 that disagrees (its weight is also used elsewhere, its batch dim is not the first) goes through the whole model too.
-What plain autograd does not reach at all is an error: nobody may believe it to be protected.
+What cannot be mapped over examples is measured one example after the other, slowly. What plain autograd does not reach
+at all is an error: nobody may believe it to be protected.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpccl.curvature.capture import Call, captured
-from hpccl.curvature.pullback import layer_squares
+from hpccl.curvature.pullback import layer_squares, looped_squares, mapped_squares
 from hpccl.errors import CoverageError
 
 __all__ = ["Coverage", "plan", "refuse_unfit"]
@@ -33,21 +34,17 @@ class Coverage:
     """How the model's trainable parameters are measured.
 
     layers: by module, the local and full names of its parameters that hooks measure
-    whole: full names of the parameters that are measured through the whole model
+    mapped: full names of the parameters that are measured through the whole model, mapped over examples
+    looped: the same, where torch cannot map it: one example after the other
     graph_bytes: held per example between forward and backward
     output_bytes: of the hooked layers' outputs, per example
     """
 
     layers: Mapping[str, Mapping[str, str]]
-    whole: tuple[str, ...]
+    mapped: tuple[str, ...]
+    looped: tuple[str, ...]
     graph_bytes: int
     output_bytes: int
-
-    def demoted(self, modules: set[str]) -> Coverage:
-        """The same with some modules measured through the whole model."""
-        moved = [full for name in modules for full in self.layers[name].values()]
-        kept = {name: names for name, names in self.layers.items() if name not in modules}
-        return replace(self, layers=kept, whole=(*self.whole, *moved))
 
 
 def refuse_unfit(model: nn.Module) -> None:
@@ -78,17 +75,20 @@ def plan(model: nn.Module, pixels: Tensor) -> Coverage:
     """
     coverage = _by_structure(model, pixels)
     columns = _random_columns(model, pixels)
-    truth = _plain_autograd(model, pixels, columns)
+    truth, reached = looped_squares(model, None, pixels, columns)
+    _refuse_unreached(truth.keys() - reached)
     with captured(model, coverage.layers) as calls:
         logits = model(pixels)
     found = layer_squares(model, coverage.layers, calls, logits, columns, group=1)
-    largest = max((float(value.max()) for value in truth.values()), default=0.0)
-    wrong = {
-        name
+    layers = {
+        name: names
         for name, names in coverage.layers.items()
-        if not all(_agrees(found[full], truth[full], largest) for full in names.values())
+        if all(_agrees(found, truth, full) for full in names.values())
     }
-    return coverage.demoted(wrong)
+    covered = {full for names in layers.values() for full in names.values()}
+    rest = tuple(name for name in truth if name not in covered)
+    mapped = _that_map(model, rest, pixels, columns, truth)
+    return replace(coverage, layers=layers, mapped=mapped, looped=tuple(name for name in rest if name not in mapped))
 
 
 def _by_structure(model: nn.Module, pixels: Tensor) -> Coverage:
@@ -105,7 +105,7 @@ def _by_structure(model: nn.Module, pixels: Tensor) -> Coverage:
     kept = {name: names for name, names in layers.items() if _once_per_example(calls[0][name], calls[1][name])}
     covered = {full for names in kept.values() for full in names.values()}
     whole = tuple(name for name in full_names.values() if name not in covered)
-    return Coverage(kept, whole, max(0, held[1] - held[0]), sum(calls[0][name][0].num_bytes for name in kept) // 2)
+    return Coverage(kept, whole, (), max(0, held[1] - held[0]), sum(calls[0][name][0].num_bytes for name in kept) // 2)
 
 
 def _single_layers(model: nn.Module, full_names: Mapping[nn.Parameter, str]) -> dict[str, dict[str, str]]:
@@ -151,27 +151,32 @@ def _random_columns(model: nn.Module, pixels: Tensor) -> Tensor:
     return torch.randn(1, *logits.shape, generator=generator).to(logits)
 
 
-def _plain_autograd(model: nn.Module, pixels: Tensor, columns: Tensor) -> dict[str, Tensor]:
-    """Squared gradients of single examples, summed, by the road that every training step takes."""
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    total = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
-    reached: set[str] = set()
-    for image, direction in zip(pixels.split(1), columns[0].split(1), strict=True):
-        grads = torch.autograd.grad(model(image), list(named.values()), direction, allow_unused=True)
-        for name, grad in zip(named, grads, strict=True):
-            if grad is not None:
-                total[name] += grad.square()
-                reached.add(name)
-    missing = [name for name in named if name not in reached]
-    if missing:
+def _refuse_unreached(names: Collection[str]) -> None:
+    if names:
         raise CoverageError(
-            f"{len(missing)} trainable parameter(s) do not influence the logits and would be left unprotected: "
-            f"{', '.join(repr(name) for name in missing[:8])}; freeze what is not used (requires_grad=False)"
+            f"{len(names)} trainable parameter(s) do not influence the logits and would be left unprotected: "
+            f"{', '.join(repr(name) for name in sorted(names)[:8])}; freeze what is not used (requires_grad=False)"
         )
-    return total
 
 
-def _agrees(found: Tensor, truth: Tensor, largest: float) -> bool:
-    if not bool(truth.isfinite().all()):
+def _that_map(
+    model: nn.Module, names: tuple[str, ...], pixels: Tensor, columns: Tensor, truth: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Those of the parameters for which torch can map the whole model over examples, and does so correctly.
+
+    It cannot where a forward pass looks at numbers, and some of its rules are wrong (nn.PReLU in torch 2.13).
+    """
+    try:
+        found = mapped_squares(model, names, pixels, columns, graph_bytes=0)
+    except RuntimeError:
+        return ()
+    return tuple(name for name in names if _agrees(found, truth, name))
+
+
+def _agrees(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], name: str) -> bool:
+    value = truth[name]
+    if not bool(value.isfinite().all()):
         return True  # the pass itself reports which layer and which image
-    return bool((found - truth).norm() <= _AGREE * truth.norm() + _NOISE * largest * truth.numel() ** 0.5)
+    largest = max(float(other.max()) for other in truth.values() if other.numel())
+    noise = _NOISE * largest * value.numel() ** 0.5
+    return bool((found[name] - value).norm() <= _AGREE * value.norm() + noise)

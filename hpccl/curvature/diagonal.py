@@ -19,7 +19,7 @@ from hpccl.curvature.capture import captured, first_not_finite, measuring
 from hpccl.curvature.columns import Fisher, check_labels, num_columns, output_columns
 from hpccl.curvature.coverage import Coverage, plan, refuse_unfit
 from hpccl.curvature.protocols import Examples, Precision, Weights
-from hpccl.curvature.pullback import layer_gradients, layer_squares, whole_squares
+from hpccl.curvature.pullback import layer_gradients, layer_squares, looped_squares, mapped_squares
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, CoverageError, DivergedError, HpcclError, WorldError
 
@@ -183,8 +183,9 @@ class DiagonalEstimator:
             raise _diverged(model, part)
         columns = output_columns(logits, part, self.fisher, samples=self.samples, seed=self.seed)
         by_layer = layer_squares(model, coverage.layers, calls, logits, columns, group=group)
-        by_model = whole_squares(model, coverage.whole, part.pixels, columns, graph_bytes=coverage.graph_bytes)
-        squares = {**by_layer, **by_model}
+        by_model = mapped_squares(model, coverage.mapped, part.pixels, columns, graph_bytes=coverage.graph_bytes)
+        by_example, _ = looped_squares(model, coverage.looped, part.pixels, columns)
+        squares = {**by_layer, **by_model, **by_example}
         if squares and not bool(torch.stack([value.sum() for value in squares.values()]).isfinite().all()):
             for name, grad in layer_gradients(coverage.layers, calls, logits, columns[:group]):
                 _check_gradient(name, grad, part)

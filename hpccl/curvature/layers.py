@@ -111,7 +111,7 @@ def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int) -> Tensor:
     view = view.unflatten(0, (n, -1)).unflatten(2, (groups, -1))  # [n, f, groups, d/groups, kh, kw, h', w']
     outer = grad.unflatten(0, (n, -1)).unflatten(3, (groups, -1))  # [n, f, c, groups, o/groups, h', w']
     total = x.new_zeros(groups, o // groups * width)
-    for some, columns in pieces(n, c, o * width, x):
+    for some, columns in pieces(n, c, max(o * width, groups * width * positions // c), x):
         right = view[some].permute(0, 2, 3, 4, 5, 1, 6, 7).reshape(-1, width, view.shape[1] * positions)
         part = outer[some, :, columns].permute(0, 3, 2, 4, 1, 5, 6)  # [m, groups, c, o/groups, f, h', w']
         left = part.reshape(right.shape[0], -1, right.shape[2])

@@ -1,21 +1,21 @@
 """Squares of per-example gradients, summed: by hooked layers, and through the whole model.
 
-Both give sum_i sum_j (J_i' v_ij)^2 by parameter name, for columns v [c, n, C] over the logits.
+All give sum_i sum_j (J_i' v_ij)^2 by parameter name, for columns v [c, n, C] over the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpccl.curvature.capture import Call
 from hpccl.curvature.layers import pieces, squares
-from hpccl.errors import CoverageError
 
-__all__ = ["layer_gradients", "layer_squares", "whole_squares"]
+__all__ = ["layer_gradients", "layer_squares", "looped_squares", "mapped_squares"]
 
 Layers = Mapping[str, Mapping[str, str]]  # module -> local name -> full name
 
@@ -57,7 +57,7 @@ def layer_gradients(
             yield name, torch.stack([part for part in parts if part is not None], dim=1)
 
 
-def whole_squares(
+def mapped_squares(
     model: nn.Module, names: Sequence[str], pixels: Tensor, columns: Tensor, *, graph_bytes: int
 ) -> dict[str, Tensor]:
     """Squares by full name, for parameters that only the whole model's forward pass can account for.
@@ -68,9 +68,6 @@ def whole_squares(
         pixels: [n, channels, h, w].
         columns: [c, n, C].
         graph_bytes: held per example between forward and backward.
-
-    Raises:
-        CoverageError: the forward pass cannot be mapped over examples.
     """
     fixed = {name: value.detach() for name, value in model.named_parameters()}
     own = {name: fixed.pop(name) for name in names}
@@ -89,16 +86,35 @@ def whole_squares(
 
     size = sum(value.numel() for value in own.values()) + graph_bytes // pixels.element_size()
     by_example = columns.transpose(0, 1)
-    try:
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be mapped
         for some, group in pieces(len(pixels), len(columns), size, pixels):
             for name, value in torch.vmap(one)(pixels[some], by_example[some, group]).items():
                 total[name] += value.square().sum((0, 1))
-    except RuntimeError as error:
-        raise CoverageError(
-            f"parameters {', '.join(repr(name) for name in names[:8])} need per-example gradients through the whole "
-            f"model, which torch.vmap refuses ({str(error).splitlines()[0]}); freeze them, or give them their own layer"
-        ) from error
     return total
+
+
+def looped_squares(
+    model: nn.Module, names: Collection[str] | None, pixels: Tensor, columns: Tensor
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The same one example and column at a time, by the road that every training step takes.
+
+    `names` None means every trainable parameter. Also returns the names of those that the logits depend on.
+    """
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    named = {name: value for name, value in named.items() if names is None or name in names}
+    total = {name: torch.zeros_like(value) for name, value in named.items()}
+    reached: set[str] = set()
+    if not named:
+        return total, reached
+    for number, image in enumerate(pixels.split(1)):
+        logits = model(image)
+        for column in columns[:, number : number + 1]:
+            grads = torch.autograd.grad(logits, list(named.values()), column, retain_graph=True, allow_unused=True)
+            for name, grad in zip(named, grads, strict=True):
+                if grad is not None:
+                    total[name] += grad.square()
+                    reached.add(name)
+    return total, reached
 
 
 def _pulled(logits: Tensor, edges: Sequence[GradientEdge], column: Tensor) -> list[Tensor | None]:

@@ -100,9 +100,16 @@ class Normaliser:
 
     def __call__(self, images: Pixels) -> Tensor:
         """uint8 [n, h, w, channels] to float32 [n, channels, h, w] that keeps its memory order (channels_last)."""
+        pixels = np.empty(images.shape, dtype=np.float32)
+        self.into(pixels, images)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def into(self, out: npt.NDArray[np.float32], images: Pixels) -> None:
+        """Write uint8 [n, h, w, channels], normalised, to `out`, contiguous and of the same shape."""
         num, height, width, channels = images.shape
         # One long row of repeated channels: an inner loop of 3 would not be vectorised.
-        pixels = images.reshape(num * height, width * channels).astype(np.float32)
+        assert out.flags.c_contiguous
+        pixels = out.reshape(num * height, width * channels)
+        pixels[:] = images.reshape(pixels.shape)
         pixels *= np.tile(self.scale, width)
         pixels += np.tile(self.shift, width)
-        return torch.from_numpy(pixels.reshape(images.shape)).permute(0, 3, 1, 2)

@@ -118,10 +118,10 @@ def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], decode: Callab
     Raises:
         DataError: the folder cannot be written.
     """
-    kept = _opened(path, shape)
-    if kept is not None:
-        return kept
     try:
+        kept = _opened(path, shape)
+        if kept is not None:
+            return kept
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             kept = _opened(path, shape)  # another process may have been quicker
@@ -145,7 +145,7 @@ def _opened(path: Path, shape: tuple[int, ...]) -> Kept | None:
     try:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
         bad = json.loads(_bad_path(path).read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, EOFError):
         return None
     if pixels.shape != shape or pixels.dtype != np.uint8:
         return None

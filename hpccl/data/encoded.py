@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hpccl.data.augment import BatchAugment, Normaliser
@@ -69,21 +68,21 @@ class Maker(Dataset[Made]):
     def __getitem__(self, request: Request) -> Made:
         """Make one request's images; failures are values, because an exception from a worker loses its message."""
         channels, height, width = self.shape
-        pixels = torch.zeros(len(request), height, width, channels).permute(0, 3, 1, 2)
-        valid = torch.ones(len(request), dtype=torch.bool)
+        pixels = np.zeros((len(request), height, width, channels), dtype=np.float32)
+        images = Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.ones(len(request), dtype=torch.bool))
         bad: list[tuple[int, str]] = []
         with _own_randomness():
             for position, (sample, key) in enumerate(zip(request.sample.tolist(), request.key.tolist(), strict=True)):
                 try:
                     data, name = self.read(sample)
                 except DataError as error:
-                    return Made(Images(pixels, valid), failure=str(error))
+                    return Made(images, failure=str(error))
                 try:
-                    pixels[position] = self._one(data, name, key)
+                    self._one(data, name, key, pixels[position])
                 except DataError as error:
-                    valid[position] = False
+                    images.valid[position] = False
                     bad.append((sample, str(error)))
-        return Made(Images(pixels, valid), tuple(bad))
+        return Made(images, tuple(bad))
 
     def read(self, sample: int) -> tuple[bytes, str]:
         """The encoded image and its name.
@@ -94,15 +93,16 @@ class Maker(Dataset[Made]):
         shards, local = self.sets[self.index.part[sample]], int(self.index.local[sample])
         return shards.read(local), shards.name(local)
 
-    def _one(self, data: bytes, name: str, key: int) -> Tensor:
+    def _one(self, data: bytes, name: str, key: int, out: npt.NDArray[np.float32]) -> None:
         if isinstance(self.augment, TimmView) and key != 0:
-            return self.augment(data, name, key)
+            self.augment(data, name, key, out)
+            return
         pixels = self.view(decode(data, name))
         if (pixels.shape[2], *pixels.shape[:2]) != self.shape:
             raise DataError(f"image '{name}' has {pixels.shape[1]} x {pixels.shape[0]} pixels; set data.image_size")
         if isinstance(self.augment, BatchAugment):
             pixels = self.augment(pixels[None], np.array([key], dtype=np.uint64))[0]
-        return self.normalise(pixels[None])[0]
+        self.normalise.into(out[None], pixels[None])
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,8 +32,8 @@ def seed_all(key: int) -> None:
     """Seed this process's generators (Python, numpy, torch on the CPU) with a 64-bit key."""
     random.seed(key)
     np.random.seed([key & 0xFFFFFFFF, key >> 32])  # noqa: NPY002 - timm draws from the old global generator
-    # Not torch.manual_seed, which would also reseed the devices.
-    torch.default_generator.manual_seed(key)
+    # Not torch.manual_seed, which would also reseed the devices; the CPU's generator takes 32 bits.
+    torch.default_generator.manual_seed((key ^ key >> 32) & 0xFFFFFFFF)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +86,8 @@ class TimmView:
         # The first two of the final transforms are conversion and normalisation.
         return cls(size, crop, tuple(mirror), tuple(secondary.transforms), tuple(final.transforms[2:]), normalise)
 
-    def __call__(self, data: bytes, name: str, key: int) -> Tensor:
-        """Float32 [3, size, size], normalised. Seeds this process's generators: isolate them.
+    def __call__(self, data: bytes, name: str, key: int, out: npt.NDArray[np.float32]) -> None:
+        """Write float32 [size, size, 3], normalised, to `out`. Seeds this process's generators: isolate them.
 
         Raises:
             DataError: the image cannot be decoded.
@@ -102,10 +102,9 @@ class TimmView:
             for transform in self.picture:
                 changed = transform(changed)
             pixels = to_array(changed)
-        view = self.normalise(pixels[None])[0]
+        self.normalise.into(out[None], pixels[None])
         for transform in self.erase:
-            view = transform(view)
-        return view
+            transform(torch.from_numpy(out).permute(2, 0, 1))  # in place
 
     def _cropped(self, data: bytes, name: str) -> Tensor:
         """The random resized crop, uint8 [3, size, size] in channels_last memory."""

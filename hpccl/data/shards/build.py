@@ -256,6 +256,11 @@ class _Plan:
         if skipped and self.bad_images == "stop":
             raise DataError(f"{skipped[0].reason}. {_BAD_IMAGE_ADVICE}")
 
+    def remove_halves(self) -> None:
+        """Delete what a killed build had not finished writing."""
+        for half in self.folder.glob(".*.part"):
+            half.unlink(missing_ok=True)
+
     def finish(self) -> Manifest:
         """Write index and manifest from the notes; forget the notes."""
         notes = [_load_json(unit.note) for unit in self.units]
@@ -265,6 +270,7 @@ class _Plan:
         shards = tuple(ShardEntry(**note["shard"]) for note in notes if note["rows"])
         manifest = self.manifest(shards, index, skipped)
         manifest.save(self.folder)
+        self.remove_halves()  # again: processes of a killed build live on for some milliseconds
         shutil.rmtree(self.folder / UNFINISHED)
         return manifest
 
@@ -322,8 +328,7 @@ def _run(plans: list[_Plan], workers: int, counter: _Counter) -> dict[str, Manif
         for plan in unfinished:
             _prepare(plan)
             locks.enter_context(_locked(plan.folder))
-            for rest in plan.folder.glob(".*.part"):
-                rest.unlink(missing_ok=True)
+            plan.remove_halves()
         missing = [unit for plan in unfinished for unit in plan.units if not _is_done(unit)]
         counter.skip(sum(len(unit.members) for unit in missing))
         for unit in _write_all(missing, workers):
@@ -404,7 +409,7 @@ def _start_worker() -> None:
 # ---------------------------------------------------------------- writing one shard
 
 
-_BAD_IMAGE_ADVICE = "Mend or remove it, or build with bad images skipped (--bad-images skip)"
+_BAD_IMAGE_ADVICE = "Mend or remove it, or build with bad images skipped (--skip-bad)"
 
 
 class _HashingFile:

@@ -150,7 +150,7 @@ def resize(pixels: Pixels, size: tuple[int, int], interpolation: Interpolation =
 
 
 def _crop_and_resize(pixels: Pixels, box: Box, size: tuple[int, int], interpolation: Interpolation) -> Pixels:
-    """torch's uint8 kernels agree with Pillow's to one level and take a quarter of the time; Pillow does the rest:
+    """Torch's uint8 kernels agree with Pillow's to one level and take a quarter of the time; Pillow does the rest:
     boxes that cut pixels, and other filters."""
     rows, columns = pixels.shape[:2]
     left, top = max(math.floor(box[0]), 0), max(math.floor(box[1]), 0)
@@ -160,8 +160,8 @@ def _crop_and_resize(pixels: Pixels, box: Box, size: tuple[int, int], interpolat
     if whole and crop.shape[:2] == size:
         return np.ascontiguousarray(crop)
     if whole and interpolation in ("bilinear", "bicubic"):
-        # Contiguous, so that the result is in the same order and need not be turned.
-        planes = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)[None]
+        # Contiguous, so that the result is in the same order and need not be turned; writable, or torch warns.
+        planes = torch.from_numpy(np.require(crop, requirements=["C", "W"])).permute(2, 0, 1)[None]
         result = functional.interpolate(planes, size, mode=interpolation, antialias=True, align_corners=False)
         return np.ascontiguousarray(result[0].permute(1, 2, 0).numpy())
     inside = (

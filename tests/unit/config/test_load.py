@@ -13,6 +13,8 @@ from hpccl.config.run import RunConfig
 from hpccl.config.sections import MlpModel, PaperModel, ShardStream, TimmModel
 from hpccl.errors import ConfigError
 
+NEEDS_MEMORY = "needs a memory; set memory.size to the examples kept of each task"
+
 
 def write(folder: Path, text: str, name: str = "a.yaml") -> Path:
     path = folder / name
@@ -178,8 +180,7 @@ stream:
             "train.ema = 2: not allowed; expected a number > 0 and < 1 or null (argument 'train.ema=2')",
             f"train.epohcs = 3: no such key; did you mean 'train.epochs'? ({first}:2)",
             "lr = 3: no such key; did you mean 'optim.lr'? (argument 'lr=3')",
-            "prior.replay = 0.5 with memory.size = 0: needs a memory; set memory.size to the examples kept of each task "
-            f"({first}:8)",
+            f"prior.replay = 0.5 with memory.size = 0: {NEEDS_MEMORY} ({first}:8)",
         ]
     )
 
@@ -200,7 +201,10 @@ stream:
         ("model.kind=timm", "model.name is missing; expected text"),
         ("engine.kind=fsdp", "engine.kind = fsdp: no such kind; kinds: ddp"),
         ("stream={kind: [1]}", "stream.kind = [1]: no such kind; kinds: digits, shards"),
-        ("stream={kind: shards, parts: [3]}", "stream.parts.0 = 3: not allowed; expected a list, each a mapping of path"),
+        (
+            "stream={kind: shards, parts: [3]}",
+            "stream.parts.0 = 3: not allowed; expected a list, each a mapping of path",
+        ),
         ("name=a b", "name = 'a b': not allowed; expected text matching"),
         ("memry.size=3", "memry = {size: 3}: no such key; did you mean 'memory'?"),
         ("memory.mix.share=.5", "memory.mix.share = 0.5: no such key; it belongs to memory.mix.kind=stratified"),

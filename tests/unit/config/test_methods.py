@@ -32,10 +32,7 @@ def test_a_method_can_be_put_over_any_other() -> None:
 
 def test_a_method_without_memory_forgets_the_settings_of_memory(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
-    base.write_text(
-        "memory: {size: 5, balanced: false, mix: {kind: stratified}}\n"
-        "prior: {temperature: 2.0, view: teacher, weight: 3, scale_to_task: true}\n"
-    )
+    base.write_text("memory: {size: 5, mix: {kind: stratified}}\nprior: {temperature: 2.0, view: teacher, weight: 3}\n")
     for path in METHODS:
         assert load([base, path], []).method == path.stem
 

@@ -1,0 +1,86 @@
+"""What all benchmarks share: who measured, and how the result is printed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+__all__ = ["interleaved", "machine", "median_ratio", "print_result", "versions"]
+
+_PACKAGES = ("torch", "torchvision", "numpy", "timm", "pillow", "simplejpeg")
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its cores that this process may use, and the memory."""
+    return {
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": _gpu(),
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages whose speed is measured."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def print_result(name: str, headline: Mapping[str, float], **details: Any) -> None:
+    """Print the one line that is for machines; call it last."""
+    result = {
+        "name": name,
+        "headline": {key: round(value, 4) for key, value in headline.items()},
+        "machine": machine(),
+        "versions": versions(),
+        "details": details,
+    }
+    print(json.dumps(result), flush=True)
+
+
+def interleaved(runs: Mapping[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
+    """Items a second of each run, measured in turns so that other load on the machine hits all alike.
+
+    A run returns how many items it made. The first turn warms up and does not count.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repetitions + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            items = run()
+            if turn:
+                rates[name].append(items / (time.perf_counter() - start))
+    return rates
+
+
+def median_ratio(rates: Mapping[str, list[float]], above: str, below: str) -> float:
+    """Median over turns of the ratio of two runs of the same turn."""
+    return median(one / other for one, other in zip(rates[above], rates[below], strict=True))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

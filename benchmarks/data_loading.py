@@ -1,0 +1,190 @@
+"""How many images a second one core loads: hpccl from shards, against torchvision's way from an image folder.
+
+Both make the same augmented batches of the same images in one process with one thread:
+
+    small       32-px images, zero-padded crop and mirror; decoded once (when the stream is opened: that time is not in
+                the rate but in `opening_seconds`, for both splits) against ImageFolder + Pillow for every image
+    originals   ImageNet's JPEGs, random resized crop of 224 px (bicubic) and mirror; scaled decode against Pillow
+
+The files are in the page cache for both. Images come from --data, HPCCL_DATA or ../shared/data; where they are missing,
+similar ones are generated and the result says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from benchmarks._common import interleaved, median_ratio, print_result
+from hpccl.compat import import_timm
+from hpccl.config.sections import CropFlip, DataConfig, Part, ShardStream, TimmAugment
+from hpccl.data.build import open_stream
+from hpccl.data.order import mix, permutation
+from hpccl.data.rows import Request
+from hpccl.data.shards.build import build
+
+Run = Callable[[], int]
+ROOT = Path(__file__).parents[1]
+BATCH = 64
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer images and turns")
+    parser.add_argument("--data", type=Path, help="folder with cifar10.zip and imagenet-originals.zip")
+    options = parser.parse_args()
+    data = options.data or Path(os.environ.get("HPCCL_DATA", ROOT.parent / "shared" / "data"))
+    torch.set_num_threads(1)
+    import_timm()
+    with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
+        measure(Path(folder), data, quick=options.quick)
+
+
+def measure(folder: Path, data: Path, *, quick: bool) -> None:
+    """Both comparisons; prints the result."""
+    small, small_real = images_of(folder / "small", data / "cifar10.zip", 500 if quick else 2000, small_image)
+    large, large_real = images_of(folder / "originals", data / "imagenet-originals.zip", 150, large_image)
+    rates = {}
+    opening = {}
+    for name, images in (("small", small), ("originals", large)):
+        for split in ("train", "test"):
+            build(images, folder / "shards" / name, split=split)
+        start = time.perf_counter()
+        ours = from_shards(folder, name)
+        opening[name] = time.perf_counter() - start
+        runs = {"hpccl": ours, "image_folder": from_image_folder(images, name)}
+        with one_core():
+            rates[name] = interleaved(runs, 3 if quick else 7)
+    for name, found in rates.items():
+        for run, values in found.items():
+            print(f"{name:10} {run:13} {median(values):10,.0f} images/s/core")
+    print_result(
+        "data_loading",
+        {
+            "small_over_imagefolder": median_ratio(rates["small"], "hpccl", "image_folder"),
+            "originals_over_pillow": median_ratio(rates["originals"], "hpccl", "image_folder"),
+        },
+        images_per_second_per_core={
+            name: {run: round(median(values), 1) for run, values in found.items()} for name, found in rates.items()
+        },
+        opening_seconds={name: round(seconds, 3) for name, seconds in opening.items()},
+        real_images={"small": small_real, "originals": large_real},
+        quick=quick,
+    )
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Keep this process, its background thread included, on one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+# ---------------------------------------------------------------- images
+
+
+def images_of(
+    folder: Path, archive: Path, count: int, generate: Callable[[int], tuple[bytes, str]]
+) -> tuple[Path, bool]:
+    """An image folder `<class>/<image>` of `count` images, and whether they are real."""
+    if archive.is_file():
+        with zipfile.ZipFile(archive) as source:
+            names = [name for name in source.namelist() if name.startswith("train/") and not name.endswith("/")]
+            # Spread over all classes.
+            chosen = names[:: max(len(names) // count, 1)][:count]
+            for name in chosen:
+                write(folder / name.removeprefix("train/"), source.read(name))
+        return folder, True
+    for number in range(count):
+        data, suffix = generate(number)
+        write(folder / f"class_{number % 10}" / f"{number:05d}.{suffix}", data)
+    return folder, False
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file and the folders it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def small_image(number: int) -> tuple[bytes, str]:
+    """32 x 32 lossless WebP."""
+    return encoded(number, 32, 32, 8, format="WEBP", lossless=True), "webp"
+
+
+def large_image(number: int) -> tuple[bytes, str]:
+    """500 x 400 JPEG of about 110 KB."""
+    return encoded(number, 500, 400, 180, format="JPEG", quality=90), "JPEG"
+
+
+def encoded(number: int, width: int, height: int, detail: int, *, format: str, **options: int) -> bytes:  # noqa: A002
+    """Smooth colours with `detail` x `detail` random values."""
+    values = np.random.default_rng(number).integers(0, 256, (detail, detail, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- loaders
+
+
+def from_shards(folder: Path, name: str) -> Run:
+    """Load every image once in random order by hpccl."""
+    small = name == "small"
+    data = DataConfig(
+        cache=str(folder / "cache"),
+        storage="decoded" if small else "encoded",
+        image_size=None if small else 224,
+        augment=CropFlip() if small else TimmAugment(),
+        workers=0,
+    )
+    stream = open_stream(ShardStream(parts=(Part(path=str(folder / "shards" / name)),)), data)
+    order = permutation(len(stream.labels("train")), 0)
+    repeat = 20 if small else 1  # else too short to measure
+
+    def run() -> int:
+        requests = (
+            Request(order[start : start + BATCH], mix(turn, order[start : start + BATCH]))
+            for turn in range(repeat)
+            for start in range(0, len(order), BATCH)
+        )
+        return sum(len(images.pixels) for images in stream.load(requests))
+
+    return run
+
+
+def from_image_folder(folder: Path, name: str) -> Run:
+    """Load every image once in random order by torchvision and Pillow."""
+    from torchvision import datasets, transforms
+
+    if name == "small":
+        augment = [transforms.RandomCrop(32, padding=4)]
+    else:
+        bicubic = transforms.InterpolationMode.BICUBIC
+        augment = [transforms.RandomResizedCrop(224, interpolation=bicubic)]
+    after = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
+    images = datasets.ImageFolder(str(folder), transforms.Compose([*augment, *after]))
+    loader = DataLoader(images, batch_size=BATCH, shuffle=True, num_workers=0)
+    return lambda: sum(len(batch) for batch, _ in loader)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Test a checkpoint of a run that may be finished or still going."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpccl.checkpoint.store import Mark, load, marks
+from hpccl.config.load import load as load_config
+from hpccl.data.build import open_stream
+from hpccl.dist.comm import Comm
+from hpccl.dist.mesh import pick_device
+from hpccl.errors import FolderError
+from hpccl.folder import RunFolder
+from hpccl.report.events import EventLog
+from hpccl.report.progress import make_progress
+from hpccl.train.evaluate import test
+from hpccl.train.run import fresh_state
+from hpccl.train.state import World
+from hpccl.train.stop import Stop
+
+__all__ = ["evaluate_run"]
+
+
+def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
+    """Task- and class-incremental figures of the newest checkpoint, or of the one after `task`; writes nothing.
+
+    Raises:
+        FolderError: the folder is no run, or has no such checkpoint.
+    """
+    folder = RunFolder(path)
+    mark = _find(folder, task)
+    config = load_config([folder.config], [])
+    comm = Comm.solo(pick_device(config.engine.device))
+    stream = open_stream(config.stream, config.data)
+    state = fresh_state(config, stream, comm)
+    state.load_state_dict(load(folder.checkpoints, mark), mark)
+    with EventLog(folder.events, enabled=False) as log, make_progress(False) as progress:
+        world = World(config, comm, stream, folder, log, progress, Stop())
+        results = test(state, world, last=mark.task)
+    if config.method == "separate":  # the earlier tasks have networks of their own, tested when they were there
+        results = state.results[: mark.task] + results[mark.task :]
+    seen = results[: mark.task + 1]
+    return {
+        "run": str(path),
+        "checkpoint": mark.name,
+        "average_accuracy": float(np.mean([result["task_incremental"]["accuracy"] for result in seen])),
+        "average_accuracy_class_incremental": None
+        if any(result["class_incremental"] is None for result in seen)
+        else float(np.mean([result["class_incremental"]["accuracy"] for result in seen])),
+        "tasks": results,
+    }
+
+
+def _find(folder: RunFolder, task: int | None) -> Mark:
+    if not folder.config.is_file():
+        raise FolderError(f"'{folder.path}' is not a run folder (it has no config.yaml); give the folder of a run")
+    found = [mark for mark in marks(folder.checkpoints) if task is None or mark.task == task]
+    if not found:
+        wanted = "no checkpoint yet" if task is None else f"no checkpoint of task {task}"
+        there = sorted({mark.task for mark in marks(folder.checkpoints)})
+        raise FolderError(f"'{folder.path}' has {wanted}; tasks with checkpoints: {there or 'none'}")
+    return found[-1]

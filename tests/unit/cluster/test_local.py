@@ -1,0 +1,187 @@
+"""Real processes, really killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hpccl.cluster.local import pick_port, spawn
+from hpccl.errors import WorldError
+from hpccl.folder import RunFolder
+
+FAKE = Path(__file__).with_name("fake_worker.py")
+LAUNCH = """
+import sys
+from pathlib import Path
+from hpccl.cluster.local import spawn
+from hpccl.folder import RunFolder
+folder, fake, behaviour, grace = sys.argv[1:]
+command = [sys.executable, fake, folder, behaviour]
+sys.exit(spawn(command, RunFolder(Path(folder)), nproc=2, threads=1, port=1234, grace=float(grace)))
+"""
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+Launcher = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    """Starts a launcher in a process of its own, and waits until its two ranks are ready."""
+    with contextlib.ExitStack() as stack:
+
+        def start(behaviour: str, grace: float = 20.0) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [sys.executable, "-c", LAUNCH, str(tmp_path), str(FAKE), behaviour, str(grace)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            until(lambda: bool(pid(tmp_path, "ready-0") and pid(tmp_path, "ready-1")))
+            return process
+
+        yield start
+
+
+def pid(folder: Path, name: str) -> int:
+    """What a rank noted, or 0 as long as it has not."""
+    try:
+        return int((folder / name).read_text() or 0)
+    except FileNotFoundError:
+        return 0
+
+
+def gone(number: int) -> bool:
+    try:
+        return bool(psutil.Process(number).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def run(folder: Path, behaviour: str) -> int:
+    command = [sys.executable, str(FAKE), str(folder), behaviour]
+    return spawn(command, RunFolder(folder), nproc=2, threads=3, port=4321)
+
+
+def test_ranks_know_their_world_and_rank_0_speaks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "done") == 0
+    expected = (
+        "rank {0}: RANK={0} LOCAL_RANK={0} WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=4321 OMP_NUM_THREADS=3\n"
+    )
+    out, err = capfd.readouterr()
+    assert (out, err) == (expected.format(0), "")
+    assert (tmp_path / "logs" / "rank-1.txt").read_text() == expected.format(1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_signals_are_passed_on_and_the_run_is_stopped(
+    tmp_path: Path, launcher: Launcher, number: signal.Signals
+) -> None:
+    process = launcher("wait")
+    process.send_signal(number)
+    assert process.wait(30) == 75
+    assert {path.name for path in tmp_path.glob("SIG*")} == {f"{number.name}-0", f"{number.name}-1"}
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+
+
+def test_a_second_interrupt_stops_hard(tmp_path: Path, launcher: Launcher) -> None:
+    process = launcher("stubborn")
+    process.send_signal(signal.SIGINT)
+    until((tmp_path / "SIGINT-1").exists)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    assert gone(pid(tmp_path, "ready-0"))
+    assert gone(pid(tmp_path, "ready-1"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_is_killed_and_the_other_stops(tmp_path: Path, launcher: Launcher, rank: int) -> None:
+    process = launcher("wait")
+    os.kill(pid(tmp_path, f"ready-{rank}"), signal.SIGKILL)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 1
+    assert err.splitlines()[0] == (
+        f"error: rank {rank} was killed by signal 9 (SIGKILL, which the system does when memory runs out); "
+        "the other 1 were stopped; run the same command again to continue from the last checkpoint"
+    )
+    assert err.count("error:") == 1
+    assert (tmp_path / f"SIGTERM-{1 - rank}").exists()
+    assert gone(pid(tmp_path, f"ready-{1 - rank}"))
+
+
+def test_a_rank_that_does_not_listen_is_killed_with_its_children(tmp_path: Path, launcher: Launcher) -> None:
+    process = launcher("grandchild", grace=0.0)
+    until(lambda: bool(pid(tmp_path, "child-0") and pid(tmp_path, "child-1")))
+    stopped = psutil.Process(pid(tmp_path, "ready-1"))
+    stopped.suspend()  # deaf to SIGTERM
+    os.kill(pid(tmp_path, "ready-0"), signal.SIGKILL)
+    assert process.wait(15) == 1
+    until(lambda: gone(stopped.pid) and gone(pid(tmp_path, "child-1")))
+    os.kill(pid(tmp_path, "child-0"), signal.SIGKILL)  # the orphan that this test made
+
+
+def test_ranks_die_with_the_launcher(tmp_path: Path, launcher: Launcher) -> None:
+    process = launcher("stubborn")
+    process.kill()
+    process.wait(10)
+    until(lambda: gone(pid(tmp_path, "ready-0")) and gone(pid(tmp_path, "ready-1")), 5)
+
+
+def test_the_rank_that_failed_first_is_blamed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "crash") == 1
+    err = capfd.readouterr().err
+    assert err.startswith("error: rank 1 ended with exit code 1; the other 1 were stopped; run the same command again")
+    assert "RuntimeError: the cause" in err
+    assert "connection closed" not in err
+    assert err.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "message"),
+    [("data error", 1, "image 'x' cannot be decoded"), ("config error", 2, "memory too large")],
+)
+def test_an_error_of_the_user_is_told_once_without_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], behaviour: str, code: int, message: str
+) -> None:
+    assert run(tmp_path, behaviour) == code
+    assert capfd.readouterr().err == f"error: {message}\n"
+
+
+def test_the_last_lines_of_a_rank_that_left_no_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-1.txt").write_text("from an earlier start\n")
+    assert run(tmp_path, "silent") == 1
+    err = capfd.readouterr().err
+    assert "error: rank 1 ended with exit code 3" in err
+    assert err.endswith("some output before the end\n")
+    assert "earlier" not in err
+    assert "from an earlier start" in (tmp_path / "logs" / "rank-1.txt").read_text()
+
+
+def test_a_free_port_is_chosen_and_a_taken_one_is_named() -> None:
+    assert 0 < pick_port(0) < 65536
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(WorldError, match=rf"cluster\.port={port} cannot be used: Address already in use"):
+            pick_port(port)

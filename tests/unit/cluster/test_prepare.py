@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpccl.cluster.lock import holding
+from hpccl.cluster.prepare import prepare
+from hpccl.config.load import load
+from hpccl.config.run import RunConfig
+from hpccl.errors import FolderError
+from hpccl.folder import RunFolder
+
+
+def config(folder: Path, *overrides: str) -> RunConfig:
+    return load([], [f"folder={folder}", *overrides])
+
+
+def test_the_folder_describes_the_run(tmp_path: Path) -> None:
+    wanted = config(tmp_path / "a", "seed=3")
+    folder = prepare(wanted, ["hpccl", "train", "x y"])
+    assert load([folder.config], []) == wanted
+    assert folder.code.read_text().startswith("hpccl ")
+    text = folder.env.read_text()
+    assert "command: hpccl train 'x y'\n" in text
+    assert "pydantic==" in text
+    assert "torch==" in text
+
+
+def test_secrets_in_the_environment_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "hush")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = prepare(config(tmp_path / "a"), []).env.read_text()
+    assert "hush" not in text
+    assert "OMP_NUM_THREADS=1" in text
+
+
+def test_the_same_run_is_taken_up_again_and_machinery_may_change(tmp_path: Path) -> None:
+    folder = prepare(config(tmp_path), ["first"])
+    before = folder.env.read_text(), folder.code.stat().st_mtime_ns
+    changed = config(tmp_path, "cluster.nproc=2", "checkpoint.every=7", "log.every=1", "name=other")
+    prepare(changed, ["second"])
+    assert (folder.env.read_text(), folder.code.stat().st_mtime_ns) == before
+    assert load([folder.config], []) == changed
+
+
+def test_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> None:
+    folder = prepare(config(tmp_path, "seed=1"), [])
+    text = folder.config.read_text()
+    with pytest.raises(FolderError) as caught:
+        prepare(config(tmp_path, "seed=2", "model.kind=cifarnet"), [])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"run folder '{tmp_path}' holds a run of another configuration:"
+    assert set(lines[1:-1]) == {
+        "  seed: 1 there, 2 here",
+        "  model.kind: mlp there, cifarnet here",
+        "  model.hidden: [128] there, absent here",
+        "  model.dropout: absent there, True here",
+    }
+    assert "folder=..." in lines[-1]
+    assert folder.config.read_text() == text
+
+
+def test_a_config_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("sed: 1\n")
+    with pytest.raises(FolderError, match=r"cannot be taken up again(.|\n)*did you mean 'seed'"):
+        prepare(config(tmp_path), [])
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(FolderError, match=r"a part of the path is a file|a file is in the way"):
+        prepare(config(tmp_path / "a" / "b"), [])
+
+
+PREPARE = """
+import os, sys
+from hpccl.cluster.prepare import prepare
+from hpccl.config.load import load
+from hpccl.errors import FolderError
+config = load([], [f"folder={sys.argv[1]}"])
+if os.geteuid() == 0:  # root may write anywhere
+    os.setuid(65534)
+try:
+    prepare(config, [])
+except FolderError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+def test_no_permission(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    command = [sys.executable, "-c", PREPARE, str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    tmp_path.chmod(0o700)
+    assert f"run folder '{tmp_path / 'a'}' cannot be" in done.stdout
+    assert "Permission denied (no permission: choose another folder=... or ask its owner)" in done.stdout
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from hpccl.cluster.lock import holding
+from hpccl.folder import RunFolder
+with holding(RunFolder(Path(sys.argv[1]))):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        wanted = f"process {other.pid} on .* is training in run folder"
+        with pytest.raises(FolderError, match=wanted), holding(folder, patience=0.2):
+            pass
+        other.kill()  # the lock goes with the process
+        with holding(folder, patience=10):
+            pass

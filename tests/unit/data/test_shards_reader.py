@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tarfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpccl.data.shards.build import build
+from hpccl.data.shards.decode import image_size
+from hpccl.data.shards.manifest import Manifest
+from hpccl.data.shards.reader import ShardSet
+from hpccl.data.shards.verify import verify
+from hpccl.errors import DataError
+from tests.unit.data.tiny_images import tiny_set, write_folder
+
+FILES = tiny_set(images=4)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    build(write_folder(tmp_path / "set", FILES), tmp_path / "shards", samples_per_shard=3)
+    return tmp_path / "shards"
+
+
+def test_reads_every_image_by_number(shards: Path) -> None:
+    data = ShardSet.open(shards, "train")
+    expected = [
+        (path.split("/")[1], path, bytes_) for path, bytes_ in sorted(FILES.items()) if path.startswith("train")
+    ]
+    assert len(data) == len(expected) == 4 + 5 + 6
+    assert data.classes == ("class_0", "class_1", "class_2")
+    assert (np.diff(data.shard_of) >= 0).all()
+    for sample, (name, path, content) in enumerate(expected):
+        assert data.read(sample) == content
+        assert data.classes[data.labels[sample]] == name
+        assert data.name(sample).split("/")[1] == Path(path).stem
+        assert data.extension(sample) == {".JPEG": "jpg", ".png": "png", ".webp": "webp"}[Path(path).suffix]
+        assert tuple(data.sizes[sample]) == image_size(content, path)
+    assert data.names(np.array([0, 4])) == ["c0000-000/img_00", "c0001-000/img_00"]
+    assert data.labels.dtype == data.shard_of.dtype == np.int64
+
+
+def test_a_shard_holds_one_class(shards: Path) -> None:
+    data = ShardSet.open(shards, "train")
+    for shard in range(len(data.manifest.shards)):
+        assert len(np.unique(data.labels[data.shard_of == shard])) == 1
+    assert [entry.samples for entry in data.manifest.shards] == [2, 2, 2, 3, 3, 3]
+
+
+def test_offsets_are_those_of_the_tar(shards: Path) -> None:
+    data = ShardSet.open(shards, "test")
+    for number, entry in enumerate(data.manifest.shards):
+        with tarfile.open(shards / "test" / entry.file) as archive:
+            offsets = [m.offset_data for m in archive.getmembers() if not m.name.endswith(".cls")]
+        assert data.index.offset[data.shard_of == number].tolist() == offsets
+
+
+def test_survives_pickling_forks_and_threads_with_few_open_files(shards: Path) -> None:
+    data = ShardSet.open(shards, "train")
+    data.files.__init__(data.files.paths, 2)  # type: ignore[misc]
+    wanted = [data.read(sample) for sample in range(len(data))]
+    copy = pickle.loads(pickle.dumps(data))
+    assert [copy.read(sample) for sample in range(len(data))] == wanted
+    assert copy.fingerprint == data.fingerprint
+
+    wrong: list[int] = []
+
+    def read_all(seed: int) -> None:
+        order = np.random.default_rng(seed).permutation(len(data))
+        wrong.extend(sample for sample in np.tile(order, 20) if data.read(sample) != wanted[sample])
+
+    threads = [threading.Thread(target=read_all, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if [data.read(sample) for sample in range(len(data))] == wanted else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert [data.read(sample) for sample in range(len(data))] == wanted
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-700])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+@pytest.mark.parametrize(
+    ("damage", "what", "opens"),
+    [(cut, "truncated", False), (flip, "altered", True), (grow, "altered", False), (Path.unlink, "missing", False)],
+)
+def test_damaged_shards_are_found_by_name(shards: Path, damage: Callable[[Path], None], what: str, opens: bool) -> None:
+    assert verify(shards) == []
+    damage(shards / "train" / "c0001-000.tar")
+    problems = verify(shards)
+    assert [problem.file for problem in problems] == ["train/c0001-000.tar"]
+    assert problems[0].what.startswith(what)
+    assert verify(shards, "test") == []
+    if opens:
+        ShardSet.open(shards, "train")
+    else:
+        with pytest.raises(DataError, match=r"c0001-000\.tar .*hpccl shards verify"):
+            ShardSet.open(shards, "train")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_a_damaged_index_is_found_by_name(shards: Path, damage: Callable[[Path], None]) -> None:
+    damage(shards / "test" / "index.npz")
+    assert [problem.file for problem in verify(shards)] == ["test/index.npz"]
+    with pytest.raises(DataError, match=r"index\.npz"):
+        ShardSet.open(shards, "test")
+
+
+def test_extra_shards_and_unfinished_builds_are_found(shards: Path) -> None:
+    (shards / "train" / "c0009-000.tar").write_bytes(b"")
+    (shards / "val" / ".build").mkdir(parents=True)
+    assert {problem.file for problem in verify(shards)} == {"train/c0009-000.tar", "val/manifest.json"}
+    with pytest.raises(DataError, match="no shards"):
+        verify(shards / "train")
+
+
+def test_a_missing_split_and_unknown_formats_say_so(shards: Path) -> None:
+    with pytest.raises(DataError, match=r"no split 'val' \(found: test, train\)"):
+        ShardSet.open(shards, "val")
+    path = shards / "train" / "manifest.json"
+    document = json.loads(path.read_text())
+    for text, message in {
+        json.dumps({**document, "format": 99}): "format 99, but .* format 1",
+        json.dumps({**document, "shards": [{"file": "x"}]}): "damaged",
+        "[]": "format None",
+        "{": "cannot be read",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            ShardSet.open(shards, "train")
+    path.unlink()
+    with pytest.raises(DataError, match="not a finished folder of shards"):
+        ShardSet.open(shards, "train")
+
+
+def test_a_shard_that_vanishes_later_is_named(shards: Path) -> None:
+    data = ShardSet.open(shards, "train")
+    (shards / "train" / "c0000-000.tar").unlink()
+    with pytest.raises(DataError, match=r"c0000-000\.tar"):
+        data.read(0)
+
+
+def test_fingerprints_tell_data_apart(shards: Path, tmp_path: Path) -> None:
+    prints = {ShardSet.open(shards, split).fingerprint for split in ("train", "test")}
+    build(tmp_path / "set", tmp_path / "again", samples_per_shard=3)
+    prints |= {ShardSet.open(tmp_path / "again", split).fingerprint for split in ("train", "test")}
+    assert len(prints) == 2
+    assert Manifest.load(shards / "train") == Manifest.load(tmp_path / "again" / "train")

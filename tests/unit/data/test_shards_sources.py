@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import gzip
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hpccl.data.shards.sources import Listing, SourceReader, scan
+from hpccl.errors import DataError
+from tests.unit.data.tiny_images import per_class_tars, tar_bytes, tiny_set, write_folder, write_zip
+
+
+def contents(source: Path, listing: Listing) -> dict[str, dict[str, list[bytes]]]:
+    reader = SourceReader(source)
+    read = {
+        split: {name: [reader.read(member) for member in members] for name, members in by_class.items()}
+        for split, by_class in listing.items()
+    }
+    reader.close()
+    return read
+
+
+def expected(files: dict[str, bytes]) -> dict[str, dict[str, list[bytes]]]:
+    result: dict[str, dict[str, list[bytes]]] = {}
+    for path, data in sorted(files.items()):
+        *split, name, _ = path.split("/")
+        result.setdefault("".join(split), {}).setdefault(name, []).append(data)
+    return result
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "val", "test")])
+def test_every_kind_of_source_gives_the_same_images(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    files = tiny_set(splits=splits)
+    (tmp_path / "set.tar").write_bytes(tar_bytes(files))
+    (tmp_path / "tars.tar").write_bytes(tar_bytes(per_class_tars(files)))
+    sources = [
+        write_folder(tmp_path / "folder", files),
+        write_folder(tmp_path / "folder_of_tars", per_class_tars(files)),
+        write_zip(tmp_path / "stored.zip", files),
+        write_zip(tmp_path / "deflated.zip", files, zipfile.ZIP_DEFLATED),
+        tmp_path / "set.tar",
+        tmp_path / "tars.tar",
+    ]
+    for source in sources:
+        assert contents(source, scan(source)) == expected(files), source.name
+
+
+def test_a_packed_outer_folder_and_junk_are_ignored(tmp_path: Path) -> None:
+    files = tiny_set()
+    packed = {f"./my_set/{path}": data for path, data in files.items()}
+    junk = {"__MACOSX/my_set/train/class_0/._img.png": b"x", "my_set/.hidden/a.png": b"x", "my_set/README.txt": b"x"}
+    source = write_zip(tmp_path / "set.zip", {**packed, **junk})
+    assert contents(source, scan(source)) == expected(files)
+
+
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    files = {path.replace("class_0", "train"): data for path, data in tiny_set(splits=("",)).items()}
+    assert set(scan(write_folder(tmp_path / "set", files))[""]) == {"train", "class_1", "class_2"}
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "train/../../evil.png", "/etc/evil.png", "train\\..\\..\\evil.png", "C:/x.png"]
+)
+def test_paths_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
+    files = {**tiny_set(), name: b"x"}
+    sources = [write_zip(tmp_path / "set.zip", files), tmp_path / "set.tar", tmp_path / "tars.tar"]
+    sources[1].write_bytes(tar_bytes(files))
+    sources[2].write_bytes(tar_bytes({"class_0.tar": tar_bytes({name: b"x"})}))
+    for source in sources:
+        with pytest.raises(DataError, match=r"leads out of the archive"):
+            scan(source)
+
+
+def test_links_in_a_tar_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        entry = tarfile.TarInfo("class_0/a.png")
+        entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(entry)
+    with pytest.raises(DataError, match=r"'class_0/a.png' .* is a link"):
+        scan(tmp_path / "set.tar")
+
+
+def test_circular_links_in_a_folder_end(tmp_path: Path) -> None:
+    files = tiny_set(splits=("",))
+    source = write_folder(tmp_path / "set", files)
+    (source / "class_0" / "again").symlink_to(source / "class_0")
+    assert contents(source, scan(source)) == expected(files)
+
+
+def test_a_truncated_tar_and_zip_are_named(tmp_path: Path) -> None:
+    whole = tar_bytes(tiny_set(splits=("",)))
+    (tmp_path / "set.tar").write_bytes(whole[: len(whole) // 3])
+    zipped = write_zip(tmp_path / "set.zip", tiny_set()).read_bytes()
+    (tmp_path / "set.zip").write_bytes(zipped[: len(zipped) // 2])
+    for name in ("set.tar", "set.zip"):
+        with pytest.raises(DataError, match=name):
+            scan(tmp_path / name)
+
+
+def test_an_altered_zip_is_found_by_its_checksum(tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "set.zip", tiny_set(splits=("",)))
+    member = scan(source)[""]["class_0"][0]
+    data = bytearray(source.read_bytes())
+    data[member.offset + 100] ^= 1
+    source.write_bytes(data)
+    reader = SourceReader(source)
+    with pytest.raises(DataError, match=r"img_00.JPEG' .* truncated or altered"):
+        reader.read(member)
+    reader.close()
+
+
+def test_unusable_sources_say_why(tmp_path: Path) -> None:
+    (tmp_path / "set.tar.gz").write_bytes(gzip.compress(tar_bytes(tiny_set())))
+    (tmp_path / "text").write_text("hello")
+    write_folder(tmp_path / "flat", {"a.png": b"x", "b.png": b"x"})
+    write_folder(tmp_path / "empty", {"readme.txt": b"x"})
+    for name, message in {
+        "set.tar.gz": "compressed .gzip.*unpack it",
+        "text": "neither a folder, a zip nor a whole tar",
+        "flat": "'a.png' .* has no class",
+        "empty": "no images",
+        "missing": "does not exist",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            scan(tmp_path / name)

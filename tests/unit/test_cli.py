@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import hpccl
+from hpccl.cli import app
+from hpccl.config.load import load
+
+ROOT = Path(__file__).parents[2]
+QUICK = str(ROOT / "configs" / "quickstart.yaml")
+# One step a task: only the command is on trial here.
+SMALL = ["stream.tasks=2", "train.epochs=1", "train.batch_size=1024", "model.hidden=[4]", "log.tensorboard=false"]
+
+
+def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user types it."""
+    return subprocess.run(
+        [sys.executable, "-m", "hpccl.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"hpccl {hpccl.__version__}\n")
+
+
+def test_the_help_names_the_commands() -> None:
+    output = CliRunner().invoke(app, ["--help"]).output
+    for name in ("train", "evaluate", "report", "shards", "check", "doctor"):
+        assert f"  {name} " in output
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    result = CliRunner().invoke(app, ["trian"])
+    assert result.exit_code == 2
+    assert "train" in result.output
+
+
+# ---------------------------------------------------------------- check
+
+
+def test_check_prints_what_it_resolved_and_touches_nothing(tmp_path: Path) -> None:
+    done = command("check", QUICK, "seed=7", "train.epochs=[1,2]", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(done.stdout)
+    assert load([printed], []) == load([Path(QUICK)], ["seed=7", "train.epochs=[1,2]"])
+
+
+def test_check_prints_a_document_for_each_run_of_a_sweep() -> None:
+    output = CliRunner().invoke(app, ["check", "seed=1,2"]).output
+    assert [document.split("folder: ")[1].split("\n")[0] for document in output.split("---\n")] == [
+        "runs/run/seed=1",
+        "runs/run/seed=2",
+    ]
+
+
+def test_check_tells_all_mistakes_without_a_traceback(tmp_path: Path) -> None:
+    done = command("check", QUICK, "train.epohcs=3", "prior.replay=1", "seed=-1", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 3
+    assert "did you mean 'train.epochs'?" in done.stderr
+
+
+def test_a_file_whose_name_holds_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seed=3.yaml").write_text("seed: 9\n")
+    assert "seed: 9\n" in CliRunner().invoke(app, ["check", "./seed=3.yaml"]).output
+
+
+def test_check_imports_no_torch() -> None:
+    code = f"""
+import sys
+sys.argv = ["hpccl", "check", {QUICK!r}]
+from hpccl.cli import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- train, evaluate, report
+
+
+def test_train_evaluate_and_report(tmp_path: Path) -> None:
+    done = command("train", QUICK, *SMALL, "--quiet", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "done: runs/quickstart\n"), done.stderr
+    digest = json.loads((tmp_path / "runs/quickstart/report.json").read_text())["weights_sha256"]
+    assert len(digest) == 64
+
+    refused = command("train", QUICK, *SMALL, "seed=5", folder=tmp_path)
+    assert refused.returncode == 1
+    assert "  seed: 0 there, 5 here\n" in refused.stderr
+
+    figures = json.loads(command("evaluate", "runs/quickstart", folder=tmp_path).stdout)
+    assert 0 <= figures["average_accuracy"] <= 1
+
+    reported = command("report", "runs/quickstart", "--out", "comparison", folder=tmp_path)
+    assert reported.returncode == 0, reported.stderr
+    assert reported.stdout.endswith("comparison/comparison.html\n")
+    assert (tmp_path / "comparison" / "comparison.html").exists()
+
+
+def test_a_sweep_runs_all_and_a_failure_does_not_keep_others_from_running(tmp_path: Path) -> None:
+    done = command("train", QUICK, *SMALL, "memory.size=100000,5", "--quiet", folder=tmp_path)
+    assert done.returncode == 2
+    assert "error: memory.size=100000 is larger than" in done.stderr
+    assert "done: runs/quickstart/memory.size=5\n" in done.stderr
+    assert "1 of 2 runs failed: runs/quickstart/memory.size=100000\n" in done.stderr
+
+
+def test_an_occupied_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = command("train", QUICK, f"cluster.port={port}", "--nproc", "2", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cluster.port={port} cannot be used: Address already in use")
+
+
+def test_what_is_no_run_is_told(tmp_path: Path) -> None:
+    for name in ("evaluate", "report"):
+        done = command(name, "nowhere", folder=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert "nowhere" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------- doctor, shards
+
+
+def test_doctor_speaks_json(tmp_path: Path) -> None:
+    done = command("doctor", "--json", folder=tmp_path)
+    found = json.loads(done.stdout)
+    assert done.returncode == (0 if found["ready"] else 1)
+    assert {check["name"] for check in found["checks"]} >= {"python", "torch"}
+
+
+def test_shards_are_built_and_verified(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (source / split / name).mkdir(parents=True)
+            for number in range(3):
+                pixels = np.full((8, 8, 3), 40 * number, dtype=np.uint8)
+                Image.fromarray(pixels).save(source / split / name / f"{number}.png")
+    done = command("shards", "build", "source", "out", "--lossless", "--workers", "1", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "out/train: 6 images of 2 classes in 2 shards, 0 skipped" in done.stdout
+
+    assert command("shards", "verify", "out", folder=tmp_path).returncode == 0
+    shard = next((tmp_path / "out" / "train").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-700])
+    done = command("shards", "verify", "out", folder=tmp_path)
+    assert done.returncode == 1
+    assert shard.name in done.stdout
+
+
+def test_two_ways_to_store_images_are_refused(tmp_path: Path) -> None:
+    done = command("shards", "build", "source", "out", "--lossless", "--quality", "90", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: --lossless together with --max-side or --quality: choose one way to store images\n"
