@@ -7,7 +7,7 @@ For example i and column j, a layer with input a and output gradient g (a over r
     norm weight      dw_ij = sum_r g_ijr * x_hat_ir (x_hat recomputed without the affine map: the weight may be 0)
 
 and adds sum_ij (d.._ij)^2. Summing over positions comes before squaring; only without positions is the sum of squares
-of dW the product (G^2)'(A^2). Every other layer takes the vector-Jacobian product of its own forward, per example.
+of dW the product (G^2)'(A^2), and with few of them a sum of such products over pairs of positions. Every other layer takes the vector-Jacobian product of its own forward, per example.
 
 Legend: n examples, f rows of the layer's batch dim per example (windows), c columns, d inputs, o outputs.
 Inputs are [n*f, ...], gradients [n*f, c, ...].
@@ -92,32 +92,64 @@ def _linear(x: Tensor, grad: Tensor, n: int) -> Tensor:
     """[o, d], for x [n*f, ..., d] and grad [n*f, c, ..., o]."""
     c, o, d = grad.shape[1], grad.shape[-1], x.shape[-1]
     rows = x.reshape(n, -1, d)
-    if rows.shape[1] == 1:
+    positions = rows.shape[1]
+    if positions == 1:
         return grad.reshape(n, c, o).square().sum(1).T @ rows[:, 0].square()
-    outer = grad.reshape(n, -1, c, *grad.shape[2:]).movedim(2, 1).reshape(n, c, -1, o)
+    outer = grad.reshape(n, -1, c, *grad.shape[2:]).movedim(2, 1).reshape(n, c, positions, o)
     total = x.new_zeros(o, d)
-    for some, columns in pieces(n, c, o * d, x):
-        left = outer[some, columns].transpose(2, 3).flatten(1, 2)  # [m, c*o, positions]
-        total += torch.bmm(left, rows[some]).square_().view(-1, o, d).sum(0)
+    for some, columns in pieces(n, c, _temporaries(c, o, d, positions), x):
+        total += _outer_squares(outer[some, columns].mT[:, None], rows[some].mT[:, None])[0]
     return total
 
 
 def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int) -> Tensor:
-    """[o, d per group], for x [n*f, d, h, w] and grad [n*f, c, o, h', w']."""
-    groups, c, o = module.groups, grad.shape[1], grad.shape[2]
-    width = prod(module.weight.shape[1:])
-    positions = grad.shape[3] * grad.shape[4]
-    view = _patches(module, x, (grad.shape[3], grad.shape[4]))
-    view = view.unflatten(0, (n, -1)).unflatten(2, (groups, -1))  # [n, f, groups, d/groups, kh, kw, h', w']
-    outer = grad.unflatten(0, (n, -1)).unflatten(3, (groups, -1))  # [n, f, c, groups, o/groups, h', w']
-    total = x.new_zeros(groups, o // groups * width)
-    for some, columns in pieces(n, c, max(o * width, groups * width * positions // c), x):
-        right = view[some].permute(0, 2, 3, 4, 5, 1, 6, 7).reshape(-1, width, view.shape[1] * positions)
-        part = outer[some, :, columns].permute(0, 3, 2, 4, 1, 5, 6)  # [m, groups, c, o/groups, f, h', w']
-        left = part.reshape(right.shape[0], -1, right.shape[2])
-        product = torch.bmm(left, right.mT).square_()
-        total += product.view(-1, groups, part.shape[2], o // groups * width).sum((0, 2))
+    """[groups, o / groups, d], for x [n*f, channels, h, w] and grad [n*f, c, o, h', w']; d inputs in a patch."""
+    groups, c, o = module.groups, grad.shape[1], grad.shape[2] // module.groups
+    d, height, width = prod(module.weight.shape[1:]), grad.shape[3], grad.shape[4]
+    view = _patches(module, x, (height, width))
+    view = view.unflatten(0, (n, -1)).unflatten(2, (groups, -1))  # [n, f, groups, channels/groups, kh, kw, h', w']
+    outer = grad.unflatten(0, (n, -1)).unflatten(3, (groups, -1))  # [n, f, c, groups, o, h', w']
+    positions = view.shape[1] * height * width
+    total = x.new_zeros(groups, o, d)
+    for some, columns in pieces(n, c, groups * _temporaries(c, o, d, positions), x):
+        left = outer[some, :, columns].permute(0, 3, 2, 4, 1, 5, 6).flatten(4)
+        right = view[some].permute(0, 2, 3, 4, 5, 1, 6, 7).reshape(-1, groups, d, positions)
+        total += _outer_squares(left, right)
     return total
+
+
+def _outer_squares(grad: Tensor, x: Tensor) -> Tensor:
+    """Sum over examples and columns of (sum_r g_r x_r')^2: [groups, o, d].
+
+    With few positions it is cheaper to sum over pairs of them, (g_r g_s summed over columns) (x_r x_s)': the columns
+    then cost nothing, and no gradient is ever formed.
+
+    Args:
+        grad: [m, groups, c, o, positions].
+        x: [m, groups, d, positions].
+    """
+    m, groups, c, o, positions = grad.shape
+    if not _by_pairs(c, positions):
+        product = torch.bmm(grad.reshape(m * groups, c * o, positions), x.reshape(m * groups, -1, positions).mT)
+        return product.square_().view(m, groups, c, o, -1).sum((0, 2))
+    one, other = torch.triu_indices(positions, positions, device=x.device)
+    twice = (2 - (one == other).long()).to(x.dtype)
+    grads = (grad[..., one] * grad[..., other]).sum(2)
+    inputs = x[..., one] * x[..., other] * twice
+    # Rounding may leave a sum of squares that is 0 a little below it.
+    return torch.einsum("mgop,mgdp->god", grads, inputs).clamp_(min=0)
+
+
+def _by_pairs(c: int, positions: int) -> bool:
+    """Whether pairs of positions take fewer products; 8 stand for writing and reading a gradient."""
+    return positions * (positions + 1) // 2 <= c * (positions + 8)
+
+
+def _temporaries(c: int, o: int, d: int, positions: int) -> int:
+    """Elements that `_outer_squares` holds, per example, group and column."""
+    if _by_pairs(c, positions):
+        return positions * (positions + 1) // 2 * (2 * o + 2 * d // c + o // c + 1)
+    return max(o * d, d * positions // c)
 
 
 def _patches(module: nn.Conv2d, x: Tensor, out: tuple[int, int]) -> Tensor:

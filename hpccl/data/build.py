@@ -258,7 +258,7 @@ def _encoded_source(
 def _explain_bad(stream: ImageStream) -> str:
     bad = stream.skipped()
     others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"{bad[0].name}: {bad[0].reason}{others}; set data.bad_images to skip to go on without such images"
+    return f"{bad[0][2]}: {bad[0][3]}{others}; set data.bad_images to skip to go on without such images"
 
 
 # ---------------------------------------------------------------- both

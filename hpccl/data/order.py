@@ -68,6 +68,7 @@ class BatchPlan:
 
     share is None for natural mixing (shuffle the union of new data and memory, every example once an epoch) or the
     share of memory rows in every step (stratified: new data once an epoch, memory in a cycle of its own).
+    An epoch is cut into equal batches of at most `batch_size` rows.
     groups: [num_new] shard number; with `window` > 0 the order shuffles within so many shards at a time, so that
     a reader touches few files at once.
     """
@@ -121,14 +122,13 @@ class BatchPlan:
 
     def _natural(self, step: int) -> tuple[Ints, Ints]:
         epoch, start = divmod(step, self.steps_per_epoch)
-        entries = _union_order(self, epoch)[start * self.batch_size : (start + 1) * self.batch_size]
+        entries = _equal_part(_union_order(self, epoch), start, self.steps_per_epoch)
         is_new = entries < self.num_new
         return np.where(is_new, entries, -1), np.where(is_new, -1, entries - self.num_new)
 
     def _stratified(self, step: int) -> tuple[Ints, Ints]:
         epoch, start = divmod(step, self.steps_per_epoch)
-        quota = self.batch_size - self.memory_rows
-        new = _new_order(self, epoch)[start * quota : (start + 1) * quota]
+        new = _equal_part(_new_order(self, epoch), start, self.steps_per_epoch)
         first = step * self.memory_rows
         slot = np.empty(self.memory_rows, dtype=np.int64)
         counters = np.arange(first, first + self.memory_rows)
@@ -140,6 +140,11 @@ class BatchPlan:
             np.concatenate([new, nothing(self.memory_rows, -1)]),
             np.concatenate([nothing(len(new), -1), slot]),
         )
+
+
+def _equal_part(order: Ints, number: int, parts: int) -> Ints:
+    """Part `number` of `parts` that differ by at most one: a small last batch would be a noisy step of full length."""
+    return order[number * len(order) // parts : (number + 1) * len(order) // parts]
 
 
 # An epoch's order is used by hundreds of steps in a row; computing it is O(n log n).

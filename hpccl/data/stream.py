@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from hpccl.data.layout import ClassTask, Layout
 from hpccl.data.protocols import Split
 from hpccl.data.rows import Images, Request
 
-__all__ = ["ImageSource", "ImageStream", "Skipped"]
+__all__ = ["ImageSource", "ImageStream"]
 
 
 class ImageSource(Protocol):
@@ -27,15 +27,6 @@ class ImageSource(Protocol):
 
     def skipped(self) -> list[tuple[Split, int, str]]:
         """(split, sample, reason) of the undecodable images known up to now."""
-
-
-class Skipped(NamedTuple):
-    """An image that could not be decoded."""
-
-    split: Split
-    sample: int
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +75,7 @@ class ImageStream:
         """[h, w, channels] uint8 pixels of one image as stored."""
         return self.source.raw(sample, split)
 
-    def skipped(self) -> list[Skipped]:
-        """The undecodable images known up to now, each once, in a stable order."""
+    def skipped(self) -> list[tuple[Split, int, str, str]]:
+        """(split, sample, name, reason) of the undecodable images known up to now, each once, in a stable order."""
         found = sorted(self.source.skipped(), key=lambda item: (item[0] == "test", item[1]))
-        return [Skipped(split, sample, self.name_of(split, sample), reason) for split, sample, reason in found]
+        return [(split, sample, self.name_of(split, sample), reason) for split, sample, reason in found]

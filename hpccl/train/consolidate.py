@@ -26,6 +26,7 @@ from hpccl.memory.store import Memory
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
 from hpccl.train.state import RunState, World
+from hpccl.train.stop import Stopped
 
 __all__ = ["consolidate"]
 
@@ -38,7 +39,11 @@ _PICTURES = 100
 
 
 def consolidate(task: Task, state: RunState, world: World) -> None:
-    """Make the prior of the next task."""
+    """Make the prior of the next task.
+
+    Raises:
+        Stopped: the run was asked to stop; nothing was changed.
+    """
     memory = select(task, state.prior.memory, world)
     anchor = state.engine.gather()
     quadratic = measure(task, memory, anchor, state, world)
@@ -148,14 +153,21 @@ def _examples(task: Task, samples: Ints, world: World) -> Iterator[Examples]:
     mine = samples[comm.share(len(samples)).start : comm.share(len(samples)).stop]
     size = world.config.curvature.batch_size
     parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+    rounds = -(-(-(-len(samples) // comm.size)) // size)  # of the rank with most batches
     own = world.config.train.head == "own"
     competing = [task] if own else list(world.stream.tasks[: task.index + 1])
     head = torch.zeros(len(world.stream.class_names), dtype=torch.bool)
     head[[number for other in competing for number in other.classes]] = True
     labels = torch.from_numpy(world.stream.labels("train"))
     images = world.stream.load(_stored_view(part) for part in parts)
-    for part, batch in zip(parts, images, strict=True):
-        positions = torch.from_numpy(part)
+    for number in range(rounds):
+        # This pass may take minutes: every rank asks as often as the others, whether or not it has a batch left.
+        if world.stop.requested(comm):
+            raise Stopped
+        if number >= len(parts):
+            continue
+        batch = next(images)
+        positions = torch.from_numpy(parts[number])
         yield Examples(
             pixels=batch.pixels.to(comm.device),
             labels=labels[positions].to(comm.device),

@@ -32,7 +32,7 @@ from hpccl.train.evaluate import evaluate, test
 from hpccl.train.fit import fit
 from hpccl.train.reconstruction import reconstruct
 from hpccl.train.state import RunState, World
-from hpccl.train.stop import Stop
+from hpccl.train.stop import Stop, Stopped
 
 __all__ = ["fresh_state", "run", "weights_sha256"]
 
@@ -92,9 +92,12 @@ def _learn(task: Task, state: RunState, world: World) -> bool:
             return False
         if world.stop.requested(world.comm):
             return False
-    reconstruct(task, state, world)
-    if not world.config.train.restart:
-        consolidate(task, state, world)
+    try:
+        reconstruct(task, state, world)
+        if not world.config.train.restart:
+            consolidate(task, state, world)
+    except Stopped:
+        return False
     evaluate(task, state, world)
     _write_skipped(world)
     world.save(state, Mark.at(task.index, "done", state.mark.step))

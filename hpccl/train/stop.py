@@ -7,7 +7,11 @@ from types import FrameType
 
 from hpccl.dist.comm import Comm
 
-__all__ = ["Stop"]
+__all__ = ["Stop", "Stopped"]
+
+
+class Stopped(Exception):
+    """Leaves a phase that is repeated from its beginning; all ranks raise it together."""
 
 
 class Stop:

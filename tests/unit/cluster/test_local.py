@@ -31,6 +31,12 @@ sys.exit(spawn(command, RunFolder(Path(folder)), nproc=2, threads=1, port=1234, 
 """
 
 
+@pytest.fixture(autouse=True)
+def _findable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake worker is a script elsewhere: it finds hpccl where it is not installed, too."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=os.pathsep)
+
+
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():

@@ -7,6 +7,7 @@ import torch
 from hpccl.config.sections import CropFlip, DataConfig, DigitsStream, TimmAugment
 from hpccl.data.build import open_stream
 from hpccl.data.digits import digits_split
+from hpccl.data.protocols import Stream
 from hpccl.data.rows import Request
 from hpccl.errors import DataError
 
@@ -71,3 +72,8 @@ def test_another_size_and_augmentation() -> None:
     request = Request(np.arange(5), np.arange(5, dtype=np.uint64))
     [images] = stream.load([request])
     assert images.pixels.shape == (5, 1, 16, 16)
+
+
+def test_is_what_the_trainer_asks_for() -> None:
+    stream: Stream = open_stream(DigitsStream(tasks=2), DataConfig())  # checked by mypy
+    assert len(stream.tasks) == 2

@@ -64,6 +64,7 @@ def test_stratified_has_fixed_quotas_and_visits_new_data_once() -> None:
     stratified = plan(share=0.25)
     batches = [stratified.batch(step) for step in range(stratified.steps_per_epoch)]
     assert [int((batch.slot >= 0).sum()) for batch in batches] == [4] * len(batches)
+    assert {len(batch) for batch in batches} == {15, 16}  # 100 new rows in 9 steps
     new = np.concatenate([batch.new[batch.new >= 0] for batch in batches])
     assert np.array_equal(np.sort(new), np.arange(100))
 

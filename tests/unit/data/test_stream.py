@@ -281,7 +281,7 @@ def test_an_undecodable_image_is_skipped(damaged: Path, cache: str, storage: Any
         ("train", 0, "small/c0000-000/00"),
         ("train", 9, "small/c0001-001/03"),
     ]
-    assert all("cannot be decoded" in skipped.reason for skipped in stream.skipped())
+    assert all("cannot be decoded" in reason for *_, reason in stream.skipped())
 
 
 def test_a_bad_image_of_an_unused_class_does_not_matter(damaged: Path, cache: str) -> None:

@@ -1,0 +1,56 @@
+"""Running parts of a real run inside a test: the digits stream, a small network, a folder that is thrown away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hpccl.config.run import RunConfig
+from hpccl.data.build import open_stream
+from hpccl.dist.comm import Comm
+from hpccl.folder import RunFolder
+from hpccl.report.events import EventLog
+from hpccl.report.progress import make_progress
+from hpccl.train.consolidate import consolidate
+from hpccl.train.fit import fit
+from hpccl.train.run import fresh_state
+from hpccl.train.state import RunState, World
+from hpccl.train.stop import Stop
+
+__all__ = ["DIGITS", "learn", "make_world", "merged"]
+
+DIGITS: dict[str, Any] = {
+    "model": {"kind": "mlp", "hidden": [16]},
+    "train": {"epochs": 3, "batch_size": 64},
+    "optim": {"name": "adamw", "lr": 3e-3},
+    "log": {"tensorboard": False},
+    "checkpoint": {"every": 0},
+}
+
+
+def merged(*changes: dict[str, Any]) -> RunConfig:
+    """DIGITS with changes, section by section."""
+    sections: dict[str, Any] = {name: dict(value) for name, value in DIGITS.items()}
+    for change in changes:
+        for name, value in change.items():
+            sections[name] = {**sections.get(name, {}), **value} if isinstance(value, dict) else value
+    return RunConfig.model_validate(sections)
+
+
+def make_world(config: RunConfig, folder: Path, comm: Comm | None = None) -> tuple[RunState, World]:
+    """A fresh state and its surroundings."""
+    comm = comm or Comm.solo()
+    run_folder = RunFolder(folder)
+    run_folder.create()
+    stream = open_stream(config.stream, config.data)
+    log = EventLog(run_folder.events, enabled=False)
+    world = World(config, comm, stream, run_folder, log, make_progress(False), Stop())
+    return fresh_state(config, stream, comm), world
+
+
+def learn(state: RunState, world: World, tasks: int) -> None:
+    """Train and consolidate the first `tasks` tasks."""
+    for task in world.stream.tasks[:tasks]:
+        state.mark = type(state.mark).at(task.index, "fit", 0)
+        assert fit(task, state, world)
+        consolidate(task, state, world)

@@ -1,0 +1,199 @@
+"""The acceptance tests of the method that need a trained network; the others are in tests/unit and tests/dist.
+
+Each would have caught a bug of the released code (numbers as in the method's specification).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.data.order import BatchPlan
+from hpccl.prior.prior import Prior
+from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.consolidate import _examples, measure
+from hpccl.train.loss import row_nats, weighted_nats
+from hpccl.train.state import RunState, World
+from tests.run.method import learn, make_world, merged
+
+
+def objective_gradient(state: RunState, world: World, task: int, *, epochs: int = 1) -> dict[str, Tensor]:
+    """Mean over the plan's steps of the gradient of a step's data terms, in evaluation mode."""
+    config, stream = world.config, world.stream
+    chosen = stream.tasks[task]
+    plan: BatchPlan = plan_task(config, stream, chosen, state.prior.memory)
+    composer = Composer.build(config, stream, chosen, state.prior.memory, teacher=None, device=torch.device("cpu"))
+    total = {name: torch.zeros_like(value) for name, value in state.engine.module.named_parameters()}
+    num_steps = epochs * plan.steps_per_epoch
+    parts = [split(plan.batch(step), world.comm, accumulate=1)[0] for step in range(num_steps)]
+    for part, images in zip(parts, stream.load(composer.request(part) for part in parts), strict=True):
+        rows = composer.rows(part, images)
+        nats = weighted_nats(state.engine.module.eval()(rows.pixels), rows).sum() / len(part.batch) / num_steps
+        gradients = torch.autograd.grad(nats, list(state.engine.module.parameters()))
+        for value, gradient in zip(total.values(), gradients, strict=True):
+            value += gradient
+    return total
+
+
+def test_2_whole_tasks_in_replay_memory_give_the_joint_gradient(tmp_path: Path) -> None:
+    """M = D_s with true labels, tau = 1, lambda = 0: the same gradient as joint training on all tasks so far."""
+    # One batch holds everything, so that the two gradients are sums over the same examples.
+    config = merged({"memory": {"size": 200}, "prior": {"replay": 1.0}, "train": {"batch_size": 1000}})
+    state, world = make_world(config, tmp_path / "replay")
+    learn(state, world, 1)
+    memory = state.prior.memory
+    everything = world.stream.tasks[0].samples("train")
+    whole = memory.admit(
+        task=0,
+        sample=torch.tensor(sorted(set(everything) - set(memory.sample.tolist()))),
+        label=torch.tensor(
+            [int(world.stream.labels("train")[i]) for i in sorted(set(everything) - set(memory.sample.tolist()))]
+        ),
+        replay=torch.ones(len(everything) - len(memory), dtype=torch.bool),
+    )
+    assert len(whole) == len(everything)
+    state.prior = Prior(whole)
+    replayed = objective_gradient(state, world, 1)
+    joint_config = merged({"train": {"data": "seen", "batch_size": 1000}})
+    joint_state, joint_world = make_world(joint_config, tmp_path / "joint")
+    joint_state.engine.put(state.engine.gather())
+    joint = objective_gradient(joint_state, joint_world, 1)
+    for name, value in joint.items():
+        torch.testing.assert_close(replayed[name], value, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_stratified_batches_have_the_expected_gradient_of_natural_ones(tmp_path: Path, share: float) -> None:
+    """Per training example and over whole cycles, quotas change the variance and not the objective."""
+    base = {"memory": {"size": 64}, "prior": {"replay": 0.5, "temperature": 2.0}}
+    state, world = make_world(merged(base), tmp_path / "natural")
+    learn(state, world, 1)
+    natural = objective_gradient(state, world, 1)
+    stratified_config = merged(base, {"memory": {"size": 64, "mix": {"kind": "stratified", "share": share}}})
+    stratified = objective_gradient(state, replace(world, config=stratified_config), 1, epochs=100)
+    difference = sum(float((stratified[name] - natural[name]).square().sum()) for name in natural) ** 0.5
+    size = sum(float(value.square().sum()) for value in natural.values()) ** 0.5
+    assert difference / size < 0.05
+
+
+def test_4_curvature_is_measured_with_the_right_labels_and_head(tmp_path: Path) -> None:
+    config = merged({"prior": {"quadratic": {"weight": 1.0}}, "train": {"epochs": 20}})
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 2)
+    assert state.prior.quadratic is not None
+    head = world.stream.tasks[1]
+    precision = measure(head, replace(state.prior.memory), state.engine.gather(), replace_prior(state), world)
+    assert precision is not None
+    values = precision.precision
+    assert isinstance(values, Diagonal)
+    rows = values.values["3.weight"].sum(dim=1)
+    others = [number for number in range(10) if number not in head.classes]
+    assert float(rows[others].abs().max()) == 0
+    assert float(rows[list(head.classes)].min()) > 0
+    # The loss that the pass sees is the training loss: its labels are the right ones among the own head.
+    samples = np.arange(head.samples("train").start, head.samples("train").stop)
+    batches = list(_examples(head, samples, world))
+    nats = [
+        row_nats(
+            state.engine.predict(batch.pixels),
+            torch.nn.functional.one_hot(batch.labels, 10).float(),
+            batch.head.expand(len(batch), -1),
+        )
+        for batch in batches
+    ]
+    assert float(torch.cat(nats).mean()) < 0.2  # ln 2 would be chance
+
+
+def replace_prior(state: RunState) -> RunState:
+    """The same state without a quadratic, so that one task's curvature stands alone."""
+    return RunState(state.engine, Prior(state.prior.memory, None, state.prior.anchor), state.mark)
+
+
+def test_4_curvatures_of_equal_tasks_are_comparable(tmp_path: Path) -> None:
+    """With wrong labels the second task's Fisher was 14 times the first's."""
+    config = merged({"prior": {"quadratic": {"weight": 1.0}}, "train": {"epochs": 8}})
+    state, world = make_world(config, tmp_path)
+    traces = []
+    for tasks in (1, 2):
+        learn(state, world, tasks) if tasks == 1 else None
+        task = world.stream.tasks[tasks - 1]
+        if tasks == 2:
+            fresh, fresh_world = make_world(config, tmp_path / "second")
+            learn(fresh, fresh_world, 2)
+            state = fresh
+        alone = measure(task, state.prior.memory, state.engine.gather(), replace_prior(state), world)
+        assert alone is not None
+        traces.append(alone.precision.trace())
+    assert 0.2 < traces[1] / traces[0] < 5
+
+
+@pytest.mark.parametrize("view", ["stored", "teacher", "recorded"])
+def test_5_soft_labels_are_those_of_the_model_that_was_trained(tmp_path: Path, view: str) -> None:
+    config = merged({"memory": {"size": 40}, "prior": {"replay": 0.0, "view": view}, "train": {"epochs": 10}})
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 2)
+    memory = state.prior.memory
+    own = [list(world.stream.tasks[int(task)].classes) for task in memory.task]
+    (images,) = world.stream.load(iter([request_stored(memory.sample)]))
+    logits = state.engine.predict(images.pixels)
+    guesses = torch.tensor([head[int(row[head].argmax())] for row, head in zip(logits, own, strict=True)])
+    for task, agreement in enumerate(memory.agreement(2)):
+        of_task = memory.task == task
+        accuracy = float((guesses == memory.label)[of_task].float().mean())
+        assert agreement == pytest.approx(accuracy)
+        assert agreement > 0.9
+    target, _ = memory.soft_targets(torch.arange(len(memory)), temperature=1.0, num_classes=10)
+    assert torch.equal(target.argmax(1), guesses)
+
+
+def request_stored(samples: Tensor):  # type: ignore[no-untyped-def]
+    from hpccl.data.rows import Request
+
+    return Request(samples.numpy(), np.zeros(len(samples), dtype=np.uint64))
+
+
+def test_9_the_centre_moves_also_when_the_whole_task_is_in_memory(tmp_path: Path) -> None:
+    config = merged({"stream": {"kind": "digits", "tasks": 5}, "prior": {"quadratic": {"weight": 1.0}}})
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 1)
+    assert state.prior.quadratic is not None
+    before = state.prior.quadratic
+    task = world.stream.tasks[1]
+    own = torch.arange(task.samples("train").start, task.samples("train").stop)
+    labels = torch.from_numpy(world.stream.labels("train"))[own]
+    whole = state.prior.memory.admit(task=1, sample=own, label=labels, replay=torch.ones(len(own), dtype=torch.bool))
+    anchor = {name: value + 1 for name, value in state.engine.gather().items()}
+    after = measure(task, whole, anchor, state, world)
+    assert after is not None
+    assert all(torch.equal(after.anchor[name], anchor[name]) for name in anchor)
+    assert after.precision.trace() == pytest.approx(before.precision.trace())
+    assert all(not bool(force.any()) for force in after.force({n: anchor[n] for n in ("1.weight", "3.bias")}).values())
+
+
+def test_10_no_weight_on_memory_does_not_change_the_curvature(tmp_path: Path) -> None:
+    traces = {}
+    for weight in (0.0, 1.0):
+        config = merged({"memory": {"size": 50}, "prior": {"weight": weight, "quadratic": {"weight": 1.0}}})
+        state, world = make_world(config, tmp_path / str(weight))
+        learn(state, world, 1)
+        assert state.prior.quadratic is not None
+        traces[weight] = (state.prior.quadratic.precision.trace(), len(state.prior.memory))
+    assert traces[0.0] == traces[1.0]
+    assert traces[0.0][1] == 50
+
+
+def test_memory_is_paired_across_methods(tmp_path: Path) -> None:
+    """The same seed keeps the same examples whatever the method, and another seed keeps others."""
+    kept = []
+    for number, change in enumerate(({"replay": 0.0}, {"replay": 1.0}, {"quadratic": {"weight": 1.0}})):
+        state, world = make_world(merged({"memory": {"size": 30}, "prior": change}), tmp_path / str(number))
+        learn(state, world, 1)
+        kept.append(state.prior.memory.sample.tolist())
+    assert kept[0] == kept[1] == kept[2]
+    state, world = make_world(merged({"memory": {"size": 30}, "seed": 1}), tmp_path / "other")
+    learn(state, world, 1)
+    assert state.prior.memory.sample.tolist() != kept[0]
