@@ -7,7 +7,8 @@ For example i and column j, a layer with input a and output gradient g (a over r
     norm weight      dw_ij = sum_r g_ijr * x_hat_ir (x_hat recomputed without the affine map: the weight may be 0)
 
 and adds sum_ij (d.._ij)^2. Summing over positions comes before squaring; only without positions is the sum of squares
-of dW the product (G^2)'(A^2), and with few of them a sum of such products over pairs of positions. Every other layer takes the vector-Jacobian product of its own forward, per example.
+of dW the product (G^2)'(A^2), and with few of them a sum of such products over pairs of positions. Every other layer
+takes the vector-Jacobian product of its own forward, per example.
 
 Legend: n examples, f rows of the layer's batch dim per example (windows), c columns, d inputs, o outputs.
 Inputs are [n*f, ...], gradients [n*f, c, ...].
@@ -129,7 +130,7 @@ def _outer_squares(grad: Tensor, x: Tensor) -> Tensor:
         x: [m, groups, d, positions].
     """
     m, groups, c, o, positions = grad.shape
-    if not _by_pairs(c, positions):
+    if not _by_pairs(c, o, x.shape[2], positions):
         product = torch.bmm(grad.reshape(m * groups, c * o, positions), x.reshape(m * groups, -1, positions).mT)
         return product.square_().view(m, groups, c, o, -1).sum((0, 2))
     one, other = torch.triu_indices(positions, positions, device=x.device)
@@ -140,14 +141,18 @@ def _outer_squares(grad: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("mgop,mgdp->god", grads, inputs).clamp_(min=0)
 
 
-def _by_pairs(c: int, positions: int) -> bool:
-    """Whether pairs of positions take fewer products; 8 stand for writing and reading a gradient."""
-    return positions * (positions + 1) // 2 <= c * (positions + 8)
+def _by_pairs(c: int, o: int, d: int, positions: int) -> bool:
+    """Whether pairs of positions are cheaper, in units of one multiply-add of a matrix product.
+
+    Building a pair's factors costs about 200 an element, writing and reading a gradient 40 (measured on AVX-512 cores).
+    """
+    pairs = positions * (positions + 1) // 2
+    return pairs * (o * d + 200 * (c * o + 2 * d)) <= c * o * d * (positions + 40)
 
 
 def _temporaries(c: int, o: int, d: int, positions: int) -> int:
     """Elements that `_outer_squares` holds, per example, group and column."""
-    if _by_pairs(c, positions):
+    if _by_pairs(c, o, d, positions):
         return positions * (positions + 1) // 2 * (2 * o + 2 * d // c + o // c + 1)
     return max(o * d, d * positions // c)
 

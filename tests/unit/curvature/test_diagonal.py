@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from hpccl.config.sections import DiagonalCurvature
+from hpccl.curvature import layers
 from hpccl.curvature.build import build_estimator, precision_from_state
 from hpccl.curvature.capture import captured, measuring
 from hpccl.curvature.columns import Fisher
@@ -98,6 +99,21 @@ def test_channels_last_changes_nothing() -> None:
     plain = estimate(model, examples(pixels))
     last = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert_equal(estimate(last, examples(pixels.to(memory_format=torch.channels_last))).values, dict(plain.values))
+
+
+@pytest.mark.parametrize("name", ["convs", "windows", "vit"])
+@pytest.mark.parametrize("by_pairs", [False, True])
+def test_both_ways_to_sum_over_positions(name: str, by_pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_by_pairs", lambda *sizes: by_pairs)
+    model, pixels = build(name, 4)
+    assert_equal(estimate(model, examples(pixels)).values, true_diagonal(model, examples(pixels), "ggn"))
+
+
+def test_pairs_of_positions_are_chosen_where_maps_are_small() -> None:
+    assert layers._by_pairs(9, 512, 4608, 4)
+    assert layers._by_pairs(9, 256, 2304, 16)
+    assert not layers._by_pairs(9, 64, 576, 169)
+    assert not layers._by_pairs(9, 192, 192, 17)
 
 
 def test_memory_bounds_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

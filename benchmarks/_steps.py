@@ -1,0 +1,158 @@
+"""Training steps on random images through the trainer's own functions, without the making of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpccl.config.run import RunConfig
+from hpccl.data.layout import SPLITS, Collection, arrange
+from hpccl.data.order import BatchPlan
+from hpccl.data.protocols import Split, Task
+from hpccl.data.rows import Images, Request, Rows
+from hpccl.data.stream import ImageStream
+from hpccl.dist.comm import Comm
+from hpccl.engine.protocols import Engine
+from hpccl.folder import RunFolder
+from hpccl.prior.prior import Prior
+from hpccl.report.events import EventLog
+from hpccl.report.progress import make_progress
+from hpccl.train.compose import Composer, Part, plan_task, split
+from hpccl.train.state import World
+from hpccl.train.step import train_step
+from hpccl.train.stop import Stop
+
+__all__ = ["RandomImages", "Steps", "Take", "make_world", "random_stream"]
+
+# (engine, this rank's rows, rows of the step over all ranks) -> the gradient's norm.
+Take = Callable[[Engine, Sequence[Rows], int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class RandomImages:
+    """An ImageSource whose images are noise made once: asking for them costs an indexing, whatever the sample.
+
+    made: [n, channels, size, size] float32, channels_last as the real sources make it
+    """
+
+    made: Tensor
+
+    @classmethod
+    def of(cls, size: int, *, count: int = 512) -> RandomImages:
+        """`count` different images of `size` pixels."""
+        pixels = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+        return cls(pixels.contiguous(memory_format=torch.channels_last))
+
+    def load(self, requests: Iterable[Request], split: Split) -> Iterator[Images]:
+        """One Images a request, in order."""
+        for request in requests:
+            where = torch.from_numpy(request.sample) % len(self.made)
+            yield Images(self.made[where], torch.ones(len(request), dtype=torch.bool))
+
+    def raw(self, sample: int, split: Split) -> npt.NDArray[np.uint8]:
+        """[h, w, channels] uint8."""
+        pixels = self.made[sample % len(self.made)].permute(1, 2, 0)
+        shown: npt.NDArray[np.uint8] = (pixels * 40 + 128).clamp(0, 255).to(torch.uint8).numpy()
+        return shown
+
+    def skipped(self) -> list[tuple[Split, int, str]]:
+        """None."""
+        return []
+
+
+def random_stream(size: int, *, tasks: int, classes: int, train: int, test: int = 1) -> ImageStream:
+    """`tasks` tasks of `classes` classes with `train` and `test` images a class, of `size` pixels."""
+    names = [str(number) for number in range(tasks * classes)]
+    labels = {
+        which: np.repeat(np.arange(len(names)), count) for which, count in zip(SPLITS, (train, test), strict=True)
+    }
+    groups = {which: np.zeros_like(found) for which, found in labels.items()}
+    layout = arrange([Collection("random", names, labels, groups, tasks)], order="given", seed=0)
+    return ImageStream(layout, (3, size, size), RandomImages.of(size), lambda which, sample: f"random/{which}-{sample}")
+
+
+def make_world(config: RunConfig, comm: Comm, stream: ImageStream, folder: Path) -> World:
+    """The surroundings of a run that writes nothing but checkpoints and pictures."""
+    run_folder = RunFolder(folder)
+    run_folder.create()
+    log = EventLog(run_folder.events, enabled=False)
+    return World(config, comm, stream, run_folder, log, make_progress(False), Stop())
+
+
+def usual_step(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
+    """What training does."""
+    return train_step(engine, batches, num_rows=num_rows).gradient_norm
+
+
+@dataclass(eq=False)
+class Steps:
+    """`count` training steps of a task under a prior, as `fit` takes them, on images that are there already.
+
+    Each call goes on where the last one ended and returns the rows that were trained on.
+    """
+
+    world: World
+    engine: Engine
+    task: Task
+    prior: Prior
+    count: int
+    take: Take = usual_step
+    _done: int = field(default=0, init=False)
+
+    @cached_property
+    def plan(self) -> BatchPlan:
+        """Which rows make a step."""
+        return plan_task(self.world.config, self.world.stream, self.task, self.prior.memory)
+
+    @cached_property
+    def composer(self) -> Composer:
+        """What is said about them."""
+        anchor = self.prior.anchor
+        asked = self.world.config.prior.view == "teacher" and anchor is not None
+        teacher = self.engine.frozen(anchor) if asked and anchor is not None else None
+        return Composer.build(
+            self.world.config,
+            self.world.stream,
+            self.task,
+            self.prior.memory,
+            teacher=teacher,
+            device=self.engine.device,
+        )
+
+    @cached_property
+    def _images(self) -> list[Images]:
+        """A step's images of this rank, the same for every step."""
+        parts = self._parts(0)
+        return list(self.world.stream.load(self.composer.request(part) for part in parts))
+
+    def _parts(self, step: int) -> list[Part]:
+        return split(self.plan.batch(step), self.world.comm, accumulate=self.world.config.train.accumulate)
+
+    def __call__(self) -> int:
+        """Take the steps."""
+        self.world.comm.barrier()
+        quadratic = self.prior.quadratic
+        detach = (
+            quadratic.attach(self.engine, self.world.comm, num_train=self.plan.num_train) if quadratic else lambda: None
+        )
+        try:
+            return sum(self._step(number) for number in range(self._done, self._done + self.count))
+        finally:
+            self._done += self.count
+            detach()
+
+    def _step(self, number: int) -> int:
+        parts = self._parts(number % self.plan.num_steps)
+        for part in parts:
+            self.composer.request(part)  # in a run, the thread that makes images does this on the same cores
+        rows = [self.composer.rows(part, images) for part, images in zip(parts, self._images, strict=True)]
+        num_rows = len(parts[0].batch)
+        self.take(self.engine, rows, num_rows)
+        return num_rows

@@ -1,0 +1,247 @@
+"""What a method costs in a training step: its time over finetune's, at the same number of rows a step.
+
+All methods train one network in one group of gloo processes, in turns, through the trainer's own functions
+(Composer.rows, train_step, Quadratic.attach, DdpEngine); images are there already. Half of the rows are memory, half of
+the memory speaks by true labels, and soft labels are the old model's on the stored view.
+
+    +teacher            the old model labels the student's view instead: one more forward pass of half of the memory
+    ewc_penalty_in_loss the usual way, for comparison: 1/2 sum((F + damping)(w - a)^2), one term however many tasks,
+                        added to every rank's loss before the backward pass (as Avalanche's EWC in its online mode)
+    finetune_again      finetune against itself: the noise of this measurement
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from benchmarks._common import interleaved, median_ratio, print_result
+from benchmarks._steps import Steps, make_world, random_stream
+from hpccl.config.run import RunConfig
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.data.rows import Rows
+from hpccl.dist.comm import Comm
+from hpccl.engine.build import build_engine
+from hpccl.engine.protocols import Engine
+from hpccl.models.build import build_model
+from hpccl.prior.quadratic import Quadratic
+from hpccl.train.consolidate import consolidate
+from hpccl.train.loss import weighted_nats
+from hpccl.train.state import RunState, World
+
+TASKS, CLASSES = 10, 10
+EWC = {"quadratic": {"weight": 1.0}}
+MEMORY = {"mix": {"kind": "stratified", "share": 0.5}}
+# prior section of each method; a memory goes with all but the first two.
+METHODS: dict[str, dict[str, Any]] = {
+    "finetune": {},
+    "ewc": EWC,
+    "replay": {"replay": 1.0},
+    "fr": {"replay": 0.0},
+    "fr+replay": {"replay": 0.5},
+    "ewc+fr": {**EWC, "replay": 0.0},
+    "ewc+replay": {**EWC, "replay": 1.0},
+    "ewc+fr+replay": {**EWC, "replay": 0.5},
+    "ewc+fr+replay+teacher": {**EWC, "replay": 0.5, "view": "teacher"},
+}
+PENALTY, AGAIN, AIM = "ewc_penalty_in_loss", "finetune_again", "ewc+fr+replay"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and its batch; steps are taken `steps` at a time, in so many `turns`."""
+
+    name: str
+    model: dict[str, Any]
+    size: int
+    batch: int
+    steps: int
+    turns: int
+
+
+CASES = (
+    Case("cifarnet", {"kind": "cifarnet"}, size=32, batch=256, steps=4, turns=15),
+    Case("resnet18", {"kind": "timm", "name": "resnet18"}, size=64, batch=64, steps=2, turns=15),
+)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few turns, cifarnet only")
+    parser.add_argument("--nproc", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    options = parser.parse_args()
+    cases = [replace(CASES[0], steps=2, turns=5)] if options.quick else list(CASES)
+    with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
+        arguments = (options.nproc, folder, cases, options.precision)
+        mp.spawn(work, arguments, nprocs=options.nproc)  # type: ignore[attr-defined, no-untyped-call]
+        found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
+    report(found, nproc=options.nproc, precision=options.precision, quick=options.quick)
+
+
+def report(found: dict[str, dict[str, list[float]]], **details: Any) -> None:
+    """Ratios by median over turns; found: [model][method] images a second of each turn."""
+    headline: dict[str, float] = {}
+    for model, rates in found.items():
+        for name in rates:
+            if name != "finetune":
+                headline[f"{model}/{name}"] = median_ratio(rates, "finetune", name)
+            print(
+                f"{model:9} {name:22} {median(rates[name]):9.1f} images/s {headline.get(f'{model}/{name}', 1.0):7.3f}"
+            )
+    worst = max(headline[f"{model}/{AIM}"] for model in found)
+    noise = {model: round(headline.pop(f"{model}/{AGAIN}"), 4) for model in found}
+    speeds = {model: {name: round(median(each), 1) for name, each in rates.items()} for model, rates in found.items()}
+    print_result(
+        "step_overhead",
+        {**headline, f"worst_{AIM}": worst},
+        images_per_second=speeds,
+        finetune_over_itself=noise,
+        memory_share=MEMORY["mix"]["share"],
+        **details,
+    )
+
+
+def work(rank: int, nproc: int, folder: str, cases: Sequence[Case], precision: str) -> None:
+    """One process: every case; rank 0 writes what it measured."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=nproc)
+    try:
+        comm = Comm(rank, nproc, torch.device("cpu"))
+        found = {case.name: measure(case, precision, comm, Path(folder) / f"{case.name}-{rank}") for case in cases}
+    finally:
+        dist.destroy_process_group()
+    if rank == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+
+
+def measure(case: Case, precision: str, comm: Comm, folder: Path) -> dict[str, list[float]]:
+    """Images a second of every method in every turn."""
+    stream = random_stream(case.size, tasks=TASKS, classes=CLASSES, train=case.batch)
+    plain = configuration(case, precision, "finetune")
+    model = build_model(plain.model, image_shape=stream.image_shape, num_classes=TASKS * CLASSES, seed=0)
+    engine = build_engine(plain, model, comm)
+    steps: dict[str, Steps] = {}
+    for method in METHODS:
+        world = make_world(configuration(case, precision, method), comm, stream, folder)
+        steps[method] = second_task(world, engine, case.steps)
+    steps[PENALTY] = with_penalty(steps["ewc"])
+    steps[AGAIN] = replace(steps["finetune"])
+    engine.start(num_steps=case.steps * case.turns * len(steps), task=1)
+    check_equal(engine, steps["ewc"], steps[PENALTY])
+    return interleaved(steps, case.turns)
+
+
+def configuration(case: Case, precision: str, method: str) -> RunConfig:
+    """A run of a method."""
+    memory = {} if method in {"finetune", "ewc"} else {"size": case.batch, **MEMORY}
+    return RunConfig.model_validate(
+        {
+            "model": case.model,
+            "train": {"batch_size": case.batch, "epochs": 1},
+            "optim": {"name": "adamw", "lr": 1e-5, "schedule": "constant"},
+            "memory": memory,
+            "prior": METHODS[method],
+            # How large the curvature is does not matter here.
+            "curvature": {"fisher": "mc", "fraction": 0.1},
+            "engine": {"device": "cpu", "precision": precision, "channels_last": True},
+        }
+    )
+
+
+def second_task(world: World, engine: Engine, count: int) -> Steps:
+    """Steps on the second task, after the first one was consolidated."""
+    state = RunState(engine)
+    if world.config.method != "finetune":
+        consolidate(world.stream.tasks[0], state, world)
+    return Steps(world, engine, world.stream.tasks[1], state.prior, count)
+
+
+# ---------------------------------------------------------------- the usual way
+
+
+def with_penalty(ewc: Steps) -> Steps:
+    """The same steps with the quadratic in the loss and no hooks."""
+    quadratic = ewc.prior.quadratic
+    assert quadratic is not None, "ewc has a quadratic"
+    penalty = Penalty.of(quadratic, ewc.engine.module, divisor=ewc.plan.num_train * ewc.world.comm.size)
+
+    def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
+        for number, rows in enumerate(batches, start=1):
+            loss = weighted_nats(engine.forward(rows.pixels, rows.noise), rows).sum() / num_rows
+            last = number == len(batches)
+            engine.backward(loss + penalty(engine.module) if last else loss, last=last)
+        return engine.step()
+
+    return replace(ewc, prior=replace(ewc.prior, quadratic=None), take=take)
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """scale / 2 * sum(strength * (w - anchor)^2) over all parameters, in fp32."""
+
+    strength: dict[str, Tensor]
+    anchor: dict[str, Tensor]
+    scale: float
+
+    @classmethod
+    def of(cls, quadratic: Quadratic, module: nn.Module, *, divisor: int) -> Penalty:
+        """Of a diagonal quadratic; laid out in memory as the weights are, which is the fastest."""
+        assert isinstance(quadratic.precision, Diagonal)
+        strength = {}
+        for name, weight in module.named_parameters():
+            strength[name] = torch.empty_like(weight, requires_grad=False)
+            strength[name].copy_(quadratic.precision.values[name] + quadratic.damping)
+        return cls(strength, quadratic.anchor, quadratic.weight / divisor)
+
+    def __call__(self, module: nn.Module) -> Tensor:
+        """[] nats."""
+        terms = [
+            (self.strength[name] * (weight - self.anchor[name]).pow(2)).sum()
+            for name, weight in module.named_parameters()
+        ]
+        return 0.5 * self.scale * torch.stack(terms).sum()
+
+
+def check_equal(engine: Engine, ewc: Steps, penalty: Steps) -> None:
+    """Both ways must give the same gradient, or the comparison says nothing."""
+    start = engine.gather()
+    noise = torch.Generator().manual_seed(0)
+    parameters = {name: value.detach() for name, value in engine.module.named_parameters()}
+    away = {name: value + 0.3 * torch.randn(value.shape, generator=noise) for name, value in parameters.items()}
+    norms = []
+    for steps in (ewc, penalty):
+        engine.put({**start, **away})
+        norms.append(one_norm(steps))
+    engine.put(start)
+    assert abs(norms[0] / norms[1] - 1) < 1e-2, f"gradient norms differ: {norms}"
+
+
+def one_norm(steps: Steps) -> float:
+    """The gradient's norm in one step."""
+    taken: list[Tensor] = []
+
+    def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
+        taken.append(steps.take(engine, batches, num_rows))
+        return taken[0]
+
+    replace(steps, count=1, take=take)()
+    return float(taken[0])
+
+
+if __name__ == "__main__":
+    main()

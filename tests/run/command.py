@@ -1,0 +1,109 @@
+"""The command as a user runs it: real processes, real signals, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["SMALL", "command", "events", "finish", "hpccl", "kill_tree", "report", "start", "wait_for_steps"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A run of a few seconds with everything in it: memory of both kinds, a quadratic, dropout, averaged weights.
+SMALL = (
+    "model.kind=mlp",
+    "model.hidden=[24]",
+    "train.epochs=6",
+    "train.batch_size=32",
+    "train.ema=0.9",
+    "train.clip_norm=5.0",
+    "optim.lr=3e-3",
+    "memory.size=30",
+    "prior.replay=0.5",
+    "prior.temperature=2.0",
+    "prior.quadratic.weight=1.0",
+    "checkpoint.every=7",
+    "log.every=1",
+    "log.tensorboard=false",
+    "engine.device=cpu",
+)
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    """The command line of a training run."""
+    return [sys.executable, "-m", "hpccl.cli", "train", *SMALL, f"folder={folder}", *arguments]
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a run in a session of its own."""
+    return subprocess.Popen(
+        command(folder, *arguments),
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str]:
+    """(exit code, what it printed)."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        kill_tree(process)
+    return process.returncode, output
+
+
+def hpccl(*arguments: str, timeout: float = 200) -> tuple[int, str]:
+    """Any other hpccl command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hpccl.cli", *arguments],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """kill -9 of a run and all its processes."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.communicate()  # also closes its pipe
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The whole lines of one kind that are there now."""
+    path = folder / "events.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def wait_for_steps(folder: Path, process: subprocess.Popen[str], count: int, timeout: float = 150) -> None:
+    """Wait until `count` steps were logged, whatever task they are in."""
+    deadline = time.monotonic() + timeout
+    while len(events(folder, "step")) < count:
+        assert process.poll() is None, f"the run ended by itself: {process.communicate()[0]}"
+        assert time.monotonic() < deadline, "the run is too slow"
+        time.sleep(0.005)
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """report.json of a finished run."""
+    content: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return content

@@ -1,0 +1,120 @@
+"""Kill at any moment, run the same command again: the same weights, bit for bit."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpccl.checkpoint.store import Mark, load
+from tests.run.command import events, finish, kill_tree, report, start, wait_for_steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, output = finish(start(folder))
+    assert code == 0, output
+    return folder
+
+
+def continue_to_the_end(folder: Path, *arguments: str) -> None:
+    code, output = finish(start(folder, *arguments))
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("kills", [(3, 40), (60, 150, 200)])
+def test_kill_9_and_again_gives_the_same_weights(undisturbed: Path, tmp_path: Path, kills: tuple[int, ...]) -> None:
+    folder = tmp_path / "run"
+    for steps in kills:  # in different tasks, before and after the first checkpoint
+        process = start(folder)
+        wait_for_steps(folder, process, steps)
+        kill_tree(process)
+    continue_to_the_end(folder)
+    again, once = report(folder), report(undisturbed)
+    assert again["weights_sha256"] == once["weights_sha256"]
+    assert again["accuracy_matrix"] == once["accuracy_matrix"]
+    assert len(events(folder, "run")) == len(kills) + 1
+
+
+@pytest.mark.parametrize("phase", ["select", "curvature", "memory", "evaluate"])
+def test_kill_9_between_training_and_the_next_task(undisturbed: Path, tmp_path: Path, phase: str) -> None:
+    """At each part of a task's end; what it wrote is repeated."""
+    folder = tmp_path / "run"
+    process = start(folder)
+    kind = "phase" if phase in ("select", "curvature") else phase
+    while not any(event.get("phase", phase) == phase and event["task"] >= 0 for event in events(folder, kind)):
+        assert process.poll() is None
+    kill_tree(process)
+    continue_to_the_end(folder)
+    assert report(folder)["weights_sha256"] == report(undisturbed)["weights_sha256"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_saves_and_stops(undisturbed: Path, tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for_steps(folder, process, 50)
+    os.kill(process.pid, number)
+    code, output = finish(process)
+    assert code == 75, output
+    assert "run the same command again to continue" in output
+    (stop,) = events(folder, "stop")
+    assert stop["reason"] == f"signal {number.name}"
+    assert (folder / "checkpoints" / Mark.at(stop["task"], stop["phase"], stop["step"]).name).is_dir()
+    continue_to_the_end(folder)
+    assert report(folder)["weights_sha256"] == report(undisturbed)["weights_sha256"]
+
+
+def test_two_processes_agree_with_one_and_resume_exactly(undisturbed: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    continue_to_the_end(whole, "--nproc=2")
+    process = start(killed, "--nproc=2")
+    wait_for_steps(killed, process, 45)
+    kill_tree(process)
+    continue_to_the_end(killed, "--nproc=2")
+    assert report(killed)["weights_sha256"] == report(whole)["weights_sha256"]
+    assert_same_result(whole, undisturbed)
+
+
+def test_resume_on_another_number_of_processes(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, "--nproc=2")
+    wait_for_steps(folder, process, 60)
+    kill_tree(process)
+    continue_to_the_end(folder, "--nproc=1")
+    assert [event["world_size"] for event in events(folder, "run")] == [2, 1]
+    assert_same_result(folder, undisturbed)
+
+
+@pytest.mark.slow
+def test_four_processes_resume_exactly(undisturbed: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    continue_to_the_end(whole, "--nproc=4")
+    process = start(killed, "--nproc=4")
+    wait_for_steps(killed, process, 45)
+    kill_tree(process)
+    continue_to_the_end(killed, "--nproc=4")
+    assert report(killed)["weights_sha256"] == report(whole)["weights_sha256"]
+    assert_same_result(whole, undisturbed)
+
+
+def assert_same_result(folder: Path, other: Path) -> None:
+    """The same memory, soft labels and weights to rounding, and the same sample order (by the losses of all steps)."""
+    steps = max(int(path.name[-8:]) for path in (folder / "checkpoints").glob("task-004-done-*"))
+    mark = Mark.at(4, "done", steps)
+    ours, theirs = (load(path / "checkpoints", mark) for path in (folder, other))
+    memory, memory_there = ours["prior"]["memory"], theirs["prior"]["memory"]
+    for name in ("sample", "task", "label", "replay", "columns"):
+        assert torch.equal(memory[name], memory_there[name]), name
+    torch.testing.assert_close(memory["soft"], memory_there["soft"], rtol=1e-2, atol=1e-2)
+    for name, value in ours["engine"]["weights"].items():
+        torch.testing.assert_close(value, theirs["engine"]["weights"][name], rtol=1e-2, atol=2e-3)
+    losses, losses_there = (
+        {(event["task"], event["step"]): event["loss"] for event in events(path, "step")} for path in (folder, other)
+    )
+    assert losses.keys() == losses_there.keys()
+    for key, loss in losses.items():
+        assert loss == pytest.approx(losses_there[key], rel=1e-3, abs=1e-4), key
