@@ -12,14 +12,14 @@ of its own, no dependence on the number of micro-batches. (EWC with a moving cen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpccl.curvature.build import precision_from_state
-from hpccl.curvature.protocols import Precision
+from hpccl.curvature.protocols import Precision, laid_out_as
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
 from hpccl.engine.protocols import Engine, GradientHook, Weights
@@ -49,15 +49,28 @@ class Quadratic:
 
     def attach(self, engine: Engine, comm: Comm, *, num_train: int) -> Callable[[], None]:
         """Add dR/dw / num_train to every step's gradient until the returned function is called."""
-        names = [name for name, _ in engine.module.named_parameters()]
-        owner = owners({name: float(self.anchor[name].numel()) for name in names}, comm.size)
+        parameters = {name: value.detach() for name, value in engine.module.named_parameters()}
+        owner = owners({name: float(self.anchor[name].numel()) for name in parameters}, comm.size)
+        mine = {name: value for name, value in parameters.items() if owner[name] == comm.rank}
+        laid_out = self._laid_out_as(mine)
         scale = comm.size / num_train
-        mine = [name for name in names if owner[name] == comm.rank]
-        return engine.on_gradient({name: self._hook(name, scale) for name in mine})
+        return engine.on_gradient({name: laid_out._hook(name, scale) for name in mine})
+
+    def _laid_out_as(self, weights: Weights) -> Quadratic:
+        """The part over `weights`, in their memory layout: mixed layouts (channels_last) cost several times as much."""
+        anchor = {name: laid_out_as(self.anchor[name], weight) for name, weight in weights.items()}
+        return replace(self, precision=self.precision.laid_out_as(weights), anchor=anchor)
 
     def _hook(self, name: str, scale: float) -> GradientHook:
+        strength = scale * self.weight
+
+        # The same as adding scale * force, with fewer passes over memory.
         def add(gradient: Tensor, weight: Tensor) -> Tensor:
-            return torch.add(gradient, self.force({name: weight})[name], alpha=scale)
+            delta = weight.float() - self.anchor[name]
+            pulled = self.precision.matvec({name: delta})[name]
+            # Into the gradient's own layout, which is that of the buckets in which gradients are averaged.
+            total = torch.add(gradient, pulled, alpha=strength, out=torch.empty_like(gradient))
+            return total.add_(delta, alpha=strength * self.damping)
 
         return add
 

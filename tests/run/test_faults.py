@@ -1,0 +1,196 @@
+"""What goes wrong on a cluster: one clear message, nothing lost, and the same command continues."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.run.command import events, finish, hpccl, report, start, wait_for_steps
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by a process (the ranks of a launcher)."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed]
+
+
+def test_a_dead_rank_ends_the_others_and_nothing_is_lost(tmp_path: Path) -> None:
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    process = start(folder, "--nproc=2")
+    wait_for_steps(folder, process, 30)
+    victim = max(children(process.pid))
+    began = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    code, output = finish(process, timeout=60)
+    assert code == 1
+    assert time.monotonic() - began < 60
+    assert output.count("was killed by signal 9") == 1, output
+    assert "run the same command again to continue" in output
+    assert "Traceback" not in output
+    for arguments in ((folder, "--nproc=2"), (whole, "--nproc=2")):
+        code, output = finish(start(*arguments))
+        assert code == 0, output
+    assert report(folder)["weights_sha256"] == report(whole)["weights_sha256"]
+
+
+def test_a_gradient_that_is_not_finite_stops_with_a_diagnosis(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, output = finish(start(folder, "optim.lr=1e30", "train.clip_norm=1e30", "optim.name=momentum"))
+    assert code == 1
+    assert "the gradient is not finite at step" in output
+    assert "of task 0 ('digits[1/5]')" in output
+    assert "Lower optim.lr" in output
+    assert "Traceback" not in output
+    note = json.loads((folder / "diverged-rank-0.json").read_text())
+    assert note["task"] == 0
+    assert len(note["new_offsets"]) <= 32
+    assert (folder / "diverged-rank-0.safetensors").stat().st_size > 0
+    assert events(folder, "error")[-1]["kind"] == "DivergedError"
+    assert not list((folder / "checkpoints").glob(".*")), "half a checkpoint was left"
+
+
+def test_memory_larger_than_a_task(tmp_path: Path) -> None:
+    code, output = finish(start(tmp_path / "run", "memory.size=5000"))
+    assert code == 2
+    assert "memory.size=5000 is larger than task 'digits[" in output
+    assert "allowed: 0 to 2" in output
+
+
+def test_folder_of_another_configuration_says_what_differs(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert finish(start(folder, "train.epochs=1"))[0] == 0
+    code, output = finish(start(folder, "train.epochs=1", "seed=3"))
+    assert code == 1
+    assert "seed: 0 there, 3 here" in output.replace("'", "") or ("seed" in output and "0" in output and "3" in output)
+    assert "folder=" in output
+
+
+def test_checkpoint_of_an_unknown_format(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert finish(start(folder, "train.epochs=1"))[0] == 0
+    newest = max((folder / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)
+    state = newest / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "format": 7}))
+    code, output = finish(start(folder, "train.epochs=1"))
+    assert code == 1
+    assert "has format 7, this version reads 1" in output
+    assert "Traceback" not in output
+
+
+def test_no_write_permission(tmp_path: Path) -> None:
+    """Root may write anywhere, so the folder is put below a file."""
+    (tmp_path / "file").write_text("")
+    code, output = finish(start(tmp_path / "file" / "run"))
+    assert code == 1
+    assert "choose another folder=" in output
+
+
+def test_occupied_port(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, output = finish(start(tmp_path / "run", "--nproc=2", f"cluster.port={port}"))
+    assert code == 1
+    assert str(port) in output
+    assert "cluster.port" in output
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of one megabyte."""
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("a small disk needs the right to mount")
+    yield mounted
+    subprocess.run(["umount", "-l", str(mounted)], check=True)
+
+
+def test_full_disk_and_again_after_making_room(small_disk: Path, tmp_path: Path) -> None:
+    folder, whole = small_disk / "run", tmp_path / "whole"
+    ballast = small_disk / "ballast"
+    process = start(folder)
+    wait_for_steps(folder, process, 20)  # checkpoints of steps 7 and 14 are there
+    with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"\0" * 4096)
+    code, output = finish(process)
+    assert code == 1
+    assert "the disk is full: free some space and run the same command again" in output
+    assert "Traceback" not in output
+    assert list((folder / "checkpoints").glob("task-*")), "an older checkpoint was lost"
+    ballast.unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    for target in (folder, whole):
+        code, output = finish(start(target))
+        assert code == 0, output
+    assert report(folder)["weights_sha256"] == report(whole)["weights_sha256"]
+
+
+def test_shards_that_are_missing_or_truncated(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for number in range(6):
+                pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{number}.png")
+    shards = tmp_path / "shards"
+    code, output = hpccl("shards", "build", str(tmp_path / "images"), str(shards))
+    assert code == 0, output
+    own = ["stream.kind=shards", f"stream.parts=[{{path: {shards}, tasks: 2}}]", "memory.size=4", f"data.cache={tmp_path}"]
+    code, output = finish(start(tmp_path / "good", *own))
+    assert code == 0, output
+    victim = sorted((shards / "train").glob("*.tar"))[1]
+    content = victim.read_bytes()
+    for damage, word in ((content[:600], "truncated"), (None, "missing")):
+        if damage is None:
+            victim.unlink()
+        else:
+            victim.write_bytes(damage)
+        code, output = finish(start(tmp_path / word, *own))
+        assert code == 1
+        assert victim.name in output, output
+        assert "Traceback" not in output
+        code, output = hpccl("shards", "verify", str(shards))
+        assert code == 1
+        assert victim.name in output
+
+
+def test_mistakes_in_the_command_are_all_reported(tmp_path: Path) -> None:
+    code, output = finish(start(tmp_path / "run", "train.epoch=3", "optim.lr=fast", "prior.replay=2"))
+    assert code == 2
+    for word in ("train.epoch", "train.epochs", "optim.lr", "fast", "prior.replay"):
+        assert word in output, output
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_agrees_with_the_report(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert finish(start(folder, "train.epochs=2"))[0] == 0
+    code, output = hpccl("evaluate", str(folder))
+    assert code == 0, output
+    found, there = json.loads(output), report(folder)
+    assert found["average_accuracy"] == pytest.approx(there["average_accuracy"])
+    assert found["average_accuracy_class_incremental"] == pytest.approx(there["average_accuracy_class_incremental"])
+    code, output = hpccl("evaluate", str(folder), "--task", "9")
+    assert code == 1
+    assert "tasks with checkpoints: [0, 1, 2, 3, 4]" in output
+    code, output = hpccl("evaluate", str(tmp_path))
+    assert code == 1
+    assert "is not a run folder" in output
+
+
