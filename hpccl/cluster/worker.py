@@ -143,4 +143,9 @@ def _entry(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_entry(sys.argv[1:]))
+    code = _entry(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is saved and the world was left. Skip the interpreter's teardown: communication threads of a rank that
+    # ends before the others may abort there, and the launcher would take that for a failure.
+    os._exit(code)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hpccl.curvature.capture import captured, first_not_finite, measuring
 from hpccl.curvature.columns import Fisher, check_labels, num_columns, output_columns
 from hpccl.curvature.coverage import Coverage, plan, refuse_unfit
-from hpccl.curvature.protocols import Examples, Precision, Weights, laid_out_as
+from hpccl.curvature.protocols import Examples, Precision, Weights
 from hpccl.curvature.pullback import layer_gradients, layer_squares, looped_squares, mapped_squares
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, CoverageError, DivergedError, HpcclError, WorldError
@@ -72,12 +72,6 @@ class Diagonal:
         if unknown:
             raise CoverageError(f"parameter '{unknown[0]}' has no curvature; measured: {_some(self.values)}")
         return {name: self.values[name] * value.float() for name, value in delta.items()}
-
-    def laid_out_as(self, weights: Weights) -> Diagonal:
-        """The part over the names in `weights`, with their strides."""
-        return Diagonal(
-            {name: laid_out_as(self.values[name], weight) for name, weight in weights.items()}, self.num_examples
-        )
 
     def plus(self, other: Precision) -> Diagonal:
         """The sum.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpccl.dist.comm import Comm
 
-__all__ = ["Estimator", "Examples", "Precision", "Weights", "laid_out_as"]
+__all__ = ["Estimator", "Examples", "Precision", "Weights"]
 
 Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
 
@@ -67,9 +67,6 @@ class Precision(Protocol):
             CoverageError: a name of `delta` has no curvature.
         """
 
-    def laid_out_as(self, weights: Weights) -> Precision:
-        """The part over the names in `weights`, laid out in memory so that `matvec` of tensors like them is fast."""
-
     def plus(self, other: Precision) -> Precision:
         """The sum of two precisions over the same weights."""
 
@@ -98,10 +95,3 @@ class Estimator(Protocol):
             CoverageError: a trainable parameter is not covered.
             DivergedError: an activation or a gradient is not finite.
         """
-
-
-def laid_out_as(value: Tensor, like: Tensor) -> Tensor:
-    """The same numbers with the strides of `like`; `value` itself where it has them already."""
-    if value.stride() == like.stride():
-        return value
-    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -13,7 +13,7 @@ __all__ = ["ahead"]
 Item = TypeVar("Item")
 
 
-def ahead(items: Iterator[Item], *, depth: int = 2) -> Iterator[Item]:
+def ahead(items: Iterator[Item], *, depth: int = 2) -> Generator[Item, None, None]:
     """The same items; up to `depth` are made in advance, and closing the iterator ends the thread.
 
     An exception raised while an item is made is raised where that item is asked for.

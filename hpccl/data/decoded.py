@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +53,7 @@ class DecodedImages:
     augment: BatchAugment
     normalise: Normaliser
 
-    def load(self, requests: Iterable[Request], split: Split) -> Iterator[Images]:
+    def load(self, requests: Iterable[Request], split: Split) -> Generator[Images, None, None]:
         """One Images a request, made in a background thread."""
         return ahead(self.make(request, split) for request in requests)
 

@@ -114,7 +114,7 @@ class EncodedImages:
     stop_at_bad: bool
     seen_bad: dict[tuple[Split, int], str] = field(default_factory=dict)
 
-    def load(self, requests: Iterable[Request], split: Split) -> Iterator[Images]:
+    def load(self, requests: Iterable[Request], split: Split) -> Generator[Images, None, None]:
         """One Images a request, in order.
 
         Raises:

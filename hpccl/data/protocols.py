@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Literal, Protocol
 
 import numpy as np
@@ -62,7 +62,7 @@ class Stream(Protocol):
     def sample_names(self, split: Split, samples: npt.NDArray[np.int64]) -> list[str]:
         """Global ids, `<data set>/<shard sample key>`, stable over runs."""
 
-    def load(self, requests: Iterable[Request], split: Split = "train") -> Iterator[Images]:
+    def load(self, requests: Iterable[Request], split: Split = "train") -> Generator[Images, None, None]:
         """One Images a request, in order, made ahead of time in the background. Closing the iterator ends its workers.
 
         Raises DataError for an undecodable image (its name, its shard) unless data.bad_images is `skip`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ __all__ = ["ImageSource", "ImageStream"]
 class ImageSource(Protocol):
     """Where images come from, by sample position."""
 
-    def load(self, requests: Iterable[Request], split: Split) -> Iterator[Images]:
+    def load(self, requests: Iterable[Request], split: Split) -> Generator[Images, None, None]:
         """One Images a request, in order."""
 
     def raw(self, sample: int, split: Split) -> npt.NDArray[np.uint8]:
@@ -63,7 +63,7 @@ class ImageStream:
         """Global ids, `<data set>/<key>`."""
         return [self.name_of(split, int(sample)) for sample in samples]
 
-    def load(self, requests: Iterable[Request], split: Split = "train") -> Iterator[Images]:
+    def load(self, requests: Iterable[Request], split: Split = "train") -> Generator[Images, None, None]:
         """One Images a request, in order, made ahead of time. Closing the iterator ends its workers.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class DdpEngine:
         self._train: TrainConfig = config.train
         self._optim: OptimConfig = config.optim
         self._format = torch.channels_last if self._config.channels_last else torch.contiguous_format
-        self._model = model.to(device=comm.device).to(memory_format=self._format)  # type: ignore[call-overload]
+        self._model: nn.Module = model.to(device=comm.device).to(memory_format=self._format)  # type: ignore[call-overload]
         comm.broadcast_(list(self._model.state_dict().values()))
         self._initial = {name: value.detach().clone() for name, value in self._model.state_dict().items()}
         self._forward: nn.Module = torch.compile(self._model) if self._config.compile else self._model  # type: ignore[assignment]
@@ -42,12 +42,14 @@ class DdpEngine:
         self._task = self._step = self._num_steps = 0
         self._last = True
 
-    def _wrap(self, model: nn.Module) -> nn.Module:
+    def _wrap(self, model: nn.Module) -> nn.Module | DistributedDataParallel:
         if self._comm.size == 1:
             return model
         devices = [self._comm.device] if self._comm.device.type == "cuda" else None
-        wrapped: nn.Module = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-        return wrapped
+        parallel: DistributedDataParallel = DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True
+        )
+        return parallel
 
     @property
     def device(self) -> torch.device:
@@ -71,13 +73,21 @@ class DdpEngine:
         """Back to the initial weights."""
         self.put(self._initial)
 
-    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True) -> Tensor:
         """Logits in training mode, fp32; autocast ends here, before any loss or prior."""
+        self._last = last
         self._wrapped.train()
         set_noise(self._model, noise)
-        with self._autocast():
+        with self._autocast(), self._averaging(last):
             logits: Tensor = self._wrapped(pixels.to(memory_format=self._format))
         return logits.float()
+
+    def _averaging(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """DDP decides in the forward pass whether the backward pass will average over ranks."""
+        if last or not isinstance(self._wrapped, DistributedDataParallel):
+            return contextlib.nullcontext()
+        unreduced: contextlib.AbstractContextManager[None] = self._wrapped.no_sync()
+        return unreduced
 
     def predict(self, pixels: Tensor) -> Tensor:
         """Logits in evaluation mode, fp32."""
@@ -96,27 +106,13 @@ class DdpEngine:
             logits: Tensor = model(pixels.to(memory_format=self._format))
         return logits.float()
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradient.
 
         DDP averages over ranks; the caller's losses are this rank's share of a sum, so the world size is put back.
         """
-        self._last = last
         loss = loss * self._comm.size
-        with contextlib.nullcontext() if last else self._unreduced():
-            loss.backward()
-
-    @contextlib.contextmanager
-    def _unreduced(self) -> Iterator[None]:
-        # no_sync() must also cover the forward pass to spare DDP's bookkeeping; for the reduction, backward suffices.
-        if not isinstance(self._wrapped, DistributedDataParallel):
-            yield
-            return
-        self._wrapped.require_backward_grad_sync = False
-        try:
-            yield
-        finally:
-            self._wrapped.require_backward_grad_sync = True
+        loss.backward()
 
     def on_gradient(self, hooks: Mapping[str, GradientHook]) -> Callable[[], None]:
         """Tensor hooks: they see the gradient as autograd made it, before DDP reduces it, on the last micro-batch."""

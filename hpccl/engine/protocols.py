@@ -33,8 +33,8 @@ class Engine(Protocol):
     def reset(self) -> None:
         """Back to the initial weights."""
 
-    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """[n, c, h, w], [n] int64 -> logits [n, C] in fp32, in training mode."""
+    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True) -> Tensor:
+        """[n, c, h, w], [n] int64 -> logits [n, C] in fp32, in training mode; `last` micro-batch of a step or not."""
 
     def predict(self, pixels: Tensor) -> Tensor:
         """[n, c, h, w] -> logits [n, C] in fp32, in evaluation mode, without gradient. Not collective."""
@@ -42,8 +42,8 @@ class Engine(Protocol):
     def frozen(self, weights: Weights) -> Callable[[Tensor], Tensor]:
         """A frozen copy of the network with other weights: pixels [n, c, h, w] -> logits [n, C], evaluation mode."""
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add a micro-batch's gradient; on the last one, average over ranks."""
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient; after the last one it is averaged over ranks."""
 
     def on_gradient(self, hooks: Mapping[str, GradientHook]) -> Callable[[], None]:
         """Call a hook once a step on a parameter's gradient before ranks are averaged. Returns what removes them."""

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from hpccl.curvature.build import precision_from_state
-from hpccl.curvature.protocols import Precision, laid_out_as
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.curvature.protocols import Precision
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
 from hpccl.engine.protocols import Engine, GradientHook, Weights
@@ -58,8 +59,12 @@ class Quadratic:
 
     def _laid_out_as(self, weights: Weights) -> Quadratic:
         """The part over `weights`, in their memory layout: mixed layouts (channels_last) cost several times as much."""
-        anchor = {name: laid_out_as(self.anchor[name], weight) for name, weight in weights.items()}
-        return replace(self, precision=self.precision.laid_out_as(weights), anchor=anchor)
+        anchor = {name: _strided(self.anchor[name], weight) for name, weight in weights.items()}
+        precision = self.precision
+        if isinstance(precision, Diagonal):  # others are not element by element
+            values = {name: _strided(precision.values[name], weight) for name, weight in weights.items()}
+            precision = Diagonal(values, precision.num_examples)
+        return replace(self, precision=precision, anchor=anchor)
 
     def _hook(self, name: str, scale: float) -> GradientHook:
         strength = scale * self.weight
@@ -90,3 +95,10 @@ class Quadratic:
     def from_state_dict(cls, state: dict[str, Any], anchor: dict[str, Tensor]) -> Quadratic:
         """The inverse."""
         return cls(precision_from_state(state["precision"]), anchor, state["weight"], state["damping"])
+
+
+def _strided(value: Tensor, like: Tensor) -> Tensor:
+    """The same numbers with the strides of `like`; `value` itself where it has them already."""
+    if value.stride() == like.stride():
+        return value
+    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)

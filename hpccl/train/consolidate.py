@@ -5,6 +5,8 @@ Nothing is written before all of it is done, so a job may die anywhere and repea
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -153,28 +155,28 @@ def _examples(task: Task, samples: Ints, world: World) -> Iterator[Examples]:
     mine = samples[comm.share(len(samples)).start : comm.share(len(samples)).stop]
     size = world.config.curvature.batch_size
     parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-    rounds = -(-(-(-len(samples) // comm.size)) // size)  # of the rank with most batches
+    rounds = math.ceil(math.ceil(len(samples) / comm.size) / size)  # of the rank with most batches
     own = world.config.train.head == "own"
     competing = [task] if own else list(world.stream.tasks[: task.index + 1])
     head = torch.zeros(len(world.stream.class_names), dtype=torch.bool)
     head[[number for other in competing for number in other.classes]] = True
     labels = torch.from_numpy(world.stream.labels("train"))
-    images = world.stream.load(_stored_view(part) for part in parts)
-    for number in range(rounds):
-        # This pass may take minutes: every rank asks as often as the others, whether or not it has a batch left.
-        if world.stop.requested(comm):
-            raise Stopped
-        if number >= len(parts):
-            continue
-        batch = next(images)
-        positions = torch.from_numpy(parts[number])
-        yield Examples(
-            pixels=batch.pixels.to(comm.device),
-            labels=labels[positions].to(comm.device),
-            head=head.to(comm.device),
-            sample=positions.to(comm.device),
-            weight=batch.valid.float().to(comm.device),
-        )
+    with contextlib.closing(world.stream.load(_stored_view(part) for part in parts)) as images:
+        for number in range(rounds):
+            # This pass may take minutes: every rank asks as often as the others, whether or not it has a batch left.
+            if world.stop.requested(comm):
+                raise Stopped
+            if number >= len(parts):
+                continue
+            batch = next(images)
+            positions = torch.from_numpy(parts[number])
+            yield Examples(
+                pixels=batch.pixels.to(comm.device),
+                labels=labels[positions].to(comm.device),
+                head=head.to(comm.device),
+                sample=positions.to(comm.device),
+                weight=batch.valid.float().to(comm.device),
+            )
 
 
 def _stored_view(samples: Ints) -> Request:

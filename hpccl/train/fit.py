@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ __all__ = ["fit"]
 
 # Ranks agree on stopping every so many steps: often enough for any grace period, rarely enough to cost nothing.
 _POLL = 5
+
+Batches: TypeAlias = Generator[tuple[list[Part], list[Rows]], None, None]
 
 
 def fit(task: Task, state: RunState, world: World) -> bool:
@@ -53,10 +57,16 @@ def fit(task: Task, state: RunState, world: World) -> bool:
 
 def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer: Composer) -> int:
     """Run steps until the end or a wish to stop (then saved); returns the step it stands at."""
+    with contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches:
+        return _run_steps(task, state, world, plan, batches)
+
+
+def _run_steps(task: Task, state: RunState, world: World, plan: BatchPlan, batches: Batches) -> int:
     first = state.mark.step
     every = world.config.checkpoint.every
     meter = Meter(task, world, plan, state)
-    for step, (parts, rows) in enumerate(_batches(plan, composer, world, first), start=first):
+    for step in range(first, plan.num_steps):
+        parts, rows = next(batches)
         torch.manual_seed(int(mix(plan.seed, plan.task, step, world.comm.rank)) >> 1)
         stats = train_step(state.engine, rows, num_rows=len(parts[0].batch))
         if not bool(torch.isfinite(stats.gradient_norm)):
@@ -73,7 +83,7 @@ def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer:
     return plan.num_steps
 
 
-def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> Iterator[tuple[list[Part], list[Rows]]]:
+def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> Batches:
     """Each step's parts of this rank and their rows; images are made ahead of time."""
     accumulate = world.config.train.accumulate
 
@@ -82,10 +92,10 @@ def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> I
             for part in split(plan.batch(step), world.comm, accumulate=accumulate):
                 yield composer.request(part)
 
-    images = world.stream.load(requests())
-    for step in range(first, plan.num_steps):
-        parts = split(plan.batch(step), world.comm, accumulate=accumulate)
-        yield parts, [composer.rows(part, next(images)) for part in parts]
+    with contextlib.closing(world.stream.load(requests())) as images:
+        for step in range(first, plan.num_steps):
+            parts = split(plan.batch(step), world.comm, accumulate=accumulate)
+            yield parts, [composer.rows(part, next(images)) for part in parts]
 
 
 def _teacher(state: RunState, world: World) -> Callable[[Tensor], Tensor] | None:

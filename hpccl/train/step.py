@@ -33,7 +33,8 @@ def train_step(engine: Engine, batches: Sequence[Rows], *, num_rows: int) -> Ste
     """
     terms = torch.zeros(3, device=engine.device)
     for number, rows in enumerate(batches, start=1):
-        nats = weighted_nats(engine.forward(rows.pixels, rows.noise), rows) / num_rows
-        engine.backward(nats.sum(), last=number == len(batches))
+        logits = engine.forward(rows.pixels, rows.noise, last=number == len(batches))
+        nats = weighted_nats(logits, rows) / num_rows
+        engine.backward(nats.sum())
         terms.index_add_(0, rows.term, nats.detach())
     return StepStats(terms, engine.step())

@@ -10,7 +10,7 @@ from hpccl.dist.comm import Comm
 __all__ = ["Stop", "Stopped"]
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  (a wish, not an error)
     """Leaves a phase that is repeated from its beginning; all ranks raise it together."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -78,10 +79,8 @@ def hpccl(*arguments: str, timeout: float = 200) -> tuple[int, str]:
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
     """kill -9 of a run and all its processes."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.communicate()  # also closes its pipe
 
 

@@ -34,8 +34,7 @@ def objective_gradient(state: RunState, world: World, task: int, *, epochs: int 
         rows = composer.rows(part, images)
         nats = weighted_nats(state.engine.module.eval()(rows.pixels), rows).sum() / len(part.batch) / num_steps
         gradients = torch.autograd.grad(nats, list(state.engine.module.parameters()))
-        for value, gradient in zip(total.values(), gradients, strict=True):
-            value += gradient
+        torch._foreach_add_(list(total.values()), gradients)
     return total
 
 

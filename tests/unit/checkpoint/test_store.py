@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hpccl.checkpoint import store
 from hpccl.checkpoint.store import Mark, latest, load, save
 from hpccl.errors import CheckpointError, FolderError
 
-TREE = {"a": torch.arange(3), "b": {"c": [torch.ones(2, 2), None, 1.5], "d": "text"}, "e": {}}
+TREE: dict[str, Any] = {"a": torch.arange(3), "b": {"c": [torch.ones(2, 2), None, 1.5], "d": "text"}, "e": {}}
 
 
 def names(folder: Path) -> list[str]:

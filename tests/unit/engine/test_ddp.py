@@ -25,8 +25,8 @@ def batch(seed: int = 0, rows: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 1, 4, 4, generator=generator), torch.arange(rows)
 
 
-def loss(made: DdpEngine, pixels: Tensor, noise: Tensor) -> Tensor:
-    return made.forward(pixels, noise).logsumexp(1).sum() / 6
+def loss(made: DdpEngine, pixels: Tensor, noise: Tensor, *, last: bool = True) -> Tensor:
+    return made.forward(pixels, noise, last=last).logsumexp(1).sum() / 6
 
 
 def weights(made: DdpEngine) -> Tensor:
@@ -36,17 +36,19 @@ def weights(made: DdpEngine) -> Tensor:
 def test_accumulated_micro_batches_equal_one_batch() -> None:
     whole, split = engine(), engine()
     pixels, noise = batch()
-    whole.backward(loss(whole, pixels, noise), last=True)
+    whole.backward(loss(whole, pixels, noise))
     for part in (slice(0, 2), slice(2, 6)):
-        split.backward(loss(split, pixels[part], noise[part]), last=part.stop == 6)
+        split.backward(loss(split, pixels[part], noise[part], last=part.stop == 6))
     torch.testing.assert_close(whole.step(), split.step())
     torch.testing.assert_close(weights(whole), weights(split))
 
 
 def test_clipping_limits_the_update_and_reports_the_norm_before() -> None:
-    made = engine(train={"clip_norm": 0.01}, optim={"name": "momentum", "lr": 1.0, "momentum": 0.0, "schedule": "constant"})
+    made = engine(
+        train={"clip_norm": 0.01}, optim={"name": "momentum", "lr": 1.0, "momentum": 0.0, "schedule": "constant"}
+    )
     before = weights(made)
-    made.backward(loss(made, *batch()), last=True)
+    made.backward(loss(made, *batch()))
     norm = made.step()
     assert float(norm) > 0.1
     assert abs(float((weights(made) - before).norm()) - 0.01) < 1e-5
@@ -62,24 +64,24 @@ def test_hook_fires_once_a_step_on_the_last_micro_batch() -> None:
 
     remove = made.on_gradient({"1.weight": hook})
     pixels, noise = batch()
-    made.backward(loss(made, pixels, noise), last=False)
+    made.backward(loss(made, pixels, noise, last=False))
     plain = dict(made.module.named_parameters())["1.weight"].grad
     assert plain is not None
     plain = plain.clone()
-    made.backward(loss(made, pixels, noise), last=True)
+    made.backward(loss(made, pixels, noise))
     parameter = dict(made.module.named_parameters())["1.weight"]
     assert parameter.grad is not None
     torch.testing.assert_close(parameter.grad, 2 * plain + 1)
     assert calls == [(parameter.shape, False)]
     remove()
-    made.backward(loss(made, pixels, noise), last=True)
+    made.backward(loss(made, pixels, noise))
     assert len(calls) == 1
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     made = engine()
     before = weights(made)
-    made.backward(loss(made, *batch()) * float("nan"), last=True)
+    made.backward(loss(made, *batch()) * float("nan"))
     assert not bool(torch.isfinite(made.step()))
     assert torch.equal(weights(made), before)
 
@@ -87,7 +89,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 def test_average_becomes_the_weights_at_the_end() -> None:
     made = engine(train={"ema": 0.5})
     start = weights(made)
-    made.backward(loss(made, *batch()), last=True)
+    made.backward(loss(made, *batch()))
     made.step()
     stepped = weights(made)
     made.finish()
@@ -100,7 +102,7 @@ def test_reset_and_frozen_copy() -> None:
     pixels, noise = batch()
     teacher = made.frozen(initial)
     expected = made.predict(pixels)
-    made.backward(loss(made, pixels, noise), last=True)
+    made.backward(loss(made, pixels, noise))
     made.step()
     assert not torch.equal(made.predict(pixels), expected)
     assert torch.equal(teacher(pixels), expected)
@@ -112,12 +114,12 @@ def test_state_continues_bit_for_bit() -> None:
     one = engine(optim={"name": "adamw", "lr": 0.1, "schedule": "cosine"}, train={"ema": 0.9})
     two = engine(optim={"name": "adamw", "lr": 0.1, "schedule": "cosine"}, train={"ema": 0.9})
     for seed in range(4):
-        one.backward(loss(one, *batch(seed)), last=True)
+        one.backward(loss(one, *batch(seed)))
         one.step()
         if seed == 1:
             two.load_state_dict(copy.deepcopy(one.state_dict()))
         if seed >= 2:
-            two.backward(loss(two, *batch(seed)), last=True)
+            two.backward(loss(two, *batch(seed)))
             two.step()
     assert torch.equal(weights(one), weights(two))
     one.finish()
@@ -130,7 +132,7 @@ def test_bf16_keeps_weights_and_logits_in_fp32() -> None:
     pixels, noise = batch()
     assert made.forward(pixels, noise).dtype == torch.float32
     assert made.predict(pixels).dtype == torch.float32
-    made.backward(loss(made, pixels, noise), last=True)
+    made.backward(loss(made, pixels, noise))
     made.step()
     assert {value.dtype for value in made.gather().values()} == {torch.float32}
 
@@ -139,6 +141,6 @@ def test_compiled_engine_agrees() -> None:
     plain, compiled = engine(), engine(engine={"compile": True})
     pixels, noise = batch()
     for made in (plain, compiled):
-        made.backward(loss(made, pixels, noise), last=True)
+        made.backward(loss(made, pixels, noise))
         made.step()
     torch.testing.assert_close(weights(plain), weights(compiled))

@@ -13,7 +13,7 @@ def rates(config: OptimConfig, task: int = 0, num_steps: int = 100) -> list[floa
 
 
 def test_onecycle_rises_from_a_25th_and_falls_to_nothing() -> None:
-    found = rates(OptimConfig(lr=0.1, schedule="onecycle", warmup=0.3))
+    found = rates(OptimConfig(lr=(0.1,), schedule="onecycle", warmup=0.3))
     assert found[0] == pytest.approx(0.1 * (1 / 25 + 24 / 25 / 31))
     assert max(found) == pytest.approx(0.1, rel=0.01)
     assert 28 <= found.index(max(found)) <= 31
@@ -21,7 +21,7 @@ def test_onecycle_rises_from_a_25th_and_falls_to_nothing() -> None:
 
 
 def test_cosine_ends_at_the_final_share() -> None:
-    found = rates(OptimConfig(lr=1.0, schedule="cosine", final_lr=0.1))
+    found = rates(OptimConfig(lr=(1.0,), schedule="cosine", final_lr=0.1))
     assert found[0] == 1.0
     assert found[50] == pytest.approx(0.55)
     assert found[-1] == pytest.approx(0.1, abs=1e-3)

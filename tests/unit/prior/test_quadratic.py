@@ -44,7 +44,9 @@ def test_force_is_the_gradient_of_the_value() -> None:
         direction = torch.ones_like(value) * step
         higher = quadratic.value({**weights, name: value + direction})
         lower = quadratic.value({**weights, name: value - direction})
-        assert (higher - lower) / 2 == pytest.approx(float((quadratic.force(weights)[name] * direction).sum()), rel=1e-3)
+        assert (higher - lower) / 2 == pytest.approx(
+            float((quadratic.force(weights)[name] * direction).sum()), rel=1e-3
+        )
 
 
 def test_curvatures_add_up_and_the_anchor_moves() -> None:
@@ -59,7 +61,10 @@ def test_curvatures_add_up_and_the_anchor_moves() -> None:
 def attached(precision: str, curvature: float, accumulate: int = 1) -> tuple[Tensor, Tensor, float]:
     """(gradient with the quadratic, gradient without, its scale) of one parameter."""
     config = RunConfig.model_validate(
-        {"optim": {"name": "momentum", "lr": 1.0, "momentum": 0.0, "schedule": "constant"}, "engine": {"precision": precision}}
+        {
+            "optim": {"name": "momentum", "lr": 1.0, "momentum": 0.0, "schedule": "constant"},
+            "engine": {"precision": precision},
+        }
     )
     torch.manual_seed(0)
     engine = DdpEngine(mlp((1, 4, 4), 5, hidden=(8,)), config, Comm.solo())
@@ -72,8 +77,8 @@ def attached(precision: str, curvature: float, accumulate: int = 1) -> tuple[Ten
         detach = quadratic.attach(engine, Comm.solo(), num_train=100) if quadratic else lambda: None
         pixels = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(1))
         for number in range(accumulate):
-            nats = engine.forward(pixels, torch.arange(6)).logsumexp(1).mean() / accumulate
-            engine.backward(nats, last=number + 1 == accumulate)
+            logits = engine.forward(pixels, torch.arange(6), last=number + 1 == accumulate)
+            engine.backward(logits.logsumexp(1).mean() / accumulate)
         detach()
         parameter = dict(engine.module.named_parameters())["1.weight"]
         assert parameter.grad is not None
