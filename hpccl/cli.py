@@ -146,6 +146,9 @@ def report(
     *,
     out: Annotated[Path | None, typer.Option(help="Folder for the comparison: md, html, csv and json.")] = None,
     published: Annotated[Path | None, typer.Option(help="CSV file of published values to put beside.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Which data set of that file, where several could be meant.")
+    ] = None,
 ) -> None:
     """Write report.{json,md,html} in each run's folder, and compare the runs."""
     from hpccl.report.compare import compare_runs, print_comparison
@@ -153,7 +156,7 @@ def report(
 
     for folder in runs:
         report_run(folder)
-    print_comparison(compare_runs(runs, out=out, published=published))
+    print_comparison(compare_runs(runs, out=out, published=published, dataset=dataset))
     pages = [out / "comparison.html"] if out is not None else [folder / "report.html" for folder in runs]
     for page in pages:
         typer.echo(str(page))

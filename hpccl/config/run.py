@@ -32,6 +32,7 @@ __all__ = ["RunConfig"]
 
 # Where and how a run is watched or carried out; these may change on resume, everything else may not.
 _MACHINERY = ("name", "folder", "log", "checkpoint", "cluster")
+_READING = ("cache", "workers")  # of section data: how images are fetched, not which
 
 
 class RunConfig(Section):
@@ -79,4 +80,7 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: two runs with equal identity give equal weights."""
-        return self.model_dump(mode="json", exclude=set(_MACHINERY))
+        decided = self.model_dump(mode="json", exclude=set(_MACHINERY))
+        for key in _READING:
+            del decided["data"][key]
+        return decided

@@ -197,7 +197,7 @@ class TrainConfig(Section):
     only_last: bool = False  # train the last task alone; only with restart, where earlier tasks change nothing
     accumulate: PositiveInt = 1  # micro-batches a step
     clip_norm: PositiveFloat | None = None  # largest norm of the gradient; null: no limit
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the true labels of new examples
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of true labels: of new and of replayed examples
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the averaged weights that end a task
     flip_test: bool = False  # evaluate on the mean of logits of an image and its mirror image
     first_task_from: str | None = None  # run folder with the same first task: take its weights, do not train it again

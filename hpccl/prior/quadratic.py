@@ -83,10 +83,6 @@ class Quadratic:
         """The quadratic after one more task: curvatures add up, the anchor moves to the newest weights."""
         return Quadratic(self.precision.plus(precision), anchor, self.weight, self.damping)
 
-    def moved(self, anchor: dict[str, Tensor]) -> Quadratic:
-        """The same curvature around the newest weights (a task that is wholly in memory adds no curvature)."""
-        return Quadratic(self.precision, anchor, self.weight, self.damping)
-
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; the anchor is saved by the prior."""
         return {"precision": self.precision.state_dict(), "weight": self.weight, "damping": self.damping}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from hpccl.checkpoint.store import Mark, latest, load
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
 from hpccl.data.build import open_stream
-from hpccl.data.protocols import Stream, Task
+from hpccl.data.protocols import Split, Stream, Task
 from hpccl.dist.comm import Comm
 from hpccl.engine.build import build_engine
 from hpccl.errors import ConfigError, FolderError, HpcclError
@@ -26,7 +27,6 @@ from hpccl.report.events import EventLog, read_events
 from hpccl.report.events import latest as latest_events
 from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
-from hpccl.report.write import report_run
 from hpccl.train.consolidate import consolidate
 from hpccl.train.evaluate import evaluate, test
 from hpccl.train.fit import fit
@@ -56,6 +56,8 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
             log.write("error", kind=type(error).__name__, message=str(error))
             raise
     if comm.leader:
+        from hpccl.report.write import report_run  # loads the plotting library, which other ranks do without
+
         report_run(folder.path)
     return outcome
 
@@ -198,7 +200,15 @@ def _announce(task: Task, world: World) -> None:
 
 
 def _write_skipped(world: World) -> None:
-    for split, sample, name, reason in world.stream.skipped():
+    """Undecodable images that any rank met; a rank that reads on demand knows only its own. Collective."""
+    splits: tuple[Split, Split] = ("train", "test")
+    own = {(split, sample): (name, reason) for split, sample, name, reason in world.stream.skipped()}
+    numbers = [[splits.index(split), sample] for split, sample in own]
+    everywhere = world.comm.gather(torch.tensor(numbers, dtype=torch.int64).reshape(-1, 2).to(world.comm.device))
+    for number, sample in sorted({(int(row[0]), int(row[1])) for row in everywhere}):
+        split = splits[number]
+        (name,) = world.stream.sample_names(split, np.array([sample]))
+        reason = own.get((split, sample), (name, "could not be decoded"))[1]
         world.log.write("skipped", split=split, sample=sample, name=name, reason=reason)
 
 

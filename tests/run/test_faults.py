@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.run.command import events, finish, hpccl, report, start, wait_for_steps
 
@@ -143,26 +145,28 @@ def test_full_disk_and_again_after_making_room(small_disk: Path, tmp_path: Path)
     assert report(folder)["weights_sha256"] == report(whole)["weights_sha256"]
 
 
-def test_shards_that_are_missing_or_truncated(tmp_path: Path) -> None:
-    import numpy as np
-    from PIL import Image
-
+def small_shards(folder: Path) -> Path:
+    """Shards of two classes of six 8x8 images, made by the command."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in ("cat", "dog"):
-            (tmp_path / "images" / split / name).mkdir(parents=True)
+            (folder / "images" / split / name).mkdir(parents=True)
             for number in range(6):
                 pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{number}.png")
-    shards = tmp_path / "shards"
-    code, output = hpccl("shards", "build", str(tmp_path / "images"), str(shards))
+                Image.fromarray(pixels).save(folder / "images" / split / name / f"{number}.png")
+    code, output = hpccl("shards", "build", str(folder / "images"), str(folder / "shards"))
     assert code == 0, output
-    own = [
-        "stream.kind=shards",
-        f"stream.parts=[{{path: {shards}, tasks: 2}}]",
-        "memory.size=4",
-        f"data.cache={tmp_path}",
-    ]
+    return folder / "shards"
+
+
+def shard_settings(shards: Path, cache: Path) -> list[str]:
+    """A stream of those shards."""
+    return ["stream.kind=shards", f"stream.parts=[{{path: {shards}, tasks: 2}}]", f"data.cache={cache}"]
+
+
+def test_shards_that_are_missing_or_truncated(tmp_path: Path) -> None:
+    shards = small_shards(tmp_path)
+    own = [*shard_settings(shards, tmp_path), "memory.size=4"]
     code, output = finish(start(tmp_path / "good", *own))
     assert code == 0, output
     victim = sorted((shards / "train").glob("*.tar"))[1]
@@ -203,3 +207,23 @@ def test_evaluate_agrees_with_the_report(tmp_path: Path) -> None:
     code, output = hpccl("evaluate", str(tmp_path))
     assert code == 1
     assert "is not a run folder" in output
+
+
+@pytest.mark.parametrize("storage", ["decoded", "encoded"])
+def test_an_undecodable_image_stops_or_is_skipped_and_counted(tmp_path: Path, storage: str) -> None:
+    """Damaged after the shards were built, where only decoding can see it."""
+    shards = small_shards(tmp_path)
+    victim = min((shards / "train").glob("*.tar"))
+    content = bytearray(victim.read_bytes())
+    start_of_image = content.index(b"\x89PNG")
+    content[start_of_image : start_of_image + 60] = b"\0" * 60
+    victim.write_bytes(content)
+    own = [*shard_settings(shards, tmp_path / "cache"), f"data.storage={storage}", "data.workers=0", "memory.size=0"]
+    own += ["prior.replay=0", "prior.temperature=1.0"]
+    code, output = finish(start(tmp_path / "stop", *own))
+    assert code == 1
+    assert victim.stem in output
+    assert "bad_images" in output
+    code, output = finish(start(tmp_path / "skip", *own, "data.bad_images=skip", "--nproc=2"))
+    assert code == 0, output
+    assert report(tmp_path / "skip")["skipped"] == 1
