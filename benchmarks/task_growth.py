@@ -65,7 +65,7 @@ class Size:
     turns: int
 
 
-FULL = Size(pixels=32, train=24, keep=40, steps=8, turns=15)
+FULL = Size(pixels=32, train=16, keep=40, steps=4, turns=11)
 QUICK = Size(pixels=16, train=8, keep=20, steps=15, turns=11)
 
 

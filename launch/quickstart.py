@@ -22,7 +22,7 @@ def main() -> int:
     for method, processes in RUNS:
         folder = f"runs/quickstart/{method}"
         files = ["configs/quickstart.yaml", f"configs/method/{method}.yaml"]
-        settings = ["memory.size=50"] if "replay" in method else []
+        settings = ["memory.size=80", "prior.replay=0.75"] if "replay" in method else []
         command = [*HPCCL, "train", *files, *settings, f"folder={folder}", f"name={method}", f"--nproc={processes}"]
         print("+ hpccl", *command[len(HPCCL) :], flush=True)
         code = subprocess.run(command, cwd=ROOT, check=False).returncode

@@ -199,7 +199,10 @@ class DdpEngine:
             self._load_optimizer_state(state["optimizer"])
         self.put(state["weights"])
         average = state["average"]
-        self._average = None if average is None else {name: v.to(self.device) for name, v in average.items()}
+        self._average = None
+        if average is not None:
+            own = dict(self._model.named_parameters())
+            self._average = {name: torch.empty_like(own[name]).copy_(value) for name, value in average.items()}
 
     def _named(self) -> list[str]:
         """Parameter names in the optimiser's order."""
@@ -209,14 +212,31 @@ class DdpEngine:
 
     def _optimizer_state(self) -> dict[str, Any]:
         assert self._optimizer is not None
-        state = self._optimizer.state_dict()["state"]
-        return {name: state[index] for index, name in enumerate(self._named()) if index in state}
+        saved = self._optimizer.state_dict()
+        # Some optimisers count their steps in the group. Lists and tuples there are settings, which come from the run.
+        groups = [
+            {
+                key: value
+                for key, value in group.items()
+                if value is None or isinstance(value, (bool, int, float, Tensor))
+            }
+            for group in saved["param_groups"]
+        ]
+        moments = {name: saved["state"][index] for index, name in enumerate(self._named()) if index in saved["state"]}
+        return {"moments": moments, "groups": groups}
 
     def _load_optimizer_state(self, state: dict[str, Any]) -> None:
         assert self._optimizer is not None
-        indexed = {index: state[name] for index, name in enumerate(self._named()) if name in state}
-        groups = self._optimizer.state_dict()["param_groups"]
+        moments = state["moments"]
+        indexed = {index: moments[name] for index, name in enumerate(self._named()) if name in moments}
+        fresh = self._optimizer.state_dict()["param_groups"]
+        groups = [{**group, **saved} for group, saved in zip(fresh, state["groups"], strict=True)]
         self._optimizer.load_state_dict({"state": indexed, "param_groups": groups})
+        # Files hold contiguous tensors; fused kernels pair a moment with its weight by place in memory, not by index.
+        for parameter, kept in self._optimizer.state.items():
+            for key, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._config.precision == "bf16")
