@@ -74,8 +74,8 @@ class Case:
 
 
 CASES = (
-    Case("cifarnet", {"kind": "cifarnet"}, size=32, batch=256, steps=4, turns=15),
-    Case("resnet18", {"kind": "timm", "name": "resnet18"}, size=64, batch=64, steps=2, turns=15),
+    Case("cifarnet", {"kind": "cifarnet"}, size=32, batch=256, steps=2, turns=15),
+    Case("resnet18", {"kind": "timm", "name": "resnet18"}, size=64, batch=64, steps=2, turns=11),
 )
 
 

@@ -24,7 +24,6 @@ RUNS: dict[str, list[str]] = {
     "ewc+fr+replay": [SHARED, *SOFT, "prior.weight=0.25", "prior.quadratic.weight=2.0"],
     "ewc": [SHARED, "prior.quadratic.weight=10.0"],
     "fr": [SHARED, *SOFT, "prior.weight=[0.1, 1.0]"],
-    "ewc+fr": [SHARED, *SOFT, "prior.weight=0.25", "prior.quadratic.weight=2.0"],
     "joint": ["train.only_last=true"],
 }
 

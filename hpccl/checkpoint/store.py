@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -72,6 +73,7 @@ def save(checkpoints: Path, mark: Mark, tree: dict[str, Any], *, keep: int) -> S
         if final.exists():  # the same moment, repeated after a kill
             shutil.rmtree(final)
         os.replace(beside, final)
+        _sync(checkpoints)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise FolderError(
@@ -111,14 +113,34 @@ def marks(checkpoints: Path) -> list[Mark]:
 
 
 def _prune(checkpoints: Path, keep: int) -> None:
-    """Ends of tasks stay; of the rest within tasks, the newest `keep`. Steps of finished tasks go."""
+    """Ends of tasks stay; of the rest within tasks, the newest `keep`. What led to a finished task goes.
+
+    Only the first task's weights before consolidation stay too: other runs may start from them.
+    """
     found = marks(checkpoints)
     ended = {mark.task for mark in found if mark.phase == "done"}
-    within = [mark for mark in found if mark.phase == "fit"]
-    unfinished = [mark for mark in within if mark.task not in ended]
-    for mark in within:
-        if mark not in unfinished[-keep:]:
-            shutil.rmtree(checkpoints / mark.name, ignore_errors=True)
+    within = [mark for mark in found if mark.phase == "fit" and mark.task not in ended]
+    for mark in found:
+        passed = mark.phase == "fitted" and mark.task > 0 and mark.task in ended
+        if passed or (mark.phase == "fit" and mark not in within[-keep:]):
+            _remove(checkpoints / mark.name)
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight first: a half-deleted folder must not look like a checkpoint."""
+    hidden = folder.with_name(f".{folder.name}.old.part")
+    with contextlib.suppress(OSError):  # pruning is no reason to stop a run
+        os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _clear(checkpoints: Path) -> None:

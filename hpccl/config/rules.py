@@ -77,6 +77,9 @@ def _fresh_network(config: RunConfig) -> Iterator[Clash]:
             keys = ("train.only_last", "train.restart")
             yield Clash(keys, "skips earlier tasks, which changes nothing only with train.restart=true")
         return
+    if train.only_last and train.data == "task":
+        keys = ("train.only_last", "train.data")
+        yield Clash(keys, "leaves the earlier tasks without a network of their own; set train.data=seen (joint)")
     past = []
     if config.memory.size > 0:
         past.append("memory.size")

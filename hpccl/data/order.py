@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 # What a hash is for; keeps the streams of random numbers apart.
-_ORDER_NEW, _ORDER_MEMORY, _ORDER_UNION, _VIEW, _NOISE = range(1, 6)
+_ORDER_NEW, _ORDER_MEMORY, _ORDER_UNION, _VIEW, _NOISE, _MIX = range(1, 7)
 
 
 def mix(*words: int | Ints | Words) -> Words:
@@ -107,6 +107,13 @@ class BatchPlan:
         """Optimiser steps of the task."""
         return self.epochs * self.steps_per_epoch
 
+    def num_rows(self, first: int, last: int) -> int:
+        """Rows of the steps first, ..., last - 1, without making them."""
+        examples = self.num_new if self.memory_rows else self.num_train
+        ends = [examples * (step % self.steps_per_epoch + 1) // self.steps_per_epoch for step in range(first, last)]
+        starts = [examples * (step % self.steps_per_epoch) // self.steps_per_epoch for step in range(first, last)]
+        return sum(ends) - sum(starts) + self.memory_rows * (last - first)
+
     def batch(self, step: int) -> Batch:
         """The rows of step `step` (from 0)."""
         new, slot = self._stratified(step) if self.memory_rows else self._natural(step)
@@ -135,11 +142,10 @@ class BatchPlan:
         for cycle in np.unique(counters // self.num_memory):
             inside = counters // self.num_memory == cycle
             slot[inside] = _memory_order(self, int(cycle))[counters[inside] % self.num_memory]
-        nothing = np.full
-        return (
-            np.concatenate([new, nothing(self.memory_rows, -1)]),
-            np.concatenate([nothing(len(new), -1), slot]),
-        )
+        # Mixed, so that every rank and micro-batch has its share of both (and BatchNorm sees both).
+        mixed = permutation(len(new) + len(slot), self.seed, _MIX, self.task, step)
+        absent = np.full(self.memory_rows, -1), np.full(len(new), -1)
+        return np.concatenate([new, absent[0]])[mixed], np.concatenate([absent[1], slot])[mixed]
 
 
 def _equal_part(order: Ints, number: int, parts: int) -> Ints:

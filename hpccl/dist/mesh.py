@@ -18,14 +18,21 @@ def pick_device(wanted: str) -> torch.device:
     """The device of this process: `auto` is this rank's CUDA device where there is one.
 
     Raises:
-        WorldError: cuda was asked for and there is none.
+        WorldError: cuda was asked for and there is none, or there are more processes than devices.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise WorldError("engine.device is 'cuda' but torch sees no CUDA device; allowed: cpu, auto, or a GPU node")
-    # A launcher may show each process its own device only; then the local rank is not an index.
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    visible, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    masked = visible == 1 and "HPCCL_PARENT" not in os.environ  # by a launcher that shows each process its own device
+    if local_size > visible and not masked:
+        raise WorldError(
+            f"{local_size} processes on this machine but only {visible} CUDA devices, and two cannot share one; "
+            f"use at most {visible} processes, or engine.device=cpu"
+        )
+    # Where each process sees only its own device, the local rank is not an index.
+    index = int(os.environ.get("LOCAL_RANK", "0")) % visible
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

@@ -8,12 +8,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Engine", "GradientHook", "Weights"]
+__all__ = ["Engine", "GradientHook", "Weights", "trainable"]
 
 Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
 
 # (gradient, weight) -> gradient; both of the parameter's shape, in fp32.
 GradientHook = Callable[[Tensor, Tensor], Tensor]
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are learned, by name."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}
 
 
 class Engine(Protocol):

@@ -23,7 +23,7 @@ from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.protocols import Precision
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
-from hpccl.engine.protocols import Engine, GradientHook, Weights
+from hpccl.engine.protocols import Engine, GradientHook, Weights, trainable
 
 __all__ = ["Quadratic"]
 
@@ -50,7 +50,7 @@ class Quadratic:
 
     def attach(self, engine: Engine, comm: Comm, *, num_train: int) -> Callable[[], None]:
         """Add dR/dw / num_train to every step's gradient until the returned function is called."""
-        parameters = {name: value.detach() for name, value in engine.module.named_parameters()}
+        parameters = {name: value.detach() for name, value in trainable(engine.module).items()}
         owner = owners({name: float(self.anchor[name].numel()) for name in parameters}, comm.size)
         mine = {name: value for name, value in parameters.items() if owner[name] == comm.rank}
         laid_out = self._laid_out_as(mine)

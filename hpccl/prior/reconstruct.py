@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hpccl.dist.comm import Comm
+from hpccl.engine.protocols import trainable
 
 __all__ = ["Losses", "compare_gradients", "summed_gradients"]
 
@@ -36,7 +37,7 @@ def summed_gradients(
     """
     was_training = model.training
     model.eval()
-    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    parameters = trainable(model)
     sums = [{name: torch.zeros_like(value) for name, value in parameters.items()} for _ in range(num_terms)]
     for pixels, losses in batches:
         terms = losses(model(pixels).float())

@@ -156,7 +156,7 @@ def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
         tasks=tasks,
         phases=phases,
         memory=memory,
-        memory_bytes=_memory_bytes(memory[-1]) if memory else None,
+        memory_bytes=int(memory[-1].get("bytes") or 0) if memory else None,
         checkpoints=checkpoints,
         checkpoint_bytes=checkpoints[-1].get("bytes") if checkpoints else None,
         curvature=[_plain(event) for event in latest(events, "curvature", "task")],
@@ -256,10 +256,6 @@ def _segments(events: Sequence[Event]) -> dict[str, Any]:
             segments.append([])
         segments[-1].append(event["time"])
     return {"wall_seconds": sum(max(times) - times[0] for times in segments), "segments": len(segments)}
-
-
-def _memory_bytes(memory: Mapping[str, Any]) -> int:
-    return int(memory.get("bytes") or 0) + int(memory.get("soft_bytes") or 0)
 
 
 # ---------------------------------------------------------------- status

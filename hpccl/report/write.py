@@ -23,7 +23,7 @@ Rows: TypeAlias = list[list[str]]
 
 _PHASES = ["task", "phase", "time", "images", "images/s", "peak memory"]
 _TASKS = ["task", "name", "classes", "training images", "test images"]
-_MEMORY = ["after task", "examples", "pictures", "soft labels", "soft label agrees with the true one"]
+_MEMORY = ["after task", "examples", "all bytes", "of soft labels", "soft label agrees with the true one"]
 _CURVATURE = ["task", "kind", "trace", "examples", "parameters", "size"]
 _RECONSTRUCTION = ["after task", "term", "cosine", "relative error", "norm", "true norm"]
 _CHECKPOINTS = ["task", "saved", "last size", "time"]

@@ -50,7 +50,7 @@ class Part:
     """One micro-batch of one rank.
 
     rows: [p] positions in the step's batch. absent: there were fewer rows than parts and this one only keeps the
-    collectives company; its row counts nothing.
+    collectives company; its rows count nothing.
     """
 
     batch: Batch
@@ -65,7 +65,9 @@ def split(batch: Batch, comm: Comm, *, accumulate: int) -> list[Part]:
     parts = []
     for start, stop in itertools.pairwise(bounds):
         rows = np.arange(start, stop)
-        parts.append(Part(batch, rows if len(rows) else np.zeros(1, dtype=np.int64), absent=len(rows) == 0))
+        # Two rows, not one: BatchNorm cannot normalise a single example.
+        company = np.arange(min(2, len(batch)))
+        parts.append(Part(batch, rows if len(rows) else company, absent=len(rows) == 0))
     return parts
 
 

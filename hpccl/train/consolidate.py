@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from hpccl.curvature.build import build_estimator
@@ -36,8 +37,8 @@ Ints = npt.NDArray[np.int64]
 
 # What a hash is for (apart from those of hpccl.data.order).
 _SELECT, _REPLAY, _SUBSAMPLE = 101, 102, 103
-_BATCH = 500
 _PICTURES = 100
+_THUMBNAIL = 64
 
 
 def consolidate(task: Task, state: RunState, world: World) -> None:
@@ -65,8 +66,8 @@ def select(task: Task, memory: Memory, world: World) -> Memory:
         keep, balanced = config.memory.size, config.memory.balanced
         chosen = choose(labels, samples, keep=keep, balanced=balanced, words=(config.seed, _SELECT, task.index))
         sample, label = samples[chosen], labels[chosen]
-        num_replay = int(config.prior.replay * keep)
-        replayed = choose(label, sample, keep=num_replay, balanced=True, words=(config.seed, _REPLAY, task.index))
+        num_replay = math.floor(config.prior.replay * keep + 1e-9)  # 0.29 * 100 is 28.999...
+        replayed = choose(label, sample, keep=num_replay, balanced=balanced, words=(config.seed, _REPLAY, task.index))
         replay = np.isin(np.arange(keep), replayed)
         admitted = memory.admit(
             task=task.index,
@@ -130,7 +131,8 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
 def predict(samples: Ints, state: RunState, world: World) -> Tensor:
     """[n, C] logits of training examples in the evaluation view, each rank computing its share; on the CPU."""
     mine = samples[world.comm.share(len(samples)).start : world.comm.share(len(samples)).stop]
-    parts = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
+    size = world.stream_batch
+    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
     images = world.stream.load(_stored_view(part) for part in parts)
     logits = [state.engine.predict(batch.pixels.to(state.engine.device)) for batch in images]
     empty = torch.zeros(0, len(world.stream.class_names), device=state.engine.device)
@@ -183,21 +185,28 @@ def _stored_view(samples: Ints) -> Request:
     return Request(samples, np.zeros(len(samples), dtype=np.uint64))
 
 
+def _thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """A small image as it is; the middle of a large one, shrunk to 64 pixels."""
+    if max(picture.shape[:2]) <= _THUMBNAIL or picture.shape[2] != 3:
+        return picture
+    fitted = ImageOps.fit(Image.fromarray(picture), (_THUMBNAIL, _THUMBNAIL))
+    return np.asarray(fitted)
+
+
 def _keep_pictures(task: Task, sample: Ints, label: Ints, world: World) -> None:
     """Some of the chosen images, as stored, for the report's picture grid."""
     few = np.linspace(0, len(sample) - 1, num=min(len(sample), _PICTURES)).astype(np.int64)
     pictures: list[Any] = []
     for position in sample[few]:
         try:
-            pictures.append(world.stream.raw(int(position)))
+            pictures.append(_thumbnail(world.stream.raw(int(position))))
         except DataError:  # already reported; data.bad_images is `skip`
             continue
-    small = [picture for picture in pictures if picture.shape == pictures[0].shape]
     names = world.stream.sample_names("train", sample[few])
     with replacing(world.folder.memory / f"task-{task.index}.npz") as path, open(path, "wb") as file:
         np.savez(
             file,
-            images=np.stack(small) if len(small) == len(pictures) and small else np.zeros((0, 1, 1, 3), np.uint8),
+            images=np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8),
             labels=label[few],
             names=np.array(names),
             task=np.array(task.index),

@@ -17,8 +17,6 @@ from hpccl.train.state import RunState, World
 
 __all__ = ["evaluate", "test"]
 
-_BATCH = 500
-
 
 def evaluate(task: Task, state: RunState, world: World) -> None:
     """Test after training on `task`, write it down, and keep it in the state."""
@@ -49,7 +47,8 @@ def test(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
 def _logits(
     mine: np.ndarray[Any, np.dtype[np.int64]], state: RunState, world: World
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    parts = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
+    size = world.stream_batch
+    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
     requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts)
     labels = torch.from_numpy(world.stream.labels("test"))
     for part, images in zip(parts, world.stream.load(requests, "test"), strict=True):

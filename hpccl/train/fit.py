@@ -15,6 +15,7 @@ from hpccl.checkpoint.store import Mark
 from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
+from hpccl.engine.protocols import trainable
 from hpccl.train.compose import Composer, Part, plan_task, split
 from hpccl.train.diverged import Failure, diagnose
 from hpccl.train.state import RunState, World
@@ -45,7 +46,7 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     try:
         with world.phase(task, "fit", part=first) as phase:
             last = _steps(task, state, world, plan, composer)
-            phase.images = sum(len(plan.batch(step)) for step in range(first, last))
+            phase.images = plan.num_rows(first, last)
     finally:
         detach()
     if last < plan.num_steps:
@@ -145,7 +146,7 @@ class Meter:
         named = {name: float(value) for name, value in zip(TERM_NAMES, terms, strict=True)}
         quadratic = self.state.prior.quadratic
         if quadratic is not None and self.world.comm.leader:
-            weights = {name: value.detach() for name, value in self.state.engine.module.named_parameters()}
+            weights = {name: value.detach() for name, value in trainable(self.state.engine.module).items()}
             named["quadratic"] = quadratic.value(weights) / self.plan.num_train
         speed = self.images / (time.perf_counter() - self.since)
         left = (self.plan.num_steps - done) * self.plan.batch_size / speed

@@ -12,6 +12,7 @@ from torch import Tensor
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request
+from hpccl.engine.protocols import trainable
 from hpccl.prior.reconstruct import Losses, compare_gradients, summed_gradients
 from hpccl.train.compose import Composer
 from hpccl.train.loss import row_nats
@@ -20,7 +21,6 @@ from hpccl.train.state import RunState, World
 __all__ = ["reconstruct"]
 
 _SUBSAMPLE = 104
-_BATCH = 256
 
 
 def reconstruct(task: Task, state: RunState, world: World) -> None:
@@ -39,7 +39,7 @@ def reconstruct(task: Task, state: RunState, world: World) -> None:
         (true,) = summed_gradients(engine.module, _true(used, composer, world), comm, num_terms=1)
         true = {name: value * (len(past) / len(used)) for name, value in true.items()}
         soft, replay = summed_gradients(engine.module, _memory(composer, world), comm, num_terms=2)
-        weights = {name: value.detach() for name, value in engine.module.named_parameters()}
+        weights = {name: value.detach() for name, value in trainable(engine.module).items()}
         zero = {name: torch.zeros_like(value) for name, value in weights.items()}
         quadratic = prior.quadratic.force(weights) if prior.quadratic is not None else zero
         total = {name: soft[name] + replay[name] + quadratic[name] for name in weights}
@@ -99,7 +99,8 @@ def _pair(first: Losses, second: Losses) -> Losses:
 
 def _load(samples: npt.NDArray[np.int64], world: World) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor]]:
     """(samples [n], pixels, valid) in the evaluation view."""
-    parts = [samples[start : start + _BATCH] for start in range(0, len(samples), _BATCH)]
+    size = world.stream_batch
+    parts = [samples[start : start + size] for start in range(0, len(samples), size)]
     requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts)
     for part, images in zip(parts, world.stream.load(requests), strict=True):
         yield part, images.pixels.to(world.comm.device), images.valid

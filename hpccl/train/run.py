@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,8 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
                 world = World(config, comm, stream, folder, log, progress, stop)
                 outcome = _through_the_stream(world, command)
         except HpcclError as error:
-            log.write("error", kind=type(error).__name__, message=str(error))
+            with contextlib.suppress(FolderError):  # a full disk, say, has no room for its own error
+                log.write("error", kind=type(error).__name__, message=str(error))
             raise
     if comm.leader:
         from hpccl.report.write import report_run  # loads the plotting library, which other ranks do without

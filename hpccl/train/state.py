@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from hpccl.report.progress import Progress
 from hpccl.train.stop import Stop
 
 __all__ = ["Phase", "RunState", "World"]
+
+_VALUES = 8_000_000
 
 
 @dataclass
@@ -63,6 +66,11 @@ class World:
     log: EventLog
     progress: Progress
     stop: Stop
+
+    @property
+    def stream_batch(self) -> int:
+        """Images at a time where nothing is learned: as many as some tens of megabytes hold."""
+        return min(max(_VALUES // math.prod(self.stream.image_shape), 16), 500)
 
     def save(self, state: RunState, mark: Mark) -> None:
         """Checkpoint on the leader while the others wait; if it fails there, the launcher ends the others."""

@@ -51,6 +51,9 @@ def test_pruning_keeps_ends_and_the_newest(tmp_path: Path) -> None:
     save(tmp_path, Mark.at(0, "fitted", 4), TREE, keep=2)
     save(tmp_path, Mark.at(0, "done", 4), TREE, keep=2)
     assert names(tmp_path) == ["task-000-done-00000004", "task-000-fitted-00000004"]
+    save(tmp_path, Mark.at(1, "fitted", 5), TREE, keep=2)
+    save(tmp_path, Mark.at(1, "done", 5), TREE, keep=2)
+    assert names(tmp_path)[2:] == ["task-001-done-00000005"]
 
 
 def test_unknown_format(tmp_path: Path) -> None:

@@ -99,3 +99,19 @@ def test_noise_and_views_differ_between_steps_and_rows() -> None:
     views = np.concatenate([natural.batch(step).view for step in range(natural.num_steps)])
     assert len(np.unique(views)) == len(views)
     assert (views != 0).all()
+
+
+@pytest.mark.parametrize("share", [None, 0.4])
+def test_number_of_rows_is_that_of_the_batches(share: float | None) -> None:
+    made = plan(share=share)
+    assert made.num_rows(3, 14) == sum(len(made.batch(step)) for step in range(3, 14))
+
+
+def test_stratified_rows_are_mixed() -> None:
+    """Each half of a batch, such as a rank's, has rows of both kinds."""
+    stratified = plan(share=0.5, batch_size=32, epochs=4)
+    for step in range(stratified.num_steps):
+        new = stratified.batch(step).new
+        for half in (new[: len(new) // 2], new[len(new) // 2 :]):
+            assert (half >= 0).any()
+            assert (half < 0).any()
