@@ -219,13 +219,16 @@ def _watch(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> int:
     return _explain(culprit, ranks, asked)
 
 
-def _order_of_blame(rank: _Rank) -> tuple[bool, float]:
-    """A rank killed from outside first, then the one that left its error earliest."""
+def _order_of_blame(rank: _Rank) -> tuple[bool, int, float]:
+    """A rank killed from outside first, then one that knows what is wrong, then the one that failed earliest."""
     try:
         at = rank.error.stat().st_mtime
     except OSError:
         at = float("inf")
-    return (rank.code() or 0) >= 0, at
+    word = rank.word()
+    kind = word[0] if word is not None else "crash"
+    # Ranks that lost a partner say WorldError or crash in a collective; neither is the cause.
+    return (rank.code() or 0) >= 0, {"WorldError": 1, "crash": 2}.get(kind, 0), at
 
 
 def _end(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> None:

@@ -50,15 +50,14 @@ def main(config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError
     stop = Stop()
     try:
         with _listening(stop):
-            outcome = _train(config, argv, stop)
-    except HpcclError as error:
+            return _train(config, argv, stop, report)
+    except HpcclError as error:  # before the others were met
         return report(error)
     except KeyboardInterrupt:
         return INTERRUPTED
-    return STOPPED if outcome == "stopped" else DONE
 
 
-def _train(config: RunConfig, argv: Sequence[str], stop: Stop) -> str:
+def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[[HpcclError], int]) -> int:
     import torch
 
     from hpccl.dist.mesh import join, leave
@@ -71,9 +70,13 @@ def _train(config: RunConfig, argv: Sequence[str], stop: Stop) -> str:
     with holding(RunFolder(Path(config.path))) if leader else contextlib.nullcontext():
         comm = join(config.engine.device)
         try:
-            return run(config, comm, stop, command=argv, quiet=config.log.quiet)
-        finally:
-            leave()
+            outcome = run(config, comm, stop, command=argv, quiet=config.log.quiet)
+        except HpcclError as error:
+            code = report(error)  # before leaving: the others fail when this rank's connections close
+        else:
+            code = STOPPED if outcome == "stopped" else DONE
+        leave()
+        return code
 
 
 @contextlib.contextmanager

@@ -69,11 +69,15 @@ class Comm:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
+        return self.max(int(flag)) > 0
+
+    def max(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
         if self.size == 1:
-            return flag
-        total = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(total, op=dist.ReduceOp.MAX)
-        return bool(total.item())
+            return number
+        largest = torch.tensor([number], device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -22,7 +22,7 @@ from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request
 from hpccl.dist.comm import Comm
-from hpccl.errors import DataError
+from hpccl.errors import DataError, WorldError
 from hpccl.folder import replacing
 from hpccl.memory.select import choose
 from hpccl.memory.store import Memory
@@ -166,8 +166,7 @@ def _examples(task: Task, samples: Ints, world: World) -> Iterator[Examples]:
     with contextlib.closing(world.stream.load(_stored_view(part) for part in parts)) as images:
         for number in range(rounds):
             # This pass may take minutes: every rank asks as often as the others, whether or not it has a batch left.
-            if world.stop.requested(comm):
-                raise Stopped
+            _ask(world)
             if number >= len(parts):
                 continue
             batch = next(images)
@@ -179,6 +178,15 @@ def _examples(task: Task, samples: Ints, world: World) -> Iterator[Examples]:
                 sample=positions.to(comm.device),
                 weight=batch.valid.float().to(comm.device),
             )
+
+
+def _ask(world: World) -> None:
+    """Leave the pass if any rank was asked to stop. A rank that failed in it says 1 (Comm.any) at this very moment."""
+    answer = world.comm.max(2 if world.stop.reason is not None else 0)
+    if answer == 2:
+        raise Stopped
+    if answer == 1:
+        raise WorldError("another rank failed while the curvature was measured; see its message")
 
 
 def _stored_view(samples: Ints) -> Request:
