@@ -76,7 +76,9 @@ def random_stream(size: int, *, tasks: int, classes: int, train: int, test: int 
     }
     groups = {which: np.zeros_like(found) for which, found in labels.items()}
     layout = arrange([Collection("random", names, labels, groups, tasks)], order="given", seed=0)
-    return ImageStream(layout, (3, size, size), RandomImages.of(size), lambda which, sample: f"random/{which}-{sample}")
+    return ImageStream(
+        layout, (3, size, size), RandomImages.of(size), lambda which, sample: f"random/{which}-{sample}", "random"
+    )
 
 
 def make_world(config: RunConfig, comm: Comm, stream: ImageStream, folder: Path) -> World:

@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ewc+fr+replay": {**EWC, "replay": 0.5},
     "ewc+fr+replay+teacher": {**EWC, "replay": 0.5, "view": "teacher"},
 }
-PENALTY, AGAIN, AIM = "ewc_penalty_in_loss", "finetune_again", "ewc+fr+replay"
+PENALTY, AGAIN = "ewc_penalty_in_loss", "finetune_again"
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,19 @@ def main() -> None:
 
 
 def report(found: dict[str, dict[str, Any]], **details: Any) -> None:
-    """Ratios by median over turns; found: what `measure` returns, by model."""
-    headline: dict[str, float] = {}
+    """Ratios by median over turns, of each method the worst over models; found: what `measure` returns, by model."""
+    ratios: dict[str, dict[str, float]] = {}
     for model, measured in found.items():
         rates: dict[str, list[float]] = measured["rates"]
-        for name, each in rates.items():
-            ratio = median_ratio(rates, "finetune", name)
-            headline[f"{model}/{name}"] = ratio
-            print(f"{model:9} {name:22} {median(each):9.1f} images/s {ratio:7.3f}")
-        del headline[f"{model}/finetune"]
-    worst = max(headline[f"{model}/{AIM}"] for model in found)
-    noise = {model: round(headline.pop(f"{model}/{AGAIN}"), 4) for model in found}
+        ratios[model] = {name: median_ratio(rates, "finetune", name) for name in rates if name != "finetune"}
+        for name, ratio in ratios[model].items():
+            print(f"{model:9} {name:22} {median(rates[name]):9.1f} images/s {ratio:7.3f}")
+    noise = {model: round(each.pop(AGAIN), 4) for model, each in ratios.items()}
+    names = next(iter(ratios.values()))
     print_result(
         "step_overhead",
-        {**headline, f"worst_{AIM}": worst},
+        {name: max(each[name] for each in ratios.values()) for name in names},
+        time_over_finetune=ratios,
         images_per_second={
             model: {name: round(median(each), 1) for name, each in measured["rates"].items()}
             for model, measured in found.items()
@@ -191,9 +190,9 @@ def with_penalty(ewc: Steps) -> Steps:
 
     def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
         for number, rows in enumerate(batches, start=1):
-            loss = weighted_nats(engine.forward(rows.pixels, rows.noise), rows).sum() / num_rows
             last = number == len(batches)
-            engine.backward(loss + penalty(engine.module) if last else loss, last=last)
+            loss = weighted_nats(engine.forward(rows.pixels, rows.noise, last=last), rows).sum() / num_rows
+            engine.backward(loss + penalty(engine.module) if last else loss)
         return engine.step()
 
     return replace(ewc, prior=replace(ewc.prior, quadratic=None), take=take)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def _open_digits(stream: DigitsStream, data: DataConfig) -> ImageStream:
     def name_of(split: Split, sample: int) -> str:
         return f"{TITLE}/{numbers[split][layout.index[split].local[sample]]}"
 
-    return ImageStream(layout, (channels, height, width), source, name_of)
+    return ImageStream(layout, (channels, height, width), source, name_of, fingerprint=TITLE)
 
 
 # ---------------------------------------------------------------- shards
@@ -107,10 +108,15 @@ def _open_shards(stream: ShardStream, data: DataConfig) -> ImageStream:
         source = _decoded_source(parts, layout, data, (height, width))
     else:
         source = _encoded_source(parts, layout, data, (height, width))
-    opened = ImageStream(layout, (3, height, width), source, partial(_name_of, parts, layout))
+    opened = ImageStream(layout, (3, height, width), source, partial(_name_of, parts, layout), _fingerprint(parts))
     if decoded and data.bad_images == "stop" and opened.skipped():
         raise DataError(_explain_bad(opened))
     return opened
+
+
+def _fingerprint(parts: Sequence[_Opened]) -> str:
+    together = "\n".join(part.splits[split].fingerprint for part in parts for split in SPLITS)
+    return hashlib.sha256(together.encode()).hexdigest()
 
 
 def _open_parts(stream: ShardStream) -> list[_Opened]:

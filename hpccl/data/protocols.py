@@ -50,6 +50,10 @@ class Stream(Protocol):
         """By class number in the stream; len(class_names) is C."""
 
     @property
+    def fingerprint(self) -> str:
+        """Changes with the images; sample positions mean the same only while it does not."""
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of what `load` yields."""
 

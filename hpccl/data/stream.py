@@ -34,12 +34,14 @@ class ImageStream:
     """A stream of tasks that are classes of images.
 
     name_of: (split, sample) -> `<data set>/<key>`
+    fingerprint: changes with the images
     """
 
     layout: Layout
     image_shape: tuple[int, int, int]
     source: ImageSource
     name_of: Callable[[Split, int], str]
+    fingerprint: str
 
     @property
     def tasks(self) -> tuple[ClassTask, ...]:

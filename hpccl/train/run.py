@@ -72,7 +72,9 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     found = latest(world.folder.checkpoints)
     _introduce(world, command, found)
     if found is not None:
-        state.load_state_dict(load(world.folder.checkpoints, found), found)
+        tree = load(world.folder.checkpoints, found)
+        _check_data(tree, world)
+        state.load_state_dict(tree, found)
     else:
         world.log.write("evaluate", task=-1, results=test(state, world, last=-1))
     for task in stream.tasks[_first_task(config, stream, state.mark) :]:
@@ -128,6 +130,15 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
         raise ConfigError(
             f"memory.size={config.memory.size} is larger than task '{smallest}', which has {sizes[smallest]} training "
             f"examples; allowed: 0 to {sizes[smallest]} (examples kept of each task)"
+        )
+
+
+def _check_data(tree: dict[str, Any], world: World) -> None:
+    """Memory and the order of examples are numbers of images: refuse other images under the same numbers."""
+    if tree["data"] != world.stream.fingerprint:
+        raise FolderError(
+            f"the data changed since '{world.folder.path}' was begun (fingerprint {tree['data'][:12]} then, "
+            f"{world.stream.fingerprint[:12]} now); restore the shards it was begun with, or choose another folder=..."
         )
 
 

@@ -75,7 +75,7 @@ class World:
     def save(self, state: RunState, mark: Mark) -> None:
         """Checkpoint on the leader while the others wait; if it fails there, the launcher ends the others."""
         state.mark = mark
-        tree = state.state_dict()
+        tree = {**state.state_dict(), "data": self.stream.fingerprint}
         if self.comm.leader:
             saved = save(self.folder.checkpoints, mark, tree, keep=self.config.checkpoint.keep)
             self.log.write(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -183,6 +184,19 @@ def test_shards_that_are_missing_or_truncated(tmp_path: Path) -> None:
         code, output = hpccl("shards", "verify", str(shards))
         assert code == 1
         assert victim.name in output
+
+
+def test_other_images_in_the_same_place_are_refused(tmp_path: Path) -> None:
+    shards = small_shards(tmp_path)
+    own = [*shard_settings(shards, tmp_path / "cache"), "memory.size=4"]
+    assert finish(start(tmp_path / "run", *own))[0] == 0
+    shutil.rmtree(shards)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "train" / "cat" / "3.png")
+    assert hpccl("shards", "build", str(tmp_path / "images"), str(shards))[0] == 0
+    code, output = finish(start(tmp_path / "run", *own))
+    assert code == 1
+    assert "the data changed since" in output
+    assert "Traceback" not in output
 
 
 def test_mistakes_in_the_command_are_all_reported(tmp_path: Path) -> None:
