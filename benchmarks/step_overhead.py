@@ -147,8 +147,9 @@ def measure(case: Case, precision: str, comm: Comm, folder: Path) -> dict[str, A
     steps[AGAIN] = replace(steps["finetune"])
     engine.start(num_steps=case.steps * case.turns * len(steps), task=1)
     check_equal(engine, steps["ewc"], steps[PENALTY])
-    rates = interleaved(steps, case.turns)
-    cpu = {name: torch.tensor(each.cpu[1:], dtype=torch.float64) for name, each in steps.items()}
+    interleaved(steps, case.turns)
+    rates = {name: each.rates[-case.turns :] for name, each in steps.items()}
+    cpu = {name: torch.tensor(each.cpu[-case.turns :], dtype=torch.float64) for name, each in steps.items()}
     comm.sum_(list(cpu.values()))
     ratios = {name: round(float((seconds / cpu["finetune"]).median()), 4) for name, seconds in cpu.items()}
     return {"rates": rates, "cpu": ratios}

@@ -180,8 +180,9 @@ def timed(state: RunState, world: World, size: Size) -> tuple[dict[str, list[flo
 
     runs = {"early": steps(EARLY), "late": steps(LATE), "again": steps(EARLY)}
     state.engine.start(num_steps=3 * size.steps * (size.turns + 1), task=LATE)
-    rates = interleaved(runs, size.turns)
-    early, late = (torch.tensor(runs[when].cpu[1:]) for when in ("early", "late"))
+    interleaved(runs, size.turns)
+    rates = {when: each.rates[-size.turns :] for when, each in runs.items()}
+    early, late = (torch.tensor(runs[when].cpu[-size.turns :]) for when in ("early", "late"))
     return rates, float((late / early).median())
 
 

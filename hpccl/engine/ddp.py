@@ -41,6 +41,7 @@ class DdpEngine:
         self._average: dict[str, Tensor] | None = None
         self._task = self._step = self._num_steps = 0
         self._last = True
+        self._warm = False
 
     def _wrap(self, model: nn.Module) -> nn.Module | DistributedDataParallel:
         if self._comm.size == 1:
@@ -75,12 +76,30 @@ class DdpEngine:
 
     def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True) -> Tensor:
         """Logits in training mode, fp32; autocast ends here, before any loss or prior."""
-        self._last = last
         self._wrapped.train()
         set_noise(self._model, noise)
+        if isinstance(self._wrapped, DistributedDataParallel) and not self._warm:
+            self._warm_up(pixels)
+        self._last = last
         with self._autocast(), self._averaging(last):
             logits: Tensor = self._wrapped(pixels.to(memory_format=self._format))
         return logits.float()
+
+    def _warm_up(self, pixels: Tensor) -> None:
+        """Take a step for nothing, once a process.
+
+        DDP groups gradients anew after its first backward pass, and the order of summation over three or more ranks
+        depends on the groups: without this, a resumed run would add in another order than an undisturbed one.
+        """
+        self._warm, self._last = True, False  # the gradient hooks stay silent
+        buffers = {name: value.detach().clone() for name, value in self._model.named_buffers()}
+        with self._autocast():
+            logits: Tensor = self._wrapped(pixels.to(memory_format=self._format))
+        (logits.float().sum() * 0).backward()
+        for parameter in self._model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        self.put(buffers)
 
     def _averaging(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """DDP decides in the forward pass whether the backward pass will average over ranks."""
