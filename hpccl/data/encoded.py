@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EncodedImages", "Made", "Maker"]
 
+_NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -164,7 +166,8 @@ def _in_workers(maker: Maker, requests: Iterable[Request], workers: int) -> Gene
     with warnings.catch_warnings():
         # Python 3.12 warns of forking beside threads; the workers only read files and decode.
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        made = iter(loader)
+        with _signals_held():
+            made = iter(loader)
     try:
         yield from made
     finally:
@@ -176,10 +179,21 @@ def _as_is(made: Any) -> Any:
     return made
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold signals back while workers are started: one that came before a worker ignores it would kill the worker."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(_: int) -> None:
     """Leave signals to the main process, but do not outlive it."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_WORKERS)
     if sys.platform == "linux":
         # Else torch's watchdog notices within five seconds, in which files and locks stay open.
         set_parent_death_signal = 1
