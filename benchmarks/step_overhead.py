@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--nproc", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     options = parser.parse_args()
-    cases = [replace(CASES[0], steps=2, turns=5)] if options.quick else list(CASES)
+    cases = [replace(CASES[0], steps=1, turns=7)] if options.quick else list(CASES)
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         arguments = (options.nproc, folder, cases, options.precision)
         mp.spawn(work, arguments, nprocs=options.nproc)  # type: ignore[attr-defined, no-untyped-call]
