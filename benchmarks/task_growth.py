@@ -66,7 +66,7 @@ class Size:
 
 
 FULL = Size(pixels=32, train=16, keep=40, steps=4, turns=11)
-QUICK = Size(pixels=16, train=8, keep=20, steps=15, turns=11)
+QUICK = Size(pixels=16, train=8, keep=20, steps=10, turns=7)
 
 
 def main() -> None:

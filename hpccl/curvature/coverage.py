@@ -136,7 +136,7 @@ def _graph_bytes(model: nn.Module, pixels: Tensor) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # a saved output kept as it is would hold its own graph for ever
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model(pixels)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.data.order import BatchPlan
+from hpccl.data.rows import Request
 from hpccl.prior.prior import Prior
 from hpccl.train.compose import Composer, plan_task, split
 from hpccl.train.consolidate import _examples, measure
@@ -149,9 +150,8 @@ def test_5_soft_labels_are_those_of_the_model_that_was_trained(tmp_path: Path, v
     assert torch.equal(target.argmax(1), guesses)
 
 
-def request_stored(samples: Tensor):  # type: ignore[no-untyped-def]
-    from hpccl.data.rows import Request
-
+def request_stored(samples: Tensor) -> Request:
+    """The evaluation view of some training examples."""
     return Request(samples.numpy(), np.zeros(len(samples), dtype=np.uint64))
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -402,3 +404,26 @@ def test_mistakes_in_algebra_and_state(diagonal: Diagonal) -> None:
 
 def test_build() -> None:
     assert build_estimator(DiagonalCurvature(fisher="mc", samples=4), seed=7) == DiagonalEstimator("mc", 4, 7)
+
+
+def test_nothing_of_a_pass_stays_in_memory() -> None:
+    """A forward graph was once kept by every estimate."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Sigmoid(), torch.nn.Linear(64, 4))
+    examples = Examples(
+        pixels=torch.randn(32, 64),
+        labels=torch.arange(32) % 4,
+        head=torch.ones(4, dtype=torch.bool),
+        sample=torch.arange(32),
+        weight=torch.ones(32),
+    )
+
+    def live() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    estimator = DiagonalEstimator("mc", 1, 0)
+    estimator.estimate(model, [examples], Comm.solo())
+    before = live()
+    for _ in range(3):
+        estimator.estimate(model, [examples], Comm.solo())
+    assert live() == before
