@@ -13,9 +13,9 @@ from hpccl.config.sections import (
     CurvatureConfig,
     DataConfig,
     DdpEngine,
-    DiagonalCurvature,
     DigitsStream,
     EngineConfig,
+    KroneckerCurvature,
     LocalCluster,
     LogConfig,
     MemoryConfig,
@@ -49,7 +49,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()  # the optimiser
     memory: MemoryConfig = MemoryConfig()  # examples of past tasks that are kept
     prior: PriorConfig = PriorConfig()  # what the past says while a new task is learned
-    curvature: CurvatureConfig = DiagonalCurvature()  # of the quadratic
+    curvature: CurvatureConfig = KroneckerCurvature()  # of the quadratic
     engine: EngineConfig = DdpEngine()  # where the weights live
     checkpoint: CheckpointConfig = CheckpointConfig()  # when to save
     log: LogConfig = LogConfig()  # what is written while running

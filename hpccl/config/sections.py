@@ -16,24 +16,32 @@ __all__ = [
     "CurvatureConfig",
     "DataConfig",
     "DdpEngine",
+    "DenseCurvature",
     "DiagonalCurvature",
     "DigitsStream",
+    "EkfacCurvature",
     "EngineConfig",
+    "KroneckerCurvature",
+    "ListedTasks",
     "LocalCluster",
     "LogConfig",
     "MemoryConfig",
     "MlpModel",
     "ModelConfig",
     "NaturalMix",
+    "NearestTasks",
     "NoAugment",
     "OptimConfig",
     "PaperModel",
     "Part",
+    "PooledTasks",
     "PriorConfig",
     "QuadraticConfig",
+    "RefitTasks",
     "ShardStream",
     "StratifiedMix",
     "StreamConfig",
+    "TasksConfig",
     "TimmAugment",
     "TimmModel",
     "TrainConfig",
@@ -246,6 +254,8 @@ class QuadraticConfig(Section):
 
     weight: NonNegativeFloat = 0.0  # lambda; 1 is the un-tempered value
     damping: NonNegativeFloat = 1e-3  # delta
+    # newest: one quadratic around the newest weights; each: every task's own around the weights at its end
+    anchor: Literal["newest", "each"] = "newest"
 
 
 class PriorConfig(Section):
@@ -261,17 +271,90 @@ class PriorConfig(Section):
     view: Literal["stored", "teacher", "recorded"] = "stored"
 
 
-class DiagonalCurvature(Section):
-    """Diagonal of the Fisher matrix, exact per example."""
+class ListedTasks(Section):
+    """Every task's own factors, exactly, as long as they fit; then the closest pairs of tasks are merged, layer by layer.
 
-    kind: Literal["diagonal"] = "diagonal"
+    A merge is the nearest Kronecker product of two terms. Its error is known before it is made; one that would take a
+    layer beyond `tolerance` is not made, and then the list stays larger than it should.
+    """
+
+    kind: Literal["list"] = "list"
+    max_gib: PositiveFloat = 4.0  # of all factors on all ranks together
+    max_gflop: PositiveFloat | None = None  # of one step's pull on all ranks together; null: no limit
+    tolerance: Annotated[float, Field(ge=0)] = 0.1  # largest error of a layer's sum, relative, Frobenius norm
+
+
+class PooledTasks(Section):
+    """One pair a layer: input factors averaged over examples, gradient factors summed (online Laplace)."""
+
+    kind: Literal["pooled"] = "pooled"
+
+
+class NearestTasks(Section):
+    """One pair a layer: the nearest Kronecker product of the sum so far and the new task (Van Loan and Pitsianis 1993)."""
+
+    kind: Literal["nearest"] = "nearest"
+
+
+class RefitTasks(Section):
+    """One eigenbasis a layer, that of the nearest pair, with the exact diagonal of the sum in it (EKFAC)."""
+
+    kind: Literal["refit"] = "refit"
+
+
+TasksConfig = Annotated[ListedTasks | PooledTasks | NearestTasks | RefitTasks, Field(discriminator="kind")]
+
+
+class Measured(Section):
+    """What every kind of curvature measures."""
+
     fisher: Literal["ggn", "mc", "empirical"] = "ggn"  # exact over labels, labels drawn from the model, true labels
     samples: PositiveInt = 1  # labels drawn per example for fisher=mc
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the task's examples that is used
     batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
 
 
-CurvatureConfig = DiagonalCurvature  # a union by `kind` once there is a second one
+class LayerMeasured(Measured):
+    """What both Kronecker kinds measure of a layer."""
+
+    fisher: Literal["ggn", "mc", "empirical"] = "mc"  # exact over labels, labels drawn from the model, true labels
+    sharing: Literal["expand", "reduce"] = "expand"  # of a weight over positions: each counts alone, or their mean does
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward pass; sums are always fp32
+    max_factor: PositiveInt = 16384  # largest side of a factor; 16384 is 1 GiB
+    # layers (module names, with * and ?) that get the diagonal instead, like all that is no linear map or convolution
+    diagonal: Annotated[tuple[str, ...], Strict(False)] = ()
+
+
+class KroneckerCurvature(LayerMeasured):
+    """K-FAC: a Kronecker product for each layer, exact diagonal for norms, embeddings and free parameters."""
+
+    kind: Literal["kronecker"] = "kronecker"
+    tasks: TasksConfig = ListedTasks()  # how the curvatures of several tasks become one
+    keep_trace: Annotated[float, Field(gt=0, le=1)] = 1.0  # below 1: low-rank factors that keep this share of the trace
+
+
+class EkfacCurvature(LayerMeasured):
+    """EKFAC: the eigenbasis of K-FAC, with the exact diagonal in it from a second pass; summed over tasks by refitting."""
+
+    kind: Literal["ekfac"] = "ekfac"
+
+
+class DiagonalCurvature(Measured):
+    """Diagonal of the Fisher matrix, exact per example."""
+
+    kind: Literal["diagonal"] = "diagonal"
+
+
+class DenseCurvature(Measured):
+    """The whole matrix, for small networks and tests."""
+
+    kind: Literal["dense"] = "dense"
+    max_parameters: PositiveInt = 10000  # a larger network is refused; 10000 is 0.4 GB
+
+
+CurvatureConfig = Annotated[
+    KroneckerCurvature | EkfacCurvature | DiagonalCurvature | DenseCurvature, Field(discriminator="kind")
+]
 
 # ---------------------------------------------------------------- machinery
 
