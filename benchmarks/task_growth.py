@@ -162,7 +162,7 @@ def held(state: RunState, world: World) -> dict[str, int]:
         "resident_with_free": untrimmed,
         "checkpoint": sum(file.stat().st_size for file in checkpoint.iterdir()),
         "memory": state.prior.memory.num_bytes,
-        "curvature": quadratic.precision.num_bytes if quadratic else 0,
+        "curvature": quadratic.precision.totals(world.comm).num_bytes if quadratic else 0,
         # The table of accuracies, and the names and numbers beside the tensors.
         "text": (checkpoint / "state.json").stat().st_size,
     }

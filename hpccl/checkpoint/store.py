@@ -7,15 +7,19 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpccl.checkpoint.tree import read_tree, write_tree
-from hpccl.errors import CheckpointError, FolderError
+import torch
+
+from hpccl.checkpoint.tree import read_header, read_tree, write_tree
+from hpccl.dist.comm import Comm
+from hpccl.errors import CheckpointError, FolderError, WorldError
 from hpccl.folder import explain_os_error
 
-__all__ = ["FORMAT", "Mark", "Saved", "latest", "load", "marks", "save"]
+__all__ = ["FORMAT", "Mark", "Saved", "Shard", "latest", "load", "marks", "open_shards", "save"]
 
 FORMAT = 1
 _PHASES = ("fit", "fitted", "done")
@@ -51,37 +55,141 @@ class Mark:
 
 @dataclass(frozen=True)
 class Saved:
-    """What saving cost."""
+    """What saving cost: bytes written by all ranks, seconds."""
 
     num_bytes: int
     seconds: float
 
 
-def save(checkpoints: Path, mark: Mark, tree: dict[str, Any], *, keep: int) -> Saved:
-    """Write a checkpoint beside and rename it, then prune the older ones within tasks.
+@dataclass
+class Shard:
+    """What each rank writes for itself: large, seldom changed, and so linked from the checkpoint before where it can be.
+
+    written: what was written last, and where
+    """
+
+    written: tuple[object, Path] | None = None
+
+    def write(self, folder: Path, stem: str, source: object, tree: dict[str, Any]) -> int:
+        """Write `tree`, which describes `source`, or link the files that hold it; returns the bytes written.
+
+        Raises:
+            OSError: see write_tree.
+        """
+        num_bytes = 0 if self._linked(folder, stem, source) else write_tree(folder, tree, header={}, stem=stem)
+        return num_bytes
+
+    def moved(self, source: object, folder: Path) -> None:
+        """`source` is now in `folder`."""
+        self.written = (source, folder)
+
+    def _linked(self, folder: Path, stem: str, source: object) -> bool:
+        if self.written is None or self.written[0] is not source:
+            return False
+        try:
+            for suffix in ("safetensors", "json"):
+                os.link(self.written[1] / f"{stem}.{suffix}", folder / f"{stem}.{suffix}")
+        except OSError:  # removed meanwhile, or a file system without links
+            for suffix in ("safetensors", "json"):
+                (folder / f"{stem}.{suffix}").unlink(missing_ok=True)
+            return False
+        return True
+
+
+def save(
+    checkpoints: Path,
+    mark: Mark,
+    tree: dict[str, Any],
+    *,
+    keep: int,
+    comm: Comm | None = None,
+    shard: Shard | None = None,
+    source: object = None,
+    own: dict[str, Any] | None = None,
+) -> Saved:
+    """Write a checkpoint beside and rename it, then prune the older ones within tasks; collective.
+
+    Args:
+        checkpoints: the folder of all checkpoints.
+        mark: when.
+        tree: what all ranks hold; the leader writes it.
+        keep: newest ones kept within a task.
+        comm: the ranks; None: one.
+        shard: remembers where this rank's own part was written last.
+        source: what `own` describes.
+        own: what this rank alone holds, by layer; empty or None on all ranks: no shards are written.
 
     Raises:
         FolderError: it cannot be written; what was there before is untouched.
+        WorldError: another rank could not write.
     """
     start = time.perf_counter()
-    beside = checkpoints / f".{mark.name}.{os.getpid()}.part"
-    final = checkpoints / mark.name
+    comm, shard = comm or Comm.solo(), shard or Shard()
+    process = comm.max(os.getpid() if comm.leader else 0)
+    beside, final = checkpoints / f".{mark.name}.{process}.part", checkpoints / mark.name
+    count = comm.size if comm.any(bool(own)) else 0
+    num_bytes = 0
+    with _together(comm, beside, final):
+        if comm.leader:
+            _clear(checkpoints)
+            beside.mkdir(parents=True)
+    with _together(comm, beside, final):
+        if count:
+            num_bytes += shard.write(beside, _shard_stem(comm.rank, count), source, own or {})
+        if comm.leader:
+            header = {"format": FORMAT, "mark": mark.name, "shards": count}
+            num_bytes += write_tree(beside, tree, header=header)
+    with _together(comm, beside, final):
+        if comm.leader:
+            if final.exists():  # the same moment, repeated after a kill
+                shutil.rmtree(final)
+            os.replace(beside, final)
+            _sync(checkpoints)
+            _prune(checkpoints, keep)
+    shard.moved(source, final)
+    written = torch.tensor([num_bytes], device=comm.device)
+    comm.sum_([written])
+    return Saved(int(written), time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _together(comm: Comm, beside: Path, final: Path) -> Iterator[None]:
+    """A step that every rank finishes before the next one begins; if one fails, all do."""
+    failure: OSError | None = None
     try:
-        _clear(checkpoints)
-        beside.mkdir(parents=True)
-        num_bytes = write_tree(beside, tree, header={"format": FORMAT, "mark": mark.name})
-        if final.exists():  # the same moment, repeated after a kill
-            shutil.rmtree(final)
-        os.replace(beside, final)
-        _sync(checkpoints)
+        yield
     except OSError as error:
+        failure = error
+    if not comm.any(failure is not None):
+        return
+    if comm.leader:
         shutil.rmtree(beside, ignore_errors=True)
-        raise FolderError(
-            f"checkpoint '{final}' cannot be written: {explain_os_error(error)}; "
-            "the checkpoints before it are untouched"
-        ) from error
-    _prune(checkpoints, keep)
-    return Saved(num_bytes, time.perf_counter() - start)
+    if failure is None:
+        raise WorldError(
+            f"checkpoint '{final}' was not written: another rank could not write its part; see its message"
+        )
+    raise FolderError(
+        f"checkpoint '{final}' cannot be written: {explain_os_error(failure)}; the checkpoints before it are untouched"
+    ) from failure
+
+
+def open_shards(checkpoints: Path, mark: Mark) -> Callable[[Callable[[str], bool]], dict[str, list[dict[str, Any]]]]:
+    """A function that reads what ranks wrote for themselves: of the wanted layers, the states of all ranks by layer."""
+    folder = checkpoints / mark.name
+
+    def read(wanted: Callable[[str], bool]) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {}
+        count = read_header(folder).get("shards", 0)
+        for number in range(count):
+            for layer, states in read_tree(folder, stem=_shard_stem(number, count), wanted=wanted)[1].items():
+                found.setdefault(layer, []).extend(states)
+        return found
+
+    return read
+
+
+def _shard_stem(number: int, count: int) -> str:
+    return f"curvature-{number:05d}-of-{count:05d}"
 
 
 def latest(checkpoints: Path) -> Mark | None:

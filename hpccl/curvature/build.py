@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, assert_never
 
-from hpccl.config.sections import CurvatureConfig, DiagonalCurvature
+from hpccl.config.sections import (
+    CurvatureConfig,
+    DenseCurvature,
+    DiagonalCurvature,
+    EkfacCurvature,
+    KroneckerCurvature,
+    LayerMeasured,
+)
+from hpccl.curvature.dense import DenseEstimator, DensePrecision
 from hpccl.curvature.diagonal import Diagonal, DiagonalEstimator
-from hpccl.curvature.protocols import Estimator, Precision
+from hpccl.curvature.factors import KroneckerPass
+from hpccl.curvature.kfac import EkfacEstimator, KroneckerEstimator
+from hpccl.curvature.kronecker import Kronecker
+from hpccl.curvature.protocols import Estimator, Precision, Shards
+from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError
 
 __all__ = ["build_estimator", "precision_from_state"]
@@ -16,18 +28,44 @@ __all__ = ["build_estimator", "precision_from_state"]
 def build_estimator(config: CurvatureConfig, seed: int) -> Estimator:
     """The estimator that `config` asks for; `seed` is the run's."""
     match config:
+        case KroneckerCurvature():
+            return KroneckerEstimator(_sweep(config, seed), config.tasks, config.keep_trace)
+        case EkfacCurvature():
+            return EkfacEstimator(_sweep(config, seed))
         case DiagonalCurvature():
             return DiagonalEstimator(config.fisher, config.samples, seed)
+        case DenseCurvature():
+            return DenseEstimator(config.fisher, config.samples, seed, config.max_parameters)
+        case _:
+            assert_never(config)
 
 
-def precision_from_state(state: Mapping[str, Any]) -> Precision:
-    """The precision that `state_dict` described.
+def precision_from_state(state: Mapping[str, Any], shards: Shards, comm: Comm) -> Precision:
+    """The precision that `state_dict` and the ranks' `shard_dict` described, spread over the ranks of `comm`.
 
     Raises:
         CheckpointError: of an unknown kind, or damaged.
     """
     match state.get("kind"):
+        case "kronecker":
+            return Kronecker.from_state_dict(state, shards, comm)
         case "diagonal":
             return Diagonal.from_state_dict(state)
+        case "dense":
+            return DensePrecision.from_state_dict(state)
         case kind:
-            raise CheckpointError(f"curvature of unknown kind {kind!r} in a checkpoint; this version reads: 'diagonal'")
+            raise CheckpointError(
+                f"curvature of unknown kind {kind!r} in a checkpoint; this version reads: 'kronecker', 'diagonal', 'dense'"
+            )
+
+
+def _sweep(config: LayerMeasured, seed: int) -> KroneckerPass:
+    return KroneckerPass(
+        fisher=config.fisher,
+        samples=config.samples,
+        seed=seed,
+        sharing=config.sharing,
+        precision=config.precision,
+        diagonal=config.diagonal,
+        max_factor=config.max_factor,
+    )

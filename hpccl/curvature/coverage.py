@@ -23,7 +23,7 @@ from hpccl.curvature.capture import Call, captured
 from hpccl.curvature.pullback import layer_squares, looped_squares, mapped_squares
 from hpccl.errors import CoverageError
 
-__all__ = ["Coverage", "plan", "refuse_unfit"]
+__all__ = ["Coverage", "footprint", "plan", "refuse_unfit"]
 
 _AGREE = 1e-2  # relative difference of squared gradients that still counts as rounding
 _NOISE = 1e-13  # of the largest squared gradient: below it a gradient is rounding alone (exact zeros by symmetry)
@@ -89,6 +89,12 @@ def plan(model: nn.Module, pixels: Tensor) -> Coverage:
     rest = tuple(name for name in truth if name not in covered)
     mapped = _that_map(model, rest, pixels, columns, truth)
     return replace(coverage, layers=layers, mapped=mapped, looped=tuple(name for name in rest if name not in mapped))
+
+
+def footprint(model: nn.Module, pixels: Tensor) -> int:
+    """Bytes per example that a forward pass holds for the backward pass."""
+    held = [_graph_bytes(model, pixels[torch.arange(size, device=pixels.device) % len(pixels)]) for size in (2, 3)]
+    return max(0, held[1] - held[0])
 
 
 def _by_structure(model: nn.Module, pixels: Tensor) -> Coverage:

@@ -15,17 +15,17 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from hpccl.curvature.capture import captured, first_not_finite, measuring
-from hpccl.curvature.columns import Fisher, check_labels, num_columns, output_columns
-from hpccl.curvature.coverage import Coverage, plan, refuse_unfit
-from hpccl.curvature.protocols import Examples, Precision, Weights
-from hpccl.curvature.pullback import layer_gradients, layer_squares, looped_squares, mapped_squares
+from hpccl.curvature.capture import measuring
+from hpccl.curvature.columns import Fisher
+from hpccl.curvature.coverage import Coverage
+from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights
+from hpccl.curvature.pullback import layer_squares, looped_squares, mapped_squares
+from hpccl.curvature.sweep import Sweep, agree, fit_examples, in_parts, listed, planned, zeros_for
 from hpccl.dist.comm import Comm
-from hpccl.errors import CheckpointError, CoverageError, DivergedError, HpcclError, WorldError
+from hpccl.dist.placement import owners
+from hpccl.errors import CheckpointError, CoverageError, HpcclError
 
 __all__ = ["Diagonal", "DiagonalEstimator"]
-
-_PROBE = 4  # examples that the coverage is checked with
 
 
 @final
@@ -68,12 +68,29 @@ class Diagonal:
         Raises:
             CoverageError: a name of `delta` has no curvature.
         """
-        unknown = [name for name in delta if name not in self.values]
-        if unknown:
-            raise CoverageError(f"parameter '{unknown[0]}' has no curvature; measured: {_some(self.values)}")
+        self._refuse_unknown(delta)
         return {name: self.values[name] * value.float() for name, value in delta.items()}
 
-    def plus(self, other: Precision) -> Diagonal:
+    def _refuse_unknown(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self.values]
+        if unknown:
+            raise CoverageError(f"parameter '{unknown[0]}' has no curvature; measured: {listed(self.values)}")
+
+    def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
+        """Each parameter on the rank that owns it; see Precision.pieces.
+
+        Raises:
+            CoverageError: a name of `like` has no curvature.
+        """
+        self._refuse_unknown(like)
+        owner = owners({name: float(weight.numel()) for name, weight in like.items()}, comm.size)
+        return [
+            _piece(name, _strided(self.values[name], weight))
+            for name, weight in like.items()
+            if owner[name] == comm.rank
+        ]
+
+    def plus(self, other: Precision, comm: Comm) -> Diagonal:
         """The sum.
 
         Raises:
@@ -83,7 +100,7 @@ class Diagonal:
             raise CoverageError(f"cannot add {type(other).__name__} to a diagonal curvature; both must be diagonal")
         differing = self.values.keys() ^ other.values.keys()
         if differing:
-            raise CoverageError(f"cannot add curvatures of different weights: only one of them has {_some(differing)}")
+            raise CoverageError(f"cannot add curvatures of different weights: only one of them has {listed(differing)}")
         values = {name: value + other.values[name] for name, value in self.values.items()}
         return Diagonal(values, self.num_examples + other.num_examples)
 
@@ -96,6 +113,10 @@ class Diagonal:
         """Sum of all values."""
         return sum(float(value.double().sum()) for value in self.values.values())
 
+    def totals(self, comm: Comm) -> Totals:
+        """Equal on all ranks."""
+        return Totals(self.trace(), self.num_bytes, self.num_bytes)
+
     def to(self, device: torch.device) -> Diagonal:
         """The same on a device."""
         return Diagonal({name: value.to(device) for name, value in self.values.items()}, self.num_examples)
@@ -103,6 +124,10 @@ class Diagonal:
     def state_dict(self) -> dict[str, Any]:
         """{'kind', 'num_examples', 'values'}."""
         return {"kind": "diagonal", "num_examples": self.num_examples, "values": dict(self.values)}
+
+    def shard_dict(self) -> dict[str, Any]:
+        """Nothing: every rank holds the whole."""
+        return {}
 
 
 @final
@@ -129,7 +154,7 @@ class DiagonalEstimator:
             DivergedError: an activation or a gradient is not finite.
             WorldError: any of these on another rank.
         """
-        values = {name: _accumulator(value) for name, value in model.named_parameters() if value.requires_grad}
+        values = {name: zeros_for(value) for name, value in model.named_parameters() if value.requires_grad}
         count = torch.zeros(1, dtype=torch.float64, device=comm.device)
         failure: HpcclError | None = None
         try:
@@ -139,9 +164,7 @@ class DiagonalEstimator:
                     values[name] += value
         except HpcclError as error:
             failure = error
-        # Together, so that no rank waits in the sum below for one that has stopped.
-        if comm.any(failure is not None):
-            raise failure or WorldError("curvature stopped: another rank could not measure its part; see its message")
+        agree(comm, failure)
         comm.sum_([*values.values(), count])
         return Diagonal(values, float(count))
 
@@ -149,82 +172,51 @@ class DiagonalEstimator:
         self, model: nn.Module, batches: Iterable[Examples]
     ) -> Iterator[tuple[Examples, Mapping[str, Tensor]]]:
         """Parts of the batches that fit in memory, each with its sums of squares."""
-        refuse_unfit(model)
-        like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         coverage: Coverage | None = None
-        for batch in batches:
-            examples = batch.to(like.device, like.dtype)
-            examples = examples.select(examples.weight > 0)
-            if len(examples) == 0:
-                continue
-            check_labels(examples)
-            if coverage is None:
-                with measuring(model, like.device):
-                    coverage = plan(model, examples.pixels[:_PROBE])
+        for examples in fit_examples(model, batches):
+            coverage = coverage or planned(model, examples)
             size, group = self._part(coverage, examples)
-            for first in range(0, len(examples), size):
-                part = examples.select(slice(first, first + size))
-                with measuring(model, like.device):
+            for part in in_parts(examples, size):
+                with measuring(model, part.pixels.device):
                     squares = self._squares(model, coverage, part, group)
                 yield part, squares
 
     def _part(self, coverage: Coverage, examples: Examples) -> tuple[int, int]:
         """How many examples, and how many columns of them, to hold at a time."""
         budget = 1 << 27 if examples.pixels.device.type == "cpu" else 1 << 31
-        columns = max(1, num_columns(self.fisher, int(examples.head.sum()), self.samples))
+        columns = max(1, self._sweep.num_columns(examples))
         group = min(columns, max(1, budget // (8 * max(1, coverage.output_bytes))))
         held = coverage.graph_bytes + group * coverage.output_bytes
         return max(1, min(len(examples), budget // max(1, held))), group
 
     def _squares(self, model: nn.Module, coverage: Coverage, part: Examples, group: int) -> Mapping[str, Tensor]:
-        with captured(model, coverage.layers) as calls:
-            logits = model(part.pixels)
-        if not bool(logits.isfinite().all()):
-            raise _diverged(model, part)
-        columns = output_columns(logits, part, self.fisher, samples=self.samples, seed=self.seed)
-        by_layer = layer_squares(model, coverage.layers, calls, logits, columns, group=group)
+        found = self._sweep.forward(model, coverage.layers, part)
+        columns = found.columns
+        by_layer = layer_squares(model, coverage.layers, found.calls, found.logits, columns, group=group)
         by_model = mapped_squares(model, coverage.mapped, part.pixels, columns, graph_bytes=coverage.graph_bytes)
         by_example, _ = looped_squares(model, coverage.looped, part.pixels, columns)
         squares = {**by_layer, **by_model, **by_example}
         if squares and not bool(torch.stack([value.sum() for value in squares.values()]).isfinite().all()):
-            for name, grad in layer_gradients(coverage.layers, calls, logits, columns[:group]):
-                _check_gradient(name, grad, part)
-            raise _overflowed(squares, part)
+            raise self._sweep.blame(model, coverage.layers, part, {name: v.sum() for name, v in squares.items()})
         return squares
 
-
-def _accumulator(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False, memory_format=torch.contiguous_format)
-
-
-def _diverged(model: nn.Module, part: Examples) -> DivergedError:
-    bad_pixels = ~part.pixels.isfinite().flatten(1).all(1)
-    place, rows = "the pixels", bad_pixels
-    if not bool(bad_pixels.any()):
-        place, rows = first_not_finite(model, part.pixels) or ("the model's output", ~bad_pixels)
-    samples = _samples(part, rows)
-    return DivergedError(f"{place} is not finite for samples {samples}; curvature needs a model that has not diverged")
+    @property
+    def _sweep(self) -> Sweep:
+        return Sweep(self.fisher, self.samples, self.seed)
 
 
-def _check_gradient(name: str, grad: Tensor, part: Examples) -> None:
-    bad = ~grad.isfinite().flatten(1).all(1).unflatten(0, (len(part), -1)).any(1)
-    if bool(bad.any()):
-        raise DivergedError(f"the gradient of layer '{name}' is not finite for samples {_samples(part, bad)}")
+def _piece(name: str, values: Tensor) -> Piece:
+    def add(target: Tensor, weights: Weights, anchor: Weights, scale: float, damping: float) -> Tensor:
+        difference = weights[name].float() - anchor[name]
+        # Into the target's own layout, which is that of the buckets in which gradients are averaged.
+        total = torch.addcmul(target, values, difference, value=scale, out=torch.empty_like(target))
+        return total.add_(difference, alpha=scale * damping)
+
+    return Piece(name, (name,), add)
 
 
-def _overflowed(squares: Mapping[str, Tensor], part: Examples) -> DivergedError:
-    names = [name for name, value in squares.items() if not bool(value.sum().isfinite())]
-    everyone = torch.ones(len(part), dtype=torch.bool)
-    return DivergedError(
-        f"squared gradients of '{names[0]}' overflow fp32 for samples {_samples(part, everyone)}; "
-        "its inputs or gradients are beyond 1e19: the model has diverged"
-    )
-
-
-def _samples(part: Examples, rows: Tensor) -> str:
-    return _some(part.sample[rows.to(part.sample.device)].tolist())
-
-
-def _some(names: Iterable[object]) -> str:
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+def _strided(value: Tensor, like: Tensor) -> Tensor:
+    """The same numbers with the strides of `like`: mixed layouts (channels_last) cost several times as much."""
+    if value.stride() == like.stride():
+        return value
+    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["pieces", "squares"]
+__all__ = ["has_formula", "output_size", "padded", "patches", "pieces", "rotated_squares", "squares"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 
@@ -41,7 +41,7 @@ def squares(
         names: which of its own parameters.
         n: examples in the batch.
     """
-    if not _has_formula(module):
+    if not has_formula(module):
         return _any_layer(module, inputs, grad, names, n)
     (x,) = inputs
     if isinstance(module, nn.Linear):
@@ -60,7 +60,34 @@ def squares(
     return {name: by_name[name]().view_as(module.get_parameter(name)) for name in names}
 
 
-def _has_formula(module: nn.Module) -> bool:
+def rotated_squares(module: nn.Module, x: Tensor, grad: Tensor, qa: Tensor, qb: Tensor, n: int) -> Tensor:
+    """Sum over examples of (Qb' dW Qa)^2 for one column: [groups, o, d].
+
+    Args:
+        module: nn.Linear or nn.Conv2d.
+        x: [n*f, ...], its input.
+        grad: [n*f, ...], the gradient of its output.
+        qa: [groups, d, d]; one more than the weight's if the bias is the last input.
+        qb: [groups, o, o].
+        n: examples in the batch.
+    """
+    left, right = _example_gradients(module, grad, n), _example_inputs(module, x, n)
+    total = x.new_zeros(len(qa), qb.shape[1], qa.shape[1])
+    positions = left.shape[-1]
+    o, d = total.shape[1:]
+    before = positions * (o * o + d * d) < o * d * (o + d)
+    for some, _ in pieces(n, 1, len(qa) * (2 * o * d + (o + 2 * d) * positions), x):
+        g, a = left[some], right(some)  # [m, groups, o, positions], [m, groups, d, positions]
+        if a.shape[2] < d:
+            a = torch.cat([a, a.new_ones(*a.shape[:2], 1, positions)], dim=2)
+        if before:
+            total += _outer_squares((qb.mT @ g)[:, :, None], qa.mT @ a)
+        else:
+            total += (qb.mT @ (g @ a.mT) @ qa).square_().sum(0)
+    return total
+
+
+def has_formula(module: nn.Module) -> bool:
     """Whether the layer's forward is the one that its formula describes; subclasses often change it."""
     known = [kind for kind in (nn.Linear, nn.Conv2d, *_NORMS) if isinstance(module, kind)]
     if not known or "forward" in vars(module) or type(module).forward is not known[0].forward:
@@ -107,7 +134,7 @@ def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int) -> Tensor:
     """[groups, o / groups, d], for x [n*f, channels, h, w] and grad [n*f, c, o, h', w']; d inputs in a patch."""
     groups, c, o = module.groups, grad.shape[1], grad.shape[2] // module.groups
     d, height, width = prod(module.weight.shape[1:]), grad.shape[3], grad.shape[4]
-    view = _patches(module, x, (height, width))
+    view = patches(module, x)
     view = view.unflatten(0, (n, -1)).unflatten(2, (groups, -1))  # [n, f, groups, channels/groups, kh, kw, h', w']
     outer = grad.unflatten(0, (n, -1)).unflatten(3, (groups, -1))  # [n, f, c, groups, o, h', w']
     positions = view.shape[1] * height * width
@@ -117,6 +144,29 @@ def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int) -> Tensor:
         right = view[some].permute(0, 2, 3, 4, 5, 1, 6, 7).reshape(-1, groups, d, positions)
         total += _outer_squares(left, right)
     return total
+
+
+def _example_gradients(module: nn.Module, grad: Tensor, n: int) -> Tensor:
+    """[n, groups, o, positions], for grad [n*f, ..., o], or [n*f, channels, h', w'] of a convolution."""
+    if not isinstance(module, nn.Conv2d):
+        return grad.reshape(n, -1, grad.shape[-1]).mT[:, None]
+    split = grad.unflatten(0, (n, -1)).unflatten(2, (module.groups, -1))
+    return split.permute(0, 2, 3, 1, 4, 5).flatten(3)
+
+
+def _example_inputs(module: nn.Module, x: Tensor, n: int) -> Callable[[slice], Tensor]:
+    """Of some examples the inputs [m, groups, d, positions] without bias, for x [n*f, ...]."""
+    if not isinstance(module, nn.Conv2d):
+        rows = x.reshape(n, -1, x.shape[-1])
+        return lambda some: rows[some].mT[:, None]
+    groups, d = module.groups, prod(module.weight.shape[1:])
+    view = patches(module, x).unflatten(0, (n, -1)).unflatten(2, (groups, -1))
+
+    def taken(some: slice) -> Tensor:
+        turned = view[some].permute(0, 2, 3, 4, 5, 1, 6, 7)
+        return turned.reshape(len(turned), groups, d, -1)
+
+    return taken
 
 
 def _outer_squares(grad: Tensor, x: Tensor) -> Tensor:
@@ -157,13 +207,35 @@ def _temporaries(c: int, o: int, d: int, positions: int) -> int:
     return max(o * d, d * positions // c)
 
 
-def _patches(module: nn.Conv2d, x: Tensor, out: tuple[int, int]) -> Tensor:
-    """A view [rows, channels, kh, kw, h', w'] of the padded input: which pixels each output position sees."""
+def padded(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """The input with the convolution's padding around it."""
     if module.padding_mode == "zeros" and isinstance(module.padding, tuple):
-        x = functional.pad(x, [pad for pad in reversed(module.padding) for _ in range(2)])
-    else:
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = functional.pad(x, list(module._reversed_padding_repeated_twice), mode=mode)
+        return functional.pad(x, [pad for pad in reversed(module.padding) for _ in range(2)])
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return functional.pad(x, list(module._reversed_padding_repeated_twice), mode=mode)
+
+
+def output_size(module: nn.Conv2d, x: Tensor) -> tuple[int, int]:
+    """Height and width of the convolution's output for the input x [..., h, w]."""
+    around = module._reversed_padding_repeated_twice  # left, right, top, bottom
+    height, width = (
+        (size + pad - apart * (kernel - 1) - 1) // stride + 1
+        for size, pad, apart, kernel, stride in zip(
+            x.shape[-2:],
+            (around[2] + around[3], around[0] + around[1]),
+            module.dilation,
+            module.kernel_size,
+            module.stride,
+            strict=True,
+        )
+    )
+    return height, width
+
+
+def patches(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """A view [rows, channels, kh, kw, h', w'] of the padded input: which pixels each output position sees."""
+    out = output_size(module, x)
+    x = padded(module, x)
     rows, channels, down, right = x.stride()
     steps = (rows, channels, down * module.dilation[0], right * module.dilation[1])
     strides = (*steps, down * module.stride[0], right * module.stride[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpccl.dist.comm import Comm
 
-__all__ = ["Estimator", "Examples", "Precision", "Weights"]
+__all__ = ["Estimator", "Examples", "Piece", "Precision", "Shards", "Totals", "Weights"]
 
 Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
 
@@ -46,50 +46,87 @@ class Examples:
         return Examples(self.pixels[rows], self.labels[rows], self.head, self.sample[rows], self.weight[rows])
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The share of a product P (w - a) that one rank adds to one parameter's gradient.
+
+    name: of the parameter
+    needs: names of the parameters whose weights enter
+    add: (target, weights, anchor, scale, damping) -> target + scale (P (w - a) + damping (w - a)), in fp32, as a new
+        tensor; all of the parameter's shape or by its name. Pieces of all ranks together are the whole product, once.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    add: Callable[[Tensor, Weights, Weights, float, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A Precision over all ranks.
+
+    trace: nats per squared weight, summed over weights
+    num_bytes: held by all ranks together, what is equal on all of them counted once
+    rank_bytes: held by the rank that holds most
+    terms: summed in the layer that has most
+    error: largest relative error of a layer that truncating and merging made, Frobenius norm (a bound)
+    """
+
+    trace: float
+    num_bytes: int
+    rank_bytes: int
+    terms: int = 1
+    error: float = 0.0
+
+
+# Layer names that are wanted -> the states, by layer name, that all ranks' `Precision.shard_dict` had for them.
+Shards = Callable[[Callable[[str], bool]], Mapping[str, Sequence[Mapping[str, Any]]]]
+
+
 class Precision(Protocol):
     """A positive semi-definite matrix over named weights, in nats per squared weight, summed over examples.
 
-    Immutable: every operation returns a new one.
+    Immutable: every operation returns a new one. It may be spread over ranks, each holding what it multiplies.
     """
 
     @property
     def num_examples(self) -> float:
         """Sum of the weights of the examples it was summed over."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-
-    def matvec(self, delta: Weights) -> Weights:
-        """Precision times `delta`, for the names in `delta`; in fp32.
+    def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
+        """What this rank multiplies; tensors take the memory layout of the weights `like`. Not collective.
 
         Raises:
-            CoverageError: a name of `delta` has no curvature.
+            CoverageError: a name of `like` has no curvature.
         """
 
-    def plus(self, other: Precision) -> Precision:
-        """The sum of two precisions over the same weights."""
+    def plus(self, other: Precision, comm: Comm) -> Precision:
+        """The sum of two precisions over the same weights; collective."""
 
     def times(self, scale: float) -> Precision:
         """The precision scaled by `scale` >= 0."""
 
-    def trace(self) -> float:
-        """Sum of the diagonal."""
+    def totals(self, comm: Comm) -> Totals:
+        """Size and trace over all ranks; collective."""
 
     def to(self, device: torch.device) -> Precision:
         """The same precision on a device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nested dicts of tensors and JSON scalars, with 'kind'; `build.precision_from_state` reads it."""
+        """Nested dicts of tensors and JSON scalars, equal on all ranks, with 'kind'; `build.precision_from_state` reads it."""
+
+    def shard_dict(self) -> dict[str, Any]:
+        """The rest of its state, which this rank alone holds: by layer name."""
 
 
 class Estimator(Protocol):
     """Measures the Precision of some examples at the model's present weights."""
 
     def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Precision:
-        """The Precision of all ranks' batches together; collective, and equal on every rank.
+        """The Precision of all ranks' batches together; collective.
 
-        Ranks may have different numbers of batches, or none. The model is left as it was: its mode, its gradients.
+        Ranks may have different numbers of batches, or none. `batches` may be gone through more than once. The model is
+        left as it was: its mode, its gradients.
 
         Raises:
             CoverageError: a trainable parameter is not covered.

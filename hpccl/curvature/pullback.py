@@ -5,17 +5,18 @@ All give sum_i sum_j (J_i' v_ij)^2 by parameter name, for columns v [c, n, C] ov
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpccl.curvature.capture import Call
 from hpccl.curvature.layers import pieces, squares
 
-__all__ = ["layer_gradients", "layer_squares", "looped_squares", "mapped_squares"]
+__all__ = ["Layers", "layer_gradients", "layer_squares", "looped_squares", "mapped_squares", "stream_gradients"]
 
 Layers = Mapping[str, Mapping[str, str]]  # module -> local name -> full name
 
@@ -55,6 +56,43 @@ def layer_gradients(
         parts = [grads.pop() for grads in by_column]
         if parts and parts[0] is not None:
             yield name, torch.stack([part for part in parts if part is not None], dim=1)
+
+
+def stream_gradients(
+    edges: Mapping[str, GradientEdge], logits: Tensor, columns: Tensor, visit: Callable[[str, Tensor], None]
+) -> None:
+    """Visit the gradient of each layer's output for one column after another, as soon as autograd has made it.
+
+    Nothing is held but what autograd itself still needs. Only the edges that no other edge lies behind are asked for,
+    the rest is passed on the way to them; what is asked for arrives when the column is done.
+
+    Args:
+        edges: by layer, where its output gradient arrives.
+        logits: [n, C], with their graph, which is used up.
+        columns: [c, n, C].
+        visit: takes the layer's name and its gradient, which it must not change.
+    """
+    last = _without_edge_behind(edges)
+    asked = {name: edge for name, edge in edges.items() if edge in last}
+
+    def passing(name: str, position: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            grad = grads[position]
+            if grad is not None:
+                visit(name, grad)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, edge in edges.items():
+            if name not in asked:
+                stack.callback(edge.node.register_prehook(passing(name, edge.output_nr)).remove)
+        for number, column in enumerate(columns, start=1):
+            inputs, more = list(asked.values()), number < len(columns)
+            grads = torch.autograd.grad(logits, inputs, column, retain_graph=more, allow_unused=True) if inputs else ()
+            for name, grad in zip(asked, grads, strict=True):
+                if grad is not None:
+                    visit(name, grad)
 
 
 def mapped_squares(
@@ -115,6 +153,23 @@ def looped_squares(
                     total[name] += grad.square()
                     reached.add(name)
     return total, reached
+
+
+def _without_edge_behind(edges: Mapping[str, GradientEdge]) -> set[GradientEdge]:
+    """The edges from whose node no other edge's node can be reached, going backward."""
+    targets = {edge.node for edge in edges.values()}
+    behind: dict[Node, bool] = {}  # whether a target can be reached from a node, itself left out
+    for start in targets:
+        stack: list[tuple[Node, bool]] = [(start, False)]
+        while stack:
+            node, ready = stack.pop()
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            if ready:
+                behind[node] = any(parent in targets or behind[parent] for parent in parents)
+            elif node not in behind:
+                stack.append((node, True))
+                stack.extend((parent, False) for parent in parents if parent not in behind)
+    return {edge for edge in edges.values() if not behind[edge.node]}
 
 
 def _pulled(logits: Tensor, edges: Sequence[GradientEdge], column: Tensor) -> list[Tensor | None]:

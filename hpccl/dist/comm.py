@@ -43,6 +43,15 @@ class Comm:
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def reduce_(self, tensor: Tensor, *, owner: int) -> None:
+        """Replace `tensor` (contiguous) by its sum over ranks on rank `owner`; elsewhere it is spoilt."""
+        if self.size == 1:
+            return
+        sent = tensor.to(self.device)
+        dist.reduce(sent, dst=owner)
+        if sent is not tensor:
+            tensor.copy_(sent)
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate along the first dim in rank order; lengths may differ between ranks."""
         if self.size == 1:

@@ -1,11 +1,11 @@
-"""Which rank owns which piece of work: a pure function, so that every rank computes the same answer."""
+"""Which rank owns which piece of work: pure functions, so that every rank computes the same answer."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
 
-__all__ = ["owners"]
+__all__ = ["owners", "pieces"]
 
 
 def owners(costs: Mapping[str, float], size: int) -> dict[str, int]:
@@ -20,3 +20,22 @@ def owners(costs: Mapping[str, float], size: int) -> dict[str, int]:
         placed[name] = rank
         heapq.heappush(load, (total + costs[name], rank))
     return placed
+
+
+def pieces(costs: Mapping[str, float], size: int, *, most: Mapping[str, int]) -> dict[str, list[int]]:
+    """The ranks that share each item: one, or several where a single item costs more than a rank's fair share.
+
+    An item is cut into equal pieces, at most `most[name]` of them, each no dearer than the fair share; the pieces are
+    placed like `owners`. A rank may hold two pieces of one item; the list has one rank a piece.
+    """
+    fair = sum(costs.values()) / size
+    counts = {name: min(most[name], max(1, _ceil(cost, fair))) for name, cost in costs.items()}
+    # Names sort by item, then piece; the separator cannot occur in a module's name.
+    cut = {f"{name}\0{part:06d}": costs[name] / counts[name] for name in costs for part in range(counts[name])}
+    placed = owners(cut, size)
+    return {name: [placed[f"{name}\0{part:06d}"] for part in range(counts[name])] for name in costs}
+
+
+def _ceil(cost: float, fair: float) -> int:
+    # A single item on one rank is its own fair share: rounding must not cut it.
+    return int(-(-cost // (fair * (1 + 1e-9)))) if fair > 0 else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,17 +133,19 @@ class DdpEngine:
         loss = loss * self._comm.size
         loss.backward()
 
-    def on_gradient(self, hooks: Mapping[str, GradientHook]) -> Callable[[], None]:
+    def on_gradient(self, hooks: Sequence[tuple[str, GradientHook]]) -> Callable[[], None]:
         """Tensor hooks: they see the gradient as autograd made it, before DDP reduces it, on the last micro-batch."""
-
-        def register(parameter: Tensor, hook: GradientHook) -> Any:
-            def call(gradient: Tensor) -> Tensor:
-                return hook(gradient, parameter.detach()) if self._last else gradient
-
-            return parameter.register_hook(call)
-
         parameters = dict(self._model.named_parameters())
-        handles = [register(parameters[name], hook) for name, hook in hooks.items()]
+
+        def register(name: str, hook: GradientHook) -> Any:
+            weights = {needed: parameters[needed].detach() for needed in hook.needs}
+
+            def call(gradient: Tensor) -> Tensor:
+                return hook.call(gradient, weights) if self._last else gradient
+
+            return parameters[name].register_hook(call)
+
+        handles = [register(name, hook) for name, hook in hooks]
 
         def remove() -> None:
             for handle in handles:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +13,17 @@ __all__ = ["Engine", "GradientHook", "Weights", "trainable"]
 
 Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
 
-# (gradient, weight) -> gradient; both of the parameter's shape, in fp32.
-GradientHook = Callable[[Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class GradientHook:
+    """What happens to one parameter's gradient before ranks are averaged.
+
+    needs: names of the parameters whose weights it reads, whole and in fp32: of one layer
+    call: (gradient, weights by name) -> gradient, as a new tensor
+    """
+
+    needs: tuple[str, ...]
+    call: Callable[[Tensor, Weights], Tensor]
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -50,8 +60,8 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradient; after the last one it is averaged over ranks."""
 
-    def on_gradient(self, hooks: Mapping[str, GradientHook]) -> Callable[[], None]:
-        """Call a hook once a step on a parameter's gradient before ranks are averaged. Returns what removes them."""
+    def on_gradient(self, hooks: Sequence[tuple[str, GradientHook]]) -> Callable[[], None]:
+        """Call hooks, each once a step on a parameter's gradient before ranks are averaged. Returns what removes them."""
 
     def step(self) -> Tensor:
         """Clip, update, clear. Returns the gradient's norm before clipping (scalar, equal on all ranks)."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hpccl.curvature.protocols import Shards
+from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory
 from hpccl.prior.quadratic import Quadratic
 
@@ -32,20 +34,25 @@ class Prior:
         anchor = None if self.anchor is None else {name: value.to(device) for name, value in self.anchor.items()}
         quadratic = None
         if self.quadratic is not None and anchor is not None:
-            quadratic = replace(self.quadratic, precision=self.quadratic.precision.to(device), anchor=anchor)
+            quadratic = self.quadratic.to(device, anchor)
         return Prior(self.memory, quadratic, anchor)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """For a checkpoint: what all ranks hold."""
         return {
             "memory": self.memory.state_dict(),
             "quadratic": None if self.quadratic is None else self.quadratic.state_dict(),
             "anchor": self.anchor,
         }
 
+    @property
+    def curvature_shard(self) -> dict[str, Any]:
+        """What this rank alone holds of the curvature."""
+        return {} if self.quadratic is None else self.quadratic.precision.shard_dict()
+
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Prior:
-        """The inverse."""
+    def from_state_dict(cls, state: dict[str, Any], shards: Shards, comm: Comm) -> Prior:
+        """The inverse; `shards` reads the ranks' `curvature_shard`."""
         anchor, quadratic = state["anchor"], state["quadratic"]
-        restored = None if quadratic is None else Quadratic.from_state_dict(quadratic, anchor)
+        restored = None if quadratic is None else Quadratic.from_state_dict(quadratic, anchor, shards, comm)
         return cls(Memory.from_state_dict(state["memory"]), restored, anchor)

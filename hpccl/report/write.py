@@ -24,7 +24,7 @@ Rows: TypeAlias = list[list[str]]
 _PHASES = ["task", "phase", "time", "images", "images/s", "peak memory"]
 _TASKS = ["task", "name", "classes", "training images", "test images"]
 _MEMORY = ["after task", "examples", "all bytes", "of soft labels", "soft label agrees with the true one"]
-_CURVATURE = ["task", "kind", "trace", "examples", "parameters", "size"]
+_CURVATURE = ["task", "kind", "trace", "examples", "parameters", "size", "of one rank", "terms", "error"]
 _RECONSTRUCTION = ["after task", "term", "cosine", "relative error", "norm", "true norm"]
 _CHECKPOINTS = ["task", "saved", "last size", "time"]
 _SKIPPED = ["split", "sample", "name", "reason"]
@@ -156,6 +156,9 @@ def _curvature_rows(report: RunReport) -> Rows:
             whole(found.get("num_examples")),
             whole(found.get("parameters")),
             size(found.get("bytes")),
+            size(found.get("rank_bytes")),
+            whole(found.get("terms")),
+            fixed(number(found.get("error"))),
         ]
         for found in report.curvature
     ]

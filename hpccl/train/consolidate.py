@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hpccl.curvature.build import build_estimator
-from hpccl.curvature.protocols import Examples, Precision
+from hpccl.curvature.protocols import Examples
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request
-from hpccl.dist.comm import Comm
+from hpccl.engine.protocols import trainable
 from hpccl.errors import DataError, WorldError
 from hpccl.folder import replacing
 from hpccl.memory.select import choose
@@ -89,20 +90,29 @@ def measure(task: Task, memory: Memory, anchor: dict[str, Tensor], state: RunSta
         rest, times = _rest(task, memory, world)
         phase.images = len(rest)
         estimator = build_estimator(world.config.curvature, world.config.seed)
-        batches = _examples(task, rest, world)
-        precision: Precision = estimator.estimate(state.engine.module, batches, world.comm).times(times)
+        batches = _Pass(task, rest, world)
+        precision = estimator.estimate(state.engine.module, batches, world.comm).times(times)
+        new = precision.totals(world.comm)
+        if state.prior.quadratic is None:
+            quadratic = Quadratic(precision, anchor, config.weight, config.damping)
+        else:
+            own = trainable(state.engine.module) if config.anchor == "each" else ()
+            quadratic = state.prior.quadratic.plus(precision, anchor, world.comm, own_anchors=own)
+    total = quadratic.precision.totals(world.comm)
     world.log.write(
         "curvature",
         task=task.index,
         kind=world.config.curvature.kind,
-        trace=precision.trace(),
+        trace=new.trace,
+        total_trace=total.trace,
         num_examples=len(rest),
-        bytes=precision.num_bytes,
+        bytes=total.num_bytes,
+        rank_bytes=total.rank_bytes,
+        terms=total.terms,
+        error=total.error,
         parameters=sum(parameter.numel() for parameter in state.engine.module.parameters()),
     )
-    if state.prior.quadratic is None:
-        return Quadratic(precision, anchor, config.weight, config.damping)
-    return state.prior.quadratic.plus(precision, anchor)
+    return quadratic
 
 
 def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
@@ -151,33 +161,44 @@ def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:
     return np.sort(rest[np.argsort(priority, kind="stable")[:count]]), len(rest) / count
 
 
-def _examples(task: Task, samples: Ints, world: World) -> Iterator[Examples]:
-    """This rank's share of the samples in the evaluation view, with the head they are judged by."""
-    comm: Comm = world.comm
-    mine = samples[comm.share(len(samples)).start : comm.share(len(samples)).stop]
-    size = world.config.curvature.batch_size
-    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-    rounds = math.ceil(math.ceil(len(samples) / comm.size) / size)  # of the rank with most batches
-    own = world.config.train.head == "own"
-    competing = [task] if own else list(world.stream.tasks[: task.index + 1])
-    head = torch.zeros(len(world.stream.class_names), dtype=torch.bool)
-    head[[number for other in competing for number in other.classes]] = True
-    labels = torch.from_numpy(world.stream.labels("train"))
-    with contextlib.closing(world.stream.load(_stored_view(part) for part in parts)) as images:
-        for number in range(rounds):
-            # This pass may take minutes: every rank asks as often as the others, whether or not it has a batch left.
-            _ask(world)
-            if number >= len(parts):
-                continue
-            batch = next(images)
-            positions = torch.from_numpy(parts[number])
-            yield Examples(
-                pixels=batch.pixels.to(comm.device),
-                labels=labels[positions].to(comm.device),
-                head=head.to(comm.device),
-                sample=positions.to(comm.device),
-                weight=batch.valid.float().to(comm.device),
-            )
+@dataclass(frozen=True)
+class _Pass:
+    """This rank's share of the samples in the evaluation view, with the head they are judged by; may be repeated."""
+
+    task: Task
+    samples: Ints
+    world: World
+
+    def __iter__(self) -> Iterator[Examples]:
+        comm, samples = self.world.comm, self.samples
+        mine = samples[comm.share(len(samples)).start : comm.share(len(samples)).stop]
+        size = self.world.config.curvature.batch_size
+        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        rounds = math.ceil(math.ceil(len(samples) / comm.size) / size)  # of the rank with most batches
+        head = self._head().to(comm.device)
+        labels = torch.from_numpy(self.world.stream.labels("train"))
+        with contextlib.closing(self.world.stream.load(_stored_view(part) for part in parts)) as images:
+            for number in range(rounds):
+                # This pass may take minutes: every rank asks as often as the others, whether or not it has a batch left.
+                _ask(self.world)
+                if number >= len(parts):
+                    continue
+                batch = next(images)
+                positions = torch.from_numpy(parts[number])
+                yield Examples(
+                    pixels=batch.pixels.to(comm.device),
+                    labels=labels[positions].to(comm.device),
+                    head=head,
+                    sample=positions.to(comm.device),
+                    weight=batch.valid.float().to(comm.device),
+                )
+
+    def _head(self) -> Tensor:
+        own = self.world.config.train.head == "own"
+        competing = [self.task] if own else list(self.world.stream.tasks[: self.task.index + 1])
+        head = torch.zeros(len(self.world.stream.class_names), dtype=torch.bool)
+        head[[number for other in competing for number in other.classes]] = True
+        return head
 
 
 def _ask(world: World) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hpccl.checkpoint.store import Mark, load, marks
+from hpccl.checkpoint.store import Mark, load, marks, open_shards
 from hpccl.config.load import load as load_config
 from hpccl.data.build import open_stream
 from hpccl.dist.comm import Comm
@@ -36,7 +36,7 @@ def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
     comm = Comm.solo(pick_device(config.engine.device))
     stream = open_stream(config.stream, config.data)
     state = fresh_state(config, stream, comm)
-    state.load_state_dict(load(folder.checkpoints, mark), mark)
+    state.load_state_dict(load(folder.checkpoints, mark), mark, open_shards(folder.checkpoints, mark), comm)
     with EventLog(folder.events, enabled=False) as log, make_progress(False) as progress:
         world = World(config, comm, stream, folder, log, progress, Stop())
         results = test(state, world, last=mark.task)

@@ -141,13 +141,11 @@ class Meter:
         self.steps, self.images, self.since = 0, 0, time.perf_counter()
 
     def _write(self, done: int, stats: StepStats) -> None:
-        terms = self.terms / self.steps
+        terms = torch.cat([self.terms / self.steps, self.terms.new_tensor([self._quadratic()])])
         self.world.comm.sum_([terms])
-        named = {name: float(value) for name, value in zip(TERM_NAMES, terms, strict=True)}
-        quadratic = self.state.prior.quadratic
-        if quadratic is not None and self.world.comm.leader:
-            weights = {name: value.detach() for name, value in trainable(self.state.engine.module).items()}
-            named["quadratic"] = quadratic.value(weights) / self.plan.num_train
+        named = {name: float(value) for name, value in zip((*TERM_NAMES, "quadratic"), terms, strict=True)}
+        if self.state.prior.quadratic is None:
+            del named["quadratic"]
         speed = self.images / (time.perf_counter() - self.since)
         left = (self.plan.num_steps - done) * self.plan.batch_size / speed
         epoch = done / self.plan.steps_per_epoch
@@ -165,3 +163,11 @@ class Meter:
             eta_seconds=left,
         )
         self.world.progress.update(done, epoch, {"loss": sum(named.values()), **named}, speed, left)
+
+    def _quadratic(self) -> float:
+        """This rank's share of the quadratic, per training example."""
+        quadratic = self.state.prior.quadratic
+        if quadratic is None:
+            return 0.0
+        weights = {name: value.detach() for name, value in trainable(self.state.engine.module).items()}
+        return quadratic.value(weights, self.world.comm) / self.plan.num_train

@@ -41,7 +41,7 @@ def reconstruct(task: Task, state: RunState, world: World) -> None:
         soft, replay = summed_gradients(engine.module, _memory(composer, world), comm, num_terms=2)
         weights = {name: value.detach() for name, value in trainable(engine.module).items()}
         zero = {name: torch.zeros_like(value) for name, value in weights.items()}
-        quadratic = prior.quadratic.force(weights) if prior.quadratic is not None else zero
+        quadratic = prior.quadratic.force(weights, comm) if prior.quadratic is not None else zero
         total = {name: soft[name] + replay[name] + quadratic[name] for name in weights}
         terms = {"soft": soft, "replay": replay, "quadratic": quadratic, "total": total}
         errors = compare_gradients(true, terms)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpccl.checkpoint.store import Mark, latest, load
+from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
 from hpccl.data.build import open_stream
@@ -74,7 +74,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     if found is not None:
         tree = load(world.folder.checkpoints, found)
         _check_data(tree, world)
-        state.load_state_dict(tree, found)
+        state.load_state_dict(tree, found, open_shards(world.folder.checkpoints, found), world.comm)
     else:
         world.log.write("evaluate", task=-1, results=test(state, world, last=-1))
     for task in stream.tasks[_first_task(config, stream, state.mark) :]:

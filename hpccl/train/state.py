@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpccl.checkpoint.store import Mark, save
+from hpccl.checkpoint.store import Mark, Shard, save
 from hpccl.config.run import RunConfig
+from hpccl.curvature.protocols import Shards
 from hpccl.data.protocols import Stream, Task
 from hpccl.dist.comm import Comm
 from hpccl.engine.protocols import Engine
@@ -35,15 +36,16 @@ class RunState:
     prior: Prior = field(default_factory=lambda: Prior(Memory.empty()))
     mark: Mark = field(default_factory=lambda: Mark.at(0, "fit", 0))
     results: list[dict[str, Any]] = field(default_factory=list)
+    shard: Shard = field(default_factory=Shard)
 
     def state_dict(self) -> dict[str, Any]:
         """The nest that is saved."""
         return {"engine": self.engine.state_dict(), "prior": self.prior.state_dict(), "results": self.results}
 
-    def load_state_dict(self, state: dict[str, Any], mark: Mark) -> None:
-        """The inverse of state_dict, taken at `mark`."""
+    def load_state_dict(self, state: dict[str, Any], mark: Mark, shards: Shards, comm: Comm) -> None:
+        """The inverse of state_dict, taken at `mark`; `shards` reads the ranks' own parts, on any number of ranks."""
         self.engine.load_state_dict(state["engine"])
-        self.prior = Prior.from_state_dict(state["prior"]).to(self.engine.device)
+        self.prior = Prior.from_state_dict(state["prior"], shards, comm).to(self.engine.device)
         self.results = state["results"]
         self.mark = mark
 
@@ -73,20 +75,28 @@ class World:
         return min(max(_VALUES // math.prod(self.stream.image_shape), 16), 500)
 
     def save(self, state: RunState, mark: Mark) -> None:
-        """Checkpoint on the leader while the others wait; if it fails there, the launcher ends the others."""
+        """Checkpoint: the leader writes what all ranks hold, each rank its share of the curvature."""
         state.mark = mark
         tree = {**state.state_dict(), "data": self.stream.fingerprint}
-        if self.comm.leader:
-            saved = save(self.folder.checkpoints, mark, tree, keep=self.config.checkpoint.keep)
-            self.log.write(
-                "checkpoint",
-                task=mark.task,
-                phase=mark.phase,
-                step=mark.step,
-                bytes=saved.num_bytes,
-                seconds=saved.seconds,
-            )
-        self.comm.barrier()
+        quadratic = state.prior.quadratic
+        saved = save(
+            self.folder.checkpoints,
+            mark,
+            tree,
+            keep=self.config.checkpoint.keep,
+            comm=self.comm,
+            shard=state.shard,
+            source=None if quadratic is None else quadratic.precision,
+            own=state.prior.curvature_shard,
+        )
+        self.log.write(
+            "checkpoint",
+            task=mark.task,
+            phase=mark.phase,
+            step=mark.step,
+            bytes=saved.num_bytes,
+            seconds=saved.seconds,
+        )
 
     @contextlib.contextmanager
     def phase(self, task: Task, name: str, *, part: int = 0) -> Iterator[Phase]:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpccl.curvature.diagonal import Diagonal
 from hpccl.data.order import BatchPlan
 from hpccl.data.rows import Request
+from hpccl.engine.protocols import trainable
 from hpccl.prior.prior import Prior
 from hpccl.train.compose import Composer, plan_task, split
-from hpccl.train.consolidate import _examples, measure
+from hpccl.train.consolidate import _Pass, measure
 from hpccl.train.loss import row_nats, weighted_nats
 from hpccl.train.state import RunState, World
 from tests.run.method import learn, make_world, merged
@@ -80,23 +80,29 @@ def test_stratified_batches_have_the_expected_gradient_of_natural_ones(tmp_path:
     assert difference / size < 0.05
 
 
-def test_4_curvature_is_measured_with_the_right_labels_and_head(tmp_path: Path) -> None:
-    config = merged({"prior": {"quadratic": {"weight": 1.0}}, "train": {"epochs": 20}})
+@pytest.mark.parametrize("kind", ["kronecker", "ekfac", "diagonal"])
+def test_4_curvature_is_measured_with_the_right_labels_and_head(tmp_path: Path, kind: str) -> None:
+    curvature = {"kind": kind, "fisher": "ggn"}
+    config = merged({"curvature": curvature, "prior": {"quadratic": {"weight": 1.0}}, "train": {"epochs": 20}})
     state, world = make_world(config, tmp_path)
     learn(state, world, 2)
     assert state.prior.quadratic is not None
     head = world.stream.tasks[1]
     precision = measure(head, replace(state.prior.memory), state.engine.gather(), replace_prior(state), world)
     assert precision is not None
-    values = precision.precision
-    assert isinstance(values, Diagonal)
-    rows = values.values["3.weight"].sum(dim=1)
+    quadratic = replace(precision, weight=1.0, damping=0.0)
+    weights = {name: value.detach() for name, value in trainable(state.engine.module).items()}
+    rows = torch.zeros(10)
+    for row in range(10):  # how much it costs to move one class's weights alone
+        moved = weights["3.weight"].clone()
+        moved[row] += 1
+        rows[row] = quadratic.value({**weights, "3.weight": moved}, world.comm)
     others = [number for number in range(10) if number not in head.classes]
     assert float(rows[others].abs().max()) == 0
     assert float(rows[list(head.classes)].min()) > 0
     # The loss that the pass sees is the training loss: its labels are the right ones among the own head.
     samples = np.arange(head.samples("train").start, head.samples("train").stop)
-    batches = list(_examples(head, samples, world))
+    batches = list(_Pass(head, samples, world))
     nats = [
         row_nats(
             state.engine.predict(batch.pixels),
@@ -127,7 +133,7 @@ def test_4_curvatures_of_equal_tasks_are_comparable(tmp_path: Path) -> None:
             state = fresh
         alone = measure(task, state.prior.memory, state.engine.gather(), replace_prior(state), world)
         assert alone is not None
-        traces.append(alone.precision.trace())
+        traces.append(alone.precision.totals(world.comm).trace)
     assert 0.2 < traces[1] / traces[0] < 5
 
 
@@ -169,8 +175,13 @@ def test_9_the_centre_moves_also_when_the_whole_task_is_in_memory(tmp_path: Path
     after = measure(task, whole, anchor, state, world)
     assert after is not None
     assert all(torch.equal(after.anchor[name], anchor[name]) for name in anchor)
-    assert after.precision.trace() == pytest.approx(before.precision.trace())
-    assert all(not bool(force.any()) for force in after.force({n: anchor[n] for n in ("1.weight", "3.bias")}).values())
+    assert after.precision.totals(world.comm).trace == pytest.approx(before.precision.totals(world.comm).trace)
+    assert all(
+        not bool(force.any())
+        for force in after.force(
+            {n: anchor[n] for n in ("1.weight", "1.bias", "3.weight", "3.bias")}, world.comm
+        ).values()
+    )
 
 
 def test_10_no_weight_on_memory_does_not_change_the_curvature(tmp_path: Path) -> None:
@@ -180,7 +191,7 @@ def test_10_no_weight_on_memory_does_not_change_the_curvature(tmp_path: Path) ->
         state, world = make_world(config, tmp_path / str(weight))
         learn(state, world, 1)
         assert state.prior.quadratic is not None
-        traces[weight] = (state.prior.quadratic.precision.trace(), len(state.prior.memory))
+        traces[weight] = (state.prior.quadratic.precision.totals(world.comm).trace, len(state.prior.memory))
     assert traces[0.0] == traces[1.0]
     assert traces[0.0][1] == 50
 

@@ -203,7 +203,7 @@ def test_weight_is_linear_and_two_passes_add() -> None:
     model, pixels = build("convs", 4)
     once, thrice = estimate(model, examples(pixels)), estimate(model, examples(pixels, weight=torch.full((4,), 3.0)))
     assert_equal(thrice.values, dict(once.times(3).values))
-    assert_equal(once.plus(once.times(2)).values, dict(thrice.values))
+    assert_equal(once.plus(once.times(2), Comm.solo()).values, dict(thrice.values))
 
 
 def test_no_examples_is_no_curvature() -> None:
@@ -375,7 +375,7 @@ def test_matvec_is_the_gradient_of_the_quadratic(diagonal: Diagonal) -> None:
 
 
 def test_algebra(diagonal: Diagonal) -> None:
-    doubled = diagonal.plus(diagonal)
+    doubled = diagonal.plus(diagonal, Comm.solo())
     assert torch.equal(doubled.values["a"], torch.tensor([2.0, 4.0]))
     assert doubled.num_examples == 10
     assert diagonal.times(0.5).trace() == 3.0
@@ -395,7 +395,7 @@ def test_mistakes_in_algebra_and_state(diagonal: Diagonal) -> None:
     with pytest.raises(CoverageError, match=r"'c' has no curvature; measured: a, b"):
         diagonal.matvec({"c": torch.ones(1)})
     with pytest.raises(CoverageError, match="only one of them has b"):
-        diagonal.plus(Diagonal({"a": torch.ones(2)}))
+        diagonal.plus(Diagonal({"a": torch.ones(2)}), Comm.solo())
     for state in ({"kind": "cubic"}, {}, {"kind": "diagonal"}, {"kind": "diagonal", "values": {"a": 1.0}}):
         with pytest.raises(CheckpointError):
             precision_from_state(state)

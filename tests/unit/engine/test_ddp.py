@@ -11,6 +11,7 @@ from hpccl.checkpoint.tree import read_tree, write_tree
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
 from hpccl.engine.ddp import DdpEngine
+from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.models.small import cifarnet, mlp
 
 
@@ -61,11 +62,11 @@ def test_hook_fires_once_a_step_on_the_last_micro_batch() -> None:
     made = engine()
     calls = []
 
-    def hook(gradient: Tensor, weight: Tensor) -> Tensor:
-        calls.append((gradient.shape, weight.requires_grad))
+    def hook(gradient: Tensor, weights: Weights) -> Tensor:
+        calls.append((gradient.shape, {name: weight.requires_grad for name, weight in weights.items()}))
         return gradient + 1
 
-    remove = made.on_gradient({"1.weight": hook})
+    remove = made.on_gradient([("1.weight", GradientHook(("1.weight", "1.bias"), hook))])
     pixels, noise = batch()
     made.backward(loss(made, pixels, noise, last=False))
     plain = dict(made.module.named_parameters())["1.weight"].grad
@@ -75,7 +76,7 @@ def test_hook_fires_once_a_step_on_the_last_micro_batch() -> None:
     parameter = dict(made.module.named_parameters())["1.weight"]
     assert parameter.grad is not None
     torch.testing.assert_close(parameter.grad, 2 * plain + 1)
-    assert calls == [(parameter.shape, False)]
+    assert calls == [(parameter.shape, {"1.weight": False, "1.bias": False})]
     remove()
     made.backward(loss(made, pixels, noise))
     assert len(calls) == 1

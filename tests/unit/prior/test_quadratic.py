@@ -11,6 +11,8 @@ from hpccl.engine.ddp import DdpEngine
 from hpccl.models.small import mlp
 from hpccl.prior.quadratic import Quadratic
 
+SOLO = Comm.solo()
+
 
 def diagonal(values: dict[str, Tensor]) -> Diagonal:
     return Diagonal.from_state_dict({"kind": "diagonal", "values": values, "num_examples": 1.0})
@@ -23,17 +25,17 @@ def toy(weight: float = 3.0, damping: float = 0.5) -> Quadratic:
 
 def test_nothing_at_the_anchor() -> None:
     quadratic = toy()
-    assert all(not bool(force.any()) for force in quadratic.force(quadratic.anchor).values())
-    assert quadratic.value(quadratic.anchor) == 0
+    assert all(not bool(force.any()) for force in quadratic.force(quadratic.anchor, SOLO).values())
+    assert quadratic.value(quadratic.anchor, SOLO) == 0
 
 
 def test_force_is_weight_times_curvature_times_distance() -> None:
     quadratic = toy()
     weights = {"a": torch.tensor([2.0, 4.0]), "b": torch.tensor([[3.0]])}
-    force = quadratic.force(weights)
+    force = quadratic.force(weights, SOLO)
     torch.testing.assert_close(force["a"], torch.tensor([3 * 2.5 * 1, 3 * 0.5 * 2]))
     torch.testing.assert_close(force["b"], torch.tensor([[3 * 5.5 * -1.0]]))
-    assert quadratic.value(weights) == pytest.approx(3 / 2 * (2.5 * 1 + 0.5 * 4 + 5.5 * 1))
+    assert quadratic.value(weights, SOLO) == pytest.approx(3 / 2 * (2.5 * 1 + 0.5 * 4 + 5.5 * 1))
 
 
 def test_force_is_the_gradient_of_the_value() -> None:
@@ -42,20 +44,42 @@ def test_force_is_the_gradient_of_the_value() -> None:
     step = 1e-2
     for name, value in weights.items():
         direction = torch.ones_like(value) * step
-        higher = quadratic.value({**weights, name: value + direction})
-        lower = quadratic.value({**weights, name: value - direction})
+        higher = quadratic.value({**weights, name: value + direction}, SOLO)
+        lower = quadratic.value({**weights, name: value - direction}, SOLO)
         assert (higher - lower) / 2 == pytest.approx(
-            float((quadratic.force(weights)[name] * direction).sum()), rel=1e-3
+            float((quadratic.force(weights, SOLO)[name] * direction).sum()), rel=1e-3
         )
 
 
 def test_curvatures_add_up_and_the_anchor_moves() -> None:
     quadratic = toy()
     moved = {"a": torch.zeros(2), "b": torch.zeros(1, 1)}
-    both = quadratic.plus(quadratic.precision, moved)
+    both = quadratic.plus(quadratic.precision, moved, SOLO)
     weights = {"a": torch.ones(2), "b": torch.ones(1, 1)}
-    torch.testing.assert_close(both.force(weights)["a"], torch.tensor([3 * 4.5, 3 * 0.5]))
-    assert not bool(both.force(moved)["a"].any())
+    torch.testing.assert_close(both.force(weights, SOLO)["a"], torch.tensor([3 * 4.5, 3 * 0.5]))
+    assert not bool(both.force(moved, SOLO)["a"].any())
+
+
+def test_each_task_may_keep_its_own_anchor() -> None:
+    """F_1 (w - a_1) + F_2 (w - a_2) without keeping a_1: also after a third task."""
+    first, moved = toy(weight=1.0, damping=0.0), {"a": torch.tensor([0.5, -1.0]), "b": torch.tensor([[2.0]])}
+    second = diagonal({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([[0.5]])})
+    both = first.plus(second, moved, SOLO, own_anchors=["a", "b"])
+    weights = {"a": torch.tensor([2.0, 4.0]), "b": torch.tensor([[3.0]])}
+    expected = {
+        name: first.precision.values[name] * (weights[name] - first.anchor[name])  # type: ignore[attr-defined]
+        + second.values[name] * (weights[name] - moved[name])
+        for name in weights
+    }
+    for name, force in both.force(weights, SOLO).items():
+        torch.testing.assert_close(force, expected[name])
+    last = {"a": torch.zeros(2), "b": torch.ones(1, 1)}
+    third = both.plus(second.times(0.0), last, SOLO, own_anchors=["a", "b"])
+    for name, force in third.force(weights, SOLO).items():
+        torch.testing.assert_close(force, expected[name])
+    saved = third.state_dict()
+    again = Quadratic.from_state_dict(saved, last, lambda wanted: {}, SOLO)
+    assert again.value(weights, SOLO) == pytest.approx(third.value(weights, SOLO))
 
 
 def attached(precision: str, curvature: float, accumulate: int = 1) -> tuple[Tensor, Tensor, float]:

@@ -1,0 +1,330 @@
+"""One layer's curvature: a sum of Kronecker products over its weight and bias as one matrix, or a part of it.
+
+    D [g, o, d] -> sum_t B_t D A_t
+
+Legend: g groups (1 but for grouped convolutions), o outputs of a group, d inputs of a group, the bias (input 1) last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from hpccl.curvature.protocols import Weights
+from hpccl.errors import CheckpointError
+from hpccl.kron.eigen import Eigen
+from hpccl.kron.factor import Dense, Factor, LowRank
+from hpccl.kron.merge import gram, sum_norm
+from hpccl.kron.pair import Pair
+
+__all__ = ["WHOLE", "Block", "Layout", "Part", "Term"]
+
+Term: TypeAlias = Pair | Eigen
+
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """Where a layer's matrix lives among named weights.
+
+    name: of the layer (the module)
+    weight, bias: full parameter names; bias is None where the layer has none that is trained
+    weight_shape: of the weight
+    groups: of a convolution; otherwise 1
+    channels_last: the inputs of a convolution are ordered (kh, kw, channel), as its weight lies in memory, instead of
+        (channel, kh, kw): then the matrix is a view of the weight
+    """
+
+    name: str
+    weight: str
+    bias: str | None
+    weight_shape: tuple[int, ...]
+    groups: int = 1
+    channels_last: bool = False
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Layout:
+        """The inverse of `state_dict`; TypeError if it is damaged."""
+        return cls(**{**state, "weight_shape": tuple(state["weight_shape"])})
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**vars(self), "weight_shape": list(self.weight_shape)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(g, o, d)."""
+        inputs = math.prod(self.weight_shape[1:]) + (self.bias is not None)
+        return self.groups, self.weight_shape[0] // self.groups, inputs
+
+    def difference(self, weights: Weights, anchor: Weights) -> Tensor:
+        """Weights - anchor as a matrix [g, o, d], subtracted in fp32."""
+        groups, outputs, inputs = self.shape
+        weight = self._matrix(weights[self.weight])
+        matrix = torch.empty(groups, outputs, inputs, dtype=_wide(weight.dtype), device=weight.device)
+        last = inputs - (self.bias is not None)
+        torch.sub(weight.to(matrix.dtype), self._matrix(anchor[self.weight]), out=matrix[..., :last])
+        if self.bias is not None:
+            bias = weights[self.bias].to(matrix.dtype) - anchor[self.bias]
+            matrix[..., last] = bias.view(groups, outputs)
+        return matrix
+
+    def matrix(self, weights: Weights) -> Tensor:
+        """The named weights as a matrix [g, o, d], fp32."""
+        return self.difference(weights, {name: torch.zeros_like(weights[name]) for name in self.names})
+
+    def weight_of(self, matrix: Tensor) -> Tensor:
+        """The weight's part of a matrix [g, o, d], in the weight's shape; a view."""
+        inputs = math.prod(self.weight_shape[1:])
+        flat = matrix[..., :inputs].flatten(0, 1)
+        if len(self.weight_shape) <= 2 or not self.channels_last:
+            return flat.unflatten(1, self.weight_shape[1:]) if len(self.weight_shape) > 2 else flat
+        channels, *kernel = self.weight_shape[1:]
+        return flat.unflatten(1, (*kernel, channels)).movedim(-1, 1)
+
+    def bias_of(self, matrix: Tensor) -> Tensor:
+        """The bias's part of a matrix [g, o, d]: [g * o]."""
+        return matrix[..., -1].flatten()
+
+    def order(self) -> Tensor:
+        """[d] where each of the matrix's inputs stands in the order (channel, kh, kw), bias last."""
+        _, _, inputs = self.shape
+        positions = torch.arange(inputs)
+        if len(self.weight_shape) <= 2 or not self.channels_last:
+            return positions
+        last = inputs - (self.bias is not None)
+        moved = positions[:last].view(*self.weight_shape[1:]).movedim(0, -1).flatten()
+        return torch.cat([moved, positions[last:]])
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        if self.channels_last:
+            weight = weight.movedim(1, -1)
+        return weight.reshape(self.groups, self.weight_shape[0] // self.groups, -1)
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """A share of a block's work and memory: columns of its A (`input`), rows of its B (`output`), or all of it."""
+
+    axis: Literal["whole", "input", "output"] = "whole"
+    start: int = 0
+    stop: int = 0
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int], number: int, count: int) -> Part:
+        """Part `number` of `count` of a block of `shape`, cut along its longer side."""
+        if count == 1:
+            return WHOLE
+        _, outputs, inputs = shape
+        size = max(outputs, inputs)
+        axis: Literal["input", "output"] = "input" if inputs >= outputs else "output"
+        return cls(axis, number * size // count, (number + 1) * size // count)
+
+    @property
+    def range(self) -> slice:
+        """Of the axis that is cut."""
+        return slice(None) if self.axis == "whole" else slice(self.start, self.stop)
+
+    def of_product(self, matrix: Tensor) -> Tensor:
+        """The rows or columns of [g, o, d] that this part is about; a view."""
+        return matrix[:, self.range] if self.axis == "output" else matrix[:, :, self.range]
+
+
+WHOLE = Part()
+
+
+@final
+@dataclass(frozen=True)
+class Block:
+    """A layer's curvature, or a part of it.
+
+    terms: summed
+    counts: of the examples behind each term
+    lost: bound on the Frobenius norm of what truncating and merging changed, of the whole block
+    """
+
+    layout: Layout
+    terms: tuple[Term, ...]
+    counts: tuple[float, ...]
+    lost: float = 0.0
+    part: Part = WHOLE
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(term.num_bytes for term in self.terms)
+
+    @property
+    def flops(self) -> float:
+        """Of one product with a matrix."""
+        return float(sum(term.flops for term in self.terms))
+
+    def trace(self) -> float:
+        """Sum of the diagonal of what is held here: the parts of a block add up to its trace."""
+        return sum(_trace(term, self.part) for term in self.terms)
+
+    def norm(self) -> float:
+        """Frobenius norm, of a whole block."""
+        if len(self.terms) == 1:
+            return float(self.terms[0].norm())
+        k_a, k_b = gram([term for term in self.terms if isinstance(term, Pair)])
+        return float(sum_norm(k_a, k_b))
+
+    def error(self) -> float:
+        """Bound on the relative error of what truncating and merging changed, Frobenius norm, of a whole block."""
+        return self.lost / self.norm() if self.lost > 0 else 0.0
+
+    def matvec(self, matrix: Tensor) -> Tensor:
+        """The product with [g, o, d]: this part's rows or columns of it."""
+        total = self.terms[0].matvec(matrix)
+        for term in self.terms[1:]:
+            total += term.matvec(matrix)
+        return total
+
+    def bias_column(self, matrix: Tensor) -> Tensor:
+        """The last column of the product with [g, o, d], cheaply: [g, o or this part's rows]."""
+        total: Tensor | None = None
+        for term in self.terms:
+            if isinstance(term, Eigen):
+                column = term.matvec(matrix)[..., -1]
+            else:
+                column = _left(term.b, matrix @ _last_column(term.a))[..., 0]
+            total = column if total is None else total + column
+        assert total is not None
+        return total
+
+    def times(self, scale: float) -> Block:
+        """Scaled by `scale` >= 0."""
+        return replace(self, terms=tuple(term.times(scale) for term in self.terms), lost=self.lost * scale)
+
+    def truncated(self, keep: float) -> Block:
+        """With factors of low rank that keep the share `keep` of each term's trace; what that changes is in `lost`.
+
+        Raises:
+            DivergedError: a factor is not finite.
+        """
+        if keep == 1:
+            return self
+        terms, lost = [], self.lost
+        for term in self.terms:
+            if isinstance(term, Pair) and isinstance(term.a, Dense) and isinstance(term.b, Dense):
+                cut = term.truncated(keep)
+                # What is left out is orthogonal to what stays.
+                lost += max(term.norm() ** 2 - cut.norm() ** 2, 0.0) ** 0.5
+                term = cut
+            terms.append(term)
+        return replace(self, terms=tuple(terms), lost=lost)
+
+    def to(self, device: torch.device) -> Block:
+        """The same on a device."""
+        return replace(self, terms=tuple(term.to(device) for term in self.terms))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and JSON scalars; the layout is saved apart."""
+        return {
+            "terms": [_term_state(term) for term in self.terms],
+            "counts": list(self.counts),
+            "lost": self.lost,
+            "part": dict(vars(self.part)),
+        }
+
+    @classmethod
+    def from_state_dict(cls, layout: Layout, state: Mapping[str, Any]) -> Block:
+        """The inverse.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        try:
+            terms = tuple(_term(term) for term in state["terms"])
+            return cls(layout, terms, tuple(state["counts"]), float(state["lost"]), Part(**state["part"]))
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the curvature of layer '{layout.name}' is damaged: {error}") from error
+
+    def cut(self, part: Part) -> Block:
+        """A part of a whole block."""
+        assert self.part == WHOLE
+        if part == WHOLE:
+            return self
+        return replace(self, terms=tuple(_cut(term, part) for term in self.terms), part=part)
+
+    @classmethod
+    def joined(cls, parts: list[Block]) -> Block:
+        """The whole block from all its parts."""
+        if parts[0].part == WHOLE:
+            return parts[0]
+        parts = sorted(parts, key=lambda block: block.part.start)
+        terms = tuple(_joined([block.terms[t] for block in parts], parts[0].part) for t in range(len(parts[0].terms)))
+        return replace(parts[0], terms=terms, part=WHOLE)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _trace(term: Term, part: Part) -> float:
+    if part == WHOLE:
+        return float(term.trace())
+    assert isinstance(term, Pair) and isinstance(term.a, Dense) and isinstance(term.b, Dense)
+    cut, other = (term.a.matrix, term.b) if part.axis == "input" else (term.b.matrix.mT, term.a)
+    diagonal = cut[:, part.range].diagonal(dim1=1, dim2=2).double().sum(1)
+    return float((diagonal * other.matrix.diagonal(dim1=1, dim2=2).double().sum(1)).sum())
+
+
+def _left(factor: Factor, matrix: Tensor) -> Tensor:
+    product: Tensor = factor.left(matrix)
+    return product
+
+
+def _last_column(factor: Factor) -> Tensor:
+    """[g, d, 1] of a symmetric factor, whole or cut to columns (then only the part that holds it is asked)."""
+    if isinstance(factor, LowRank):
+        return factor.vectors @ (factor.values * factor.vectors[:, -1])[..., None]
+    return factor.matrix[..., -1:]
+
+
+def _cut(term: Term, part: Part) -> Term:
+    assert isinstance(term, Pair) and isinstance(term.a, Dense) and isinstance(term.b, Dense), "only whole products"
+    if part.axis == "input":
+        return Pair(Dense(term.a.matrix[:, :, part.range].clone()), Dense(term.b.matrix.clone()))
+    return Pair(Dense(term.a.matrix.clone()), Dense(term.b.matrix[:, part.range].clone()))
+
+
+def _joined(terms: list[Term], part: Part) -> Term:
+    pairs = [term for term in terms if isinstance(term, Pair)]
+    if part.axis == "input":
+        return Pair(Dense(torch.cat([_matrix(pair.a) for pair in pairs], dim=2)), pairs[0].b)
+    return Pair(pairs[0].a, Dense(torch.cat([_matrix(pair.b) for pair in pairs], dim=1)))
+
+
+def _matrix(factor: Factor) -> Tensor:
+    assert isinstance(factor, Dense)
+    return factor.matrix
+
+
+def _term_state(term: Term) -> dict[str, Any]:
+    if isinstance(term, Eigen):
+        return {"kind": "eigen", **vars(term)}
+    return {"kind": "pair", "a": dict(vars(term.a)), "b": dict(vars(term.b))}
+
+
+def _term(state: Mapping[str, Any]) -> Term:
+    fields = {key: value for key, value in state.items() if key != "kind"}
+    if state["kind"] == "eigen":
+        return Eigen(**fields)
+    return Pair(_factor(fields["a"]), _factor(fields["b"]))
+
+
+def _factor(state: Mapping[str, Tensor]) -> Factor:
+    return Dense(**state) if "matrix" in state else LowRank(**state)

@@ -1,0 +1,194 @@
+"""The whole Fisher matrix, for small networks and as the truth that other kinds are compared with.
+
+F = sum_i w_i J_i' Lambda_i J_i over all trainable parameters in one order (by name), [P, P].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from hpccl.curvature.capture import measuring
+from hpccl.curvature.columns import Fisher, check_labels, output_columns
+from hpccl.curvature.coverage import refuse_unfit
+from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights
+from hpccl.dist.comm import Comm
+from hpccl.errors import CheckpointError, CoverageError, DivergedError, HpcclError, WorldError
+
+__all__ = ["DenseEstimator", "DensePrecision"]
+
+
+@final
+@dataclass(frozen=True)
+class DensePrecision:
+    """A Precision as one matrix, equal on all ranks.
+
+    matrix: [P, P] fp32
+    shapes: of the parameters by name, in the order of the matrix
+    num_examples: sum of the weights of the examples
+    """
+
+    matrix: Tensor
+    shapes: Mapping[str, tuple[int, ...]]
+    num_examples: float = 0.0
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> DensePrecision:
+        """The inverse of `state_dict`.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        try:
+            shapes = {name: tuple(shape) for name, shape in state["shapes"]}
+            return cls(state["matrix"], shapes, float(state["num_examples"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the dense curvature in the checkpoint is damaged: {error}") from error
+
+    def matvec(self, delta: Weights) -> dict[str, Tensor]:
+        """The product with `delta`, which names every parameter; in fp32.
+
+        Raises:
+            CoverageError: the names are not those that were measured.
+        """
+        self._refuse_other(delta)
+        flat = torch.cat([delta[name].float().reshape(-1) for name in self.shapes])
+        parts = (self.matrix @ flat).split([delta[name].numel() for name in self.shapes])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
+        """Every parameter's rows, multiplied by the rank that owns them; see Precision.pieces."""
+        self._refuse_other(like)
+        sizes = [like[name].numel() for name in self.shapes]
+        rows = dict(zip(self.shapes, self.matrix.split(sizes), strict=True))
+        mine = list(self.shapes)[comm.rank :: comm.size]
+        return [_piece(name, tuple(self.shapes), rows[name]) for name in mine]
+
+    def plus(self, other: Precision, comm: Comm) -> DensePrecision:
+        """The sum.
+
+        Raises:
+            CoverageError: `other` is of another kind or over other weights.
+        """
+        if not isinstance(other, DensePrecision) or dict(self.shapes) != dict(other.shapes):
+            raise CoverageError(f"cannot add {type(other).__name__} to a dense curvature; both must be dense and alike")
+        return DensePrecision(self.matrix + other.matrix, self.shapes, self.num_examples + other.num_examples)
+
+    def times(self, scale: float) -> DensePrecision:
+        """Scaled by `scale` >= 0."""
+        assert scale >= 0, "a precision stays positive semi-definite"
+        return DensePrecision(self.matrix * scale, self.shapes, self.num_examples)
+
+    def totals(self, comm: Comm) -> Totals:
+        """Equal on all ranks."""
+        return Totals(float(self.matrix.diagonal().double().sum()), self.matrix.nbytes, self.matrix.nbytes)
+
+    def to(self, device: torch.device) -> DensePrecision:
+        """The same on a device."""
+        return DensePrecision(self.matrix.to(device), self.shapes, self.num_examples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """{'kind', 'num_examples', 'shapes', 'matrix'}."""
+        shapes = [[name, list(shape)] for name, shape in self.shapes.items()]
+        return {"kind": "dense", "num_examples": self.num_examples, "shapes": shapes, "matrix": self.matrix}
+
+    def shard_dict(self) -> dict[str, Any]:
+        """Nothing: every rank holds the whole."""
+        return {}
+
+    def _refuse_other(self, names: Iterable[str]) -> None:
+        differing = set(names) ^ set(self.shapes)
+        if differing:
+            raise CoverageError(f"the dense curvature is over other parameters: '{min(differing)}' is on one side only")
+
+
+def _piece(name: str, names: tuple[str, ...], rows: Tensor) -> Piece:
+    def add(target: Tensor, weights: Weights, anchor: Weights, scale: float, damping: float) -> Tensor:
+        deltas = {other: weights[other].float() - anchor[other] for other in names}
+        flat = torch.cat([delta.reshape(-1) for delta in deltas.values()])
+        product = (rows @ flat).view(target.shape) + damping * deltas[name]
+        return torch.add(target, product, alpha=scale, out=torch.empty_like(target))
+
+    return Piece(name, names, add)
+
+
+@final
+@dataclass(frozen=True)
+class DenseEstimator:
+    """Measures a DensePrecision by one backward pass an example and column.
+
+    fisher, samples, seed: see DiagonalEstimator
+    max_parameters: a larger model is refused
+    """
+
+    fisher: Fisher = "ggn"
+    samples: int = 1
+    seed: int = 0
+    max_parameters: int = 10_000
+
+    def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> DensePrecision:
+        """See Estimator.estimate.
+
+        Raises:
+            CoverageError: the model is too large, or a trainable parameter is not reached.
+            DivergedError: a gradient is not finite.
+            WorldError: any of these on another rank.
+        """
+        parameters = {name: value for name, value in sorted(model.named_parameters()) if value.requires_grad}
+        size = sum(value.numel() for value in parameters.values())
+        if size > self.max_parameters:
+            raise CoverageError(
+                f"a dense curvature of {size} parameters is {4 * size**2 / 2**30:.1f} GiB; allowed: "
+                f"curvature.max_parameters={self.max_parameters} parameters; use curvature.kind=kronecker, or raise it"
+            )
+        matrix = torch.zeros(size, size, device=comm.device)
+        count = torch.zeros(1, dtype=torch.float64, device=comm.device)
+        failure: HpcclError | None = None
+        try:
+            for batch in batches:
+                self._add(model, parameters, batch, matrix, count)
+        except HpcclError as error:
+            failure = error
+        # Together, so that no rank waits in the sum below for one that has stopped.
+        if comm.any(failure is not None):
+            raise failure or WorldError("curvature stopped: another rank could not measure its part; see its message")
+        comm.sum_([matrix, count])
+        return DensePrecision(matrix, {name: tuple(value.shape) for name, value in parameters.items()}, float(count))
+
+    def _add(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Examples, matrix: Tensor, count: Tensor
+    ) -> None:
+        refuse_unfit(model)
+        like = next(iter(parameters.values()))
+        examples = batch.to(like.device, like.dtype)
+        examples = examples.select(examples.weight > 0)
+        if len(examples) == 0:
+            return
+        check_labels(examples)
+        count += examples.weight.double().sum()
+        for number in range(len(examples)):
+            one = examples.select(slice(number, number + 1))
+            with measuring(model, like.device):
+                logits = model(one.pixels)
+                columns = output_columns(logits, one, self.fisher, samples=self.samples, seed=self.seed)
+                rows = torch.stack([_gradient(logits, column, parameters) for column in columns])
+            if not bool(rows.isfinite().all()):
+                raise DivergedError(
+                    f"the gradient of sample {int(one.sample[0])} is not finite; curvature needs a model that has not diverged"
+                )
+            matrix.addmm_(rows.T, rows)
+
+
+def _gradient(logits: Tensor, column: Tensor, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    grads = torch.autograd.grad(logits, list(parameters.values()), column, retain_graph=True, allow_unused=True)
+    unreached = [name for name, grad in zip(parameters, grads, strict=True) if grad is None]
+    if unreached:
+        raise CoverageError(
+            f"trainable parameter '{unreached[0]}' does not influence the logits and would be left unprotected; "
+            "freeze what is not used (requires_grad=False)"
+        )
+    return torch.cat([grad.reshape(-1).float() for grad in grads if grad is not None])

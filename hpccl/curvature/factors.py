@@ -1,0 +1,324 @@
+"""Kronecker factors of linear maps and convolutions, and exact squares for everything else, in one pass over the data.
+
+KroneckerPass sums A and B of moments.py for every layer whose trainable weight is used as nn.Linear or nn.Conv2d use
+it; all other trainable parameters get the exact diagonal, as DiagonalEstimator has it. EigenPass then sums, in given
+bases of the layers, the squares of per-example gradients (EKFAC):
+
+    S = sum_n sum_columns (Qb' G_n Qa)^2,   G_n = sum_s g_ns a_ns'
+
+No weight gradient is computed in the backward pass, and every output gradient is gone once it was added.
+Source: George et al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", NeurIPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hpccl.curvature.capture import measuring
+from hpccl.curvature.columns import Fisher
+from hpccl.curvature.coverage import Coverage, footprint
+from hpccl.curvature.layers import has_formula, rotated_squares, squares
+from hpccl.curvature.moments import GradientMoment, InputMoment, Sharing, block_shape
+from hpccl.curvature.protocols import Examples
+from hpccl.curvature.pullback import looped_squares, mapped_squares, stream_gradients
+from hpccl.curvature.sweep import (
+    Forward,
+    Sweep,
+    agree,
+    fit_examples,
+    in_parts,
+    listed,
+    planned_together,
+    zeros_for,
+)
+from hpccl.dist.comm import Comm
+from hpccl.errors import CoverageError, HpcclError
+
+__all__ = ["BlockSums", "EigenPass", "KroneckerPass", "Measured", "Shape", "refuse_large"]
+
+Shape = tuple[int, int, int]  # groups, outputs and inputs of a group, bias counted
+Bases = Mapping[str, tuple[Tensor, Tensor]]  # by layer, Qa [g, d, d] and Qb [g, o, o]
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """One layer's factors, as sums over this rank's examples.
+
+    weight, bias: full names of its parameters; bias None if there is none, or none that is trainable
+    a: [g, d, d] fp32, weighted; divided by the number of examples of all ranks it is the mean A
+    b: [g, o, o] fp32
+    """
+
+    weight: str
+    bias: str | None
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass found on this rank: nothing was exchanged.
+
+    blocks: by module name
+    squares: by full parameter name, in the parameter's shape, fp32
+    count: [1] float64, sum of the weights of the examples
+    """
+
+    blocks: Mapping[str, BlockSums]
+    squares: Mapping[str, Tensor]
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class KroneckerPass:
+    """Measures Kronecker factors.
+
+    fisher, samples, seed: see Sweep
+    sharing: of a weight over positions; see moments.py
+    precision: of the forward and backward pass; sums are fp32 always
+    diagonal: patterns (*, ?) of the names of modules that get the exact diagonal instead
+    max_factor: the largest side of a factor that is allowed
+    """
+
+    fisher: Fisher = "mc"
+    samples: int = 1
+    seed: int = 0
+    sharing: Sharing = "expand"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    diagonal: tuple[str, ...] = ()
+    max_factor: int = 16384
+
+    def run(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Measured:
+        """One pass; collective, but the sums stay local. The model is left as it was.
+
+        Raises:
+            CoverageError: a trainable parameter is not covered, or a factor is too large.
+            DataError: a label is outside its head.
+            DivergedError: an activation or a gradient is not finite.
+            WorldError: any of these on another rank.
+        """
+        coverage, examples = planned_together(model, batches, comm)
+        growing: _Growing | None = None
+        failure: HpcclError | None = None
+        try:
+            growing = self._begin(model, coverage)
+            for batch in examples:
+                for part in in_parts(batch, _part_size(growing.coverage, batch)):
+                    with measuring(model, part.pixels.device):
+                        self._add(model, growing, part)
+        except HpcclError as error:
+            failure = error
+        agree(comm, failure)
+        assert growing is not None, "whoever could not begin has raised"
+        return growing.measured(comm.device)
+
+    def _begin(self, model: nn.Module, coverage: Coverage | None) -> _Growing:
+        _refuse_idle_patterns(model, self.diagonal)
+        coverage = coverage or Coverage({}, (), (), 0, 0)
+        layers = {name: names for name, names in coverage.layers.items() if self._factored(model, name, names)}
+        refuse_large({name: _shape(model, name, names) for name, names in layers.items()}, self.max_factor)
+        blocks = {name: _allocated(model, name, names, self.sharing) for name, names in layers.items()}
+        covered = {full for names in layers.values() for full in names.values()}
+        rest = {name: zeros_for(value) for name, value in model.named_parameters() if value.requires_grad}
+        return _Growing(coverage, blocks, {name: value for name, value in rest.items() if name not in covered})
+
+    def _factored(self, model: nn.Module, name: str, names: Mapping[str, str]) -> bool:
+        module = model.get_submodule(name)
+        known = isinstance(module, (nn.Linear, nn.Conv2d)) and has_formula(module) and "weight" in names
+        return known and not any(fnmatchcase(name, pattern) for pattern in self.diagonal)
+
+    def _add(self, model: nn.Module, growing: _Growing, part: Examples) -> None:
+        """Add the sums of one part."""
+        coverage = growing.coverage
+        lower = torch.bfloat16 if self.precision == "bf16" else None
+        found = self._sweep.forward(model, coverage.layers, part, autocast=lower)
+        root = None if bool((part.weight == 1).all()) else part.weight.sqrt()
+        for name, block in growing.blocks.items():
+            block.a.add_(found.calls[name][0].inputs[0], len(part), root)
+        stream_gradients(found.edges, found.logits, found.columns, self._visit(model, growing, found))
+        pixels, columns = part.pixels, found.columns
+        growing.add(mapped_squares(model, coverage.mapped, pixels, columns, graph_bytes=coverage.graph_bytes))
+        growing.add(looped_squares(model, coverage.looped, pixels, columns)[0])
+        growing.count += float(part.weight.double().sum())
+        if not growing.finite():
+            raise self._sweep.blame(model, coverage.layers, part, growing.sums())
+
+    def _visit(self, model: nn.Module, growing: _Growing, found: Forward) -> Callable[[str, Tensor], None]:
+        def visit(name: str, grad: Tensor) -> None:
+            if name in growing.blocks:
+                growing.blocks[name].b.add_(grad, len(found.logits))
+                return
+            names = growing.coverage.layers[name]
+            inputs = tuple(
+                x.to(model.get_parameter(names[next(iter(names))]).dtype) for x in found.calls[name][0].inputs
+            )
+            grad = grad.to(inputs[0].dtype)[:, None]
+            by_local = squares(model.get_submodule(name), inputs, grad, names, len(found.logits))
+            growing.add({names[local]: value for local, value in by_local.items()})
+
+        return visit
+
+    @property
+    def _sweep(self) -> Sweep:
+        return Sweep(self.fisher, self.samples, self.seed)
+
+
+@dataclass(frozen=True)
+class EigenPass:
+    """Measures the diagonal of layers in bases that were found by a KroneckerPass.
+
+    fisher, samples, seed, precision: those of that pass
+    """
+
+    fisher: Fisher = "mc"
+    samples: int = 1
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def run(self, model: nn.Module, batches: Iterable[Examples], comm: Comm, bases: Bases) -> dict[str, Tensor]:
+        """S [g, o, d] fp32 by layer, of this rank's examples; collective, but the sums stay local.
+
+        `bases` has the same layers on every rank. The model is left as it was.
+
+        Raises:
+            DataError: a label is outside its head.
+            DivergedError: an activation or a gradient is not finite.
+            WorldError: any of these on another rank.
+        """
+        sums = {name: _outer_zeros(qa, qb) for name, (qa, qb) in bases.items()}
+        failure: HpcclError | None = None
+        size = 0
+        try:
+            for batch in fit_examples(model, batches):
+                with measuring(model, batch.pixels.device):
+                    size = size or _fitting(footprint(model, batch.pixels), batch)
+                for part in in_parts(batch, size):
+                    with measuring(model, part.pixels.device):
+                        self._add(model, sums, bases, part)
+        except HpcclError as error:
+            failure = error
+        agree(comm, failure)
+        return sums
+
+    def _add(self, model: nn.Module, sums: Mapping[str, Tensor], bases: Bases, part: Examples) -> None:
+        lower = torch.bfloat16 if self.precision == "bf16" else None
+        sweep = Sweep(self.fisher, self.samples, self.seed)
+        found = sweep.forward(model, bases, part, autocast=lower)
+
+        def visit(name: str, grad: Tensor) -> None:
+            x, module = found.calls[name][0].inputs[0], model.get_submodule(name)
+            sums[name].add_(rotated_squares(module, x.float(), grad.float(), *bases[name], len(part)))
+
+        stream_gradients(found.edges, found.logits, found.columns, visit)
+        totals = {name: value.sum() for name, value in sums.items()}
+        if totals and not bool(torch.stack(list(totals.values())).isfinite().all()):
+            raise sweep.blame(model, {name: {} for name in bases}, part, totals)
+
+
+def refuse_large(shapes: Mapping[str, Shape], max_factor: int) -> None:
+    """Refuse factors with a side above `max_factor`.
+
+    Raises:
+        CoverageError: naming the first such layer.
+    """
+    for name, (groups, outputs, inputs) in shapes.items():
+        side = max(outputs, inputs)
+        if side > max_factor:
+            raise CoverageError(
+                f"layer '{name}' needs a factor of {side} x {side} ({4 * groups * side**2 / _GIB:.2f} GiB), above "
+                f"curvature.max_factor={max_factor}; raise curvature.max_factor, or give the layer a diagonal with "
+                f"curvature.diagonal=['{name}']"
+            )
+
+
+# ---------------------------------------------------------------- growing sums
+
+
+@dataclass(frozen=True)
+class _Block:
+    names: Mapping[str, str]
+    a: InputMoment
+    b: GradientMoment
+
+
+@dataclass
+class _Growing:
+    """The sums so far."""
+
+    coverage: Coverage
+    blocks: dict[str, _Block]
+    squares: dict[str, Tensor]
+    count: float = field(default=0.0)
+
+    def add(self, squares: Mapping[str, Tensor]) -> None:
+        for name, value in squares.items():
+            self.squares[name] += value
+
+    def sums(self) -> dict[str, Tensor]:
+        """A number for each parameter, not finite if its sum is not."""
+        found = {name: value.sum() for name, value in self.squares.items()}
+        return found | {block.names["weight"]: block.a.trace() + block.b.trace() for block in self.blocks.values()}
+
+    def finite(self) -> bool:
+        sums = list(self.sums().values())
+        return not sums or bool(torch.stack(sums).isfinite().all())
+
+    def measured(self, device: torch.device) -> Measured:
+        """Give the sums away, each accumulator as soon as its matrix is there."""
+        blocks = {}
+        for name in list(self.blocks):
+            block = self.blocks.pop(name)
+            blocks[name] = BlockSums(block.names["weight"], block.names.get("bias"), block.a.matrix(), block.b.matrix())
+        count = torch.tensor([self.count], dtype=torch.float64, device=device)
+        return Measured(blocks, self.squares, count)
+
+
+def _allocated(model: nn.Module, name: str, names: Mapping[str, str], sharing: Sharing) -> _Block:
+    module = model.get_submodule(name)
+    try:
+        return _Block(
+            names, InputMoment(module, bias="bias" in names, sharing=sharing), GradientMoment(module, sharing=sharing)
+        )
+    except RuntimeError as error:  # torch raises it, or a class of it, when memory is short
+        groups, outputs, inputs = _shape(model, name, names)
+        gib = 4 * groups * (outputs**2 + inputs**2) / _GIB
+        raise CoverageError(
+            f"no memory for the factors of layer '{name}' ({outputs} x {outputs} and {inputs} x {inputs}, {gib:.2f} GiB); "
+            f"lower curvature.max_factor, or give the layer a diagonal with curvature.diagonal=['{name}']"
+        ) from error
+
+
+def _shape(model: nn.Module, name: str, names: Mapping[str, str]) -> Shape:
+    return block_shape(model.get_submodule(name), bias="bias" in names)
+
+
+def _outer_zeros(qa: Tensor, qb: Tensor) -> Tensor:
+    return torch.zeros(len(qa), qb.shape[1], qa.shape[1], dtype=torch.float32, device=qa.device)
+
+
+def _refuse_idle_patterns(model: nn.Module, patterns: Iterable[str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise CoverageError(
+                f"curvature.diagonal={pattern!r} matches no layer; layers with weights of their own: "
+                f"{listed(name for name in names if model.get_submodule(name)._parameters)}"
+            )
+
+
+def _part_size(coverage: Coverage, examples: Examples) -> int:
+    return _fitting(coverage.graph_bytes, examples)
+
+
+def _fitting(graph_bytes: int, examples: Examples) -> int:
+    """How many examples to hold at a time."""
+    budget = 1 << 28 if examples.pixels.device.type == "cpu" else 1 << 33
+    return max(1, min(len(examples), budget // max(1, graph_bytes)))

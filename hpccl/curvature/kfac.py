@@ -1,0 +1,213 @@
+"""Measures Kronecker-factored curvature: local sums of one pass over the data, then one exchange between ranks.
+
+K-FAC: for a layer with inputs a and output gradients g, F = sum_n J_n' Lambda_n J_n ~ B (x) A (Martens and Grosse 2015;
+Grosse and Martens 2016 for convolutions; Eschenhagen et al. 2023 for expand and reduce). EKFAC: the eigenbasis of that,
+with the exact diagonal in it (George et al. 2018).
+
+Nothing is exchanged during the pass. At its end the sums of each layer go to the rank that owns it, packed into
+triangles and fused into few messages; no other rank keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from hpccl.config.sections import RefitTasks, TasksConfig
+from hpccl.curvature.blocks import Block, Layout, Part
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.curvature.factors import EigenPass, KroneckerPass, Measured
+from hpccl.curvature.kronecker import Kronecker, layout_parts
+from hpccl.curvature.protocols import Examples
+from hpccl.dist.comm import Comm
+from hpccl.kron.eigen import Eigen
+from hpccl.kron.factor import Dense
+from hpccl.kron.pack import pack, packed_size, unpack
+from hpccl.kron.pair import Pair
+
+__all__ = ["EkfacEstimator", "KroneckerEstimator"]
+
+_MESSAGE = 1 << 23  # elements of a message, unless one layer alone has more
+
+Placed = list[tuple[Layout, list[tuple[int, Part]]]]
+
+
+@final
+@dataclass(frozen=True)
+class KroneckerEstimator:
+    """Measures one Kronecker product a layer.
+
+    sweep: the pass over the data
+    tasks: how tasks are summed later
+    keep_trace: below 1, factors are cut to as few eigenvectors as keep this share of a layer's trace
+    """
+
+    sweep: KroneckerPass
+    tasks: TasksConfig
+    keep_trace: float = 1.0
+
+    def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Kronecker:
+        """See Estimator.estimate.
+
+        Raises:
+            CoverageError, DataError, DivergedError, WorldError: see KroneckerPass.run.
+        """
+        measured = self.sweep.run(model, batches, comm)
+        layouts = _layouts(model, measured)
+        # Eigenvectors need a whole factor.
+        divisible = self.keep_trace == 1 and not isinstance(self.tasks, RefitTasks)
+        placed = layout_parts(layouts, comm, divisible=divisible)
+        return Kronecker(
+            tuple(block.truncated(self.keep_trace) for block in _spread(measured, placed, comm)),
+            _rest(measured, comm),
+            float(measured.count),
+            self.tasks,
+            tuple(layouts),
+            divisible,
+            self.keep_trace,
+        )
+
+
+@final
+@dataclass(frozen=True)
+class EkfacEstimator:
+    """Measures the diagonal in each layer's Kronecker eigenbasis, in a second pass; `sweep` as above."""
+
+    sweep: KroneckerPass
+
+    def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Kronecker:
+        """See Estimator.estimate; goes through `batches` twice, and holds all bases on every rank meanwhile.
+
+        Raises:
+            CoverageError, DataError, DivergedError, WorldError: see KroneckerPass.run.
+        """
+        measured = self.sweep.run(model, batches, comm)
+        layouts = _layouts(model, measured)
+        placed = layout_parts(layouts, comm, divisible=False)
+        blocks = {block.layout.name: block for block in _spread(measured, placed, comm)}
+        rest, count = _rest(measured, comm), float(measured.count)
+        eigen = {
+            name: Eigen.of(pair) for name, block in blocks.items() for pair in block.terms if isinstance(pair, Pair)
+        }
+        bases = _everyone(eigen, placed, comm)
+        sweep = self.sweep
+        second = EigenPass(sweep.fisher, sweep.samples, sweep.seed, sweep.precision)
+        values = second.run(model, batches, comm, bases)
+        found: list[Block] = []
+        for layout, ((owner, _),) in placed:
+            comm.reduce_(values[layout.name], owner=owner)
+            if owner == comm.rank:
+                term = replace(eigen[layout.name], values=values[layout.name])
+                found.append(replace(blocks[layout.name], terms=(term,)))
+        return Kronecker(tuple(found), rest, count, RefitTasks(), tuple(layouts), divisible=False)
+
+
+def _layouts(model: nn.Module, measured: Measured) -> list[Layout]:
+    """In the order of the model, which is the same on all ranks."""
+    found = []
+    for name, module in model.named_modules():
+        if name not in measured.blocks:
+            continue
+        sums = measured.blocks[name]
+        weight = model.get_parameter(sums.weight)
+        last = weight.dim() == 4 and not weight.is_contiguous()
+        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        found.append(Layout(name, sums.weight, sums.bias, tuple(weight.shape), groups, last))
+    return found
+
+
+def _rest(measured: Measured, comm: Comm) -> Diagonal:
+    comm.sum_(list(measured.squares.values()))
+    return Diagonal(dict(measured.squares), float(measured.count))
+
+
+def _spread(measured: Measured, placed: Placed, comm: Comm) -> list[Block]:
+    """This rank's blocks, from all ranks' sums; the count becomes that of all ranks. Takes the sums apart."""
+    comm.sum_([measured.count])
+    found: dict[str, list[Block]] = {}
+    for rank in range(comm.size):
+        for message in _messages(placed, rank):
+            flat = torch.cat([_packed(measured, layout, part) for layout, part in message])
+            comm.reduce_(flat, owner=rank)
+            if comm.rank == rank:
+                sizes = [_size(layout, part) for layout, part in message]
+                for (layout, part), numbers in zip(message, flat.split(sizes), strict=True):
+                    found.setdefault(layout.name, []).append(_block(layout, part, numbers, float(measured.count)))
+    return [block for layout, _ in placed for block in found.get(layout.name, [])]
+
+
+def _messages(placed: Placed, rank: int) -> Iterator[list[tuple[Layout, Part]]]:
+    """What goes to a rank, in messages."""
+    message: list[tuple[Layout, Part]] = []
+    filled = 0
+    for layout, ranks in placed:
+        for owner, part in ranks:
+            if owner != rank:
+                continue
+            size = _size(layout, part)
+            if message and filled + size > _MESSAGE:
+                yield message
+                message, filled = [], 0
+            message.append((layout, part))
+            filled += size
+    if message:
+        yield message
+
+
+def _packed(measured: Measured, layout: Layout, part: Part) -> Tensor:
+    """A layer's sums as one row of numbers: what is symmetric as triangles, what is cut as it is.
+
+    Inputs are brought into the order in which the layer's weight lies in memory.
+    """
+    sums = measured.blocks[layout.name]
+    a = sums.a
+    if layout.channels_last:
+        order = layout.order().to(a.device)
+        a = a[:, order][:, :, order]
+    inputs = a[:, :, part.range].flatten() if part.axis == "input" else pack(a)
+    gradients = sums.b[:, part.range].flatten() if part.axis == "output" else pack(sums.b)
+    return torch.cat([inputs, gradients])
+
+
+def _sizes(layout: Layout, part: Part) -> tuple[int, int]:
+    groups, outputs, inputs = layout.shape
+    width = part.stop - part.start
+    return (
+        groups * inputs * width if part.axis == "input" else packed_size(groups, inputs),
+        groups * outputs * width if part.axis == "output" else packed_size(groups, outputs),
+    )
+
+
+def _size(layout: Layout, part: Part) -> int:
+    return sum(_sizes(layout, part))
+
+
+def _block(layout: Layout, part: Part, numbers: Tensor, count: float) -> Block:
+    groups, outputs, inputs = layout.shape
+    first, second = numbers.split(_sizes(layout, part))
+    a = first.view(groups, inputs, -1).clone() if part.axis == "input" else unpack(first, groups, inputs)
+    b = second.view(groups, -1, outputs).clone() if part.axis == "output" else unpack(second, groups, outputs)
+    return Block(layout, (Pair(Dense(a / max(count, 1e-30)), Dense(b)),), (count,), part=part)
+
+
+def _everyone(eigen: Mapping[str, Eigen], placed: Placed, comm: Comm) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every layer's bases on every rank, inputs in the order (channel, kh, kw)."""
+    bases: dict[str, tuple[Tensor, Tensor]] = {}
+    for layout, ((owner, _),) in placed:
+        groups, outputs, inputs = layout.shape
+        if owner == comm.rank:
+            qa = torch.empty_like(eigen[layout.name].qa)
+            qa[:, layout.order().to(qa.device)] = eigen[layout.name].qa
+            pair = (qa, eigen[layout.name].qb.contiguous())
+        else:
+            pair = (
+                torch.empty(groups, inputs, inputs, device=comm.device),
+                torch.empty(groups, outputs, outputs, device=comm.device),
+            )
+        comm.broadcast_(pair, source=owner)
+        bases[layout.name] = pair
+    return bases

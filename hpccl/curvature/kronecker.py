@@ -1,0 +1,193 @@
+"""A Precision made of one Kronecker-factored block a layer and a diagonal for everything else, spread over ranks.
+
+Each rank holds the blocks (or the parts of large blocks) that it owns, and the diagonal of all the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from hpccl.config.sections import TasksConfig
+from hpccl.curvature.blocks import WHOLE, Block, Layout, Part
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.curvature.protocols import Piece, Precision, Shards, Totals, Weights
+from hpccl.curvature.tasks import summed
+from hpccl.dist.comm import Comm
+from hpccl.dist.placement import pieces
+from hpccl.errors import CheckpointError, CoverageError
+
+__all__ = ["Kronecker", "layout_parts"]
+
+
+@final
+@dataclass(frozen=True)
+class Kronecker:
+    """A block-diagonal Precision.
+
+    blocks: of this rank
+    rest: diagonal of the parameters that are in no block, equal on all ranks
+    num_examples: sum of the weights of the examples
+    tasks: how the sum with another task's is made
+    layouts: of the blocks of all ranks, in the order of the model
+    divisible: large blocks are cut into parts on several ranks
+    keep_trace: below 1, factors have as few eigenvectors as keep this share of a layer's trace
+    """
+
+    blocks: tuple[Block, ...]
+    rest: Diagonal
+    num_examples: float
+    tasks: TasksConfig
+    layouts: tuple[Layout, ...]
+    divisible: bool = True
+    keep_trace: float = 1.0
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], shards: Shards, comm: Comm) -> Kronecker:
+        """The inverse of `state_dict` and all ranks' `shard_dict`, spread over the ranks of `comm`. Not collective.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        try:
+            layouts = [Layout.from_state_dict(layout) for layout in state["layouts"]]
+            tasks = TypeAdapter(TasksConfig).validate_python(state["tasks"])
+            rest = Diagonal.from_state_dict(state["rest"])
+            num_examples, keep_trace = float(state["num_examples"]), float(state["keep_trace"])
+            divisible = bool(state["divisible"])
+        except (KeyError, TypeError, ValidationError) as error:
+            raise CheckpointError(f"the Kronecker curvature in the checkpoint is damaged: {error}") from error
+        parts = layout_parts(layouts, comm, divisible=divisible)
+        mine = {layout.name: [part for rank, part in ranks if rank == comm.rank] for layout, ranks in parts}
+        saved = shards(lambda name: bool(mine.get(name)))
+        blocks: list[Block] = []
+        for layout in layouts:
+            if mine[layout.name]:
+                if layout.name not in saved:
+                    raise CheckpointError(
+                        f"the checkpoint has no curvature of layer '{layout.name}': a file is missing"
+                    )
+                whole = Block.joined([Block.from_state_dict(layout, part) for part in saved[layout.name]])
+                blocks += [whole.cut(part) for part in mine[layout.name]]
+        return cls(tuple(blocks), rest, num_examples, tasks, tuple(layouts), divisible, keep_trace)
+
+    def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
+        """What this rank multiplies; see Precision.pieces."""
+        rest = {name: like[name] for name in self.rest.values if name in like}
+        return [piece for block in self.blocks for piece in _block_pieces(block)] + self.rest.pieces(comm, rest)
+
+    def plus(self, other: Precision, comm: Comm) -> Kronecker:
+        """The sum, made as `tasks` says; collective. A curvature of no examples changes nothing, whatever its layers.
+
+        Raises:
+            CoverageError: `other` is of another kind or over other weights.
+        """
+        if not isinstance(other, Kronecker):
+            raise CoverageError(f"cannot add {type(other).__name__} to a Kronecker curvature; both must be of one kind")
+        if other.num_examples == 0:
+            return self
+        if self.num_examples == 0:
+            return other
+        mine = [(block.layout, block.part) for block in self.blocks]
+        if mine != [(block.layout, block.part) for block in other.blocks]:
+            raise CoverageError("cannot add curvatures of different layers, or placed on ranks differently")
+        blocks = summed(self.blocks, other.blocks, self.tasks, comm)
+        return replace(
+            self,
+            blocks=tuple(block.truncated(self.keep_trace) for block in blocks),
+            rest=self.rest.plus(other.rest, comm),
+            num_examples=self.num_examples + other.num_examples,
+        )
+
+    def times(self, scale: float) -> Kronecker:
+        """Scaled by `scale` >= 0."""
+        assert scale >= 0, "a precision stays positive semi-definite"
+        return replace(self, blocks=tuple(block.times(scale) for block in self.blocks), rest=self.rest.times(scale))
+
+    def totals(self, comm: Comm) -> Totals:
+        """Over all ranks; collective."""
+        own = sum(block.num_bytes for block in self.blocks)
+        terms = max((len(block.terms) for block in self.blocks), default=1)
+        error = max((block.error() for block in self.blocks if block.part == WHOLE), default=0.0)
+        mine = torch.tensor([sum(block.trace() for block in self.blocks), own, terms, error], dtype=torch.float64)
+        everyone = comm.gather(mine[None].to(comm.device)).cpu()
+        return Totals(
+            trace=float(everyone[:, 0].sum()) + self.rest.trace(),
+            num_bytes=int(everyone[:, 1].sum()) + self.rest.num_bytes,
+            rank_bytes=int(everyone[:, 1].max()) + self.rest.num_bytes,
+            terms=int(everyone[:, 2].max()),
+            error=float(everyone[:, 3].max()),
+        )
+
+    def to(self, device: torch.device) -> Kronecker:
+        """The same on a device."""
+        return replace(self, blocks=tuple(block.to(device) for block in self.blocks), rest=self.rest.to(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all ranks hold."""
+        return {
+            "kind": "kronecker",
+            "layouts": [layout.state_dict() for layout in self.layouts],
+            "divisible": self.divisible,
+            "keep_trace": self.keep_trace,
+            "num_examples": self.num_examples,
+            "tasks": self.tasks.model_dump(mode="json"),
+            "rest": self.rest.state_dict(),
+        }
+
+    def shard_dict(self) -> dict[str, Any]:
+        """What this rank alone holds: by the layer's name, the states of its blocks or parts."""
+        found: dict[str, Any] = {}
+        for block in self.blocks:
+            found.setdefault(block.layout.name, []).append(block.state_dict())
+        return found
+
+
+def layout_parts(
+    layouts: Sequence[Layout], comm: Comm, *, divisible: bool
+) -> list[tuple[Layout, list[tuple[int, Part]]]]:
+    """For each layer, in order, the (rank, part) pairs that share it: a pure function of shapes and world size.
+
+    The cost of a layer is that of its pull, 2 o d (o + d) a group. divisible: layers that alone cost more than a rank's
+    fair share are cut; eigenbases and low-rank factors cannot be.
+    """
+    shapes = {layout.name: layout.shape for layout in layouts}
+    costs = {name: float(2 * g * o * d * (o + d)) for name, (g, o, d) in shapes.items()}
+    most = {name: min(comm.size, max(o, d)) if divisible else 1 for name, (_, o, d) in shapes.items()}
+    placed = pieces(costs, comm.size, most=most)
+    return [
+        (layout, [(rank, Part.of(layout.shape, k, len(ranks))) for k, rank in enumerate(ranks)])
+        for layout in layouts
+        for ranks in (placed[layout.name],)
+    ]
+
+
+def _block_pieces(block: Block) -> list[Piece]:
+    layout, part = block.layout, block.part
+
+    def to_weight(target: Tensor, weights: Weights, anchor: Weights, scale: float, damping: float) -> Tensor:
+        difference = layout.difference(weights, anchor)
+        product = block.matvec(difference).add_(part.of_product(difference), alpha=damping)
+        if part != WHOLE:
+            whole = torch.zeros_like(difference)
+            part.of_product(whole).copy_(product)
+            product = whole
+        return torch.add(target, layout.weight_of(product), alpha=scale, out=torch.empty_like(target))
+
+    def to_bias(target: Tensor, weights: Weights, anchor: Weights, scale: float, damping: float) -> Tensor:
+        difference = layout.difference(weights, anchor)
+        rows = part.range if part.axis == "output" else slice(None)
+        column = block.bias_column(difference).add_(difference[:, rows, -1], alpha=damping)
+        whole = torch.zeros_like(difference[..., -1])
+        whole[:, rows] = column
+        return torch.add(target, whole.flatten(), alpha=scale)
+
+    found = [Piece(layout.weight, layout.names, to_weight)]
+    if layout.bias is not None and (part.axis != "input" or part.stop == layout.shape[2]):
+        found.append(Piece(layout.bias, layout.names, to_bias))
+    return found

@@ -1,0 +1,292 @@
+"""Second moments of what enters a layer and of the gradient of what leaves it, summed over examples in fp32.
+
+For example n with weight w_n, positions s = 1 .. S, inputs a_ns (a patch in a convolution; with a 1 at the end for a
+bias) and output gradients g_ns that carry sqrt(w_n),
+
+    expand   A = sum_n w_n / S sum_s a_ns a_ns'              B = sum_n sum_s g_ns g_ns'
+    reduce   A = sum_n w_n abar_n abar_n', abar_n = mean_s   B = sum_n gsum_n gsum_n', gsum_n = sum_s g_ns
+
+Only the lower triangle is computed, in blocks of rows. A 3x3 convolution with stride 1 and padding 1 needs no patches:
+the block of A for taps t and t' is
+
+    A_tt' = sum_p x_(p+t) x_(p+t')' = sum_q x_q x_(q+t'-t)'      over pixels q, where q - t stays inside of the image,
+
+which depends on t' - t alone but for pixels at the border. So 25 differences (13 by symmetry) are summed instead of 81
+pairs (45); where the difference is 0 in a direction, the first and the last row or column are summed apart.
+
+Legend: n examples, f rows of the layer's batch dim per example (windows), g groups, o outputs and d inputs of a group.
+Source: Grosse and Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML; Eschenhagen
+et al. 2023, "Kronecker-factored approximate curvature for modern neural network architectures", NeurIPS (expand, reduce).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hpccl.curvature.layers import output_size, padded, patches
+
+__all__ = ["GradientMoment", "InputMoment", "Sharing", "block_shape"]
+
+Sharing = Literal["expand", "reduce"]
+
+_BLOCK = 384  # rows of a triangle that are computed at a time
+_NARROW = 16  # channels below which products of single pixels are slower than patches
+_FIRST, _MIDDLE, _LAST = 0, 1, 2
+# A tap at -1 never sees the last row, a tap at +1 never the first.
+_SEEN = {-1: (_FIRST, _MIDDLE), 0: (_FIRST, _MIDDLE, _LAST), 1: (_MIDDLE, _LAST)}
+
+
+def block_shape(module: nn.Module, *, bias: bool) -> tuple[int, int, int]:
+    """(g, o, d) of a linear map or a convolution; d counts the bias."""
+    groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    weight = module.get_parameter("weight")
+    return groups, weight.shape[0] // groups, prod(weight.shape[1:]) + bias
+
+
+class InputMoment:
+    """A of one layer, growing."""
+
+    def __init__(self, module: nn.Module, *, bias: bool, sharing: Sharing) -> None:
+        self._module, self._sharing = module, sharing
+        groups, _, size = block_shape(module, bias=False)
+        self._new = partial(torch.zeros, dtype=torch.float32, device=module.get_parameter("weight").device)
+        self._bias = self._new(groups, size + 1) if bias else None  # the last row of A
+        self._patches: Tensor | None = None  # [g, d, d] without bias, patches as (kh, kw, channel)
+        self._pixels: _Correlations | None = None
+        if isinstance(module, nn.Conv2d) and sharing == "expand" and _correlates(module):
+            self._pixels = _Correlations(self._new(_Correlations.count, size // 9, size // 9))
+        else:
+            self._patches = self._new(groups, size, size)
+
+    def add_(self, x: Tensor, n: int, root: Tensor | None) -> None:
+        """Add a batch.
+
+        Args:
+            x: [n*f, ...], what the layer was called with.
+            n: examples.
+            root: [n] square roots of their weights; None where all are 1.
+        """
+        rows = len(x) // n
+        if root is not None:
+            x = x * root.repeat_interleave(rows).view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        x = x.float()
+        scale = 1 / (rows * num_positions(self._module, x))
+        means: Tensor | None = None
+        if self._bias is not None or self._sharing == "reduce":
+            means = _position_sums(self._module, x).unflatten(0, (n, rows)).sum(1) * scale  # [n, g, d]
+        if self._bias is not None and means is not None:
+            self._bias[:, :-1] += means.sum(0) if root is None else torch.tensordot(root.float(), means, 1)
+            self._bias[:, -1] += n if root is None else root.double().square().sum().float()
+        if self._sharing == "reduce" and means is not None:
+            self._add_rows(means.transpose(0, 1), 1.0)
+        elif self._pixels is not None and min(x.shape[2:]) > 1:
+            self._pixels.add_(x, scale)
+        else:
+            for part in x.split(_rows_at_a_time(self._module, x)):
+                self._add_rows(_patch_rows(self._module, part), scale)
+
+    def trace(self) -> Tensor:
+        """[]; not finite if anything that was added is not."""
+        found = [] if self._patches is None else [self._patches.diagonal(dim1=1, dim2=2).sum()]
+        return torch.stack(found + ([] if self._pixels is None else [self._pixels.trace()])).sum()
+
+    def matrix(self) -> Tensor:
+        """[g, d, d], inputs in the order of the weight; ends the sum."""
+        groups, _, size = block_shape(self._module, bias=self._bias is not None)
+        whole = self._new(groups, size, size)
+        weight = whole if self._bias is None else whole[:, :-1, :-1]
+        if self._patches is not None:
+            weight += _by_channel(mirrored_(self._patches), self._module)
+        if self._pixels is not None:
+            mirrored_(self._pixels.assemble_(weight[0])[None])
+        if self._bias is not None:
+            weights, ones = self._bias[:, :-1, None], self._bias[:, -1:, None]
+            whole[:, :-1, -1:] = _by_channel(weights, self._module)
+            whole[:, -1:, :-1] = whole[:, :-1, -1:].mT
+            whole[:, -1:, -1:] = ones
+        self._patches = self._pixels = None
+        return whole
+
+    def _add_rows(self, rows: Tensor, scale: float) -> None:
+        """Add rows [g, m, d]."""
+        if self._patches is None:
+            self._patches = self._new(len(rows), rows.shape[2], rows.shape[2])
+        add_gram_(self._patches, rows, scale)
+
+
+class GradientMoment:
+    """B of one layer, growing."""
+
+    def __init__(self, module: nn.Module, *, sharing: Sharing) -> None:
+        self._sharing = sharing
+        self._image = isinstance(module, nn.Conv2d)
+        groups, outputs, _ = block_shape(module, bias=False)
+        device = module.get_parameter("weight").device
+        self._total = torch.zeros(groups, outputs, outputs, dtype=torch.float32, device=device)
+
+    def add_(self, grad: Tensor, n: int) -> None:
+        """Add the gradients [n*f, ...] of the layer's output in a batch of n examples, for one column."""
+        groups, outputs, _ = self._total.shape
+        grad = (grad.movedim(1, -1) if self._image else grad).float()
+        if self._sharing == "reduce":
+            grad = grad.reshape(n, -1, groups * outputs).sum(1)
+        add_gram_(self._total, grad.reshape(-1, groups, outputs).transpose(0, 1), 1.0)
+
+    def trace(self) -> Tensor:
+        """[]; not finite if anything that was added is not."""
+        return self._total.diagonal(dim1=1, dim2=2).sum()
+
+    def matrix(self) -> Tensor:
+        """[g, o, o]; ends the sum."""
+        return mirrored_(self._total)
+
+
+class _Correlations:
+    """Sums of x_q x_(q+t)' over pixels q, for the differences t of two taps of a 3x3 kernel.
+
+    totals: [count, channels, channels], one for each difference (up to sign) and class of pixels
+    """
+
+    count = 29
+
+    def __init__(self, totals: Tensor) -> None:
+        places = iter(totals.unbind())
+        self._sums = {key: next(places) for key in _differences()}
+
+    def add_(self, x: Tensor, scale: float) -> None:
+        """Add images [n, channels, h, w], both h and w at least 2."""
+        height, width, channels = x.shape[2], x.shape[3], x.shape[1]
+        pixels = x.permute(2, 3, 0, 1).contiguous()  # the images innermost: shifts are slices, and products long
+        columns = {_FIRST: pixels[:, 0].contiguous(), _LAST: pixels[:, -1].contiguous()}
+        for (down, right, row, column), total in self._sums.items():
+            tops = range(height - down) if down else _rows_of(row, height)
+            if column in columns:
+                side = columns[column]
+                pairs = [(side[tops.start : tops.stop], side[tops.start + down : tops.stop + down])]
+            else:
+                inner = slice(max(0, -right), width - max(0, right)) if right else slice(1, width - 1)
+                moved = slice(inner.start + right, inner.stop + right)
+                pairs = [(pixels[top, inner], pixels[top + down, moved]) for top in tops]
+            for one, other in pairs:
+                if one.numel():
+                    total.addmm_(one.view(-1, channels).T, other.view(-1, channels), alpha=scale)
+
+    def trace(self) -> Tensor:
+        """[]"""
+        return torch.stack([self._sums[0, 0, *place].diagonal().sum() for place in product(range(3), repeat=2)]).sum()
+
+    def assemble_(self, whole: Tensor) -> Tensor:
+        """`whole` [channels * 9, channels * 9] with A added, in the order (channel, kh, kw)."""
+        channels = len(whole) // 9
+        blocks = whole.unflatten(1, (channels, 9)).unflatten(0, (channels, 9))
+        taps = list(product((-1, 0, 1), repeat=2))
+        for (one, tap), (other, partner) in product(enumerate(taps), repeat=2):
+            down, right = partner[0] - tap[0], partner[1] - tap[1]
+            sign = 1 if (down, right) >= (0, 0) else -1
+            rows = _SEEN[tap[0]] if down == 0 else (_MIDDLE,)
+            columns = _SEEN[tap[1]] if right == 0 else (_MIDDLE,)
+            for row, column in product(rows, columns):
+                total = self._sums[sign * down, sign * right, row, column]
+                blocks[:, one, :, other] += total if sign == 1 else total.T
+        return whole
+
+
+def add_gram_(total: Tensor, rows: Tensor, scale: float) -> None:
+    """Add scale * rows' rows for `rows` [g, m, k] to the lower triangle of `total` [g, k, k]."""
+    for first in range(0, total.shape[1], _BLOCK):
+        some, until = slice(first, first + _BLOCK), slice(0, first + _BLOCK)
+        if len(total) == 1:
+            total[0, some, until].addmm_(rows[0, :, some].T, rows[0, :, until], alpha=scale)
+        else:
+            total[:, some, until].baddbmm_(rows[:, :, some].mT, rows[:, :, until], alpha=scale)
+
+
+def mirrored_(total: Tensor) -> Tensor:
+    """`total` [g, k, k], its upper triangle replaced by its lower one."""
+    for first in range(0, total.shape[1], _BLOCK):
+        some = slice(first, first + _BLOCK)
+        total[:, :first, some] = total[:, some, :first].mT
+        corner = total[:, some, some].tril()
+        total[:, some, some] = corner + corner.tril(-1).mT
+    return total
+
+
+def num_positions(module: nn.Module, x: Tensor) -> int:
+    """Positions in one row of the batch dim of `x`."""
+    if not isinstance(module, nn.Conv2d):
+        return prod(x.shape[1:-1])
+    return prod(output_size(module, x))
+
+
+def _correlates(module: nn.Conv2d) -> bool:
+    known = (module.kernel_size, module.stride, module.dilation, module.groups) == ((3, 3), (1, 1), (1, 1), 1)
+    padded = module.padding in ((1, 1), "same") and module.padding_mode == "zeros"
+    return known and padded and module.in_channels >= _NARROW
+
+
+def _differences() -> Iterator[tuple[int, int, int, int]]:
+    """(down, right, row, column): differences up to sign; the classes of pixels are all in the middle unless both are 0."""
+    for down, right in product(range(3), range(-2, 3)):
+        if (down, right) >= (0, 0):
+            rows = range(3) if down == 0 else (_MIDDLE,)
+            columns = range(3) if right == 0 else (_MIDDLE,)
+            yield from ((down, right, row, column) for row, column in product(rows, columns))
+
+
+def _rows_of(row: int, height: int) -> range:
+    return {_FIRST: range(1), _MIDDLE: range(1, height - 1), _LAST: range(height - 1, height)}[row]
+
+
+def _by_channel(matrix: Tensor, module: nn.Module) -> Tensor:
+    """From patches as (kh, kw, channel) to the order of the weight, in one dim or both of `matrix` [g, d, d or 1]."""
+    if not isinstance(module, nn.Conv2d) or module.kernel_size == (1, 1):
+        return matrix
+    taps = prod(module.kernel_size)
+    turned = matrix.unflatten(1, (taps, -1)).transpose(1, 2)  # [g, channel, tap, ...]
+    if matrix.shape[2] == 1:
+        return turned.reshape(matrix.shape)
+    return turned.unflatten(3, (taps, -1)).transpose(3, 4).reshape(matrix.shape)
+
+
+def _rows_at_a_time(module: nn.Module, x: Tensor) -> int:
+    """Rows of the batch dim whose patches stay small."""
+    if not isinstance(module, nn.Conv2d):
+        return len(x)
+    budget = 1 << 25 if x.device.type == "cpu" else 1 << 30
+    return max(1, budget // (4 * num_positions(module, x) * module.in_channels * prod(module.kernel_size)))
+
+
+def _patch_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """[g, m, d], patches as (kh, kw, channel)."""
+    if not isinstance(module, nn.Conv2d):
+        return x.reshape(1, -1, x.shape[-1])
+    if module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid"):
+        down, right = module.stride
+        view = x[:, :, None, None, ::down, ::right]
+    else:
+        view = patches(module, x)
+    view = view.unflatten(1, (module.groups, -1)).permute(1, 0, 5, 6, 3, 4, 2)
+    return view.reshape(module.groups, -1, prod(module.weight.shape[1:]))
+
+
+def _position_sums(module: nn.Module, x: Tensor) -> Tensor:
+    """Sums over positions [rows, g, d], patches as (kh, kw, channel)."""
+    if not isinstance(module, nn.Conv2d):
+        return x.reshape(len(x), -1, x.shape[-1]).sum(1, keepdim=True)
+    height, width = output_size(module, x)
+    image = padded(module, x)
+    down, right = (
+        [tap * apart for tap in range(size)] for size, apart in zip(module.kernel_size, module.dilation, strict=True)
+    )
+    rows = [image[:, :, top : top + (height - 1) * module.stride[0] + 1 : module.stride[0]].sum(2) for top in down]
+    strip = torch.stack(rows, dim=1)  # [rows, kh, channels, w]
+    ends = [strip[..., left : left + (width - 1) * module.stride[1] + 1 : module.stride[1]].sum(-1) for left in right]
+    sums = torch.stack(ends, dim=2).unflatten(3, (module.groups, -1))  # [rows, kh, kw, g, channels/g]
+    return sums.permute(0, 3, 1, 2, 4).flatten(2)

@@ -1,0 +1,217 @@
+"""One pass over a task's examples, whatever is measured on it: fit examples, one plan for all ranks, and errors by name.
+
+A rank that fails tells the others before it raises, so that none of them waits for it in a later exchange.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from hpccl.curvature.capture import Call, captured, first_not_finite, measuring
+from hpccl.curvature.columns import Fisher, check_labels, num_columns, output_columns
+from hpccl.curvature.coverage import Coverage, plan, refuse_unfit
+from hpccl.curvature.protocols import Examples
+from hpccl.curvature.pullback import Layers, layer_gradients
+from hpccl.dist.comm import Comm
+from hpccl.errors import DivergedError, HpcclError, WorldError
+
+__all__ = [
+    "Forward",
+    "Sweep",
+    "agree",
+    "fit_examples",
+    "in_parts",
+    "listed",
+    "planned",
+    "planned_together",
+    "zeros_for",
+]
+
+_PROBE = 4  # examples that the coverage is checked with
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass with its graph: the calls of the watched layers, logits [n, C] and columns [c, n, C] over them."""
+
+    calls: Mapping[str, list[Call]]
+    logits: Tensor
+    columns: Tensor
+
+    @property
+    def edges(self) -> dict[str, GradientEdge]:
+        """By layer, where its output gradient arrives."""
+        return {name: call.edge for name, (call, *_) in self.calls.items() if call.edge is not None}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is asked of every example.
+
+    fisher: ggn: exact, K - 1 columns for K own-head classes; mc: `samples` labels drawn per example; empirical: the
+        true label
+    samples: of mc
+    seed: of mc; what is drawn depends on (seed, sample) only, not on batches, order or ranks
+    """
+
+    fisher: Fisher
+    samples: int
+    seed: int
+
+    def num_columns(self, examples: Examples) -> int:
+        """Columns per example."""
+        return num_columns(self.fisher, int(examples.head.sum()), self.samples)
+
+    def forward(
+        self, model: nn.Module, names: Iterable[str], part: Examples, *, autocast: torch.dtype | None = None
+    ) -> Forward:
+        """One forward pass of `part`, under autocast if a dtype is given; logits and columns are never in half precision.
+
+        Raises:
+            DivergedError: the logits are not finite.
+        """
+        device = part.pixels.device.type
+        lower = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
+        with captured(model, names) as calls, lower:
+            logits: Tensor = model(part.pixels)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if not bool(logits.isfinite().all()):
+            raise _diverged(model, part)
+        columns = output_columns(logits, part, self.fisher, samples=self.samples, seed=self.seed)
+        return Forward(calls, logits, columns)
+
+    def blame(self, model: nn.Module, layers: Layers, part: Examples, sums: Mapping[str, Tensor]) -> DivergedError:
+        """Why `sums`, by what they belong to, are not finite although the logits of `part` are."""
+        found = self.forward(model, layers, part)
+        for name, calls in found.calls.items():
+            for call in calls:
+                for value in call.inputs:
+                    if error := _not_finite(f"the input of layer '{name}'", value, part):
+                        return error
+        for column in found.columns.split(1):
+            for name, grad in layer_gradients(layers, found.calls, found.logits, column):
+                if error := _not_finite(f"the gradient of layer '{name}'", grad, part):
+                    return error
+        names = [name for name, value in sums.items() if not bool(value.isfinite().all())]
+        everyone = torch.ones(len(part), dtype=torch.bool)
+        return DivergedError(
+            f"squared gradients of '{names[0]}' overflow fp32 for samples {_samples(part, everyone)}; "
+            "its inputs or gradients are beyond 1e19: the model has diverged"
+        )
+
+
+def fit_examples(model: nn.Module, batches: Iterable[Examples]) -> Iterator[Examples]:
+    """The batches on the model's device, without what counts for nothing; none is empty.
+
+    Raises:
+        CoverageError: the model's per-example gradients are meaningless or imprecise.
+        DataError: a label is outside its head.
+    """
+    refuse_unfit(model)
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    for batch in batches:
+        examples = batch.to(like.device, like.dtype)
+        examples = examples.select(examples.weight > 0)
+        if len(examples):
+            check_labels(examples)
+            yield examples
+
+
+def in_parts(examples: Examples, size: int) -> Iterator[Examples]:
+    """The examples, `size` at a time, which are of one size as nearly as possible."""
+    number = -(-len(examples) // size)
+    for part in range(number):
+        yield examples.select(slice(part * len(examples) // number, (part + 1) * len(examples) // number))
+
+
+def planned(model: nn.Module, examples: Examples) -> Coverage:
+    """See coverage.plan."""
+    with measuring(model, examples.pixels.device):
+        return plan(model, examples.pixels[:_PROBE])
+
+
+def planned_together(
+    model: nn.Module, batches: Iterable[Examples], comm: Comm
+) -> tuple[Coverage | None, Iterator[Examples]]:
+    """One coverage for all ranks, and this rank's fit examples; collective.
+
+    The lowest rank with examples makes the plan, so that a rank without any knows it too; None if there are no examples.
+
+    Raises:
+        HpcclError: whatever stopped this rank; WorldError if another one was stopped.
+    """
+    examples = fit_examples(model, batches)
+    first: Examples | None = None
+    failure: HpcclError | None = None
+    try:
+        first = next(examples, None)
+    except HpcclError as error:
+        failure = error
+    agree(comm, failure)
+    having = comm.gather(torch.tensor([first is not None])).tolist()
+    if not any(having):
+        return None, iter(())
+    source = having.index(True)
+    coverage: Coverage | None = None
+    if comm.rank == source and first is not None:
+        try:
+            coverage = planned(model, first)
+        except HpcclError as error:
+            failure = error
+    agree(comm, failure)
+    return _shared(coverage, source, comm), chain([first] if first else [], examples)
+
+
+def agree(comm: Comm, failure: HpcclError | None) -> None:
+    """Raise on every rank if one has failed: on that one its failure, elsewhere that another has."""
+    if comm.any(failure is not None):
+        raise failure or WorldError("curvature stopped: another rank could not measure its part; see its message")
+
+
+def listed(names: Iterable[object]) -> str:
+    """The first names, and how many more."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
+
+
+def zeros_for(parameter: Tensor) -> Tensor:
+    """An fp32 accumulator in the parameter's shape."""
+    return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False, memory_format=torch.contiguous_format)
+
+
+def _shared(coverage: Coverage | None, source: int, comm: Comm) -> Coverage:
+    """The coverage of rank `source`; elsewhere `coverage` is ignored."""
+    text = json.dumps(asdict(coverage)).encode() if coverage and comm.rank == source else b""
+    sent = torch.zeros(comm.max(len(text)), dtype=torch.uint8)
+    sent[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
+    comm.broadcast_([sent], source=source)
+    fields = json.loads(bytes(sent.tolist()))
+    return Coverage(**{**fields, "mapped": tuple(fields["mapped"]), "looped": tuple(fields["looped"])})
+
+
+def _diverged(model: nn.Module, part: Examples) -> DivergedError:
+    bad_pixels = ~part.pixels.isfinite().flatten(1).all(1)
+    place, rows = "the pixels", bad_pixels
+    if not bool(bad_pixels.any()):
+        place, rows = first_not_finite(model, part.pixels) or ("the model's output", ~bad_pixels)
+    samples = _samples(part, rows)
+    return DivergedError(f"{place} is not finite for samples {samples}; curvature needs a model that has not diverged")
+
+
+def _not_finite(what: str, value: Tensor, part: Examples) -> DivergedError | None:
+    finite = value.isfinite().flatten(1).all(1).unflatten(0, (len(part), -1)).all(1)
+    if bool(finite.all()):
+        return None
+    return DivergedError(f"{what} is not finite for samples {_samples(part, ~finite)}")
+
+
+def _samples(part: Examples, rows: Tensor) -> str:
+    return listed(part.sample[rows.to(part.sample.device)].tolist())

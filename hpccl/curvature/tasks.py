@@ -1,0 +1,148 @@
+"""The sum of the curvatures of several tasks, layer by layer, as the configuration asks.
+
+    list:     sum_t B_t (x) A_t, exactly, while it fits; then the two closest terms of each layer become their nearest
+              Kronecker product, as long as the error of all merges of a layer stays within the tolerance
+    pooled:   (sum_t B_t) (x) (sum_t n_t A_t / sum_t n_t)    online Laplace; contains products of different tasks
+    nearest:  the nearest Kronecker product of the sum so far and the new task
+    refit:    the eigenbasis of the nearest pair, with the exact diagonal of the sum in it
+
+What must be known of parts of a layer on other ranks are inner products of factors alone, which add up over parts.
+Sources: Van Loan and Pitsianis 1993 (nearest products); Ritter et al. 2018 and Daxberger et al. 2021 (online Laplace);
+George et al. 2018 (EKFAC).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from hpccl.config.sections import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
+from hpccl.curvature.blocks import WHOLE, Block, Term
+from hpccl.dist.comm import Comm
+from hpccl.kron import merge
+from hpccl.kron.pair import Pair
+
+__all__ = ["summed"]
+
+Grams = tuple[Tensor, Tensor]  # inner products of the input factors and of the gradient factors, [g, T, T] each
+
+
+def summed(olds: Sequence[Block], news: Sequence[Block], tasks: TasksConfig, comm: Comm) -> list[Block]:
+    """The sum of each old and its new block; collective."""
+    joined = [
+        replace(old, terms=(*old.terms, *new.terms), counts=(*old.counts, *new.counts), lost=old.lost + new.lost)
+        for old, new in zip(olds, news, strict=True)
+    ]
+    match tasks:
+        case ListedTasks():
+            return _within_budget(joined, tasks, comm)
+        case PooledTasks():
+            return [_single(block, merge.pooled(_pairs(block), block.counts)) for block in joined]
+        case NearestTasks():
+            grams = _grams(joined, comm)
+            return [_merged(block, gram, range(len(block.terms))) for block, gram in zip(joined, grams, strict=True)]
+        case RefitTasks():
+            return [_single(block, merge.refit(block.terms)) for block in joined]
+        case _:
+            assert_never(tasks)
+
+
+def _single(block: Block, term: Term) -> Block:
+    return replace(block, terms=(term,), counts=(sum(block.counts),))
+
+
+def _within_budget(blocks: list[Block], tasks: ListedTasks, comm: Comm) -> list[Block]:
+    """Merge one pair in every layer that allows it, until all of them fit, or none allows it."""
+    while _over_budget(blocks, tasks, comm):
+        merged = [_closest_merged(b, g, tasks.tolerance) for b, g in zip(blocks, _grams(blocks, comm), strict=True)]
+        if not comm.any(any(after is not before for after, before in zip(merged, blocks, strict=True))):
+            break
+        blocks = merged
+    return blocks
+
+
+def _over_budget(blocks: Sequence[Block], tasks: ListedTasks, comm: Comm) -> bool:
+    totals = torch.tensor(
+        [sum(block.num_bytes for block in blocks), sum(block.flops for block in blocks)],
+        dtype=torch.float64,
+        device=comm.device,
+    )
+    comm.sum_([totals])
+    num_bytes, flops = totals.tolist()
+    too_slow = tasks.max_gflop is not None and flops > tasks.max_gflop * 1e9
+    return bool(num_bytes > tasks.max_gib * 2**30 or too_slow)
+
+
+def _grams(blocks: Sequence[Block], comm: Comm) -> list[Grams]:
+    """Of each layer as a whole: those of a cut factor add up over the ranks that hold its parts."""
+    local = [merge.gram(_pairs(block)) for block in blocks]
+    message = [torch.zeros(2, dtype=torch.float64)]  # never empty
+    for block, gram in zip(blocks, local, strict=True):
+        if block.part != WHOLE:
+            cut = gram[0] if block.part.axis == "input" else gram[1]
+            header = torch.tensor([_number(block), cut.numel()], dtype=torch.float64)
+            message += [header, cut.double().cpu().flatten()]
+    totals = _added(comm.gather(torch.cat(message).to(comm.device)).cpu())
+    return [
+        gram if block.part == WHOLE else _completed(block, gram, totals[_number(block)])
+        for block, gram in zip(blocks, local, strict=True)
+    ]
+
+
+def _added(messages: Tensor) -> dict[int, Tensor]:
+    """Sums by layer of a row of (layer, length, numbers...)."""
+    totals: dict[int, Tensor] = {}
+    position = 0
+    while position < len(messages):
+        number, length = (int(value) for value in messages[position : position + 2])
+        numbers = messages[position + 2 : position + 2 + length]
+        totals[number] = totals[number] + numbers if number in totals else numbers
+        position += 2 + length
+    return totals
+
+
+def _completed(block: Block, gram: Grams, total: Tensor) -> Grams:
+    inputs, gradients = gram
+    if block.part.axis == "input":
+        return total.view(inputs.shape).to(inputs), gradients
+    return inputs, total.view(gradients.shape).to(gradients)
+
+
+def _number(block: Block) -> int:
+    """The layer's name as a number that a message of floats can hold."""
+    return 1 + zlib.crc32(block.layout.name.encode())
+
+
+def _pairs(block: Block) -> list[Pair]:
+    pairs = [term for term in block.terms if isinstance(term, Pair)]
+    assert len(pairs) == len(block.terms), "eigenbases are summed by refitting"
+    return pairs
+
+
+def _closest_merged(block: Block, gram: Grams, tolerance: float) -> Block:
+    """The two closest terms as one; the block itself where it has one term or the error would be too large."""
+    if len(block.terms) < 2:
+        return block
+    one, other, error = merge.closest(*gram)
+    if block.lost + error > tolerance * float(merge.sum_norm(*gram)):
+        return block
+    return _merged(block, gram, (one, other))
+
+
+def _merged(block: Block, gram: Grams, chosen: Sequence[int]) -> Block:
+    """The block with the chosen terms replaced by their nearest Kronecker product, which stands in the first's place."""
+    index = torch.tensor(list(chosen), device=gram[0].device)
+    inputs, gradients = (kind[:, index][:, :, index] for kind in gram)
+    alpha, beta = merge.nearest_weights(inputs, gradients)
+    pairs = _pairs(block)
+    nearest = merge.combine([pairs[t] for t in chosen], alpha, beta)
+    error = float(merge.merge_error(*gram, list(chosen)))
+    kept = [t for t in range(len(pairs)) if t not in chosen[1:]]
+    terms = tuple(nearest if t == chosen[0] else pairs[t] for t in kept)
+    counts = tuple(sum(block.counts[c] for c in chosen) if t == chosen[0] else block.counts[t] for t in kept)
+    return replace(block, terms=terms, counts=counts, lost=block.lost + error)

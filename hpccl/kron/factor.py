@@ -1,0 +1,185 @@
+"""One symmetric positive semi-definite factor per group, whole or of low rank.
+
+    Dense    A
+    LowRank  A = V diag(values) V'
+
+Legend: g groups, k size, r rank. A Dense factor may also hold some columns [g, k, j] or rows [g, j, k] of a matrix that
+is split over processes: `right` then gives D A[:, J], `left` gives A[I, :] D, and `inner` this part's share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from hpccl.kron.eigen import symmetric_eigh
+from hpccl.kron.product import chain, matmul
+
+__all__ = ["Dense", "Factor", "LowRank", "inner", "truncated"]
+
+_ROWS = 256  # rows taken to float64 at a time
+
+
+@final
+@dataclass(frozen=True)
+class Dense:
+    """A factor that holds its matrix [g, k, k]."""
+
+    matrix: Tensor
+
+    @property
+    def size(self) -> int:
+        """Rows of the whole matrix, k."""
+        return max(self.matrix.shape[1:])
+
+    @property
+    def groups(self) -> int:
+        """Number of matrices, g."""
+        return len(self.matrix)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self.matrix.nbytes
+
+    @property
+    def chain(self) -> tuple[Tensor, ...]:
+        """Matrices whose product is the factor."""
+        return (self.matrix,)
+
+    def trace(self) -> Tensor:
+        """[g], float64."""
+        return self.matrix.diagonal(dim1=1, dim2=2).double().sum(1)
+
+    def dense(self) -> Tensor:
+        """[g, k, k]; not a copy."""
+        return self.matrix
+
+    def left(self, delta: Tensor) -> Tensor:
+        """A delta for delta [g, k, m]."""
+        return matmul(self.matrix, delta)
+
+    def right(self, delta: Tensor) -> Tensor:
+        """Delta A for delta [g, m, k]."""
+        return matmul(delta, self.matrix)
+
+    def times(self, scale: float) -> Dense:
+        """Scaled by `scale` >= 0."""
+        assert scale >= 0, "a factor stays positive semi-definite"
+        return Dense(self.matrix * scale)
+
+    def to(self, device: torch.device) -> Dense:
+        """The same on a device."""
+        return Dense(self.matrix.to(device))
+
+
+@final
+@dataclass(frozen=True)
+class LowRank:
+    """V diag(values) V'.
+
+    vectors: [g, k, r]
+    values: [g, r] >= 0
+    """
+
+    vectors: Tensor
+    values: Tensor
+
+    @property
+    def size(self) -> int:
+        """Rows of the whole matrix, k."""
+        return self.vectors.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Number of matrices, g."""
+        return len(self.vectors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return self.vectors.nbytes + self.values.nbytes
+
+    @property
+    def chain(self) -> tuple[Tensor, ...]:
+        """Matrices whose product is the factor."""
+        return (self.vectors * self.values[:, None, :], self.vectors.mT)
+
+    def trace(self) -> Tensor:
+        """[g], float64."""
+        return (self.vectors.double().square().sum(1) * self.values.double()).sum(1)
+
+    def dense(self) -> Tensor:
+        """[g, k, k]."""
+        return chain(*self.chain)
+
+    def left(self, delta: Tensor) -> Tensor:
+        """A delta for delta [g, k, m]."""
+        return chain(*self.chain, delta)
+
+    def right(self, delta: Tensor) -> Tensor:
+        """Delta A for delta [g, m, k]."""
+        return chain(delta, *self.chain)
+
+    def times(self, scale: float) -> LowRank:
+        """Scaled by `scale` >= 0."""
+        assert scale >= 0, "a factor stays positive semi-definite"
+        return LowRank(self.vectors, self.values * scale)
+
+    def to(self, device: torch.device) -> LowRank:
+        """The same on a device."""
+        return LowRank(self.vectors.to(device), self.values.to(device))
+
+
+Factor: TypeAlias = Dense | LowRank
+
+
+def truncated(matrix: Tensor, keep: float) -> Factor:
+    """The fewest leading eigenvectors, as many in every group, that keep `keep` of the trace of every group.
+
+    Args:
+        matrix: [g, k, k].
+        keep: 0 < keep <= 1.
+
+    Returns:
+        A low rank where that takes less memory and time, that is below half of the size; the matrix as it is where not.
+
+    Raises:
+        DivergedError: see `symmetric_eigh`.
+    """
+    assert 0 < keep <= 1, "a share of the trace"
+    size = matrix.shape[-1]
+    values, vectors = symmetric_eigh(matrix)
+    kept = values.double().flip(1).cumsum(1)
+    rank = 1 + int((kept < keep * kept[:, -1:]).sum(1).max())
+    if 2 * rank >= size:
+        return Dense(matrix)
+    return LowRank(vectors[:, :, -rank:].contiguous(), values[:, -rank:].contiguous())
+
+
+def inner(first: Factor, second: Factor) -> Tensor:
+    """Sum of the products of elements, [g] in float64: float32 factors lose nothing in it."""
+    if isinstance(first, Dense):
+        return _with_dense(first.matrix, second)
+    if isinstance(second, Dense):
+        return _with_dense(second.matrix, first)
+    overlap = matmul(first.vectors.double().mT, second.vectors.double()).square()
+    return (first.values.double()[:, :, None] * overlap * second.values.double()[:, None, :]).sum((1, 2))
+
+
+def _with_dense(matrix: Tensor, other: Factor) -> Tensor:
+    total = matrix.new_zeros(len(matrix), dtype=torch.float64)
+    match other:
+        case Dense(second):
+            for rows, others in zip(matrix.split(_ROWS, 1), second.split(_ROWS, 1), strict=True):
+                total += (rows.double() * others.double()).sum((1, 2))
+        case LowRank(vectors, values):
+            # sum over r of values_r v_r' A v_r
+            right = vectors.double()
+            scaled = right * values.double()[:, None, :]
+            for rows, left in zip(matrix.split(_ROWS, 1), scaled.split(_ROWS, 1), strict=True):
+                total += (left * matmul(rows.double(), right)).sum((1, 2))
+    return total

@@ -1,0 +1,225 @@
+"""Several Kronecker products by one: what stands for sum_t B_t (x) A_t, and how far off it is.
+
+With <X, Y> = sum_ij X_ij Y_ij, and Gram matrices K_A[s, t] = <A_s, A_t>, K_B[s, t] = <B_s, B_t>:
+
+    |sum_t B_t (x) A_t|^2                  = sum_st K_A[s, t] K_B[s, t]
+    singular values of its rearrangement   = sqrt(eigenvalues of K_A K_B)
+    the nearest B (x) A                    : A = sum_t alpha_t A_t, alpha the leading eigenvector of K_B K_A,
+                                             B = sum_t beta_t B_t,  beta = K_A alpha / (alpha' K_A alpha)
+    the nearest in the basis Qb (x) Qa     : values = sum_t diag(Qb' B_t Qb) diag(Qa' A_t Qa)'
+
+alpha, beta >= 0, since K_A and K_B have no negative elements where the terms are positive semi-definite; so A and B are
+positive semi-definite too. A second singular pair would not be, and is never taken.
+
+Legend: g groups (each has its own Gram matrices), T terms, o outputs, d inputs.
+Source: Van Loan & Pitsianis 1993, "Approximation with Kronecker products"; George et al. 2018, "Fast approximate
+natural gradient descent in a Kronecker-factored eigenbasis", NeurIPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hpccl.kron.eigen import Eigen
+from hpccl.kron.factor import Dense, Factor, LowRank, inner
+from hpccl.kron.pair import Pair
+from hpccl.kron.product import chain, matmul
+
+__all__ = [
+    "closest",
+    "combine",
+    "gram",
+    "merge_error",
+    "nearest",
+    "nearest_weights",
+    "pooled",
+    "refit",
+    "sum_norm",
+]
+
+Term: TypeAlias = Pair | Eigen
+
+_TIE = 1e-10  # singular values squared this close, relative to the largest, are taken for equal
+_ELEMENTS = 1 << 22  # taken to float64 at a time
+
+
+def gram(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """K_A and K_B, each [g, T, T] in float64; of factors split over processes this part's share, to be summed."""
+    return _gram([pair.a for pair in pairs]), _gram([pair.b for pair in pairs])
+
+
+def nearest_weights(K_A: Tensor, K_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, beta), each [g, T] and >= 0: the nearest to sum_t B_t (x) A_t is made of them, see `combine`.
+
+    alpha sums to 1 in every group: A is a mean of the A_t, and B carries the sum. Terms that are zero weigh nothing.
+    """
+    K_A, K_B = K_A.double(), K_B.double()
+    size_a, size_b = (K.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt() for K in (K_A, K_B))
+    counts = (size_a > 0) & (size_b > 0)
+    # Moving all size into B balances terms like 1e20 A (x) 1e-20 B; the weights are moved back below.
+    size_a = torch.where(counts, size_a, 1.0)
+    both = counts[:, :, None] & counts[:, None, :]
+    unit_a = torch.where(both, K_A / size_a[:, :, None] / size_a[:, None, :], 0.0)
+    sized_b = torch.where(both, K_B * size_a[:, :, None] * size_a[:, None, :], 0.0)
+    alpha = torch.where(counts, _leading(unit_a, sized_b) / size_a, 0.0)
+    total = alpha.sum(1, keepdim=True)
+    alpha = torch.where(total > 0, alpha / total, 1 / alpha.shape[1])
+    overlap = (K_A * alpha[:, None, :]).sum(2)
+    square = (alpha * overlap).sum(1, keepdim=True)
+    beta = torch.where(square > 0, overlap / square, 0.0)
+    return alpha, torch.where(counts, beta, 0.0).clamp_min(0)
+
+
+def combine(pairs: Sequence[Pair], alpha: Tensor, beta: Tensor) -> Pair:
+    """(sum_t beta_t B_t) (x) (sum_t alpha_t A_t) for alpha, beta [g, T]; dense."""
+    return Pair(_weighted([pair.a for pair in pairs], alpha), _weighted([pair.b for pair in pairs], beta))
+
+
+def nearest(pairs: Sequence[Pair]) -> Pair:
+    """The B (x) A nearest to the sum of the pairs in the Frobenius norm; for factors that are not split."""
+    return combine(pairs, *nearest_weights(*gram(pairs)))
+
+
+def pooled(pairs: Sequence[Pair], counts: Sequence[float]) -> Pair:
+    """B summed, A averaged with weights `counts`, the numbers of examples: as if measured on all of them at once."""
+    first = pairs[0].a
+    total = sum(counts)
+    shares = [count / total if total > 0 else 1 / len(counts) for count in counts]
+    alpha = torch.tensor(shares, dtype=torch.float64, device=_device(first)).expand(first.groups, -1)
+    return combine(pairs, alpha, torch.ones_like(alpha))
+
+
+def sum_norm(K_A: Tensor, K_B: Tensor) -> float:
+    """Frobenius norm of the sum of all terms, over all groups."""
+    return float((K_A.double() * K_B.double()).sum().clamp_min(0).sqrt())
+
+
+def merge_error(K_A: Tensor, K_B: Tensor, subset: Sequence[int]) -> float:
+    """Frobenius error, over all groups, of the nearest B (x) A to the sum of the terms in `subset`.
+
+    Accurate to 1e-8 of the norm of that sum.
+    """
+    chosen = torch.tensor(subset, device=K_A.device)
+    picked = (K[:, chosen[:, None], chosen] for K in (K_A, K_B))
+    return float(_squared_error(*picked).sum().sqrt())
+
+
+def closest(K_A: Tensor, K_B: Tensor) -> tuple[int, int, float]:
+    """(i, j, error) of the two terms, i < j, that one B (x) A replaces with the least Frobenius error.
+
+    Needs two terms or more.
+    """
+    groups, num_terms = K_A.shape[:2]
+    assert num_terms > 1, "closest compares two terms"
+    chosen = torch.tensor(list(combinations(range(num_terms), 2)), device=K_A.device)
+    picked = (K[:, chosen[:, :, None], chosen[:, None, :]].flatten(0, 1) for K in (K_A, K_B))
+    errors = _squared_error(*picked).view(groups, -1).sum(0).sqrt()
+    best = int(errors.argmin())
+    i, j = chosen[best].tolist()
+    return i, j, float(errors[best])
+
+
+def refit(terms: Sequence[Term]) -> Eigen:
+    """The sum of the terms without what is off the diagonal in the basis of the nearest B (x) A of their factors.
+
+    The diagonal is exact, and so the best in that basis. Exact where the terms share their eigenvectors, and no
+    eigenvalue of the nearest B (x) A is repeated.
+
+    Raises:
+        DivergedError: a factor is not finite.
+    """
+    basis = Eigen.of(nearest([_factors(term) for term in terms]))
+    values = torch.zeros_like(basis.values)
+    for term in terms:
+        values += _diagonal(term, basis.qa, basis.qb)
+    return Eigen(basis.qa, basis.qb, values.clamp_min(0), basis.a, basis.b)
+
+
+def _gram(factors: Sequence[Factor]) -> Tensor:
+    matrices = [factor.matrix for factor in factors if isinstance(factor, Dense)]
+    if len(matrices) < len(factors):
+        return _pairwise(factors)
+    groups, _, columns = matrices[0].shape
+    num_terms = len(matrices)
+    total = matrices[0].new_zeros(groups, num_terms, num_terms, dtype=torch.float64)
+    num_rows = max(1, _ELEMENTS // max(1, groups * num_terms * columns))
+    for parts in zip(*(matrix.split(num_rows, 1) for matrix in matrices), strict=True):
+        flat = torch.stack([part.double().flatten(1) for part in parts], 1)
+        total += matmul(flat, flat.mT)
+    return total
+
+
+def _pairwise(factors: Sequence[Factor]) -> Tensor:
+    places = range(len(factors))
+    found = {(s, t): inner(factors[s], factors[t]) for s in places for t in places if s <= t}
+    return torch.stack([torch.stack([found[min(s, t), max(s, t)] for t in places], 1) for s in places], 1)
+
+
+def _leading(K_A: Tensor, K_B: Tensor) -> Tensor:
+    """The leading eigenvector [g, T] of K_B K_A, >= 0; of a tie, the one that sum_t A_t leans to."""
+    values, vectors = torch.linalg.eigh((K_B + K_B.mT) / 2)
+    root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
+    symmetric = root @ K_A @ root
+    values, vectors = torch.linalg.eigh((symmetric + symmetric.mT) / 2)
+    leads = values >= values[:, -1:] * (1 - _TIE)
+    # The limit of the power method from a vector of ones: one that stays >= 0 also where several lead.
+    amounts = torch.where(leads, (vectors * root.sum(2)[:, :, None]).sum(1), 0.0)
+    leading: Tensor = (root @ (vectors @ amounts[:, :, None]))[:, :, 0]
+    return leading.clamp_min(0)
+
+
+def _squared_error(K_A: Tensor, K_B: Tensor) -> Tensor:
+    """|sum - nearest|^2 by group."""
+    alpha, beta = nearest_weights(K_A, K_B)
+    K_A, K_B = K_A.double(), K_B.double()
+    overlap = (K_A * alpha[:, None, :]).sum(2)
+    square = (alpha * overlap).sum(1)
+    # |S - B (x) A|^2 = |S|^2 - 2 <S, B (x) A> + |A|^2 |B|^2
+    both = (overlap[:, :, None] * K_B * beta[:, None, :]).sum((1, 2))
+    own = square * (beta[:, :, None] * K_B * beta[:, None, :]).sum((1, 2))
+    return ((K_A * K_B).sum((1, 2)) - 2 * both + own).clamp_min(0)
+
+
+def _weighted(factors: Sequence[Factor], weights: Tensor) -> Dense:
+    total: Tensor | None = None
+    for position, factor in enumerate(factors):
+        matrix = factor.dense()
+        weight = weights[:, position, None, None].to(matrix)
+        total = matrix * weight if total is None else total.addcmul_(matrix, weight)
+    assert total is not None, "a sum of no terms has no size"
+    return Dense(total)
+
+
+def _factors(term: Term) -> Pair:
+    match term:
+        case Pair():
+            return term
+        case Eigen(qa, qb, _, a, b):
+            return Pair(Dense(LowRank(qa, a).dense()), Dense(LowRank(qb, b).dense()))
+
+
+def _diagonal(term: Term, qa: Tensor, qb: Tensor) -> Tensor:
+    """Diagonal [g, o, d] of the term in the basis qb (x) qa."""
+    match term:
+        case Pair(a, b):
+            return _rotated(b, qb)[:, :, None] * _rotated(a, qa)[:, None, :]
+        case Eigen():
+            return chain(matmul(qb.mT, term.qb).square(), term.values, matmul(term.qa.mT, qa).square())
+
+
+def _rotated(factor: Factor, basis: Tensor) -> Tensor:
+    """Diagonal [g, k] of Q' A Q."""
+    match factor:
+        case Dense(matrix):
+            return (basis * matmul(matrix, basis)).sum(1)
+        case LowRank(vectors, values):
+            return (matmul(vectors.mT, basis).square() * values[:, :, None]).sum(1)
+
+
+def _device(factor: Factor) -> torch.device:
+    return factor.chain[0].device

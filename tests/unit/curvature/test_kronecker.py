@@ -1,0 +1,283 @@
+"""Blocks of layers among named weights: products, parts, sums over tasks and files, against dense float64 matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpccl.config.sections import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
+from hpccl.curvature.blocks import WHOLE, Block, Layout, Part
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.curvature.kronecker import Kronecker, layout_parts
+from hpccl.curvature.protocols import Piece
+from hpccl.dist.comm import Comm
+from hpccl.errors import CheckpointError, CoverageError
+from hpccl.kron.eigen import Eigen
+from hpccl.kron.factor import Dense
+from hpccl.kron.pair import Pair
+
+SOLO = Comm.solo()
+LAYOUTS = (
+    Layout("conv", "conv.weight", "conv.bias", (6, 2, 3, 3), channels_last=True),
+    Layout("grouped", "grouped.weight", None, (6, 2, 3, 3), groups=3),
+    Layout("head", "head.weight", "head.bias", (5, 4)),
+)
+
+
+def weights(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for layout in LAYOUTS:
+        weight = torch.randn(layout.weight_shape, generator=generator)
+        if layout.channels_last:
+            weight = weight.to(memory_format=torch.channels_last)
+        found[layout.weight] = weight
+        if layout.bias:
+            found[layout.bias] = torch.randn(layout.weight_shape[0], generator=generator)
+    return {**found, "norm": torch.randn(7, generator=generator)}
+
+
+def psd(groups: int, size: int, generator: torch.Generator, rank: int | None = None) -> Tensor:
+    root = torch.randn(groups, size, rank or size, generator=generator)
+    return root @ root.mT / size
+
+
+def precision(seed: int, tasks: TasksConfig | None = None, *, scale: float = 1.0) -> Kronecker:
+    generator = torch.Generator().manual_seed(seed)
+    blocks = []
+    for layout in LAYOUTS:
+        groups, outputs, inputs = layout.shape
+        pair = Pair(Dense(psd(groups, inputs, generator)), Dense(scale * psd(groups, outputs, generator)))
+        blocks.append(Block(layout, (pair,), (10.0,)))
+    rest = Diagonal({"norm": torch.rand(7, generator=generator)}, 10.0)
+    return Kronecker(tuple(blocks), rest, 10.0, tasks or ListedTasks(), LAYOUTS)
+
+
+def dense(block: Block) -> Tensor:
+    """[g, o * d, o * d] float64, acting on rows of the block's matrix."""
+    total = torch.zeros(())
+    for term in block.terms:
+        if isinstance(term, Pair):
+            matrices = [torch.kron(b.double(), a.double()) for a, b in zip(term.a.dense(), term.b.dense(), strict=True)]
+        else:
+            bases = [torch.kron(b.double(), a.double()) for a, b in zip(term.qa, term.qb, strict=True)]
+            values = term.values.double().flatten(1)
+            matrices = [base * row @ base.T for base, row in zip(bases, values, strict=True)]
+        total = total + torch.stack(matrices)
+    return total
+
+
+def product(pieces: Sequence[Piece], delta: Mapping[str, Tensor], damping: float = 0.0) -> dict[str, Tensor]:
+    zero = {name: torch.zeros_like(value) for name, value in delta.items()}
+    total = {name: torch.zeros_like(value) for name, value in delta.items()}
+    for piece in pieces:
+        total[piece.name] = piece.add(total[piece.name], delta, zero, 1.0, damping)
+    return total
+
+
+def matrix(layout: Layout, named: Mapping[str, Tensor]) -> Tensor:
+    """[g, o, d] in the layout's own order of inputs, by plain indexing."""
+    groups, outputs, inputs = layout.shape
+    flat = named[layout.weight].reshape(groups, outputs, -1)
+    if layout.bias:
+        flat = torch.cat([flat, named[layout.bias].reshape(groups, outputs, 1)], dim=2)
+    return flat[:, :, layout.order()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layout_round_trip(layout: Layout) -> None:
+    named, anchor = weights(0), weights(1)
+    difference = layout.difference(named, anchor)
+    assert torch.equal(difference, matrix(layout, named) - matrix(layout, anchor))
+    assert torch.equal(layout.weight_of(difference), named[layout.weight] - anchor[layout.weight])
+    if layout.bias:
+        assert torch.equal(layout.bias_of(difference), named[layout.bias] - anchor[layout.bias])
+
+
+def test_pieces_are_the_dense_product() -> None:
+    curvature, delta = precision(0), weights(3)
+    found = product(curvature.pieces(SOLO, delta), delta, damping=0.5)
+    for block in curvature.blocks:
+        rows = matrix(block.layout, delta).double()
+        expected = (dense(block) @ rows.flatten(1)[..., None]).view_as(rows) + 0.5 * rows
+        torch.testing.assert_close(matrix(block.layout, found).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["norm"], (curvature.rest.values["norm"] + 0.5) * delta["norm"])
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("wide", [True, False])
+def test_parts_add_up_to_the_whole(count: int, wide: bool) -> None:
+    """Cut along the inputs, or along the outputs where there are more of them; also between weight and bias."""
+    layout = LAYOUTS[0] if wide else Layout("tall", "tall.weight", "tall.bias", (9, 4))
+    generator = torch.Generator().manual_seed(0)
+    _, outputs, inputs = layout.shape
+    pair = Pair(Dense(psd(1, inputs, generator)), Dense(psd(1, outputs, generator)))
+    block = Block(layout, (pair, pair.times(2)), (1.0, 1.0))
+    delta = {
+        layout.weight: torch.randn(layout.weight_shape, generator=generator),
+        "norm": torch.ones(1),
+        f"{layout.name}.bias": torch.randn(outputs, generator=generator),
+    }
+    parts = [block.cut(Part.of(layout.shape, number, count)) for number in range(count)]
+    assert {part.part.axis for part in parts} == {"input" if wide else "output"}
+    rest = Diagonal({"norm": torch.ones(1)})
+    whole = Kronecker((block,), rest, 1.0, ListedTasks(), (layout,))
+    split = [Kronecker((part,), rest, 1.0, ListedTasks(), (layout,)) for part in parts]
+    expected = product(whole.pieces(SOLO, delta)[:-1], delta, damping=0.1)
+    found = product([piece for one in split for piece in one.pieces(SOLO, delta)[:-1]], delta, damping=0.1)
+    for name in layout.names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert sum(part.trace() for part in parts) == pytest.approx(block.trace())
+    joined = Block.joined(list(reversed(parts)))
+    assert joined.part == WHOLE
+    torch.testing.assert_close(dense(joined), dense(block), rtol=0, atol=0)
+
+
+def test_every_layer_is_placed_once_and_evenly() -> None:
+    layouts = [Layout("large", "large.weight", None, (512, 512, 3, 3))] + [
+        Layout(f"small{k}", f"small{k}.weight", None, (64, 64)) for k in range(6)
+    ]
+    placed = layout_parts(layouts, Comm(0, 4, torch.device("cpu")), divisible=True)
+    (_, parts), *rest = placed
+    assert [part.axis for _, part in parts] == ["input"] * len(parts)
+    assert (parts[0][1].start, parts[-1][1].stop) == (0, 4608)
+    assert all(one.stop == other.start for (_, one), (_, other) in zip(parts, parts[1:], strict=False))
+    assert len({rank for rank, _ in parts}) == len(parts) == 4
+    assert all(parts == [(parts[0][0], WHOLE)] for _, parts in rest)
+    whole = layout_parts(layouts, Comm(0, 4, torch.device("cpu")), divisible=False)
+    assert all(len(parts) == 1 for _, parts in whole)
+
+
+def relative(found: Kronecker, exact: Sequence[Kronecker]) -> list[float]:
+    """Relative Frobenius error of each layer against the dense sum."""
+    errors = []
+    for number, block in enumerate(found.blocks):
+        truth = torch.stack([dense(one.blocks[number]) for one in exact]).sum(0)
+        errors.append(float((dense(block) - truth).norm() / truth.norm()))
+    return errors
+
+
+def total(tasks: TasksConfig, count: int = 4) -> tuple[Kronecker, list[Kronecker]]:
+    each = [precision(seed, tasks, scale=1.0 + seed) for seed in range(count)]
+    whole = each[0]
+    for other in each[1:]:
+        whole = whole.plus(other, SOLO)
+    return whole, each
+
+
+def test_the_list_is_exact() -> None:
+    whole, each = total(ListedTasks())
+    assert all(len(block.terms) == 4 for block in whole.blocks)
+    assert max(relative(whole, each)) < 1e-6
+    assert whole.totals(SOLO).error == 0
+    torch.testing.assert_close(
+        whole.rest.values["norm"], sum((one.rest.values["norm"] for one in each), torch.zeros(7))
+    )
+    assert whole.num_examples == 40
+
+
+@pytest.mark.parametrize("limit", ["max_gib", "max_gflop"])
+def test_beyond_the_budget_the_list_merges_within_the_tolerance(limit: str) -> None:
+    one = precision(0)
+    budget = {
+        "max_gib": 2.5 * sum(block.num_bytes for block in one.blocks) / 2**30,
+        "max_gflop": 2.5 * sum(block.flops for block in one.blocks) / 1e9,
+    }
+    whole, each = total(ListedTasks(**{limit: budget[limit]}, tolerance=0.9))
+    assert max(len(block.terms) for block in whole.blocks) == 2
+    errors = relative(whole, each)
+    # The error that is stated is a bound on the true one, and no idle one.
+    stated = [block.error() for block in whole.blocks]
+    assert all(0 < error <= bound * 1.01 for error, bound in zip(errors, stated, strict=True))
+    assert max(stated) < 0.9
+    strict, each = total(ListedTasks(**{limit: budget[limit]}, tolerance=1e-3))
+    assert all(len(block.terms) == 4 for block in strict.blocks)
+    assert max(relative(strict, each)) < 1e-6
+
+
+@pytest.mark.parametrize("tasks", [PooledTasks(), NearestTasks(), RefitTasks()], ids=lambda tasks: tasks.kind)
+def test_one_term_for_any_number_of_tasks(tasks: TasksConfig) -> None:
+    three, _ = total(tasks, 3)
+    four, each = total(tasks, 4)
+    assert three.totals(SOLO).num_bytes == four.totals(SOLO).num_bytes
+    assert all(len(block.terms) == 1 for block in four.blocks)
+    assert max(relative(four, each)) < 1
+    if not isinstance(tasks, PooledTasks):  # pooling has products of different tasks in it
+        exact = sum(one.totals(SOLO).trace for one in each)
+        assert four.totals(SOLO).trace <= exact * (1 + 1e-5)
+    for block in four.blocks:
+        assert float(torch.linalg.eigvalsh(dense(block)).min()) > -1e-5 * block.norm()
+
+
+def test_policies_from_best_to_worst() -> None:
+    """List, refit, nearest, pooled: each knows more than the next (of two tasks; nearest is the best of its form)."""
+    errors = {}
+    for tasks in (ListedTasks(), RefitTasks(), NearestTasks(), PooledTasks()):
+        whole, each = total(tasks, 2)
+        errors[tasks.kind] = relative(whole, each)
+    for layer in range(len(LAYOUTS)):
+        listed, refit, nearest, pooled = (errors[kind][layer] for kind in ("list", "refit", "nearest", "pooled"))
+        assert listed < 1e-6 < refit <= nearest * (1 + 1e-6) <= pooled * (1 + 1e-5)
+
+
+def test_equal_tasks_are_merged_without_error() -> None:
+    one = precision(0, NearestTasks())
+    both = one.plus(one.times(3.0), SOLO)
+    assert max(relative(both, [one.times(4.0)])) < 1e-5
+    assert both.totals(SOLO).error < 1e-5
+
+
+def test_other_kinds_and_layers_are_refused() -> None:
+    one = precision(0)
+    with pytest.raises(CoverageError, match="both must be of one kind"):
+        one.plus(Diagonal({}), SOLO)
+    fewer = Kronecker(one.blocks[:1], one.rest, 1.0, ListedTasks(), LAYOUTS[:1])
+    with pytest.raises(CoverageError, match="different layers"):
+        one.plus(fewer, SOLO)
+
+
+def reader(shards: Sequence[Mapping[str, Any]]) -> Any:
+    def read(wanted: Any) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for shard in shards:
+            for name, states in shard.items():
+                if wanted(name):
+                    found.setdefault(name, []).extend(states)
+        return found
+
+    return read
+
+
+@pytest.mark.parametrize("tasks", [ListedTasks(), RefitTasks()], ids=lambda tasks: tasks.kind)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_saved_on_one_rank_and_found_on_several(tasks: TasksConfig, size: int) -> None:
+    """And back: every rank takes what it owns, and the parts of all ranks are the whole."""
+    whole, _ = total(tasks, 2)
+    whole = Kronecker(whole.blocks, whole.rest, whole.num_examples, tasks, LAYOUTS, isinstance(tasks, ListedTasks))
+    state, shards = whole.state_dict(), [whole.shard_dict()]
+    ranks = [Kronecker.from_state_dict(state, reader(shards), Comm(r, size, torch.device("cpu"))) for r in range(size)]
+    assert sum(block.trace() for rank in ranks for block in rank.blocks) == pytest.approx(
+        sum(block.trace() for block in whole.blocks)
+    )
+    again = Kronecker.from_state_dict(state, reader([rank.shard_dict() for rank in ranks]), SOLO)
+    for one, other in zip(again.blocks, whole.blocks, strict=True):
+        assert one.layout == other.layout
+        assert type(one.terms[0]) is (Eigen if isinstance(tasks, RefitTasks) else Pair)
+        torch.testing.assert_close(dense(one), dense(other), rtol=0, atol=0)
+
+
+def test_damaged_states_are_refused() -> None:
+    whole = precision(0)
+    state = whole.state_dict()
+    with pytest.raises(CheckpointError, match="no curvature of layer 'conv': a file is missing"):
+        Kronecker.from_state_dict(state, reader([]), SOLO)
+    with pytest.raises(CheckpointError, match="damaged"):
+        Kronecker.from_state_dict({**state, "tasks": {"kind": "other"}}, reader([]), SOLO)
+    shard = whole.shard_dict()
+    del shard["conv"][0]["terms"][0]["a"]
+    with pytest.raises(CheckpointError, match="layer 'conv' is damaged"):
+        Kronecker.from_state_dict(state, reader([shard]), SOLO)

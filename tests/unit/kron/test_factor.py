@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpccl.errors import DivergedError
+from hpccl.kron import factor as factors
+from hpccl.kron.factor import Dense, LowRank, inner, truncated
+from tests.unit.kron.oracle import dense, factor, low_rank, psd
+
+KINDS = ["dense", "low"]
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_its_matrix(kind: str, groups: int) -> None:
+    one = factor(kind, 6, seed=1, groups=groups)
+    matrix = dense(one)
+    tall, wide = torch.randn(groups, 6, 4, dtype=torch.float64), torch.randn(groups, 4, 6, dtype=torch.float64)
+    assert (one.size, one.groups) == (6, groups)
+    torch.testing.assert_close(one.dense(), matrix)
+    torch.testing.assert_close(one.left(tall), matrix @ tall)
+    torch.testing.assert_close(one.right(wide), wide @ matrix)
+    torch.testing.assert_close(one.trace(), torch.einsum("gii->g", matrix))
+    torch.testing.assert_close(dense(one.times(2.5)), 2.5 * matrix)
+    torch.testing.assert_close(dense(one.to(torch.device("cpu"))), matrix)
+
+
+def test_num_bytes() -> None:
+    assert Dense(torch.zeros(2, 6, 6)).num_bytes == 4 * 2 * 36
+    assert LowRank(torch.zeros(2, 6, 3), torch.zeros(2, 3)).num_bytes == 4 * 2 * (18 + 3)
+
+
+def test_low_rank_never_makes_its_matrix() -> None:
+    one, delta = low_rank(40, 2, seed=0), torch.randn(1, 40, 10, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        one.left(delta)
+        one.right(delta.mT)
+    assert counter.get_total_flops() == 2 * 4 * 40 * 2 * 10
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
+def test_inner(first: str, second: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "_ROWS", 3)  # 7 rows in uneven parts
+    one, other = factor(first, 7, seed=3, groups=groups), factor(second, 7, seed=4, groups=groups)
+    torch.testing.assert_close(inner(one, other), (dense(one) * dense(other)).sum((1, 2)))
+
+
+def test_inner_of_fp32_adds_in_float64() -> None:
+    one, other = (Dense(psd(300, seed=seed).float()) for seed in (0, 1))
+    truth = (one.matrix.double() * other.matrix.double()).sum()
+    assert float(inner(one, other)) == pytest.approx(float(truth), rel=1e-13)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_columns_and_rows_of_a_split_factor(groups: int) -> None:
+    whole, delta = psd(6, seed=5, groups=groups), torch.randn(groups, 3, 6, dtype=torch.float64)
+    for part in (slice(0, 2), slice(2, 6), slice(6, 6)):
+        columns, rows = Dense(whole[:, :, part]), Dense(whole[:, part])
+        assert columns.size == rows.size == 6
+        torch.testing.assert_close(columns.right(delta), (delta @ whole)[:, :, part])
+        torch.testing.assert_close(rows.left(delta.mT), (whole @ delta.mT)[:, part])
+
+
+class TestTruncated:
+    def test_keeps_the_fewest_that_suffice(self) -> None:
+        basis = torch.linalg.qr(psd(6, seed=1)).Q
+        values = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.5], dtype=torch.float64)
+        matrix = basis * values @ basis.mT
+        found = truncated(matrix, 0.87)  # 8 + 4 of 16 are too few, 8 + 4 + 2 enough
+        assert isinstance(found, LowRank)
+        assert found.values.shape == (1, 3)
+        truth = basis[:, :, :3] * values[:3] @ basis[:, :, :3].mT
+        torch.testing.assert_close(dense(found), truth)
+        assert float(found.trace() / 16) >= 0.87
+
+    def test_the_neediest_group_decides_the_rank(self) -> None:
+        matrix = torch.stack([torch.diag(torch.tensor(row)) for row in ([9.0, 0.5, 0.5, 0, 0], [1.0, 1, 1, 0, 0])])
+        found = truncated(matrix, 0.9)
+        assert isinstance(found, LowRank)
+        assert found.values.shape == (2, 3)
+        torch.testing.assert_close(dense(found), matrix.double())
+
+    def test_all_of_a_low_rank(self) -> None:
+        matrix = psd(12, seed=2, rank=3)
+        found = truncated(matrix, 1 - 1e-9)
+        assert isinstance(found, LowRank)
+        assert found.values.shape == (1, 3)
+        torch.testing.assert_close(dense(found), matrix)
+        assert found.vectors.is_contiguous()
+
+    def test_dense_where_not_smaller(self) -> None:
+        matrix = torch.eye(4)[None]
+        assert truncated(matrix, 0.9) == Dense(matrix)  # 4 x 4 + 4 numbers would be more than 16
+        # 5 numbers less, and one less than that
+        assert isinstance(truncated(torch.eye(4)[None], 0.75), LowRank)
+        assert isinstance(truncated(torch.ones(1, 1, 1), 0.1), Dense)
+
+    @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e20])
+    def test_any_scale_in_fp32(self, scale: float) -> None:
+        matrix = (psd(9, seed=3, rank=2) * scale).float()
+        found = truncated(matrix, 0.999)
+        assert isinstance(found, LowRank)
+        assert found.vectors.dtype == torch.float32
+        torch.testing.assert_close(dense(found), matrix.double(), rtol=0, atol=2e-3 * float(matrix.max()))
+
+    def test_not_finite(self) -> None:
+        with pytest.raises(DivergedError, match="size 3 is not finite"):
+            truncated(torch.full((1, 3, 3), torch.inf), 0.9)
