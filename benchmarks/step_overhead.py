@@ -166,7 +166,7 @@ def configuration(case: Case, precision: str, method: str) -> RunConfig:
             "memory": memory,
             "prior": METHODS[method],
             # How large the curvature is does not matter here.
-            "curvature": {"fisher": "mc", "fraction": 0.1},
+            "curvature": {"kind": "diagonal", "fisher": "mc", "fraction": 0.1},
             "engine": {"device": "cpu", "precision": precision, "channels_last": True},
         }
     )

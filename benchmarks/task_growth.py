@@ -137,7 +137,7 @@ def begin(method: str, size: Size, folder: Path) -> tuple[World, RunState]:
             "optim": {"name": "adamw", "lr": 1e-4},
             "memory": memory,
             "prior": METHODS[method],
-            "curvature": {"batch_size": 64},
+            "curvature": {"kind": "diagonal", "batch_size": 64},
             "engine": {"device": "cpu"},
             "checkpoint": {"every": 0},
         }

@@ -63,7 +63,7 @@ class Saved:
 
 @dataclass
 class Shard:
-    """What each rank writes for itself: large, seldom changed, and so linked from the checkpoint before where it can be.
+    """What each rank writes for itself: large, seldom changed, so it is linked from the checkpoint before if it can be.
 
     written: what was written last, and where
     """
@@ -76,8 +76,7 @@ class Shard:
         Raises:
             OSError: see write_tree.
         """
-        num_bytes = 0 if self._linked(folder, stem, source) else write_tree(folder, tree, header={}, stem=stem)
-        return num_bytes
+        return 0 if self._linked(folder, stem, source) else write_tree(folder, tree, header={}, stem=stem)
 
     def moved(self, source: object, folder: Path) -> None:
         """`source` is now in `folder`."""

@@ -53,7 +53,7 @@ def read_tree(
         skeleton = header.pop("tree")
         if wanted is not None:
             skeleton = {key: value for key, value in skeleton.items() if wanted(key)}
-        with safetensors.safe_open(folder / f"{stem}.safetensors", framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
             tree = _fill(skeleton, file.get_tensor)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(

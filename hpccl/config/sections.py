@@ -272,7 +272,7 @@ class PriorConfig(Section):
 
 
 class ListedTasks(Section):
-    """Every task's own factors, exactly, as long as they fit; then the closest pairs of tasks are merged, layer by layer.
+    """Every task's own factors, exactly, as long as they fit; then the closest terms of each layer are merged.
 
     A merge is the nearest Kronecker product of two terms. Its error is known before it is made; one that would take a
     layer beyond `tolerance` is not made, and then the list stays larger than it should.
@@ -291,7 +291,7 @@ class PooledTasks(Section):
 
 
 class NearestTasks(Section):
-    """One pair a layer: the nearest Kronecker product of the sum so far and the new task (Van Loan and Pitsianis 1993)."""
+    """One pair a layer: the nearest Kronecker product of the sum so far and the new task (Van Loan, Pitsianis 1993)."""
 
     kind: Literal["nearest"] = "nearest"
 
@@ -334,7 +334,7 @@ class KroneckerCurvature(LayerMeasured):
 
 
 class EkfacCurvature(LayerMeasured):
-    """EKFAC: the eigenbasis of K-FAC, with the exact diagonal in it from a second pass; summed over tasks by refitting."""
+    """EKFAC: K-FAC's eigenbasis with the exact diagonal in it, from a second pass; tasks are summed by refitting."""
 
     kind: Literal["ekfac"] = "ekfac"
 

@@ -87,10 +87,10 @@ class Layout:
         """The weight's part of a matrix [g, o, d], in the weight's shape; a view."""
         inputs = math.prod(self.weight_shape[1:])
         flat = matrix[..., :inputs].flatten(0, 1)
-        if len(self.weight_shape) <= 2 or not self.channels_last:
-            return flat.unflatten(1, self.weight_shape[1:]) if len(self.weight_shape) > 2 else flat
-        channels, *kernel = self.weight_shape[1:]
-        return flat.unflatten(1, (*kernel, channels)).movedim(-1, 1)
+        if not self.channels_last:
+            return flat.view(self.weight_shape)
+        outputs, channels, *kernel = self.weight_shape
+        return flat.view(outputs, *kernel, channels).movedim(-1, 1)
 
     def bias_of(self, matrix: Tensor) -> Tensor:
         """The bias's part of a matrix [g, o, d]: [g * o]."""
@@ -100,7 +100,7 @@ class Layout:
         """[d] where each of the matrix's inputs stands in the order (channel, kh, kw), bias last."""
         _, _, inputs = self.shape
         positions = torch.arange(inputs)
-        if len(self.weight_shape) <= 2 or not self.channels_last:
+        if not self.channels_last:
             return positions
         last = inputs - (self.bias is not None)
         moved = positions[:last].view(*self.weight_shape[1:]).movedim(0, -1).flatten()
@@ -216,15 +216,10 @@ class Block:
         """
         if keep == 1:
             return self
-        terms, lost = [], self.lost
-        for term in self.terms:
-            if isinstance(term, Pair) and isinstance(term.a, Dense) and isinstance(term.b, Dense):
-                cut = term.truncated(keep)
-                # What is left out is orthogonal to what stays.
-                lost += max(term.norm() ** 2 - cut.norm() ** 2, 0.0) ** 0.5
-                term = cut
-            terms.append(term)
-        return replace(self, terms=tuple(terms), lost=lost)
+        terms = tuple(_truncated(term, keep) for term in self.terms)
+        # What is left out is orthogonal to what stays.
+        squares = [old.norm() ** 2 - new.norm() ** 2 for old, new in zip(self.terms, terms, strict=True)]
+        return replace(self, terms=terms, lost=self.lost + sum(max(square, 0.0) ** 0.5 for square in squares))
 
     def to(self, device: torch.device) -> Block:
         """The same on a device."""
@@ -273,13 +268,20 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _truncated(term: Term, keep: float) -> Term:
+    """Of low rank; itself if it is so already."""
+    if isinstance(term, Pair) and isinstance(term.a, Dense) and isinstance(term.b, Dense):
+        return term.truncated(keep)
+    return term
+
+
 def _trace(term: Term, part: Part) -> float:
     if part == WHOLE:
         return float(term.trace())
-    assert isinstance(term, Pair) and isinstance(term.a, Dense) and isinstance(term.b, Dense)
-    cut, other = (term.a.matrix, term.b) if part.axis == "input" else (term.b.matrix.mT, term.a)
+    a, b = _matrices(term)
+    cut, other = (a, b) if part.axis == "input" else (b.mT, a)
     diagonal = cut[:, part.range].diagonal(dim1=1, dim2=2).double().sum(1)
-    return float((diagonal * other.matrix.diagonal(dim1=1, dim2=2).double().sum(1)).sum())
+    return float((diagonal * other.diagonal(dim1=1, dim2=2).double().sum(1)).sum())
 
 
 def _left(factor: Factor, matrix: Tensor) -> Tensor:
@@ -295,22 +297,26 @@ def _last_column(factor: Factor) -> Tensor:
 
 
 def _cut(term: Term, part: Part) -> Term:
-    assert isinstance(term, Pair) and isinstance(term.a, Dense) and isinstance(term.b, Dense), "only whole products"
+    a, b = _matrices(term)
+    # Clones: the parts of one rank share no memory, which the files of a checkpoint could not express.
     if part.axis == "input":
-        return Pair(Dense(term.a.matrix[:, :, part.range].clone()), Dense(term.b.matrix.clone()))
-    return Pair(Dense(term.a.matrix.clone()), Dense(term.b.matrix[:, part.range].clone()))
+        return Pair(Dense(a[:, :, part.range].clone()), Dense(b.clone()))
+    return Pair(Dense(a.clone()), Dense(b[:, part.range].clone()))
 
 
 def _joined(terms: list[Term], part: Part) -> Term:
-    pairs = [term for term in terms if isinstance(term, Pair)]
+    inputs, gradients = zip(*(_matrices(term) for term in terms), strict=True)
     if part.axis == "input":
-        return Pair(Dense(torch.cat([_matrix(pair.a) for pair in pairs], dim=2)), pairs[0].b)
-    return Pair(pairs[0].a, Dense(torch.cat([_matrix(pair.b) for pair in pairs], dim=1)))
+        return Pair(Dense(torch.cat(inputs, dim=2)), Dense(gradients[0]))
+    return Pair(Dense(inputs[0]), Dense(torch.cat(gradients, dim=1)))
 
 
-def _matrix(factor: Factor) -> Tensor:
-    assert isinstance(factor, Dense)
-    return factor.matrix
+def _matrices(term: Term) -> tuple[Tensor, Tensor]:
+    """A and B of what can be cut: eigenbases and low ranks are never."""
+    assert isinstance(term, Pair), "only a pair is cut"
+    assert isinstance(term.a, Dense), "only a whole A is cut"
+    assert isinstance(term.b, Dense), "only a whole B is cut"
+    return term.a.matrix, term.b.matrix
 
 
 def _term_state(term: Term) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def precision_from_state(state: Mapping[str, Any], shards: Shards, comm: Comm) -
             return DensePrecision.from_state_dict(state)
         case kind:
             raise CheckpointError(
-                f"curvature of unknown kind {kind!r} in a checkpoint; this version reads: 'kronecker', 'diagonal', 'dense'"
+                f"curvature of unknown kind {kind!r} in a checkpoint; "
+                "this version reads: 'kronecker', 'diagonal', 'dense'"
             )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -80,14 +81,16 @@ def plan(model: nn.Module, pixels: Tensor) -> Coverage:
     with captured(model, coverage.layers) as calls:
         logits = model(pixels)
     found = layer_squares(model, coverage.layers, calls, logits, columns, group=1)
+    largest = [float(value.max()) for value in truth.values() if value.numel()]
+    noise = _NOISE * max((value for value in largest if isfinite(value)), default=0.0)
     layers = {
         name: names
         for name, names in coverage.layers.items()
-        if all(_agrees(found, truth, full) for full in names.values())
+        if all(_agrees(found, truth, full, noise) for full in names.values())
     }
     covered = {full for names in layers.values() for full in names.values()}
     rest = tuple(name for name in truth if name not in covered)
-    mapped = _that_map(model, rest, pixels, columns, truth)
+    mapped = _that_map(model, rest, pixels, columns, truth, noise)
     return replace(coverage, layers=layers, mapped=mapped, looped=tuple(name for name in rest if name not in mapped))
 
 
@@ -166,7 +169,12 @@ def _refuse_unreached(names: Collection[str]) -> None:
 
 
 def _that_map(
-    model: nn.Module, names: tuple[str, ...], pixels: Tensor, columns: Tensor, truth: Mapping[str, Tensor]
+    model: nn.Module,
+    names: tuple[str, ...],
+    pixels: Tensor,
+    columns: Tensor,
+    truth: Mapping[str, Tensor],
+    noise: float,
 ) -> tuple[str, ...]:
     """Those of the parameters for which torch can map the whole model over examples, and does so correctly.
 
@@ -176,13 +184,12 @@ def _that_map(
         found = mapped_squares(model, names, pixels, columns, graph_bytes=0)
     except RuntimeError:
         return ()
-    return tuple(name for name in names if _agrees(found, truth, name))
+    return tuple(name for name in names if _agrees(found, truth, name, noise))
 
 
-def _agrees(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], name: str) -> bool:
+def _agrees(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], name: str, noise: float) -> bool:
+    """Whether a parameter's squares are the true ones; `noise` is what rounding may leave in each."""
     value = truth[name]
-    if not bool(value.isfinite().all()):
+    if not bool(value.sum().isfinite()):
         return True  # the pass itself reports which layer and which image
-    largest = max(float(other.max()) for other in truth.values() if other.numel())
-    noise = _NOISE * largest * value.numel() ** 0.5
-    return bool((found[name] - value).norm() <= _AGREE * value.norm() + noise)
+    return bool((found[name] - value).norm() <= _AGREE * value.norm() + noise * value.numel() ** 0.5)

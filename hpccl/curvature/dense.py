@@ -16,8 +16,9 @@ from hpccl.curvature.capture import measuring
 from hpccl.curvature.columns import Fisher, check_labels, output_columns
 from hpccl.curvature.coverage import refuse_unfit
 from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights
+from hpccl.curvature.sweep import agree
 from hpccl.dist.comm import Comm
-from hpccl.errors import CheckpointError, CoverageError, DivergedError, HpcclError, WorldError
+from hpccl.errors import CheckpointError, CoverageError, DivergedError, HpcclError
 
 __all__ = ["DenseEstimator", "DensePrecision"]
 
@@ -153,9 +154,7 @@ class DenseEstimator:
                 self._add(model, parameters, batch, matrix, count)
         except HpcclError as error:
             failure = error
-        # Together, so that no rank waits in the sum below for one that has stopped.
-        if comm.any(failure is not None):
-            raise failure or WorldError("curvature stopped: another rank could not measure its part; see its message")
+        agree(comm, failure)
         comm.sum_([matrix, count])
         return DensePrecision(matrix, {name: tuple(value.shape) for name, value in parameters.items()}, float(count))
 
@@ -175,16 +174,22 @@ class DenseEstimator:
             with measuring(model, like.device):
                 logits = model(one.pixels)
                 columns = output_columns(logits, one, self.fisher, samples=self.samples, seed=self.seed)
-                rows = torch.stack([_gradient(logits, column, parameters) for column in columns])
-            if not bool(rows.isfinite().all()):
+                rows = [_gradient(logits, column, parameters) for column in columns]
+            if not rows:  # a head of one class has nothing to be unsure about
+                continue
+            root = torch.stack(rows)
+            if not bool(root.isfinite().all()):
                 raise DivergedError(
-                    f"the gradient of sample {int(one.sample[0])} is not finite; curvature needs a model that has not diverged"
+                    f"the gradient of sample {int(one.sample[0])} is not finite; "
+                    "curvature needs a model that has not diverged"
                 )
-            matrix.addmm_(rows.T, rows)
+            matrix.addmm_(root.T, root)
 
 
 def _gradient(logits: Tensor, column: Tensor, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-    grads = torch.autograd.grad(logits, list(parameters.values()), column, retain_graph=True, allow_unused=True)
+    grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+        logits, list(parameters.values()), column, retain_graph=True, allow_unused=True
+    )
     unreached = [name for name, grad in zip(parameters, grads, strict=True) if grad is None]
     if unreached:
         raise CoverageError(

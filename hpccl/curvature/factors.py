@@ -13,7 +13,7 @@ Source: George et al. 2018, "Fast approximate natural gradient descent in a Kron
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -31,6 +31,7 @@ from hpccl.curvature.sweep import (
     Forward,
     Sweep,
     agree,
+    fastest_layout,
     fit_examples,
     in_parts,
     listed,
@@ -111,7 +112,7 @@ class KroneckerPass:
         try:
             growing = self._begin(model, coverage)
             for batch in examples:
-                for part in in_parts(batch, _part_size(growing.coverage, batch)):
+                for part in in_parts(batch, _fitting(growing.coverage.graph_bytes, batch)):
                     with measuring(model, part.pixels.device):
                         self._add(model, growing, part)
         except HpcclError as error:
@@ -139,7 +140,7 @@ class KroneckerPass:
         """Add the sums of one part."""
         coverage = growing.coverage
         lower = torch.bfloat16 if self.precision == "bf16" else None
-        found = self._sweep.forward(model, coverage.layers, part, autocast=lower)
+        found = self._sweep.forward(model, coverage.layers, growing.laid(model, part), autocast=lower)
         root = None if bool((part.weight == 1).all()) else part.weight.sqrt()
         for name, block in growing.blocks.items():
             block.a.add_(found.calls[name][0].inputs[0], len(part), root)
@@ -195,14 +196,16 @@ class EigenPass:
         """
         sums = {name: _outer_zeros(qa, qb) for name, (qa, qb) in bases.items()}
         failure: HpcclError | None = None
-        size = 0
+        held, layout = 0, torch.preserve_format
         try:
             for batch in fit_examples(model, batches):
                 with measuring(model, batch.pixels.device):
-                    size = size or _fitting(footprint(model, batch.pixels), batch)
-                for part in in_parts(batch, size):
-                    with measuring(model, part.pixels.device):
-                        self._add(model, sums, bases, part)
+                    if not held:
+                        held, layout = footprint(model, batch.pixels) + 1, fastest_layout(model, batch.pixels)
+                    for part in in_parts(batch, _fitting(held, batch)):
+                        self._add(
+                            model, sums, bases, replace(part, pixels=part.pixels.contiguous(memory_format=layout))
+                        )
         except HpcclError as error:
             failure = error
         agree(comm, failure)
@@ -256,7 +259,13 @@ class _Growing:
     coverage: Coverage
     blocks: dict[str, _Block]
     squares: dict[str, Tensor]
-    count: float = field(default=0.0)
+    count: float = 0.0
+    layout: torch.memory_format | None = None  # of the pixels; None before the first part
+
+    def laid(self, model: nn.Module, part: Examples) -> Examples:
+        """The part with pixels as the model takes them fastest."""
+        self.layout = self.layout or fastest_layout(model, part.pixels)
+        return replace(part, pixels=part.pixels.contiguous(memory_format=self.layout))
 
     def add(self, squares: Mapping[str, Tensor]) -> None:
         for name, value in squares.items():
@@ -312,10 +321,6 @@ def _refuse_idle_patterns(model: nn.Module, patterns: Iterable[str]) -> None:
                 f"curvature.diagonal={pattern!r} matches no layer; layers with weights of their own: "
                 f"{listed(name for name in names if model.get_submodule(name)._parameters)}"
             )
-
-
-def _part_size(coverage: Coverage, examples: Examples) -> int:
-    return _fitting(coverage.graph_bytes, examples)
 
 
 def _fitting(graph_bytes: int, examples: Examples) -> int:

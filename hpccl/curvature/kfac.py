@@ -23,6 +23,7 @@ from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.factors import EigenPass, KroneckerPass, Measured
 from hpccl.curvature.kronecker import Kronecker, layout_parts
 from hpccl.curvature.protocols import Examples
+from hpccl.curvature.sweep import all_or_none
 from hpccl.dist.comm import Comm
 from hpccl.kron.eigen import Eigen
 from hpccl.kron.factor import Dense
@@ -61,8 +62,9 @@ class KroneckerEstimator:
         # Eigenvectors need a whole factor.
         divisible = self.keep_trace == 1 and not isinstance(self.tasks, RefitTasks)
         placed = layout_parts(layouts, comm, divisible=divisible)
+        spread = _spread(measured, placed, comm)
         return Kronecker(
-            tuple(block.truncated(self.keep_trace) for block in _spread(measured, placed, comm)),
+            all_or_none(comm, lambda: tuple(block.truncated(self.keep_trace) for block in spread)),
             _rest(measured, comm),
             float(measured.count),
             self.tasks,
@@ -90,9 +92,7 @@ class EkfacEstimator:
         placed = layout_parts(layouts, comm, divisible=False)
         blocks = {block.layout.name: block for block in _spread(measured, placed, comm)}
         rest, count = _rest(measured, comm), float(measured.count)
-        eigen = {
-            name: Eigen.of(pair) for name, block in blocks.items() for pair in block.terms if isinstance(pair, Pair)
-        }
+        eigen = all_or_none(comm, lambda: _eigen(blocks))
         bases = _everyone(eigen, placed, comm)
         sweep = self.sweep
         second = EigenPass(sweep.fisher, sweep.samples, sweep.seed, sweep.precision)
@@ -104,6 +104,10 @@ class EkfacEstimator:
                 term = replace(eigen[layout.name], values=values[layout.name])
                 found.append(replace(blocks[layout.name], terms=(term,)))
         return Kronecker(tuple(found), rest, count, RefitTasks(), tuple(layouts), divisible=False)
+
+
+def _eigen(blocks: Mapping[str, Block]) -> dict[str, Eigen]:
+    return {name: Eigen.of(pair) for name, block in blocks.items() for pair in block.terms if isinstance(pair, Pair)}
 
 
 def _layouts(model: nn.Module, measured: Measured) -> list[Layout]:

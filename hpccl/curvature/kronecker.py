@@ -17,7 +17,8 @@ from hpccl.config.sections import TasksConfig
 from hpccl.curvature.blocks import WHOLE, Block, Layout, Part
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.protocols import Piece, Precision, Shards, Totals, Weights
-from hpccl.curvature.tasks import summed
+from hpccl.curvature.sweep import all_or_none, listed
+from hpccl.curvature.tasks import norms, summed
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import pieces
 from hpccl.errors import CheckpointError, CoverageError
@@ -78,6 +79,12 @@ class Kronecker:
 
     def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
         """What this rank multiplies; see Precision.pieces."""
+        covered = {name for layout in self.layouts for name in layout.names}
+        bare = like.keys() - covered - self.rest.values.keys()
+        if bare:
+            raise CoverageError(
+                f"no curvature of parameter(s) {listed(sorted(bare))}; they were not trained when it was measured"
+            )
         rest = {name: like[name] for name in self.rest.values if name in like}
         return [piece for block in self.blocks for piece in _block_pieces(block)] + self.rest.pieces(comm, rest)
 
@@ -86,6 +93,8 @@ class Kronecker:
 
         Raises:
             CoverageError: `other` is of another kind or over other weights.
+            DivergedError: a factor is not finite.
+            WorldError: any of these on another rank.
         """
         if not isinstance(other, Kronecker):
             raise CoverageError(f"cannot add {type(other).__name__} to a Kronecker curvature; both must be of one kind")
@@ -96,10 +105,10 @@ class Kronecker:
         mine = [(block.layout, block.part) for block in self.blocks]
         if mine != [(block.layout, block.part) for block in other.blocks]:
             raise CoverageError("cannot add curvatures of different layers, or placed on ranks differently")
-        blocks = summed(self.blocks, other.blocks, self.tasks, comm)
+        blocks = all_or_none(comm, lambda: summed(self.blocks, other.blocks, self.tasks, comm))
         return replace(
             self,
-            blocks=tuple(block.truncated(self.keep_trace) for block in blocks),
+            blocks=all_or_none(comm, lambda: tuple(block.truncated(self.keep_trace) for block in blocks)),
             rest=self.rest.plus(other.rest, comm),
             num_examples=self.num_examples + other.num_examples,
         )
@@ -113,7 +122,10 @@ class Kronecker:
         """Over all ranks; collective."""
         own = sum(block.num_bytes for block in self.blocks)
         terms = max((len(block.terms) for block in self.blocks), default=1)
-        error = max((block.error() for block in self.blocks if block.part == WHOLE), default=0.0)
+        error = 0.0
+        if comm.any(any(block.lost > 0 for block in self.blocks)):
+            sizes = zip(self.blocks, norms(self.blocks, comm), strict=True)
+            error = max((block.lost / size for block, size in sizes if block.lost > 0), default=0.0)
         mine = torch.tensor([sum(block.trace() for block in self.blocks), own, terms, error], dtype=torch.float64)
         everyone = comm.gather(mine[None].to(comm.device)).cpu()
         return Totals(

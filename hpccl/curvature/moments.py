@@ -99,20 +99,15 @@ class InputMoment:
 
     def matrix(self) -> Tensor:
         """[g, d, d], inputs in the order of the weight; ends the sum."""
-        groups, _, size = block_shape(self._module, bias=self._bias is not None)
-        whole = self._new(groups, size, size)
-        weight = whole if self._bias is None else whole[:, :-1, :-1]
-        if self._patches is not None:
-            weight += _by_channel(mirrored_(self._patches), self._module)
-        if self._pixels is not None:
-            mirrored_(self._pixels.assemble_(weight[0])[None])
-        if self._bias is not None:
-            weights, ones = self._bias[:, :-1, None], self._bias[:, -1:, None]
-            whole[:, :-1, -1:] = _by_channel(weights, self._module)
-            whole[:, -1:, :-1] = whole[:, :-1, -1:].mT
-            whole[:, -1:, -1:] = ones
+        weight = [] if self._patches is None else [_by_channel(mirrored_(self._patches), self._module)]
+        weight += [] if self._pixels is None else [self._pixels.matrix()[None]]
         self._patches = self._pixels = None
-        return whole
+        whole = weight[0] if len(weight) == 1 else weight[0].add_(weight[1])
+        if self._bias is None:
+            return whole
+        column = _by_channel(self._bias[:, :-1, None], self._module)
+        row = torch.cat([column.mT, self._bias[:, None, -1:]], dim=2)
+        return torch.cat([torch.cat([whole, column], dim=2), row], dim=1)
 
     def _add_rows(self, rows: Tensor, scale: float) -> None:
         """Add rows [g, m, d]."""
@@ -182,20 +177,30 @@ class _Correlations:
         """[]"""
         return torch.stack([self._sums[0, 0, *place].diagonal().sum() for place in product(range(3), repeat=2)]).sum()
 
-    def assemble_(self, whole: Tensor) -> Tensor:
-        """`whole` [channels * 9, channels * 9] with A added, in the order (channel, kh, kw)."""
-        channels = len(whole) // 9
-        blocks = whole.unflatten(1, (channels, 9)).unflatten(0, (channels, 9))
+    def matrix(self) -> Tensor:
+        """[channels * 9, channels * 9], in the order (channel, kh, kw)."""
+        channels = len(self._sums[0, 0, _MIDDLE, _MIDDLE])
+        for place in product(range(3), repeat=2):
+            mirrored_(self._sums[0, 0, *place][None])
+        whole = torch.empty(channels, 9, channels, 9, device=self._sums[0, 0, 0, 0].device)
+        blocks = whole.new_empty(9, channels, channels)
         taps = list(product((-1, 0, 1), repeat=2))
-        for (one, tap), (other, partner) in product(enumerate(taps), repeat=2):
-            down, right = partner[0] - tap[0], partner[1] - tap[1]
-            sign = 1 if (down, right) >= (0, 0) else -1
-            rows = _SEEN[tap[0]] if down == 0 else (_MIDDLE,)
-            columns = _SEEN[tap[1]] if right == 0 else (_MIDDLE,)
-            for row, column in product(rows, columns):
-                total = self._sums[sign * down, sign * right, row, column]
-                blocks[:, one, :, other] += total if sign == 1 else total.T
-        return whole
+        for number, tap in enumerate(taps):
+            for block, partner in zip(blocks, taps, strict=True):
+                self._block(block, tap, partner)
+            whole[:, number] = blocks.permute(1, 2, 0)
+        return whole.view(channels * 9, channels * 9)
+
+    def _block(self, block: Tensor, tap: tuple[int, ...], partner: tuple[int, ...]) -> None:
+        """Write the sum of x_(p+tap) x_(p+partner)' over positions p into `block`."""
+        down, right = partner[0] - tap[0], partner[1] - tap[1]
+        sign = 1 if (down, right) >= (0, 0) else -1
+        rows = _SEEN[tap[0]] if down == 0 else (_MIDDLE,)
+        columns = _SEEN[tap[1]] if right == 0 else (_MIDDLE,)
+        block.zero_()
+        for row, column in product(rows, columns):
+            total = self._sums[sign * down, sign * right, row, column]
+            block += total if sign == 1 else total.T
 
 
 def add_gram_(total: Tensor, rows: Tensor, scale: float) -> None:

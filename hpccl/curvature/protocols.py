@@ -113,7 +113,7 @@ class Precision(Protocol):
         """The same precision on a device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nested dicts of tensors and JSON scalars, equal on all ranks, with 'kind'; `build.precision_from_state` reads it."""
+        """What all ranks hold, with 'kind': tensors and JSON scalars; `build.precision_from_state` reads it."""
 
     def shard_dict(self) -> dict[str, Any]:
         """The rest of its state, which this rank alone holds: by layer name."""

@@ -150,7 +150,7 @@ def looped_squares(
             grads = torch.autograd.grad(logits, list(named.values()), column, retain_graph=True, allow_unused=True)
             for name, grad in zip(named, grads, strict=True):
                 if grad is not None:
-                    total[name] += grad.square()
+                    total[name].addcmul_(grad, grad)
                     reached.add(name)
     return total, reached
 

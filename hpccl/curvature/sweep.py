@@ -6,10 +6,11 @@ A rank that fails tells the others before it raises, so that none of them waits 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ __all__ = [
     "Forward",
     "Sweep",
     "agree",
+    "all_or_none",
     "fit_examples",
     "in_parts",
     "listed",
@@ -34,6 +36,8 @@ __all__ = [
     "planned_together",
     "zeros_for",
 ]
+
+Made = TypeVar("Made")
 
 _PROBE = 4  # examples that the coverage is checked with
 
@@ -116,13 +120,17 @@ def fit_examples(model: nn.Module, batches: Iterable[Examples]) -> Iterator[Exam
         DataError: a label is outside its head.
     """
     refuse_unfit(model)
-    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     for batch in batches:
-        examples = batch.to(like.device, like.dtype)
+        examples = _on_device(model, batch)
         examples = examples.select(examples.weight > 0)
         if len(examples):
             check_labels(examples)
             yield examples
+
+
+def _on_device(model: nn.Module, batch: Examples) -> Examples:
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return batch.to(like.device, like.dtype)
 
 
 def in_parts(examples: Examples, size: int) -> Iterator[Examples]:
@@ -130,6 +138,24 @@ def in_parts(examples: Examples, size: int) -> Iterator[Examples]:
     number = -(-len(examples) // size)
     for part in range(number):
         yield examples.select(slice(part * len(examples) // number, (part + 1) * len(examples) // number))
+
+
+def fastest_layout(model: nn.Module, pixels: Tensor) -> torch.memory_format:
+    """channels_last, in which no patch and no gradient is copied, if the model takes such pixels.
+
+    Some models flatten by `view`, which needs another order of their activations.
+    """
+    if pixels.dim() != 4:
+        return torch.contiguous_format
+    some = pixels[:2]
+    with torch.no_grad():
+        plain = model(some)
+        try:
+            other = model(some.contiguous(memory_format=torch.channels_last))
+        except RuntimeError:
+            return torch.contiguous_format
+    agrees = bool((other - plain).norm() <= 1e-3 * plain.norm())
+    return torch.channels_last if agrees else torch.contiguous_format
 
 
 def planned(model: nn.Module, examples: Examples) -> Coverage:
@@ -143,37 +169,58 @@ def planned_together(
 ) -> tuple[Coverage | None, Iterator[Examples]]:
     """One coverage for all ranks, and this rank's fit examples; collective.
 
-    The lowest rank with examples makes the plan, so that a rank without any knows it too; None if there are no examples.
+    One rank makes the plan, so that a rank without examples knows it too; None if nobody has a batch. It is made of
+    every rank's first batch, also one that counts for nothing: `batches` may be collective (each rank is asked for a
+    batch as often as the others), and so must not be gone through further on one rank than on another before that.
 
     Raises:
         HpcclError: whatever stopped this rank; WorldError if another one was stopped.
     """
-    examples = fit_examples(model, batches)
+    remaining = (batch for batch in batches if len(batch))
     first: Examples | None = None
+    fit: Examples | None = None
     failure: HpcclError | None = None
     try:
-        first = next(examples, None)
+        first = next(remaining, None)
+        fit = next(fit_examples(model, [] if first is None else [first]), None)
     except HpcclError as error:
         failure = error
     agree(comm, failure)
-    having = comm.gather(torch.tensor([first is not None])).tolist()
+    having = comm.gather(torch.tensor([(first is not None) + (fit is not None)])).tolist()
     if not any(having):
         return None, iter(())
-    source = having.index(True)
+    source = having.index(max(having))  # the lowest rank with examples that count, or with any
     coverage: Coverage | None = None
     if comm.rank == source and first is not None:
         try:
-            coverage = planned(model, first)
+            coverage = planned(model, fit or _on_device(model, first))
         except HpcclError as error:
             failure = error
     agree(comm, failure)
-    return _shared(coverage, source, comm), chain([first] if first else [], examples)
+    return _shared(coverage, source, comm), fit_examples(model, chain([] if first is None else [first], remaining))
 
 
 def agree(comm: Comm, failure: HpcclError | None) -> None:
-    """Raise on every rank if one has failed: on that one its failure, elsewhere that another has."""
+    """Raise on every rank if one has failed: on that one its failure, elsewhere that another has.
+
+    A WorldError came from such an agreement already, in which the rank that failed took part; it is passed on, for that
+    rank will not come to another one.
+    """
+    if isinstance(failure, WorldError):
+        raise failure
     if comm.any(failure is not None):
         raise failure or WorldError("curvature stopped: another rank could not measure its part; see its message")
+
+
+def all_or_none(comm: Comm, make: Callable[[], Made]) -> Made:
+    """What `make` makes on each rank; if it fails on one, all ranks raise as in `agree`. Collective."""
+    try:
+        made = make()
+    except HpcclError as error:
+        agree(comm, error)
+        raise
+    agree(comm, None)
+    return made
 
 
 def listed(names: Iterable[object]) -> str:

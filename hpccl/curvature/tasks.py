@@ -27,7 +27,7 @@ from hpccl.dist.comm import Comm
 from hpccl.kron import merge
 from hpccl.kron.pair import Pair
 
-__all__ = ["summed"]
+__all__ = ["norms", "summed"]
 
 Grams = tuple[Tensor, Tensor]  # inner products of the input factors and of the gradient factors, [g, T, T] each
 
@@ -42,18 +42,36 @@ def summed(olds: Sequence[Block], news: Sequence[Block], tasks: TasksConfig, com
         case ListedTasks():
             return _within_budget(joined, tasks, comm)
         case PooledTasks():
-            return [_single(block, merge.pooled(_pairs(block), block.counts)) for block in joined]
+            return [_pooled(block, gram) for block, gram in zip(joined, _grams(joined, comm), strict=True)]
         case NearestTasks():
             grams = _grams(joined, comm)
             return [_merged(block, gram, range(len(block.terms))) for block, gram in zip(joined, grams, strict=True)]
         case RefitTasks():
-            return [_single(block, merge.refit(block.terms)) for block in joined]
+            return [_refitted(block) for block in joined]
         case _:
             assert_never(tasks)
 
 
-def _single(block: Block, term: Term) -> Block:
-    return replace(block, terms=(term,), counts=(sum(block.counts),))
+def norms(blocks: Sequence[Block], comm: Comm) -> list[float]:
+    """Frobenius norm of each whole layer, also of those that are cut; collective."""
+    listed = [block for block in blocks if all(isinstance(term, Pair) for term in block.terms)]
+    grams = {id(block): gram for block, gram in zip(listed, _grams(listed, comm), strict=True)}
+    return [merge.sum_norm(*grams[id(block)]) if id(block) in grams else block.norm() for block in blocks]
+
+
+def _pooled(block: Block, gram: Grams) -> Block:
+    pairs = _pairs(block)
+    weights = merge.pooled_weights(pairs, block.counts)
+    return _single(block, merge.combine(pairs, *weights), merge.combination_error(*gram, *weights))
+
+
+def _refitted(block: Block) -> Block:
+    term = merge.refit(block.terms)
+    return _single(block, term, merge.distance(block.terms, term))
+
+
+def _single(block: Block, term: Term, error: float) -> Block:
+    return replace(block, terms=(term,), counts=(sum(block.counts),), lost=block.lost + error)
 
 
 def _within_budget(blocks: list[Block], tasks: ListedTasks, comm: Comm) -> list[Block]:
@@ -68,7 +86,7 @@ def _within_budget(blocks: list[Block], tasks: ListedTasks, comm: Comm) -> list[
 
 def _over_budget(blocks: Sequence[Block], tasks: ListedTasks, comm: Comm) -> bool:
     totals = torch.tensor(
-        [sum(block.num_bytes for block in blocks), sum(block.flops for block in blocks)],
+        [sum(map(_share_of_bytes, blocks)), sum(block.flops for block in blocks)],
         dtype=torch.float64,
         device=comm.device,
     )
@@ -78,18 +96,37 @@ def _over_budget(blocks: Sequence[Block], tasks: ListedTasks, comm: Comm) -> boo
     return bool(num_bytes > tasks.max_gib * 2**30 or too_slow)
 
 
+def _share_of_bytes(block: Block) -> float:
+    """Bytes held, of what the parts of a layer all hold this part's share: one decision for any number of ranks."""
+    if block.part == WHOLE:
+        return float(block.num_bytes)
+    cut, other = (0, 1) if block.part.axis == "input" else (1, 0)
+    held = [(pair.a.num_bytes, pair.b.num_bytes) for pair in _pairs(block)]
+    return sum(pair[cut] + pair[other] * _fraction(block) for pair in held)
+
+
+def _fraction(block: Block) -> float:
+    """This part's share of the axis that is cut."""
+    _, outputs, inputs = block.layout.shape
+    return (block.part.stop - block.part.start) / (inputs if block.part.axis == "input" else outputs)
+
+
 def _grams(blocks: Sequence[Block], comm: Comm) -> list[Grams]:
-    """Of each layer as a whole: those of a cut factor add up over the ranks that hold its parts."""
+    """Of each layer as a whole, the same numbers on all ranks that hold a part of it: they must decide alike.
+
+    Those of a cut factor add up. Those of the other factor, which may differ by rounding, are averaged over the parts.
+    """
     local = [merge.gram(_pairs(block)) for block in blocks]
     message = [torch.zeros(2, dtype=torch.float64)]  # never empty
-    for block, gram in zip(blocks, local, strict=True):
+    for block, (inputs, gradients) in zip(blocks, local, strict=True):
         if block.part != WHOLE:
-            cut = gram[0] if block.part.axis == "input" else gram[1]
-            header = torch.tensor([_number(block), cut.numel()], dtype=torch.float64)
-            message += [header, cut.double().cpu().flatten()]
+            share = _fraction(block)
+            shared = (inputs, gradients * share) if block.part.axis == "input" else (inputs * share, gradients)
+            numbers = torch.stack(shared).double().cpu().flatten()
+            message += [torch.tensor([_number(block), len(numbers)], dtype=torch.float64), numbers]
     totals = _added(comm.gather(torch.cat(message).to(comm.device)).cpu())
     return [
-        gram if block.part == WHOLE else _completed(block, gram, totals[_number(block)])
+        gram if block.part == WHOLE else _completed(gram, totals[_number(block)])
         for block, gram in zip(blocks, local, strict=True)
     ]
 
@@ -106,11 +143,9 @@ def _added(messages: Tensor) -> dict[int, Tensor]:
     return totals
 
 
-def _completed(block: Block, gram: Grams, total: Tensor) -> Grams:
-    inputs, gradients = gram
-    if block.part.axis == "input":
-        return total.view(inputs.shape).to(inputs), gradients
-    return inputs, total.view(gradients.shape).to(gradients)
+def _completed(gram: Grams, total: Tensor) -> Grams:
+    inputs, gradients = total.view(2, *gram[0].shape).to(gram[0])
+    return inputs, gradients
 
 
 def _number(block: Block) -> int:
@@ -135,7 +170,7 @@ def _closest_merged(block: Block, gram: Grams, tolerance: float) -> Block:
 
 
 def _merged(block: Block, gram: Grams, chosen: Sequence[int]) -> Block:
-    """The block with the chosen terms replaced by their nearest Kronecker product, which stands in the first's place."""
+    """The block with the chosen terms replaced by their nearest Kronecker product, in the first one's place."""
     index = torch.tensor(list(chosen), device=gram[0].device)
     inputs, gradients = (kind[:, index][:, :, index] for kind in gram)
     alpha, beta = merge.nearest_weights(inputs, gradients)

@@ -61,7 +61,7 @@ class Engine(Protocol):
         """Add a micro-batch's gradient; after the last one it is averaged over ranks."""
 
     def on_gradient(self, hooks: Sequence[tuple[str, GradientHook]]) -> Callable[[], None]:
-        """Call hooks, each once a step on a parameter's gradient before ranks are averaged. Returns what removes them."""
+        """Call each hook once a step on a parameter's gradient, before ranks average it. Returns what removes them."""
 
     def step(self) -> Tensor:
         """Clip, update, clear. Returns the gradient's norm before clipping (scalar, equal on all ranks)."""

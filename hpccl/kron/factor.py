@@ -145,7 +145,7 @@ def truncated(matrix: Tensor, keep: float) -> Factor:
         keep: 0 < keep <= 1.
 
     Returns:
-        A low rank where that takes less memory and time, that is below half of the size; the matrix as it is where not.
+        A low rank where that takes less memory and time, up to half of the size; the matrix as it is where not.
 
     Raises:
         DivergedError: see `symmetric_eigh`.
@@ -155,7 +155,7 @@ def truncated(matrix: Tensor, keep: float) -> Factor:
     values, vectors = symmetric_eigh(matrix)
     kept = values.double().flip(1).cumsum(1)
     rank = 1 + int((kept < keep * kept[:, -1:]).sum(1).max())
-    if 2 * rank >= size:
+    if 2 * rank > size:
         return Dense(matrix)
     return LowRank(vectors[:, :, -rank:].contiguous(), values[:, -rank:].contiguous())
 

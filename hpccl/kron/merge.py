@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from math import sqrt
 from typing import TypeAlias
 
 import torch
@@ -32,12 +33,15 @@ from hpccl.kron.product import chain, matmul
 
 __all__ = [
     "closest",
+    "combination_error",
     "combine",
+    "distance",
     "gram",
     "merge_error",
     "nearest",
     "nearest_weights",
     "pooled",
+    "pooled_weights",
     "refit",
     "sum_norm",
 ]
@@ -87,11 +91,16 @@ def nearest(pairs: Sequence[Pair]) -> Pair:
 
 def pooled(pairs: Sequence[Pair], counts: Sequence[float]) -> Pair:
     """B summed, A averaged with weights `counts`, the numbers of examples: as if measured on all of them at once."""
+    return combine(pairs, *pooled_weights(pairs, counts))
+
+
+def pooled_weights(pairs: Sequence[Pair], counts: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(alpha, beta) of `pooled`, each [g, T]."""
     first = pairs[0].a
     total = sum(counts)
     shares = [count / total if total > 0 else 1 / len(counts) for count in counts]
     alpha = torch.tensor(shares, dtype=torch.float64, device=_device(first)).expand(first.groups, -1)
-    return combine(pairs, alpha, torch.ones_like(alpha))
+    return alpha, torch.ones_like(alpha)
 
 
 def sum_norm(K_A: Tensor, K_B: Tensor) -> float:
@@ -105,8 +114,20 @@ def merge_error(K_A: Tensor, K_B: Tensor, subset: Sequence[int]) -> float:
     Accurate to 1e-8 of the norm of that sum.
     """
     chosen = torch.tensor(subset, device=K_A.device)
-    picked = (K[:, chosen[:, None], chosen] for K in (K_A, K_B))
-    return float(_squared_error(*picked).sum().sqrt())
+    k_a, k_b = (K[:, chosen[:, None], chosen] for K in (K_A, K_B))
+    return combination_error(k_a, k_b, *nearest_weights(k_a, k_b))
+
+
+def combination_error(K_A: Tensor, K_B: Tensor, alpha: Tensor, beta: Tensor) -> float:
+    """Frobenius error, over all groups, of `combine` with weights alpha, beta [g, T] to the sum of all terms."""
+    return float(_squared_error(K_A, K_B, alpha, beta).sum().sqrt())
+
+
+def distance(terms: Sequence[Term], whole: Term) -> float:
+    """Frobenius norm of the sum of the terms minus `whole`, over all groups; of whole factors. To 1e-8 of the sum's."""
+    own = sum(_overlap(one, other) for one in terms for other in terms)
+    square = own - 2 * sum(_overlap(term, whole) for term in terms) + _overlap(whole, whole)
+    return sqrt(max(square, 0.0))
 
 
 def closest(K_A: Tensor, K_B: Tensor) -> tuple[int, int, float]:
@@ -118,7 +139,8 @@ def closest(K_A: Tensor, K_B: Tensor) -> tuple[int, int, float]:
     assert num_terms > 1, "closest compares two terms"
     chosen = torch.tensor(list(combinations(range(num_terms), 2)), device=K_A.device)
     picked = (K[:, chosen[:, :, None], chosen[:, None, :]].flatten(0, 1) for K in (K_A, K_B))
-    errors = _squared_error(*picked).view(groups, -1).sum(0).sqrt()
+    k_a, k_b = picked
+    errors = _squared_error(k_a, k_b, *nearest_weights(k_a, k_b)).view(groups, -1).sum(0).sqrt()
     best = int(errors.argmin())
     i, j = chosen[best].tolist()
     return i, j, float(errors[best])
@@ -173,9 +195,9 @@ def _leading(K_A: Tensor, K_B: Tensor) -> Tensor:
     return leading.clamp_min(0)
 
 
-def _squared_error(K_A: Tensor, K_B: Tensor) -> Tensor:
-    """|sum - nearest|^2 by group."""
-    alpha, beta = nearest_weights(K_A, K_B)
+def _squared_error(K_A: Tensor, K_B: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """|sum_t B_t (x) A_t - B (x) A|^2 by group, for A = sum_t alpha_t A_t and B = sum_t beta_t B_t."""
+    alpha, beta = alpha.double(), beta.double()
     K_A, K_B = K_A.double(), K_B.double()
     overlap = (K_A * alpha[:, None, :]).sum(2)
     square = (alpha * overlap).sum(1)
@@ -201,6 +223,15 @@ def _factors(term: Term) -> Pair:
             return term
         case Eigen(qa, qb, _, a, b):
             return Pair(Dense(LowRank(qa, a).dense()), Dense(LowRank(qb, b).dense()))
+
+
+def _overlap(one: Term, other: Term) -> float:
+    """Sum of the products of elements, over all groups."""
+    if isinstance(one, Eigen):
+        return float((one.values.double() * _diagonal(other, one.qa, one.qb).double()).sum())
+    if isinstance(other, Eigen):
+        return _overlap(other, one)
+    return float((inner(one.a, other.a) * inner(one.b, other.b)).sum())
 
 
 def _diagonal(term: Term, qa: Tensor, qb: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class _Pass:
         labels = torch.from_numpy(self.world.stream.labels("train"))
         with contextlib.closing(self.world.stream.load(_stored_view(part) for part in parts)) as images:
             for number in range(rounds):
-                # This pass may take minutes: every rank asks as often as the others, whether or not it has a batch left.
+                # This pass may take minutes: all ranks ask equally often, whether they have a batch left or not.
                 _ask(self.world)
                 if number >= len(parts):
                     continue

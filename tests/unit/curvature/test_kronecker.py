@@ -183,18 +183,18 @@ def test_the_list_is_exact() -> None:
 @pytest.mark.parametrize("limit", ["max_gib", "max_gflop"])
 def test_beyond_the_budget_the_list_merges_within_the_tolerance(limit: str) -> None:
     one = precision(0)
-    budget = {
-        "max_gib": 2.5 * sum(block.num_bytes for block in one.blocks) / 2**30,
-        "max_gflop": 2.5 * sum(block.flops for block in one.blocks) / 1e9,
-    }
-    whole, each = total(ListedTasks(**{limit: budget[limit]}, tolerance=0.9))
+    if limit == "max_gib":
+        budget = ListedTasks(max_gib=2.5 * sum(block.num_bytes for block in one.blocks) / 2**30, tolerance=0.9)
+    else:
+        budget = ListedTasks(max_gflop=2.5 * sum(block.flops for block in one.blocks) / 1e9, tolerance=0.9)
+    whole, each = total(budget)
     assert max(len(block.terms) for block in whole.blocks) == 2
     errors = relative(whole, each)
     # The error that is stated is a bound on the true one, and no idle one.
     stated = [block.error() for block in whole.blocks]
     assert all(0 < error <= bound * 1.01 for error, bound in zip(errors, stated, strict=True))
     assert max(stated) < 0.9
-    strict, each = total(ListedTasks(**{limit: budget[limit]}, tolerance=1e-3))
+    strict, each = total(budget.model_copy(update={"tolerance": 1e-3}))
     assert all(len(block.terms) == 4 for block in strict.blocks)
     assert max(relative(strict, each)) < 1e-6
 
@@ -205,7 +205,10 @@ def test_one_term_for_any_number_of_tasks(tasks: TasksConfig) -> None:
     four, each = total(tasks, 4)
     assert three.totals(SOLO).num_bytes == four.totals(SOLO).num_bytes
     assert all(len(block.terms) == 1 for block in four.blocks)
-    assert max(relative(four, each)) < 1
+    norms = [float(torch.stack([dense(one.blocks[k]) for one in each]).sum(0).norm()) for k in range(len(LAYOUTS))]
+    for error, block, norm in zip(relative(four, each), four.blocks, norms, strict=True):
+        assert error < 1
+        assert error * norm <= block.lost * (1 + 1e-5)  # the stated bound holds
     if not isinstance(tasks, PooledTasks):  # pooling has products of different tasks in it
         exact = sum(one.totals(SOLO).trace for one in each)
         assert four.totals(SOLO).trace <= exact * (1 + 1e-5)
@@ -219,6 +222,9 @@ def test_policies_from_best_to_worst() -> None:
     for tasks in (ListedTasks(), RefitTasks(), NearestTasks(), PooledTasks()):
         whole, each = total(tasks, 2)
         errors[tasks.kind] = relative(whole, each)
+        for number, (error, block) in enumerate(zip(errors[tasks.kind], whole.blocks, strict=True)):
+            norm = float(torch.stack([dense(one.blocks[number]) for one in each]).sum(0).norm())
+            assert block.lost == pytest.approx(error * norm, rel=1e-4, abs=1e-4 * norm)  # exact for one merge
     for layer in range(len(LAYOUTS)):
         listed, refit, nearest, pooled = (errors[kind][layer] for kind in ("list", "refit", "nearest", "pooled"))
         assert listed < 1e-6 < refit <= nearest * (1 + 1e-6) <= pooled * (1 + 1e-5)

@@ -1,0 +1,312 @@
+"""What Kronecker factors cost: hpccl's measuring pass beside other libraries, and as a multiple of forward plus backward.
+
+All measure the input and gradient factors of every nn.Linear and nn.Conv2d of one timm model (the rest is frozen) on
+the same images, on one thread, in turns; figures are the least processor time of all turns. Other libraries that are
+not installed are reported as absent, never guessed:
+
+    curvlinops  curvlinops-for-pytorch 3.0.1, KFACLinearOperator
+    asdl        asdfghjkl 0.1a5, FisherMaker
+    nngeometry  nngeometry 0.4, FIM_MonteCarlo with PMatKFAC (no empirical Fisher; not for tokens)
+
+    mc, empirical      one label a sample drawn from the model, or the true one; every position counts (expand)
+    everything         hpccl alone: norms, embeddings and free parameters trainable too, with their exact diagonal
+    forward_backward   loss.backward() of the same batches, gradients of the same parameters
+
+`agreement` is the largest difference of a factor from curvlinops' in the empirical case, relative to its norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import resource
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks._common import print_result
+from hpccl.compat import import_timm
+from hpccl.curvature.columns import Fisher
+from hpccl.curvature.factors import KroneckerPass, Measured
+from hpccl.curvature.protocols import Examples
+from hpccl.dist.comm import Comm
+
+CLASSES = 10
+PEERS = {"curvlinops": "curvlinops", "asdl": "asdl", "nngeometry": "nngeometry"}  # name -> what is imported
+HEADLINE = "resnet18@64"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A timm model and its images; `turns` count after one that warms up."""
+
+    model: str
+    pixels: int
+    batch: int
+    batches: int
+    turns: int
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For example resnet18@64."""
+        return f"{self.model}@{self.pixels}"
+
+
+CASES = (
+    Case("resnet18", 64, batch=64, batches=8, turns=5),
+    Case("resnet18", 224, batch=16, batches=2, turns=3),
+    Case("resnet50", 224, batch=8, batches=2, turns=2),
+    Case("vit_small_patch16_224", 224, batch=8, batches=2, turns=2),
+)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="resnet18 at 64 pixels only, fewer batches and turns")
+    parser.add_argument("--cases", nargs="*", help="names of the cases, for example resnet18@64")
+    options = parser.parse_args()
+    cases = [replace(CASES[0], batches=3, turns=2)] if options.quick else list(CASES)
+    cases = [case for case in cases if not options.cases or case.name in options.cases]
+    found: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        found[case.name] = measure(case)
+        show(case, found[case.name])
+    headline = summary(found[HEADLINE]) if HEADLINE in found else {}
+    absent = [name for name, module in PEERS.items() if importlib.util.find_spec(module) is None]
+    print_result(
+        "curvature",
+        headline,
+        processor_seconds={name: each["seconds"] for name, each in found.items()},
+        over_forward_backward={name: ratios(each["seconds"]) for name, each in found.items()},
+        speedup_over_fastest_peer={name: speedups(each["seconds"]) for name, each in found.items()},
+        peak_bytes={name: each["peak_bytes"] for name, each in found.items()},
+        agreement={name: each["agreement"] for name, each in found.items()},
+        errors={name: each["errors"] for name, each in found.items()},
+        peers={name: "absent" if name in absent else "present" for name in PEERS},
+        quick=options.quick,
+        cases=[vars(case) for case in cases],
+    )
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def model_of(case: Case, *, everything: bool = False) -> nn.Module:
+    """The case's model in evaluation mode; only linear maps and convolutions are trainable unless `everything` is."""
+    torch.manual_seed(0)
+    model: nn.Module = import_timm().create_model(case.model, num_classes=CLASSES, **dict(case.settings)).eval()
+    for module in model.modules():
+        if not everything and not isinstance(module, (nn.Linear, nn.Conv2d)):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+    return model
+
+
+def data_of(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Random images and labels."""
+    noise = torch.Generator().manual_seed(1)
+    shape = (case.batch, 3, case.pixels, case.pixels)
+    labels = torch.arange(case.batch) % CLASSES
+    return [(torch.randn(shape, generator=noise), labels) for _ in range(case.batches)]
+
+
+def runs_of(case: Case) -> dict[str, Callable[[], Any]]:
+    """By name, everything that is timed and can run here."""
+    data, model = data_of(case), model_of(case)
+    runs: dict[str, Callable[[], Any]] = {"forward_backward": lambda: forward_backward(model, data)}
+    for fisher in ("mc", "empirical"):
+        runs[f"hpccl/{fisher}"] = lambda fisher=fisher: hpccl(model, data, fisher)  # type: ignore[misc]
+        for peer, run in (("curvlinops", curvlinops), ("asdl", asdl), ("nngeometry", nngeometry)):
+            if importlib.util.find_spec(PEERS[peer]) is not None and (peer, fisher) != ("nngeometry", "empirical"):
+                runs[f"{peer}/{fisher}"] = lambda run=run, fisher=fisher: run(model, data, fisher)  # type: ignore[misc]
+    whole = model_of(case, everything=True)
+    runs["hpccl/everything"] = lambda: hpccl(whole, data, "mc")
+    runs["forward_backward/everything"] = lambda: forward_backward(whole, data)
+    return runs
+
+
+def forward_backward(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
+    """Gradients of the mean loss of each batch."""
+    for pixels, labels in data:
+        model.zero_grad()
+        functional.cross_entropy(model(pixels), labels).backward()  # type: ignore[no-untyped-call]
+    model.zero_grad()
+
+
+def hpccl(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -> Measured:
+    """Ours, with its check of every route."""
+    head = torch.ones(CLASSES, dtype=torch.bool)
+    batches = [
+        Examples(pixels, labels, head, torch.arange(len(labels)) + len(labels) * number, torch.ones(len(labels)))
+        for number, (pixels, labels) in enumerate(data)
+    ]
+    return KroneckerPass(fisher).run(model, batches, Comm.solo())
+
+
+def curvlinops(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -> Any:
+    """Without its tests of determinism and its passes that count, which are no part of the work."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from curvlinops import FisherType, KFACLinearOperator
+    operator = KFACLinearOperator(
+        model,
+        nn.CrossEntropyLoss(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        data,
+        fisher_type=FisherType.MC if fisher == "mc" else FisherType.EMPIRICAL,
+        kfac_approx="expand",
+        check_deterministic=False,
+        num_data=sum(len(labels) for _, labels in data),
+        num_per_example_loss_terms=1,
+        separate_weight_and_bias=False,
+    )
+    operator.compute_kronecker_factors()
+    return operator
+
+
+def asdl(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -> None:
+    """Of a copy of the model: it leaves marks on its modules."""
+    from asdl import FISHER_EMP, FISHER_MC, LOSS_CROSS_ENTROPY, SHAPE_KRON, FisherConfig, get_fisher_maker
+
+    config = FisherConfig(
+        fisher_type=FISHER_MC if fisher == "mc" else FISHER_EMP,
+        fisher_shapes=[SHAPE_KRON],
+        loss_type=LOSS_CROSS_ENTROPY,
+        data_size=sum(len(labels) for _, labels in data),
+        ignore_modules=[nn.BatchNorm2d, nn.LayerNorm],
+    )
+    copied = copy.deepcopy(model)
+    maker = get_fisher_maker(copied, config)
+    for number, (pixels, labels) in enumerate(data):
+        logits = maker.setup_model_call(copied, pixels)
+        maker.setup_loss_call(functional.cross_entropy, logits, labels)
+        maker.forward_and_backward(accumulate=number > 0)
+
+
+def nngeometry(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -> None:
+    """One draw a sample."""
+    from nngeometry.layercollection import LayerCollection
+    from nngeometry.metrics import FIM_MonteCarlo
+    from nngeometry.object import PMatKFAC
+
+    assert fisher == "mc", "it has no empirical Fisher"
+    layers = LayerCollection()
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            layers.add_layer_from_model(model, module)
+    pixels, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    images = torch.utils.data.TensorDataset(pixels, labels)
+    loader = torch.utils.data.DataLoader(images, batch_size=len(data[0][0]))
+    FIM_MonteCarlo(model, loader, PMatKFAC, trials=1, layer_collection=layers)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """seconds: least of all turns; peak_bytes beyond model and images, each run in a process of its own; errors."""
+    with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
+        file = Path(folder) / "found.json"
+        mp.spawn(_time, (case, str(file)), nprocs=1)  # type: ignore[attr-defined, no-untyped-call]
+        found: dict[str, Any] = json.loads(file.read_text())
+        found["peak_bytes"] = {}
+        for name in found["seconds"]:
+            mp.spawn(_peak, (case, name, str(file)), nprocs=1)  # type: ignore[attr-defined, no-untyped-call]
+            found["peak_bytes"][name] = json.loads(file.read_text())
+    return found
+
+
+def _time(_: int, case: Case, file: str) -> None:
+    torch.set_num_threads(1)
+    runs, errors = runs_of(case), {}
+    seconds: dict[str, float] = {}
+    for turn in range(case.turns + 1):
+        for name in list(runs):
+            start = time.process_time()
+            try:
+                runs[name]()
+            except Exception as error:  # noqa: BLE001 (what another library cannot do is a result)
+                errors[name] = f"{type(error).__name__}: {error}"[:200]
+                del runs[name]
+                continue
+            if turn:
+                seconds[name] = min(seconds.get(name, float("inf")), time.process_time() - start)
+    result = {"seconds": seconds, "errors": errors, "agreement": _agreement(case)}
+    Path(file).write_text(json.dumps(result))
+
+
+def _peak(_: int, case: Case, name: str, file: str) -> None:
+    torch.set_num_threads(1)
+    run = runs_of(case)[name]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    Path(file).write_text(json.dumps(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
+
+
+def _agreement(case: Case) -> float | str:
+    if importlib.util.find_spec(PEERS["curvlinops"]) is None:
+        return "absent"
+    model, data = model_of(case), data_of(case)[:1]
+    found, other = hpccl(model, data, "empirical"), curvlinops(model, data, "empirical")
+    worst = 0.0
+    for name, block in found.blocks.items():
+        pairs = ((block.a, other._input_covariances[name]), (block.b, other._gradient_covariances[name]))
+        for mine, theirs in pairs:
+            worst = max(worst, float((mine[0] / case.batch - theirs).norm() / theirs.norm()))
+    return worst
+
+
+# ---------------------------------------------------------------- figures
+
+
+def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Each run's time over forward plus backward of what it measures."""
+    found = {}
+    for name, value in seconds.items():
+        base = seconds["forward_backward/everything" if name.endswith("everything") else "forward_backward"]
+        found[name] = round(value / base, 3)
+    return found
+
+
+def speedups(seconds: Mapping[str, float]) -> dict[str, float | str]:
+    """By kind of Fisher, the fastest other library's time over ours."""
+    found: dict[str, float | str] = {}
+    for fisher in ("mc", "empirical"):
+        others = [seconds[f"{peer}/{fisher}"] for peer in PEERS if f"{peer}/{fisher}" in seconds]
+        found[fisher] = round(min(others) / seconds[f"hpccl/{fisher}"], 3) if others else "absent"
+    return found
+
+
+def summary(found: Mapping[str, Any]) -> dict[str, float]:
+    """Of both kinds of Fisher, the worse."""
+    over = ratios(found["seconds"])
+    headline = {"over_forward_backward": max(over["hpccl/mc"], over["hpccl/empirical"])}
+    fastest = [value for value in speedups(found["seconds"]).values() if isinstance(value, float)]
+    return headline | ({"speedup_over_fastest_peer": min(fastest)} if fastest else {})
+
+
+def show(case: Case, found: Mapping[str, Any]) -> None:
+    """One line a run."""
+    over = ratios(found["seconds"])
+    for name, seconds in found["seconds"].items():
+        peak = found["peak_bytes"][name] / 2**20
+        print(f"{case.name:28} {name:28} {seconds:8.3f} s {over[name]:7.2f} x forward+backward {peak:8.0f} MiB")
+    for name, error in found["errors"].items():
+        print(f"{case.name:28} {name:28} {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+"""What Kronecker-factored curvature costs in a training step, against the same step without it.
+
+A network is trained for a few steps on a task, its factors are measured, and it is trained on towards another task, so
+that w - a is a real displacement. Then steps are taken in turns in one group of gloo processes, through the trainer's
+own functions (train_step, Quadratic.attach, DdpEngine), with each world size's own placement of the same factors:
+
+    plain      no quadratic
+    exact      dense factors
+    truncated  low-rank factors that keep a share of each layer's trace
+    again      plain against itself: the noise of this measurement
+
+    step_ratio                    exact over plain, resnet18 at 224 px, 32 images a process, 2 processes
+    step_ratio_truncated          truncated over plain, resnet18 at 64 px, 64 images a process, 2 processes
+    relative_error                |F_truncated (w - a) - F (w - a)| / |F (w - a)| there, over all parameters
+    extra_bytes_per_step          largest difference over all cases of what the collectives of a step carry, exact or
+                                  truncated against plain (counted where torch.distributed hands them to its backend)
+    factor_bytes_N                of the rank that holds most, exact, resnet18 at 224 px, N processes
+
+Without --small and --large, images are noise with the spectrum of photographs and a pattern for each class. The time of
+a step is by the clock; processor_time has the seconds of all processes, which feel other load on the machine less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks._common import interleaved, median_ratio, print_result
+from benchmarks._pictures import Pictures
+from benchmarks._steps import RandomImages, Steps, make_world, random_stream
+from hpccl.config.run import RunConfig
+from hpccl.curvature.build import build_estimator
+from hpccl.curvature.kronecker import Kronecker
+from hpccl.curvature.protocols import Examples
+from hpccl.data.rows import Rows
+from hpccl.dist.comm import Comm
+from hpccl.engine.build import build_engine
+from hpccl.engine.protocols import Engine, trainable
+from hpccl.memory.store import Memory
+from hpccl.models.build import build_model
+from hpccl.prior.prior import Prior
+from hpccl.prior.quadratic import Quadratic
+from hpccl.train.step import train_step
+
+CLASSES = 10  # of a task; there are two
+SMALL = 64  # pixels a side up to which images come from --small; the training before the measurement uses no more
+FORMS = ("exact", "truncated")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and its images a process and step; steps are taken `steps` at a time, in so many `turns`.
+
+    measured: images whose curvature is measured
+    """
+
+    name: str
+    model: dict[str, Any]
+    size: int
+    batch: int
+    measured: int
+    steps: int
+    turns: int
+
+    @property
+    def title(self) -> str:
+        """Such as resnet18@64."""
+        return f"{self.name}@{self.size}"
+
+
+RESNET18 = {"kind": "timm", "name": "resnet18"}
+RESNET50 = {"kind": "timm", "name": "resnet50"}
+CASES = (
+    Case("cifarnet", {"kind": "cifarnet"}, size=32, batch=256, measured=1024, steps=2, turns=11),
+    Case("resnet18", RESNET18, size=64, batch=64, measured=512, steps=2, turns=9),
+    Case("resnet18", RESNET18, size=224, batch=32, measured=128, steps=1, turns=7),
+    Case("resnet50", RESNET50, size=64, batch=64, measured=256, steps=1, turns=7),
+    Case("resnet50", RESNET50, size=224, batch=16, measured=64, steps=1, turns=5),
+)
+EXACT, TRUNCATED, PROCESSES = "resnet18@224", "resnet18@64", 2  # of the headlines
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few turns, cifarnet only, 1 and 2 processes")
+    parser.add_argument("--case", action="append", choices=[case.title for case in CASES], help="only these")
+    parser.add_argument("--nproc", type=int, nargs="+", help="processes of one thread each (default 1 2 4)")
+    parser.add_argument("--small", type=Path, help=f"folder, zip or tar of class folders, for sizes up to {SMALL}")
+    parser.add_argument("--large", type=Path, help="the same for larger sizes")
+    parser.add_argument("--train-steps", type=int, default=60, help="before the curvature is measured")
+    parser.add_argument("--away-steps", type=int, default=20, help="after it, towards the other task")
+    parser.add_argument("--keep-trace", type=float, default=0.99)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
+    options = parser.parse_args()
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
+        for case in cases(options):
+            prepared = prepare(case, options, Path(folder))
+            sizes = {n: measure(case, n, options.precision, Path(folder)) for n in processes(options)}
+            found[case.title] = {**prepared, "processes": sizes}
+            show(case.title, found[case.title])
+    report(found, quick=options.quick, precision=options.precision, keep_trace=options.keep_trace)
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Those that are asked for."""
+    if options.quick and not options.case:
+        return [replace(CASES[0], measured=128, steps=1, turns=5)]
+    chosen = [case for case in CASES if not options.case or case.title in options.case]
+    return [replace(case, measured=32, steps=1, turns=3) for case in chosen] if options.quick else chosen
+
+
+def processes(options: argparse.Namespace) -> list[int]:
+    """World sizes."""
+    return options.nproc or ([1, 2] if options.quick else [1, 2, 4])
+
+
+# ---------------------------------------------------------------- what is measured, and where
+
+
+def prepare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train, measure, train on; leaves weights, anchor and both forms of the factors in `folder`."""
+    start = time.perf_counter()
+    config = configuration(case, options.precision, case.batch)
+    source = options.small if case.size <= SMALL else options.large
+    images = Pictures.of(source, case.size, count=max(case.measured, 256), classes=2 * CLASSES)
+    model = build_model(config.model, image_shape=(3, case.size, case.size), num_classes=2 * CLASSES, seed=0)
+    engine = build_engine(config, model, Comm.solo())
+    steps = 3 if options.quick else options.train_steps, 3 if options.quick else options.away_steps
+    train_nats = learn(engine, case, images, range(CLASSES), steps[0])
+    anchor = engine.gather()
+    trained = time.perf_counter()
+    exact = curvature(engine, config, images, case.measured)
+    measured = time.perf_counter()
+    away_nats = learn(engine, case, images, range(CLASSES, 2 * CLASSES), steps[1])
+    cut = tuple(block.truncated(options.keep_trace) for block in exact.blocks)
+    forms = {"exact": exact, "truncated": replace(exact, blocks=cut, divisible=False, keep_trace=options.keep_trace)}
+    weights = {name: value.detach() for name, value in trainable(engine.module).items()}
+    pulls = {form: force(precision, weights, anchor) for form, precision in forms.items()}
+    states = {form: [precision.state_dict(), precision.shard_dict()] for form, precision in forms.items()}
+    torch.save({"weights": engine.gather(), "anchor": anchor, **states}, folder / f"{case.title}.pt")
+    return {
+        "images": images.source,
+        "measured_images": case.measured,
+        "steps_before": steps[0],
+        "steps_after": steps[1],
+        "nats_before": train_nats,
+        "nats_after": away_nats,
+        "relative_error": float((pulls["truncated"] - pulls["exact"]).norm() / pulls["exact"].norm()),
+        "gflop": {form: sum(block.flops for block in each.blocks) / 1e9 for form, each in forms.items()},
+        "factor_bytes": {form: sum(block.num_bytes for block in each.blocks) for form, each in forms.items()},
+        "ranks_kept": ranks_kept(forms["truncated"]),
+        "seconds": {
+            "training": trained - start,
+            "curvature": measured - trained,
+            "the_rest": time.perf_counter() - measured,
+        },
+    }
+
+
+def configuration(case: Case, precision: str, batch: int) -> RunConfig:
+    """A run; the quadratic of the prior is made apart."""
+    return RunConfig.model_validate(
+        {
+            "model": case.model,
+            "train": {"batch_size": batch, "epochs": 1},
+            "optim": {"name": "sgd", "lr": 1e-6, "schedule": "constant"},
+            "curvature": {"kind": "kronecker", "batch_size": 64},
+            "engine": {"device": "cpu", "precision": precision, "channels_last": True},
+        }
+    )
+
+
+def learn(engine: Engine, case: Case, images: Pictures, classes: range, count: int) -> float:
+    """`count` steps of plain training on some classes, at no more than SMALL pixels; the last batch's mean nats."""
+    optimizer = torch.optim.SGD(engine.module.parameters(), lr=0.02, momentum=0.9)
+    engine.module.train()
+    mine = torch.tensor([label in classes for label in images.labels.tolist()]).nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(classes.start)
+    nats = torch.zeros(())
+    for _ in range(count):
+        chosen = mine[torch.randint(len(mine), (min(case.batch, 64),), generator=generator)]
+        pixels = images.pixels[chosen]
+        if case.size > SMALL:
+            pixels = torch.nn.functional.interpolate(pixels, size=SMALL, mode="area")
+        logits = engine.forward(pixels, torch.randint(1 << 30, (len(chosen),), generator=generator))
+        nats = torch.nn.functional.cross_entropy(
+            logits[:, classes.start : classes.stop], images.labels[chosen] - classes.start
+        )
+        optimizer.zero_grad()
+        nats.backward()
+        torch.nn.utils.clip_grad_norm_(engine.module.parameters(), 1.0)
+        optimizer.step()
+    engine.module.zero_grad(set_to_none=True)
+    return float(nats)
+
+
+def curvature(engine: Engine, config: RunConfig, images: Pictures, count: int) -> Kronecker:
+    """Of the first task, at the present weights."""
+    head = torch.arange(2 * CLASSES) < CLASSES
+    chosen = (images.labels < CLASSES).nonzero()[:, 0][:count]
+    batches = [
+        Examples(images.pixels[some], images.labels[some], head, some, torch.ones(len(some)))
+        for some in chosen.split(config.curvature.batch_size)
+    ]
+    precision = build_estimator(config.curvature, seed=0).estimate(engine.module, batches, Comm.solo())
+    assert isinstance(precision, Kronecker)
+    return precision
+
+
+def force(precision: Kronecker, weights: Mapping[str, Tensor], anchor: dict[str, Tensor]) -> Tensor:
+    """F (w - a) as one vector."""
+    found = Quadratic(precision, anchor, weight=1.0, damping=0.0).force(weights, Comm.solo())
+    return torch.cat([value.double().flatten() for value in found.values()])
+
+
+def ranks_kept(precision: Kronecker) -> dict[str, list[int]]:
+    """By layer: outputs, inputs, and how many eigenvectors of each factor were kept."""
+    found = {}
+    for block in precision.blocks:
+        (term,) = block.terms
+        _, outputs, inputs = block.layout.shape
+        found[block.layout.name] = [outputs, inputs, *(factor.chain[0].shape[2] for factor in (term.b, term.a))]
+    return found
+
+
+# ---------------------------------------------------------------- steps
+
+
+def measure(case: Case, nproc: int, precision: str, folder: Path) -> dict[str, Any]:
+    """Of `nproc` processes: what rank 0 found."""
+    (folder / "meet").unlink(missing_ok=True)
+    mp.spawn(work, (case, nproc, precision, folder), nprocs=nproc)  # type: ignore[attr-defined, no-untyped-call]
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+def work(rank: int, case: Case, nproc: int, precision: str, folder: Path) -> None:
+    """One process."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if nproc > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=nproc)
+    try:
+        found = timed(case, precision, Comm(rank, nproc, torch.device("cpu")), folder)
+    finally:
+        if nproc > 1:
+            dist.destroy_process_group()
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+def timed(case: Case, precision: str, comm: Comm, folder: Path) -> dict[str, Any]:
+    """Seconds a step of every turn, processor seconds of all ranks, bytes of a step's collectives, bytes of factors."""
+    config = configuration(case, precision, case.batch * comm.size)
+    per_class = -(-case.batch * comm.size // CLASSES)
+    stream = replace(
+        random_stream(case.size, tasks=2, classes=CLASSES, train=per_class),
+        source=RandomImages.of(case.size, count=min(2 * case.batch, 128)),
+    )
+    world = make_world(config, comm, stream, folder / f"{case.title}-{comm.size}-{comm.rank}")
+    model = build_model(config.model, image_shape=stream.image_shape, num_classes=2 * CLASSES, seed=0)
+    engine = build_engine(config, model, comm)
+    saved = torch.load(folder / f"{case.title}.pt", mmap=True)
+    engine.put(saved["weights"])
+    forms = {form: placed(saved[form], comm) for form in FORMS}
+    plain = Steps(world, engine, stream.tasks[1], Prior(Memory.empty()), case.steps)
+    steps = {"plain": plain}
+    for form, factors in forms.items():
+        # So weak that the weights stay where they are; the time is the same.
+        quadratic = Quadratic(factors, saved["anchor"], weight=1e-6, damping=1e-3)
+        steps[form] = replace(plain, prior=Prior(Memory.empty(), quadratic, saved["anchor"]))
+    steps["again"] = replace(plain)
+    engine.start(num_steps=case.steps * (case.turns + 3) * len(steps), task=1)
+    interleaved(steps, case.turns)
+    cpu = {name: torch.tensor(each.cpu[-case.turns :], dtype=torch.float64) for name, each in steps.items()}
+    comm.sum_(list(cpu.values()))
+    return {
+        "rates": {name: each.rates[-case.turns :] for name, each in steps.items()},
+        "cpu": {name: (seconds / case.steps).tolist() for name, seconds in cpu.items()},
+        "collective_bytes": {name: traffic(each, comm) for name, each in steps.items()},
+        "factor_bytes": {form: most_held(factors, comm) for form, factors in forms.items()},
+    }
+
+
+def placed(saved: Sequence[Any], comm: Comm) -> Kronecker:
+    """This rank's share of the factors, as a resumed run takes it."""
+    state, shard = saved
+
+    def shards(wanted: Callable[[str], bool]) -> dict[str, Any]:
+        return {name: blocks for name, blocks in shard.items() if wanted(name)}
+
+    found = Kronecker.from_state_dict(state, shards, comm)
+    return replace(found, blocks=tuple(block.times(1.0) for block in found.blocks))  # out of the file, into memory
+
+
+def most_held(factors: Kronecker, comm: Comm) -> int:
+    """Bytes of factors on the rank that has most."""
+    return comm.max(sum(block.num_bytes for block in factors.blocks))
+
+
+def traffic(steps: Steps, comm: Comm) -> int:
+    """Bytes that all ranks together hand to collectives in one step."""
+    counted = [0]
+
+    def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
+        with Counting() as counting:
+            norm = train_step(engine, batches, num_rows=num_rows).gradient_norm
+        counted[0] += counting.num_bytes
+        return norm
+
+    replace(steps, count=1, take=take)()
+    total = torch.tensor(counted)
+    comm.sum_([total])
+    return int(total)
+
+
+class Counting(TorchDispatchMode):
+    """Adds up the bytes of all tensors that torch.distributed's collectives are called with, DDP's own included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Let everything through."""
+        if func.namespace == "c10d":
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+            self.num_bytes += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+# ---------------------------------------------------------------- report
+
+
+def ratio(measured: Mapping[str, Any], form: str) -> float:
+    """Time of a step over the plain one's."""
+    return median_ratio(measured["rates"], "plain", form)
+
+
+def show(title: str, found: Mapping[str, Any]) -> None:
+    """A line a world size."""
+    print(f"{title}: relative error of the truncated pull {found['relative_error']:.2e}; Gflop", found["gflop"])
+    for nproc, measured in found["processes"].items():
+        seconds = median(measured["cpu"]["plain"]) / nproc
+        ratios = "  ".join(f"{form} {ratio(measured, form):.3f}" for form in (*FORMS, "again"))
+        print(f"  {nproc} processes: {ratios}  plain {seconds:.3f} s/step  MiB a rank", end=" ")
+        print({form: round(each / 2**20, 1) for form, each in measured["factor_bytes"].items()}, flush=True)
+
+
+def report(found: Mapping[str, Mapping[str, Any]], **details: Any) -> None:
+    """The line for machines; headlines of cases that were not run come from the first one that was."""
+    everything = [measured for case in found.values() for measured in case["processes"].values()]
+    exact, truncated = (found.get(title, next(iter(found.values()))) for title in (EXACT, TRUNCATED))
+    sizes = exact["processes"]
+    chosen = PROCESSES if PROCESSES in sizes else next(iter(sizes))
+    extra = [
+        measured["collective_bytes"][form] - measured["collective_bytes"]["plain"]
+        for measured, form in itertools.product(everything, FORMS)
+    ]
+    print_result(
+        "pull",
+        {
+            "step_ratio": ratio(sizes[chosen], "exact"),
+            "step_ratio_truncated": ratio(truncated["processes"][chosen], "truncated"),
+            "relative_error": truncated["relative_error"],
+            "extra_bytes_per_step": max(extra, key=abs),
+            **{f"factor_bytes_{nproc}": measured["factor_bytes"]["exact"] for nproc, measured in sizes.items()},
+        },
+        cases={title: summary(case) for title, case in found.items()},
+        **details,
+    )
+
+
+def summary(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians instead of every turn."""
+    sizes = {
+        nproc: {
+            "step_ratio": {form: round(ratio(measured, form), 4) for form in (*FORMS, "again")},
+            "processor_time_ratio": {form: round(time_ratio(measured["cpu"], form), 4) for form in (*FORMS, "again")},
+            "plain_processor_seconds": round(median(measured["cpu"]["plain"]), 4),
+            "collective_bytes": measured["collective_bytes"],
+            "factor_bytes_per_rank": measured["factor_bytes"],
+        }
+        for nproc, measured in case["processes"].items()
+    }
+    return {**case, "processes": sizes}
+
+
+def time_ratio(cpu: Mapping[str, Sequence[float]], form: str) -> float:
+    """Median over turns of processor time over the plain step's."""
+    return median(float(one) / float(other) for one, other in zip(cpu[form], cpu["plain"], strict=True))
+
+
+if __name__ == "__main__":
+    main()
