@@ -194,7 +194,7 @@ def learn(engine: Engine, case: Case, images: Pictures, classes: range, count: i
     engine.module.train()
     mine = torch.tensor([label in classes for label in images.labels.tolist()]).nonzero()[:, 0]
     generator = torch.Generator().manual_seed(classes.start)
-    nats = torch.zeros(())
+    last = 0.0
     for _ in range(count):
         chosen = mine[torch.randint(len(mine), (min(case.batch, 64),), generator=generator)]
         pixels = images.pixels[chosen]
@@ -208,8 +208,9 @@ def learn(engine: Engine, case: Case, images: Pictures, classes: range, count: i
         nats.backward()
         torch.nn.utils.clip_grad_norm_(engine.module.parameters(), 1.0)
         optimizer.step()
+        last = float(nats.detach())
     engine.module.zero_grad(set_to_none=True)
-    return float(nats)
+    return last
 
 
 def curvature(engine: Engine, config: RunConfig, images: Pictures, count: int) -> Kronecker:

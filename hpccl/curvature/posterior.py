@@ -10,7 +10,10 @@
 
 Damping is exact: delta is added to the eigenvalues of F, not shared out to the factors of a Kronecker product. The
 eigenvalues are found once and serve every delta. In log delta the evidence has one maximum, where
-delta |m - m0|^2 = gamma(delta) = sum_i s values_i / (s values_i + delta), the number of weights that the data determine.
+
+    delta |m - m0|^2 = gamma(delta) = sum_i s values_i / (s values_i + delta),
+
+the number of weights that the data determine.
 
 Sources: MacKay 1992, "A practical Bayesian framework for backpropagation networks"; Ritter et al. 2018, "A scalable
 Laplace approximation for neural networks", ICLR; Immer et al. 2021, "Scalable marginal likelihood estimation for model
@@ -77,8 +80,8 @@ class Posterior:
         """The posterior of a Precision; collective.
 
         Exact for one Kronecker product or eigenbasis a layer, for diagonals and dense matrices. A layer with several
-        terms has no eigenvectors of a product form: it is replaced by `kron.merge.refit` of its terms, whose diagonal in
-        the basis of their nearest Kronecker product is exact, and whose elements off that diagonal are dropped.
+        terms has no eigenvectors of a product form: `kron.merge.refit` of its terms stands for it, whose diagonal in the
+        basis of their nearest Kronecker product is exact, and whose elements off that diagonal are dropped.
 
         Args:
             precision: F, as the ranks of `comm` hold it: summed over examples, in nats.
@@ -189,8 +192,8 @@ class Posterior:
             return gamma - delta * distance, -falls - delta * distance
 
         # trace / (largest + delta) <= gamma <= W bounds the root on both sides.
-        root = math.sqrt(largest) * math.sqrt(largest + 4 * trace / distance)
-        low = math.log(2 * (trace / distance) / (largest + root))
+        ratio = trace / distance
+        low = math.log(2 * ratio / (largest + math.hypot(largest, 2 * math.sqrt(ratio))))
         return math.exp(_falling_root(slope, low, math.log(self.num_weights / distance)))
 
     def logit_variance(self, model: nn.Module, pixels: Tensor) -> Tensor:
@@ -200,7 +203,7 @@ class Posterior:
         layer, whose Jacobian has C times as many numbers as the layer has weights.
 
         Args:
-            model: whose forward pass is meant, in evaluation mode; its own weights do not matter and stay.
+            model: whose forward pass is meant, in evaluation mode; what the mean has stands in for its own weights.
             pixels: [n, channels, h, w], the same on all ranks.
 
         Raises:
@@ -217,7 +220,7 @@ class Posterior:
             if len(pixels):
                 held = footprint(model, pixels[:2])
                 for group in self._groups(num_classes * like.element_size(), like.device):
-                    self._add_variance(total, group, model, weights, pixels, held)
+                    self._add_variance(total, group, model, weights, pixels=pixels, held=held)
         self.comm.sum_([total])
         bad = ~total.flatten(1).isfinite().all(1)
         if bool(bad.any()):
@@ -303,7 +306,7 @@ class Posterior:
             yield group
 
     def _add_variance(
-        self, total: Tensor, group: list[Spectrum], model: nn.Module, weights: Weights, pixels: Tensor, held: int
+        self, total: Tensor, group: list[Spectrum], model: nn.Module, weights: Weights, *, pixels: Tensor, held: int
     ) -> None:
         names = [name for spectrum in group for name in spectrum.names]
         mapped = maps(model, weights, names, pixels)
@@ -318,7 +321,7 @@ class Posterior:
                 own = {name: rows.pop(name).flatten(0, 1) for name in spectrum.names}
                 coefficients = spectrum.coefficients(own) * self._eigenvalues(spectrum).rsqrt()
                 half = coefficients.flatten(1).unflatten(0, (len(images), num_classes))
-                target += (half @ half.mT).to(target)
+                target.add_(half @ half.mT)
 
 
 def _check_prior_precision(value: float) -> None:

@@ -243,7 +243,7 @@ def _refuse_absent(precision: Kronecker, comm: Comm) -> None:
     ]
     failure = (
         CoverageError(
-            f"this rank has no curvature of layer '{absent[0]}' ({len(held)} of {len(placed)} layers or their parts are "
+            f"this rank has no curvature of layer '{absent[0]}' ({len(held)} of {len(placed)} layers or parts are "
             f"here); it is spread over other ranks than the {comm.size} given: pass the comm that it was measured with"
         )
         if absent

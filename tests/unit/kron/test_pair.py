@@ -77,7 +77,7 @@ def test_parts_of_a_split_factor_give_parts_of_the_product() -> None:
     assert parts[0].flops < one.flops
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.9, 0.95])
+@pytest.mark.parametrize("keep", [0.5, 0.8, 0.9])
 def test_truncation_keeps_its_share_of_the_trace_of_every_group(keep: float) -> None:
     generator = torch.Generator().manual_seed(0)
     factors = []
