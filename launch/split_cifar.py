@@ -18,11 +18,12 @@ HPCCL = [sys.executable, "-m", "hpccl.cli"]
 FOLDER = "runs/split_cifar"
 SHARED = f"train.first_task_from={FOLDER}/finetune"
 SOFT = ["memory.size=1000", "prior.temperature=2.0"]
+DIAGONAL = "curvature.kind=diagonal"  # as published; launch/split_cifar_curvature.py compares
 RUNS: dict[str, list[str]] = {
     "finetune": [],
     "fr+replay": [SHARED, *SOFT, "prior.weight=[0.1, 1.0]"],
-    "ewc+fr+replay": [SHARED, *SOFT, "prior.weight=0.25", "prior.quadratic.weight=2.0"],
-    "ewc": [SHARED, "prior.quadratic.weight=10.0"],
+    "ewc+fr+replay": [SHARED, DIAGONAL, *SOFT, "prior.weight=0.25", "prior.quadratic.weight=2.0"],
+    "ewc": [SHARED, DIAGONAL, "prior.quadratic.weight=10.0"],
     "fr": [SHARED, *SOFT, "prior.weight=[0.1, 1.0]"],
     "joint": ["train.only_last=true"],
 }
