@@ -1,4 +1,4 @@
-"""What Kronecker factors cost: hpccl's measuring pass beside other libraries, and as a multiple of forward plus backward.
+"""What Kronecker factors cost: hpccl's measuring pass beside other libraries, and beside forward plus backward.
 
 All measure the input and gradient factors of every nn.Linear and nn.Conv2d of one timm model (the rest is frozen) on
 the same images, on one thread, in turns; figures are the least processor time of all turns. Other libraries that are
@@ -7,6 +7,9 @@ not installed are reported as absent, never guessed:
     curvlinops  curvlinops-for-pytorch 3.0.1, KFACLinearOperator
     asdl        asdfghjkl 0.1a5, FisherMaker
     nngeometry  nngeometry 0.4, FIM_MonteCarlo with PMatKFAC (no empirical Fisher; not for tokens)
+
+`peak_bytes` is what a run needs beyond the model and its images, each in a process of its own.
+
 
     mc, empirical      one label a sample drawn from the model, or the true one; every position counts (expand)
     everything         hpccl alone: norms, embeddings and free parameters trainable too, with their exact diagonal
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import importlib.util
 import json
 import resource
@@ -27,6 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +61,6 @@ class Case:
     batch: int
     batches: int
     turns: int
-    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -78,7 +82,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="resnet18 at 64 pixels only, fewer batches and turns")
     parser.add_argument("--cases", nargs="*", help="names of the cases, for example resnet18@64")
     options = parser.parse_args()
-    cases = [replace(CASES[0], batches=3, turns=2)] if options.quick else list(CASES)
+    cases = [replace(CASES[0], batches=2, turns=1)] if options.quick else list(CASES)
     cases = [case for case in cases if not options.cases or case.name in options.cases]
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
@@ -107,7 +111,7 @@ def main() -> None:
 def model_of(case: Case, *, everything: bool = False) -> nn.Module:
     """The case's model in evaluation mode; only linear maps and convolutions are trainable unless `everything` is."""
     torch.manual_seed(0)
-    model: nn.Module = import_timm().create_model(case.model, num_classes=CLASSES, **dict(case.settings)).eval()
+    model: nn.Module = import_timm().create_model(case.model, num_classes=CLASSES).eval()
     for module in model.modules():
         if not everything and not isinstance(module, (nn.Linear, nn.Conv2d)):
             for parameter in module.parameters(recurse=False):
@@ -126,15 +130,16 @@ def data_of(case: Case) -> list[tuple[Tensor, Tensor]]:
 def runs_of(case: Case) -> dict[str, Callable[[], Any]]:
     """By name, everything that is timed and can run here."""
     data, model = data_of(case), model_of(case)
-    runs: dict[str, Callable[[], Any]] = {"forward_backward": lambda: forward_backward(model, data)}
-    for fisher in ("mc", "empirical"):
-        runs[f"hpccl/{fisher}"] = lambda fisher=fisher: hpccl(model, data, fisher)  # type: ignore[misc]
+    runs: dict[str, Callable[[], Any]] = {"forward_backward": partial(forward_backward, model, data)}
+    fishers: tuple[Fisher, ...] = ("mc", "empirical")
+    for fisher in fishers:
+        runs[f"hpccl/{fisher}"] = partial(hpccl, model, data, fisher)
         for peer, run in (("curvlinops", curvlinops), ("asdl", asdl), ("nngeometry", nngeometry)):
             if importlib.util.find_spec(PEERS[peer]) is not None and (peer, fisher) != ("nngeometry", "empirical"):
-                runs[f"{peer}/{fisher}"] = lambda run=run, fisher=fisher: run(model, data, fisher)  # type: ignore[misc]
+                runs[f"{peer}/{fisher}"] = partial(run, model, data, fisher)
     whole = model_of(case, everything=True)
-    runs["hpccl/everything"] = lambda: hpccl(whole, data, "mc")
-    runs["forward_backward/everything"] = lambda: forward_backward(whole, data)
+    runs["hpccl/everything"] = partial(hpccl, whole, data, "mc")
+    runs["forward_backward/everything"] = partial(forward_backward, whole, data)
     return runs
 
 
@@ -142,7 +147,7 @@ def forward_backward(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Non
     """Gradients of the mean loss of each batch."""
     for pixels, labels in data:
         model.zero_grad()
-        functional.cross_entropy(model(pixels), labels).backward()  # type: ignore[no-untyped-call]
+        functional.cross_entropy(model(pixels), labels).backward()
     model.zero_grad()
 
 
@@ -179,38 +184,36 @@ def curvlinops(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fish
 
 def asdl(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -> None:
     """Of a copy of the model: it leaves marks on its modules."""
-    from asdl import FISHER_EMP, FISHER_MC, LOSS_CROSS_ENTROPY, SHAPE_KRON, FisherConfig, get_fisher_maker
-
-    config = FisherConfig(
-        fisher_type=FISHER_MC if fisher == "mc" else FISHER_EMP,
-        fisher_shapes=[SHAPE_KRON],
-        loss_type=LOSS_CROSS_ENTROPY,
+    library = importlib.import_module("asdl")
+    config = library.FisherConfig(
+        fisher_type=library.FISHER_MC if fisher == "mc" else library.FISHER_EMP,
+        fisher_shapes=[library.SHAPE_KRON],
+        loss_type=library.LOSS_CROSS_ENTROPY,
         data_size=sum(len(labels) for _, labels in data),
         ignore_modules=[nn.BatchNorm2d, nn.LayerNorm],
     )
     copied = copy.deepcopy(model)
-    maker = get_fisher_maker(copied, config)
-    for number, (pixels, labels) in enumerate(data):
-        logits = maker.setup_model_call(copied, pixels)
-        maker.setup_loss_call(functional.cross_entropy, logits, labels)
-        maker.forward_and_backward(accumulate=number > 0)
+    maker = library.get_fisher_maker(copied, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its hooks are of a kind that torch warns of, once a layer
+        for number, (pixels, labels) in enumerate(data):
+            logits = maker.setup_model_call(copied, pixels)
+            maker.setup_loss_call(functional.cross_entropy, logits, labels)
+            maker.forward_and_backward(accumulate=number > 0)
 
 
 def nngeometry(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -> None:
     """One draw a sample."""
-    from nngeometry.layercollection import LayerCollection
-    from nngeometry.metrics import FIM_MonteCarlo
-    from nngeometry.object import PMatKFAC
-
+    metrics, objects = importlib.import_module("nngeometry.metrics"), importlib.import_module("nngeometry.object")
     assert fisher == "mc", "it has no empirical Fisher"
-    layers = LayerCollection()
+    layers = importlib.import_module("nngeometry.layercollection").LayerCollection()
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             layers.add_layer_from_model(model, module)
     pixels, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
     images = torch.utils.data.TensorDataset(pixels, labels)
     loader = torch.utils.data.DataLoader(images, batch_size=len(data[0][0]))
-    FIM_MonteCarlo(model, loader, PMatKFAC, trials=1, layer_collection=layers)
+    metrics.FIM_MonteCarlo(model, loader, objects.PMatKFAC, trials=1, layer_collection=layers)
 
 
 # ---------------------------------------------------------------- measuring
@@ -223,7 +226,7 @@ def measure(case: Case) -> dict[str, Any]:
         mp.spawn(_time, (case, str(file)), nprocs=1)  # type: ignore[attr-defined, no-untyped-call]
         found: dict[str, Any] = json.loads(file.read_text())
         found["peak_bytes"] = {}
-        for name in found["seconds"]:
+        for name in (name for name in found["seconds"] if not name.endswith("/empirical")):
             mp.spawn(_peak, (case, name, str(file)), nprocs=1)  # type: ignore[attr-defined, no-untyped-call]
             found["peak_bytes"][name] = json.loads(file.read_text())
     return found
@@ -302,8 +305,8 @@ def show(case: Case, found: Mapping[str, Any]) -> None:
     """One line a run."""
     over = ratios(found["seconds"])
     for name, seconds in found["seconds"].items():
-        peak = found["peak_bytes"][name] / 2**20
-        print(f"{case.name:28} {name:28} {seconds:8.3f} s {over[name]:7.2f} x forward+backward {peak:8.0f} MiB")
+        peak = f"{found['peak_bytes'][name] / 2**20:8.0f} MiB" if name in found["peak_bytes"] else ""
+        print(f"{case.name:28} {name:28} {seconds:8.3f} s {over[name]:7.2f} x forward+backward {peak}", flush=True)
     for name, error in found["errors"].items():
         print(f"{case.name:28} {name:28} {error}")
 

@@ -34,7 +34,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -52,6 +51,8 @@ from hpccl.data.rows import Rows
 from hpccl.dist.comm import Comm
 from hpccl.engine.build import build_engine
 from hpccl.engine.protocols import Engine, trainable
+from hpccl.kron.factor import LowRank
+from hpccl.kron.pair import Pair
 from hpccl.memory.store import Memory
 from hpccl.models.build import build_model
 from hpccl.prior.prior import Prior
@@ -237,8 +238,9 @@ def ranks_kept(precision: Kronecker) -> dict[str, list[int]]:
     found = {}
     for block in precision.blocks:
         (term,) = block.terms
-        _, outputs, inputs = block.layout.shape
-        found[block.layout.name] = [outputs, inputs, *(factor.chain[0].shape[2] for factor in (term.b, term.a))]
+        assert isinstance(term, Pair), "measured by KroneckerEstimator"
+        ranks = [factor.values.shape[1] if isinstance(factor, LowRank) else factor.size for factor in (term.b, term.a)]
+        found[block.layout.name] = [*block.layout.shape[1:], *ranks]
     return found
 
 
@@ -322,7 +324,7 @@ def traffic(steps: Steps, comm: Comm) -> int:
     counted = [0]
 
     def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
-        with Counting() as counting:
+        with Counting() as counting:  # type: ignore[no-untyped-call]
             norm = train_step(engine, batches, num_rows=num_rows).gradient_norm
         counted[0] += counting.num_bytes
         return norm
@@ -336,9 +338,7 @@ def traffic(steps: Steps, comm: Comm) -> int:
 class Counting(TorchDispatchMode):
     """Adds up the bytes of all tensors that torch.distributed's collectives are called with, DDP's own included."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
+    num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Let everything through."""

@@ -31,7 +31,7 @@ import torch.multiprocessing as mp
 
 from benchmarks._common import interleaved, median_ratio, print_result
 from benchmarks._steps import Steps, make_world, random_stream
-from hpccl.checkpoint.store import Mark, load, marks
+from hpccl.checkpoint.store import Mark, load, marks, open_shards
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
 from hpccl.engine.build import build_engine
@@ -175,7 +175,7 @@ def timed(state: RunState, world: World, size: Size) -> tuple[dict[str, list[flo
         """On task `index`, under the prior that its predecessor left."""
         checkpoints = world.folder.checkpoints
         before = next(mark for mark in marks(checkpoints) if (mark.task, mark.phase) == (index - 1, "done"))
-        prior = Prior.from_state_dict(load(checkpoints, before)["prior"])
+        prior = Prior.from_state_dict(load(checkpoints, before)["prior"], open_shards(checkpoints, before), world.comm)
         return Steps(world, state.engine, world.stream.tasks[index], prior, size.steps)
 
     runs = {"early": steps(EARLY), "late": steps(LATE), "again": steps(EARLY)}

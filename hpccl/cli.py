@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 shards = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and verify data sets of shards.")
 app.add_typer(shards, name="shards")
+curvature = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a run measured of its past.")
+app.add_typer(curvature, name="curvature")
 
 Arguments = Annotated[
     list[str],
@@ -175,6 +177,39 @@ def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, 
 
         Console(width=None if sys.stdout.isatty() else 200).print(render(checks))
     raise typer.Exit(DONE if ready(checks) else FAILED)
+
+
+# ---------------------------------------------------------------- curvature
+
+
+@curvature.callback()
+def _curvature_options() -> None:
+    """Keeps `show` a word of its own while it is the only command."""
+
+
+@curvature.command("show")
+def show_curvature(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    *,
+    task: Annotated[
+        int | None, typer.Option(help="The curvature after this task, counted from 0; the newest if not given.")
+    ] = None,
+    spectra: Annotated[
+        bool | None,
+        typer.Option(help="Eigenvalues and ranks of all layers, or of none; if not given, of those that are quick."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Print a run's curvature layer by layer: its size, its spectrum, what it takes and how exact it is."""
+    from hpccl.train.curvature_show import read_curvature, render
+
+    shown = read_curvature(run, task=task, spectra=spectra)
+    if as_json:
+        typer.echo(json.dumps(shown.as_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 200).print(render(shown))
 
 
 # ---------------------------------------------------------------- shards

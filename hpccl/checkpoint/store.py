@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from hpccl.folder import explain_os_error
 __all__ = ["FORMAT", "Mark", "Saved", "Shard", "latest", "load", "marks", "open_shards", "save"]
 
 FORMAT = 1
+_OF = "curvature"  # in a header: the number of the curvature that a checkpoint's shards hold
 _PHASES = ("fit", "fitted", "done")
 _NAME = re.compile(r"task-(\d{3,})-(fit|fitted|done)-(\d{8,})")
 
@@ -66,21 +68,28 @@ class Shard:
     """What each rank writes for itself: large, seldom changed, so it is linked from the checkpoint before if it can be.
 
     written: what was written last, and where
+    number: of what was written last; in all its files, to tell them from those of any other checkpoint
     """
 
     written: tuple[object, Path] | None = None
+    number: int = 0
 
-    def write(self, folder: Path, stem: str, source: object, tree: dict[str, Any]) -> int:
+    def number_of(self, source: object) -> int:
+        """A random one for what was not written last."""
+        known = self.written is not None and self.written[0] is source
+        return self.number if known else secrets.randbits(62)
+
+    def write(self, folder: Path, stem: str, source: object, tree: dict[str, Any], number: int) -> int:
         """Write `tree`, which describes `source`, or link the files that hold it; returns the bytes written.
 
         Raises:
             OSError: see write_tree.
         """
-        return 0 if self._linked(folder, stem, source) else write_tree(folder, tree, header={}, stem=stem)
+        return 0 if self._linked(folder, stem, source) else write_tree(folder, tree, header={_OF: number}, stem=stem)
 
-    def moved(self, source: object, folder: Path) -> None:
+    def moved(self, source: object, folder: Path, number: int) -> None:
         """`source` is now in `folder`."""
-        self.written = (source, folder)
+        self.written, self.number = (source, folder), number
 
     def _linked(self, folder: Path, stem: str, source: object) -> bool:
         if self.written is None or self.written[0] is not source:
@@ -127,6 +136,7 @@ def save(
     process = comm.max(os.getpid() if comm.leader else 0)
     beside, final = checkpoints / f".{mark.name}.{process}.part", checkpoints / mark.name
     count = comm.size if comm.any(bool(own)) else 0
+    number = comm.max(shard.number_of(source) if comm.leader else 0)
     num_bytes = 0
     with _together(comm, beside, final):
         if comm.leader:
@@ -134,9 +144,9 @@ def save(
             beside.mkdir(parents=True)
     with _together(comm, beside, final):
         if count:
-            num_bytes += shard.write(beside, _shard_stem(comm.rank, count), source, own or {})
+            num_bytes += shard.write(beside, _shard_stem(comm.rank, count), source, own or {}, number)
         if comm.leader:
-            header = {"format": FORMAT, "mark": mark.name, "shards": count}
+            header = {"format": FORMAT, "mark": mark.name, "shards": count, _OF: number}
             num_bytes += write_tree(beside, tree, header=header)
     with _together(comm, beside, final):
         if comm.leader:
@@ -145,7 +155,7 @@ def save(
             os.replace(beside, final)
             _sync(checkpoints)
             _prune(checkpoints, keep)
-    shard.moved(source, final)
+    shard.moved(source, final, number)
     written = torch.tensor([num_bytes], device=comm.device)
     comm.sum_([written])
     return Saved(int(written), time.perf_counter() - start)
@@ -173,14 +183,24 @@ def _together(comm: Comm, beside: Path, final: Path) -> Iterator[None]:
 
 
 def open_shards(checkpoints: Path, mark: Mark) -> Callable[[Callable[[str], bool]], dict[str, list[dict[str, Any]]]]:
-    """A function that reads what ranks wrote for themselves: of the wanted layers, the states of all ranks by layer."""
+    """A function that reads what ranks wrote for themselves: of the wanted layers, the states of all ranks by layer.
+
+    It raises CheckpointError if a file is missing, torn or from another checkpoint.
+    """
     folder = checkpoints / mark.name
 
     def read(wanted: Callable[[str], bool]) -> dict[str, list[dict[str, Any]]]:
         found: dict[str, list[dict[str, Any]]] = {}
-        count = read_header(folder).get("shards", 0)
+        whole = read_header(folder)
+        count = whole.get("shards", 0)
         for number in range(count):
-            for layer, states in read_tree(folder, stem=_shard_stem(number, count), wanted=wanted)[1].items():
+            stem = _shard_stem(number, count)
+            header, tree = read_tree(folder, stem=stem, wanted=wanted)
+            if header.get(_OF) != whole.get(_OF):
+                raise CheckpointError(
+                    f"'{folder / stem}' belongs to another checkpoint; delete '{folder}' to continue from the one before"
+                )
+            for layer, states in tree.items():
                 found.setdefault(layer, []).extend(states)
         return found
 

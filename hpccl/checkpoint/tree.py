@@ -57,7 +57,7 @@ def read_tree(
             tree = _fill(skeleton, file.get_tensor)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"checkpoint '{folder}' cannot be read ({error}); delete it to continue from the one before"
+            f"checkpoint '{folder}' cannot be read ({stem}: {error}); delete it to continue from the one before"
         ) from error
     return header, tree
 

@@ -92,6 +92,13 @@ class Layout:
         outputs, channels, *kernel = self.weight_shape
         return flat.view(outputs, *kernel, channels).movedim(-1, 1)
 
+    def matrix_of(self, weight: Tensor) -> Tensor | None:
+        """A tensor of the weight's shape as a matrix [g, o, d without bias], a view; None where it lies otherwise."""
+        if self.channels_last:
+            weight = weight.movedim(1, -1)
+        groups, outputs, _ = self.shape
+        return weight.view(groups, outputs, -1) if weight.is_contiguous() else None
+
     def bias_of(self, matrix: Tensor) -> Tensor:
         """The bias's part of a matrix [g, o, d]: [g * o]."""
         return matrix[..., -1].flatten()
@@ -191,6 +198,19 @@ class Block:
         for term in self.terms[1:]:
             total += term.matvec(matrix)
         return total
+
+    def add_matvec_(self, target: Tensor, matrix: Tensor, *, scale: float) -> None:
+        """Add `scale` times the product with `matrix` [g, o, d] to `target`: this part's rows or columns, as a view.
+
+        The target may lack the last column, the bias's. No product is made apart from it.
+        """
+        for term in self.terms:
+            left, right = term.halves(matrix)
+            right = right[..., : target.shape[2]]
+            if len(target) == 1:
+                target[0].addmm_(left[0], right[0], alpha=scale)
+            else:
+                target.baddbmm_(left, right, alpha=scale)
 
     def bias_column(self, matrix: Tensor) -> Tensor:
         """The last column of the product with [g, o, d], cheaply: [g, o or this part's rows]."""

@@ -11,7 +11,7 @@ at all is an error: nobody may believe it to be protected.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -24,7 +24,7 @@ from hpccl.curvature.capture import Call, captured
 from hpccl.curvature.pullback import layer_squares, looped_squares, mapped_squares
 from hpccl.errors import CoverageError
 
-__all__ = ["Coverage", "footprint", "plan", "refuse_unfit"]
+__all__ = ["Coverage", "footprint", "plan", "refuse_unfit", "widen"]
 
 _AGREE = 1e-2  # relative difference of squared gradients that still counts as rounding
 _NOISE = 1e-13  # of the largest squared gradient: below it a gradient is rounding alone (exact zeros by symmetry)
@@ -37,6 +37,7 @@ class Coverage:
     layers: by module, the local and full names of its parameters that hooks measure
     mapped: full names of the parameters that are measured through the whole model, mapped over examples
     looped: the same, where torch cannot map it: one example after the other
+    widened: those of mapped that may have a row for each example, whose gradients then are per-example gradients
     graph_bytes: held per example between forward and backward
     output_bytes: of the hooked layers' outputs, per example
     """
@@ -46,6 +47,7 @@ class Coverage:
     looped: tuple[str, ...]
     graph_bytes: int
     output_bytes: int
+    widened: tuple[str, ...] = ()
 
 
 def refuse_unfit(model: nn.Module) -> None:
@@ -83,15 +85,23 @@ def plan(model: nn.Module, pixels: Tensor) -> Coverage:
     found = layer_squares(model, coverage.layers, calls, logits, columns, group=1)
     largest = [float(value.max()) for value in truth.values() if value.numel()]
     noise = _NOISE * max((value for value in largest if isfinite(value)), default=0.0)
+
+    def agreeing(squares: Mapping[str, Tensor], names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if name in squares and _agrees(squares[name], truth[name], noise))
+
     layers = {
-        name: names
-        for name, names in coverage.layers.items()
-        if all(_agrees(found, truth, full, noise) for full in names.values())
+        name: names for name, names in coverage.layers.items() if len(agreeing(found, names.values())) == len(names)
     }
     covered = {full for names in layers.values() for full in names.values()}
     rest = tuple(name for name in truth if name not in covered)
-    mapped = _that_map(model, rest, pixels, columns, truth, noise)
-    return replace(coverage, layers=layers, mapped=mapped, looped=tuple(name for name in rest if name not in mapped))
+    mapped = agreeing(_mapped(model, rest, pixels, columns), rest)
+    return replace(
+        coverage,
+        layers=layers,
+        mapped=mapped,
+        looped=tuple(name for name in rest if name not in mapped),
+        widened=agreeing(_widened(model, mapped, pixels, columns), mapped),
+    )
 
 
 def footprint(model: nn.Module, pixels: Tensor) -> int:
@@ -168,28 +178,39 @@ def _refuse_unreached(names: Collection[str]) -> None:
         )
 
 
-def _that_map(
-    model: nn.Module,
-    names: tuple[str, ...],
-    pixels: Tensor,
-    columns: Tensor,
-    truth: Mapping[str, Tensor],
-    noise: float,
-) -> tuple[str, ...]:
-    """Those of the parameters for which torch can map the whole model over examples, and does so correctly.
+def widen(model: nn.Module, names: Iterable[str], n: int) -> dict[str, Tensor]:
+    """Parameters [1, ...] as leaves [n, ...] of equal rows, one for each example."""
+    wide = {name: model.get_parameter(name).detach() for name in names}
+    return {name: value.expand(n, *value.shape[1:]).requires_grad_() for name, value in wide.items()}
+
+
+def _mapped(model: nn.Module, names: tuple[str, ...], pixels: Tensor, columns: Tensor) -> Mapping[str, Tensor]:
+    """Squares through the whole model mapped over examples; none where torch cannot map it.
 
     It cannot where a forward pass looks at numbers, and some of its rules are wrong (nn.PReLU in torch 2.13).
     """
     try:
-        found = mapped_squares(model, names, pixels, columns, graph_bytes=0)
+        return mapped_squares(model, names, pixels, columns, graph_bytes=0)
     except RuntimeError:
-        return ()
-    return tuple(name for name in names if _agrees(found, truth, name, noise))
+        return {}
 
 
-def _agrees(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], name: str, noise: float) -> bool:
+def _widened(model: nn.Module, names: tuple[str, ...], pixels: Tensor, columns: Tensor) -> Mapping[str, Tensor]:
+    """Squares of the parameters [1, ...] that the model joins to every example, each example having its own row."""
+    rows = widen(model, (name for name in names if model.get_parameter(name).shape[:1] == (1,)), len(pixels))
+    if not rows:
+        return {}
+    try:
+        logits = torch.func.functional_call(model, rows, (pixels,))
+        grads = torch.autograd.grad(logits, list(rows.values()), columns[0], allow_unused=True)
+    except RuntimeError:
+        return {}
+    found: Iterable[tuple[str, Tensor | None]] = zip(rows, grads, strict=True)
+    return {name: grad.square().sum(0, keepdim=True) for name, grad in found if grad is not None}
+
+
+def _agrees(found: Tensor, truth: Tensor, noise: float) -> bool:
     """Whether a parameter's squares are the true ones; `noise` is what rounding may leave in each."""
-    value = truth[name]
-    if not bool(value.sum().isfinite()):
+    if not bool(truth.sum().isfinite()):
         return True  # the pass itself reports which layer and which image
-    return bool((found[name] - value).norm() <= _AGREE * value.norm() + noise * value.numel() ** 0.5)
+    return bool((found - truth).norm() <= _AGREE * truth.norm() + noise * truth.numel() ** 0.5)

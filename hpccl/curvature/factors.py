@@ -19,11 +19,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from hpccl.curvature.capture import measuring
 from hpccl.curvature.columns import Fisher
-from hpccl.curvature.coverage import Coverage, footprint
-from hpccl.curvature.layers import has_formula, rotated_squares, squares
+from hpccl.curvature.coverage import Coverage, footprint, widen
+from hpccl.curvature.layers import acts_as_known, rotated_squares, squares
 from hpccl.curvature.moments import GradientMoment, InputMoment, Sharing, block_shape
 from hpccl.curvature.protocols import Examples
 from hpccl.curvature.pullback import looped_squares, mapped_squares, stream_gradients
@@ -133,20 +134,27 @@ class KroneckerPass:
 
     def _factored(self, model: nn.Module, name: str, names: Mapping[str, str]) -> bool:
         module = model.get_submodule(name)
-        known = isinstance(module, (nn.Linear, nn.Conv2d)) and has_formula(module) and "weight" in names
-        return known and not any(fnmatchcase(name, pattern) for pattern in self.diagonal)
+        return (
+            "weight" in names
+            and acts_as_known(module)
+            and not any(fnmatchcase(name, pattern) for pattern in self.diagonal)
+        )
 
     def _add(self, model: nn.Module, growing: _Growing, part: Examples) -> None:
         """Add the sums of one part."""
         coverage = growing.coverage
         lower = torch.bfloat16 if self.precision == "bf16" else None
-        found = self._sweep.forward(model, coverage.layers, growing.laid(model, part), autocast=lower)
+        rows = widen(model, coverage.widened, len(part))
+        laid = growing.laid(model, part)
+        found = self._sweep.forward(model, coverage.layers, laid, autocast=lower, widened=rows)
         root = None if bool((part.weight == 1).all()) else part.weight.sqrt()
         for name, block in growing.blocks.items():
             block.a.add_(found.calls[name][0].inputs[0], len(part), root)
-        stream_gradients(found.edges, found.logits, found.columns, self._visit(model, growing, found))
+        edges = found.edges | {name: get_gradient_edge(value) for name, value in rows.items()}
+        stream_gradients(edges, found.logits, found.columns, self._visit(model, growing, found))
         pixels, columns = part.pixels, found.columns
-        growing.add(mapped_squares(model, coverage.mapped, pixels, columns, graph_bytes=coverage.graph_bytes))
+        mapped = [name for name in coverage.mapped if name not in coverage.widened]
+        growing.add(mapped_squares(model, mapped, pixels, columns, graph_bytes=coverage.graph_bytes))
         growing.add(looped_squares(model, coverage.looped, pixels, columns)[0])
         growing.count += float(part.weight.double().sum())
         if not growing.finite():
@@ -157,12 +165,14 @@ class KroneckerPass:
             if name in growing.blocks:
                 growing.blocks[name].b.add_(grad, len(found.logits))
                 return
+            if name in growing.squares:  # a parameter with a row for each example
+                growing.squares[name] += grad.float().square().sum(0, keepdim=True)
+                return
             names = growing.coverage.layers[name]
-            inputs = tuple(
-                x.to(model.get_parameter(names[next(iter(names))]).dtype) for x in found.calls[name][0].inputs
-            )
-            grad = grad.to(inputs[0].dtype)[:, None]
-            by_local = squares(model.get_submodule(name), inputs, grad, names, len(found.logits))
+            module, call = model.get_submodule(name), found.calls[name][0]
+            dtype = module.get_parameter(next(iter(names))).dtype
+            inputs = tuple(x.to(dtype) for x in call.inputs)
+            by_local = squares(module, inputs, grad.to(dtype)[:, None], names, len(found.logits))
             growing.add({names[local]: value for local, value in by_local.items()})
 
         return visit
@@ -218,7 +228,7 @@ class EigenPass:
 
         def visit(name: str, grad: Tensor) -> None:
             x, module = found.calls[name][0].inputs[0], model.get_submodule(name)
-            sums[name].add_(rotated_squares(module, x.float(), grad.float(), *bases[name], len(part)))
+            sums[name].add_(rotated_squares(module, x.float(), grad.float(), bases[name], len(part)))
 
         stream_gradients(found.edges, found.logits, found.columns, visit)
         totals = {name: value.sum() for name, value in sums.items()}
@@ -300,8 +310,8 @@ def _allocated(model: nn.Module, name: str, names: Mapping[str, str], sharing: S
         groups, outputs, inputs = _shape(model, name, names)
         gib = 4 * groups * (outputs**2 + inputs**2) / _GIB
         raise CoverageError(
-            f"no memory for the factors of layer '{name}' ({outputs} x {outputs} and {inputs} x {inputs}, {gib:.2f} GiB); "
-            f"lower curvature.max_factor, or give the layer a diagonal with curvature.diagonal=['{name}']"
+            f"no memory for the factors of layer '{name}' ({outputs} x {outputs} and {inputs} x {inputs}, "
+            f"{gib:.2f} GiB); lower curvature.max_factor, or give the layer a diagonal: curvature.diagonal=['{name}']"
         ) from error
 
 
@@ -325,5 +335,5 @@ def _refuse_idle_patterns(model: nn.Module, patterns: Iterable[str]) -> None:
 
 def _fitting(graph_bytes: int, examples: Examples) -> int:
     """How many examples to hold at a time."""
-    budget = 1 << 28 if examples.pixels.device.type == "cpu" else 1 << 33
+    budget = 1 << 28 if examples.pixels.device.type == "cpu" else 1 << 32
     return max(1, min(len(examples), budget // max(1, graph_bytes)))

@@ -184,12 +184,16 @@ def _block_pieces(block: Block) -> list[Piece]:
 
     def to_weight(target: Tensor, weights: Weights, anchor: Weights, scale: float, damping: float) -> Tensor:
         difference = layout.difference(weights, anchor)
-        product = block.matvec(difference).add_(part.of_product(difference), alpha=damping)
-        if part != WHOLE:
-            whole = torch.zeros_like(difference)
-            part.of_product(whole).copy_(product)
-            product = whole
-        return torch.add(target, layout.weight_of(product), alpha=scale, out=torch.empty_like(target))
+        total, matrix = _room(layout, target)
+        own = part.of_product(matrix)
+        # The last matrix product adds to the gradient by itself: a pass over memory less, and a buffer.
+        if part == WHOLE:
+            torch.add(target, layout.weight_of(difference), alpha=scale * damping, out=total)
+        else:
+            total.copy_(target)
+            own.add_(part.of_product(difference)[..., : own.shape[2]], alpha=scale * damping)
+        block.add_matvec_(own, difference, scale=scale)
+        return total
 
     def to_bias(target: Tensor, weights: Weights, anchor: Weights, scale: float, damping: float) -> Tensor:
         difference = layout.difference(weights, anchor)
@@ -203,3 +207,14 @@ def _block_pieces(block: Block) -> list[Piece]:
     if layout.bias is not None and (part.axis != "input" or part.stop == layout.shape[2]):
         found.append(Piece(layout.bias, layout.names, to_bias))
     return found
+
+
+def _room(layout: Layout, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for a gradient, laid out like `target` if that can be, and the same as a matrix [g, o, d without bias]."""
+    total = torch.empty_like(target)
+    matrix = layout.matrix_of(total)
+    if matrix is None:
+        groups, outputs, _ = layout.shape
+        matrix = target.new_empty(groups, outputs, target[0].numel())
+        total = layout.weight_of(matrix)
+    return total, matrix

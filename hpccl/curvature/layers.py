@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["has_formula", "output_size", "padded", "patches", "pieces", "rotated_squares", "squares"]
+__all__ = ["acts_as_known", "has_formula", "output_size", "padded", "patches", "pieces", "rotated_squares", "squares"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 
@@ -60,17 +60,17 @@ def squares(
     return {name: by_name[name]().view_as(module.get_parameter(name)) for name in names}
 
 
-def rotated_squares(module: nn.Module, x: Tensor, grad: Tensor, qa: Tensor, qb: Tensor, n: int) -> Tensor:
+def rotated_squares(module: nn.Module, x: Tensor, grad: Tensor, basis: tuple[Tensor, Tensor], n: int) -> Tensor:
     """Sum over examples of (Qb' dW Qa)^2 for one column: [groups, o, d].
 
     Args:
         module: nn.Linear or nn.Conv2d.
         x: [n*f, ...], its input.
         grad: [n*f, ...], the gradient of its output.
-        qa: [groups, d, d]; one more than the weight's if the bias is the last input.
-        qb: [groups, o, o].
+        basis: Qa [groups, d, d], d one more than the weight's if the bias is the last input, and Qb [groups, o, o].
         n: examples in the batch.
     """
+    qa, qb = basis
     left, right = _example_gradients(module, grad, n), _example_inputs(module, x, n)
     total = x.new_zeros(len(qa), qb.shape[1], qa.shape[1])
     positions = left.shape[-1]
@@ -83,7 +83,8 @@ def rotated_squares(module: nn.Module, x: Tensor, grad: Tensor, qa: Tensor, qb: 
         if before:
             total += _outer_squares((qb.mT @ g)[:, :, None], qa.mT @ a)
         else:
-            total += (qb.mT @ (g @ a.mT) @ qa).square_().sum(0)
+            rotated: Tensor = qb.mT @ (g @ a.mT) @ qa
+            total += rotated.square_().sum(0)
     return total
 
 
@@ -96,6 +97,35 @@ def has_formula(module: nn.Module) -> bool:
         return False
     # Weight norm and pruning put other parameters behind the weight.
     return {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
+
+
+def acts_as_known(module: nn.Module) -> bool:
+    """Whether it computes what nn.Linear or nn.Conv2d do: some subclasses have a forward of their own that does."""
+    if not isinstance(module, (nn.Linear, nn.Conv2d)) or has_formula(module):
+        return isinstance(module, (nn.Linear, nn.Conv2d))
+    if not {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}:
+        return False
+    # Two sizes, so that padding which depends on the size shows.
+    return all(_computes_as_known(module, size) for size in (9, 16))
+
+
+def _computes_as_known(module: nn.Linear | nn.Conv2d, size: int) -> bool:
+    noise = torch.Generator().manual_seed(size)
+    with torch.no_grad():
+        if isinstance(module, nn.Linear):
+            x = torch.randn(2, module.in_features, generator=noise).to(module.weight)
+            known = nn.Linear.forward(module, x)
+        else:
+            image = [size + apart * kernel for apart, kernel in zip(module.dilation, module.kernel_size, strict=True)]
+            x = torch.randn(2, module.in_channels, *image, generator=noise).to(module.weight)
+            known = nn.Conv2d.forward(module, x)
+        try:
+            found = module.forward(x)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+    if found.shape != known.shape:
+        return False
+    return bool((found - known).abs().max() <= 1e-4 * known.abs().max())
 
 
 def _summed(terms: Tensor, n: int, dim: int) -> Tensor:
@@ -150,7 +180,7 @@ def _example_gradients(module: nn.Module, grad: Tensor, n: int) -> Tensor:
     """[n, groups, o, positions], for grad [n*f, ..., o], or [n*f, channels, h', w'] of a convolution."""
     if not isinstance(module, nn.Conv2d):
         return grad.reshape(n, -1, grad.shape[-1]).mT[:, None]
-    split = grad.unflatten(0, (n, -1)).unflatten(2, (module.groups, -1))
+    split: Tensor = grad.unflatten(0, (n, -1)).unflatten(2, (module.groups, -1))
     return split.permute(0, 2, 3, 1, 4, 5).flatten(3)
 
 
@@ -163,7 +193,7 @@ def _example_inputs(module: nn.Module, x: Tensor, n: int) -> Callable[[slice], T
     view = patches(module, x).unflatten(0, (n, -1)).unflatten(2, (groups, -1))
 
     def taken(some: slice) -> Tensor:
-        turned = view[some].permute(0, 2, 3, 4, 5, 1, 6, 7)
+        turned: Tensor = view[some].permute(0, 2, 3, 4, 5, 1, 6, 7)
         return turned.reshape(len(turned), groups, d, -1)
 
     return taken

@@ -15,8 +15,8 @@ which depends on t' - t alone but for pixels at the border. So 25 differences (1
 pairs (45); where the difference is 0 in a direction, the first and the last row or column are summed apart.
 
 Legend: n examples, f rows of the layer's batch dim per example (windows), g groups, o outputs and d inputs of a group.
-Source: Grosse and Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML; Eschenhagen
-et al. 2023, "Kronecker-factored approximate curvature for modern neural network architectures", NeurIPS (expand, reduce).
+Source: Grosse and Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML;
+Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural network architectures", NeurIPS.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ __all__ = ["GradientMoment", "InputMoment", "Sharing", "block_shape"]
 
 Sharing = Literal["expand", "reduce"]
 
-_BLOCK = 384  # rows of a triangle that are computed at a time
+_BLOCK = {"cpu": 128}  # rows of a triangle that are computed at a time (measured on AVX-512 cores)
+_LARGE_BLOCK = 1024  # the same elsewhere, where a small product does not fill the device
 _NARROW = 16  # channels below which products of single pixels are slower than patches
 _FIRST, _MIDDLE, _LAST = 0, 1, 2
+_CLASSES = tuple(product((_FIRST, _MIDDLE, _LAST), repeat=2))
 # A tap at -1 never sees the last row, a tap at +1 never the first.
 _SEEN = {-1: (_FIRST, _MIDDLE), 0: (_FIRST, _MIDDLE, _LAST), 1: (_MIDDLE, _LAST)}
 
@@ -73,10 +75,9 @@ class InputMoment:
             n: examples.
             root: [n] square roots of their weights; None where all are 1.
         """
-        rows = len(x) // n
+        rows, x = len(x) // n, x.float()
         if root is not None:
-            x = x * root.repeat_interleave(rows).view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-        x = x.float()
+            x = x * root.float().repeat_interleave(rows).view(-1, *[1] * (x.dim() - 1))
         scale = 1 / (rows * num_positions(self._module, x))
         means: Tensor | None = None
         if self._bias is not None or self._sharing == "reduce":
@@ -175,13 +176,13 @@ class _Correlations:
 
     def trace(self) -> Tensor:
         """[]"""
-        return torch.stack([self._sums[0, 0, *place].diagonal().sum() for place in product(range(3), repeat=2)]).sum()
+        return torch.stack([self._sums[0, 0, row, column].diagonal().sum() for row, column in _CLASSES]).sum()
 
     def matrix(self) -> Tensor:
         """[channels * 9, channels * 9], in the order (channel, kh, kw)."""
         channels = len(self._sums[0, 0, _MIDDLE, _MIDDLE])
-        for place in product(range(3), repeat=2):
-            mirrored_(self._sums[0, 0, *place][None])
+        for row, column in _CLASSES:
+            mirrored_(self._sums[0, 0, row, column][None])
         whole = torch.empty(channels, 9, channels, 9, device=self._sums[0, 0, 0, 0].device)
         blocks = whole.new_empty(9, channels, channels)
         taps = list(product((-1, 0, 1), repeat=2))
@@ -205,8 +206,9 @@ class _Correlations:
 
 def add_gram_(total: Tensor, rows: Tensor, scale: float) -> None:
     """Add scale * rows' rows for `rows` [g, m, k] to the lower triangle of `total` [g, k, k]."""
-    for first in range(0, total.shape[1], _BLOCK):
-        some, until = slice(first, first + _BLOCK), slice(0, first + _BLOCK)
+    block = _BLOCK.get(total.device.type, _LARGE_BLOCK)
+    for first in range(0, total.shape[1], block):
+        some, until = slice(first, first + block), slice(0, first + block)
         if len(total) == 1:
             total[0, some, until].addmm_(rows[0, :, some].T, rows[0, :, until], alpha=scale)
         else:
@@ -215,8 +217,8 @@ def add_gram_(total: Tensor, rows: Tensor, scale: float) -> None:
 
 def mirrored_(total: Tensor) -> Tensor:
     """`total` [g, k, k], its upper triangle replaced by its lower one."""
-    for first in range(0, total.shape[1], _BLOCK):
-        some = slice(first, first + _BLOCK)
+    for first in range(0, total.shape[1], _LARGE_BLOCK):
+        some = slice(first, first + _LARGE_BLOCK)
         total[:, :first, some] = total[:, some, :first].mT
         corner = total[:, some, some].tril()
         total[:, some, some] = corner + corner.tril(-1).mT
@@ -237,7 +239,7 @@ def _correlates(module: nn.Conv2d) -> bool:
 
 
 def _differences() -> Iterator[tuple[int, int, int, int]]:
-    """(down, right, row, column): differences up to sign; the classes of pixels are all in the middle unless both are 0."""
+    """(down, right, row, column): differences up to sign; rows have classes where down is 0, columns where right is."""
     for down, right in product(range(3), range(-2, 3)):
         if (down, right) >= (0, 0):
             rows = range(3) if down == 0 else (_MIDDLE,)
@@ -254,10 +256,11 @@ def _by_channel(matrix: Tensor, module: nn.Module) -> Tensor:
     if not isinstance(module, nn.Conv2d) or module.kernel_size == (1, 1):
         return matrix
     taps = prod(module.kernel_size)
-    turned = matrix.unflatten(1, (taps, -1)).transpose(1, 2)  # [g, channel, tap, ...]
+    turned: Tensor = matrix.unflatten(1, (taps, -1)).transpose(1, 2)  # [g, channel, tap, ...]
     if matrix.shape[2] == 1:
         return turned.reshape(matrix.shape)
-    return turned.unflatten(3, (taps, -1)).transpose(3, 4).reshape(matrix.shape)
+    turned = turned.unflatten(3, (taps, -1)).transpose(3, 4)
+    return turned.reshape(matrix.shape)
 
 
 def _rows_at_a_time(module: nn.Module, x: Tensor) -> int:
@@ -278,7 +281,8 @@ def _patch_rows(module: nn.Module, x: Tensor) -> Tensor:
     else:
         view = patches(module, x)
     view = view.unflatten(1, (module.groups, -1)).permute(1, 0, 5, 6, 3, 4, 2)
-    return view.reshape(module.groups, -1, prod(module.weight.shape[1:]))
+    rows: Tensor = view.reshape(module.groups, -1, prod(module.weight.shape[1:]))
+    return rows
 
 
 def _position_sums(module: nn.Module, x: Tensor) -> Tensor:
@@ -287,11 +291,10 @@ def _position_sums(module: nn.Module, x: Tensor) -> Tensor:
         return x.reshape(len(x), -1, x.shape[-1]).sum(1, keepdim=True)
     height, width = output_size(module, x)
     image = padded(module, x)
-    down, right = (
-        [tap * apart for tap in range(size)] for size, apart in zip(module.kernel_size, module.dilation, strict=True)
-    )
+    down = range(0, module.kernel_size[0] * module.dilation[0], module.dilation[0])
+    right = range(0, module.kernel_size[1] * module.dilation[1], module.dilation[1])
     rows = [image[:, :, top : top + (height - 1) * module.stride[0] + 1 : module.stride[0]].sum(2) for top in down]
     strip = torch.stack(rows, dim=1)  # [rows, kh, channels, w]
     ends = [strip[..., left : left + (width - 1) * module.stride[1] + 1 : module.stride[1]].sum(-1) for left in right]
-    sums = torch.stack(ends, dim=2).unflatten(3, (module.groups, -1))  # [rows, kh, kw, g, channels/g]
+    sums: Tensor = torch.stack(ends, dim=2).unflatten(3, (module.groups, -1))  # [rows, kh, kw, g, channels/g]
     return sums.permute(0, 3, 1, 2, 4).flatten(2)

@@ -80,8 +80,10 @@ class Posterior:
         """The posterior of a Precision; collective.
 
         Exact for one Kronecker product or eigenbasis a layer, for diagonals and dense matrices. A layer with several
-        terms has no eigenvectors of a product form: `kron.merge.refit` of its terms stands for it, whose diagonal in the
+        terms has no eigenvectors of a product form: `kron.merge.refit` of them stands for it, whose diagonal in the
         basis of their nearest Kronecker product is exact, and whose elements off that diagonal are dropped.
+
+        Curvature is fp32: eigenvalues below 1e-7 of a layer's largest are rounding, and delta should not be.
 
         Args:
             precision: F, as the ranks of `comm` hold it: summed over examples, in nats.
@@ -321,7 +323,7 @@ class Posterior:
                 own = {name: rows.pop(name).flatten(0, 1) for name in spectrum.names}
                 coefficients = spectrum.coefficients(own) * self._eigenvalues(spectrum).rsqrt()
                 half = coefficients.flatten(1).unflatten(0, (len(images), num_classes))
-                target.add_(half @ half.mT)
+                target.add_((half @ half.mT).to(target))
 
 
 def _check_prior_precision(value: float) -> None:

@@ -84,7 +84,8 @@ class BlockSpectrum:
         count, _, outputs, inputs = matrices.shape
         right = matmul(matrices.movedim(0, 1).flatten(1, 2), self.eigen.qa)  # [g, m o, d]
         turned = right.unflatten(1, (count, outputs)).transpose(1, 2).flatten(2)  # [g, o, m d]
-        return matmul(self.eigen.qb.mT, turned).unflatten(2, (count, inputs)).movedim(2, 0)
+        found: Tensor = matmul(self.eigen.qb.mT, turned).unflatten(2, (count, inputs)).movedim(2, 0)
+        return found
 
     def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
         """See Spectrum."""

@@ -1,4 +1,4 @@
-"""One pass over a task's examples, whatever is measured on it: fit examples, one plan for all ranks, and errors by name.
+"""One pass over a task's examples, whatever is measured on it: fit examples, one plan for all ranks, named errors.
 
 A rank that fails tells the others before it raises, so that none of them waits for it in a later exchange.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,22 @@ class Sweep:
         return num_columns(self.fisher, int(examples.head.sum()), self.samples)
 
     def forward(
-        self, model: nn.Module, names: Iterable[str], part: Examples, *, autocast: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        part: Examples,
+        *,
+        autocast: torch.dtype | None = None,
+        widened: dict[str, Tensor] | None = None,
     ) -> Forward:
-        """One forward pass of `part`, under autocast if a dtype is given; logits and columns are never in half precision.
+        """One forward pass of `part`; logits and columns are never in half precision.
+
+        Args:
+            model: the model.
+            names: layers to watch.
+            part: examples.
+            autocast: the dtype of the pass; None is that of the weights.
+            widened: parameters to use instead of the model's own, by name.
 
         Raises:
             DivergedError: the logits are not finite.
@@ -85,7 +98,8 @@ class Sweep:
         device = part.pixels.device.type
         lower = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
         with captured(model, names) as calls, lower:
-            logits: Tensor = model(part.pixels)
+            pixels = part.pixels
+            logits: Tensor = torch.func.functional_call(model, widened, (pixels,)) if widened else model(pixels)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if not bool(logits.isfinite().all()):
             raise _diverged(model, part)
@@ -240,8 +254,10 @@ def _shared(coverage: Coverage | None, source: int, comm: Comm) -> Coverage:
     sent = torch.zeros(comm.max(len(text)), dtype=torch.uint8)
     sent[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
     comm.broadcast_([sent], source=source)
-    fields = json.loads(bytes(sent.tolist()))
-    return Coverage(**{**fields, "mapped": tuple(fields["mapped"]), "looped": tuple(fields["looped"])})
+    fields: dict[str, Any] = json.loads(bytes(sent.tolist()))
+    for name in ("mapped", "looped", "widened"):
+        fields[name] = tuple(fields[name])
+    return Coverage(**fields)
 
 
 def _diverged(model: nn.Module, part: Examples) -> DivergedError:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hpccl.errors import DivergedError
-from hpccl.kron.product import chain, chain_flops
+from hpccl.kron.product import chain, chain_flops, halves, matmul
 
 if TYPE_CHECKING:
     from hpccl.kron.pair import Pair
@@ -65,8 +65,12 @@ class Eigen:
 
     def matvec(self, delta: Tensor) -> Tensor:
         """Qb (values o (Qb' delta Qa)) Qa' for delta [g, o, d]."""
-        rotated = self.values * chain(self.qb.mT, delta, self.qa)
-        return chain(self.qb, rotated, self.qa.mT)
+        return matmul(*self.halves(delta))
+
+    def halves(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is that of `matvec`: all but its last product."""
+        rotated = chain(self.qb.mT, delta, self.qa).mul_(self.values)
+        return halves(self.qb, rotated, self.qa.mT)
 
     def trace(self) -> float:
         """Over all groups."""

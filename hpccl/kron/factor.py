@@ -18,7 +18,7 @@ from torch import Tensor
 from hpccl.kron.eigen import symmetric_eigh
 from hpccl.kron.product import chain, matmul
 
-__all__ = ["Dense", "Factor", "LowRank", "inner", "truncated"]
+__all__ = ["Dense", "Factor", "LowRank", "Spectrum", "inner", "truncated"]
 
 _ROWS = 256  # rows taken to float64 at a time
 
@@ -118,11 +118,11 @@ class LowRank:
 
     def left(self, delta: Tensor) -> Tensor:
         """A delta for delta [g, k, m]."""
-        return chain(*self.chain, delta)
+        return matmul(self.vectors, matmul(self.vectors.mT, delta) * self.values[:, :, None])
 
     def right(self, delta: Tensor) -> Tensor:
         """Delta A for delta [g, m, k]."""
-        return chain(delta, *self.chain)
+        return matmul(matmul(delta, self.vectors) * self.values[:, None, :], self.vectors.mT)
 
     def times(self, scale: float) -> LowRank:
         """Scaled by `scale` >= 0."""
@@ -150,14 +150,45 @@ def truncated(matrix: Tensor, keep: float) -> Factor:
     Raises:
         DivergedError: see `symmetric_eigh`.
     """
-    assert 0 < keep <= 1, "a share of the trace"
-    size = matrix.shape[-1]
-    values, vectors = symmetric_eigh(matrix)
-    kept = values.double().flip(1).cumsum(1)
-    rank = 1 + int((kept < keep * kept[:, -1:]).sum(1).max())
-    if 2 * rank > size:
-        return Dense(matrix)
-    return LowRank(vectors[:, :, -rank:].contiguous(), values[:, -rank:].contiguous())
+    return Spectrum.of(matrix).truncated(keep)
+
+
+@final
+@dataclass(frozen=True)
+class Spectrum:
+    """A symmetric matrix a group with its eigenvectors, from which to choose.
+
+    matrix: [g, k, k]
+    values: [g, k] >= 0, ascending
+    vectors: [g, k, k] in columns
+    """
+
+    matrix: Tensor
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Spectrum:
+        """Of a matrix.
+
+        Raises:
+            DivergedError: see `symmetric_eigh`.
+        """
+        return cls(matrix, *symmetric_eigh(matrix))
+
+    def rank(self, keep: float) -> int | None:
+        """How many eigenvectors keep `keep` of the trace of every group; None where the matrix itself costs less."""
+        assert 0 < keep <= 1, "a share of the trace"
+        kept = self.values.double().flip(1).cumsum(1)
+        rank = 1 + int((kept < keep * kept[:, -1:]).sum(1).max())
+        return rank if 2 * rank <= self.matrix.shape[-1] else None
+
+    def truncated(self, keep: float) -> Factor:
+        """As the function of this name."""
+        rank = self.rank(keep)
+        if rank is None:
+            return Dense(self.matrix)
+        return LowRank(self.vectors[:, :, -rank:].contiguous(), self.values[:, -rank:].contiguous())
 
 
 def inner(first: Factor, second: Factor) -> Tensor:

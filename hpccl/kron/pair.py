@@ -9,16 +9,17 @@ Source: Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import final
 
 import torch
 from torch import Tensor
 
-from hpccl.kron.factor import Factor, inner, truncated
-from hpccl.kron.product import chain, chain_flops
+from hpccl.kron.factor import Dense, Factor, LowRank, Spectrum, inner
+from hpccl.kron.product import chain, chain_flops, halves, matmul
 
 __all__ = ["Pair"]
+
+_PARTS = tuple(number / 16 for number in range(17))  # of the loss of a truncation, in logarithms, that A bears
 
 
 @final
@@ -41,12 +42,29 @@ class Pair:
     @property
     def flops(self) -> int:
         """Multiplications and additions of one `matvec`, in matrix products."""
-        left, right = ([matrix.shape for matrix in factor.chain] for factor in (self.b, self.a))
-        return chain_flops(*left, (self.a.groups, self.b.size, self.a.size), *right)
+        left, right = _left(self.b).shape, _right(self.a).shape
+        low = isinstance(self.b, LowRank), isinstance(self.a, LowRank)
+        return _flops(self.a.groups, (self.b.size, self.a.size), (left[1], right[2]), low)
 
     def matvec(self, delta: Tensor) -> Tensor:
         """B delta A for delta [g, o, d], in the cheapest order."""
-        return chain(*self.b.chain, delta, *self.a.chain)
+        return matmul(*self.halves(delta))
+
+    def halves(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is B delta A for delta [g, o, d]: `matvec` but for its last product."""
+        left, right = _left(self.b), _right(self.a)
+        if isinstance(self.b, Dense) and isinstance(self.a, Dense):
+            return halves(left, delta, right)
+        core = chain(left, delta, right)
+        if isinstance(self.b, LowRank):
+            core *= self.b.values[:, :, None]
+        if isinstance(self.a, LowRank):
+            core *= self.a.values[:, None, :]
+        if isinstance(self.b, Dense):
+            return core, right.mT
+        if isinstance(self.a, Dense):
+            return left.mT, core
+        return halves(left.mT, core, right.mT)
 
     def trace(self) -> float:
         """Over all groups."""
@@ -63,12 +81,47 @@ class Pair:
     def truncated(self, keep: float) -> Pair:
         """With factors of low rank where that is smaller: at least `keep` of the trace of every group stays.
 
+        What may be lost is shared between the two factors such that the product is the cheapest.
+
         Raises:
             DivergedError: a factor is not finite.
         """
-        share = sqrt(keep)
-        return Pair(truncated(self.a.dense(), share), truncated(self.b.dense(), share))
+        a, b = Spectrum.of(self.a.dense()), Spectrum.of(self.b.dense())
+
+        sizes = b.matrix.shape[-1], a.matrix.shape[-1]
+
+        def flops(part: float) -> int:
+            of_b, of_a = b.rank(keep ** (1 - part)), a.rank(keep**part)
+            low = of_b is not None, of_a is not None
+            return _flops(len(a.matrix), sizes, (of_b or sizes[0], of_a or sizes[1]), low)
+
+        part = min(_PARTS, key=flops)
+        return Pair(a.truncated(keep**part), b.truncated(keep ** (1 - part)))
 
     def to(self, device: torch.device) -> Pair:
         """The same on a device."""
         return Pair(self.a.to(device), self.b.to(device))
+
+
+def _narrow(factor: Factor) -> Tensor:
+    """What leads into the factor: [g, k, r] eigenvectors, or the matrix."""
+    return factor.vectors if isinstance(factor, LowRank) else factor.matrix
+
+
+def _left(factor: Factor) -> Tensor:
+    """What is multiplied from the left first: [g, r, k] eigenvectors, or the matrix (or rows of it)."""
+    return factor.vectors.mT if isinstance(factor, LowRank) else factor.matrix
+
+
+def _right(factor: Factor) -> Tensor:
+    """What is multiplied from the right first: [g, k, r] eigenvectors, or the matrix (or columns of it)."""
+    return factor.vectors if isinstance(factor, LowRank) else factor.matrix
+
+
+def _flops(groups: int, sizes: tuple[int, int], ranks: tuple[int, int], low: tuple[bool, bool]) -> int:
+    """Of B delta A for delta of `sizes`, by way of a matrix of `ranks`; low: which of B and A leads back from it."""
+    (outputs, inputs), (rows, columns) = sizes, ranks
+    there = chain_flops((groups, rows, outputs), (groups, outputs, inputs), (groups, inputs, columns))
+    left = [(groups, outputs, rows)] if low[0] else []
+    right = [(groups, columns, inputs)] if low[1] else []
+    return there + chain_flops(*left, (groups, rows, columns), *right)

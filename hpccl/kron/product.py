@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["chain", "chain_flops", "matmul"]
+__all__ = ["chain", "chain_flops", "halves", "matmul"]
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -21,10 +21,13 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def chain(*matrices: Tensor) -> Tensor:
     """The product of matrices [g, m, .], ..., [g, ., n]; the order depends on their shapes only."""
-    if len(matrices) == 1:
-        return matrices[0]
+    return matrices[0] if len(matrices) == 1 else matmul(*halves(*matrices))
+
+
+def halves(*matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The two matrices of the last product of `chain`, for at least two matrices."""
     _, split = _plan(_sizes([matrix.shape for matrix in matrices]))
-    return matmul(chain(*matrices[:split]), chain(*matrices[split:]))
+    return chain(*matrices[:split]), chain(*matrices[split:])
 
 
 def chain_flops(*shapes: Sequence[int]) -> int:

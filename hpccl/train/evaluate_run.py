@@ -21,7 +21,7 @@ from hpccl.train.run import fresh_state
 from hpccl.train.state import World
 from hpccl.train.stop import Stop
 
-__all__ = ["evaluate_run"]
+__all__ = ["evaluate_run", "find_checkpoint"]
 
 
 def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
         FolderError: the folder is no run, or has no such checkpoint.
     """
     folder = RunFolder(path)
-    mark = _find(folder, task)
+    mark = find_checkpoint(folder, task)
     config = load_config([folder.config], [])
     comm = Comm.solo(pick_device(config.engine.device))
     stream = open_stream(config.stream, config.data)
@@ -54,7 +54,12 @@ def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
     }
 
 
-def _find(folder: RunFolder, task: int | None) -> Mark:
+def find_checkpoint(folder: RunFolder, task: int | None) -> Mark:
+    """The newest checkpoint of a run, or the newest of `task`.
+
+    Raises:
+        FolderError: the folder is no run, or has no such checkpoint.
+    """
     if not folder.config.is_file():
         raise FolderError(f"'{folder.path}' is not a run folder (it has no config.yaml); give the folder of a run")
     found = [mark for mark in marks(folder.checkpoints) if task is None or mark.task == task]

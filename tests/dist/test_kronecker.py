@@ -247,7 +247,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert float((found - expected).norm()) <= tolerance * float(expected.norm())
 
 
-def assert_same(found: Precision, expected: Precision) -> None:
+def assert_same(found: Precision, expected: Precision, tolerance: float = 1e-5) -> None:
     assert found.num_examples == expected.num_examples
     if isinstance(expected, DensePrecision):
         assert isinstance(found, DensePrecision)
@@ -259,8 +259,8 @@ def assert_same(found: Precision, expected: Precision) -> None:
     for ours, theirs in zip(found.blocks, expected.blocks, strict=True):
         assert (ours.layout, ours.part, ours.counts) == (theirs.layout, WHOLE, theirs.counts)
         assert [type(term) for term in ours.terms] == [type(term) for term in theirs.terms]
-        assert_close(dense(ours), dense(theirs), 1e-5)
-        assert ours.lost == pytest.approx(theirs.lost, rel=1e-3, abs=1e-6 * theirs.norm())
+        assert_close(dense(ours), dense(theirs), tolerance)
+        assert ours.lost == pytest.approx(theirs.lost, rel=1e-2, abs=1e-6 * theirs.norm())
     assert found.rest.values.keys() == expected.rest.values.keys()
     for name, value in expected.rest.values.items():
         assert_close(found.rest.values[name], value, 1e-5)
@@ -272,7 +272,8 @@ def test_measured_on_several_ranks(worlds: tuple[Result, list[Result]], name: st
     expected = joined([alone])
     weight = CASES[name].weight
     assert expected.num_examples == (CASES[name].count if weight is None else float(weight.sum()))
-    assert_same(joined(ranks), expected)
+    # The diagonal in a basis is less certain than the basis, where eigenvalues are close to each other.
+    assert_same(joined(ranks), expected, 1e-4 if name == "ekfac, reduce" else 1e-5)
     for rank in ranks:  # what all hold is equal to the last bit
         assert_equal(rank["state"], ranks[0]["state"])
     trace, size = alone["totals"]["trace"], alone["totals"]["num_bytes"]
@@ -288,6 +289,9 @@ def assert_equal(one: Any, other: Any) -> None:
         assert one.keys() == other.keys()
         for key, value in one.items():
             assert_equal(value, other[key])
+    elif isinstance(one, (list, tuple)):
+        for value, same in zip(one, other, strict=True):
+            assert_equal(value, same)
     elif isinstance(one, Tensor):
         assert torch.equal(one, other)
     else:
@@ -313,7 +317,7 @@ def test_every_block_has_one_owner_and_ranks_hold_less(worlds: tuple[Result, lis
         assert len(parts["3"]) == len(ranks)
     if name == "kronecker, tall" and len(ranks) == 4:
         assert {"input", "output"} <= cut
-    if "," not in name:
+    if name == "ekfac":
         assert cut == {"whole"}
         assert ranks[0]["totals"]["num_bytes"] == alone["totals"]["num_bytes"]
     assert ranks[0]["totals"]["rank_bytes"] < 0.75 * alone["totals"]["rank_bytes"]
@@ -345,7 +349,7 @@ def test_sums_over_tasks(worlds: tuple[Result, list[Result]], name: str) -> None
     for rank in ranks:
         assert rank["totals"]["terms"] == alone["totals"]["terms"] == max(terms)
         assert rank["totals"]["trace"] == pytest.approx(alone["totals"]["trace"], rel=1e-5)
-        assert rank["totals"]["error"] == pytest.approx(alone["totals"]["error"], rel=1e-3, abs=1e-6)
-    assert (alone["totals"]["error"] > 0) == (name not in ("list", "pooled", "refit"))
+        assert rank["totals"]["error"] == pytest.approx(alone["totals"]["error"], rel=1e-2, abs=1e-6)
+    assert (alone["totals"]["error"] > 0) == (name != "list")
     if name != "refit":
         assert any(state["part"]["axis"] != "whole" for rank in ranks for state in rank["shard"].get("3", []))

@@ -20,6 +20,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def undisturbed_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two processes, which share the curvature of the first layer."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    continue_to_the_end(folder, "--nproc=2")
+    return folder
+
+
 def continue_to_the_end(folder: Path, *arguments: str) -> None:
     code, output = finish(start(folder, *arguments))
     assert code == 0, output
@@ -68,9 +76,24 @@ def test_a_signal_saves_and_stops(undisturbed: Path, tmp_path: Path, number: sig
     assert report(folder)["weights_sha256"] == report(undisturbed)["weights_sha256"]
 
 
-def test_two_processes_agree_with_one_and_resume_exactly(undisturbed: Path, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    continue_to_the_end(whole, "--nproc=2")
+@pytest.mark.parametrize("phase", ["select", pytest.param("curvature", marks=pytest.mark.slow)])
+def test_kill_9_of_two_processes_while_curvature_is_measured_and_after(
+    undisturbed_two: Path, tmp_path: Path, phase: str
+) -> None:
+    """In the second task, where it is added to that of the first, which each process reads its share of."""
+    folder = tmp_path / "run"
+    process = start(folder, "--nproc=2")
+    while not any(event["phase"] == phase and event["task"] == 1 for event in events(folder, "phase")):
+        assert process.poll() is None
+    kill_tree(process)
+    continue_to_the_end(folder, "--nproc=2")
+    assert report(folder)["weights_sha256"] == report(undisturbed_two)["weights_sha256"]
+
+
+def test_two_processes_agree_with_one_and_resume_exactly(
+    undisturbed: Path, undisturbed_two: Path, tmp_path: Path
+) -> None:
+    whole, killed = undisturbed_two, tmp_path / "killed"
     process = start(killed, "--nproc=2")
     wait_for_steps(killed, process, 45)
     kill_tree(process)
@@ -87,6 +110,31 @@ def test_resume_on_another_number_of_processes(undisturbed: Path, tmp_path: Path
     continue_to_the_end(folder, "--nproc=1")
     assert [event["world_size"] for event in events(folder, "run")] == [2, 1]
     assert_same_result(folder, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("curvature.kind=ekfac",),
+        ("curvature.kind=dense",),
+        ("curvature.kind=kronecker", "curvature.keep_trace=0.9"),
+        ("curvature.kind=kronecker", "curvature.tasks.kind=nearest", "prior.quadratic.anchor=each"),
+        ("curvature.kind=kronecker", "curvature.tasks.max_gib=1e-6", "curvature.tasks.tolerance=0.5"),
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_every_kind_of_curvature_resumes(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """Exactly on the same number of processes, up to rounding on another."""
+    whole, same, other = (tmp_path / name for name in ("whole", "same", "other"))
+    continue_to_the_end(whole, "--nproc=2", *settings)
+    for folder, number in ((same, 2), (other, 3)):
+        process = start(folder, "--nproc=2", *settings)
+        wait_for_steps(folder, process, 100)
+        kill_tree(process)
+        continue_to_the_end(folder, f"--nproc={number}", *settings)
+    assert report(same)["weights_sha256"] == report(whole)["weights_sha256"]
+    assert_same_result(other, whole)
 
 
 @pytest.mark.slow

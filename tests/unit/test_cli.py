@@ -42,7 +42,7 @@ def test_version() -> None:
 
 def test_the_help_names_the_commands() -> None:
     output = CliRunner().invoke(app, ["--help"]).output
-    for name in ("train", "evaluate", "report", "shards", "check", "doctor"):
+    for name in ("train", "evaluate", "report", "curvature", "shards", "check", "doctor"):
         assert f"  {name} " in output
 
 
@@ -142,8 +142,8 @@ def test_an_occupied_port_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_told(tmp_path: Path) -> None:
-    for name in ("evaluate", "report"):
-        done = command(name, "nowhere", folder=tmp_path)
+    for name in (["evaluate"], ["report"], ["curvature", "show"]):
+        done = command(*name, "nowhere", folder=tmp_path)
         assert done.returncode == 1
         assert done.stderr.startswith("error: ")
         assert "nowhere" in done.stderr

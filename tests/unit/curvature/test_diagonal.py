@@ -384,8 +384,12 @@ def test_algebra(diagonal: Diagonal) -> None:
     assert diagonal.to(torch.device("cpu")).trace() == 6.0
 
 
+def no_shards(_: object) -> dict[str, list[dict[str, object]]]:
+    return {}
+
+
 def test_state_round_trip(diagonal: Diagonal) -> None:
-    again = precision_from_state(diagonal.state_dict())
+    again = precision_from_state(diagonal.state_dict(), no_shards, Comm.solo())
     assert isinstance(again, Diagonal)
     assert again.num_examples == 5
     assert all(torch.equal(again.values[name], value) for name, value in diagonal.values.items())
@@ -398,7 +402,7 @@ def test_mistakes_in_algebra_and_state(diagonal: Diagonal) -> None:
         diagonal.plus(Diagonal({"a": torch.ones(2)}), Comm.solo())
     for state in ({"kind": "cubic"}, {}, {"kind": "diagonal"}, {"kind": "diagonal", "values": {"a": 1.0}}):
         with pytest.raises(CheckpointError):
-            precision_from_state(state)
+            precision_from_state(state, no_shards, Comm.solo())
     assert issubclass(CheckpointError, HpcclError)
 
 

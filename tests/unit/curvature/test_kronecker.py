@@ -108,6 +108,25 @@ def test_pieces_are_the_dense_product() -> None:
     torch.testing.assert_close(found["norm"], (curvature.rest.values["norm"] + 0.5) * delta["norm"])
 
 
+def test_gradients_may_lie_otherwise_in_memory() -> None:
+    curvature, delta = precision(0), weights(3)
+    expected = product(curvature.pieces(SOLO, delta), delta, damping=0.5)
+    turned = {
+        name: value.contiguous() if name.startswith("conv") else value.to(memory_format=torch.channels_last)
+        for name, value in delta.items()
+        if value.dim() == 4
+    }
+    assert turned["conv.weight"].stride() != delta["conv.weight"].stride()
+    zero = {name: torch.zeros_like(value) for name, value in delta.items()}
+    for piece in curvature.pieces(SOLO, delta):
+        if piece.name in turned:
+            gradient = torch.ones_like(turned[piece.name])
+            before = gradient.clone()
+            found = piece.add(gradient, delta, zero, 1.0, 0.5)
+            torch.testing.assert_close(found, 1 + expected[piece.name])
+            assert torch.equal(gradient, before)
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("wide", [True, False])
 def test_parts_add_up_to_the_whole(count: int, wide: bool) -> None:

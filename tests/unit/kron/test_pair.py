@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpccl.kron.factor import Dense, LowRank
+from hpccl.kron.factor import Dense, LowRank, truncated
 from hpccl.kron.pair import Pair
 from tests.unit.kron.oracle import IN, OUT, applied, low_rank, pair, psd, whole
 
@@ -25,6 +25,17 @@ def test_equals_the_whole_kronecker_product(kinds: str, groups: int) -> None:
     torch.testing.assert_close(whole(one.times(0.3)), 0.3 * matrix)
     torch.testing.assert_close(whole(one.to(torch.device("cpu"))), matrix)
     assert one.num_bytes == one.a.num_bytes + one.b.num_bytes
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_halves(kinds: str) -> None:
+    """The last product of all is left to the caller, who may add it to something; delta stays as it was."""
+    one = pair(kinds, seed=1, groups=2)
+    delta = torch.randn(2, OUT, IN, dtype=torch.float64)
+    before = delta.clone()
+    left, right = one.halves(delta)
+    torch.testing.assert_close(left @ right, applied(whole(one), delta))
+    assert torch.equal(delta, before)
 
 
 def test_scaling_leaves_the_mean_alone() -> None:
@@ -90,7 +101,9 @@ def test_truncation_keeps_its_share_of_the_trace_of_every_group(keep: float) -> 
     assert bool((kept >= keep).all())
     assert bool((kept <= 1 + 1e-12).all())
     assert found.num_bytes < one.num_bytes
-    assert isinstance(found.a, LowRank)
+    assert found.flops < one.flops
+    equally = Pair(truncated(one.a.dense(), keep**0.5), truncated(one.b.dense(), keep**0.5))
+    assert found.flops <= equally.flops
     left_out = whole(one) - whole(found)
     assert float(torch.linalg.eigvalsh(left_out).min()) >= -1e-12
 
