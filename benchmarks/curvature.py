@@ -69,10 +69,10 @@ class Case:
 
 
 CASES = (
-    Case("resnet18", 64, batch=64, batches=8, turns=5),
-    Case("resnet18", 224, batch=16, batches=2, turns=3),
-    Case("resnet50", 224, batch=8, batches=2, turns=2),
-    Case("vit_small_patch16_224", 224, batch=8, batches=2, turns=2),
+    Case("resnet18", 64, batch=64, batches=8, turns=3),
+    Case("resnet18", 224, batch=16, batches=2, turns=2),
+    Case("resnet50", 224, batch=8, batches=4, turns=2),
+    Case("vit_small_patch16_224", 224, batch=8, batches=4, turns=2),
 )
 
 

@@ -1,7 +1,7 @@
 """How far each policy for the sum over tasks is from the exact sum, on curvatures of a real run.
 
-A network learns the digits in five tasks, one after the other, with the Kronecker quadratic. The curvature of each task is
-measured at the end of it. For each policy and layer: the relative Frobenius error of the summed matrix, and the
+A network learns the digits in five tasks, one after the other, with the Kronecker quadratic. The curvature of each task
+is measured at the end of it. For each policy and layer: the relative Frobenius error of the summed matrix, and the
 relative error of its product with the way the weights went from the first task to the last, both against the dense sum.
 
     python benchmarks/task_sum.py [--quick]

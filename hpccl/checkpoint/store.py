@@ -198,7 +198,8 @@ def open_shards(checkpoints: Path, mark: Mark) -> Callable[[Callable[[str], bool
             header, tree = read_tree(folder, stem=stem, wanted=wanted)
             if header.get(_OF) != whole.get(_OF):
                 raise CheckpointError(
-                    f"'{folder / stem}' belongs to another checkpoint; delete '{folder}' to continue from the one before"
+                    f"'{folder / stem}' belongs to another checkpoint; "
+                    f"delete '{folder}' to continue from the one before"
                 )
             for layer, states in tree.items():
                 found.setdefault(layer, []).extend(states)

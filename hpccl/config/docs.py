@@ -105,8 +105,9 @@ def _cell(text: str) -> str:
 
 
 def meaning(section: type[Section], name: str) -> str:
-    """The comment above or beside a key, as one line."""
-    return _comments(section).get(name, "")
+    """The comment above or beside a key, in its section or in one that this inherits from, as one line."""
+    families = (kind for kind in section.__mro__ if issubclass(kind, Section) and name in kind.__annotations__)
+    return next((_comments(kind).get(name, "") for kind in families), "")
 
 
 @functools.cache

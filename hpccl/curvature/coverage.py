@@ -77,11 +77,11 @@ def plan(model: nn.Module, pixels: Tensor) -> Coverage:
         CoverageError: a trainable parameter does not influence the logits of any of them.
     """
     coverage = _by_structure(model, pixels)
-    columns = _random_columns(model, pixels)
-    truth, reached = looped_squares(model, None, pixels, columns)
-    _refuse_unreached(truth.keys() - reached)
     with captured(model, coverage.layers) as calls:
         logits = model(pixels)
+    columns = _random_columns(logits)
+    truth, reached = looped_squares(model, None, pixels, columns)
+    _refuse_unreached(truth.keys() - reached)
     found = layer_squares(model, coverage.layers, calls, logits, columns, group=1)
     largest = [float(value.max()) for value in truth.values() if value.numel()]
     noise = _NOISE * max((value for value in largest if isfinite(value)), default=0.0)
@@ -162,10 +162,8 @@ def _graph_bytes(model: nn.Module, pixels: Tensor) -> int:
     return sum(held.values())
 
 
-def _random_columns(model: nn.Module, pixels: Tensor) -> Tensor:
+def _random_columns(logits: Tensor) -> Tensor:
     """[1, m, C] directions that favour no class."""
-    with torch.no_grad():
-        logits: Tensor = model(pixels)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, *logits.shape, generator=generator).to(logits)
 

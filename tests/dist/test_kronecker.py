@@ -1,11 +1,11 @@
-"""Kronecker, EKFAC and dense curvature, and their sums over tasks: the number of processes is not in the mathematics."""
+"""Kronecker, EKFAC and dense curvature and sums over tasks: the number of processes is not in the mathematics."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -309,7 +309,7 @@ def test_every_block_has_one_owner_and_ranks_hold_less(worlds: tuple[Result, lis
     for states in parts.values():
         ordered = sorted(states, key=lambda part: part["start"])
         assert len({part["axis"] for part in ordered}) == 1
-        assert all(one["stop"] == next_["start"] for one, next_ in zip(ordered, ordered[1:], strict=False))
+        assert all(one["stop"] == other["start"] for one, other in itertools.pairwise(ordered))
         assert len(ordered) == 1 or ordered[0]["axis"] != "whole"
     cut = {states[0]["axis"] for states in parts.values()}
     if name == "kronecker, wide":

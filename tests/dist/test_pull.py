@@ -1,9 +1,10 @@
-"""The quadratic in a step on several ranks: the gradient of a penalty written into the loss, and not a byte more sent."""
+"""The quadratic in a step on several ranks: the gradient of a penalty in the loss, and not a byte more sent."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,10 @@ def trained(kind: str, which: str, comm: Comm) -> Result:
     return made.gather()
 
 
+def nothing() -> None:
+    """Removes no hook."""
+
+
 def gradients(comm: Comm) -> Result:
     """Under bf16 autocast with a curvature of a million: (with the quadratic, without it)."""
     made = engine(comm, "bf16")
@@ -121,12 +126,12 @@ def gradients(comm: Comm) -> Result:
     large = precision.times(1e6 / precision.totals(comm).trace)
     found = {}
     for name in ("with", "without"):
-        detach = lambda: None  # noqa: E731
+        remove = nothing
         if name == "with":
-            detach = Quadratic(large, anchor, WEIGHT, DAMPING).attach(made, comm, num_train=NUM_TRAIN)
+            remove = Quadratic(large, anchor, WEIGHT, DAMPING).attach(made, comm, num_train=NUM_TRAIN)
         (rows,) = shares(batch(0), comm)
         made.backward(nats(made.forward(rows.pixels, rows.sample), rows))
-        detach()
+        remove()
         parameters = dict(made.module.named_parameters())
         found[name] = {key: value.grad.clone() for key, value in parameters.items() if value.grad is not None}
         for value in parameters.values():
@@ -139,7 +144,7 @@ def traffic(comm: Comm) -> Result:
     made = engine(comm)
     buckets: list[int] = []
 
-    def averaged(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def averaged(bucket: Any) -> Any:
         buckets.append(bucket.buffer().nbytes)
         return dist.all_reduce(bucket.buffer().div_(comm.size), async_op=True).get_future().then(lambda f: f.value()[0])
 
@@ -151,14 +156,14 @@ def traffic(comm: Comm) -> Result:
     made.step()
     found: Result = {}
     for name in ("without", "with"):
-        detach = lambda: None  # noqa: E731
+        remove = nothing
         if name == "with":
-            detach = quadratic(precisions, anchors, "each", comm).attach(made, comm, num_train=NUM_TRAIN)
+            remove = quadratic(precisions, anchors, "each", comm).attach(made, comm, num_train=NUM_TRAIN)
         buckets.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             made.backward(nats(made.forward(rows.pixels, rows.sample), rows))
             made.step()
-        detach()
+        remove()
         calls = sorted(event.name for event in profile.events() or () if event.name.startswith("c10d::"))
         found[name] = {"bytes": list(buckets), "calls": calls}
     return found
@@ -239,16 +244,15 @@ def penalised(kind: str, which: str) -> dict[str, Tensor]:
     for step in range(STEPS):
         data = batch(step)
         weights = flat(parameters, parameters)
-        penalty = sum(
-            (0.5 * (weights - a) @ m @ (weights - a) for m, a in zip(matrices, places, strict=True)),
-            0.5 * DAMPING * (weights - places[-1]).square().sum(),
-        )
+        penalty = 0.5 * DAMPING * (weights - places[-1]).square().sum()
+        for m, place in zip(matrices, places, strict=True):
+            penalty = penalty + 0.5 * (weights - place) @ m @ (weights - place)
         loss = nats(module(data.pixels), data) + WEIGHT / NUM_TRAIN * penalty
         gradient = torch.autograd.grad(loss, list(parameters.values()))
         norm = float(torch.cat([value.flatten() for value in gradient]).norm())
         with torch.no_grad():
             for value, change in zip(parameters.values(), gradient, strict=True):
-                value -= RATE * min(1.0, CLIP / norm) * change
+                value.sub_(change, alpha=RATE * min(1.0, CLIP / norm))
     return {name: value.detach().clone() for name, value in parameters.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpccl.checkpoint import store
+from hpccl.checkpoint import store, tree
 from hpccl.checkpoint.store import Mark, Shard, latest, load, open_shards, save
 from hpccl.config.sections import ListedTasks
 from hpccl.curvature.build import precision_from_state
@@ -34,9 +34,8 @@ FIRST, SECOND, THIRD, LAST = (Mark.at(0, "fit", step) for step in (1, 2, 3, 4))
 
 
 def written(folder: Path, mark: Mark, precision: Precision, comm: Comm, shard: Shard) -> int:
-    tree = {"precision": precision.state_dict()}
-    own = precision.shard_dict()
-    return save(folder, mark, tree, keep=9, comm=comm, shard=shard, source=precision, own=own).num_bytes
+    own, whole = precision.shard_dict(), {"precision": precision.state_dict()}
+    return save(folder, mark, whole, keep=9, comm=comm, shard=shard, source=precision, own=own).num_bytes
 
 
 def read(folder: Path, mark: Mark, comm: Comm) -> Precision:
@@ -47,16 +46,18 @@ def four(comm: Comm, place: str) -> Result:
     """Four ranks save: anew, unchanged, unchanged where links are impossible, and with a full disk on one rank."""
     found: Result = {}
     data = Asking(examples(pixels(COUNT)), comm)
-    for kind, estimator in ESTIMATORS.items():
-        folder, shard = Path(place) / kind, Shard()
+    shards = {kind: Shard() for kind in ESTIMATORS}
+    precisions = {kind: estimator.estimate(build("wide"), data, comm) for kind, estimator in ESTIMATORS.items()}
+    for kind, precision in precisions.items():
+        folder = Path(place) / kind
         folder.mkdir(exist_ok=True)
-        precision = estimator.estimate(build("wide"), data, comm)
-        found[kind] = [written(folder, mark, precision, comm, shard) for mark in (FIRST, SECOND)]
-    found["no links"] = instead(os, "link", unlinked, lambda: written(folder, THIRD, precision, comm, shard))
+        found[kind] = [written(folder, mark, precision, comm, shards[kind]) for mark in (FIRST, SECOND)]
+    folder, same, shard = Path(place) / "low rank", precisions["low rank"], shards["low rank"]
+    found["no links"] = instead(os, "link", unlinked, lambda: written(folder, THIRD, same, comm, shard))
     try:
-        write = (lambda *_, **__: no_space()) if comm.rank == 2 else store.write_tree
-        fresh = precision.times(1.0)
-        instead(store, "write_tree", write, lambda: written(folder, LAST, fresh, comm, shard))
+        write = no_space if comm.rank == 2 else tree.write_tree
+        other = same.times(1.0)
+        instead(store, "write_tree", write, lambda: written(folder, LAST, other, comm, shard))
     except HpcclError as error:
         found["full"] = {"kind": type(error).__name__, "message": str(error)}
     return found
@@ -75,7 +76,7 @@ def unlinked(*_: Any) -> None:
     raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
-def no_space() -> int:
+def no_space(*_: Any, **__: Any) -> int:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -153,9 +154,7 @@ def test_a_full_disk_on_one_rank_ends_all_and_harms_nothing(saved: tuple[Path, l
 
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "of another checkpoint"])
-def test_damaged_shards_are_refused(
-    saved: tuple[Path, list[Result]], tmp_path: Path, damage: str, suffix: str
-) -> None:
+def test_damaged_shards_are_refused(saved: tuple[Path, list[Result]], tmp_path: Path, damage: str, suffix: str) -> None:
     folder, other = tmp_path / "kronecker", saved[0] / "low rank" / FIRST.name
     shutil.copytree(saved[0] / "kronecker" / FIRST.name, folder / FIRST.name)
     victim = folder / FIRST.name / f"curvature-00002-of-00004.{suffix}"

@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -50,8 +51,8 @@ def run_in_world(function: Callable[..., Result], size: int, folder: Path, *argu
     for line, rank in waiting.items():
         line.send((function, rank, size, str(meeting), arguments))
     while waiting:
-        for line in wait(list(waiting)):
-            assert isinstance(line, Connection)
+        ready = set(wait(list(waiting)))
+        for line in [line for line in waiting if line in ready]:
             rank = waiting.pop(line)
             if failure := _answer(line):
                 _dismiss()
@@ -99,7 +100,8 @@ def _work(line: Connection) -> None:
 
 
 def _rank(function: Callable[..., Result], rank: int, size: int, meeting: str, arguments: tuple[Any, ...]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{meeting}/meet", rank=rank, world_size=size)
+    meet = f"file://{meeting}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=size, timeout=timedelta(minutes=3))
     try:
         result = function(Comm(rank=rank, size=size, device=torch.device("cpu")), *arguments)
         torch.save(result, Path(meeting) / f"{rank}.pt")

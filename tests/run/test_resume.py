@@ -122,7 +122,7 @@ def test_resume_on_another_number_of_processes(undisturbed: Path, tmp_path: Path
         ("curvature.kind=kronecker", "curvature.tasks.kind=nearest", "prior.quadratic.anchor=each"),
         ("curvature.kind=kronecker", "curvature.tasks.max_gib=1e-6", "curvature.tasks.tolerance=0.5"),
     ],
-    ids=lambda settings: " ".join(settings),
+    ids=" ".join,
 )
 def test_every_kind_of_curvature_resumes(tmp_path: Path, settings: tuple[str, ...]) -> None:
     """Exactly on the same number of processes, up to rounding on another."""

@@ -37,7 +37,7 @@ SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
         (["data.image_size=9", "data.augment={kind: timm, scale: [1.0, 0.5]}"], "data.augment.scale"),
         (["optim.schedule=constant", "optim.final_lr=0.1"], "optim.final_lr"),
         (["train.accumulate=9", "train.batch_size=8"], "train.accumulate"),
-        (["curvature.samples=2"], "curvature.samples"),
+        (["curvature.fisher=ggn", "curvature.samples=2"], "curvature.samples"),
         (["train.epochs=[1,2,3,4,5,6]"], "train.epochs"),
         (["optim.lr=[1,2,3]", "stream.tasks=2"], "optim.lr"),
         ([MEMORY, "prior.weight=[1,2,3,4]", SHARDS], "prior.weight"),

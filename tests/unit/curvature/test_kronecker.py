@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def product(pieces: Sequence[Piece], delta: Mapping[str, Tensor], damping: float
 
 def matrix(layout: Layout, named: Mapping[str, Tensor]) -> Tensor:
     """[g, o, d] in the layout's own order of inputs, by plain indexing."""
-    groups, outputs, inputs = layout.shape
+    groups, outputs, _ = layout.shape
     flat = named[layout.weight].reshape(groups, outputs, -1)
     if layout.bias:
         flat = torch.cat([flat, named[layout.bias].reshape(groups, outputs, 1)], dim=2)
@@ -164,7 +165,7 @@ def test_every_layer_is_placed_once_and_evenly() -> None:
     (_, parts), *rest = placed
     assert [part.axis for _, part in parts] == ["input"] * len(parts)
     assert (parts[0][1].start, parts[-1][1].stop) == (0, 4608)
-    assert all(one.stop == other.start for (_, one), (_, other) in zip(parts, parts[1:], strict=False))
+    assert all(one.stop == other.start for (_, one), (_, other) in pairwise(parts))
     assert len({rank for rank, _ in parts}) == len(parts) == 4
     assert all(parts == [(parts[0][0], WHOLE)] for _, parts in rest)
     whole = layout_parts(layouts, Comm(0, 4, torch.device("cpu")), divisible=False)

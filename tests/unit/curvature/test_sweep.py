@@ -116,15 +116,17 @@ def test_a_model_that_flattens_by_view_keeps_its_layout() -> None:
             return out
 
     pixels = torch.randn(3, 2, 4, 4)
-    assert fastest_layout(Flat(), pixels) == torch.contiguous_format
-    assert fastest_layout(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()), pixels) == torch.channels_last
+    two = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 3, 3))
+    assert fastest_layout(nn.Sequential(two[0], Flat()), pixels) == torch.contiguous_format
+    assert fastest_layout(nn.Sequential(two, nn.Flatten()), pixels) == torch.channels_last
+    assert fastest_layout(nn.Conv2d(2, 3, 3), pixels) == torch.contiguous_format
     assert fastest_layout(nn.Linear(4, 4), torch.randn(3, 4)) == torch.contiguous_format
 
     class Strides(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.as_strided((2, 4), (16, 1)).clone()  # other numbers in another layout
+            return x.as_strided((2, 4), (12, 1)).clone()  # other numbers in another layout
 
-    assert fastest_layout(Strides(), pixels) == torch.contiguous_format
+    assert fastest_layout(nn.Sequential(two, Strides()), pixels) == torch.contiguous_format
 
 
 def test_free_parameters_of_a_vit_need_no_pass_of_their_own() -> None:

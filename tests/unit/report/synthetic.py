@@ -130,10 +130,13 @@ def task_events(task: int) -> Iterator[tuple[str, dict[str, Any]]]:
         "curvature",
         {
             "task": task,
-            "kind": "diagonal",
+            "kind": "kronecker",
             "trace": 1234.5,
             "num_examples": 280,
             "bytes": 4096,
+            "rank_bytes": 3072,
+            "terms": min(task + 1, 2),
+            "error": 0.0123 if task > 1 else 0.0,
             "parameters": 1024,
         },
     )
