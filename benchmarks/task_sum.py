@@ -120,10 +120,9 @@ def main() -> None:
     quick: bool = parser.parse_args().quick
     with tempfile.TemporaryDirectory() as folder:
         each, way = learned(configuration(3 if quick else 20), Path(folder))
-    one = sum(block.num_bytes for block in each[0].blocks) / 2**30
     policies: dict[str, TasksConfig] = {
-        "list": ListedTasks(),
-        "list, room for two": ListedTasks(max_gib=2 * one, tolerance=0.1),
+        "list": ListedTasks(max_cost=100),
+        "list, room for two": ListedTasks(max_cost=2, tolerance=0.1),
         "refit": RefitTasks(),
         "nearest": NearestTasks(),
         "pooled": PooledTasks(),

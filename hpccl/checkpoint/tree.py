@@ -54,7 +54,9 @@ def read_tree(
         if wanted is not None:
             skeleton = {key: value for key, value in skeleton.items() if wanted(key)}
         with safetensors.safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
-            tree = _fill(skeleton, file.get_tensor)
+            # A copy begins where any other tensor may; a place in the file may not, and products of matrices that begin
+            # elsewhere are rounded otherwise: a resumed run would not be the undisturbed one.
+            tree = _fill(skeleton, lambda name: file.get_tensor(name).clone())
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint '{folder}' cannot be read ({stem}: {error}); delete it to continue from the one before"

@@ -280,7 +280,7 @@ class ListedTasks(Section):
 
     kind: Literal["list"] = "list"
     max_gib: PositiveFloat = 4.0  # of all factors on all ranks together
-    max_gflop: PositiveFloat | None = None  # of one step's pull on all ranks together; null: no limit
+    max_cost: PositiveFloat = 4.0  # of one step's pull, in multiples of the exact pull of one task
     tolerance: Annotated[float, Field(ge=0)] = 0.1  # largest error of a layer's sum, relative, Frobenius norm
 
 

@@ -105,7 +105,10 @@ class Kronecker:
         mine = [(block.layout, block.part) for block in self.blocks]
         if mine != [(block.layout, block.part) for block in other.blocks]:
             raise CoverageError("cannot add curvatures of different layers, or placed on ranks differently")
-        blocks = all_or_none(comm, lambda: summed(self.blocks, other.blocks, self.tasks, comm))
+        blocks = all_or_none(
+            comm,
+            lambda: summed(self.blocks, other.blocks, self.tasks, comm, one_pull=sum(map(_pull_cost, self.layouts))),
+        )
         return replace(
             self,
             blocks=all_or_none(comm, lambda: tuple(block.truncated(self.keep_trace) for block in blocks)),
@@ -169,7 +172,7 @@ def layout_parts(
     fair share are cut; eigenbases and low-rank factors cannot be.
     """
     shapes = {layout.name: layout.shape for layout in layouts}
-    costs = {name: float(2 * g * o * d * (o + d)) for name, (g, o, d) in shapes.items()}
+    costs = {layout.name: _pull_cost(layout) for layout in layouts}
     most = {name: min(comm.size, max(o, d)) if divisible else 1 for name, (_, o, d) in shapes.items()}
     placed = pieces(costs, comm.size, most=most)
     return [
@@ -177,6 +180,12 @@ def layout_parts(
         for layout in layouts
         for ranks in (placed[layout.name],)
     ]
+
+
+def _pull_cost(layout: Layout) -> float:
+    """Multiplications and additions of B D A."""
+    groups, outputs, inputs = layout.shape
+    return float(2 * groups * outputs * inputs * (outputs + inputs))
 
 
 def _block_pieces(block: Block) -> list[Piece]:

@@ -32,15 +32,17 @@ __all__ = ["norms", "summed"]
 Grams = tuple[Tensor, Tensor]  # inner products of the input factors and of the gradient factors, [g, T, T] each
 
 
-def summed(olds: Sequence[Block], news: Sequence[Block], tasks: TasksConfig, comm: Comm) -> list[Block]:
-    """The sum of each old and its new block; collective."""
+def summed(
+    olds: Sequence[Block], news: Sequence[Block], tasks: TasksConfig, comm: Comm, *, one_pull: float
+) -> list[Block]:
+    """The sum of each old and its new block; collective. one_pull: operations of the exact pull of one task."""
     joined = [
         replace(old, terms=(*old.terms, *new.terms), counts=(*old.counts, *new.counts), lost=old.lost + new.lost)
         for old, new in zip(olds, news, strict=True)
     ]
     match tasks:
         case ListedTasks():
-            return _within_budget(joined, tasks, comm)
+            return _within_budget(joined, tasks, comm, tasks.max_cost * one_pull)
         case PooledTasks():
             return [_pooled(block, gram) for block, gram in zip(joined, _grams(joined, comm), strict=True)]
         case NearestTasks():
@@ -74,9 +76,9 @@ def _single(block: Block, term: Term, error: float) -> Block:
     return replace(block, terms=(term,), counts=(sum(block.counts),), lost=block.lost + error)
 
 
-def _within_budget(blocks: list[Block], tasks: ListedTasks, comm: Comm) -> list[Block]:
+def _within_budget(blocks: list[Block], tasks: ListedTasks, comm: Comm, most_flops: float) -> list[Block]:
     """Merge one pair in every layer that allows it, until all of them fit, or none allows it."""
-    while _over_budget(blocks, tasks, comm):
+    while _over_budget(blocks, tasks.max_gib * 2**30, most_flops, comm):
         merged = [_closest_merged(b, g, tasks.tolerance) for b, g in zip(blocks, _grams(blocks, comm), strict=True)]
         if not comm.any(any(after is not before for after, before in zip(merged, blocks, strict=True))):
             break
@@ -84,7 +86,7 @@ def _within_budget(blocks: list[Block], tasks: ListedTasks, comm: Comm) -> list[
     return blocks
 
 
-def _over_budget(blocks: Sequence[Block], tasks: ListedTasks, comm: Comm) -> bool:
+def _over_budget(blocks: Sequence[Block], most_bytes: float, most_flops: float, comm: Comm) -> bool:
     totals = torch.tensor(
         [sum(map(_share_of_bytes, blocks)), sum(block.flops for block in blocks)],
         dtype=torch.float64,
@@ -92,8 +94,7 @@ def _over_budget(blocks: Sequence[Block], tasks: ListedTasks, comm: Comm) -> boo
     )
     comm.sum_([totals])
     num_bytes, flops = totals.tolist()
-    too_slow = tasks.max_gflop is not None and flops > tasks.max_gflop * 1e9
-    return bool(num_bytes > tasks.max_gib * 2**30 or too_slow)
+    return bool(num_bytes > most_bytes or flops > most_flops)
 
 
 def _share_of_bytes(block: Block) -> float:

@@ -200,13 +200,13 @@ def test_the_list_is_exact() -> None:
     assert whole.num_examples == 40
 
 
-@pytest.mark.parametrize("limit", ["max_gib", "max_gflop"])
+@pytest.mark.parametrize("limit", ["max_gib", "max_cost"])
 def test_beyond_the_budget_the_list_merges_within_the_tolerance(limit: str) -> None:
     one = precision(0)
     if limit == "max_gib":
         budget = ListedTasks(max_gib=2.5 * sum(block.num_bytes for block in one.blocks) / 2**30, tolerance=0.9)
     else:
-        budget = ListedTasks(max_gflop=2.5 * sum(block.flops for block in one.blocks) / 1e9, tolerance=0.9)
+        budget = ListedTasks(max_cost=2.5, tolerance=0.9)
     whole, each = total(budget)
     assert max(len(block.terms) for block in whole.blocks) == 2
     errors = relative(whole, each)
