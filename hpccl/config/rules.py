@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hpccl.config.sections import (
     DataConfig,
     DigitsStream,
+    KroneckerCurvature,
     PriorConfig,
     StratifiedMix,
     TimmAugment,
@@ -130,6 +131,10 @@ def _schedule(config: RunConfig) -> Iterator[Clash]:
     if train.accumulate > train.batch_size:
         keys = ("train.accumulate", "train.batch_size")
         yield Clash(keys, f"cuts a batch of {train.batch_size} rows into more pieces than it has rows")
+    curvature = config.curvature
+    if isinstance(curvature, KroneckerCurvature) and curvature.keep_trace < 1 and curvature.tasks.kind == "refit":
+        keys = ("curvature.keep_trace", "curvature.tasks.kind")
+        yield Clash(keys, "eigenbases are whole and cannot be of low rank; leave it 1, or sum tasks in another way")
     if config.curvature.samples != 1 and config.curvature.fisher != "mc":
         keys = ("curvature.samples", "curvature.fisher")
         yield Clash(keys, "labels are drawn only with curvature.fisher=mc")

@@ -33,6 +33,7 @@ __all__ = ["RunConfig"]
 # Where and how a run is watched or carried out; these may change on resume, everything else may not.
 _MACHINERY = ("name", "folder", "log", "checkpoint", "cluster")
 _READING = ("cache", "workers")  # of section data: how images are fetched, not which
+_LIMITS = ("batch_size", "max_factor", "max_parameters")  # of section curvature: memory, and what is refused
 
 
 class RunConfig(Section):
@@ -83,4 +84,6 @@ class RunConfig(Section):
         decided = self.model_dump(mode="json", exclude=set(_MACHINERY))
         for key in _READING:
             del decided["data"][key]
+        for key in _LIMITS:
+            decided["curvature"].pop(key, None)
         return decided

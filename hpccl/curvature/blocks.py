@@ -217,7 +217,8 @@ class Block:
         total: Tensor | None = None
         for term in self.terms:
             if isinstance(term, Eigen):
-                column = term.matvec(matrix)[..., -1]
+                left, right = term.halves(matrix)
+                column = (left @ right[..., -1:])[..., 0]
             else:
                 column = _left(term.b, matrix @ _last_column(term.a))[..., 0]
             total = column if total is None else total + column

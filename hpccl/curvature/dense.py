@@ -131,6 +131,16 @@ class DenseEstimator:
     seed: int = 0
     max_parameters: int = 10_000
 
+    def check(self, model: nn.Module) -> None:
+        """See Estimator.check."""
+        refuse_unfit(model)
+        size = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        if size > self.max_parameters:
+            raise CoverageError(
+                f"a dense curvature of {size} parameters is {4 * size**2 / 2**30:.1f} GiB; allowed: "
+                f"curvature.max_parameters={self.max_parameters} parameters; use curvature.kind=kronecker, or raise it"
+            )
+
     def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> DensePrecision:
         """See Estimator.estimate.
 
@@ -140,12 +150,8 @@ class DenseEstimator:
             WorldError: any of these on another rank.
         """
         parameters = {name: value for name, value in sorted(model.named_parameters()) if value.requires_grad}
+        self.check(model)
         size = sum(value.numel() for value in parameters.values())
-        if size > self.max_parameters:
-            raise CoverageError(
-                f"a dense curvature of {size} parameters is {4 * size**2 / 2**30:.1f} GiB; allowed: "
-                f"curvature.max_parameters={self.max_parameters} parameters; use curvature.kind=kronecker, or raise it"
-            )
         matrix = torch.zeros(size, size, device=comm.device)
         count = torch.zeros(1, dtype=torch.float64, device=comm.device)
         failure: HpcclError | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hpccl.curvature.capture import measuring
 from hpccl.curvature.columns import Fisher
-from hpccl.curvature.coverage import Coverage
+from hpccl.curvature.coverage import Coverage, refuse_unfit
 from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights
 from hpccl.curvature.pullback import layer_squares, looped_squares, mapped_squares
 from hpccl.curvature.sweep import Sweep, agree, fit_examples, in_parts, listed, planned, zeros_for
@@ -144,6 +144,10 @@ class DiagonalEstimator:
     fisher: Fisher = "ggn"
     samples: int = 1
     seed: int = 0
+
+    def check(self, model: nn.Module) -> None:
+        """See Estimator.check."""
+        refuse_unfit(model)
 
     def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Diagonal:
         """See Estimator.estimate. fp32 sums; one exchange between ranks, at the end.

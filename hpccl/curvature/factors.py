@@ -23,7 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from hpccl.curvature.capture import measuring
 from hpccl.curvature.columns import Fisher
-from hpccl.curvature.coverage import Coverage, footprint, widen
+from hpccl.curvature.coverage import Coverage, footprint, refuse_unfit, widen
 from hpccl.curvature.layers import acts_as_known, rotated_squares, squares
 from hpccl.curvature.moments import GradientMoment, InputMoment, Sharing, block_shape
 from hpccl.curvature.protocols import Examples
@@ -74,7 +74,7 @@ class Measured:
     count: [1] float64, sum of the weights of the examples
     """
 
-    blocks: Mapping[str, BlockSums]
+    blocks: dict[str, BlockSums]
     squares: Mapping[str, Tensor]
     count: Tensor
 
@@ -121,6 +121,22 @@ class KroneckerPass:
         agree(comm, failure)
         assert growing is not None, "whoever could not begin has raised"
         return growing.measured(comm.device)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse at once what `run` would refuse later, as far as can be told without data.
+
+        Raises:
+            CoverageError: a norm layer couples examples, a pattern matches nothing, or a factor is too large.
+        """
+        refuse_unfit(model)
+        _refuse_idle_patterns(model, self.diagonal)
+        layers = {name: {local: local for local in _trained(module)} for name, module in model.named_modules()}
+        shapes = {
+            name: _shape(model, name, names)
+            for name, names in layers.items()
+            if isinstance(model.get_submodule(name), (nn.Linear, nn.Conv2d)) and self._factored(model, name, names)
+        }
+        refuse_large(shapes, self.max_factor)
 
     def _begin(self, model: nn.Module, coverage: Coverage | None) -> _Growing:
         _refuse_idle_patterns(model, self.diagonal)
@@ -323,13 +339,17 @@ def _outer_zeros(qa: Tensor, qb: Tensor) -> Tensor:
     return torch.zeros(len(qa), qb.shape[1], qa.shape[1], dtype=torch.float32, device=qa.device)
 
 
+def _trained(module: nn.Module) -> list[str]:
+    return [name for name, value in module.named_parameters(recurse=False) if value.requires_grad]
+
+
 def _refuse_idle_patterns(model: nn.Module, patterns: Iterable[str]) -> None:
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise CoverageError(
-                f"curvature.diagonal={pattern!r} matches no layer; layers with weights of their own: "
-                f"{listed(name for name in names if model.get_submodule(name)._parameters)}"
+                f"curvature.diagonal={pattern!r} matches no linear map or convolution, and all else has the diagonal "
+                f"anyway; allowed are names of: {listed(names)}, with * and ?"
             )
 
 

@@ -10,6 +10,7 @@ triangles and fused into few messages; no other rank keeps them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import final
@@ -51,6 +52,10 @@ class KroneckerEstimator:
     tasks: TasksConfig
     keep_trace: float = 1.0
 
+    def check(self, model: nn.Module) -> None:
+        """See Estimator.check."""
+        self.sweep.check(model)
+
     def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Kronecker:
         """See Estimator.estimate.
 
@@ -80,6 +85,10 @@ class EkfacEstimator:
     """Measures the diagonal in each layer's Kronecker eigenbasis, in a second pass; `sweep` as above."""
 
     sweep: KroneckerPass
+
+    def check(self, model: nn.Module) -> None:
+        """See Estimator.check."""
+        self.sweep.check(model)
 
     def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Kronecker:
         """See Estimator.estimate; goes through `batches` twice, and holds all bases on every rank meanwhile.
@@ -130,12 +139,16 @@ def _rest(measured: Measured, comm: Comm) -> Diagonal:
 
 
 def _spread(measured: Measured, placed: Placed, comm: Comm) -> list[Block]:
-    """This rank's blocks, from all ranks' sums; the count becomes that of all ranks. Takes the sums apart."""
+    """This rank's blocks from all ranks' sums, which are let go as they are sent; the count becomes that of all."""
     comm.sum_([measured.count])
+    waiting = Counter(layout.name for layout, ranks in placed for _ in ranks)
     found: dict[str, list[Block]] = {}
     for rank in range(comm.size):
         for message in _messages(placed, rank):
             flat = torch.cat([_packed(measured, layout, part) for layout, part in message])
+            waiting.subtract(layout.name for layout, _ in message)
+            for name in {layout.name for layout, _ in message if not waiting[layout.name]}:
+                del measured.blocks[name]
             comm.reduce_(flat, owner=rank)
             if comm.rank == rank:
                 sizes = [_size(layout, part) for layout, part in message]

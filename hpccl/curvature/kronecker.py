@@ -107,7 +107,14 @@ class Kronecker:
             raise CoverageError("cannot add curvatures of different layers, or placed on ranks differently")
         blocks = all_or_none(
             comm,
-            lambda: summed(self.blocks, other.blocks, self.tasks, comm, one_pull=sum(map(_pull_cost, self.layouts))),
+            lambda: summed(
+                self.blocks,
+                other.blocks,
+                self.tasks,
+                comm,
+                one_pull=sum(map(_pull_cost, self.layouts)),
+                keep_trace=self.keep_trace,
+            ),
         )
         return replace(
             self,

@@ -288,8 +288,9 @@ def _any_layer(
         pulled: Mapping[str, Tensor] = torch.vmap(pull)(columns)[0]
         return pulled
 
-    folded = tuple(x.unflatten(0, (n, -1)) for x in inputs)
-    columns = grad.unflatten(0, (n, -1)).transpose(1, 2)  # [n, c, f, ...]
+    # Contiguous: torch cannot ask a mapped tensor whether it is channels_last, as some layers do.
+    folded = tuple(x.contiguous().unflatten(0, (n, -1)) for x in inputs)
+    columns = grad.contiguous().unflatten(0, (n, -1)).transpose(1, 2).contiguous()  # [n, c, f, ...]
     size = sum(value.numel() for value in own.values()) + columns[0, 0].numel()
     for some, group in pieces(n, grad.shape[1], size, grad):
         pulled = torch.vmap(one)(tuple(x[some] for x in folded), columns[some, group])

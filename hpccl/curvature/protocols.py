@@ -122,6 +122,13 @@ class Precision(Protocol):
 class Estimator(Protocol):
     """Measures the Precision of some examples at the model's present weights."""
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse at once what `estimate` would refuse after training, as far as can be told without data.
+
+        Raises:
+            CoverageError: the model cannot be measured with these settings.
+        """
+
     def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Precision:
         """The Precision of all ranks' batches together; collective.
 

@@ -33,16 +33,26 @@ Grams = tuple[Tensor, Tensor]  # inner products of the input factors and of the 
 
 
 def summed(
-    olds: Sequence[Block], news: Sequence[Block], tasks: TasksConfig, comm: Comm, *, one_pull: float
+    olds: Sequence[Block],
+    news: Sequence[Block],
+    tasks: TasksConfig,
+    comm: Comm,
+    *,
+    one_pull: float,
+    keep_trace: float = 1.0,
 ) -> list[Block]:
-    """The sum of each old and its new block; collective. one_pull: operations of the exact pull of one task."""
+    """The sum of each old and its new block; collective.
+
+    one_pull: operations of the exact pull of one task
+    keep_trace: share of the trace that a merged term keeps where factors are of low rank
+    """
     joined = [
         replace(old, terms=(*old.terms, *new.terms), counts=(*old.counts, *new.counts), lost=old.lost + new.lost)
         for old, new in zip(olds, news, strict=True)
     ]
     match tasks:
         case ListedTasks():
-            return _within_budget(joined, tasks, comm, tasks.max_cost * one_pull)
+            return _within_budget(joined, tasks, comm, most_flops=tasks.max_cost * one_pull, keep_trace=keep_trace)
         case PooledTasks():
             return [_pooled(block, gram) for block, gram in zip(joined, _grams(joined, comm), strict=True)]
         case NearestTasks():
@@ -76,10 +86,13 @@ def _single(block: Block, term: Term, error: float) -> Block:
     return replace(block, terms=(term,), counts=(sum(block.counts),), lost=block.lost + error)
 
 
-def _within_budget(blocks: list[Block], tasks: ListedTasks, comm: Comm, most_flops: float) -> list[Block]:
+def _within_budget(
+    blocks: list[Block], tasks: ListedTasks, comm: Comm, *, most_flops: float, keep_trace: float
+) -> list[Block]:
     """Merge one pair in every layer that allows it, until all of them fit, or none allows it."""
     while _over_budget(blocks, tasks.max_gib * 2**30, most_flops, comm):
-        merged = [_closest_merged(b, g, tasks.tolerance) for b, g in zip(blocks, _grams(blocks, comm), strict=True)]
+        grams = _grams(blocks, comm)
+        merged = [_closest_merged(b, g, tasks.tolerance, keep_trace) for b, g in zip(blocks, grams, strict=True)]
         if not comm.any(any(after is not before for after, before in zip(merged, blocks, strict=True))):
             break
         blocks = merged
@@ -160,14 +173,15 @@ def _pairs(block: Block) -> list[Pair]:
     return pairs
 
 
-def _closest_merged(block: Block, gram: Grams, tolerance: float) -> Block:
-    """The two closest terms as one; the block itself where it has one term or the error would be too large."""
+def _closest_merged(block: Block, gram: Grams, tolerance: float, keep_trace: float) -> Block:
+    """The two closest terms as one; the block itself where there is one, or it errs too much, or saves nothing."""
     if len(block.terms) < 2:
         return block
     one, other, error = merge.closest(*gram)
     if block.lost + error > tolerance * float(merge.sum_norm(*gram)):
         return block
-    return _merged(block, gram, (one, other))
+    merged = _merged(block, gram, (one, other)).truncated(keep_trace)
+    return merged if merged.num_bytes < block.num_bytes else block
 
 
 def _merged(block: Block, gram: Grams, chosen: Sequence[int]) -> Block:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
+from hpccl.curvature.build import build_estimator
 from hpccl.data.build import open_stream
 from hpccl.data.protocols import Split, Stream, Task
 from hpccl.dist.comm import Comm
@@ -69,6 +70,8 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     check_memory(config, stream)
     start = time.perf_counter()
     state = fresh_state(config, stream, world.comm)
+    if config.prior.quadratic.weight > 0:
+        build_estimator(config.curvature, config.seed).check(state.engine.module)
     found = latest(world.folder.checkpoints)
     _introduce(world, command, found)
     if found is not None:

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 from hpccl.dist.comm import Comm
 
-__all__ = ["run_in_world"]
+__all__ = ["dismiss", "run_in_world"]
 
 Result = dict[str, Any]  # nested dicts of tensors, numbers and text: what torch.load reads with weights_only
 
@@ -55,7 +55,7 @@ def run_in_world(function: Callable[..., Result], size: int, folder: Path, *argu
         for line in [line for line in waiting if line in ready]:
             rank = waiting.pop(line)
             if failure := _answer(line):
-                _dismiss()
+                dismiss()
                 raise RuntimeError(f"rank {rank} of {size} failed:\n{failure}")
     return [torch.load(meeting / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
@@ -69,8 +69,8 @@ def _hired() -> _Worker:
     return _Worker(process, ours)
 
 
-def _dismiss() -> None:
-    """Nobody knows what a world that failed left behind."""
+def dismiss() -> None:
+    """End the processes: after the last test, or because nobody knows what a world that failed left behind."""
     for worker in _workers:
         worker.process.kill()
         worker.process.join()
