@@ -5,6 +5,7 @@ Each would have caught a bug of the released code (numbers as in the method's sp
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,16 @@ from torch import Tensor
 
 from hpccl.data.order import BatchPlan
 from hpccl.data.rows import Request
+from hpccl.dist.comm import Comm
 from hpccl.engine.protocols import trainable
+from hpccl.errors import CoverageError
 from hpccl.prior.prior import Prior
 from hpccl.train.compose import Composer, plan_task, split
 from hpccl.train.consolidate import _Pass, measure
 from hpccl.train.loss import row_nats, weighted_nats
+from hpccl.train.run import run
 from hpccl.train.state import RunState, World
+from hpccl.train.stop import Stop
 from tests.run.method import learn, make_world, merged
 
 
@@ -112,6 +117,24 @@ def test_4_curvature_is_measured_with_the_right_labels_and_head(tmp_path: Path, 
         for batch in batches
     ]
     assert float(torch.cat(nats).mean()) < 0.2  # ln 2 would be chance
+
+
+@pytest.mark.parametrize(
+    ("curvature", "problem"),
+    [
+        ({"kind": "kronecker", "max_factor": 20}, "curvature.max_factor=20"),
+        ({"kind": "ekfac", "diagonal": ("layer4",)}, "matches no linear map or convolution"),
+        ({"kind": "dense", "max_parameters": 100}, "curvature.max_parameters=100"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_training(
+    tmp_path: Path, curvature: dict[str, Any], problem: str
+) -> None:
+    folder = str(tmp_path / "run")
+    config = merged({"curvature": curvature, "prior": {"quadratic": {"weight": 1.0}}, "folder": folder})
+    with pytest.raises(CoverageError, match=problem):
+        run(config, Comm.solo(), Stop(), quiet=True)
+    assert not list((tmp_path / "run" / "checkpoints").glob("task-*"))
 
 
 def replace_prior(state: RunState) -> RunState:

@@ -589,7 +589,7 @@ def test_a_factor_that_is_too_large_is_named() -> None:
 
 def test_a_pattern_without_layer_is_refused() -> None:
     model, pixels = build("mlp", 3)
-    with pytest.raises(CoverageError, match=r"curvature\.diagonal='fc\*' matches no layer; .*: 1, 3"):
+    with pytest.raises(CoverageError, match=r"curvature\.diagonal='fc\*' matches no linear map or convolution.*: 1, 3"):
         measure(model, examples(pixels), diagonal=("fc*",))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from hpccl.curvature.protocols import Piece
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, CoverageError
 from hpccl.kron.eigen import Eigen
-from hpccl.kron.factor import Dense
+from hpccl.kron.factor import Dense, LowRank
 from hpccl.kron.pair import Pair
 
 SOLO = Comm.solo()
@@ -217,6 +218,26 @@ def test_beyond_the_budget_the_list_merges_within_the_tolerance(limit: str) -> N
     strict, each = total(budget.model_copy(update={"tolerance": 1e-3}))
     assert all(len(block.terms) == 4 for block in strict.blocks)
     assert max(relative(strict, each)) < 1e-6
+
+
+@pytest.mark.parametrize(("alike", "left"), [(True, 2), (False, 4)])
+def test_merged_terms_of_low_rank_stay_so_and_no_merge_is_for_nothing(alike: bool, left: int) -> None:
+    """A merge makes whole factors, which are cut again; of terms that share no directions it would save nothing."""
+    layout = Layout("head", "head.weight", None, (12, 30))
+    each = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(0 if alike else seed)
+        pair = Pair(Dense(psd(1, 30, generator, rank=3)), Dense(psd(1, 12, generator, rank=2))).times(1.0 + seed)
+        rest = Diagonal({"norm": torch.ones(7)}, 1.0)
+        whole = Kronecker((Block(layout, (pair,), (1.0,)),), rest, 1.0, ListedTasks(), (layout,))
+        each.append(replace(whole, blocks=(whole.blocks[0].truncated(0.999),), keep_trace=0.999, divisible=False))
+    budget = ListedTasks(max_gib=2.5 * each[0].blocks[0].num_bytes / 2**30, tolerance=0.99)
+    total = replace(each[0], tasks=budget)
+    for other in each[1:]:
+        total = total.plus(replace(other, tasks=budget), SOLO)
+    (block,) = total.blocks
+    assert all(isinstance(term, Pair) and isinstance(term.a, LowRank) for term in block.terms)
+    assert len(block.terms) == left
 
 
 @pytest.mark.parametrize("tasks", [PooledTasks(), NearestTasks(), RefitTasks()], ids=lambda tasks: tasks.kind)
