@@ -174,7 +174,15 @@ def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
     """`key=value` of every setting in which groups of one method and memory differ."""
     keys = dict.fromkeys(key for other in alike for key in other if key not in _IGNORED)
     differing = [key for key in keys if len({json.dumps(other.get(key), sort_keys=True) for other in alike}) > 1]
-    return " ".join(f"{key}={_short(identity.get(key))}" for key in differing if key in identity)
+    kinds = {key.removesuffix("kind") for key in differing if key.endswith(".kind")}
+    told = [key for key in differing if not _explained(key, kinds, alike)]
+    return " ".join(f"{key}={_short(identity.get(key))}" for key in told if key in identity)
+
+
+def _explained(key: str, kinds: set[str], alike: Sequence[Flat]) -> bool:
+    """A setting that some kinds lack, and that is equal wherever it is, says nothing beside the kind."""
+    held = [json.dumps(other[key], sort_keys=True) for other in alike if key in other]
+    return any(key.startswith(kind) for kind in kinds) and len(held) < len(alike) and len(set(held)) == 1
 
 
 def _short(value: Any) -> str:

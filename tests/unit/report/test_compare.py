@@ -10,7 +10,7 @@ from rich.console import Console
 
 from hpccl.config.sections import DataConfig, MemoryConfig, OptimConfig, StratifiedMix, TrainConfig
 from hpccl.errors import ConfigError, FolderError
-from hpccl.report.compare import Comparison, compare_runs, print_comparison
+from hpccl.report.compare import Comparison, _settings, compare_runs, print_comparison
 from hpccl.report.events import EventLog
 from tests.unit.report import synthetic
 
@@ -88,7 +88,7 @@ def test_sections_of_different_kinds_are_told_apart(tmp_path: Path) -> None:
     run = synthetic.config(name="other").model_copy(update={"memory": MemoryConfig(size=20, mix=StratifiedMix())})
     synthetic.write_run(other, run)
     settings = [group.settings for group in compare_runs([plain, other]).groups]
-    assert settings == ["memory.mix.kind=natural", "memory.mix.kind=stratified memory.mix.share=0.5"]
+    assert settings == ["memory.mix.kind=natural", "memory.mix.kind=stratified"]
 
 
 def test_what_only_saves_time_does_not_part_seeds(tmp_path: Path) -> None:
@@ -178,3 +178,14 @@ def test_nothing_to_compare_is_an_error() -> None:
 def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="is not the folder of a run"):
         compare_runs([tmp_path])
+
+
+def test_settings_that_come_with_a_kind_are_not_told_beside_it() -> None:
+    kronecker = {"curvature.kind": "kronecker", "curvature.sharing": "expand", "curvature.fraction": 0.1}
+    diagonal = {"curvature.kind": "diagonal", "curvature.fraction": 0.2}
+    assert _settings(kronecker, [kronecker, diagonal]) == "curvature.kind=kronecker curvature.fraction=0.1"
+    assert _settings(diagonal, [kronecker, diagonal]) == "curvature.kind=diagonal curvature.fraction=0.2"
+    reduced = {**kronecker, "curvature.sharing": "reduce"}
+    assert _settings(reduced, [kronecker, reduced]) == "curvature.sharing=reduce"
+    three = [kronecker, reduced, diagonal]
+    assert len({_settings(one, three) for one in three}) == 3
