@@ -27,7 +27,10 @@ METHODS = {
         "prior.quadratic.weight=2.0",
     ],
 }
-KINDS = ("diagonal", "kronecker")
+KINDS: dict[str, list[str]] = {
+    "diagonal": [],
+    "kronecker": ["curvature.tasks.max_cost=5.0"],
+}  # room for all five past tasks, exactly
 
 
 def runs() -> Iterator[tuple[str, list[str]]]:
@@ -35,11 +38,11 @@ def runs() -> Iterator[tuple[str, list[str]]]:
     for seed in SEEDS:
         first = f"{FOLDER}/ewc-diagonal-{seed}"
         for method, settings in METHODS.items():
-            for kind in KINDS:
+            for kind, more in KINDS.items():
                 folder = f"{FOLDER}/{method}-{kind}-{seed}"
                 shared = [] if folder == first else [f"train.first_task_from={first}"]
                 files = ["configs/split_cifar.yaml", f"configs/method/{method}.yaml"]
-                measured = [f"curvature.kind={kind}", "curvature.fisher=ggn", "curvature.fraction=0.1"]
+                measured = [f"curvature.kind={kind}", "curvature.fisher=ggn", "curvature.fraction=0.1", *more]
                 names = [f"folder={folder}", f"name={method}-{kind}", f"seed={seed}"]
                 yield folder, [*files, *measured, *settings, *shared, *names]
 
