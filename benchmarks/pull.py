@@ -185,7 +185,7 @@ def configuration(case: Case, precision: str, batch: int) -> RunConfig:
             "train": {"batch_size": batch, "epochs": 1},
             "optim": {"name": "sgd", "lr": 1e-6, "schedule": "constant"},
             "curvature": {"kind": "kronecker", "batch_size": 64},
-            "engine": {"device": "cpu", "precision": precision, "channels_last": True},
+            "engine": {"kind": "ddp", "device": "cpu", "precision": precision, "channels_last": True},
         }
     )
 

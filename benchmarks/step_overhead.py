@@ -167,7 +167,7 @@ def configuration(case: Case, precision: str, method: str) -> RunConfig:
             "prior": METHODS[method],
             # How large the curvature is does not matter here.
             "curvature": {"kind": "diagonal", "fisher": "mc", "fraction": 0.1},
-            "engine": {"device": "cpu", "precision": precision, "channels_last": True},
+            "engine": {"kind": "ddp", "device": "cpu", "precision": precision, "channels_last": True},
         }
     )
 

@@ -138,7 +138,7 @@ def begin(method: str, size: Size, folder: Path) -> tuple[World, RunState]:
             "memory": memory,
             "prior": METHODS[method],
             "curvature": {"kind": "diagonal", "batch_size": 64},
-            "engine": {"device": "cpu"},
+            "engine": {"kind": "ddp", "device": "cpu"},
             "checkpoint": {"every": 0},
         }
     )

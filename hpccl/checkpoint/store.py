@@ -7,20 +7,33 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hpccl.checkpoint.tree import read_header, read_tree, write_tree
+from hpccl.checkpoint.tree import has_slabs, read_header, read_tree, write_slabs, write_tree
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, FolderError, WorldError
 from hpccl.folder import explain_os_error
 
-__all__ = ["FORMAT", "Mark", "Saved", "Shard", "latest", "load", "marks", "open_shards", "save"]
+__all__ = [
+    "FORMAT",
+    "Content",
+    "Mark",
+    "Saved",
+    "Shard",
+    "Writing",
+    "latest",
+    "load",
+    "marks",
+    "open_shards",
+    "save",
+]
 
 FORMAT = 1
 _OF = "curvature"  # in a header: the number of the curvature that a checkpoint's shards hold
@@ -104,61 +117,144 @@ class Shard:
         return True
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds.
+
+    tree: tensors that all ranks hold (the leader writes them) and this rank's parts of those that are spread
+    source: what `own` describes
+    own: what this rank alone holds, by layer; empty on all ranks: no such files are written
+    """
+
+    tree: dict[str, Any]
+    source: object = None
+    own: dict[str, Any] = field(default_factory=dict)
+
+
 def save(
-    checkpoints: Path,
-    mark: Mark,
-    tree: dict[str, Any],
-    *,
-    keep: int,
-    comm: Comm | None = None,
-    shard: Shard | None = None,
-    source: object = None,
-    own: dict[str, Any] | None = None,
+    checkpoints: Path, mark: Mark, content: Content, *, keep: int, comm: Comm | None = None, shard: Shard | None = None
 ) -> Saved:
     """Write a checkpoint beside and rename it, then prune the older ones within tasks; collective.
 
     Args:
         checkpoints: the folder of all checkpoints.
         mark: when.
-        tree: what all ranks hold; the leader writes it.
+        content: what.
         keep: newest ones kept within a task.
         comm: the ranks; None: one.
         shard: remembers where this rank's own part was written last.
-        source: what `own` describes.
-        own: what this rank alone holds, by layer; empty or None on all ranks: no shards are written.
 
     Raises:
         FolderError: it cannot be written; what was there before is untouched.
         WorldError: another rank could not write.
     """
-    start = time.perf_counter()
-    comm, shard = comm or Comm.solo(), shard or Shard()
-    process = comm.max(os.getpid() if comm.leader else 0)
-    beside, final = checkpoints / f".{mark.name}.{process}.part", checkpoints / mark.name
-    count = comm.size if comm.any(bool(own)) else 0
-    number = comm.max(shard.number_of(source) if comm.leader else 0)
-    num_bytes = 0
-    with _together(comm, beside, final):
-        if comm.leader:
-            _clear(checkpoints)
-            beside.mkdir(parents=True)
-    with _together(comm, beside, final):
-        if count:
-            num_bytes += shard.write(beside, _shard_stem(comm.rank, count), source, own or {}, number)
-        if comm.leader:
-            header = {"format": FORMAT, "mark": mark.name, "shards": count, _OF: number}
-            num_bytes += write_tree(beside, tree, header=header)
-    with _together(comm, beside, final):
-        if comm.leader:
-            if final.exists():  # the same moment, repeated after a kill
-                shutil.rmtree(final)
-            os.replace(beside, final)
-            _sync(checkpoints)
-            _prune(checkpoints, keep)
-    shard.moved(source, final, number)
-    written = torch.tensor([num_bytes], device=comm.device)
-    comm.sum_([written])
-    return Saved(int(written), time.perf_counter() - start)
+    writing = Writing.begin(checkpoints, mark, content, keep=keep, comm=comm or Comm.solo(), shard=shard or Shard())
+    return writing.finish()
+
+
+@dataclass
+class Writing:
+    """A checkpoint on its way: begun by all ranks together, written by each in a thread, finished by all together."""
+
+    checkpoints: Path
+    mark: Mark
+    content: Content
+    keep: int
+    comm: Comm
+    shard: Shard
+    beside: Path
+    header: dict[str, Any]
+    start: float
+    num_bytes: int = 0
+    stalled: float = 0.0  # seconds that training waited
+    failure: OSError | None = None
+    thread: threading.Thread | None = None
+
+    @classmethod
+    def begin(
+        cls, checkpoints: Path, mark: Mark, content: Content, *, keep: int, comm: Comm, shard: Shard, wait: bool = True
+    ) -> Writing:
+        """Collective. `wait` False: files are written while this rank goes on; the content must not change meanwhile.
+
+        Raises:
+            FolderError: the folder cannot be made.
+            WorldError: ... by the leader.
+        """
+        start = time.perf_counter()
+        process = comm.max(os.getpid() if comm.leader else 0)
+        header = {
+            "format": FORMAT,
+            "mark": mark.name,
+            "shards": comm.size if comm.any(bool(content.own)) else 0,
+            "spread": comm.size if has_slabs(content.tree) else 0,
+            _OF: comm.max(shard.number_of(content.source) if comm.leader else 0),
+        }
+        beside = checkpoints / f".{mark.name}.{process}.part"
+        writing = cls(checkpoints, mark, content, keep, comm, shard, beside, header, start)
+        with _together(comm, beside, writing.final):
+            if comm.leader:
+                _clear(checkpoints)
+                beside.mkdir(parents=True)
+        if wait:
+            writing._write()
+        else:
+            writing.thread = threading.Thread(target=writing._write, name="checkpoint")
+            writing.thread.start()
+        return writing
+
+    @property
+    def final(self) -> Path:
+        """The folder that appears."""
+        return self.checkpoints / self.mark.name
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has done its part. Not collective."""
+        return self.thread is None or not self.thread.is_alive()
+
+    def finish(self) -> Saved:
+        """Wait for all ranks' parts and rename; collective.
+
+        Raises:
+            FolderError: it cannot be written; what was there before is untouched.
+            WorldError: another rank could not write.
+        """
+        if self.thread is not None:
+            self.thread.join()
+        with _together(self.comm, self.beside, self.final):
+            if self.failure is not None:
+                raise self.failure
+        with _together(self.comm, self.beside, self.final):
+            if self.comm.leader:
+                _sync(self.beside)
+                if self.final.exists():  # the same moment, repeated after a kill
+                    shutil.rmtree(self.final)
+                os.replace(self.beside, self.final)
+                _sync(self.checkpoints)
+                _prune(self.checkpoints, self.keep)
+        self.shard.moved(self.content.source, self.final, self.header[_OF])
+        written = torch.tensor([self.num_bytes], device=self.comm.device)
+        self.comm.sum_([written])
+        return Saved(int(written), time.perf_counter() - self.start)
+
+    def _write(self) -> None:
+        """This rank's files. No collective: it may run in a thread."""
+        rank, number = self.comm.rank, {_OF: self.header[_OF]}
+        shards, spread = self.header["shards"], self.header["spread"]
+        try:
+            if shards:
+                stem = _stem("curvature", rank, shards)
+                self.num_bytes += self.shard.write(
+                    self.beside, stem, self.content.source, self.content.own, self.header[_OF]
+                )
+            if spread:
+                self.num_bytes += write_slabs(
+                    self.beside, self.content.tree, header=number, stem=_stem("weights", rank, spread)
+                )
+            if self.comm.leader:
+                self.num_bytes += write_tree(self.beside, self.content.tree, header=self.header)
+        except OSError as error:
+            self.failure = error
 
 
 @contextlib.contextmanager
@@ -194,7 +290,7 @@ def open_shards(checkpoints: Path, mark: Mark) -> Callable[[Callable[[str], bool
         whole = read_header(folder)
         count = whole.get("shards", 0)
         for number in range(count):
-            stem = _shard_stem(number, count)
+            stem = _stem("curvature", number, count)
             header, tree = read_tree(folder, stem=stem, wanted=wanted)
             if header.get(_OF) != whole.get(_OF):
                 raise CheckpointError(
@@ -208,8 +304,8 @@ def open_shards(checkpoints: Path, mark: Mark) -> Callable[[Callable[[str], bool
     return read
 
 
-def _shard_stem(number: int, count: int) -> str:
-    return f"curvature-{number:05d}-of-{count:05d}"
+def _stem(what: str, number: int, count: int) -> str:
+    return f"{what}-{number:05d}-of-{count:05d}"
 
 
 def latest(checkpoints: Path) -> Mark | None:
@@ -218,18 +314,23 @@ def latest(checkpoints: Path) -> Mark | None:
 
 
 def load(checkpoints: Path, mark: Mark) -> dict[str, Any]:
-    """The nest that was saved.
+    """The nest that was saved; what was spread over ranks stays in its files (dist.spread.Stored).
 
     Raises:
         CheckpointError: it is damaged, or of a format this version does not know.
     """
-    header, tree = read_tree(checkpoints / mark.name)
+    header, tree = read_tree(checkpoints / mark.name, slabs=_weight_stems)
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint '{checkpoints / mark.name}' has format {header.get('format')!r}, this version reads {FORMAT}; "
             "continue with the version of hpccl that wrote it (see code.txt), or start in another folder=..."
         )
     return tree
+
+
+def _weight_stems(header: dict[str, Any]) -> list[str]:
+    count = header.get("spread", 0)
+    return [_stem("weights", number, count) for number in range(count)]
 
 
 def marks(checkpoints: Path) -> list[Mark]:

@@ -1,23 +1,32 @@
-"""A nest of dicts and lists with tensors as leaves, as one safetensors file and one JSON file. Never a pickle."""
+"""A nest of dicts and lists with tensors as leaves, as one safetensors file and one JSON file. Never a pickle.
+
+Tensors that are spread over ranks (dist.spread.Slab) are in files of their own, one a rank, with a table of which
+elements each file has; they are read in any other division.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import safetensors
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hpccl.dist.spread import Slab
 from hpccl.errors import CheckpointError
 
-__all__ = ["read_header", "read_tree", "write_tree"]
+__all__ = ["has_slabs", "read_header", "read_tree", "write_slabs", "write_tree"]
 
 _TENSOR = "__tensor__"
+_SPREAD = "__spread__"
 
 
 def write_tree(folder: Path, tree: dict[str, Any], *, header: dict[str, Any], stem: str = "state") -> int:
@@ -26,24 +35,55 @@ def write_tree(folder: Path, tree: dict[str, Any], *, header: dict[str, Any], st
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Slab] = {}
     skeleton = _strip(tree, "", tensors)
+    own = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    return _write(folder, stem, own, {**header, "tree": skeleton})
+
+
+def write_slabs(folder: Path, tree: dict[str, Any], *, header: dict[str, Any], stem: str) -> int:
+    """Write this rank's elements of the tree's spread tensors likewise; returns the bytes written.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    tensors: dict[str, Tensor | Slab] = {}
+    _strip(tree, "", tensors)
+    slabs = {name: value for name, value in tensors.items() if isinstance(value, Slab) and value.span.numel}
+    slabs = {name: slab for name, slab in slabs.items() if slab.span.copy == 0}
+    places = {name: slab.span.start for name, slab in slabs.items()}
+    return _write(folder, stem, {name: slab.local for name, slab in slabs.items()}, {**header, "tree": places})
+
+
+def has_slabs(tree: dict[str, Any]) -> bool:
+    """Whether any tensor is spread: the same answer on all ranks."""
+    tensors: dict[str, Tensor | Slab] = {}
+    _strip(tree, "", tensors)
+    return any(isinstance(value, Slab) for value in tensors.values())
+
+
+def _write(folder: Path, stem: str, tensors: Mapping[str, Tensor], content: dict[str, Any]) -> int:
     data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    text = json.dumps({**header, "tree": skeleton}).encode()
-    for name, content in ((f"{stem}.safetensors", data), (f"{stem}.json", text)):
+    text = json.dumps(content).encode()
+    for name, part in ((f"{stem}.safetensors", data), (f"{stem}.json", text)):
         with open(folder / name, "wb") as file:
-            file.write(content)
+            file.write(part)
             file.flush()
             os.fsync(file.fileno())
     return len(data) + len(text)
 
 
 def read_tree(
-    folder: Path, *, stem: str = "state", wanted: Callable[[str], bool] | None = None
+    folder: Path,
+    *,
+    stem: str = "state",
+    wanted: Callable[[str], bool] | None = None,
+    slabs: Callable[[dict[str, Any]], list[str]] = lambda header: [],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(header, tree) of what write_tree wrote; tensors are on the CPU.
+    """(header, tree) of what write_tree wrote; tensors are on the CPU, spread ones stay in their files (Stored).
 
     wanted: of the tree's first keys, which are read; the tensors of others never leave the file.
+    slabs: the stems of what all ranks' write_slabs wrote, by the header.
 
     Raises:
         CheckpointError: a file is missing, torn or not what it says.
@@ -51,12 +91,13 @@ def read_tree(
     try:
         header = json.loads((folder / f"{stem}.json").read_text())
         skeleton = header.pop("tree")
+        spread = _Spread.open(folder, slabs(header))
         if wanted is not None:
             skeleton = {key: value for key, value in skeleton.items() if wanted(key)}
         with safetensors.safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
             # A copy begins where any other tensor may; a place in the file may not, and products of matrices that begin
             # elsewhere are rounded otherwise: a resumed run would not be the undisturbed one.
-            tree = _fill(skeleton, lambda name: file.get_tensor(name).clone())
+            tree = _fill(skeleton, lambda name: file.get_tensor(name).clone(), spread)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint '{folder}' cannot be read ({stem}: {error}); delete it to continue from the one before"
@@ -80,11 +121,72 @@ def read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def _strip(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+@dataclass(frozen=True)
+class _Spread:
+    """Where the elements of spread tensors are: by name, (first element, file)."""
+
+    pieces: dict[str, list[tuple[int, Path]]]
+
+    @classmethod
+    def open(cls, folder: Path, stems: list[str]) -> _Spread:
+        pieces: dict[str, list[tuple[int, Path]]] = {}
+        for stem in stems:
+            table = json.loads((folder / f"{stem}.json").read_text())["tree"]
+            for name, start in table.items():
+                pieces.setdefault(name, []).append((start, folder / f"{stem}.safetensors"))
+        return cls({name: sorted(found) for name, found in pieces.items()})
+
+    def stored(self, name: str, shape: list[int], dtype: str) -> _StoredTensor:
+        return _StoredTensor(name, tuple(shape), getattr(torch, dtype), tuple(self.pieces.get(name, ())))
+
+
+@final
+@dataclass(frozen=True)
+class _StoredTensor:
+    """See dist.spread.Stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[tuple[int, Path], ...]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """See Stored.read.
+
+        Raises:
+            CheckpointError: a file is missing or torn, or elements are in none of them.
+        """
+        found = torch.empty(stop - start, dtype=self.dtype)
+        missing = stop - start
+        for first, path in self.pieces:
+            try:
+                with safetensors.safe_open(path, framework="pt") as file:
+                    part = file.get_slice(self.name)
+                    begin, end = max(first, start), min(first + math.prod(part.get_shape()), stop)
+                    if begin < end:
+                        found[begin - start : end - start] = part[begin - first : end - first]
+                        missing -= end - begin
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"'{path}' cannot be read ({error}); {_BEFORE.format(path.parent)}") from error
+        if missing:
+            where = self.pieces[0][1].parent if self.pieces else "the checkpoint"
+            raise CheckpointError(
+                f"{missing} elements of '{self.name}' are in no file of '{where}'; {_BEFORE.format(where)}"
+            )
+        return found
+
+
+_BEFORE = "delete '{}' to continue from the one before"
+
+
+def _strip(node: Any, path: str, tensors: dict[str, Tensor | Slab]) -> Any:
     """The nest with every tensor replaced by its name in `tensors`."""
     if isinstance(node, Tensor):
         tensors[path] = node
         return {_TENSOR: path}
+    if isinstance(node, Slab):
+        tensors[path] = node
+        return {_SPREAD: path, "shape": list(node.shape), "dtype": str(node.local.dtype).removeprefix("torch.")}
     if isinstance(node, dict):
         assert all(isinstance(key, str) for key in node), f"keys must be text at '{path}'"
         return {key: _strip(value, f"{path}/{key}", tensors) for key, value in node.items()}
@@ -94,11 +196,13 @@ def _strip(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return node
 
 
-def _fill(node: Any, tensor: Callable[[str], Tensor]) -> Any:
+def _fill(node: Any, tensor: Callable[[str], Tensor], spread: _Spread) -> Any:
     if isinstance(node, dict):
         if _TENSOR in node:
             return tensor(node[_TENSOR])
-        return {key: _fill(value, tensor) for key, value in node.items()}
+        if _SPREAD in node:
+            return spread.stored(node[_SPREAD], node["shape"], node["dtype"])
+        return {key: _fill(value, tensor, spread) for key, value in node.items()}
     if isinstance(node, list):
-        return [_fill(value, tensor) for value in node]
+        return [_fill(value, tensor, spread) for value in node]
     return node

@@ -86,4 +86,5 @@ class RunConfig(Section):
             del decided["data"][key]
         for key in _LIMITS:
             decided["curvature"].pop(key, None)
+        decided["engine"] = {"precision": self.engine.precision}  # a run may go on elsewhere, on another engine
         return decided

@@ -96,6 +96,18 @@ class Comm:
         """This rank's contiguous part of `count` items; parts differ by at most one and need no padding."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
+    def parts(self, count: int, size: int) -> list[range]:
+        """This rank's share of `count` items, in parts of at most `size`: as many as on every other rank.
+
+        Where items are fewer than ranks, a part may be empty.
+        """
+        share = self.share(count)
+        number = -(-(-(-count // self.size)) // size)
+        return [
+            range(share.start + k * len(share) // number, share.start + (k + 1) * len(share) // number)
+            for k in range(number)
+        ]
+
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     buckets: list[list[Tensor]] = []

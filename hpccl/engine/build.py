@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from torch import nn
 
 from hpccl.config.run import RunConfig
+from hpccl.config.sections import DdpEngine as DdpConfig
+from hpccl.config.sections import DeepspeedEngine as DeepspeedConfig
+from hpccl.config.sections import Fsdp2Engine as Fsdp2Config
 from hpccl.dist.comm import Comm
 from hpccl.engine.ddp import DdpEngine
 from hpccl.engine.protocols import Engine
@@ -13,5 +18,21 @@ __all__ = ["build_engine"]
 
 
 def build_engine(config: RunConfig, model: nn.Module, comm: Comm) -> Engine:
-    """The engine of `config.engine.kind` around a model that is the same on every rank."""
-    return DdpEngine(model, config, comm)
+    """The engine of `config.engine.kind` around a model that is the same on every rank.
+
+    Raises:
+        ConfigError: the engine refuses the model, a setting or the number of ranks.
+    """
+    match config.engine:
+        case DdpConfig():
+            return DdpEngine(model, config, comm)
+        case Fsdp2Config():
+            from hpccl.engine.fsdp2 import Fsdp2Engine
+
+            return Fsdp2Engine(model, config, comm)
+        case DeepspeedConfig():
+            from hpccl.engine.deepspeed import DeepspeedEngine
+
+            return DeepspeedEngine(model, config, comm)
+        case _ as never:
+            assert_never(never)

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hpccl.dist.spread import Leaves, Slab, Stored
+
 __all__ = ["Engine", "GradientHook", "Weights", "trainable"]
 
 Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
@@ -40,7 +42,14 @@ class Engine(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """The network itself, unwrapped, for curvature and for a frozen copy."""
+        """The network for passes outside training, at the present weights.
+
+        Where weights are spread, each of its passes is collective: see `hpccl.engine.sharded.is_spread`.
+        """
+
+    @property
+    def like(self) -> dict[str, Tensor]:
+        """Trainable parameters as a gradient hook meets them: shape, dtype, memory layout; perhaps without numbers."""
 
     def start(self, *, num_steps: int, task: int) -> None:
         """A new optimiser for a task of `num_steps` steps."""
@@ -52,9 +61,9 @@ class Engine(Protocol):
         """[n, c, h, w], [n] int64 -> logits [n, C] in fp32, in training mode; `last` micro-batch of a step or not."""
 
     def predict(self, pixels: Tensor) -> Tensor:
-        """[n, c, h, w] -> logits [n, C] in fp32, in evaluation mode, without gradient. Not collective."""
+        """[n, c, h, w] -> logits [n, C] in fp32, evaluation mode, no gradient. Collective where weights are spread."""
 
-    def frozen(self, weights: Weights) -> Callable[[Tensor], Tensor]:
+    def frozen(self, weights: Leaves) -> Callable[[Tensor], Tensor]:
         """A frozen copy of the network with other weights: pixels [n, c, h, w] -> logits [n, C], evaluation mode."""
 
     def backward(self, loss: Tensor) -> None:
@@ -73,14 +82,17 @@ class Engine(Protocol):
     def finish(self) -> None:
         """End a task: averaged weights (if asked for) become the weights; buffers agree on all ranks."""
 
-    def gather(self) -> dict[str, Tensor]:
-        """A copy of all parameters and buffers by name. Collective on sharded engines."""
+    def gather(self) -> Leaves:
+        """A copy of all parameters and buffers by name; of those that are spread, this rank's part. Not collective."""
 
-    def put(self, weights: Weights) -> None:
+    def place(self, values: Mapping[str, Tensor | Slab | Stored]) -> Leaves:
+        """Weights by name as `gather` has them, from tensors that are whole or in files."""
+
+    def put(self, weights: Mapping[str, Tensor | Slab | Stored]) -> None:
         """Replace parameters and buffers."""
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimiser, averages: a nest of dicts and lists with tensors and JSON values as leaves."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse, of any engine's on any number of ranks."""

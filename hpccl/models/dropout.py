@@ -18,17 +18,21 @@ _MULTIPLY_1, _MULTIPLY_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
 
 class KeyedDropout(nn.Module):
-    """Dropout with one key an example: `set_noise(model, keys)` before a training forward pass."""
+    """Dropout with one key an example: `set_noise(model, keys)` before a training forward pass.
 
-    def __init__(self, rate: float, layer: int = 0) -> None:
+    whole: an example's values are dropped all or none (stochastic depth)
+    """
+
+    def __init__(self, rate: float, layer: int = 0, *, whole: bool = False) -> None:
         super().__init__()
         self.rate = rate
+        self.whole = whole
         self.layer = layer
         self.keys: Tensor | None = None
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        return f"rate={self.rate}"
+        return f"rate={self.rate}" + (", whole" if self.whole else "")
 
     def forward(self, values: Tensor) -> Tensor:
         """[n, ...] -> [n, ...], scaled so that the expectation stays the same."""
@@ -39,7 +43,9 @@ class KeyedDropout(nn.Module):
             raise RuntimeError(
                 "KeyedDropout: call set_noise(model, keys) with one key per example before a training pass"
             )
-        keep = _bytes(self.keys, self.layer, values[0].numel()) >= threshold
+        keep = _bytes(self.keys, self.layer, 1 if self.whole else values[0].numel()) >= threshold
+        if self.whole:
+            return values * keep.to(values.dtype).mul_(256 / (256 - threshold)).view(-1, *[1] * (values.dim() - 1))
         # Made in memory order, so that a channels_last tensor is masked without a copy.
         mask = keep.to(values.dtype).mul_(256 / (256 - threshold))
         if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
@@ -69,12 +75,19 @@ def set_noise(model: nn.Module, keys: Tensor) -> None:
 
 
 def replace_dropout(model: nn.Module) -> None:
-    """Replace every nn.Dropout inside the model by a KeyedDropout (functional dropout cannot be reached)."""
+    """Replace every nn.Dropout and timm DropPath inside the model by a keyed one (functional dropout is out of reach).
+
+    What drops nothing stays. timm's fused attention drops functionally, so it is switched off where it would.
+    """
     found = [
-        (parent, name, child.p)
+        (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Dropout
+        if type(child) is nn.Dropout or type(child).__name__ == "DropPath"
     ]
-    for layer, (parent, name, rate) in enumerate(found):
-        setattr(parent, name, KeyedDropout(rate, layer))
+    for layer, (parent, name, child) in enumerate(found):
+        rate = child.p if isinstance(child, nn.Dropout) else float(child.drop_prob or 0)  # type: ignore[arg-type]
+        if rate > 0:
+            setattr(parent, name, KeyedDropout(rate, layer, whole=not isinstance(child, nn.Dropout)))
+            if isinstance(child, nn.Dropout) and hasattr(parent, "fused_attn"):
+                setattr(parent, "fused_attn", False)  # noqa: B010  (to mypy an attribute of a module is a tensor)

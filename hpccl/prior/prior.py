@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hpccl.curvature.protocols import Shards
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import Leaves
 from hpccl.memory.store import Memory
-from hpccl.prior.quadratic import Quadratic
+from hpccl.prior.quadratic import Place, Quadratic
 
 __all__ = ["Prior"]
 
@@ -22,12 +22,12 @@ class Prior:
 
     memory:    kept examples (may be empty)
     quadratic: curvature of the past that is not in memory, or None
-    anchor:    weights and buffers of the newest old model, or None before the first task ends
+    anchor:    weights and buffers of the newest old model (whole or spread), or None before the first task ends
     """
 
     memory: Memory
     quadratic: Quadratic | None = None
-    anchor: dict[str, Tensor] | None = None
+    anchor: Leaves | None = None
 
     def to(self, device: torch.device) -> Prior:
         """The same prior with what a step needs on a device (the memory's few tensors stay on the CPU)."""
@@ -51,8 +51,11 @@ class Prior:
         return {} if self.quadratic is None else self.quadratic.precision.shard_dict()
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], shards: Shards, comm: Comm) -> Prior:
-        """The inverse; `shards` reads the ranks' `curvature_shard`."""
+    def from_state_dict(cls, state: dict[str, Any], shards: Shards, comm: Comm, place: Place) -> Prior:
+        """The inverse; `shards` reads the ranks' `curvature_shard`, `place` spreads weights as the engine does."""
         anchor, quadratic = state["anchor"], state["quadratic"]
-        restored = None if quadratic is None else Quadratic.from_state_dict(quadratic, anchor, shards, comm)
-        return cls(Memory.from_state_dict(state["memory"]), restored, anchor)
+        placed = None if anchor is None else place(anchor)
+        restored = None
+        if quadratic is not None and placed is not None:
+            restored = Quadratic.from_state_dict(quadratic, placed, shards, comm, place)
+        return cls(Memory.from_state_dict(state["memory"]), restored, placed)

@@ -14,7 +14,8 @@ ranks. No collective of its own, no dependence on the number of micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +26,12 @@ from hpccl.curvature.build import precision_from_state
 from hpccl.curvature.protocols import Piece, Precision, Shards
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
-from hpccl.engine.protocols import Engine, GradientHook, Weights, trainable
+from hpccl.dist.spread import Leaf, Leaves, Slab, Stored, elements, fetch
+from hpccl.engine.protocols import Engine, GradientHook, Weights
 
-__all__ = ["Quadratic"]
+__all__ = ["Place", "Quadratic"]
+
+Place = Callable[[Mapping[str, Tensor | Slab | Stored]], Leaves]  # Engine.place
 
 
 @dataclass(frozen=True)
@@ -35,63 +39,80 @@ class Quadratic:
     """A quadratic around an anchor.
 
     precision: F
-    anchor: a, by name of parameter (and buffer)
+    anchor: a, by name of parameter (and buffer), whole on every rank or spread
     weight: lambda
     damping: delta
     pull: c by name of parameter; None where it is zero
     """
 
     precision: Precision
-    anchor: dict[str, Tensor]
+    anchor: Leaves
     weight: float
     damping: float
-    pull: dict[str, Tensor] | None = None
+    pull: Leaves | None = None
 
-    def force(self, weights: Weights, comm: Comm) -> dict[str, Tensor]:
-        """dR/dw of the named parameters, in fp32; collective, and equal on all ranks."""
-        force = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in weights.items()}
-        for piece in self._pieces(weights, comm):
-            force[piece.name] = piece.add(force[piece.name], weights, self.anchor, self.weight, self.damping)
-        comm.sum_(list(force.values()))
+    def force(self, weights: Leaves, comm: Comm) -> Leaves:
+        """dR/dw of the named parameters, in fp32, whole or spread as `weights` are; collective."""
+        pieces = self._pieces(_bare(weights), comm)
+        own, anchor = self._needed(pieces, weights, comm)
+        force: dict[str, Leaf] = {}
+        for name, leaf in weights.items():
+            whole = torch.zeros(tuple(leaf.shape), dtype=torch.float32, device=comm.device)
+            for piece in pieces:
+                if piece.name == name:
+                    whole = piece.add(whole, own, anchor, self.weight, self.damping)
+            force[name] = whole
+            if isinstance(leaf, Slab):
+                comm.sum_([whole])
+                force[name] = Slab(elements(whole, leaf.span.start, leaf.span.stop).clone(), leaf.span)
+        comm.sum_([value for value in force.values() if isinstance(value, Tensor)])
         return force
 
-    def value(self, weights: Weights, comm: Comm) -> float:
-        """This rank's share of R(w) in nats, over the named parameters; R(w) is the sum over ranks. Not collective."""
+    def value(self, weights: Leaves, comm: Comm) -> float:
+        """This rank's share of R(w) in nats, over the named parameters; R(w) is the sum over ranks. Collective."""
+        pieces = self.precision.pieces(comm, _bare(weights))
+        pulls = self._owned_pull(weights, comm)
+        own, anchor = self._needed(pieces, weights, comm, more=pulls)
         total = 0.0
-        for piece in self.precision.pieces(comm, weights):
-            delta = weights[piece.name].float() - self.anchor[piece.name]
-            product = piece.add(torch.zeros_like(delta), weights, self.anchor, self.weight, self.damping)
+        for piece in pieces:
+            delta = own[piece.name].float() - anchor[piece.name]
+            product = piece.add(torch.zeros_like(delta), own, anchor, self.weight, self.damping)
             total += 0.5 * float((product.double() * delta).sum())
-        for name, pull in self._owned_pull(weights, comm).items():
-            total += self.weight * float((pull.double() * (weights[name] - self.anchor[name])).sum())
+        for name, pull in pulls.items():
+            total += self.weight * float((pull.double() * (own[name] - anchor[name])).sum())
         return total
+
+    def _needed(
+        self, pieces: Sequence[Piece], weights: Leaves, comm: Comm, *, more: Collection[str] = ()
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and anchor of what this rank multiplies, whole."""
+        names = {name for piece in pieces for name in (piece.name, *piece.needs)} | set(more)
+        return fetch(weights, names, comm), fetch(self.anchor, names, comm)
 
     def attach(self, engine: Engine, comm: Comm, *, num_train: int) -> Callable[[], None]:
         """Add dR/dw / num_train to every step's gradient until the returned function is called."""
-        parameters = {name: value.detach() for name, value in trainable(engine.module).items()}
-        pieces = self._pieces(parameters, comm)
+        like = engine.like
+        pieces = self._pieces(like, comm)
         needed = {name for piece in pieces for name in piece.needs}
-        anchor = {name: _strided(self.anchor[name], parameters[name]) for name in needed}
+        anchor = {name: _strided(value, like[name]) for name, value in fetch(self.anchor, needed, comm).items()}
         scale = comm.size * self.weight / num_train
         return engine.on_gradient([_hook(piece, anchor, scale, self.damping) for piece in pieces])
 
-    def plus(
-        self, precision: Precision, anchor: dict[str, Tensor], comm: Comm, *, own_anchors: Collection[str] = ()
-    ) -> Quadratic:
+    def plus(self, precision: Precision, anchor: Leaves, comm: Comm, *, own_anchors: Collection[str] = ()) -> Quadratic:
         """The quadratic after one more task; collective. Curvatures add up, the anchor moves to the newest weights.
 
         own_anchors: names of the parameters if every task goes on pulling to its own weights; otherwise none.
         """
-        pull = None
+        pull: Leaves | None = None
         if own_anchors:
             moved = {name: anchor[name] for name in own_anchors}
             pull = replace(self, weight=1.0, damping=0.0).force(moved, comm)
         return Quadratic(self.precision.plus(precision, comm), anchor, self.weight, self.damping, pull)
 
-    def to(self, device: torch.device, anchor: dict[str, Tensor]) -> Quadratic:
+    def to(self, device: torch.device, anchor: Leaves) -> Quadratic:
         """The same with its tensors on a device, where `anchor` is already."""
-        pull = None if self.pull is None else {name: value.to(device) for name, value in self.pull.items()}
-        return Quadratic(self.precision.to(device), anchor, self.weight, self.damping, pull)
+        pull = None if self.pull is None else {name: leaf.to(device) for name, leaf in self.pull.items()}
+        return replace(self, precision=self.precision.to(device), anchor=anchor, pull=pull)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; the anchor is saved by the prior, what ranks hold alone by `precision.shard_dict`."""
@@ -103,23 +124,35 @@ class Quadratic:
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], anchor: dict[str, Tensor], shards: Shards, comm: Comm) -> Quadratic:
-        """The inverse; `shards` reads what ranks held alone, on any number of ranks."""
+    def from_state_dict(
+        cls, state: dict[str, Any], anchor: Leaves, shards: Shards, comm: Comm, place: Place
+    ) -> Quadratic:
+        """The inverse; `shards` reads what ranks held alone, on any number of ranks; `place` spreads weights."""
         precision = precision_from_state(state["precision"], shards, comm)
-        return cls(precision, anchor, state["weight"], state["damping"], state.get("pull"))
+        pull = state.get("pull")
+        return cls(precision, anchor, state["weight"], state["damping"], None if pull is None else place(pull))
 
     def _pieces(self, weights: Weights, comm: Comm) -> list[Piece]:
+        """Collective where the pull is spread. weights: shape and memory layout count."""
         pull = self._owned_pull(weights, comm)
         return [
             *self.precision.pieces(comm, weights),
             *(_constant(name, _strided(value, weights[name])) for name, value in pull.items()),
         ]
 
-    def _owned_pull(self, weights: Weights, comm: Comm) -> dict[str, Tensor]:
+    def _owned_pull(self, weights: Leaves, comm: Comm) -> dict[str, Tensor]:
         if self.pull is None:
             return {}
-        owner = owners({name: float(value.numel()) for name, value in self.pull.items()}, comm.size)
-        return {name: value for name, value in self.pull.items() if name in weights and owner[name] == comm.rank}
+        owner = owners({name: float(math.prod(leaf.shape)) for name, leaf in self.pull.items()}, comm.size)
+        return fetch(self.pull, [name for name in self.pull if name in weights and owner[name] == comm.rank], comm)
+
+
+def _bare(leaves: Leaves) -> dict[str, Tensor]:
+    """The shapes of what may be spread."""
+    return {
+        name: torch.empty(leaf.shape, device="meta") if isinstance(leaf, Slab) else leaf
+        for name, leaf in leaves.items()
+    }
 
 
 def _hook(piece: Piece, anchor: Weights, scale: float, damping: float) -> tuple[str, GradientHook]:

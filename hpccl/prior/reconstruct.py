@@ -14,6 +14,7 @@ all in nats, evaluation mode, evaluation view. Reported per term: cosine with th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -21,9 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import Leaves
+from hpccl.engine.moments import local
 from hpccl.engine.protocols import trainable
+from hpccl.engine.sharded import is_spread
 
-__all__ = ["Losses", "compare_gradients", "summed_gradients"]
+__all__ = ["Losses", "compare_gradients", "local_parts", "summed_gradients"]
 
 Losses: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
 
@@ -33,40 +37,81 @@ def summed_gradients(
 ) -> list[dict[str, Tensor]]:
     """Gradients of `num_terms` sums of nats over all ranks' batches, one dict by parameter name a term.
 
+    Of a network in shards, this rank's elements; then all ranks have equally many batches.
+
     batches: this rank's (pixels [n, ...], function from logits [n, C] to `num_terms` scalars in nats). Evaluation mode.
     """
-    was_training = model.training
+    was_training, spread = model.training, is_spread(model)
     model.eval()
     parameters = trainable(model)
-    sums = [{name: torch.zeros_like(value) for name, value in parameters.items()} for _ in range(num_terms)]
+    sums = [{name: torch.zeros_like(local(value)) for name, value in parameters.items()} for _ in range(num_terms)]
     for pixels, losses in batches:
         terms = losses(model(pixels).float())
         for number, nats in enumerate(terms):
-            last = number + 1 == num_terms
-            gradients = torch.autograd.grad(nats, list(parameters.values()), retain_graph=not last)
-            torch._foreach_add_(list(sums[number].values()), gradients)
-    comm.sum_([value for total in sums for value in total.values()])
+            more = number + 1 < num_terms
+            if spread:
+                found = _spread_gradients(parameters, nats, comm, retain_graph=more)
+            else:
+                found = list(torch.autograd.grad(nats, list(parameters.values()), retain_graph=more))
+            torch._foreach_add_(list(sums[number].values()), found)
+    if not spread:
+        comm.sum_([value for total in sums for value in total.values()])
     model.train(was_training)
     return sums
 
 
-def compare_gradients(
-    true: Mapping[str, Tensor], terms: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, dict[str, float]]:
-    """{term: {cosine, relative_error, norm}} against the true gradient, over all parameters together."""
-    reference = _flat(true)
-    size = float(reference.norm())
+def _spread_gradients(
+    parameters: Mapping[str, nn.Parameter], nats: Tensor, comm: Comm, *, retain_graph: bool
+) -> list[Tensor]:
+    """This rank's elements of the gradient of all ranks' sum: what the network's own reduction, a mean, delivers."""
+    (nats * comm.size).backward(retain_graph=retain_graph)
+    found = []
+    for parameter in parameters.values():
+        gradient = parameter.grad
+        found.append(torch.zeros_like(local(parameter)) if gradient is None else local(gradient))
+        parameter.grad = None
+    return found
+
+
+def local_parts(leaves: Leaves) -> dict[str, Tensor]:
+    """What this rank has of each, in the shape in which gradients of a network in shards come."""
     found = {}
-    for name, gradient in terms.items():
-        vector = _flat(gradient, like=true)
-        norm = float(vector.norm())
-        product = norm * size
+    for name, leaf in leaves.items():
+        rows = (-1, *leaf.shape[1:]) if leaf.shape[0] and math.prod(leaf.shape) else leaf.shape
+        found[name] = leaf if isinstance(leaf, Tensor) else leaf.local.view(rows)
+    return found
+
+
+def compare_gradients(
+    true: Mapping[str, Tensor], terms: Mapping[str, Mapping[str, Tensor]], comm: Comm, *, spread: bool = False
+) -> tuple[dict[str, dict[str, float]], float]:
+    """{term: {cosine, relative_error, norm}} against the true gradient, over all parameters together; its norm.
+
+    spread: each rank has its own elements of all of them
+    """
+    reference = _flat(true)
+    vectors = {name: _flat(gradient, like=true) for name, gradient in terms.items()}
+    products = torch.stack(
+        [
+            reference @ reference,
+            *(vector @ other for vector in vectors.values() for other in (vector, reference)),
+            *((vector - reference).square().sum() for vector in vectors.values()),
+        ]
+    )
+    if spread:
+        comm.sum_([products])
+    first, *rest = products.tolist()
+    size = first**0.5
+    found = {}
+    for number, name in enumerate(vectors):
+        square, inner, distance = rest[2 * number], rest[2 * number + 1], rest[2 * len(vectors) + number]
+        norm = square**0.5
         found[name] = {
-            "cosine": float(vector @ reference) / product if product > 0 else 0.0,
-            "relative_error": float((vector - reference).norm()) / size if size > 0 else float("inf"),
+            "cosine": inner / (norm * size) if norm * size > 0 else 0.0,
+            "relative_error": distance**0.5 / size if size > 0 else float("inf"),
             "norm": norm,
         }
-    return found
+    return found, size
 
 
 def _flat(weights: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -151,6 +151,8 @@ class Composer:
             if bool(soft.any()):
                 temperature[soft] = self.config.prior.temperature
                 target[soft], head[soft] = self._soft(slot[soft], images.pixels[soft])
+        if self.teacher is not None and not bool((term == SOFT).any()):
+            self.teacher(images.pixels[:0].to(self.device))  # its passes may be collective: all ranks run equally many
         weight = weight * images.valid
         if part.absent:
             weight = torch.zeros_like(weight)

@@ -6,7 +6,6 @@ Nothing is written before all of it is done, so a job may die anywhere and repea
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,14 @@ from hpccl.curvature.build import build_estimator
 from hpccl.curvature.protocols import Examples
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
-from hpccl.data.rows import Request
-from hpccl.engine.protocols import trainable
+from hpccl.dist.spread import Leaves
 from hpccl.errors import DataError, WorldError
 from hpccl.folder import replacing
 from hpccl.memory.select import choose
 from hpccl.memory.store import Memory
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
+from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stopped
 
@@ -67,7 +66,7 @@ def select(task: Task, memory: Memory, world: World) -> Memory:
         keep, balanced = config.memory.size, config.memory.balanced
         chosen = choose(labels, samples, keep=keep, balanced=balanced, words=(config.seed, _SELECT, task.index))
         sample, label = samples[chosen], labels[chosen]
-        num_replay = math.floor(config.prior.replay * keep + 1e-9)  # 0.29 * 100 is 28.999...
+        num_replay = int(config.prior.replay * keep + 1e-9)  # 0.29 * 100 is 28.999...
         replayed = choose(label, sample, keep=num_replay, balanced=balanced, words=(config.seed, _REPLAY, task.index))
         replay = np.isin(np.arange(keep), replayed)
         admitted = memory.admit(
@@ -81,7 +80,7 @@ def select(task: Task, memory: Memory, world: World) -> Memory:
     return admitted
 
 
-def measure(task: Task, memory: Memory, anchor: dict[str, Tensor], state: RunState, world: World) -> Quadratic | None:
+def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: World) -> Quadratic | None:
     """The quadratic with the curvature of the task's examples that are not in memory; None if there is none."""
     config = world.config.prior.quadratic
     if config.weight == 0:
@@ -96,7 +95,7 @@ def measure(task: Task, memory: Memory, anchor: dict[str, Tensor], state: RunSta
         if state.prior.quadratic is None:
             quadratic = Quadratic(precision, anchor, config.weight, config.damping)
         else:
-            own = trainable(state.engine.module) if config.anchor == "each" else ()
+            own = state.engine.like if config.anchor == "each" else ()
             quadratic = state.prior.quadratic.plus(precision, anchor, world.comm, own_anchors=own)
     total = quadratic.precision.totals(world.comm)
     world.log.write(
@@ -140,11 +139,8 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
 
 def predict(samples: Ints, state: RunState, world: World) -> Tensor:
     """[n, C] logits of training examples in the evaluation view, each rank computing its share; on the CPU."""
-    mine = samples[world.comm.share(len(samples)).start : world.comm.share(len(samples)).stop]
-    size = world.stream_batch
-    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-    images = world.stream.load(_stored_view(part) for part in parts)
-    logits = [state.engine.predict(batch.pixels.to(state.engine.device)) for batch in images]
+    images = shared_images(samples, world, size=world.stream_batch)
+    logits = [state.engine.predict(seen.pixels)[: len(seen.sample)] for seen in images]
     empty = torch.zeros(0, len(world.stream.class_names), device=state.engine.device)
     return world.comm.gather(torch.cat([empty, *logits])).cpu()
 
@@ -170,27 +166,24 @@ class _Pass:
     world: World
 
     def __iter__(self) -> Iterator[Examples]:
-        comm, samples = self.world.comm, self.samples
-        mine = samples[comm.share(len(samples)).start : comm.share(len(samples)).stop]
-        size = self.world.config.curvature.batch_size
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        rounds = math.ceil(math.ceil(len(samples) / comm.size) / size)  # of the rank with most batches
-        head = self._head().to(comm.device)
+        device, head = self.world.comm.device, self._head().to(self.world.comm.device)
         labels = torch.from_numpy(self.world.stream.labels("train"))
-        with contextlib.closing(self.world.stream.load(_stored_view(part) for part in parts)) as images:
-            for number in range(rounds):
-                # This pass may take minutes: all ranks ask equally often, whether they have a batch left or not.
+        size = self.world.config.curvature.batch_size
+        with contextlib.closing(shared_images(self.samples, self.world, size=size)) as images:
+            while True:
+                # This pass may take minutes: all ranks ask equally often, and have a batch equally often.
                 _ask(self.world)
-                if number >= len(parts):
-                    continue
-                batch = next(images)
-                positions = torch.from_numpy(parts[number])
+                seen = next(images, None)
+                if seen is None:
+                    return
+                blank = np.resize(self.samples, 1)  # stands for nothing: its weight is 0
+                positions = torch.from_numpy(seen.sample if len(seen.sample) else blank)
                 yield Examples(
-                    pixels=batch.pixels.to(comm.device),
-                    labels=labels[positions].to(comm.device),
+                    pixels=seen.pixels,
+                    labels=labels[positions].to(device),
                     head=head,
-                    sample=positions.to(comm.device),
-                    weight=batch.valid.float().to(comm.device),
+                    sample=positions.to(device),
+                    weight=seen.valid.float().to(device),
                 )
 
     def _head(self) -> Tensor:
@@ -208,10 +201,6 @@ def _ask(world: World) -> None:
         raise Stopped
     if answer == 1:
         raise WorldError("another rank failed while the curvature was measured; see its message")
-
-
-def _stored_view(samples: Ints) -> Request:
-    return Request(samples, np.zeros(len(samples), dtype=np.uint64))
 
 
 def _thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Rows
+from hpccl.dist.spread import Leaf
+from hpccl.engine.sharded import is_spread
 from hpccl.errors import DivergedError
 from hpccl.folder import replacing
 from hpccl.train.compose import Part
@@ -41,10 +43,13 @@ def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
     terms = failure.terms.clone()
     world.comm.sum_([terms])
     named = {name: float(value) for name, value in zip(TERM_NAMES, terms, strict=True)}
-    weights = state.engine.gather()
-    broken = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
+    weights = {name: _own(leaf) for name, leaf in state.engine.gather().items()}
+    flags = torch.tensor([not bool(torch.isfinite(value).all()) for value in weights.values()], dtype=torch.float32)
+    world.comm.sum_([flags])
+    broken = [name for name, flag in zip(weights, flags.tolist(), strict=True) if flag]
+    spread = is_spread(state.engine.module)  # then each rank keeps its own elements
     note = world.folder.path / f"diverged-rank-{world.comm.rank}"
-    _keep(failure, named, broken, weights if world.comm.leader else {}, note)
+    _keep(failure, named, broken, weights if world.comm.leader or spread else {}, note)
     world.comm.barrier()
     return DivergedError(
         f"the gradient is not finite at step {failure.step} of task {failure.task.index} ('{failure.task.name}'); "
@@ -52,6 +57,10 @@ def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
         f"weights that are not finite: {', '.join(broken[:3]) or 'none'}. The batch and the weights are in '{note}.*', "
         "the last checkpoint is untouched. Lower optim.lr, set train.clip_norm, or use engine.precision=fp32"
     )
+
+
+def _own(leaf: Leaf) -> Tensor:
+    return leaf if isinstance(leaf, Tensor) else leaf.local
 
 
 def _keep(failure: Failure, terms: dict[str, float], broken: list[str], weights: dict[str, Tensor], note: Path) -> None:

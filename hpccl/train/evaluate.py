@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hpccl.data.protocols import Task
-from hpccl.data.rows import Request
 from hpccl.report.metrics import calibration_bins, calibration_error
 from hpccl.train.loss import row_nats
+from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
 __all__ = ["evaluate", "test"]
@@ -37,27 +37,21 @@ def test(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
     0..last compete class-incrementally, and it is None for later tasks and where every task has its own network.
     """
     count = world.stream.tasks[-1].samples("test").stop
-    mine = np.arange(count)[world.comm.share(count).start : world.comm.share(count).stop]
-    scores = [_scores(logits, labels, world, last) for logits, labels in _logits(mine, state, world)]
+    scores = [_scores(logits, labels, world, last) for logits, labels in _logits(count, state, world)]
     empty = torch.zeros(0, 7, device=state.engine.device)
     everything = world.comm.gather(torch.cat([empty, *scores])).cpu().numpy()
     return [_result(task, everything, last, world) for task in world.stream.tasks]
 
 
-def _logits(
-    mine: np.ndarray[Any, np.dtype[np.int64]], state: RunState, world: World
-) -> Iterator[tuple[Tensor, Tensor]]:
-    size = world.stream_batch
-    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-    requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts)
+def _logits(count: int, state: RunState, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     labels = torch.from_numpy(world.stream.labels("test"))
-    for part, images in zip(parts, world.stream.load(requests, "test"), strict=True):
-        pixels = images.pixels.to(state.engine.device)
-        logits = state.engine.predict(pixels)
+    for seen in shared_images(np.arange(count), world, size=world.stream_batch, split="test"):
+        logits = state.engine.predict(seen.pixels)
         if world.config.train.flip_test:
-            logits = (logits + state.engine.predict(pixels.flip(-1))) / 2
-        shown = torch.where(images.valid, labels[torch.from_numpy(part)], -1)
-        yield logits, shown.to(logits.device)
+            logits = (logits + state.engine.predict(seen.pixels.flip(-1))) / 2
+        known = len(seen.sample)
+        shown = torch.where(seen.valid[:known], labels[torch.from_numpy(seen.sample)], -1)
+        yield logits[:known], shown.to(logits.device)
 
 
 def _scores(logits: Tensor, labels: Tensor, world: World, last: int) -> Tensor:

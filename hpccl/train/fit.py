@@ -15,7 +15,6 @@ from hpccl.checkpoint.store import Mark
 from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
-from hpccl.engine.protocols import trainable
 from hpccl.train.compose import Composer, Part, plan_task, split
 from hpccl.train.diverged import Failure, diagnose
 from hpccl.train.state import RunState, World
@@ -76,6 +75,8 @@ def _run_steps(task: Task, state: RunState, world: World, plan: BatchPlan, batch
         meter.update(done, len(parts[0].batch), stats)
         if done == plan.num_steps:
             break
+        if done % _POLL == 0:
+            world.settle(state, wait=False)
         stopping = done % _POLL == 0 and world.stop.requested(world.comm)
         if stopping or (every and done % every == 0):
             world.save(state, Mark.at(task.index, "fit", done))
@@ -169,5 +170,6 @@ class Meter:
         quadratic = self.state.prior.quadratic
         if quadratic is None:
             return 0.0
-        weights = {name: value.detach() for name, value in trainable(self.state.engine.module).items()}
+        engine = self.state.engine
+        weights = {name: leaf for name, leaf in engine.gather().items() if name in engine.like}
         return quadratic.value(weights, self.world.comm) / self.plan.num_train

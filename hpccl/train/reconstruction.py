@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
-from hpccl.data.rows import Request
-from hpccl.engine.protocols import trainable
-from hpccl.prior.reconstruct import Losses, compare_gradients, summed_gradients
+from hpccl.engine.sharded import is_spread
+from hpccl.prior.reconstruct import Losses, compare_gradients, local_parts, summed_gradients
 from hpccl.train.compose import Composer
 from hpccl.train.loss import row_nats
+from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
 __all__ = ["reconstruct"]
@@ -39,42 +39,42 @@ def reconstruct(task: Task, state: RunState, world: World) -> None:
         (true,) = summed_gradients(engine.module, _true(used, composer, world), comm, num_terms=1)
         true = {name: value * (len(past) / len(used)) for name, value in true.items()}
         soft, replay = summed_gradients(engine.module, _memory(composer, world), comm, num_terms=2)
-        weights = {name: value.detach() for name, value in trainable(engine.module).items()}
-        zero = {name: torch.zeros_like(value) for name, value in weights.items()}
-        quadratic = prior.quadratic.force(weights, comm) if prior.quadratic is not None else zero
-        total = {name: soft[name] + replay[name] + quadratic[name] for name in weights}
+        quadratic = {name: torch.zeros_like(value) for name, value in true.items()}
+        if prior.quadratic is not None:
+            weights = {name: leaf for name, leaf in engine.gather().items() if name in engine.like}
+            quadratic = local_parts(prior.quadratic.force(weights, comm))
+        total = {name: soft[name] + replay[name] + quadratic[name] for name in true}
         terms = {"soft": soft, "replay": replay, "quadratic": quadratic, "total": total}
-        errors = compare_gradients(true, terms)
+        errors, true_norm = compare_gradients(true, terms, comm, spread=is_spread(engine.module))
     world.log.write(
         "reconstruction",
         task=task.index,
         past_tasks=list(range(task.index)),
         terms=errors,
-        true_norm=float(torch.stack([value.norm() for value in true.values()]).norm()),
+        true_norm=true_norm,
     )
 
 
 def _true(used: npt.NDArray[np.int64], composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]:
-    share = world.comm.share(len(used))
-    for samples, pixels, valid in _load(used[share.start : share.stop], world):
+    for seen in shared_images(used, world, size=world.stream_batch):
+        samples = seen.sample if len(seen.sample) else used[:1]  # one that counts for nothing
         target, head = composer.hard_targets(composer.labels[torch.from_numpy(samples)])
-        yield pixels, _losses(target, head, [valid], 1.0, world.comm.device)
+        yield seen.pixels, _losses(target, head, [seen.valid], 1.0, world.comm.device)
 
 
 def _memory(composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]:
     memory = composer.memory
-    share = world.comm.share(len(memory))
-    start = share.start
-    for samples, pixels, valid in _load(memory.sample.numpy()[share.start : share.stop], world):
-        slots = torch.arange(start, start + len(samples))
-        start += len(samples)
+    start = world.comm.share(len(memory)).start
+    for seen in shared_images(memory.sample.numpy(), world, size=world.stream_batch):
+        slots = torch.arange(start, start + len(seen.sample)) if len(seen.sample) else torch.zeros(1, dtype=torch.int64)
+        start += len(seen.sample)
         replayed = memory.replay[slots]
         hard, hard_head = composer.hard_targets(memory.label[slots])
         temperature = world.config.prior.temperature
         soft, soft_head = memory.soft_targets(slots, temperature=temperature, num_classes=hard.shape[1])
-        tau = composer.tau[memory.task[slots]] * valid
+        tau = composer.tau[memory.task[slots]] * seen.valid
         yield (
-            pixels,
+            seen.pixels,
             _pair(
                 _losses(soft, soft_head, [tau * ~replayed], temperature, world.comm.device),
                 _losses(hard, hard_head, [tau * replayed], 1.0, world.comm.device),
@@ -95,12 +95,3 @@ def _losses(target: Tensor, head: Tensor, weights: list[Tensor], temperature: fl
 
 def _pair(first: Losses, second: Losses) -> Losses:
     return lambda logits: [*first(logits), *second(logits)]
-
-
-def _load(samples: npt.NDArray[np.int64], world: World) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor]]:
-    """(samples [n], pixels, valid) in the evaluation view."""
-    size = world.stream_batch
-    parts = [samples[start : start + size] for start in range(0, len(samples), size)]
-    requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts)
-    for part, images in zip(parts, world.stream.load(requests), strict=True):
-        yield part, images.pixels.to(world.comm.device), images.valid

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hpccl.curvature.build import build_estimator
 from hpccl.data.build import open_stream
 from hpccl.data.protocols import Split, Stream, Task
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import streamed
 from hpccl.engine.build import build_engine
 from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
@@ -84,6 +85,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
         if state.mark.task < task.index:
             state.mark = Mark.at(task.index, "fit", 0)
         if not _learn(task, state, world):
+            world.settle(state)
             world.log.write(
                 "stop", task=task.index, phase=state.mark.phase, step=state.mark.step, reason=world.stop.reason
             )
@@ -229,7 +231,9 @@ def _write_skipped(world: World) -> None:
 
 
 def _finish(state: RunState, world: World, seconds: float) -> None:
-    digest = weights_sha256(state.engine.gather())
+    world.settle(state)
+    leaves = state.engine.gather()
+    digest = weights_sha256(streamed({name: leaves[name] for name in sorted(leaves)}, world.comm))
     images = 0
     if world.comm.leader:
         fits = latest_events(read_events(world.folder.events), "phase", "task", "phase", "part")
@@ -237,11 +241,11 @@ def _finish(state: RunState, world: World, seconds: float) -> None:
     world.log.write("done", weights_sha256=digest, wall_seconds=seconds, images=images)
 
 
-def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """A digest of all weights and buffers by name."""
+def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of all weights and buffers in the order of their names."""
     digest = hashlib.sha256()
-    for name in sorted(weights):
-        value = weights[name].detach().cpu().contiguous()
+    for name, tensor in weights:
+        value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

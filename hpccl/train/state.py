@@ -7,14 +7,17 @@ import math
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hpccl.checkpoint.store import Mark, Shard, save
+from torch import Tensor
+
+from hpccl.checkpoint.store import Content, Mark, Shard, Writing
 from hpccl.config.run import RunConfig
 from hpccl.curvature.protocols import Shards
 from hpccl.data.protocols import Stream, Task
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import Slab
 from hpccl.engine.protocols import Engine
 from hpccl.folder import RunFolder
 from hpccl.memory.store import Memory
@@ -30,13 +33,17 @@ _VALUES = 8_000_000
 
 @dataclass
 class RunState:
-    """Everything a checkpoint holds: weights and optimiser, what the past says, where the run is, results so far."""
+    """Everything a checkpoint holds: weights and optimiser, what the past says, where the run is, results so far.
+
+    shard, writing: of checkpoints themselves; not saved
+    """
 
     engine: Engine
     prior: Prior = field(default_factory=lambda: Prior(Memory.empty()))
     mark: Mark = field(default_factory=lambda: Mark.at(0, "fit", 0))
     results: list[dict[str, Any]] = field(default_factory=list)
     shard: Shard = field(default_factory=Shard)
+    writing: Writing | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The nest that is saved."""
@@ -45,7 +52,7 @@ class RunState:
     def load_state_dict(self, state: dict[str, Any], mark: Mark, shards: Shards, comm: Comm) -> None:
         """The inverse of state_dict, taken at `mark`; `shards` reads the ranks' own parts, on any number of ranks."""
         self.engine.load_state_dict(state["engine"])
-        self.prior = Prior.from_state_dict(state["prior"], shards, comm).to(self.engine.device)
+        self.prior = Prior.from_state_dict(state["prior"], shards, comm, self.engine.place).to(self.engine.device)
         self.results = state["results"]
         self.mark = mark
 
@@ -77,18 +84,33 @@ class World:
     def save(self, state: RunState, mark: Mark) -> None:
         """Checkpoint: the leader writes what all ranks hold, each rank its share of the curvature."""
         state.mark = mark
+        self.settle(state)
+        config, start = self.config.checkpoint, time.perf_counter()
         tree = {**state.state_dict(), "data": self.stream.fingerprint}
         quadratic = state.prior.quadratic
-        saved = save(
+        source = None if quadratic is None else quadratic.precision
+        content = Content(_copied(tree) if config.background else tree, source, state.prior.curvature_shard)
+        state.writing = Writing.begin(
             self.folder.checkpoints,
             mark,
-            tree,
-            keep=self.config.checkpoint.keep,
+            content,
+            keep=config.keep,
             comm=self.comm,
             shard=state.shard,
-            source=None if quadratic is None else quadratic.precision,
-            own=state.prior.curvature_shard,
+            wait=not config.background,
         )
+        state.writing.stalled = time.perf_counter() - start
+        if not config.background or mark.phase != "fit":
+            self.settle(state)
+
+    def settle(self, state: RunState, *, wait: bool = True) -> None:
+        """Finish the checkpoint that is being written, if there is one; collective. `wait` False: if it is written."""
+        writing = state.writing
+        if writing is None or (not wait and self.comm.any(not writing.written)):
+            return
+        state.writing = None
+        saved = writing.finish()
+        mark = writing.mark
         self.log.write(
             "checkpoint",
             task=mark.task,
@@ -96,6 +118,7 @@ class World:
             step=mark.step,
             bytes=saved.num_bytes,
             seconds=saved.seconds,
+            stalled_seconds=writing.stalled if self.config.checkpoint.background else saved.seconds,
         )
 
     @contextlib.contextmanager
@@ -116,3 +139,14 @@ class World:
             images_per_second=phase.images / seconds,
             peak_memory_bytes=peak,
         )
+
+
+def _copied(node: Any) -> Any:
+    """A nest with its tensors copied to host memory: training goes on while they are written."""
+    if isinstance(node, Tensor):
+        return node.detach().to("cpu", copy=True)
+    if isinstance(node, Slab):
+        return replace(node, local=node.local.detach().to("cpu", copy=True))
+    if isinstance(node, dict):
+        return {key: _copied(value) for key, value in node.items()}
+    return [_copied(value) for value in node] if isinstance(node, (list, tuple)) else node

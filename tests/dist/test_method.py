@@ -9,6 +9,7 @@ import torch
 from hpccl.checkpoint.store import Mark
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
 from hpccl.train.compose import Composer, plan_task, split
 from hpccl.train.evaluate import test as evaluate_all
 from hpccl.train.fit import fit
@@ -42,7 +43,7 @@ def two_tasks(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
     found["first step"] = first_step(state, world)
     state.mark = Mark.at(1, "fit", 0)
     assert fit(world.stream.tasks[1], state, world)
-    found["weights"] = state.engine.gather()
+    found["weights"] = wholes(state.engine.gather())
     return found
 
 
@@ -54,7 +55,7 @@ def first_step(state: Any, world: Any) -> dict[str, Any]:
     composer = Composer.build(
         world.config, world.stream, task, state.prior.memory, teacher=teacher, device=world.comm.device
     )
-    before = state.engine.gather()
+    before = wholes(state.engine.gather())
     moved = {name: value + 0.01 for name, value in before.items()}
     state.engine.put(moved)
     state.engine.start(num_steps=plan.num_steps, task=1)
@@ -64,7 +65,7 @@ def first_step(state: Any, world: Any) -> dict[str, Any]:
     rows = [composer.rows(part, made) for part, made in zip(parts, images, strict=True)]
     stats = train_step(state.engine, rows, num_rows=len(parts[0].batch))
     detach()
-    after = state.engine.gather()
+    after = wholes(state.engine.gather())
     state.engine.put(before)
     step = {name: after[name] - moved[name] for name in after}
     return {"norm": stats.gradient_norm.detach(), **step}

@@ -59,7 +59,7 @@ def engine(comm: Comm, precision: str = "fp32") -> DdpEngine:
         {
             "train": {"clip_norm": CLIP},
             "optim": {"name": "momentum", "lr": RATE, "momentum": 0.0, "schedule": "constant"},
-            "engine": {"precision": precision, "channels_last": True},
+            "engine": {"kind": "ddp", "precision": precision, "channels_last": True},
         }
     )
     made = DdpEngine(net(), config, comm)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hpccl.checkpoint import store, tree
-from hpccl.checkpoint.store import Mark, Shard, latest, load, open_shards, save
+from hpccl.checkpoint.store import Content, Mark, Shard, latest, load, open_shards, save
 from hpccl.config.sections import ListedTasks
 from hpccl.curvature.build import precision_from_state
 from hpccl.curvature.kfac import EkfacEstimator, KroneckerEstimator
@@ -35,7 +35,7 @@ FIRST, SECOND, THIRD, LAST = (Mark.at(0, "fit", step) for step in (1, 2, 3, 4))
 
 def written(folder: Path, mark: Mark, precision: Precision, comm: Comm, shard: Shard) -> int:
     own, whole = precision.shard_dict(), {"precision": precision.state_dict()}
-    return save(folder, mark, whole, keep=9, comm=comm, shard=shard, source=precision, own=own).num_bytes
+    return save(folder, mark, Content(whole, precision, own), keep=9, comm=comm, shard=shard).num_bytes
 
 
 def read(folder: Path, mark: Mark, comm: Comm) -> Precision:

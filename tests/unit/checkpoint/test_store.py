@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpccl.checkpoint import store
-from hpccl.checkpoint.store import Mark, latest, load, save
+from hpccl.checkpoint.store import Content, Mark, latest, load, save
 from hpccl.errors import CheckpointError, FolderError
 
 TREE: dict[str, Any] = {"a": torch.arange(3), "b": {"c": [torch.ones(2, 2), None, 1.5], "d": "text"}, "e": {}}
@@ -22,7 +22,7 @@ def names(folder: Path) -> list[str]:
 
 def test_round_trip(tmp_path: Path) -> None:
     mark = Mark.at(2, "fit", 30)
-    saved = save(tmp_path, mark, TREE, keep=1)
+    saved = save(tmp_path, mark, Content(TREE), keep=1)
     tree = load(tmp_path, mark)
     assert torch.equal(tree["a"], TREE["a"])
     assert torch.equal(tree["b"]["c"][0], torch.ones(2, 2))
@@ -35,37 +35,37 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_tensors_lie_in_memory_as_new_ones_do(tmp_path: Path) -> None:
     """Products of matrices that begin elsewhere, as they do in the file, are rounded otherwise."""
     mark = Mark.at(0, "fit", 1)
-    save(tmp_path, mark, {str(length): torch.ones(length) for length in range(1, 9)}, keep=1)
+    save(tmp_path, mark, Content({str(length): torch.ones(length) for length in range(1, 9)}), keep=1)
     assert {value.data_ptr() % 64 for value in load(tmp_path, mark).values()} == {0}
 
 
 def test_no_pickle_is_written(tmp_path: Path) -> None:
-    save(tmp_path, Mark.at(0, "fit", 1), TREE, keep=1)
+    save(tmp_path, Mark.at(0, "fit", 1), Content(TREE), keep=1)
     assert names(tmp_path / "task-000-fit-00000001") == ["state.json", "state.safetensors"]
 
 
 def test_latest_follows_the_order_of_a_run(tmp_path: Path) -> None:
     assert latest(tmp_path / "absent") is None
     for task, phase, step in [(0, "fit", 9), (0, "fitted", 10), (0, "done", 10), (1, "fit", 2)]:
-        save(tmp_path, Mark.at(task, phase, step), TREE, keep=3)
+        save(tmp_path, Mark.at(task, phase, step), Content(TREE), keep=3)
     assert latest(tmp_path) == Mark.at(1, "fit", 2)
 
 
 def test_pruning_keeps_ends_and_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        save(tmp_path, Mark.at(0, "fit", step), TREE, keep=2)
+        save(tmp_path, Mark.at(0, "fit", step), Content(TREE), keep=2)
     assert names(tmp_path) == ["task-000-fit-00000002", "task-000-fit-00000003"]
-    save(tmp_path, Mark.at(0, "fitted", 4), TREE, keep=2)
-    save(tmp_path, Mark.at(0, "done", 4), TREE, keep=2)
+    save(tmp_path, Mark.at(0, "fitted", 4), Content(TREE), keep=2)
+    save(tmp_path, Mark.at(0, "done", 4), Content(TREE), keep=2)
     assert names(tmp_path) == ["task-000-done-00000004", "task-000-fitted-00000004"]
-    save(tmp_path, Mark.at(1, "fitted", 5), TREE, keep=2)
-    save(tmp_path, Mark.at(1, "done", 5), TREE, keep=2)
+    save(tmp_path, Mark.at(1, "fitted", 5), Content(TREE), keep=2)
+    save(tmp_path, Mark.at(1, "done", 5), Content(TREE), keep=2)
     assert names(tmp_path)[2:] == ["task-001-done-00000005"]
 
 
 def test_unknown_format(tmp_path: Path) -> None:
     mark = Mark.at(0, "fit", 1)
-    save(tmp_path, mark, TREE, keep=1)
+    save(tmp_path, mark, Content(TREE), keep=1)
     state = tmp_path / mark.name / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "format": 99}))
     with pytest.raises(CheckpointError, match=r"has format 99, this version reads 1"):
@@ -75,7 +75,7 @@ def test_unknown_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize("victim", ["state.json", "state.safetensors"])
 def test_torn_file(tmp_path: Path, victim: str) -> None:
     mark = Mark.at(0, "fit", 1)
-    save(tmp_path, mark, TREE, keep=1)
+    save(tmp_path, mark, Content(TREE), keep=1)
     path = tmp_path / mark.name / victim
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(CheckpointError, match=r"cannot be read.*continue from the one before"):
@@ -84,9 +84,9 @@ def test_torn_file(tmp_path: Path, victim: str) -> None:
 
 def test_full_disk_leaves_the_older_ones(tmp_path: Path) -> None:
     """A real full disk is tried in tests/run; here only that any failing write cleans up after itself."""
-    save(tmp_path, Mark.at(0, "fit", 1), TREE, keep=1)
+    save(tmp_path, Mark.at(0, "fit", 1), Content(TREE), keep=1)
     with pytest.raises(FolderError, match="checkpoints before it are untouched"):
-        save(Path("/dev/full"), Mark.at(0, "fit", 2), TREE, keep=1)
+        save(Path("/dev/full"), Mark.at(0, "fit", 2), Content(TREE), keep=1)
     assert names(tmp_path) == ["task-000-fit-00000001"]
     assert os.strerror(errno.ENOSPC)
 
@@ -96,6 +96,6 @@ def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
     left.mkdir()
     (left / "state.json").write_text("{")
     assert latest(tmp_path) is None
-    save(tmp_path, Mark.at(0, "fit", 2), TREE, keep=1)
+    save(tmp_path, Mark.at(0, "fit", 2), Content(TREE), keep=1)
     assert names(tmp_path) == ["task-000-fit-00000002"]
     assert store.FORMAT == 1

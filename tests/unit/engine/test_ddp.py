@@ -101,7 +101,7 @@ def test_average_becomes_the_weights_at_the_end() -> None:
 
 
 def test_reset_and_frozen_copy() -> None:
-    made = engine()
+    made = engine(train={"batch_size": 4, "epochs": 1, "restart": True})
     initial = made.gather()
     pixels, noise = batch()
     teacher = made.frozen(initial)
@@ -120,7 +120,7 @@ def test_state_from_a_file_continues_bit_for_bit_in_channels_last(name: str, tmp
     config = RunConfig.model_validate(
         {
             "optim": {"name": name, "lr": 0.01, "schedule": "constant"},
-            "engine": {"channels_last": True},
+            "engine": {"kind": "ddp", "channels_last": True},
             "train": {"ema": 0.9},
         }
     )

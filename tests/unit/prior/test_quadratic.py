@@ -78,7 +78,7 @@ def test_each_task_may_keep_its_own_anchor() -> None:
     for name, force in third.force(weights, SOLO).items():
         torch.testing.assert_close(force, expected[name])
     saved = third.state_dict()
-    again = Quadratic.from_state_dict(saved, last, lambda wanted: {}, SOLO)
+    again = Quadratic.from_state_dict(saved, last, lambda wanted: {}, SOLO, place=dict)
     assert again.value(weights, SOLO) == pytest.approx(third.value(weights, SOLO))
 
 
@@ -87,7 +87,7 @@ def attached(precision: str, curvature: float, accumulate: int = 1) -> tuple[Ten
     config = RunConfig.model_validate(
         {
             "optim": {"name": "momentum", "lr": 1.0, "momentum": 0.0, "schedule": "constant"},
-            "engine": {"precision": precision},
+            "engine": {"kind": "ddp", "precision": precision},
         }
     )
     torch.manual_seed(0)

@@ -1,0 +1,346 @@
+"""What all engines share: the schedule, autocast, averaged weights, gradient hooks, and state by name of parameter.
+
+An engine says where its tensors are (`_locals`, `_spans`); everything that reads or writes weights and moments is
+here, so that it is the same on all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hpccl.config.run import RunConfig
+from hpccl.dist.comm import Comm
+from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, whole
+from hpccl.engine.optim import learning_rate
+from hpccl.engine.protocols import GradientHook, Weights
+from hpccl.errors import ConfigError, WorldError
+from hpccl.models.dropout import set_noise
+
+__all__ = ["BaseEngine", "Moments"]
+
+# By parameter, by key: this rank's elements (or a number that is not a parameter's), and where they belong.
+Moments = Mapping[str, Mapping[str, Any]]
+
+
+class BaseEngine(ABC):
+    """The Engine protocol, but for where the weights live."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, comm: Comm) -> None:
+        self._comm, self._model = comm, model
+        self._config, self._train, self._optim = config.engine, config.train, config.optim
+        self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+        self._hooks: dict[str, GradientHook] = {}
+        self._called: set[str] = set()
+        self._average: dict[str, Tensor] | None = None
+        self._task = self._step = self._num_steps = 0
+        self._last = False
+        _refuse_recompute(model, config)
+
+    # ---------------------------------------------------------------- where things are
+
+    @abstractmethod
+    def _locals(self) -> dict[str, Tensor]:
+        """This rank's live elements of every parameter, by name: in its shape if it is whole, [n] if it is spread."""
+
+    @property
+    @abstractmethod
+    def _spans(self) -> Mapping[str, Span]:
+        """Of the parameters that are spread."""
+
+    @property
+    @abstractmethod
+    def like(self) -> dict[str, Tensor]:
+        """Trainable parameters as a gradient hook meets them: shape, dtype, memory layout; perhaps without numbers."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where images and targets must be."""
+        return self._comm.device
+
+    @property
+    def module(self) -> nn.Module:
+        """The network for passes outside training, at the present weights."""
+        return self._model
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that are saved."""
+        kept = self._model.state_dict().keys()
+        return {name: value for name, value in self._model.named_buffers() if name in kept}
+
+    # ---------------------------------------------------------------- training
+
+    @abstractmethod
+    def _restart(self) -> None:
+        """A new optimiser state."""
+
+    @abstractmethod
+    def _run(self, pixels: Tensor) -> Tensor:
+        """Logits by the engine's own road, in training mode."""
+
+    @abstractmethod
+    def _update(self, rate: float) -> Tensor:
+        """Clip, update and clear; returns the norm before. Nothing changes if the norm is not finite."""
+
+    def start(self, *, num_steps: int, task: int) -> None:
+        """A new optimiser for a task of `num_steps` steps."""
+        self._restart()
+        self._task, self._step, self._num_steps = task, 0, num_steps
+        self._average = None
+        if self._train.ema is not None:
+            self._average = {name: value.detach().clone() for name, value in self._locals().items()}
+
+    def reset(self) -> None:
+        """Back to the initial weights."""
+        self.put(self._initial)
+
+    def _keep_initial(self) -> None:
+        """Remember the weights at this moment, if anything ever goes back to them."""
+        self._initial = self.gather() if self._train.restart else {}
+
+    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True) -> Tensor:
+        """Logits in training mode, fp32; autocast ends here, before any loss or prior."""
+        self._model.train()
+        set_noise(self._model, noise)
+        self._last = last
+        with self._recomputing(), self._autocast():
+            logits = self._run(pixels.to(memory_format=self._format))
+        return logits.float()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient.
+
+        Engines average over ranks; the caller's losses are this rank's share of a sum, so the world size is put back.
+        """
+        with self._statistics_kept():
+            self._pull_back(loss * self._comm.size)
+
+    def _pull_back(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> Tensor:
+        """Clip, update, clear."""
+        self._refuse_silent_hooks()
+        norm = self._update(self.lr)
+        if self._average is not None and self._train.ema is not None and bool(torch.isfinite(norm)):
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self._average.values()), list(self._locals().values()), 1 - self._train.ema)
+        self._step += 1
+        return norm
+
+    @property
+    def lr(self) -> float:
+        """The coming step's learning rate."""
+        return learning_rate(self._optim, task=self._task, step=self._step, num_steps=self._num_steps)
+
+    def finish(self) -> None:
+        """Averaged weights become the weights; buffers (BatchNorm statistics) are rank 0's everywhere."""
+        if self._average is not None:
+            self._put_locals(self._average)
+            self._average = None
+        self._comm.broadcast_([buffer for _, buffer in self._model.named_buffers()])
+
+    # ---------------------------------------------------------------- gradient hooks
+
+    def on_gradient(self, hooks: Sequence[tuple[str, GradientHook]]) -> Callable[[], None]:
+        """See the protocol; several hooks of one parameter are called in turn."""
+        for name, hook in hooks:
+            self._hooks[name] = _both(self._hooks[name], hook) if name in self._hooks else hook
+
+        def remove() -> None:
+            for name, _ in hooks:
+                self._hooks.pop(name, None)
+
+        return remove
+
+    def _relay(self, name: str) -> Callable[[Tensor], Tensor]:
+        """A tensor hook for one parameter, for good: calls what `on_gradient` has for it, on the last micro-batch."""
+
+        def call(gradient: Tensor) -> Tensor:
+            hook = self._hooks.get(name)
+            if hook is None or not self._last:
+                return gradient
+            self._called.add(name)
+            return hook.call(gradient, {needed: self._whole_now(needed) for needed in hook.needs})
+
+        return call
+
+    @abstractmethod
+    def _whole_now(self, name: str) -> Tensor:
+        """A parameter's weights while its layer's gradient is made."""
+
+    def _refuse_silent_hooks(self) -> None:
+        """A prior that never reaches the gradient must not go unnoticed."""
+        silent = self._hooks.keys() - self._called
+        self._called.clear()
+        self._last = False
+        if silent:
+            raise WorldError(
+                f"the prior did not reach the gradient of '{min(silent)}' ({len(silent)} parameters in all): the layer "
+                f"was not called as a module under engine.kind={self._config.kind}; use engine.kind=ddp, or give the "
+                "layer no part in the prior"
+            )
+
+    # ---------------------------------------------------------------- passes outside training
+
+    def predict(self, pixels: Tensor) -> Tensor:
+        """Logits in evaluation mode, fp32."""
+        return self._infer(self.module, pixels)
+
+    def frozen(self, weights: Leaves) -> Callable[[Tensor], Tensor]:
+        """A copy of the network that no training touches: a teacher in training mode would answer with noise."""
+        copied = copy.deepcopy(self._model).requires_grad_(False)
+        copied.load_state_dict({name: whole(_as_whole(value)) for name, value in weights.items()})
+        return functools.partial(self._infer, copied)
+
+    @torch.no_grad()
+    def _infer(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """No image at all is a pass too, as far as other ranks are concerned."""
+        model.eval()
+        some = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])
+        with self._autocast():
+            logits: Tensor = model(some.to(memory_format=self._format))
+        return logits[: len(pixels)].float()
+
+    # ---------------------------------------------------------------- state
+
+    def gather(self) -> Leaves:
+        """A copy of all parameters and buffers; of spread parameters, this rank's part."""
+        return {name: self._leaf(name, value.detach().clone()) for name, value in self._tensors().items()}
+
+    def place(self, values: Mapping[str, Tensor | Slab | Stored]) -> Leaves:
+        """Weights by name as `gather` has them, from tensors that are whole or in files."""
+        found: dict[str, Leaf] = {}
+        for name, value in values.items():
+            span = self._spans.get(name)
+            if span is None:
+                found[name] = whole(_as_whole(value)).to(self.device)
+            else:
+                local = elements(value, span.start, span.stop)
+                found[name] = Slab(local.to(self.device, copy=isinstance(value, Tensor)), span)
+        return found
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor | Slab | Stored]) -> None:
+        """Replace parameters and buffers by name."""
+        buffers = self._buffers()
+        for name, value in weights.items():
+            if name in buffers:
+                buffers[name].copy_(whole(_as_whole(value)))
+        own = self._locals()
+        self._put_locals({name: self._part(name, value, own[name]) for name, value in weights.items() if name in own})
+
+    @torch.no_grad()
+    def _put_locals(self, values: Weights) -> None:
+        own = self._locals()
+        for name, value in values.items():
+            own[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimiser state by parameter name, averages and the position in the schedule."""
+        average = self._average
+        return {
+            "weights": self.gather(),
+            "optimizer": self._optimizer_state(),
+            "average": None if average is None else {name: self._leaf(name, value) for name, value in average.items()},
+            "position": {"task": self._task, "step": self._step, "num_steps": self._num_steps},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of state_dict, of any engine's."""
+        position, average = state["position"], state["average"]
+        self.put(state["weights"])
+        if state["optimizer"] is not None:
+            self.start(num_steps=position["num_steps"], task=position["task"])
+            self._step = position["step"]
+            self._load_optimizer_state(state["optimizer"])
+        self._average = None
+        if average is not None:
+            own = self._locals()
+            self._average = {
+                name: torch.empty_like(own[name]).copy_(self._part(name, value, own[name]))
+                for name, value in average.items()
+            }
+
+    @abstractmethod
+    def _optimizer_state(self) -> dict[str, Any] | None:
+        """{moments: by parameter, by key, groups: numbers of each parameter group}; None before any task."""
+
+    @abstractmethod
+    def _load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse."""
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and saved buffers in the model's order."""
+        found = {**self._locals(), **self._buffers()}
+        return {name: found[name] for name in self._model.state_dict() if name in found}
+
+    def _leaf(self, name: str, value: Tensor) -> Leaf:
+        span = self._spans.get(name)
+        return value if span is None else Slab(value, span)
+
+    def _part(self, name: str, value: Tensor | Slab | Stored, like: Tensor) -> Tensor:
+        """This rank's elements of a parameter-shaped value, in the shape of `like`."""
+        span = self._spans.get(name)
+        if span is None:
+            return whole(_as_whole(value))
+        return elements(value, span.start, span.stop).view_as(like)
+
+    # ---------------------------------------------------------------- contexts
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._config.precision == "bf16")
+
+    @contextlib.contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Timm's activation checkpointing, in training only: other passes look into layers, and gain nothing."""
+        if not self._config.recompute:
+            yield
+            return
+        switch: Any = self._model.set_grad_checkpointing
+        switch(True)
+        try:
+            yield
+        finally:
+            switch(False)
+
+    @contextlib.contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        """BatchNorm counts a batch once, though its activations are computed twice."""
+        norms = [module for module in self._model.modules() if isinstance(module, _BatchNorm)]
+        counting = [norm.track_running_stats for norm in norms]
+        try:
+            for norm in norms if self._config.recompute else ():
+                norm.track_running_stats = False
+            yield
+        finally:
+            for norm, tracked in zip(norms, counting, strict=True):
+                norm.track_running_stats = tracked
+
+
+def _as_whole(value: Tensor | Slab | Stored) -> Tensor | Stored:
+    assert not isinstance(value, Slab), "a part is not the whole"
+    return value
+
+
+def _both(first: GradientHook, second: GradientHook) -> GradientHook:
+    def call(gradient: Tensor, weights: Weights) -> Tensor:
+        return second.call(first.call(gradient, weights), weights)
+
+    return GradientHook(tuple(dict.fromkeys((*first.needs, *second.needs))), call)
+
+
+def _refuse_recompute(model: nn.Module, config: RunConfig) -> None:
+    if config.engine.recompute and not hasattr(model, "set_grad_checkpointing"):
+        raise ConfigError(
+            f"engine.recompute=true: {type(model).__name__} (model.kind={config.model.kind}) cannot recompute its "
+            "activations; allowed with timm models that have set_grad_checkpointing"
+        )

@@ -1,0 +1,133 @@
+"""Weights, gradients and optimiser state in shards, by torch's own fully_shard (FSDP2)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import Fsdp2Engine as Fsdp2Config
+from hpccl.dist.comm import Comm
+from hpccl.dist.spread import Leaves, Span
+from hpccl.engine.base import BaseEngine
+from hpccl.engine.moments import load_state, local, state_of
+from hpccl.engine.optim import build_optimizer
+from hpccl.engine.protocols import trainable
+from hpccl.engine.sharded import Mesh, load_spread, own_parameters, shard, skeleton, spans_of, spread_copy
+
+__all__ = ["Fsdp2Engine"]
+
+
+@final
+class Fsdp2Engine(BaseEngine):
+    """The Engine protocol on weights in shards.
+
+    Weights stay fp32, also where they are whole: autocast lowers what is multiplied, not what is kept, so that w - a
+    keeps its digits.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig, comm: Comm) -> None:
+        super().__init__(model, config, comm)
+        assert isinstance(config.engine, Fsdp2Config)
+        self._mesh = Mesh.of(comm, config.engine.shard_size)
+        comm.broadcast_(list(model.state_dict().values()))
+        self._bare = skeleton(model)
+        self._model = model.to(comm.device)
+        names = trainable(model)
+        if config.engine.compile:
+            _compile_blocks(model)
+        shard(model, self._mesh, reshard=config.engine.reshard, offload=config.engine.offload)
+        self._own_spans = spans_of(model, self._mesh)
+        self._like: dict[str, Tensor] = {name: value for name, value in self._bare.named_parameters() if name in names}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._whole: dict[str, nn.Parameter] = {}
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.register_forward_pre_hook(self._listen)
+        self._places = {name: _place(model, name) for name in names}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._keep_initial()
+
+    @property
+    def _spans(self) -> Mapping[str, Span]:
+        return self._own_spans
+
+    def _locals(self) -> dict[str, Tensor]:
+        return own_parameters(self._model)
+
+    @property
+    def like(self) -> dict[str, Tensor]:
+        """See BaseEngine."""
+        return self._like
+
+    def _listen(self, unit: nn.Module, arguments: Any) -> None:
+        """Relay the gradients of a unit's weights; they are parameters of their own while they are whole, for good."""
+        for name, (module, key) in self._places.items():
+            parameter = module._parameters[key]
+            if name not in self._whole and isinstance(parameter, nn.Parameter) and not hasattr(parameter, "to_local"):
+                self._whole[name] = parameter
+                parameter.register_hook(self._relay(name))
+
+    def _whole_now(self, name: str) -> Tensor:
+        return self._whole[name].detach()
+
+    def _restart(self) -> None:
+        self._optimizer = build_optimizer(self._optim, self._model)
+
+    def _run(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self._model(pixels)
+        return logits
+
+    def _update(self, rate: float) -> Tensor:
+        assert self._optimizer is not None, "start() comes first"
+        gradients = [local(parameter.grad) for parameter in self._names if parameter.grad is not None]
+        norm = self._norm(gradients)
+        if bool(torch.isfinite(norm)):
+            if self._train.clip_norm is not None:
+                scale = (self._train.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device)
+                torch._foreach_mul_(gradients, scale)
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """Of the whole gradient: each copy of the shards counts once."""
+        squares = torch.zeros(1, dtype=torch.float64, device=self.device)
+        if self._mesh.copy == 0:
+            norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()])
+            squares += sum((norm.double().square().to(self.device) for norm in norms), squares.new_zeros(()))
+        self._comm.sum_([squares])
+        return squares[0].sqrt().float()
+
+    def frozen(self, weights: Leaves) -> Callable[[Tensor], Tensor]:
+        """See the protocol; in shards as well."""
+        copied = spread_copy(self._bare, self._mesh, self.device)
+        load_spread(copied, self._own_spans, weights)
+        return functools.partial(self._infer, copied)
+
+    def _optimizer_state(self) -> dict[str, Any] | None:
+        return None if self._optimizer is None else state_of(self._optimizer, self._names, self._own_spans)
+
+    def _load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        assert self._optimizer is not None
+        load_state(self._optimizer, self._names, self._own_spans, state)
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, key = name.rpartition(".")
+    return model.get_submodule(module), key
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    from hpccl.engine.sharded import units
+
+    for unit in units(model):
+        if unit is not model:
+            unit.compile()

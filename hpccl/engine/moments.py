@@ -1,0 +1,91 @@
+"""The state of a torch optimiser by name of parameter, whole or spread as its parameters are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpccl.dist.spread import Slab, Span, Stored, elements, whole
+
+__all__ = ["group_numbers", "load_state", "local", "state_of"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def group_numbers(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What optimisers count in their groups; lists and tuples there are settings, which come from the run."""
+    plain = (bool, int, float, Tensor)
+    return [
+        {key: value for key, value in group.items() if value is None or isinstance(value, plain)} for group in groups
+    ]
+
+
+def state_of(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], spans: Mapping[str, Span]
+) -> dict[str, Any]:
+    """{moments: by parameter, by key; groups}: copies of nothing, so write or copy them before the next step."""
+    moments: dict[str, dict[str, Any]] = {}
+    for parameter, kept in optimizer.state.items():
+        name = names[parameter]
+        moments[name] = {key: _saved(value, parameter, spans.get(name)) for key, value in kept.items()}
+    return {"moments": moments, "groups": group_numbers(optimizer.param_groups)}
+
+
+def _saved(value: Any, parameter: Tensor, span: Span | None) -> Any:
+    if span is None or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return Slab(local(value).reshape(-1), span)
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    spans: Mapping[str, Span],
+    state: Mapping[str, Any],
+) -> None:
+    """The inverse of `state_of`, from tensors that are whole or in files."""
+    for group, numbers in zip(optimizer.param_groups, state["groups"], strict=True):
+        group.update(
+            {key: value.to(_device(group)) if isinstance(value, Tensor) else value for key, value in numbers.items()}
+        )
+        beside = bool(group.get("fused") or group.get("capturable"))
+        for parameter in group["params"]:
+            name = names[parameter]
+            if name in state["moments"]:
+                load = _loader(parameter, spans.get(name), beside=beside)
+                optimizer.state[parameter] = {key: load(value) for key, value in state["moments"][name].items()}
+
+
+def _loader(parameter: Tensor, span: Span | None, *, beside: bool) -> Callable[[Any], Any]:
+    """beside: numbers such as the count of steps live on the parameter's device."""
+
+    def load(value: Any) -> Any:
+        if not isinstance(value, (Tensor, Slab, Stored)):
+            return value
+        if tuple(value.shape) != tuple(parameter.shape):
+            number = whole(value) if not isinstance(value, Slab) else value.local
+            return number.to(parameter.device) if beside else number.clone()
+        dtype = value.local.dtype if isinstance(value, Slab) else getattr(value, "dtype", torch.float32)
+        # In the parameter's memory layout: fused kernels pair a moment with its weight by place, not by index.
+        made = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        own = local(made)
+        if span is None:
+            assert not isinstance(value, Slab), "a part is not the whole"
+            own.copy_(whole(value))
+        else:
+            own.copy_(elements(value, span.start, span.stop).view_as(own))
+        return made
+
+    return load
+
+
+def _device(group: Mapping[str, Any]) -> torch.device:
+    parameter: Tensor = group["params"][0]
+    return parameter.device

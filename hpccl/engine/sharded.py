@@ -1,0 +1,169 @@
+"""A network whose weights are in shards and are whole only block by block, while a pass goes through (FSDP2).
+
+The fsdp2 engine trains such a network. Other engines that spread weights use one for passes outside training, and a
+frozen teacher is one, too. Every pass is collective: all ranks run equally many.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from hpccl.dist.comm import Comm
+from hpccl.dist.spread import Slab, Span, Stored, elements, whole
+from hpccl.engine.moments import local
+from hpccl.errors import ConfigError
+
+__all__ = [
+    "Mesh",
+    "is_spread",
+    "load_spread",
+    "own_parameters",
+    "shard",
+    "skeleton",
+    "spans_of",
+    "spread_copy",
+    "units",
+]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+_SMALLEST = 1 << 14  # elements of a unit of its own; smaller modules stay with the module around them
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether the weights of `module` are in shards, so that its passes are collective."""
+    return isinstance(module, FSDPModule)
+
+
+@final
+@dataclass(frozen=True)
+class Mesh:
+    """How ranks share a copy of the weights.
+
+    devices: of torch; two-dimensional (copies, shards) if there are several copies
+    rank: among the ranks that share this rank's copy
+    size: of that group
+    copy: number of this rank's copy
+    """
+
+    devices: DeviceMesh
+    rank: int
+    size: int
+    copy: int
+
+    @classmethod
+    def of(cls, comm: Comm, shard_size: int | None) -> Mesh:
+        """Neighbouring ranks share a copy.
+
+        Raises:
+            ConfigError: the ranks cannot be divided so.
+        """
+        size = shard_size or comm.size
+        if size > comm.size or comm.size % size:
+            allowed = [number for number in range(1, comm.size + 1) if comm.size % number == 0]
+            raise ConfigError(
+                f"engine.shard_size={size} does not divide the {comm.size} ranks of this run; allowed: "
+                f"{', '.join(map(str, allowed))} (ranks that share one copy of the weights, such as those of a node), "
+                "or null for all"
+            )
+        shape, names = ((size,), ("shard",)) if size == comm.size else ((comm.size // size, size), ("copy", "shard"))
+        devices = init_device_mesh(comm.device.type, shape, mesh_dim_names=names)
+        return cls(devices, comm.rank % size, size, comm.rank // size)
+
+    def span(self, shape: tuple[int, ...]) -> Span:
+        """This rank's rows of a parameter."""
+        return Span.of_rows(shape, self.rank, self.size, copy=self.copy)
+
+
+def units(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose weights come and go together, innermost first, `model` itself last.
+
+    The members of every Sequential and ModuleList, but not what is inside them: a residual block, a transformer layer.
+    Small ones stay with what is around them.
+    """
+    yield from _members(model)
+    yield model
+
+
+def _members(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(module, _CONTAINERS) and not _is_stage(child):
+            if numel(child) >= _SMALLEST:
+                yield child
+        else:
+            yield from _members(child)
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether units are inside: a stage has several members that have parts themselves, a block does not."""
+    inner = [child for child in module.modules() if isinstance(child, _CONTAINERS)]
+    return any(sum(any(True for _ in member.children()) for member in container.children()) > 1 for container in inner)
+
+
+def shard(model: nn.Module, mesh: Mesh, *, reshard: bool = True, offload: bool = False) -> None:
+    """Put the weights of `model` in shards, in place; each rank keeps its own rows.
+
+    Raises:
+        ConfigError: a parameter is a single number, which has no rows.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise ConfigError(f"parameter '{name}' is a single number and cannot be in shards; use engine.kind=ddp")
+    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for unit in units(model):
+        fully_shard(unit, mesh=mesh.devices, reshard_after_forward=reshard, offload_policy=policy)
+
+
+def spans_of(model: nn.Module, mesh: Mesh) -> dict[str, Span]:
+    """By parameter."""
+    return {name: mesh.span(tuple(value.shape)) for name, value in model.named_parameters()}
+
+
+def own_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """This rank's live elements [n] by parameter, between passes."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+    return {name: local(value.detach()).view(-1) for name, value in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_spread(model: nn.Module, spans: Mapping[str, Span], weights: Mapping[str, Tensor | Slab | Stored]) -> None:
+    """Replace parameters and buffers of a network in shards, by name."""
+    own, buffers = own_parameters(model), dict(model.named_buffers())
+    for name, value in weights.items():
+        if name in own:
+            own[name].copy_(elements(value, spans[name].start, spans[name].stop))
+        elif name in buffers:
+            assert not isinstance(value, Slab), "buffers are whole"
+            buffers[name].copy_(whole(value))
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """The architecture with its buffers but without the memory of its parameters."""
+    memo: dict[int, Any] = {
+        id(value): nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
+        for value in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def spread_copy(bare: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
+    """A network in shards from a skeleton; its weights are yet to be loaded."""
+    made = skeleton(bare).requires_grad_(False)
+    shard(made, mesh)
+    made._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value.to(device))
+    return made
+
+
+def numel(model: nn.Module) -> int:
+    """Elements of all parameters."""
+    return sum(math.prod(value.shape) for value in model.parameters())
