@@ -203,13 +203,6 @@ class Block:
         """Bound on the relative error of what truncating and merging changed, Frobenius norm, of a whole block."""
         return self.lost / self.norm() if self.lost > 0 else 0.0
 
-    def matvec(self, matrix: Tensor) -> Tensor:
-        """The product with [g, o, d]: this part's rows or columns of it."""
-        total = self.terms[0].matvec(matrix)
-        for term in self.terms[1:]:
-            total += term.matvec(matrix)
-        return total
-
     def add_matvec_(self, target: Tensor, matrix: Tensor, *, scale: float) -> None:
         """Add `scale` times the product with `matrix` [g, o, d] to `target`: this part's rows or columns, as a view.
 

@@ -50,17 +50,6 @@ class DensePrecision:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the dense curvature in the checkpoint is damaged: {error}") from error
 
-    def matvec(self, delta: Weights) -> dict[str, Tensor]:
-        """The product with `delta`, which names every parameter; in fp32.
-
-        Raises:
-            CoverageError: the names are not those that were measured.
-        """
-        self._refuse_other(delta)
-        flat = torch.cat([delta[name].float().reshape(-1) for name in self.shapes])
-        parts = (self.matrix @ flat).split([delta[name].numel() for name in self.shapes])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
-
     def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
         """Every parameter's rows, multiplied by the rank that owns them; see Precision.pieces."""
         self._refuse_other(like)

@@ -62,15 +62,6 @@ class Diagonal:
         """Bytes held."""
         return sum(value.nbytes for value in self.values.values())
 
-    def matvec(self, delta: Weights) -> Weights:
-        """Values times `delta`, element by element, for the names in `delta`; in fp32.
-
-        Raises:
-            CoverageError: a name of `delta` has no curvature.
-        """
-        self._refuse_unknown(delta)
-        return {name: self.values[name] * value.float() for name, value in delta.items()}
-
     def _refuse_unknown(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.values]
         if unknown:
