@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-__all__ = ["interleaved", "machine", "median_ratio", "print_result", "versions"]
+__all__ = ["interleaved", "machine", "median_ratio", "print_result", "spawn", "versions"]
 
 _PACKAGES = ("torch", "torchvision", "numpy", "timm", "pillow", "simplejpeg")
 
@@ -49,6 +49,13 @@ def print_result(name: str, headline: Mapping[str, float], **details: Any) -> No
         "details": details,
     }
     print(json.dumps(result), flush=True)
+
+
+def spawn(work: Callable[..., None], arguments: tuple[Any, ...], nproc: int = 1) -> None:
+    """work(rank, *arguments) in `nproc` new processes; returns when all have, raises what one raised."""
+    import torch.multiprocessing
+
+    torch.multiprocessing.spawn(work, arguments, nprocs=nproc)  # type: ignore[attr-defined, no-untyped-call] # torch's
 
 
 def interleaved(runs: Mapping[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:

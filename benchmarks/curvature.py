@@ -10,7 +10,6 @@ not installed are reported as absent, never guessed:
 
 `peak_bytes` is what a run needs beyond the model and its images, each in a process of its own.
 
-
     mc, empirical      one label a sample drawn from the model, or the true one; every position counts (expand)
     everything         hpccl alone: norms, embeddings and free parameters trainable too, with their exact diagonal
     forward_backward   loss.backward() of the same batches, gradients of the same parameters
@@ -36,11 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks._common import print_result
+from benchmarks._common import print_result, spawn
 from hpccl.compat import import_timm
 from hpccl.curvature.columns import Fisher
 from hpccl.curvature.factors import KroneckerPass, Measured
@@ -223,11 +221,11 @@ def measure(case: Case) -> dict[str, Any]:
     """seconds: least of all turns; peak_bytes beyond model and images, each run in a process of its own; errors."""
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         file = Path(folder) / "found.json"
-        mp.spawn(_time, (case, str(file)), nprocs=1)  # type: ignore[attr-defined, no-untyped-call]
+        spawn(_time, (case, str(file)))
         found: dict[str, Any] = json.loads(file.read_text())
         found["peak_bytes"] = {}
         for name in (name for name in found["seconds"] if not name.endswith("/empirical")):
-            mp.spawn(_peak, (case, name, str(file)), nprocs=1)  # type: ignore[attr-defined, no-untyped-call]
+            spawn(_peak, (case, name, str(file)))
             found["peak_bytes"][name] = json.loads(file.read_text())
     return found
 

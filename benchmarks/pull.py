@@ -36,12 +36,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks._common import interleaved, median_ratio, print_result
+from benchmarks._common import interleaved, median_ratio, print_result, spawn
 from benchmarks._pictures import Pictures
 from benchmarks._steps import RandomImages, Steps, make_world, random_stream
 from hpccl.config.run import RunConfig
@@ -251,7 +250,7 @@ def ranks_kept(precision: Kronecker) -> dict[str, list[int]]:
 def measure(case: Case, nproc: int, precision: str, folder: Path) -> dict[str, Any]:
     """Of `nproc` processes: what rank 0 found."""
     (folder / "meet").unlink(missing_ok=True)
-    mp.spawn(work, (case, nproc, precision, folder), nprocs=nproc)  # type: ignore[attr-defined, no-untyped-call]
+    spawn(work, (case, nproc, precision, folder), nproc)
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
 

@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from benchmarks._common import interleaved, median_ratio, print_result
+from benchmarks._common import interleaved, median_ratio, print_result, spawn
 from benchmarks._steps import Steps, make_world, random_stream
 from hpccl.config.run import RunConfig
 from hpccl.curvature.diagonal import Diagonal
@@ -89,7 +88,7 @@ def main() -> None:
     cases = [replace(CASES[0], steps=1, turns=7)] if options.quick else list(CASES)
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         arguments = (options.nproc, folder, cases, options.precision)
-        mp.spawn(work, arguments, nprocs=options.nproc)  # type: ignore[attr-defined, no-untyped-call]
+        spawn(work, arguments, options.nproc)
         found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
     report(found, nproc=options.nproc, precision=options.precision, quick=options.quick)
 

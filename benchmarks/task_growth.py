@@ -27,9 +27,8 @@ from typing import Any
 
 import psutil
 import torch
-import torch.multiprocessing as mp
 
-from benchmarks._common import interleaved, median_ratio, print_result
+from benchmarks._common import interleaved, median_ratio, print_result, spawn
 from benchmarks._steps import Steps, make_world, random_stream
 from hpccl.checkpoint.store import Mark, load, marks, open_shards
 from hpccl.config.run import RunConfig
@@ -79,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         for method in METHODS:
             # A process of its own: what one method leaves in memory is not counted for the next.
-            mp.spawn(work, (method, size, folder), nprocs=1)  # type: ignore[attr-defined, no-untyped-call]
+            spawn(work, (method, size, folder))
             found[method] = json.loads((Path(folder) / f"{method}.json").read_text())
     report(found, quick=options.quick, **vars(size))
 

@@ -83,6 +83,14 @@ class Layout:
         """The named weights as a matrix [g, o, d], fp32."""
         return self.difference(weights, {name: torch.zeros_like(weights[name]) for name in self.names})
 
+    def matrices(self, rows: Weights) -> Tensor:
+        """Several named weights, each [m, *shape of the parameter], as matrices [m, g, o, d] in the weight's dtype."""
+        matrices = self._matrix(rows[self.weight])
+        if self.bias is None:
+            return matrices
+        bias = rows[self.bias].reshape(*matrices.shape[:3], 1)
+        return torch.cat([matrices, bias.to(matrices)], dim=3)
+
     def weight_of(self, matrix: Tensor) -> Tensor:
         """The weight's part of a matrix [g, o, d], in the weight's shape; a view."""
         inputs = math.prod(self.weight_shape[1:])
@@ -114,9 +122,12 @@ class Layout:
         return torch.cat([moved, positions[last:]])
 
     def _matrix(self, weight: Tensor) -> Tensor:
+        """[..., *shape of the weight] as [..., g, o, d without bias]; a view where it lies so."""
+        before = weight.shape[: weight.dim() - len(self.weight_shape)]
         if self.channels_last:
-            weight = weight.movedim(1, -1)
-        return weight.reshape(self.groups, self.weight_shape[0] // self.groups, -1)
+            weight = weight.movedim(-3, -1)
+        groups, outputs, _ = self.shape
+        return weight.reshape(*before, groups, outputs, -1)
 
 
 @final
@@ -191,13 +202,6 @@ class Block:
     def error(self) -> float:
         """Bound on the relative error of what truncating and merging changed, Frobenius norm, of a whole block."""
         return self.lost / self.norm() if self.lost > 0 else 0.0
-
-    def matvec(self, matrix: Tensor) -> Tensor:
-        """The product with [g, o, d]: this part's rows or columns of it."""
-        total = self.terms[0].matvec(matrix)
-        for term in self.terms[1:]:
-            total += term.matvec(matrix)
-        return total
 
     def add_matvec_(self, target: Tensor, matrix: Tensor, *, scale: float) -> None:
         """Add `scale` times the product with `matrix` [g, o, d] to `target`: this part's rows or columns, as a view.

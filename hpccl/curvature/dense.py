@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hpccl.curvature.capture import measuring
-from hpccl.curvature.columns import Fisher, check_labels, output_columns
+from hpccl.curvature.columns import Fisher, output_columns
 from hpccl.curvature.coverage import refuse_unfit
 from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights
-from hpccl.curvature.sweep import agree
+from hpccl.curvature.sweep import all_or_none, fit_examples
 from hpccl.dist.comm import Comm
-from hpccl.errors import CheckpointError, CoverageError, DivergedError, HpcclError
+from hpccl.errors import CheckpointError, CoverageError, DivergedError
 
 __all__ = ["DenseEstimator", "DensePrecision"]
 
@@ -49,17 +49,6 @@ class DensePrecision:
             return cls(state["matrix"], shapes, float(state["num_examples"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the dense curvature in the checkpoint is damaged: {error}") from error
-
-    def matvec(self, delta: Weights) -> dict[str, Tensor]:
-        """The product with `delta`, which names every parameter; in fp32.
-
-        Raises:
-            CoverageError: the names are not those that were measured.
-        """
-        self._refuse_other(delta)
-        flat = torch.cat([delta[name].float().reshape(-1) for name in self.shapes])
-        parts = (self.matrix @ flat).split([delta[name].numel() for name in self.shapes])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
         """Every parameter's rows, multiplied by the rank that owns them; see Precision.pieces."""
@@ -154,42 +143,31 @@ class DenseEstimator:
         size = sum(value.numel() for value in parameters.values())
         matrix = torch.zeros(size, size, device=comm.device)
         count = torch.zeros(1, dtype=torch.float64, device=comm.device)
-        failure: HpcclError | None = None
-        try:
-            for batch in batches:
-                self._add(model, parameters, batch, matrix, count)
-        except HpcclError as error:
-            failure = error
-        agree(comm, failure)
+
+        def add() -> None:
+            for part in fit_examples(model, batches):
+                count.add_(part.weight.double().sum())
+                for number in range(len(part)):
+                    self._add(model, parameters, part.select(slice(number, number + 1)), matrix)
+
+        all_or_none(comm, add)
         comm.sum_([matrix, count])
         return DensePrecision(matrix, {name: tuple(value.shape) for name, value in parameters.items()}, float(count))
 
-    def _add(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Examples, matrix: Tensor, count: Tensor
-    ) -> None:
-        refuse_unfit(model)
-        like = next(iter(parameters.values()))
-        examples = batch.to(like.device, like.dtype)
-        examples = examples.select(examples.weight > 0)
-        if len(examples) == 0:
+    def _add(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], example: Examples, matrix: Tensor) -> None:
+        with measuring(model, example.pixels.device):
+            logits = model(example.pixels)
+            columns = output_columns(logits, example, self.fisher, samples=self.samples, seed=self.seed)
+            rows = [_gradient(logits, column, parameters) for column in columns]
+        if not rows:  # a head of one class has nothing to be unsure about
             return
-        check_labels(examples)
-        count += examples.weight.double().sum()
-        for number in range(len(examples)):
-            one = examples.select(slice(number, number + 1))
-            with measuring(model, like.device):
-                logits = model(one.pixels)
-                columns = output_columns(logits, one, self.fisher, samples=self.samples, seed=self.seed)
-                rows = [_gradient(logits, column, parameters) for column in columns]
-            if not rows:  # a head of one class has nothing to be unsure about
-                continue
-            root = torch.stack(rows)
-            if not bool(root.isfinite().all()):
-                raise DivergedError(
-                    f"the gradient of sample {int(one.sample[0])} is not finite; "
-                    "curvature needs a model that has not diverged"
-                )
-            matrix.addmm_(root.T, root)
+        root = torch.stack(rows)
+        if not bool(root.isfinite().all()):
+            raise DivergedError(
+                f"the gradient of sample {int(example.sample[0])} is not finite; "
+                "curvature needs a model that has not diverged"
+            )
+        matrix.addmm_(root.T, root)
 
 
 def _gradient(logits: Tensor, column: Tensor, parameters: Mapping[str, nn.Parameter]) -> Tensor:

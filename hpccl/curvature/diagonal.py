@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from hpccl.curvature.capture import measuring
 from hpccl.curvature.columns import Fisher
 from hpccl.curvature.coverage import Coverage, refuse_unfit
-from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights
+from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights, strided_like
 from hpccl.curvature.pullback import layer_squares, looped_squares, mapped_squares
-from hpccl.curvature.sweep import Sweep, agree, fit_examples, in_parts, listed, planned, zeros_for
+from hpccl.curvature.sweep import Sweep, all_or_none, fit_examples, in_parts, listed, planned, zeros_for
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
-from hpccl.errors import CheckpointError, CoverageError, HpcclError
+from hpccl.errors import CheckpointError, CoverageError
 
 __all__ = ["Diagonal", "DiagonalEstimator"]
 
@@ -62,15 +62,6 @@ class Diagonal:
         """Bytes held."""
         return sum(value.nbytes for value in self.values.values())
 
-    def matvec(self, delta: Weights) -> Weights:
-        """Values times `delta`, element by element, for the names in `delta`; in fp32.
-
-        Raises:
-            CoverageError: a name of `delta` has no curvature.
-        """
-        self._refuse_unknown(delta)
-        return {name: self.values[name] * value.float() for name, value in delta.items()}
-
     def _refuse_unknown(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.values]
         if unknown:
@@ -85,7 +76,7 @@ class Diagonal:
         self._refuse_unknown(like)
         owner = owners({name: float(weight.numel()) for name, weight in like.items()}, comm.size)
         return [
-            _piece(name, _strided(self.values[name], weight))
+            _piece(name, strided_like(self.values[name], weight))
             for name, weight in like.items()
             if owner[name] == comm.rank
         ]
@@ -160,15 +151,14 @@ class DiagonalEstimator:
         """
         values = {name: zeros_for(value) for name, value in model.named_parameters() if value.requires_grad}
         count = torch.zeros(1, dtype=torch.float64, device=comm.device)
-        failure: HpcclError | None = None
-        try:
+
+        def add() -> None:
             for examples, squares in self._measured(model, batches):
-                count += examples.weight.double().sum().to(count.device)
+                count.add_(examples.weight.double().sum().to(count.device))
                 for name, value in squares.items():
                     values[name] += value
-        except HpcclError as error:
-            failure = error
-        agree(comm, failure)
+
+        all_or_none(comm, add)
         comm.sum_([*values.values(), count])
         return Diagonal(values, float(count))
 
@@ -217,10 +207,3 @@ def _piece(name: str, values: Tensor) -> Piece:
         return total.add_(difference, alpha=scale * damping)
 
     return Piece(name, (name,), add)
-
-
-def _strided(value: Tensor, like: Tensor) -> Tensor:
-    """The same numbers with the strides of `like`: mixed layouts (channels_last) cost several times as much."""
-    if value.stride() == like.stride():
-        return value
-    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)

@@ -31,7 +31,7 @@ from hpccl.curvature.pullback import looped_squares, mapped_squares, stream_grad
 from hpccl.curvature.sweep import (
     Forward,
     Sweep,
-    agree,
+    all_or_none,
     fastest_layout,
     fit_examples,
     in_parts,
@@ -40,7 +40,7 @@ from hpccl.curvature.sweep import (
     zeros_for,
 )
 from hpccl.dist.comm import Comm
-from hpccl.errors import CoverageError, HpcclError
+from hpccl.errors import CoverageError
 
 __all__ = ["BlockSums", "EigenPass", "KroneckerPass", "Measured", "Shape", "refuse_large"]
 
@@ -108,19 +108,16 @@ class KroneckerPass:
             WorldError: any of these on another rank.
         """
         coverage, examples = planned_together(model, batches, comm)
-        growing: _Growing | None = None
-        failure: HpcclError | None = None
-        try:
+
+        def grown() -> _Growing:
             growing = self._begin(model, coverage)
             for batch in examples:
                 for part in in_parts(batch, _fitting(growing.coverage.graph_bytes, batch)):
                     with measuring(model, part.pixels.device):
                         self._add(model, growing, part)
-        except HpcclError as error:
-            failure = error
-        agree(comm, failure)
-        assert growing is not None, "whoever could not begin has raised"
-        return growing.measured(comm.device)
+            return growing
+
+        return all_or_none(comm, grown).measured(comm.device)
 
     def check(self, model: nn.Module) -> None:
         """Refuse at once what `run` would refuse later, as far as can be told without data.
@@ -132,9 +129,7 @@ class KroneckerPass:
         _refuse_idle_patterns(model, self.diagonal)
         layers = {name: {local: local for local in _trained(module)} for name, module in model.named_modules()}
         shapes = {
-            name: _shape(model, name, names)
-            for name, names in layers.items()
-            if isinstance(model.get_submodule(name), (nn.Linear, nn.Conv2d)) and self._factored(model, name, names)
+            name: _shape(model, name, names) for name, names in layers.items() if self._factored(model, name, names)
         }
         refuse_large(shapes, self.max_factor)
 
@@ -159,10 +154,9 @@ class KroneckerPass:
     def _add(self, model: nn.Module, growing: _Growing, part: Examples) -> None:
         """Add the sums of one part."""
         coverage = growing.coverage
-        lower = torch.bfloat16 if self.precision == "bf16" else None
         rows = widen(model, coverage.widened, len(part))
         laid = growing.laid(model, part)
-        found = self._sweep.forward(model, coverage.layers, laid, autocast=lower, widened=rows)
+        found = self.sweep.forward(model, coverage.layers, laid, autocast=self.autocast, widened=rows)
         root = None if bool((part.weight == 1).all()) else part.weight.sqrt()
         for name, block in growing.blocks.items():
             block.a.add_(found.calls[name][0].inputs[0], len(part), root)
@@ -174,7 +168,7 @@ class KroneckerPass:
         growing.add(looped_squares(model, coverage.looped, pixels, columns)[0])
         growing.count += float(part.weight.double().sum())
         if not growing.finite():
-            raise self._sweep.blame(model, coverage.layers, part, growing.sums())
+            raise self.sweep.blame(model, coverage.layers, part, growing.sums())
 
     def _visit(self, model: nn.Module, growing: _Growing, found: Forward) -> Callable[[str, Tensor], None]:
         def visit(name: str, grad: Tensor) -> None:
@@ -194,21 +188,24 @@ class KroneckerPass:
         return visit
 
     @property
-    def _sweep(self) -> Sweep:
+    def sweep(self) -> Sweep:
+        """What is asked of every example."""
         return Sweep(self.fisher, self.samples, self.seed)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of the passes; None is that of the weights."""
+        return torch.bfloat16 if self.precision == "bf16" else None
 
 
 @dataclass(frozen=True)
 class EigenPass:
     """Measures the diagonal of layers in bases that were found by a KroneckerPass.
 
-    fisher, samples, seed, precision: those of that pass
+    first: that pass, whose examples' columns and precision are taken
     """
 
-    fisher: Fisher = "mc"
-    samples: int = 1
-    seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    first: KroneckerPass
 
     def run(self, model: nn.Module, batches: Iterable[Examples], comm: Comm, bases: Bases) -> dict[str, Tensor]:
         """S [g, o, d] fp32 by layer, of this rank's examples; collective, but the sums stay local.
@@ -221,26 +218,23 @@ class EigenPass:
             WorldError: any of these on another rank.
         """
         sums = {name: _outer_zeros(qa, qb) for name, (qa, qb) in bases.items()}
-        failure: HpcclError | None = None
-        held, layout = 0, torch.preserve_format
-        try:
+
+        def add() -> None:
+            held, layout = 0, torch.preserve_format
             for batch in fit_examples(model, batches):
                 with measuring(model, batch.pixels.device):
                     if not held:
                         held, layout = footprint(model, batch.pixels) + 1, fastest_layout(model, batch.pixels)
                     for part in in_parts(batch, _fitting(held, batch)):
-                        self._add(
-                            model, sums, bases, replace(part, pixels=part.pixels.contiguous(memory_format=layout))
-                        )
-        except HpcclError as error:
-            failure = error
-        agree(comm, failure)
+                        laid = replace(part, pixels=part.pixels.contiguous(memory_format=layout))
+                        self._add(model, sums, bases, laid)
+
+        all_or_none(comm, add)
         return sums
 
     def _add(self, model: nn.Module, sums: Mapping[str, Tensor], bases: Bases, part: Examples) -> None:
-        lower = torch.bfloat16 if self.precision == "bf16" else None
-        sweep = Sweep(self.fisher, self.samples, self.seed)
-        found = sweep.forward(model, bases, part, autocast=lower)
+        sweep = self.first.sweep
+        found = sweep.forward(model, bases, part, autocast=self.first.autocast)
 
         def visit(name: str, grad: Tensor) -> None:
             x, module = found.calls[name][0].inputs[0], model.get_submodule(name)

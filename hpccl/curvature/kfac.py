@@ -62,21 +62,11 @@ class KroneckerEstimator:
         Raises:
             CoverageError, DataError, DivergedError, WorldError: see KroneckerPass.run.
         """
-        measured = self.sweep.run(model, batches, comm)
-        layouts = _layouts(model, measured)
         # Eigenvectors need a whole factor.
         divisible = self.keep_trace == 1 and not isinstance(self.tasks, RefitTasks)
-        placed = layout_parts(layouts, comm, divisible=divisible)
-        spread = _spread(measured, placed, comm)
-        return Kronecker(
-            all_or_none(comm, lambda: tuple(block.truncated(self.keep_trace) for block in spread)),
-            _rest(measured, comm),
-            float(measured.count),
-            self.tasks,
-            tuple(layouts),
-            divisible,
-            self.keep_trace,
-        )
+        whole, _ = _measured(self.sweep, model, batches, comm, self.tasks, divisible=divisible)
+        truncated = all_or_none(comm, lambda: tuple(block.truncated(self.keep_trace) for block in whole.blocks))
+        return replace(whole, blocks=truncated, keep_trace=self.keep_trace)
 
 
 @final
@@ -96,23 +86,38 @@ class EkfacEstimator:
         Raises:
             CoverageError, DataError, DivergedError, WorldError: see KroneckerPass.run.
         """
-        measured = self.sweep.run(model, batches, comm)
-        layouts = _layouts(model, measured)
-        placed = layout_parts(layouts, comm, divisible=False)
-        blocks = {block.layout.name: block for block in _spread(measured, placed, comm)}
-        rest, count = _rest(measured, comm), float(measured.count)
+        whole, placed = _measured(self.sweep, model, batches, comm, RefitTasks(), divisible=False)
+        blocks = {block.layout.name: block for block in whole.blocks}
         eigen = all_or_none(comm, lambda: _eigen(blocks))
         bases = _everyone(eigen, placed, comm)
-        sweep = self.sweep
-        second = EigenPass(sweep.fisher, sweep.samples, sweep.seed, sweep.precision)
-        values = second.run(model, batches, comm, bases)
+        values = EigenPass(self.sweep).run(model, batches, comm, bases)
         found: list[Block] = []
         for layout, ((owner, _),) in placed:
             comm.reduce_(values[layout.name], owner=owner)
             if owner == comm.rank:
                 term = replace(eigen[layout.name], values=values[layout.name])
                 found.append(replace(blocks[layout.name], terms=(term,)))
-        return Kronecker(tuple(found), rest, count, RefitTasks(), tuple(layouts), divisible=False)
+        return replace(whole, blocks=tuple(found))
+
+
+def _measured(
+    sweep: KroneckerPass,
+    model: nn.Module,
+    batches: Iterable[Examples],
+    comm: Comm,
+    tasks: TasksConfig,
+    *,
+    divisible: bool,
+) -> tuple[Kronecker, Placed]:
+    """One Kronecker product a layer, spread over ranks, and where each layer or part is."""
+    measured = sweep.run(model, batches, comm)
+    layouts = _layouts(model, measured)
+    placed = layout_parts(layouts, comm, divisible=divisible)
+    blocks = tuple(_spread(measured, placed, comm))
+    comm.sum_(list(measured.squares.values()))
+    count = float(measured.count)
+    rest = Diagonal(dict(measured.squares), count)
+    return Kronecker(blocks, rest, count, tasks, tuple(layouts), divisible), placed
 
 
 def _eigen(blocks: Mapping[str, Block]) -> dict[str, Eigen]:
@@ -131,11 +136,6 @@ def _layouts(model: nn.Module, measured: Measured) -> list[Layout]:
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
         found.append(Layout(name, sums.weight, sums.bias, tuple(weight.shape), groups, last))
     return found
-
-
-def _rest(measured: Measured, comm: Comm) -> Diagonal:
-    comm.sum_(list(measured.squares.values()))
-    return Diagonal(dict(measured.squares), float(measured.count))
 
 
 def _spread(measured: Measured, placed: Placed, comm: Comm) -> list[Block]:

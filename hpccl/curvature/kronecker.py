@@ -17,7 +17,7 @@ from hpccl.config.sections import TasksConfig
 from hpccl.curvature.blocks import WHOLE, Block, Layout, Part
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.protocols import Piece, Precision, Shards, Totals, Weights
-from hpccl.curvature.sweep import all_or_none, listed
+from hpccl.curvature.sweep import listed
 from hpccl.curvature.tasks import norms, summed
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import pieces
@@ -105,20 +105,17 @@ class Kronecker:
         mine = [(block.layout, block.part) for block in self.blocks]
         if mine != [(block.layout, block.part) for block in other.blocks]:
             raise CoverageError("cannot add curvatures of different layers, or placed on ranks differently")
-        blocks = all_or_none(
+        blocks = summed(
+            self.blocks,
+            other.blocks,
+            self.tasks,
             comm,
-            lambda: summed(
-                self.blocks,
-                other.blocks,
-                self.tasks,
-                comm,
-                one_pull=sum(map(_pull_cost, self.layouts)),
-                keep_trace=self.keep_trace,
-            ),
+            one_pull=sum(map(_pull_cost, self.layouts)),
+            keep_trace=self.keep_trace,
         )
         return replace(
             self,
-            blocks=all_or_none(comm, lambda: tuple(block.truncated(self.keep_trace) for block in blocks)),
+            blocks=tuple(blocks),
             rest=self.rest.plus(other.rest, comm),
             num_examples=self.num_examples + other.num_examples,
         )

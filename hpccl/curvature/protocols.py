@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpccl.dist.comm import Comm
 
-__all__ = ["Estimator", "Examples", "Piece", "Precision", "Shards", "Totals", "Weights"]
+__all__ = ["Estimator", "Examples", "Piece", "Precision", "Shards", "Totals", "Weights", "strided_like"]
 
 Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
 
@@ -139,3 +139,13 @@ class Estimator(Protocol):
             CoverageError: a trainable parameter is not covered.
             DivergedError: an activation or a gradient is not finite.
         """
+
+
+def strided_like(value: Tensor, like: Tensor) -> Tensor:
+    """The same numbers with the strides of `like`: mixed layouts (channels_last) cost several times as much.
+
+    `value` itself where it has them already.
+    """
+    if value.stride() == like.stride():
+        return value
+    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)

@@ -22,10 +22,10 @@ from hpccl.curvature.dense import DensePrecision
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.kronecker import Kronecker, layout_parts
 from hpccl.curvature.protocols import Precision, Weights
-from hpccl.curvature.sweep import agree
+from hpccl.curvature.sweep import agree, all_or_none
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
-from hpccl.errors import CoverageError, HpcclError
+from hpccl.errors import CoverageError
 from hpccl.kron.eigen import Eigen, symmetric_eigh
 from hpccl.kron.merge import refit
 from hpccl.kron.product import chain, matmul
@@ -80,7 +80,7 @@ class BlockSpectrum:
 
     def coefficients(self, rows: Weights) -> Tensor:
         """See Spectrum: [m, g, o, d]."""
-        matrices = _matrices(self.layout, rows).to(self.values)
+        matrices = self.layout.matrices(rows).to(self.values)
         count, _, outputs, inputs = matrices.shape
         right = matmul(matrices.movedim(0, 1).flatten(1, 2), self.eigen.qa)  # [g, m o, d]
         turned = right.unflatten(1, (count, outputs)).transpose(1, 2).flatten(2)  # [g, o, m d]
@@ -180,14 +180,7 @@ def spectra(precision: Precision, comm: Comm) -> tuple[Spectrum, ...]:
     """
     covered(precision)
     blocks = tuple(_own_blocks(precision, comm)) if isinstance(precision, Kronecker) else ()
-    found: tuple[Spectrum, ...] = ()
-    failure: HpcclError | None = None
-    try:
-        found = tuple(_decomposed(precision, blocks, comm))
-    except HpcclError as error:
-        failure = error
-    agree(comm, failure)
-    return found
+    return all_or_none(comm, lambda: tuple(_decomposed(precision, blocks, comm)))
 
 
 def eigen_of(block: Block) -> Eigen:
@@ -272,12 +265,8 @@ def _everywhere(layout: Layout, ranks: Ranks, precision: Kronecker, comm: Comm) 
 def _broadcast(state: Mapping[str, Any] | None, source: int, comm: Comm) -> dict[str, Any]:
     """The nest of tensors and JSON scalars that rank `source` has."""
     tensors: list[Tensor] = []
-    text = b"" if state is None else json.dumps(_emptied(state, tensors)).encode()
-    header = torch.zeros(comm.max(len(text)), dtype=torch.uint8)
-    if state is not None:
-        header.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    comm.broadcast_([header], source=source)
-    skeleton = json.loads(bytes(header.tolist()))
+    text = None if state is None else json.dumps(_emptied(state, tensors))
+    skeleton = json.loads(comm.broadcast_text(text, source=source))
     if state is None:
         _allocate(skeleton, tensors, comm.device)
     comm.broadcast_(tensors, source=source)
@@ -333,16 +322,3 @@ def _diagonals(diagonal: Diagonal, comm: Comm) -> Sequence[Spectrum]:
         for name, value in diagonal.values.items()
         if owner[name] == comm.rank
     ]
-
-
-def _matrices(layout: Layout, rows: Weights) -> Tensor:
-    """Weights [m, *shape] as matrices [m, g, o, d]."""
-    groups, outputs, _ = layout.shape
-    weight = rows[layout.weight]
-    if layout.channels_last:
-        weight = weight.movedim(2, -1)
-    matrix = weight.reshape(len(weight), groups, outputs, -1)
-    if layout.bias is None:
-        return matrix
-    bias = rows[layout.bias].reshape(len(weight), groups, outputs, 1)
-    return torch.cat([matrix, bias.to(matrix)], dim=3)

@@ -29,6 +29,7 @@ __all__ = [
     "Sweep",
     "agree",
     "all_or_none",
+    "fastest_layout",
     "fit_examples",
     "in_parts",
     "listed",
@@ -251,11 +252,8 @@ def zeros_for(parameter: Tensor) -> Tensor:
 
 def _shared(coverage: Coverage | None, source: int, comm: Comm) -> Coverage:
     """The coverage of rank `source`; elsewhere `coverage` is ignored."""
-    text = json.dumps(asdict(coverage)).encode() if coverage and comm.rank == source else b""
-    sent = torch.zeros(comm.max(len(text)), dtype=torch.uint8)
-    sent[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
-    comm.broadcast_([sent], source=source)
-    fields: dict[str, Any] = json.loads(bytes(sent.tolist()))
+    text = json.dumps(asdict(coverage)) if coverage else None
+    fields: dict[str, Any] = json.loads(comm.broadcast_text(text, source=source))
     for name in ("mapped", "looped", "widened"):
         fields[name] = tuple(fields[name])
     return Coverage(**fields)

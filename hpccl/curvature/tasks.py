@@ -16,6 +16,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import assert_never
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from hpccl.config.sections import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
 from hpccl.curvature.blocks import WHOLE, Block, Term
+from hpccl.curvature.sweep import all_or_none
 from hpccl.dist.comm import Comm
 from hpccl.kron import merge
 from hpccl.kron.pair import Pair
@@ -44,7 +46,10 @@ def summed(
     """The sum of each old and its new block; collective.
 
     one_pull: operations of the exact pull of one task
-    keep_trace: share of the trace that a merged term keeps where factors are of low rank
+    keep_trace: share of the trace that a merged term keeps where factors are of low rank; other terms stay as they are
+
+    Raises:
+        DivergedError: a factor is not finite; WorldError if it is another rank's.
     """
     joined = [
         replace(old, terms=(*old.terms, *new.terms), counts=(*old.counts, *new.counts), lost=old.lost + new.lost)
@@ -54,12 +59,13 @@ def summed(
         case ListedTasks():
             return _within_budget(joined, tasks, comm, most_flops=tasks.max_cost * one_pull, keep_trace=keep_trace)
         case PooledTasks():
-            return [_pooled(block, gram) for block, gram in zip(joined, _grams(joined, comm), strict=True)]
+            grams = _grams(joined, comm)
+            return all_or_none(comm, lambda: [_pooled(b, g, keep_trace) for b, g in zip(joined, grams, strict=True)])
         case NearestTasks():
             grams = _grams(joined, comm)
-            return [_merged(block, gram, range(len(block.terms))) for block, gram in zip(joined, grams, strict=True)]
+            return all_or_none(comm, lambda: [_nearest(b, g, keep_trace) for b, g in zip(joined, grams, strict=True)])
         case RefitTasks():
-            return [_refitted(block) for block in joined]
+            return all_or_none(comm, lambda: [_refitted(block) for block in joined])
         case _:
             assert_never(tasks)
 
@@ -71,10 +77,15 @@ def norms(blocks: Sequence[Block], comm: Comm) -> list[float]:
     return [merge.sum_norm(*grams[id(block)]) if id(block) in grams else block.norm() for block in blocks]
 
 
-def _pooled(block: Block, gram: Grams) -> Block:
+def _pooled(block: Block, gram: Grams, keep_trace: float) -> Block:
     pairs = _pairs(block)
     weights = merge.pooled_weights(pairs, block.counts)
-    return _single(block, merge.combine(pairs, *weights), merge.combination_error(*gram, *weights))
+    single = _single(block, merge.combine(pairs, *weights), merge.combination_error(*gram, *weights))
+    return single.truncated(keep_trace)
+
+
+def _nearest(block: Block, gram: Grams, keep_trace: float) -> Block:
+    return _merged(block, gram, range(len(block.terms)), keep_trace)
 
 
 def _refitted(block: Block) -> Block:
@@ -92,7 +103,7 @@ def _within_budget(
     """Merge one pair in every layer that allows it, until all of them fit, or none allows it."""
     while _over_budget(blocks, tasks.max_gib * 2**30, most_flops, comm):
         grams = _grams(blocks, comm)
-        merged = [_closest_merged(b, g, tasks.tolerance, keep_trace) for b, g in zip(blocks, grams, strict=True)]
+        merged = all_or_none(comm, partial(_all_closest_merged, blocks, grams, tasks.tolerance, keep_trace))
         if not comm.any(any(after is not before for after, before in zip(merged, blocks, strict=True))):
             break
         blocks = merged
@@ -173,6 +184,12 @@ def _pairs(block: Block) -> list[Pair]:
     return pairs
 
 
+def _all_closest_merged(
+    blocks: Sequence[Block], grams: Sequence[Grams], tolerance: float, keep_trace: float
+) -> list[Block]:
+    return [_closest_merged(block, gram, tolerance, keep_trace) for block, gram in zip(blocks, grams, strict=True)]
+
+
 def _closest_merged(block: Block, gram: Grams, tolerance: float, keep_trace: float) -> Block:
     """The two closest terms as one; the block itself where there is one, or it errs too much, or saves nothing."""
     if len(block.terms) < 2:
@@ -180,19 +197,19 @@ def _closest_merged(block: Block, gram: Grams, tolerance: float, keep_trace: flo
     one, other, error = merge.closest(*gram)
     if block.lost + error > tolerance * float(merge.sum_norm(*gram)):
         return block
-    merged = _merged(block, gram, (one, other)).truncated(keep_trace)
+    merged = _merged(block, gram, (one, other), keep_trace)
     return merged if merged.num_bytes < block.num_bytes else block
 
 
-def _merged(block: Block, gram: Grams, chosen: Sequence[int]) -> Block:
+def _merged(block: Block, gram: Grams, chosen: Sequence[int], keep_trace: float) -> Block:
     """The block with the chosen terms replaced by their nearest Kronecker product, in the first one's place."""
     index = torch.tensor(list(chosen), device=gram[0].device)
     inputs, gradients = (kind[:, index][:, :, index] for kind in gram)
-    alpha, beta = merge.nearest_weights(inputs, gradients)
     pairs = _pairs(block)
-    nearest = merge.combine([pairs[t] for t in chosen], alpha, beta)
-    error = float(merge.merge_error(*gram, list(chosen)))
+    nearest = merge.combine([pairs[t] for t in chosen], *merge.nearest_weights(inputs, gradients))
+    # Truncated alone: the others were when they were made, and their eigenvectors would be found once more.
+    single = _single(block, nearest, float(merge.merge_error(*gram, list(chosen)))).truncated(keep_trace)
     kept = [t for t in range(len(pairs)) if t not in chosen[1:]]
-    terms = tuple(nearest if t == chosen[0] else pairs[t] for t in kept)
+    terms = tuple(single.terms[0] if t == chosen[0] else pairs[t] for t in kept)
     counts = tuple(sum(block.counts[c] for c in chosen) if t == chosen[0] else block.counts[t] for t in kept)
-    return replace(block, terms=terms, counts=counts, lost=block.lost + error)
+    return replace(single, terms=terms, counts=counts)

@@ -76,6 +76,18 @@ class Comm:
             dist.broadcast(sent, src=source)
             tensor.copy_(sent)
 
+    def broadcast_text(self, text: str | None, *, source: int = 0) -> str:
+        """The text of rank `source`; what others give is ignored."""
+        if self.size == 1:
+            assert text is not None, "a world of one has nobody else to ask"
+            return text
+        mine = bytearray((text or "").encode()) if self.rank == source else bytearray()
+        sent = torch.zeros(self.max(len(mine)), dtype=torch.uint8)
+        if mine:
+            sent.copy_(torch.frombuffer(mine, dtype=torch.uint8))
+        self.broadcast_([sent], source=source)
+        return bytes(sent.tolist()).decode()
+
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
         return self.max(int(flag)) > 0

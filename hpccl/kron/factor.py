@@ -4,7 +4,7 @@
     LowRank  A = V diag(values) V'
 
 Legend: g groups, k size, r rank. A Dense factor may also hold some columns [g, k, j] or rows [g, j, k] of a matrix that
-is split over processes: `right` then gives D A[:, J], `left` gives A[I, :] D, and `inner` this part's share.
+is split over processes: with rows, `left` gives A[I, :] D; `inner` gives this part's share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from hpccl.kron.eigen import symmetric_eigh
 from hpccl.kron.product import chain, matmul
 
-__all__ = ["Dense", "Factor", "LowRank", "Spectrum", "inner", "truncated"]
+__all__ = ["Dense", "Factor", "LowRank", "Spectrum", "inner"]
 
 _ROWS = 256  # rows taken to float64 at a time
 
@@ -61,10 +61,6 @@ class Dense:
     def left(self, delta: Tensor) -> Tensor:
         """A delta for delta [g, k, m]."""
         return matmul(self.matrix, delta)
-
-    def right(self, delta: Tensor) -> Tensor:
-        """Delta A for delta [g, m, k]."""
-        return matmul(delta, self.matrix)
 
     def times(self, scale: float) -> Dense:
         """Scaled by `scale` >= 0."""
@@ -120,10 +116,6 @@ class LowRank:
         """A delta for delta [g, k, m]."""
         return matmul(self.vectors, matmul(self.vectors.mT, delta) * self.values[:, :, None])
 
-    def right(self, delta: Tensor) -> Tensor:
-        """Delta A for delta [g, m, k]."""
-        return matmul(matmul(delta, self.vectors) * self.values[:, None, :], self.vectors.mT)
-
     def times(self, scale: float) -> LowRank:
         """Scaled by `scale` >= 0."""
         assert scale >= 0, "a factor stays positive semi-definite"
@@ -135,22 +127,6 @@ class LowRank:
 
 
 Factor: TypeAlias = Dense | LowRank
-
-
-def truncated(matrix: Tensor, keep: float) -> Factor:
-    """The fewest leading eigenvectors, as many in every group, that keep `keep` of the trace of every group.
-
-    Args:
-        matrix: [g, k, k].
-        keep: 0 < keep <= 1.
-
-    Returns:
-        A low rank where that takes less memory and time, up to half of the size; the matrix as it is where not.
-
-    Raises:
-        DivergedError: see `symmetric_eigh`.
-    """
-    return Spectrum.of(matrix).truncated(keep)
 
 
 @final
@@ -184,7 +160,10 @@ class Spectrum:
         return rank if 2 * rank <= self.matrix.shape[-1] else None
 
     def truncated(self, keep: float) -> Factor:
-        """As the function of this name."""
+        """The fewest leading eigenvectors, as many in every group, that keep `keep` of the trace of every group.
+
+        A low rank where that takes less memory and time, up to half of the size; the matrix as it is where not.
+        """
         rank = self.rank(keep)
         if rank is None:
             return Dense(self.matrix)

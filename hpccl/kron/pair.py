@@ -103,11 +103,6 @@ class Pair:
         return Pair(self.a.to(device), self.b.to(device))
 
 
-def _narrow(factor: Factor) -> Tensor:
-    """What leads into the factor: [g, k, r] eigenvectors, or the matrix."""
-    return factor.vectors if isinstance(factor, LowRank) else factor.matrix
-
-
 def _left(factor: Factor) -> Tensor:
     """What is multiplied from the left first: [g, r, k] eigenvectors, or the matrix (or rows of it)."""
     return factor.vectors.mT if isinstance(factor, LowRank) else factor.matrix

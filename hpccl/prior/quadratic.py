@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hpccl.curvature.build import precision_from_state
-from hpccl.curvature.protocols import Piece, Precision, Shards
+from hpccl.curvature.protocols import Piece, Precision, Shards, strided_like
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
 from hpccl.dist.spread import Leaf, Leaves, Slab, Stored, elements, fetch
@@ -94,7 +94,7 @@ class Quadratic:
         like = engine.like
         pieces = self._pieces(like, comm)
         needed = {name for piece in pieces for name in piece.needs}
-        anchor = {name: _strided(value, like[name]) for name, value in fetch(self.anchor, needed, comm).items()}
+        anchor = {name: strided_like(value, like[name]) for name, value in fetch(self.anchor, needed, comm).items()}
         scale = comm.size * self.weight / num_train
         return engine.on_gradient([_hook(piece, anchor, scale, self.damping) for piece in pieces])
 
@@ -137,7 +137,7 @@ class Quadratic:
         pull = self._owned_pull(weights, comm)
         return [
             *self.precision.pieces(comm, weights),
-            *(_constant(name, _strided(value, weights[name])) for name, value in pull.items()),
+            *(_constant(name, strided_like(value, weights[name])) for name, value in pull.items()),
         ]
 
     def _owned_pull(self, weights: Leaves, comm: Comm) -> dict[str, Tensor]:
@@ -167,10 +167,3 @@ def _constant(name: str, value: Tensor) -> Piece:
         return torch.add(target, value, alpha=scale, out=torch.empty_like(target))
 
     return Piece(name, (), add)
-
-
-def _strided(value: Tensor, like: Tensor) -> Tensor:
-    """The same numbers with the strides of `like`; `value` itself where it has them already."""
-    if value.stride() == like.stride():
-        return value
-    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)

@@ -8,8 +8,8 @@ rounding leaves are given as 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ FAST = 2048  # the largest side of a matrix whose eigenvalues are found without 
 _SHARE = 0.99  # of the trace, which the effective rank keeps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """One layer, or where the curvature is a diagonal the parameters of one module.
 
@@ -62,18 +62,18 @@ class Layer:
 
     name: str
     kind: str
-    shape: tuple[int, int, int] | None
+    shape: tuple[int, int, int] | None = None
     weights: int
-    terms: int
+    terms: int = 1
     trace: float
     share: float
     largest: float | None
     smallest: float | None
     condition: float | None
-    rank_a: int | None
-    rank_b: int | None
+    rank_a: int | None = None
+    rank_b: int | None = None
     bytes: int
-    error: float
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -203,26 +203,25 @@ def _layers(precision: Precision, trace: float, limit: float) -> list[Layer]:
 
 def _of_block(block: Block, total: float, limit: float) -> Layer:
     groups, outputs, inputs = block.layout.shape
-    largest = smallest = condition = rank_a = rank_b = None
+    values = rank_a = rank_b = None
     if max(outputs, inputs) <= limit:
         a, b, values = _eigenvalues(block)
-        largest, smallest, condition = _extremes(values)
         rank_a, rank_b = _effective_rank(a), _effective_rank(b)
-    trace = block.trace()
-    return Layer(
-        name=block.layout.name,
-        kind=_kind(block),
-        shape=(groups, outputs, inputs),
+    plain = _layer(
+        block.layout.name,
+        _kind(block),
+        values,
         weights=groups * outputs * inputs,
+        trace=block.trace(),
+        total=total,
+        num_bytes=block.num_bytes,
+    )
+    return replace(
+        plain,
+        shape=(groups, outputs, inputs),
         terms=len(block.terms),
-        trace=trace,
-        share=_share(trace, total),
-        largest=largest,
-        smallest=smallest,
-        condition=condition,
         rank_a=rank_a,
         rank_b=rank_b,
-        bytes=block.num_bytes,
         error=block.error(),
     )
 
@@ -270,10 +269,12 @@ def _symmetric_eigenvalues(matrix: Tensor) -> Tensor:
 
 def _of_diagonal(diagonal: Diagonal, total: float) -> list[Layer]:
     """By module."""
-    return [
-        _plain_layer(module, "diagonal", [diagonal.values[name] for name in names], total, num_bytes=None)
-        for module, names in _by_module(diagonal.values).items()
-    ]
+    layers = []
+    for module, names in _by_module(diagonal.values).items():
+        values = torch.cat([diagonal.values[name].flatten() for name in names])
+        trace, held = float(values.double().sum()), values.nbytes
+        layers.append(_layer(module, "diagonal", values, weights=len(values), trace=trace, total=total, num_bytes=held))
+    return layers
 
 
 def _of_dense(dense: DensePrecision, total: float, limit: float) -> list[Layer]:
@@ -285,39 +286,26 @@ def _of_dense(dense: DensePrecision, total: float, limit: float) -> list[Layer]:
         rows = torch.cat([places[name] for name in names])
         square = dense.matrix[rows[:, None], rows]
         values = _symmetric_eigenvalues(square[None]) if len(rows) <= limit else None
-        num_bytes = dense.matrix[rows].nbytes
-        layers.append(_plain_layer(module, "dense", [square.diagonal()], total, num_bytes=num_bytes, values=values))
+        trace, held = float(square.diagonal().double().sum()), dense.matrix[rows].nbytes
+        layers.append(_layer(module, "dense", values, weights=len(rows), trace=trace, total=total, num_bytes=held))
     return layers
 
 
-def _plain_layer(
-    name: str,
-    kind: str,
-    diagonal: Sequence[Tensor],
-    total: float,
-    *,
-    num_bytes: int | None,
-    values: Tensor | None = None,
+def _layer(
+    name: str, kind: str, values: Tensor | None, *, weights: int, trace: float, total: float, num_bytes: int
 ) -> Layer:
-    flat = torch.cat([value.flatten() for value in diagonal])
-    shown = flat if kind == "diagonal" else values
-    largest, smallest, condition = (None, None, None) if shown is None else _extremes(shown)
-    trace = float(flat.double().sum())
+    """What every kind has; `values` are the eigenvalues, `total` is the trace of all layers."""
+    largest, smallest, condition = (None, None, None) if values is None else _extremes(values)
     return Layer(
         name=name,
         kind=kind,
-        shape=None,
-        weights=flat.numel(),
-        terms=1,
+        weights=weights,
         trace=trace,
-        share=_share(trace, total),
+        share=trace / total if total > 0 else 0.0,
         largest=largest,
         smallest=smallest,
         condition=condition,
-        rank_a=None,
-        rank_b=None,
-        bytes=flat.nbytes if num_bytes is None else num_bytes,
-        error=0.0,
+        bytes=num_bytes,
     )
 
 
@@ -341,10 +329,6 @@ def _effective_rank(values: Tensor) -> int:
     """How many of [g, k] ascending eigenvalues keep the share of the trace, in the group that needs most."""
     kept = values.double().flip(1).cumsum(1)
     return min(values.shape[1], 1 + int((kept < _SHARE * kept[:, -1:]).sum(1).max()))
-
-
-def _share(trace: float, total: float) -> float:
-    return trace / total if total > 0 else 0.0
 
 
 # ---------------------------------------------------------------- text

@@ -25,6 +25,8 @@ def collectives(comm: Comm) -> Result:
         "ranks": several[1],
         "integers": several[2],
         "broadcast": source[0],
+        "text": comm.broadcast_text(f"rank {comm.rank} ≥ 0", source=comm.size - 1),
+        "empty": comm.broadcast_text("" if comm.rank == 0 else None),
         "any": comm.any(comm.rank == comm.size - 1),
         "none": comm.any(False),
     }
@@ -40,6 +42,8 @@ def test_collectives(size: int, tmp_path: Path) -> None:
         assert torch.equal(found["ranks"], torch.full((2, 2), float(sum(range(size)))))
         assert int(found["integers"]) == sum(range(1, size + 1))
         assert torch.equal(found["broadcast"], torch.full((3,), float(size - 1)))
+        assert found["text"] == f"rank {size - 1} ≥ 0"
+        assert found["empty"] == ""
         assert found["any"]
         assert not found["none"]
 

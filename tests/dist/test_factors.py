@@ -40,7 +40,7 @@ def everything(comm: Comm) -> dict[str, Any]:
         bases = {
             key: (torch.linalg.eigh(block.a)[1], torch.linalg.eigh(block.b)[1]) for key, block in whole.blocks.items()
         }
-        eigen = EigenPass("mc", seed=5).run(model, shares(comm, data), comm, bases)
+        eigen = EigenPass(KroneckerPass("mc", seed=5)).run(model, shares(comm, data), comm, bases)
         comm.sum_(list(eigen.values()))
         found[f"{name}/eigen"] = {"count": 7.0, "values": eigen, "names": sorted(eigen)}
     found["none"] = summed(KroneckerPass().run(build("mlp", 1)[0], [], comm), comm)

@@ -143,6 +143,7 @@ TASKS: dict[str, TasksConfig] = {
     "nearest": NearestTasks(),
     "refit": RefitTasks(),
 }
+FAILING = ("list, strict", "pooled", "nearest", "refit")  # sums of two terms, of which one is not finite
 
 
 def told(precision: Precision, comm: Comm) -> Result:
@@ -166,6 +167,17 @@ def diverged(estimator: Estimator, comm: Comm) -> Result:
         estimator.estimate(build("mixed"), Asking(examples(images), comm), comm)
     except HpcclError as error:
         return {"kind": type(error).__name__, "message": str(error)}
+    return {"kind": "none"}
+
+
+def overflown(how: TasksConfig, comm: Comm) -> Result:
+    """One layer, which is on one rank, is beyond fp32 by the time two tasks are summed."""
+    one = KroneckerEstimator(KFAC, how, keep_trace=0.9).estimate(build("wide"), Asking(examples(pixels(8)), comm), comm)
+    spoilt = tuple(block.times(math.inf) if block.layout.name == "3" else block for block in one.blocks)
+    try:
+        one.plus(replace(one, blocks=spoilt), comm)
+    except HpcclError as error:
+        return {"kind": type(error).__name__, "mine": any(block.layout.name == "3" for block in spoilt)}
     return {"kind": "none"}
 
 
@@ -199,6 +211,7 @@ def everything(comm: Comm) -> Result:
     return {
         "cases": {name: told(measured(case, comm), comm) for name, case in CASES.items()},
         "diverged": {name: diverged(estimator, comm) for name, estimator in estimators.items()},
+        "overflown": {name: overflown(TASKS[name], comm) for name in FAILING},
         "sums": sums(comm),
     }
 
@@ -330,6 +343,15 @@ def test_a_failure_of_one_rank_ends_all(worlds: tuple[Result, list[Result]], kin
     assert [rank["kind"] for rank in ranks] == ["WorldError"] * (len(ranks) - 1) + ["DivergedError"]
     assert "109" in ranks[-1]["message"]
     assert all("another rank" in rank["message"] for rank in ranks[:-1])
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_sum_that_fails_on_one_rank_ends_all(worlds: tuple[Result, list[Result]], name: str) -> None:
+    """Also in the middle of a list's merges, between which ranks ask each other."""
+    assert worlds[0]["overflown"][name]["kind"] == "DivergedError"
+    ranks = [rank["overflown"][name] for rank in worlds[1]]
+    assert sorted(rank["kind"] for rank in ranks) == ["DivergedError"] + ["WorldError"] * (len(ranks) - 1)
+    assert all(rank["mine"] == (rank["kind"] == "DivergedError") for rank in ranks)
 
 
 @pytest.mark.parametrize("name", TASKS)

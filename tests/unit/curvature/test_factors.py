@@ -482,7 +482,9 @@ def test_eigen_diagonal_equals_rotated_gradients(name: str, fisher: Fisher) -> N
     model, pixels = build(name, 5)
     data = examples(pixels, weight=WEIGHT)
     bases = orthogonal(measure(model, data, fisher))
-    found = EigenPass(fisher).run(model, [data.select(slice(0, 2)), data.select(slice(2, 5))], Comm.solo(), bases)
+    found = EigenPass(KroneckerPass(fisher)).run(
+        model, [data.select(slice(0, 2)), data.select(slice(2, 5))], Comm.solo(), bases
+    )
     truth = true_eigen(model, data, bases, fisher)
     assert found.keys() == bases.keys()
     for layer, value in found.items():
@@ -497,7 +499,7 @@ def test_eigen_diagonal_without_rotation_is_the_diagonal() -> None:
         for name, block in measure(model, data).blocks.items()
     }
     truth = DiagonalEstimator().estimate(model, [data], Comm.solo()).values
-    for layer, value in EigenPass("ggn").run(model, [data], Comm.solo(), bases).items():
+    for layer, value in EigenPass(KroneckerPass("ggn")).run(model, [data], Comm.solo(), bases).items():
         weight = truth[f"{layer}.weight"]
         assert_close(value[0, :, : weight[0].numel()], weight.flatten(1), what=layer)
 
@@ -519,7 +521,7 @@ def test_eigen_diagonal_rotates_before_or_after(monkeypatch: pytest.MonkeyPatch)
         bases = orthogonal(measure(model, data))
         monkeypatch.setattr(layers, "_outer_squares", watched)
         asked.clear()
-        found = EigenPass("ggn").run(model, [data], Comm.solo(), bases)
+        found = EigenPass(KroneckerPass("ggn")).run(model, [data], Comm.solo(), bases)
         assert (positions in asked) == before
         truth = true_eigen(model, data, bases, "ggn")
         for layer, value in found.items():
@@ -567,7 +569,7 @@ def test_the_model_is_left_as_it_was() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         found = measure(model, examples(pixels))
-    EigenPass().run(model, [examples(pixels)], Comm.solo(), orthogonal(found))
+    EigenPass(KroneckerPass()).run(model, [examples(pixels)], Comm.solo(), orthogonal(found))
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

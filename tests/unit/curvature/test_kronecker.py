@@ -240,6 +240,16 @@ def test_merged_terms_of_low_rank_stay_so_and_no_merge_is_for_nothing(alike: boo
     assert len(block.terms) == left
 
 
+def test_terms_that_are_not_merged_stay_as_they_are() -> None:
+    """Also those that no low rank suits: their eigenvectors are not found once more with each task."""
+    layouts = LAYOUTS[2:]
+    one, other = (replace(precision(s), layouts=layouts, keep_trace=0.99, divisible=False) for s in (0, 1))
+    one, other = (replace(whole, blocks=(whole.blocks[2].truncated(0.99),)) for whole in (one, other))
+    (block,) = one.plus(other, SOLO).blocks
+    assert any(isinstance(term, Pair) and isinstance(term.a, Dense) for term in block.terms)
+    assert all(term is own.blocks[0].terms[0] for term, own in zip(block.terms, (one, other), strict=True))
+
+
 @pytest.mark.parametrize("tasks", [PooledTasks(), NearestTasks(), RefitTasks()], ids=lambda tasks: tasks.kind)
 def test_one_term_for_any_number_of_tasks(tasks: TasksConfig) -> None:
     three, _ = total(tasks, 3)

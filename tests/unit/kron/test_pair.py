@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpccl.kron.factor import Dense, LowRank, truncated
+from hpccl.kron.factor import Dense, LowRank, Spectrum
 from hpccl.kron.pair import Pair
 from tests.unit.kron.oracle import IN, OUT, applied, low_rank, pair, psd, whole
 
@@ -102,7 +102,7 @@ def test_truncation_keeps_its_share_of_the_trace_of_every_group(keep: float) -> 
     assert bool((kept <= 1 + 1e-12).all())
     assert found.num_bytes < one.num_bytes
     assert found.flops < one.flops
-    equally = Pair(truncated(one.a.dense(), keep**0.5), truncated(one.b.dense(), keep**0.5))
+    equally = Pair(*(Spectrum.of(factor.dense()).truncated(keep**0.5) for factor in (one.a, one.b)))
     assert found.flops <= equally.flops
     left_out = whole(one) - whole(found)
     assert float(torch.linalg.eigvalsh(left_out).min()) >= -1e-12
