@@ -13,6 +13,7 @@ from hpccl.config.sections import (
     KroneckerCurvature,
     LayerMeasured,
 )
+from hpccl.curvature.coverage import Coverage
 from hpccl.curvature.dense import DenseEstimator, DensePrecision
 from hpccl.curvature.diagonal import Diagonal, DiagonalEstimator
 from hpccl.curvature.factors import KroneckerPass
@@ -25,15 +26,15 @@ from hpccl.errors import CheckpointError
 __all__ = ["build_estimator", "precision_from_state"]
 
 
-def build_estimator(config: CurvatureConfig, seed: int) -> Estimator:
-    """The estimator that `config` asks for; `seed` is the run's."""
+def build_estimator(config: CurvatureConfig, seed: int, known: Coverage | None = None) -> Estimator:
+    """The estimator that `config` asks for; `seed` is the run's, `known` as of KroneckerPass."""
     match config:
         case KroneckerCurvature():
-            return KroneckerEstimator(_sweep(config, seed), config.tasks, config.keep_trace)
+            return KroneckerEstimator(_sweep(config, seed, known), config.tasks, config.keep_trace)
         case EkfacCurvature():
-            return EkfacEstimator(_sweep(config, seed))
+            return EkfacEstimator(_sweep(config, seed, known))
         case DiagonalCurvature():
-            return DiagonalEstimator(config.fisher, config.samples, seed)
+            return DiagonalEstimator(config.fisher, config.samples, seed, known)
         case DenseCurvature():
             return DenseEstimator(config.fisher, config.samples, seed, config.max_parameters)
         case _:
@@ -60,7 +61,7 @@ def precision_from_state(state: Mapping[str, Any], shards: Shards, comm: Comm) -
             )
 
 
-def _sweep(config: LayerMeasured, seed: int) -> KroneckerPass:
+def _sweep(config: LayerMeasured, seed: int, known: Coverage | None) -> KroneckerPass:
     return KroneckerPass(
         fisher=config.fisher,
         samples=config.samples,
@@ -69,4 +70,5 @@ def _sweep(config: LayerMeasured, seed: int) -> KroneckerPass:
         precision=config.precision,
         diagonal=config.diagonal,
         max_factor=config.max_factor,
+        known=known,
     )

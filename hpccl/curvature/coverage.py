@@ -11,7 +11,7 @@ at all is an error: nobody may believe it to be protected.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hpccl.curvature.capture import Call, captured
+from hpccl.curvature.capture import Call, captured, measuring
+from hpccl.curvature.layers import acts_as_known
 from hpccl.curvature.pullback import layer_squares, looped_squares, mapped_squares
 from hpccl.errors import CoverageError
 
-__all__ = ["Coverage", "footprint", "plan", "refuse_unfit", "widen"]
+__all__ = ["Coverage", "footprint", "plan", "plan_ahead", "refuse_unfit", "widen"]
 
 _AGREE = 1e-2  # relative difference of squared gradients that still counts as rounding
 _NOISE = 1e-13  # of the largest squared gradient: below it a gradient is rounding alone (exact zeros by symmetry)
@@ -38,6 +39,7 @@ class Coverage:
     mapped: full names of the parameters that are measured through the whole model, mapped over examples
     looped: the same, where torch cannot map it: one example after the other
     widened: those of mapped that may have a row for each example, whose gradients then are per-example gradients
+    factored: modules that compute what nn.Linear or nn.Conv2d do; known only from `plan_ahead`
     graph_bytes: held per example between forward and backward
     output_bytes: of the hooked layers' outputs, per example
     """
@@ -48,6 +50,7 @@ class Coverage:
     graph_bytes: int
     output_bytes: int
     widened: tuple[str, ...] = ()
+    factored: tuple[str, ...] = ()
 
 
 def refuse_unfit(model: nn.Module) -> None:
@@ -101,6 +104,36 @@ def plan(model: nn.Module, pixels: Tensor) -> Coverage:
         mapped=mapped,
         looped=tuple(name for name in rest if name not in mapped),
         widened=agreeing(_widened(model, mapped, pixels, columns), mapped),
+    )
+
+
+def plan_ahead(model: nn.Module, image_shape: Sequence[int]) -> Coverage:
+    """The routes of a network whose weights will be spread, found while they are still whole.
+
+    Nothing is mapped over examples later: what cannot have a row for each example is measured one by one.
+
+    Raises:
+        CoverageError: a trainable parameter does not influence the logits.
+    """
+    noise = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    pixels = torch.randn(2, *image_shape, generator=noise).to(device)
+    zeros = [value for value in model.parameters() if value.requires_grad and not bool(value.any())]
+    try:
+        with torch.no_grad():  # what a zero multiplies would seem to have no gradient
+            for value in zeros:
+                value.copy_(0.1 * torch.randn(value.shape, generator=noise))
+        with measuring(model, device):
+            found = plan(model, pixels)
+    finally:
+        with torch.no_grad():
+            for value in zeros:
+                value.zero_()
+    return replace(
+        found,
+        mapped=found.widened,
+        looped=(*found.looped, *(name for name in found.mapped if name not in found.widened)),
+        factored=tuple(name for name, module in model.named_modules() if acts_as_known(module)),
     )
 
 
@@ -178,8 +211,13 @@ def _refuse_unreached(names: Collection[str]) -> None:
 
 def widen(model: nn.Module, names: Iterable[str], n: int) -> dict[str, Tensor]:
     """Parameters [1, ...] as leaves [n, ...] of equal rows, one for each example."""
-    wide = {name: model.get_parameter(name).detach() for name in names}
+    wide = {name: _whole(model.get_parameter(name).detach()) for name in names}
     return {name: value.expand(n, *value.shape[1:]).requires_grad_() for name, value in wide.items()}
+
+
+def _whole(value: Tensor) -> Tensor:
+    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return full
 
 
 def _mapped(model: nn.Module, names: tuple[str, ...], pixels: Tensor, columns: Tensor) -> Mapping[str, Tensor]:

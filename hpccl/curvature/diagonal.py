@@ -10,19 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from hpccl.curvature.capture import measuring
 from hpccl.curvature.columns import Fisher
-from hpccl.curvature.coverage import Coverage, refuse_unfit
+from hpccl.curvature.coverage import Coverage, refuse_unfit, widen
+from hpccl.curvature.layers import squares
 from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights, strided_like
-from hpccl.curvature.pullback import layer_squares, looped_squares, mapped_squares
-from hpccl.curvature.sweep import Sweep, all_or_none, fit_examples, in_parts, listed, planned, zeros_for
+from hpccl.curvature.pullback import Layers, layer_squares, looped_squares, mapped_squares, stream_gradients
+from hpccl.curvature.sweep import (
+    Forward,
+    Sweep,
+    at_the_end,
+    fit_examples,
+    in_step,
+    listed,
+    planned,
+    together,
+    zeros_for,
+)
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
+from hpccl.engine.sharded import is_spread
 from hpccl.errors import CheckpointError, CoverageError
 
 __all__ = ["Diagonal", "DiagonalEstimator"]
@@ -130,11 +144,13 @@ class DiagonalEstimator:
         empirical: the true label
     samples: of mc
     seed: of mc; what is drawn depends on (seed, sample) only, not on batches, order or ranks
+    known: see KroneckerPass
     """
 
     fisher: Fisher = "ggn"
     samples: int = 1
     seed: int = 0
+    known: Coverage | None = None
 
     def check(self, model: nn.Module) -> None:
         """See Estimator.check."""
@@ -153,27 +169,31 @@ class DiagonalEstimator:
         count = torch.zeros(1, dtype=torch.float64, device=comm.device)
 
         def add() -> None:
-            for examples, squares in self._measured(model, batches):
+            for examples, found in self._measured(model, batches, comm):
                 count.add_(examples.weight.double().sum().to(count.device))
-                for name, value in squares.items():
+                for name, value in found.items():
                     values[name] += value
 
-        all_or_none(comm, add)
+        at_the_end(model, comm, add)
         comm.sum_([*values.values(), count])
         return Diagonal(values, float(count))
 
     def _measured(
-        self, model: nn.Module, batches: Iterable[Examples]
+        self, model: nn.Module, batches: Iterable[Examples], comm: Comm
     ) -> Iterator[tuple[Examples, Mapping[str, Tensor]]]:
         """Parts of the batches that fit in memory, each with its sums of squares."""
-        coverage: Coverage | None = None
-        for examples in fit_examples(model, batches):
+        coverage = self.known
+
+        def size(examples: Examples) -> int:
+            nonlocal coverage
             coverage = coverage or planned(model, examples)
-            size, group = self._part(coverage, examples)
-            for part in in_parts(examples, size):
-                with measuring(model, part.pixels.device):
-                    squares = self._squares(model, coverage, part, group)
-                yield part, squares
+            return self._part(coverage, examples)[0]
+
+        for part in in_step(model, fit_examples(model, batches), comm, size):
+            assert coverage is not None, "a size was asked for first"
+            with measuring(model, part.pixels.device):
+                found = together(model, comm, partial(self._squares, model, coverage, part))
+            yield part, found
 
     def _part(self, coverage: Coverage, examples: Examples) -> tuple[int, int]:
         """How many examples, and how many columns of them, to hold at a time."""
@@ -183,20 +203,48 @@ class DiagonalEstimator:
         held = coverage.graph_bytes + group * coverage.output_bytes
         return max(1, min(len(examples), budget // max(1, held))), group
 
-    def _squares(self, model: nn.Module, coverage: Coverage, part: Examples, group: int) -> Mapping[str, Tensor]:
-        found = self._sweep.forward(model, coverage.layers, part)
+    def _squares(self, model: nn.Module, coverage: Coverage, part: Examples) -> Mapping[str, Tensor]:
+        rows = widen(model, coverage.widened, len(part)) if is_spread(model) else {}
+        found = self._sweep.forward(model, coverage.layers, part, widened=rows)
         columns = found.columns
-        by_layer = layer_squares(model, coverage.layers, found.calls, found.logits, columns, group=group)
-        by_model = mapped_squares(model, coverage.mapped, part.pixels, columns, graph_bytes=coverage.graph_bytes)
+        if is_spread(model):
+            by_layer = passing_squares(model, coverage.layers, found, rows)
+        else:
+            _, group = self._part(coverage, part)
+            by_layer = layer_squares(model, coverage.layers, found.calls, found.logits, columns, group=group)
+        mapped = [name for name in coverage.mapped if name not in rows]
+        by_model = mapped_squares(model, mapped, part.pixels, columns, graph_bytes=coverage.graph_bytes)
         by_example, _ = looped_squares(model, coverage.looped, part.pixels, columns)
-        squares = {**by_layer, **by_model, **by_example}
-        if squares and not bool(torch.stack([value.sum() for value in squares.values()]).isfinite().all()):
-            raise self._sweep.blame(model, coverage.layers, part, {name: v.sum() for name, v in squares.items()})
-        return squares
+        total = {**by_layer, **by_model, **by_example}
+        if total and not bool(torch.stack([value.sum() for value in total.values()]).isfinite().all()):
+            raise self._sweep.blame(model, coverage.layers, part, {name: v.sum() for name, v in total.items()})
+        return total
 
     @property
     def _sweep(self) -> Sweep:
         return Sweep(self.fisher, self.samples, self.seed)
+
+
+def passing_squares(model: nn.Module, layers: Layers, found: Forward, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Squares by full name, each layer's while its weights are whole, and of parameters `rows` [n, ...]."""
+    total: dict[str, Tensor] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        total[name] = total[name] + value if name in total else value
+
+    def visit(name: str, grad: Tensor) -> None:
+        if name in rows:
+            add(name, grad.square().sum(0, keepdim=True))
+            return
+        names = layers[name]
+        module, inputs = model.get_submodule(name), found.calls[name][0].inputs
+        by_local = squares(module, inputs, grad[:, None], names, len(found.logits))
+        for local, value in by_local.items():
+            add(names[local], value)
+
+    edges = found.edges | {name: get_gradient_edge(value) for name, value in rows.items()}
+    stream_gradients(edges, found.logits, found.columns, visit)
+    return total
 
 
 def _piece(name: str, values: Tensor) -> Piece:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal
 
 import torch
@@ -31,12 +32,13 @@ from hpccl.curvature.pullback import looped_squares, mapped_squares, stream_grad
 from hpccl.curvature.sweep import (
     Forward,
     Sweep,
-    all_or_none,
+    at_the_end,
     fastest_layout,
     fit_examples,
-    in_parts,
+    in_step,
     listed,
     planned_together,
+    together,
     zeros_for,
 )
 from hpccl.dist.comm import Comm
@@ -88,6 +90,7 @@ class KroneckerPass:
     precision: of the forward and backward pass; sums are fp32 always
     diagonal: patterns (*, ?) of the names of modules that get the exact diagonal instead
     max_factor: the largest side of a factor that is allowed
+    known: how the model is covered, where its weights are spread (coverage.plan_ahead); None: found in the pass
     """
 
     fisher: Fisher = "mc"
@@ -97,6 +100,7 @@ class KroneckerPass:
     precision: Literal["fp32", "bf16"] = "fp32"
     diagonal: tuple[str, ...] = ()
     max_factor: int = 16384
+    known: Coverage | None = None
 
     def run(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Measured:
         """One pass; collective, but the sums stay local. The model is left as it was.
@@ -107,17 +111,16 @@ class KroneckerPass:
             DivergedError: an activation or a gradient is not finite.
             WorldError: any of these on another rank.
         """
-        coverage, examples = planned_together(model, batches, comm)
+        coverage, examples = planned_together(model, batches, comm, self.known)
 
         def grown() -> _Growing:
             growing = self._begin(model, coverage)
-            for batch in examples:
-                for part in in_parts(batch, _fitting(growing.coverage.graph_bytes, batch)):
-                    with measuring(model, part.pixels.device):
-                        self._add(model, growing, part)
+            for part in in_step(model, examples, comm, partial(_fitting, growing.coverage.graph_bytes)):
+                with measuring(model, part.pixels.device):
+                    together(model, comm, partial(self._add, model, growing, part))
             return growing
 
-        return all_or_none(comm, grown).measured(comm.device)
+        return at_the_end(model, comm, grown).measured(comm.device)
 
     def check(self, model: nn.Module) -> None:
         """Refuse at once what `run` would refuse later, as far as can be told without data.
@@ -145,11 +148,8 @@ class KroneckerPass:
 
     def _factored(self, model: nn.Module, name: str, names: Mapping[str, str]) -> bool:
         module = model.get_submodule(name)
-        return (
-            "weight" in names
-            and acts_as_known(module)
-            and not any(fnmatchcase(name, pattern) for pattern in self.diagonal)
-        )
+        known = acts_as_known(module) if self.known is None else name in self.known.factored
+        return "weight" in names and known and not any(fnmatchcase(name, pattern) for pattern in self.diagonal)
 
     def _add(self, model: nn.Module, growing: _Growing, part: Examples) -> None:
         """Add the sums of one part."""
@@ -219,17 +219,26 @@ class EigenPass:
         """
         sums = {name: _outer_zeros(qa, qb) for name, (qa, qb) in bases.items()}
 
-        def add() -> None:
-            held, layout = 0, torch.preserve_format
-            for batch in fit_examples(model, batches):
-                with measuring(model, batch.pixels.device):
-                    if not held:
-                        held, layout = footprint(model, batch.pixels) + 1, fastest_layout(model, batch.pixels)
-                    for part in in_parts(batch, _fitting(held, batch)):
-                        laid = replace(part, pixels=part.pixels.contiguous(memory_format=layout))
-                        self._add(model, sums, bases, laid)
+        known = self.first.known
+        held = 0 if known is None else known.graph_bytes
+        layout: torch.memory_format | None = None
 
-        all_or_none(comm, add)
+        def fitting(batch: Examples) -> int:
+            nonlocal held
+            if not held:
+                with measuring(model, batch.pixels.device):
+                    held = footprint(model, batch.pixels) + 1
+            return _fitting(held, batch)
+
+        def add() -> None:
+            nonlocal layout
+            for part in in_step(model, fit_examples(model, batches), comm, fitting):
+                with measuring(model, part.pixels.device):
+                    layout = layout or fastest_layout(model, part.pixels)
+                    laid = replace(part, pixels=part.pixels.contiguous(memory_format=layout))
+                    together(model, comm, partial(self._add, model, sums, bases, laid))
+
+        at_the_end(model, comm, add)
         return sums
 
     def _add(self, model: nn.Module, sums: Mapping[str, Tensor], bases: Bases, part: Examples) -> None:

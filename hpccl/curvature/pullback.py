@@ -6,7 +6,7 @@ All give sum_i sum_j (J_i' v_ij)^2 by parameter name, for columns v [c, n, C] ov
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpccl.curvature.capture import Call
 from hpccl.curvature.layers import pieces, squares
+from hpccl.engine.sharded import is_spread, whole_parameters
 
 __all__ = ["Layers", "layer_gradients", "layer_squares", "looped_squares", "mapped_squares", "stream_gradients"]
 
@@ -140,14 +141,16 @@ def looped_squares(
     """
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     named = {name: value for name, value in named.items() if names is None or name in names}
-    total = {name: torch.zeros_like(value) for name, value in named.items()}
+    total = {name: torch.zeros(value.shape, dtype=value.dtype, device=value.device) for name, value in named.items()}
     reached: set[str] = set()
     if not named:
         return total, reached
     for number, image in enumerate(pixels.split(1)):
-        logits = model(image)
+        with whole_parameters(model) if is_spread(model) else nullcontext(named) as used:
+            logits = model(image)
+        own = [used[name] for name in named]
         for column in columns[:, number : number + 1]:
-            grads = torch.autograd.grad(logits, list(named.values()), column, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(logits, own, column, retain_graph=True, allow_unused=True)
             for name, grad in zip(named, grads, strict=True):
                 if grad is not None:
                     total[name].addcmul_(grad, grad)

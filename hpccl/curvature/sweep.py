@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from hpccl.curvature.coverage import Coverage, plan, refuse_unfit
 from hpccl.curvature.protocols import Examples
 from hpccl.curvature.pullback import Layers, layer_gradients
 from hpccl.dist.comm import Comm
+from hpccl.engine.sharded import is_spread, whole_parameters
 from hpccl.errors import DivergedError, HpcclError, WorldError
 
 __all__ = [
@@ -29,12 +30,15 @@ __all__ = [
     "Sweep",
     "agree",
     "all_or_none",
+    "at_the_end",
     "fastest_layout",
     "fit_examples",
     "in_parts",
+    "in_step",
     "listed",
     "planned",
     "planned_together",
+    "together",
     "zeros_for",
 ]
 
@@ -99,16 +103,22 @@ class Sweep:
         device = part.pixels.device.type
         lower = torch.autocast(device, dtype=autocast) if autocast else nullcontext()
         with captured(model, names) as calls, lower:
-            pixels = part.pixels
-            logits: Tensor = torch.func.functional_call(model, widened, (pixels,)) if widened else model(pixels)
+            logits = _logits(model, part.pixels, widened)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if not bool(logits.isfinite().all()):
+        if not is_spread(model) and not bool(logits.isfinite().all()):  # elsewhere all ranks finish the pass first
             raise _diverged(model, part)
         columns = output_columns(logits, part, self.fisher, samples=self.samples, seed=self.seed)
         return Forward(calls, logits, columns)
 
     def blame(self, model: nn.Module, layers: Layers, part: Examples, sums: Mapping[str, Tensor]) -> DivergedError:
         """Why `sums`, by what they belong to, are not finite although the logits of `part` are."""
+        names = [name for name, value in sums.items() if not bool(value.isfinite().all())]
+        everyone = torch.ones(len(part), dtype=torch.bool)
+        if is_spread(model):  # another pass would be collective
+            return DivergedError(
+                f"activations or gradients at '{names[0]}' are not finite for samples {_samples(part, everyone)}; "
+                "curvature needs a model that has not diverged"
+            )
         found = self.forward(model, layers, part)
         for name, calls in found.calls.items():
             for call in calls:
@@ -119,8 +129,6 @@ class Sweep:
             for name, grad in layer_gradients(layers, found.calls, found.logits, column):
                 if error := _not_finite(f"the gradient of layer '{name}'", grad, part):
                     return error
-        names = [name for name, value in sums.items() if not bool(value.isfinite().all())]
-        everyone = torch.ones(len(part), dtype=torch.bool)
         return DivergedError(
             f"squared gradients of '{names[0]}' overflow fp32 for samples {_samples(part, everyone)}; "
             "its inputs or gradients are beyond 1e19: the model has diverged"
@@ -130,6 +138,8 @@ class Sweep:
 def fit_examples(model: nn.Module, batches: Iterable[Examples]) -> Iterator[Examples]:
     """The batches on the model's device, without what counts for nothing; none is empty.
 
+    Where passes are collective, every batch stays, if only with one example of weight 0.
+
     Raises:
         CoverageError: the model's per-example gradients are meaningless or imprecise.
         DataError: a label is outside its head.
@@ -137,13 +147,58 @@ def fit_examples(model: nn.Module, batches: Iterable[Examples]) -> Iterator[Exam
     refuse_unfit(model)
     for batch in batches:
         examples = _on_device(model, batch)
-        examples = examples.select(examples.weight > 0)
-        if len(examples):
+        counting = examples.weight > 0
+        if is_spread(model) and not bool(counting.any()):
+            yield nothing(examples)
+        elif bool(counting.any()):
+            examples = examples.select(counting)
             check_labels(examples)
             yield examples
 
 
+def nothing(examples: Examples) -> Examples:
+    """One example that counts for nothing: for a pass that others need."""
+    one = examples.select(slice(0, 1))
+    return replace(one, weight=torch.zeros_like(one.weight))
+
+
+def in_step(
+    model: nn.Module, examples: Iterable[Examples], comm: Comm, size: Callable[[Examples], int]
+) -> Iterator[Examples]:
+    """The examples of each batch, at most `size` at a time; where passes are collective, as often on every rank."""
+    batches = iter(examples)
+    while (batch := together(model, comm, lambda: next(batches, None))) is not None:
+        if not is_spread(model):
+            yield from in_parts(batch, size(batch))
+            continue
+        number = comm.max(-(-len(batch) // size(batch)))
+        for part in range(number):
+            some = batch.select(slice(part * len(batch) // number, (part + 1) * len(batch) // number))
+            yield some if len(some) else nothing(batch)
+
+
+def together(model: nn.Module, comm: Comm, make: Callable[[], Made]) -> Made:
+    """What `make` makes; where passes are collective, a rank that fails in it stops the others before the next pass."""
+    return all_or_none(comm, make) if is_spread(model) else make()
+
+
+def at_the_end(model: nn.Module, comm: Comm, make: Callable[[], Made]) -> Made:
+    """The same for a whole loop of passes, in which `together` has told others already if passes are collective."""
+    return make() if is_spread(model) else all_or_none(comm, make)
+
+
+def _logits(model: nn.Module, pixels: Tensor, widened: dict[str, Tensor] | None) -> Tensor:
+    if widened and is_spread(model):
+        with whole_parameters(model, widened):
+            return cast(Tensor, model(pixels))
+    if widened:
+        return cast(Tensor, torch.func.functional_call(model, widened, (pixels,)))
+    return cast(Tensor, model(pixels))
+
+
 def _on_device(model: nn.Module, batch: Examples) -> Examples:
+    if is_spread(model):  # weights may rest elsewhere between passes
+        return batch
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     return batch.to(like.device, like.dtype)
 
@@ -161,7 +216,7 @@ def fastest_layout(model: nn.Module, pixels: Tensor) -> torch.memory_format:
     Some models flatten by `view`, which needs another order of their activations. One convolution (of a transformer's
     patches) gains nothing.
     """
-    if pixels.dim() != 4 or sum(isinstance(module, nn.Conv2d) for module in model.modules()) < 2:
+    if is_spread(model) or pixels.dim() != 4 or sum(isinstance(module, nn.Conv2d) for module in model.modules()) < 2:
         return torch.contiguous_format
     some = pixels[:2]
     with torch.no_grad():
@@ -181,7 +236,7 @@ def planned(model: nn.Module, examples: Examples) -> Coverage:
 
 
 def planned_together(
-    model: nn.Module, batches: Iterable[Examples], comm: Comm
+    model: nn.Module, batches: Iterable[Examples], comm: Comm, known: Coverage | None = None
 ) -> tuple[Coverage | None, Iterator[Examples]]:
     """One coverage for all ranks, and this rank's fit examples; collective.
 
@@ -192,6 +247,9 @@ def planned_together(
     Raises:
         HpcclError: whatever stopped this rank; WorldError if another one was stopped.
     """
+    if known is not None:
+        return known, fit_examples(model, batches)
+    assert not is_spread(model), "a network whose weights are spread is planned ahead"
     remaining = (batch for batch in batches if len(batch))
     first: Examples | None = None
     fit: Examples | None = None
@@ -247,14 +305,14 @@ def listed(names: Iterable[object]) -> str:
 
 def zeros_for(parameter: Tensor) -> Tensor:
     """An fp32 accumulator in the parameter's shape."""
-    return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False, memory_format=torch.contiguous_format)
+    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
 
 
 def _shared(coverage: Coverage | None, source: int, comm: Comm) -> Coverage:
     """The coverage of rank `source`; elsewhere `coverage` is ignored."""
     text = json.dumps(asdict(coverage)) if coverage else None
     fields: dict[str, Any] = json.loads(comm.broadcast_text(text, source=source))
-    for name in ("mapped", "looped", "widened"):
+    for name in ("mapped", "looped", "widened", "factored"):
         fields[name] = tuple(fields[name])
     return Coverage(**fields)
 

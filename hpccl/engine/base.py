@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, whole
+from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, fetch, whole
 from hpccl.engine.optim import learning_rate
 from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.errors import ConfigError, WorldError
@@ -43,6 +43,8 @@ class BaseEngine(ABC):
         self._average: dict[str, Tensor] | None = None
         self._task = self._step = self._num_steps = 0
         self._last = False
+        self._far: set[str] | None = None
+        self._far_weights: dict[str, Tensor] = {}
         _refuse_recompute(model, config)
 
     # ---------------------------------------------------------------- where things are
@@ -154,12 +156,23 @@ class BaseEngine(ABC):
         """See the protocol; several hooks of one parameter are called in turn."""
         for name, hook in hooks:
             self._hooks[name] = _both(self._hooks[name], hook) if name in self._hooks else hook
+        far = {needed for name, hook in hooks for needed in hook.needs if _layer(needed) != _layer(name)}
+        self._far = far if self._spans and self._comm.any(bool(far)) else None
 
         def remove() -> None:
             for name, _ in hooks:
                 self._hooks.pop(name, None)
+            self._far, self._far_weights = None, {}
 
         return remove
+
+    def _fetch_far(self) -> None:
+        """Where weights are spread, a layer's are whole while its gradient is made; a hook may want other layers', too.
+
+        Only a dense curvature does, whose network is small.
+        """
+        if self._far is not None and self._last:
+            self._far_weights = fetch(self.gather(), self._far, self._comm)
 
     def _relay(self, name: str) -> Callable[[Tensor], Tensor]:
         """A tensor hook for one parameter, for good: calls what `on_gradient` has for it, on the last micro-batch."""
@@ -209,6 +222,10 @@ class BaseEngine(ABC):
         with self._autocast():
             logits: Tensor = model(some.to(memory_format=self._format))
         return logits[: len(pixels)].float()
+
+    def whole_module(self) -> nn.Module:
+        """The network with whole weights on every rank; collective, and for small networks only."""
+        return self._model
 
     # ---------------------------------------------------------------- state
 
@@ -329,6 +346,10 @@ class BaseEngine(ABC):
 def _as_whole(value: Tensor | Slab | Stored) -> Tensor | Stored:
     assert not isinstance(value, Slab), "a part is not the whole"
     return value
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _both(first: GradientHook, second: GradientHook) -> GradientHook:

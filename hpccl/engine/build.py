@@ -14,7 +14,20 @@ from hpccl.dist.comm import Comm
 from hpccl.engine.ddp import DdpEngine
 from hpccl.engine.protocols import Engine
 
-__all__ = ["build_engine"]
+__all__ = ["build_engine", "spreads_weights"]
+
+
+def spreads_weights(config: RunConfig) -> bool:
+    """Whether no rank will hold the whole network between passes."""
+    match config.engine:
+        case DdpConfig():
+            return False
+        case Fsdp2Config():
+            return True
+        case DeepspeedConfig(stage=stage):
+            return stage == 3
+        case _ as never:
+            assert_never(never)
 
 
 def build_engine(config: RunConfig, model: nn.Module, comm: Comm) -> Engine:

@@ -18,7 +18,18 @@ from hpccl.engine.base import BaseEngine
 from hpccl.engine.moments import load_state, local, state_of
 from hpccl.engine.optim import build_optimizer
 from hpccl.engine.protocols import trainable
-from hpccl.engine.sharded import Mesh, load_spread, own_parameters, shard, skeleton, spans_of, spread_copy
+from hpccl.engine.sharded import (
+    Mesh,
+    load_spread,
+    own_parameters,
+    place_of,
+    shard,
+    skeleton,
+    spans_of,
+    spread_copy,
+    units,
+    whole_copy,
+)
 
 __all__ = ["Fsdp2Engine"]
 
@@ -44,12 +55,13 @@ class Fsdp2Engine(BaseEngine):
         shard(model, self._mesh, reshard=config.engine.reshard, offload=config.engine.offload)
         self._own_spans = spans_of(model, self._mesh)
         self._like: dict[str, Tensor] = {name: value for name, value in self._bare.named_parameters() if name in names}
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._spread = {name: parameter for name, parameter in model.named_parameters() if name in names}
+        self._names: dict[Tensor, str] = {}
         self._whole: dict[str, nn.Parameter] = {}
         for unit in model.modules():
             if isinstance(unit, FSDPModule):
                 unit.register_forward_pre_hook(self._listen)
-        self._places = {name: _place(model, name) for name in names}
+        self._places = {name: place_of(model, name) for name in names}
         self._optimizer: torch.optim.Optimizer | None = None
         self._keep_initial()
 
@@ -74,18 +86,30 @@ class Fsdp2Engine(BaseEngine):
                 parameter.register_hook(self._relay(name))
 
     def _whole_now(self, name: str) -> Tensor:
-        return self._whole[name].detach()
+        far = self._far_weights.get(name)
+        return self._whole[name].detach() if far is None else far
 
     def _restart(self) -> None:
-        self._optimizer = build_optimizer(self._optim, self._model)
+        """An optimiser of this rank's own elements: every element-wise kernel works on them, fused ones too."""
+        rows = {name: nn.Parameter(local(value.detach())) for name, value in self._spread.items()}
+        held = {name: value for name, value in rows.items() if value.numel()}
+        self._names = {value: name for name, value in held.items()}
+        self._optimizer = build_optimizer(self._optim, self._bare)
+        named = {value: name for name, value in self._bare.named_parameters()}
+        for group in self._optimizer.param_groups:
+            group["params"] = [held[named[value]] for value in group["params"] if named[value] in held]
 
     def _run(self, pixels: Tensor) -> Tensor:
+        self._fetch_far()
         logits: Tensor = self._model(pixels)
         return logits
 
     def _update(self, rate: float) -> Tensor:
         assert self._optimizer is not None, "start() comes first"
-        gradients = [local(parameter.grad) for parameter in self._names if parameter.grad is not None]
+        for rows, name in self._names.items():
+            gradient = self._spread[name].grad
+            rows.grad = None if gradient is None else local(gradient)
+        gradients = [rows.grad for rows in self._names if rows.grad is not None]
         norm = self._norm(gradients)
         if bool(torch.isfinite(norm)):
             if self._train.clip_norm is not None:
@@ -94,22 +118,27 @@ class Fsdp2Engine(BaseEngine):
             for group in self._optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in (*self._spread.values(), *self._names):
+            parameter.grad = None
         return norm
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Of the whole gradient: each copy of the shards counts once."""
         squares = torch.zeros(1, dtype=torch.float64, device=self.device)
         if self._mesh.copy == 0:
-            norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()])
+            norms = torch._foreach_norm(gradients) if gradients else ()
             squares += sum((norm.double().square().to(self.device) for norm in norms), squares.new_zeros(()))
         self._comm.sum_([squares])
         return squares[0].sqrt().float()
 
+    def whole_module(self) -> nn.Module:
+        """See the protocol."""
+        return whole_copy(self._bare, self.gather(), self._comm)
+
     def frozen(self, weights: Leaves) -> Callable[[Tensor], Tensor]:
         """See the protocol; in shards as well."""
-        copied = spread_copy(self._bare, self._mesh, self.device)
-        load_spread(copied, self._own_spans, weights)
+        copied = spread_copy(self._bare, self._mesh, self.device).requires_grad_(False)
+        load_spread(copied, self._own_spans, weights.items())
         return functools.partial(self._infer, copied)
 
     def _optimizer_state(self) -> dict[str, Any] | None:
@@ -120,14 +149,7 @@ class Fsdp2Engine(BaseEngine):
         load_state(self._optimizer, self._names, self._own_spans, state)
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    module, _, key = name.rpartition(".")
-    return model.get_submodule(module), key
-
-
 def _compile_blocks(model: nn.Module) -> None:
-    from hpccl.engine.sharded import units
-
     for unit in units(model):
         if unit is not model:
             unit.compile()

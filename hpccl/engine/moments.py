@@ -41,7 +41,7 @@ def state_of(
 def _saved(value: Any, parameter: Tensor, span: Span | None) -> Any:
     if span is None or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
-    return Slab(local(value).reshape(-1), span)
+    return Slab(value.reshape(-1), span)
 
 
 def load_state(
@@ -69,19 +69,12 @@ def _loader(parameter: Tensor, span: Span | None, *, beside: bool) -> Callable[[
     def load(value: Any) -> Any:
         if not isinstance(value, (Tensor, Slab, Stored)):
             return value
-        if tuple(value.shape) != tuple(parameter.shape):
-            number = whole(value) if not isinstance(value, Slab) else value.local
-            return number.to(parameter.device) if beside else number.clone()
-        dtype = value.local.dtype if isinstance(value, Slab) else getattr(value, "dtype", torch.float32)
+        if tuple(value.shape) != (parameter.shape if span is None else span.shape):
+            assert not isinstance(value, Slab), "only what is shaped like a parameter is spread"
+            return whole(value).to(parameter.device if beside else "cpu", copy=True)
+        part = whole(value) if span is None else elements(value, span.start, span.stop)  # type: ignore[arg-type]
         # In the parameter's memory layout: fused kernels pair a moment with its weight by place, not by index.
-        made = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        own = local(made)
-        if span is None:
-            assert not isinstance(value, Slab), "a part is not the whole"
-            own.copy_(whole(value))
-        else:
-            own.copy_(elements(value, span.start, span.stop).view_as(own))
-        return made
+        return torch.empty_like(parameter, dtype=part.dtype, requires_grad=False).copy_(part.view(parameter.shape))
 
     return load
 

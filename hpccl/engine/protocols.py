@@ -63,6 +63,9 @@ class Engine(Protocol):
     def predict(self, pixels: Tensor) -> Tensor:
         """[n, c, h, w] -> logits [n, C] in fp32, evaluation mode, no gradient. Collective where weights are spread."""
 
+    def whole_module(self) -> nn.Module:
+        """The network with whole weights on every rank; collective, and for small networks only."""
+
     def frozen(self, weights: Leaves) -> Callable[[Tensor], Tensor]:
         """A frozen copy of the network with other weights: pixels [n, c, h, w] -> logits [n, C], evaluation mode."""
 

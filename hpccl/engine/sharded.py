@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import Slab, Span, Stored, elements, whole
+from hpccl.dist.spread import Leaves, Slab, Span, Stored, elements, streamed, whole
 from hpccl.engine.moments import local
 from hpccl.errors import ConfigError
 
@@ -27,11 +28,14 @@ __all__ = [
     "is_spread",
     "load_spread",
     "own_parameters",
+    "place_of",
     "shard",
     "skeleton",
     "spans_of",
     "spread_copy",
     "units",
+    "whole_copy",
+    "whole_parameters",
 ]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -136,15 +140,55 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_spread(model: nn.Module, spans: Mapping[str, Span], weights: Mapping[str, Tensor | Slab | Stored]) -> None:
+def load_spread(
+    model: nn.Module, spans: Mapping[str, Span], weights: Iterable[tuple[str, Tensor | Slab | Stored]]
+) -> None:
     """Replace parameters and buffers of a network in shards, by name."""
     own, buffers = own_parameters(model), dict(model.named_buffers())
-    for name, value in weights.items():
+    for name, value in weights:
         if name in own:
             own[name].copy_(elements(value, spans[name].start, spans[name].stop))
         elif name in buffers:
             assert not isinstance(value, Slab), "buffers are whole"
             buffers[name].copy_(whole(value))
+
+
+@contextmanager
+def whole_parameters(model: nn.Module, substitutes: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+    """What a network in shards computes with, by name, as passes within the context come by it.
+
+    substitutes: tensors to compute with instead of the named parameters
+    """
+    places = {name: place_of(model, name) for name, _ in model.named_parameters()}
+    found: dict[str, Tensor] = {}
+    kept: dict[str, Any] = {}
+
+    def arrive(unit: nn.Module, arguments: Any) -> None:
+        for name, (module, key) in places.items():
+            value = module._parameters[key]
+            if value is not None and not hasattr(value, "to_local") and name not in kept:
+                found[name] = value
+                if name in (substitutes or {}):
+                    kept[name] = value
+                    module._parameters[key] = (substitutes or {})[name]  # type: ignore[assignment]
+
+    def leave(unit: nn.Module, arguments: Any, out: Any) -> None:
+        for name, (module, key) in places.items():
+            if name in kept and any(part is module for part in unit.modules()):
+                module._parameters[key] = kept.pop(name)
+
+    with ExitStack() as stack:
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule):  # its own hooks come before ours when it begins, after ours when it ends
+                stack.callback(unit.register_forward_pre_hook(arrive).remove)
+                stack.callback(unit.register_forward_hook(leave, prepend=True).remove)
+        yield found
+
+
+def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and what it calls it."""
+    module, _, key = name.rpartition(".")
+    return model.get_submodule(module), key
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -158,9 +202,20 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 def spread_copy(bare: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
     """A network in shards from a skeleton; its weights are yet to be loaded."""
-    made = skeleton(bare).requires_grad_(False)
+    made = skeleton(bare)
     shard(made, mesh)
     made._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value.to(device))
+    return made
+
+
+def whole_copy(bare: nn.Module, weights: Leaves, comm: Comm) -> nn.Module:
+    """The network with all its weights on every rank, from a skeleton; collective, and for small networks only."""
+    made = skeleton(bare)
+    made._apply(lambda value: torch.empty_like(value, device=comm.device) if value.is_meta else value.to(comm.device))
+    own = made.state_dict()
+    with torch.no_grad():
+        for name, value in streamed(weights, comm):
+            own[name].copy_(value)
     return made
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from hpccl.config.sections import DenseCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.protocols import Examples
 from hpccl.data.order import mix
@@ -88,9 +89,11 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
     with world.phase(task, "curvature") as phase:
         rest, times = _rest(task, memory, world)
         phase.images = len(rest)
-        estimator = build_estimator(world.config.curvature, world.config.seed)
+        estimator = build_estimator(world.config.curvature, world.config.seed, state.coverage)
+        dense = isinstance(world.config.curvature, DenseCurvature)
+        network = state.engine.whole_module() if dense else state.engine.module
         batches = _Pass(task, rest, world)
-        precision = estimator.estimate(state.engine.module, batches, world.comm).times(times)
+        precision = estimator.estimate(network, batches, world.comm).times(times)
         new = precision.totals(world.comm)
         if state.prior.quadratic is None:
             quadratic = Quadratic(precision, anchor, config.weight, config.damping)

@@ -16,12 +16,14 @@ from torch import Tensor
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
+from hpccl.config.sections import DenseCurvature
 from hpccl.curvature.build import build_estimator
+from hpccl.curvature.coverage import plan_ahead
 from hpccl.data.build import open_stream
 from hpccl.data.protocols import Split, Stream, Task
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
-from hpccl.engine.build import build_engine
+from hpccl.engine.build import build_engine, spreads_weights
 from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, versions
@@ -72,7 +74,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     start = time.perf_counter()
     state = fresh_state(config, stream, world.comm)
     if config.prior.quadratic.weight > 0:
-        build_estimator(config.curvature, config.seed).check(state.engine.module)
+        build_estimator(config.curvature, config.seed, state.coverage).check(state.engine.module)
     found = latest(world.folder.checkpoints)
     _introduce(world, command, found)
     if found is not None:
@@ -120,7 +122,14 @@ def fresh_state(config: RunConfig, stream: Stream, comm: Comm) -> RunState:
     model = build_model(
         config.model, image_shape=stream.image_shape, num_classes=len(stream.class_names), seed=config.seed
     )
-    return RunState(build_engine(config, model, comm))
+    coverage = None
+    if (
+        spreads_weights(config)
+        and config.prior.quadratic.weight > 0
+        and not isinstance(config.curvature, DenseCurvature)
+    ):
+        coverage = plan_ahead(model, stream.image_shape)
+    return RunState(build_engine(config, model, comm), coverage=coverage)
 
 
 def check_memory(config: RunConfig, stream: Stream) -> None:

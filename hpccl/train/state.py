@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hpccl.checkpoint.store import Content, Mark, Shard, Writing
 from hpccl.config.run import RunConfig
+from hpccl.curvature.coverage import Coverage
 from hpccl.curvature.protocols import Shards
 from hpccl.data.protocols import Stream, Task
 from hpccl.dist.comm import Comm
@@ -36,6 +37,7 @@ class RunState:
     """Everything a checkpoint holds: weights and optimiser, what the past says, where the run is, results so far.
 
     shard, writing: of checkpoints themselves; not saved
+    coverage: how curvature will be measured, where that is found before weights are spread; not saved
     """
 
     engine: Engine
@@ -44,6 +46,7 @@ class RunState:
     results: list[dict[str, Any]] = field(default_factory=list)
     shard: Shard = field(default_factory=Shard)
     writing: Writing | None = None
+    coverage: Coverage | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The nest that is saved."""

@@ -33,7 +33,9 @@ def merged(*changes: dict[str, Any]) -> RunConfig:
     sections: dict[str, Any] = {name: dict(value) for name, value in DIGITS.items()}
     for change in changes:
         for name, value in change.items():
-            sections[name] = {**sections.get(name, {}), **value} if isinstance(value, dict) else value
+            below = sections.get(name, {})
+            afresh = not isinstance(value, dict) or ("kind" in value and value["kind"] != below.get("kind"))
+            sections[name] = value if afresh else {**below, **value}
     return RunConfig.model_validate(sections)
 
 

@@ -1,0 +1,367 @@
+"""DeepSpeed ZeRO: optimiser state (stage 1), gradients too (2), weights too (3) in shards; the one importer of deepspeed.
+
+Weights are fp32 on every stage and autocast lowers what is multiplied: DeepSpeed's own bf16 mode would compute with
+weights of 8 bits, in which w - a is noise.
+
+Outside training a stage-3 network is not asked: DeepSpeed expects every pass to be a training pass. A second network in
+shards (engine.sharded) takes its weights over when they have changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import DeepspeedEngine as DeepspeedConfig
+from hpccl.dist.comm import Comm
+from hpccl.dist.spread import Leaves, Slab, Span, Stored, elements, streamed
+from hpccl.engine.base import BaseEngine
+from hpccl.engine.moments import group_numbers, load_state, state_of
+from hpccl.engine.optim import build_optimizer
+from hpccl.engine.protocols import Weights, trainable
+from hpccl.engine.sharded import Mesh, load_spread, skeleton, spans_of, spread_copy, whole_copy
+from hpccl.errors import ConfigError
+
+__all__ = ["DeepspeedEngine"]
+
+
+@final
+class DeepspeedEngine(BaseEngine):
+    """The Engine protocol on a DeepSpeed engine."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, comm: Comm) -> None:
+        super().__init__(model, config, comm)
+        assert isinstance(config.engine, DeepspeedConfig)
+        self._stage = config.engine.stage
+        comm.broadcast_(list(model.state_dict().values()))
+        self._bare = skeleton(model)
+        self._parameters = dict(model.named_parameters())
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
+        self._shapes = {name: tuple(value.shape) for name, value in self._parameters.items()}
+        optimizer = build_optimizer(self._optim, model)
+        self._engine = _initialize(model, optimizer, config, comm)
+        self._inner: torch.optim.Optimizer = optimizer
+        self._fresh = group_numbers(optimizer.param_groups)
+        self._zero: Any = self._engine.optimizer if self._stage else None
+        for name, parameter in trainable(model).items():
+            parameter.register_hook(self._relay(name))
+        self._weight_spans = (
+            {name: _flat_span(p, comm) for name, p in self._parameters.items()} if self._stage == 3 else {}
+        )
+        self._twin: nn.Module | None = None
+        self._twin_spans: dict[str, Span] = {}
+        self._stale = True
+        self._started = False
+        self._keep_initial()
+
+    # ---------------------------------------------------------------- where things are
+
+    @property
+    def _spans(self) -> Mapping[str, Span]:
+        return self._weight_spans
+
+    def _locals(self) -> dict[str, Tensor]:
+        if self._stage < 3:
+            return {name: value.detach() for name, value in self._parameters.items()}
+        return {name: self._master(name) for name in self._parameters}
+
+    def _master(self, name: str) -> Tensor:
+        """Stage 3: this rank's elements as the optimiser has them, without the padding."""
+        parameter: Any = self._parameters[name]
+        count = self._weight_spans[name].numel
+        if not parameter.requires_grad:
+            frozen: Tensor = parameter.ds_tensor.data[:count]
+            return frozen
+        group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        part: Tensor = self._zero.fp32_partitioned_groups_flat[group].data.narrow(0, offset, count)
+        return part
+
+    @property
+    def like(self) -> dict[str, Tensor]:
+        """See BaseEngine."""
+        source = dict(self._bare.named_parameters()) if self._stage == 3 else self._parameters
+        return {name: value.detach() for name, value in source.items() if value.requires_grad}
+
+    def _whole_now(self, name: str) -> Tensor:
+        far = self._far_weights.get(name)
+        return self._parameters[name].detach() if far is None else far
+
+    @torch.no_grad()
+    def _put_locals(self, values: Weights) -> None:
+        super()._put_locals(values)
+        self._stale = True
+        for name in values:
+            parameter: Any = self._parameters[name]
+            if self._stage == 3:
+                own = self._master(name)
+                parameter.ds_tensor.data[: len(own)].copy_(own)
+            elif self._stage and getattr(parameter, "_hp_mapping", None) is not None:
+                span, fragment = _fragment(parameter)
+                fragment.copy_(elements(parameter, span.start, span.stop))
+        if self._stage == 3 and self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    # ---------------------------------------------------------------- training
+
+    def _restart(self) -> None:
+        self._started = True
+        self._inner.state.clear()
+        for group, numbers in zip(self._inner.param_groups, self._fresh, strict=True):
+            group.update(numbers)
+
+    def _run(self, pixels: Tensor) -> Tensor:
+        self._fetch_far()
+        self._engine.set_gradient_accumulation_boundary(self._last)
+        logits: Tensor = self._engine(pixels)
+        return logits
+
+    def _pull_back(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _update(self, rate: float) -> Tensor:
+        for group in self._inner.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        self._stale = True
+        if self._stage == 0:
+            return self._update_whole()
+        self._engine.step()  # which skips the update if the norm is not finite
+        norm = self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+
+    def _update_whole(self) -> Tensor:
+        parameters = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if bool(torch.isfinite(norm)):
+            if self._train.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self._train.clip_norm, norm)
+            self._engine.step()
+        self._engine.zero_grad()
+        return norm
+
+    # ---------------------------------------------------------------- passes outside training
+
+    @property
+    def module(self) -> nn.Module:
+        """See the protocol; on stage 3 collective where the weights have changed since it was last asked for."""
+        if self._stage < 3:
+            return self._model
+        if self._twin is None:
+            mesh = Mesh.of(self._comm, None)
+            self._twin = spread_copy(self._bare, mesh, self.device)
+            self._twin_spans = spans_of(self._bare, mesh)
+        if self._stale:
+            load_spread(self._twin, self._twin_spans, streamed(self.gather(), self._comm))
+            self._stale = False
+        return self._twin
+
+    def whole_module(self) -> nn.Module:
+        """See the protocol."""
+        return self._model if self._stage < 3 else whole_copy(self._bare, self.gather(), self._comm)
+
+    def frozen(self, weights: Leaves) -> Callable[[Tensor], Tensor]:
+        """See the protocol; in shards on stage 3."""
+        if self._stage < 3:
+            copied = whole_copy(self._bare, weights, self._comm).requires_grad_(False)
+        else:
+            mesh = Mesh.of(self._comm, None)
+            copied = spread_copy(self._bare, mesh, self.device).requires_grad_(False)
+            load_spread(copied, spans_of(self._bare, mesh), streamed(weights, self._comm))
+        return functools.partial(self._infer, copied)
+
+    # ---------------------------------------------------------------- optimiser state
+
+    def _buckets(self) -> Iterator[tuple[Tensor, dict[str, tuple[Span, int]]]]:
+        """The optimiser's own tensors [n], each with what is where in it: (elements of a parameter, first place)."""
+        if self._stage == 3:
+            for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
+                yield (
+                    flat,
+                    {
+                        self._names[p]: (
+                            self._weight_spans[self._names[p]],
+                            self._zero.grad_position[self._zero.get_param_id(p)][1],
+                        )
+                        for p in self._zero.fp16_groups[number]
+                    },
+                )
+            return
+        for number, flat in enumerate(self._zero.single_partition_of_fp32_groups):
+            found = {}
+            for parameter in self._zero.bit16_groups[number]:
+                name = self._names[parameter]
+                if getattr(parameter, "_hp_mapping", None) is None:
+                    found[name] = (Span(self._shapes[name], 0, 0), 0)
+                else:
+                    found[name] = (_fragment(parameter)[0], parameter._hp_mapping.hp_fragment_address.start)
+            yield flat, found
+
+    def _optimizer_state(self) -> dict[str, Any] | None:
+        if not self._started:
+            return None
+        if self._stage == 0:
+            return state_of(self._inner, self._names, {})
+        moments: dict[str, dict[str, Any]] = {}
+        for flat, places in self._buckets():
+            for key, value in self._inner.state.get(flat, {}).items():
+                for name, (span, first) in places.items():
+                    spread = isinstance(value, Tensor) and value.shape == flat.shape
+                    kept = Slab(value.narrow(0, first, span.numel), span) if spread else value
+                    moments.setdefault(name, {})[key] = kept
+        return {"moments": moments, "groups": group_numbers(self._inner.param_groups)}
+
+    def _load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        if self._stage == 0:
+            load_state(self._inner, self._names, {}, state)
+            return
+        for group, numbers in zip(self._inner.param_groups, state["groups"], strict=True):
+            group.update(numbers)
+        moments = state["moments"]
+        for flat, places in self._buckets():
+            keys = moments.get(next(iter(places), ""), {})
+            if keys:
+                self._inner.state[flat] = {key: _filled(flat, places, moments, key) for key in keys}
+
+
+def _filled(
+    flat: Tensor, places: Mapping[str, tuple[Span, int]], moments: Mapping[str, Mapping[str, Any]], key: str
+) -> Any:
+    """One entry of the optimiser's state of `flat`, from those of its parameters."""
+    made: Tensor | None = None
+    for name, (span, first) in places.items():
+        value = moments[name][key]
+        if not isinstance(value, (Tensor, Slab, Stored)) or tuple(value.shape) != span.shape:
+            return value.clone() if isinstance(value, Tensor) else value
+        part = elements(value, span.start, span.stop)
+        if made is None:
+            made = torch.zeros(flat.shape, dtype=part.dtype, device=flat.device)
+        made.narrow(0, first, span.numel).copy_(part)
+    return made
+
+
+def _fragment(parameter: Any) -> tuple[Span, Tensor]:
+    """Stages 1 and 2: the elements of a parameter that this rank updates, and where its optimiser has them."""
+    mapping = parameter._hp_mapping
+    start = mapping.lp_fragment_address.start
+    fragment: Tensor = mapping.hp_fragment.data
+    return Span(tuple(parameter.shape), start, start + mapping.lp_fragment_address.numel), fragment
+
+
+def _flat_span(parameter: Any, comm: Comm) -> Span:
+    """Stage 3: equal parts of a parameter, the last ones padded."""
+    size, count = parameter.partition_numel(), parameter.ds_numel
+    return Span(tuple(parameter.ds_shape), min(comm.rank * size, count), min((comm.rank + 1) * size, count))
+
+
+# ---------------------------------------------------------------- settings
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, comm: Comm) -> Any:
+    """A DeepSpeed engine.
+
+    Raises:
+        ConfigError: DeepSpeed is missing, or refuses a setting.
+    """
+    deepspeed = _import()
+    settings = _settings(config, comm)
+    _refuse_unknown(deepspeed, settings, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own use of deprecated calls
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        except (ValueError, AssertionError) as error:
+            raise ConfigError(f"DeepSpeed refuses engine.deepspeed={config.engine!r}: {error}") from error
+    return engine
+
+
+def _import() -> Any:
+    import logging
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.kind=deepspeed needs the package deepspeed ({error}); install it: pip install 'hpccl[deepspeed]'"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _settings(config: RunConfig, comm: Comm) -> dict[str, Any]:
+    """Ours, and the user's where they do not touch ours (config.rules refuses those that do)."""
+    engine = config.engine
+    assert isinstance(engine, DeepspeedConfig)
+    zero: dict[str, Any] = {"stage": engine.stage}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload_weights:
+        zero["offload_param"] = {"device": "cpu"}
+    if engine.stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    user = dict(engine.deepspeed)
+    zero |= user.pop("zero_optimization", {})
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's; batches are hpccl's
+        "gradient_accumulation_steps": config.train.accumulate,
+        "gradient_clipping": (config.train.clip_norm or 0.0) if engine.stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+        "torch_autocast": {
+            "enabled": engine.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # all weights travel in fp32
+        },
+        **user,
+    }
+
+
+class _Asked(dict[str, Any]):
+    """Remembers which keys anybody looked for: DeepSpeed passes over those that it does not know in silence."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.keys_asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked.add(str(key))
+        return super().__contains__(key)
+
+
+def _refuse_unknown(deepspeed: Any, settings: Mapping[str, Any], config: RunConfig) -> None:
+    """Ask DeepSpeed's own schema.
+
+    Raises:
+        ConfigError: naming the settings that it does not know or refuses.
+    """
+    asked = _Asked(settings)
+    try:
+        deepspeed.DeepSpeedConfig(asked)
+    except (ValueError, AssertionError, TypeError, KeyError) as error:
+        lines = " ".join(str(error).split())
+        raise ConfigError(f"engine.deepspeed: DeepSpeed {deepspeed.__version__} refuses it: {lines}") from error
+    assert isinstance(config.engine, DeepspeedConfig)
+    unknown = sorted(set(config.engine.deepspeed) - asked.keys_asked)
+    if unknown:
+        raise ConfigError(
+            f"engine.deepspeed.{unknown[0]}: DeepSpeed {deepspeed.__version__} knows no such setting; allowed are: "
+            f"{', '.join(sorted(asked.keys_asked - settings.keys()))}"
+        )
