@@ -271,3 +271,27 @@ def build(name: str, count: int, *, dtype: torch.dtype = torch.float64) -> tuple
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)):
             module.weight.data[0] = 0.0
     return net.to(dtype), pixels.to(dtype)
+
+
+def cusp() -> tuple[nn.Module, Tensor]:
+    """The gradient of the last of six examples is not finite, its logits are."""
+
+    class Cusp(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clamp(min=0).sqrt()  # infinite slope at 0, times 0
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), Cusp(), nn.Linear(4, NUM_CLASSES))
+    with torch.no_grad():
+        model.get_parameter("1.weight").copy_(torch.eye(4))
+        model.get_parameter("1.bias").zero_()
+    pixels = torch.rand(6, 4) + 0.1
+    pixels[5, 2] = 0.0
+    return model, pixels
+
+
+def overflowing() -> tuple[nn.Module, Tensor]:
+    """Gradients are finite in fp32, their squares are not."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, NUM_CLASSES))
+    with torch.no_grad():
+        model.get_parameter("1.weight").zero_()
+    return model, torch.full((3, 4), 1e25)

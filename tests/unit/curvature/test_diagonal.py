@@ -16,7 +16,7 @@ from hpccl.curvature.diagonal import Diagonal, DiagonalEstimator
 from hpccl.curvature.protocols import Examples
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, CoverageError, DataError, DivergedError, HpcclError
-from tests.unit.curvature.oracle import HEAD, NETS, NUM_CLASSES, build, examples, true_diagonal
+from tests.unit.curvature.oracle import HEAD, NETS, NUM_CLASSES, build, cusp, examples, overflowing, true_diagonal
 
 ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 
@@ -339,26 +339,15 @@ def test_the_layer_that_diverged_is_named() -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_named() -> None:
-    class Cusp(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.clamp(min=0).sqrt()  # infinite slope at 0, times 0
-
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), Cusp(), nn.Linear(4, NUM_CLASSES))
-    with torch.no_grad():
-        model.get_parameter("1.weight").copy_(torch.eye(4))
-        model.get_parameter("1.bias").zero_()
-    pixels = torch.rand(5, 4) + 0.1
-    pixels[3, 2] = 0.0
-    with pytest.raises(DivergedError, match="gradient of layer '1' is not finite for samples 103"):
+    model, pixels = cusp()
+    with pytest.raises(DivergedError, match="gradient of layer '1' is not finite for samples 105"):
         estimate(model, examples(pixels))
 
 
 def test_an_overflow_is_named() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, NUM_CLASSES))
-    with torch.no_grad():
-        model.get_parameter("1.weight").zero_()
+    model, pixels = overflowing()
     with pytest.raises(DivergedError, match=r"'1\.weight' overflow fp32"):
-        estimate(model, examples(torch.full((3, 4), 1e25)))
+        estimate(model, examples(pixels))
 
 
 # ---------------------------------------------------------------- algebra and state

@@ -1,0 +1,80 @@
+"""The tables of figures in the documentation are those of the files that benchmarks left."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks._tables import FOLDER, PAGES, filled
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_as_the_files_are(page: Path) -> None:
+    assert filled(page.read_text(), FOLDER) == page.read_text(), "run: python -m benchmarks._tables"
+
+
+def table(name: str, folder: Path) -> list[list[str]]:
+    """The cells below the head."""
+    page = filled(f"before\n<!-- table: {name} -->\nold\n<!-- end -->\nafter\n", folder)
+    found = re.fullmatch(rf"before\n<!-- table: {name} -->\n(.*)<!-- end -->\nafter\n", page, re.DOTALL)
+    assert found
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
+
+
+def curvature(case: str, seconds: dict[str, float], peaks: dict[str, int]) -> str:
+    base = seconds["forward_backward"]
+    details: dict[str, Any] = {
+        "processor_seconds": {case: seconds},
+        "over_forward_backward": {case: {name: value / base for name, value in seconds.items()}},
+        "peak_bytes": {case: peaks},
+    }
+    return json.dumps({"name": "curvature", "headline": {}, "details": details})
+
+
+def test_curvature_of_whichever_files_there_are(tmp_path: Path) -> None:
+    assert table("curvature", tmp_path) == []  # the page's own row stays
+    all_runs = {"forward_backward": 2.0, "hpccl/mc": 3.0, "hpccl/empirical": 2.5, "hpccl/everything": 4.0}
+    (tmp_path / "curvature_b.json").write_text(curvature("b@64", all_runs, {"hpccl/mc": 5 << 20}))
+    few = {"forward_backward": 1.0, "hpccl/mc": 1.5, "hpccl/empirical": 1.5, "peer/mc": 6.0}
+    (tmp_path / "curvature_a.json").write_text(curvature("a@224", few, {}))
+    assert table("curvature", tmp_path) == [
+        ["a@224", "forward + backward", "1.00", "1.00", "1.00", "–"],
+        ["a@224", "hpccl", "1.50", "1.50", "1.50", "–"],
+        ["a@224", "peer", "6.00", "–", "6.00", "–"],
+        ["b@64", "forward + backward", "2.00", "2.00", "1.00", "–"],
+        ["b@64", "hpccl", "3.00", "2.50", "1.50", "5"],
+        ["b@64", "hpccl, norms too", "4.00", "–", "2.00", "–"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["task_sum", "pull"])
+def test_another_figure_changes_the_table(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "files"
+    shutil.copytree(FOLDER, folder)
+    before = table(name, folder)
+    file = min(folder.glob(f"{name}*.json"))
+    result = json.loads(file.read_text())
+    if name == "task_sum":
+        result["details"]["table"]["refit"]["1"]["frobenius"] = 0.98765
+    else:
+        next(iter(result["details"]["cases"].values()))["processes"]["2"]["step_ratio"]["exact"] = 0.98765
+    file.write_text(json.dumps(result))
+    changed = [
+        new
+        for old, others in zip(before, table(name, folder), strict=True)
+        for cell, new in zip(old, others, strict=True)
+        if cell != new
+    ]
+    assert changed == ["0.988"]
+
+
+def test_mistakes_in_a_page() -> None:
+    with pytest.raises(ValueError, match="unknown table 'pul'; allowed: curvature, pull"):
+        filled("<!-- table: pul -->\n<!-- end -->\n", FOLDER)
+    with pytest.raises(ValueError, match="has no '<!-- end -->'"):
+        filled("<!-- table: pull -->\n", FOLDER)
