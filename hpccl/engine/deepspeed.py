@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: optimiser state (stage 1), gradients too (2), weights too (3) in shards; the one importer of deepspeed.
+"""DeepSpeed ZeRO: optimiser state (stage 1), gradients (2), weights (3) in shards; the one importer of deepspeed.
 
 Weights are fp32 on every stage and autocast lowers what is multiplied: DeepSpeed's own bf16 mode would compute with
 weights of 8 bits, in which w - a is noise.
@@ -10,6 +10,8 @@ shards (engine.sharded) takes its weights over when they have changed.
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
@@ -268,7 +270,8 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
         ConfigError: DeepSpeed is missing, or refuses a setting.
     """
     deepspeed = _import()
-    settings = _settings(config, comm)
+    settings = _settings(config)
+    os.environ.setdefault("LOCAL_RANK", str(comm.device.index or 0))  # DeepSpeed wants its launcher's word
     _refuse_unknown(deepspeed, settings, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own use of deprecated calls
@@ -282,8 +285,6 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
 
 
 def _import() -> Any:
-    import logging
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -293,10 +294,13 @@ def _import() -> Any:
             f"engine.kind=deepspeed needs the package deepspeed ({error}); install it: pip install 'hpccl[deepspeed]'"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On CPUs it would compile a module at the first start, which only inference uses, and wait for ever for the lock of
+    # a process that was killed at it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def _settings(config: RunConfig, comm: Comm) -> dict[str, Any]:
+def _settings(config: RunConfig) -> dict[str, Any]:
     """Ours, and the user's where they do not touch ours (config.rules refuses those that do)."""
     engine = config.engine
     assert isinstance(engine, DeepspeedConfig)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import Leaves, Slab, Span, Stored, elements, streamed, whole
+from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, streamed, whole
 from hpccl.engine.moments import local
 from hpccl.errors import ConfigError
 
@@ -28,6 +28,7 @@ __all__ = [
     "is_spread",
     "load_spread",
     "own_parameters",
+    "parameters_of",
     "place_of",
     "shard",
     "skeleton",
@@ -137,6 +138,29 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(unit, FSDPModule):
             unit.reshard()
     return {name: local(value.detach()).view(-1) for name, value in model.named_parameters()}
+
+
+def parameters_of(model: nn.Module) -> tuple[dict[str, Leaf], int]:
+    """Trainable parameters as a network holds them, whole or this rank's rows; and how many copies ranks hold of it."""
+    named = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    if not is_spread(model):
+        return dict(named), 1
+    mesh = _mesh_of(next(iter(named.values())))
+    found: dict[str, Leaf] = {
+        name: Slab(local(value).reshape(-1), mesh.span(tuple(value.shape))) for name, value in named.items()
+    }
+    return found, mesh.devices.size() // mesh.size
+
+
+def _mesh_of(parameter: Any) -> Mesh:
+    devices: DeviceMesh = parameter.device_mesh
+    two = devices.ndim == 2
+    return Mesh(
+        devices,
+        devices.get_local_rank(devices.ndim - 1),
+        devices.size(devices.ndim - 1),
+        devices.get_local_rank(0) if two else 0,
+    )
 
 
 @torch.no_grad()

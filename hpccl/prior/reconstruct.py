@@ -83,11 +83,16 @@ def local_parts(leaves: Leaves) -> dict[str, Tensor]:
 
 
 def compare_gradients(
-    true: Mapping[str, Tensor], terms: Mapping[str, Mapping[str, Tensor]], comm: Comm, *, spread: bool = False
+    true: Mapping[str, Tensor],
+    terms: Mapping[str, Mapping[str, Tensor]],
+    comm: Comm,
+    *,
+    spread: bool = False,
+    copies: int = 1,
 ) -> tuple[dict[str, dict[str, float]], float]:
     """{term: {cosine, relative_error, norm}} against the true gradient, over all parameters together; its norm.
 
-    spread: each rank has its own elements of all of them
+    spread: each rank has its own elements of all of them, and `copies` ranks the same ones
     """
     reference = _flat(true)
     vectors = {name: _flat(gradient, like=true) for name, gradient in terms.items()}
@@ -100,6 +105,7 @@ def compare_gradients(
     )
     if spread:
         comm.sum_([products])
+        products /= copies
     first, *rest = products.tolist()
     size = first**0.5
     found = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
-from hpccl.engine.sharded import is_spread
+from hpccl.engine.sharded import is_spread, parameters_of
 from hpccl.prior.reconstruct import Losses, compare_gradients, local_parts, summed_gradients
 from hpccl.train.compose import Composer
 from hpccl.train.loss import row_nats
@@ -39,13 +39,13 @@ def reconstruct(task: Task, state: RunState, world: World) -> None:
         (true,) = summed_gradients(engine.module, _true(used, composer, world), comm, num_terms=1)
         true = {name: value * (len(past) / len(used)) for name, value in true.items()}
         soft, replay = summed_gradients(engine.module, _memory(composer, world), comm, num_terms=2)
+        weights, copies = parameters_of(engine.module)
         quadratic = {name: torch.zeros_like(value) for name, value in true.items()}
         if prior.quadratic is not None:
-            weights = {name: leaf for name, leaf in engine.gather().items() if name in engine.like}
             quadratic = local_parts(prior.quadratic.force(weights, comm))
         total = {name: soft[name] + replay[name] + quadratic[name] for name in true}
         terms = {"soft": soft, "replay": replay, "quadratic": quadratic, "total": total}
-        errors, true_norm = compare_gradients(true, terms, comm, spread=is_spread(engine.module))
+        errors, true_norm = compare_gradients(true, terms, comm, spread=is_spread(engine.module), copies=copies)
     world.log.write(
         "reconstruction",
         task=task.index,

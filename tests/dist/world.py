@@ -101,7 +101,7 @@ def _work(line: Connection) -> None:
 
 def _rank(function: Callable[..., Result], rank: int, size: int, meeting: str, arguments: tuple[Any, ...]) -> None:
     meet = f"file://{meeting}/meet"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=size, timeout=timedelta(minutes=3))
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=size, timeout=timedelta(minutes=1))
     try:
         result = function(Comm(rank=rank, size=size, device=torch.device("cpu")), *arguments)
         torch.save(result, Path(meeting) / f"{rank}.pt")
