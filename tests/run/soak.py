@@ -32,7 +32,7 @@ from hpccl.checkpoint.store import load, marks, open_shards
 from hpccl.report.events import read_events
 from tests.run.command import ROOT, SMALL, environment, events, ranks
 
-__all__ = ["AIMS", "Kill", "Setting", "Soak", "soak"]
+__all__ = ["AIMS", "SHORT", "Kill", "Setting", "Soak", "draw_aims", "soak"]
 
 # Most of a run is saving, measuring and testing.
 SHORT = (*SMALL, "train.epochs=2", "checkpoint.every=3")

@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -93,23 +94,23 @@ def test_one_rank_cannot_write_its_part(tmp_path: Path) -> None:
     assert code == 0, output
 
 
-@pytest.mark.parametrize("name", ["state", "curvature-00001-of-00002"])
-def test_a_torn_checkpoint_says_what_to_delete(tmp_path: Path, name: str) -> None:
+def test_a_torn_checkpoint_says_what_to_delete(tmp_path: Path) -> None:
     folder, several = tmp_path / "run", ("--nproc=2", "train.epochs=1", "checkpoint.every=0")
     assert finish(start(folder, *several))[0] == 0
     weights = report(folder)["weights_sha256"]
     (newest,) = (folder / "checkpoints").glob("task-004-done-*")
-    torn = newest / f"{name}.safetensors"
-    torn.write_bytes(torn.read_bytes()[:-100])
-    code, output = finish(start(folder, *several))
-    assert code == 1
-    assert output.count("error:") == 1, output
-    assert f"checkpoint '{newest}' cannot be read ({name}: " in output
-    assert "delete it to continue from the one before" in output
-    assert "Traceback" not in output
-    for path in newest.iterdir():
-        path.unlink()
-    newest.rmdir()
+    for name in ("state", "curvature-00001-of-00002"):
+        torn = newest / f"{name}.safetensors"
+        whole = torn.read_bytes()
+        torn.write_bytes(whole[:-100])
+        code, output = finish(start(folder, *several))
+        assert code == 1
+        assert output.count("error:") == 1, output
+        assert f"checkpoint '{newest}' cannot be read ({name}: " in output
+        assert "delete it to continue from the one before" in output
+        assert "Traceback" not in output
+        torn.write_bytes(whole)
+    shutil.rmtree(newest)
     code, output = finish(start(folder, *several))
     assert code == 0, output
     assert report(folder)["weights_sha256"] == weights

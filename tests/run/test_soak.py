@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.soak import AIMS, Setting, draw_aims, soak
+from tests.run.soak import AIMS, SHORT, Setting, draw_aims, soak
 
 
 def test_kills_while_it_saves_measures_and_tests(tmp_path: Path) -> None:
-    result = soak(Setting(tmp_path), ["save", "consolidate", "evaluate"])
+    result = soak(Setting(tmp_path, arguments=(*SHORT, "stream.tasks=2")), ["save", "consolidate", "evaluate"])
     assert len(result.kills) == 3
 
 
