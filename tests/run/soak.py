@@ -250,6 +250,21 @@ def _check(folder: Path) -> None:
 # ---------------------------------------------------------------- where a run is
 
 
+# By the newest event and the phase that it names.
+_AFTER = {
+    ("run", None): "start",
+    ("phase", "fit"): "consolidate",
+    ("checkpoint", "fitted"): "consolidate",
+    ("reconstruction", None): "consolidate",
+    ("phase", "select"): "consolidate",
+    ("phase", "curvature"): "consolidate",
+    ("curvature", None): "consolidate",
+    ("phase", "relabel"): "evaluate",
+    ("memory", None): "evaluate",
+    ("done", None): "report",
+}
+
+
 class _Watch:
     """Reads what one start adds to a run folder, as fast as it is written."""
 
@@ -267,18 +282,7 @@ class _Watch:
             return "save"
         if not self._last:
             return "start"
-        match self._last:
-            case {"event": "run"}:
-                return "start"
-            case {"event": "phase", "phase": "fit" | "select" | "curvature"} | {"event": "curvature"}:
-                return "consolidate"
-            case {"event": "checkpoint", "phase": "fitted"} | {"event": "reconstruction"}:
-                return "consolidate"
-            case {"event": "phase", "phase": "relabel"} | {"event": "memory"}:
-                return "evaluate"
-            case {"event": "done"}:
-                return "report"
-        return "train"
+        return _AFTER.get((self._last["event"], self._last.get("phase")), "train")
 
     def _parts(self) -> set[str]:
         try:
