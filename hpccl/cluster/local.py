@@ -26,7 +26,7 @@ from hpccl.machine import machine
 __all__ = ["launch", "pick_port", "spawn"]
 
 _GRACE = 20.0  # seconds that ranks have to end after another one died
-_NOTICE = 5.0  # seconds in which ranks that wait for the same one all give up
+_NOTICE = 5.0  # seconds in which the cause is known, and all ranks that waited for the same one have given up
 _TAIL = 20  # lines of a failed rank's output that are shown
 
 
@@ -256,10 +256,9 @@ def _watch(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> int:
         time.sleep(0.05)
     if not any(rank.failed() for rank in ranks):
         return STOPPED if any(rank.code() == STOPPED for rank in ranks) else DONE
-    # Others fail because the first did, within moments: give the cause time to be known, then choose.
-    time.sleep(0.1)
-    culprit = min((rank for rank in ranks if rank.failed()), key=_order_of_blame)
-    silent = _silent(ranks, asked) if culprit.word is not None and culprit.word.kind == _WAITED else {}
+    culprit = _find_culprit(ranks, asked)
+    waited = culprit.word is not None and culprit.word.kind == _WAITED
+    silent = {rank.number: rank.held() for rank in ranks if rank.code() is None and (waited or rank.held())}
     _end(ranks, asked, grace)
     if asked.hard:
         return INTERRUPTED
@@ -267,23 +266,25 @@ def _watch(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> int:
 
 
 _WAITED = "StragglerError"
+_CONSEQUENCES = (_WAITED, "WorldError")  # of a partner that was waited for, or lost; neither is the cause
+
+
+def _find_culprit(ranks: Sequence[_Rank], asked: _Asked) -> _Rank:
+    """The rank to blame. Others fail because the first did, within moments: give the cause time to be known."""
+    began = time.monotonic()
+    while True:
+        culprit = min((rank for rank in ranks if rank.failed()), key=_order_of_blame)
+        consequence = culprit.word is not None and culprit.word.kind in _CONSEQUENCES
+        ended = all(rank.code() is not None or rank.held() for rank in ranks)
+        if ended or asked.hard or time.monotonic() - began > (_NOTICE if consequence else 0.1):
+            return culprit
+        time.sleep(0.02)
 
 
 def _order_of_blame(rank: _Rank) -> tuple[bool, int, float]:
     """A rank killed from outside first, then one that knows what is wrong, then the one that failed earliest."""
     kind, at = ("crash", float("inf")) if rank.word is None else (rank.word.kind, rank.word.at)
-    # Ranks that lost a partner say WorldError, or StragglerError after they waited for it; neither is the cause.
     return (rank.code() or 0) >= 0, {"crash": 1, _WAITED: 2, "WorldError": 3}.get(kind, 0), at
-
-
-def _silent(ranks: Sequence[_Rank], asked: _Asked) -> dict[int, bool]:
-    """Ranks that still run when all that waited for them have given up, and whether they are held."""
-    until = time.monotonic() + _NOTICE
-    while any(rank.code() is None and not rank.held() for rank in ranks) and time.monotonic() < until:
-        if asked.hard:
-            break
-        time.sleep(0.05)
-    return {rank.number: rank.held() for rank in ranks if rank.code() is None}
 
 
 def _end(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> None:
@@ -321,12 +322,13 @@ def _explain(culprit: _Rank, ranks: Sequence[_Rank], asked: _Asked, silent: Mapp
         sys.stderr.write("stopped before training began; run the same command again to continue\n")
         return STOPPED
     if word is not None and word.kind == _WAITED:
-        sys.stderr.write(f"error: {word.message}; {_blame(silent)}; {_AGAIN}\n")
+        sys.stderr.write(f"error: {word.message}; {_blame(silent, ranks)}; {_AGAIN}\n")
         return FAILED
     if word is not None and word.kind != "crash":
         sys.stderr.write(f"error: {word.message}\n")
         return WRONG_CONFIG if code == WRONG_CONFIG else FAILED
-    others = {1: "", 2: "; the other one was stopped"}.get(len(ranks), f"; the other {len(ranks) - 1} were stopped")
+    others = f"; {_blame(silent, ranks)}" if silent else ""
+    others += {1: "", 2: "; the other one was stopped"}.get(len(ranks), f"; the other {len(ranks) - 1} were stopped")
     sys.stderr.write(f"error: rank {culprit.number} {_ending(code)}{others}; {_AGAIN}\n")
     tail = word.message.splitlines() if word is not None else _new_lines(culprit)
     if tail:
@@ -335,18 +337,25 @@ def _explain(culprit: _Rank, ranks: Sequence[_Rank], asked: _Asked, silent: Mapp
     return FAILED
 
 
-def _blame(silent: Mapping[int, bool]) -> str:
+def _blame(silent: Mapping[int, bool], ranks: Sequence[_Rank]) -> str:
     """Which ranks did not answer, and what became of them."""
-    if not silent:
-        return "every rank waited for another"
-    told = [f"rank {number} did not answer{' (it was held by SIGSTOP)' * held}" for number, held in silent.items()]
-    return f"{', '.join(told)} and was ended"
+    if silent:
+        told = [f"rank {number} did not answer{' (it was held by SIGSTOP)' * held}" for number, held in silent.items()]
+        return f"{', '.join(told)} and was ended"
+    late = [f"rank {rank.number}" for rank in ranks if rank.word is not None and rank.word.kind == "WorldError"]
+    return f"{' or '.join(late)} answered too late" if late else "every rank waited for another"
+
+
+_HINTS: dict[int, str] = {
+    signal.SIGKILL: ", which the system does when memory runs out",
+    signal.SIGABRT: ", which NCCL does when another rank did not answer within cluster.timeout",
+}
 
 
 def _ending(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
-    hint = ", which the system does when memory runs out" if -code == signal.SIGKILL else ""
+    hint = _HINTS.get(-code, "")
     with contextlib.suppress(ValueError):
         return f"was killed by signal {-code} ({signal.Signals(-code).name}{hint})"
     return f"was killed by signal {-code}"

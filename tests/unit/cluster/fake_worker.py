@@ -65,10 +65,22 @@ def main() -> int:
             os._exit(1)
         case "waited" | "all waited" if rank == 0 or behaviour == "all waited":
             return worker._on_error(StragglerError(f"rank {rank} waited"))
+        case "late" if rank == 1:
+            while not (folder / "told-0").exists():
+                time.sleep(0.01)
+            return worker._on_error(WorldError("lost the connection to another rank"))
+        case "late":
+            worker._on_error(StragglerError(f"rank {rank} waited"))
+            note("told")
+            os._exit(1)
         case "wait":
             while not (folder / "give up").exists():
                 time.sleep(0.01)
             return worker._on_error(StragglerError(f"rank {rank} waited"))
+        case "abort" if rank == 0:
+            while not (folder / "give up").exists():
+                time.sleep(0.01)
+            os.abort()
         case "long":
             raise RuntimeError("x" * 1_000_000 + " the end")
         case "data error" if rank == 0:

@@ -206,13 +206,29 @@ def test_a_held_rank_that_others_waited_for_is_named_and_ended(tmp_path: Path, l
     assert time.monotonic() - began < 10
 
 
+def test_a_held_rank_is_named_also_where_another_aborts(tmp_path: Path, launcher: Launcher) -> None:
+    """As NCCL does, which says nothing that the launcher can hear."""
+    process = launcher("abort")
+    psutil.Process(pid(tmp_path, "ready-1")).suspend()
+    (tmp_path / "give up").touch()
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 1
+    assert err.startswith(
+        "error: rank 0 was killed by signal 6 (SIGABRT, which NCCL does when another rank did not answer"
+    )
+    assert "; rank 1 did not answer (it was held by SIGSTOP) and was ended; the other one was stopped; run the" in err
+
+
 def test_a_rank_that_others_waited_for_is_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpccl.cluster.local._NOTICE", 0.2)
-    assert run(tmp_path, "waited") == 1
+    with monkeypatch.context() as hurried:
+        hurried.setattr("hpccl.cluster.local._NOTICE", 0.2)
+        assert run(tmp_path, "waited") == 1
     err = capfd.readouterr().err
     assert err.startswith("error: rank 0 waited; rank 1 did not answer and was ended; run the same command again")
+    assert run(tmp_path, "late") == 1
+    assert capfd.readouterr().err.startswith("error: rank 0 waited; rank 1 answered too late; run the same command")
     assert run(tmp_path, "all waited") == 1
     assert "waited; every rank waited for another; run the same command again" in capfd.readouterr().err
 
