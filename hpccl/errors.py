@@ -6,6 +6,7 @@ HpcclError                     something a user can mend; the command prints it 
 ├── FolderError                a run folder cannot be used (another configuration, no permission, disk full)
 │   └── CheckpointError        a checkpoint is damaged or of an unknown format
 ├── WorldError                 processes cannot meet, or one of them died
+│   └── StragglerError         a process did not answer within cluster.timeout
 ├── CoverageError              a parameter that the curvature was asked to cover is not covered
 └── DivergedError              the loss or its gradient is not finite
 
@@ -20,6 +21,7 @@ __all__ = [
     "DivergedError",
     "FolderError",
     "HpcclError",
+    "StragglerError",
     "WorldError",
 ]
 
@@ -46,6 +48,10 @@ class CheckpointError(FolderError):
 
 class WorldError(HpcclError):
     """Processes cannot meet, or one of them died."""
+
+
+class StragglerError(WorldError):
+    """A process did not answer within cluster.timeout."""
 
 
 class CoverageError(HpcclError):

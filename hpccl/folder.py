@@ -88,6 +88,7 @@ def explain_os_error(error: OSError) -> str:
         28: "the disk is full: free some space and run the same command again",
         122: "your disk quota is used up: free some space and run the same command again",
         13: "no permission: choose another folder=... or ask its owner",
+        27: "larger than `ulimit -f` or the file system allows: raise that and run the same command again",
         30: "the file system is read-only: choose another folder=...",
         20: "a part of the path is a file: choose another folder=...",
         17: "a file is in the way: choose another folder=...",

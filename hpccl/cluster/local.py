@@ -19,13 +19,14 @@ from typing import IO
 from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_CONFIG, tell
 from hpccl.cluster.prepare import prepare
 from hpccl.config.run import RunConfig
-from hpccl.errors import HpcclError, WorldError
-from hpccl.folder import RunFolder
+from hpccl.errors import FolderError, HpcclError, WorldError
+from hpccl.folder import RunFolder, explain_os_error
 from hpccl.machine import machine
 
 __all__ = ["launch", "pick_port", "spawn"]
 
 _GRACE = 20.0  # seconds that ranks have to end after another one died
+_NOTICE = 5.0  # seconds in which the cause is known, and all ranks that waited for the same one have given up
 _TAIL = 20  # lines of a failed rank's output that are shown
 
 
@@ -42,10 +43,10 @@ def launch(config: RunConfig, *, argv: Sequence[str]) -> int:
         if config.cluster.nproc == 1:
             return _inline(config, argv, threads)
         port = pick_port(config.cluster.port)
+        command = [sys.executable, "-m", "hpccl.cluster.worker", str(folder.config), *argv]
+        return spawn(command, folder, nproc=config.cluster.nproc, threads=threads, port=port)
     except HpcclError as error:
         return tell(error)
-    command = [sys.executable, "-m", "hpccl.cluster.worker", str(folder.config), *argv]
-    return spawn(command, folder, nproc=config.cluster.nproc, threads=threads, port=port)
 
 
 def _inline(config: RunConfig, argv: Sequence[str], threads: int) -> int:
@@ -83,34 +84,67 @@ def pick_port(port: int) -> int:
 # ---------------------------------------------------------------- several processes
 
 
+@dataclass(frozen=True)
+class _Word:
+    """An error that a rank told: the name of its class (or `crash`), its message, and when it happened."""
+
+    kind: str
+    message: str
+    at: float
+
+
 @dataclass
 class _Rank:
-    """One process. `start`: where its log began, for a resumed run appends to it."""
+    """One process.
+
+    start: where its log began, for a resumed run appends to it
+    line: where its error is read; a pipe, for a full disk has no room for a file
+    """
 
     number: int
     process: subprocess.Popen[bytes]
     log: Path
     start: int
-    error: Path
+    line: int
+    word: _Word | None = None
 
     def code(self) -> int | None:
         """Exit code, negative for a signal, None while it runs."""
+        if self.process.returncode is None and _has_ended(self.process.pid):
+            # The processes that it started end with it. Now: once it is reaped its number may be that of another.
+            _kill_group(self.process.pid)
+            self.word = _read_word(self.line)
         return self.process.poll()
 
     def failed(self) -> bool:
         return self.code() not in (None, DONE, STOPPED)
 
-    def word(self) -> tuple[str, str] | None:
-        """(kind, message) of the error that it left, or None."""
-        try:
-            word = json.loads(self.error.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return str(word["kind"]), str(word["message"])
+    def held(self) -> bool:
+        """True if it was stopped by SIGSTOP, a debugger or a scheduler, and hears nothing."""
+        return self.process.returncode is None and _is_held(self.process.pid)
 
     def send(self, number: int) -> None:
         if self.code() is None:
             self.process.send_signal(number)
+
+
+def _has_ended(pid: int) -> bool:
+    """True for a child that has ended, which is then still to be reaped."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _is_held(pid: int) -> bool:
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    return found is not None and found.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED)
+
+
+def _read_word(line: int) -> _Word | None:
+    """What is in the pipe: nothing, or all of an error, for it was written at once."""
+    try:
+        word = json.loads(os.read(line, 1 << 16))
+    except (OSError, ValueError):
+        return None
+    return _Word(str(word["kind"]), str(word["message"]), float(word["at"]))
 
 
 @dataclass
@@ -132,6 +166,9 @@ def spawn(
 
     Rank 0 writes to this terminal, the others to `logs/rank-N.txt`. SIGTERM, SIGINT and SIGUSR2 are passed on. When a
     rank dies the others are asked to end, and killed after `grace` seconds.
+
+    Raises:
+        FolderError: a rank's log cannot be written.
     """
     ranks: list[_Rank] = []
     asked = _Asked()
@@ -147,6 +184,7 @@ def spawn(
         finally:
             for rank in ranks:
                 _kill(rank)
+                os.close(rank.line)
 
 
 def _variables(number: int, nproc: int, threads: int, port: int) -> dict[str, str]:
@@ -165,23 +203,31 @@ def _variables(number: int, nproc: int, threads: int, port: int) -> dict[str, st
 
 def _start(command: Sequence[str], folder: RunFolder, variables: Mapping[str, str]) -> _Rank:
     number = int(variables["RANK"])
-    folder.logs.mkdir(parents=True, exist_ok=True)
-    log, error = folder.logs / f"rank-{number}.txt", folder.logs / f"rank-{number}.error"
-    error.unlink(missing_ok=True)
-    start = log.stat().st_size if log.exists() else 0
-    with log.open("ab") as output:
-        # Rank 0 shows progress where the user looks. All are in sessions of their own: a Ctrl-C reaches only this
-        # process, which passes it on once.
-        target: IO[bytes] | None = None if number == 0 else output
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **variables, "HPCCL_ERROR_FILE": str(error.absolute())},
-            stdin=subprocess.DEVNULL,
-            stdout=target,
-            stderr=target,
-            start_new_session=True,
-        )
-    return _Rank(number, process, log, start, error)
+    log = folder.logs / f"rank-{number}.txt"
+    line, end = os.pipe()
+    os.set_blocking(line, False)
+    try:
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        start = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as output:
+            # Rank 0 shows progress where the user looks. All are in sessions of their own: a Ctrl-C reaches only this
+            # process, which passes it on once.
+            target: IO[bytes] | None = None if number == 0 else output
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **variables, "HPCCL_ERROR_PIPE": str(end)},
+                pass_fds=(end,),
+                stdin=subprocess.DEVNULL,
+                stdout=target,
+                stderr=target,
+                start_new_session=True,
+            )
+    except OSError as error:
+        os.close(line)
+        raise FolderError(f"rank {number} cannot be started with '{log}': {explain_os_error(error)}") from error
+    finally:
+        os.close(end)
+    return _Rank(number, process, log, start, line)
 
 
 @contextlib.contextmanager
@@ -210,32 +256,44 @@ def _watch(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> int:
         time.sleep(0.05)
     if not any(rank.failed() for rank in ranks):
         return STOPPED if any(rank.code() == STOPPED for rank in ranks) else DONE
-    # Others fail because the first did, within moments: give the cause time to be known, then choose.
-    time.sleep(0.1)
-    culprit = min((rank for rank in ranks if rank.failed()), key=_order_of_blame)
+    culprit = _find_culprit(ranks, asked)
+    waited = culprit.word is not None and culprit.word.kind == _WAITED
+    silent = {rank.number: rank.held() for rank in ranks if rank.code() is None and (waited or rank.held())}
     _end(ranks, asked, grace)
     if asked.hard:
         return INTERRUPTED
-    return _explain(culprit, ranks, asked)
+    return _explain(culprit, ranks, asked, silent)
+
+
+_WAITED = "StragglerError"
+_CONSEQUENCES = (_WAITED, "WorldError")  # of a partner that was waited for, or lost; neither is the cause
+
+
+def _find_culprit(ranks: Sequence[_Rank], asked: _Asked) -> _Rank:
+    """The rank to blame. Others fail because the first did, within moments: give the cause time to be known."""
+    began = time.monotonic()
+    while True:
+        culprit = min((rank for rank in ranks if rank.failed()), key=_order_of_blame)
+        consequence = culprit.word is not None and culprit.word.kind in _CONSEQUENCES
+        ended = all(rank.code() is not None or rank.held() for rank in ranks)
+        if ended or asked.hard or time.monotonic() - began > (_NOTICE if consequence else 0.1):
+            return culprit
+        time.sleep(0.02)
 
 
 def _order_of_blame(rank: _Rank) -> tuple[bool, int, float]:
     """A rank killed from outside first, then one that knows what is wrong, then the one that failed earliest."""
-    try:
-        at = rank.error.stat().st_mtime
-    except OSError:
-        at = float("inf")
-    word = rank.word()
-    kind = word[0] if word is not None else "crash"
-    # Ranks that lost a partner say WorldError or crash in a collective; neither is the cause.
-    return (rank.code() or 0) >= 0, {"WorldError": 1, "crash": 2}.get(kind, 0), at
+    kind, at = ("crash", float("inf")) if rank.word is None else (rank.word.kind, rank.word.at)
+    return (rank.code() or 0) >= 0, {"crash": 1, _WAITED: 2, "WorldError": 3}.get(kind, 0), at
 
 
 def _end(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> None:
     for rank in ranks:
         rank.send(signal.SIGTERM)
     until = time.monotonic() + grace
-    while any(rank.code() is None for rank in ranks) and time.monotonic() < until and not asked.hard:
+    while any(rank.code() is None and not rank.held() for rank in ranks) and time.monotonic() < until:
+        if asked.hard:
+            break
         time.sleep(0.05)
     for rank in ranks:
         _kill(rank)
@@ -244,37 +302,60 @@ def _end(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> None:
 def _kill(rank: _Rank) -> None:
     """Kill a rank that still runs, and the processes that it started."""
     if rank.code() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(rank.process.pid, signal.SIGKILL)
+        _kill_group(rank.process.pid)
         rank.process.wait()
 
 
-def _explain(culprit: _Rank, ranks: Sequence[_Rank], asked: _Asked) -> int:
+def _kill_group(pid: int) -> None:
+    """Kill all processes of a rank's session, the rank not yet being reaped."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+_AGAIN = "run the same command again to continue from the last checkpoint"
+
+
+def _explain(culprit: _Rank, ranks: Sequence[_Rank], asked: _Asked, silent: Mapping[int, bool]) -> int:
     """Print the one message, and return the exit code."""
-    code = culprit.code() or 0
+    code, word = culprit.code() or 0, culprit.word
     if code < 0 and -code in asked.numbers:  # asked to stop before it could listen: nothing had been learned yet
         sys.stderr.write("stopped before training began; run the same command again to continue\n")
         return STOPPED
-    word = culprit.word()
-    if word is not None and word[0] != "crash":
-        sys.stderr.write(f"error: {word[1]}\n")
+    if word is not None and word.kind == _WAITED:
+        sys.stderr.write(f"error: {word.message}; {_blame(silent, ranks)}; {_AGAIN}\n")
+        return FAILED
+    if word is not None and word.kind != "crash":
+        sys.stderr.write(f"error: {word.message}\n")
         return WRONG_CONFIG if code == WRONG_CONFIG else FAILED
-    others = f"; the other {len(ranks) - 1} were stopped" if len(ranks) > 1 else ""
-    sys.stderr.write(
-        f"error: rank {culprit.number} {_ending(code)}{others}; "
-        "run the same command again to continue from the last checkpoint\n"
-    )
-    tail = word[1].splitlines() if word is not None else _new_lines(culprit)
+    others = f"; {_blame(silent, ranks)}" if silent else ""
+    others += {1: "", 2: "; the other one was stopped"}.get(len(ranks), f"; the other {len(ranks) - 1} were stopped")
+    sys.stderr.write(f"error: rank {culprit.number} {_ending(code)}{others}; {_AGAIN}\n")
+    tail = word.message.splitlines() if word is not None else _new_lines(culprit)
     if tail:
         source = f" (all in {culprit.log})" if culprit.number else ""
         sys.stderr.write("\n".join([f"last words of rank {culprit.number}{source}:", *tail[-_TAIL:], ""]))
     return FAILED
 
 
+def _blame(silent: Mapping[int, bool], ranks: Sequence[_Rank]) -> str:
+    """Which ranks did not answer, and what became of them."""
+    if silent:
+        told = [f"rank {number} did not answer{' (it was held by SIGSTOP)' * held}" for number, held in silent.items()]
+        return f"{', '.join(told)} and was ended"
+    late = [f"rank {rank.number}" for rank in ranks if rank.word is not None and rank.word.kind == "WorldError"]
+    return f"{' or '.join(late)} answered too late" if late else "every rank waited for another"
+
+
+_HINTS: dict[int, str] = {
+    signal.SIGKILL: ", which the system does when memory runs out",
+    signal.SIGABRT: ", which NCCL does when another rank did not answer within cluster.timeout",
+}
+
+
 def _ending(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
-    hint = ", which the system does when memory runs out" if -code == signal.SIGKILL else ""
+    hint = _HINTS.get(-code, "")
     with contextlib.suppress(ValueError):
         return f"was killed by signal {-code} ({signal.Signals(-code).name}{hint})"
     return f"was killed by signal {-code}"

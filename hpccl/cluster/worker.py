@@ -11,8 +11,10 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ from hpccl.cluster.outcome import DONE, INTERRUPTED, STOPPED, code_of, tell
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
 from hpccl.errors import HpcclError
-from hpccl.folder import RunFolder, replacing
+from hpccl.folder import RunFolder
 
 if TYPE_CHECKING:
     from hpccl.train.stop import Stop
@@ -60,6 +62,7 @@ def main(config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError
 def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[[HpcclError], int]) -> int:
     import torch
 
+    from hpccl.dist.lost import lost_partner
     from hpccl.dist.mesh import join, leave
     from hpccl.train.run import run
 
@@ -68,11 +71,16 @@ def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[
         torch.set_num_threads(threads)
     leader = os.environ.get("RANK", "0") == "0"
     with holding(RunFolder(Path(config.path))) if leader else contextlib.nullcontext():
-        comm = join(config.engine.device)
+        comm = join(config.engine.device, timeout=timedelta(seconds=config.cluster.timeout))
         try:
             outcome = run(config, comm, stop, command=argv, quiet=config.log.quiet)
         except HpcclError as error:
             code = report(error)  # before leaving: the others fail when this rank's connections close
+        except RuntimeError as error:
+            lost = lost_partner(error, comm, config.cluster.timeout)
+            if lost is None:
+                raise
+            code = report(lost)
         else:
             code = STOPPED if outcome == "stopped" else DONE
         leave()
@@ -112,15 +120,18 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+_LONGEST = 8000  # characters of a word: with room to spare, what a pipe holds
+
+
 def _leave_word(kind: str, message: str) -> None:
-    """Write an error where the launcher finds it; it prints one of all ranks' errors."""
-    path = os.environ.get("HPCCL_ERROR_FILE")
-    if path is None:
+    """Tell the launcher of an error; it prints one of all ranks' errors."""
+    pipe = os.environ.get("HPCCL_ERROR_PIPE")
+    if pipe is None:
         sys.stderr.write(message)
         return
-    # The launcher has no use for half a word, and a full disk must not hide the error itself.
-    with contextlib.suppress(HpcclError), replacing(Path(path)) as beside:
-        beside.write_text(json.dumps({"kind": kind, "message": message}), encoding="utf-8")
+    shown = message if len(message) <= _LONGEST else f"... {message[-_LONGEST:]}"
+    with contextlib.suppress(OSError):  # the launcher is gone, and this process about to be
+        os.write(int(pipe), json.dumps({"kind": kind, "message": shown, "at": time.time()}).encode())
 
 
 def _on_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

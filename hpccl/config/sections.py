@@ -426,6 +426,7 @@ class LocalCluster(Section):
     nproc: PositiveInt = 1  # processes; one a GPU, or a few a CPU
     threads: PositiveInt | None = None  # per process; null: cores / nproc
     port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0: a free one
+    timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0  # seconds that a process waits for another before it ends
 
 
 ClusterConfig = LocalCluster

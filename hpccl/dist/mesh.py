@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hpccl.dist.comm import Comm
+from hpccl.dist.lost import straggler, waited_in_vain
 from hpccl.errors import WorldError
 
 __all__ = ["join", "leave", "pick_device"]
@@ -37,11 +38,12 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def join(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30)) -> Comm:
+def join(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) -> Comm:
     """Meet the other processes named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a world of one needs none.
 
     Raises:
         WorldError: a variable is missing or wrong, or the meeting point cannot be reached.
+        StragglerError: the others did not come within `timeout`.
     """
     chosen = pick_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,6 +57,8 @@ def join(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30)) ->
     try:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
+        if waited_in_vain(error):
+            raise straggler(rank, size, timeout.total_seconds()) from error
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise WorldError(
             f"rank {rank} of {size} could not meet the others at {where} ({error}); "

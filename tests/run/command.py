@@ -12,7 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SMALL", "command", "events", "finish", "hpccl", "kill_tree", "report", "start", "wait_for_steps"]
+__all__ = [
+    "SMALL",
+    "command",
+    "environment",
+    "events",
+    "finish",
+    "hpccl",
+    "kill_tree",
+    "ranks",
+    "report",
+    "start",
+    "wait_for_steps",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +95,26 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()  # also closes its pipe
+
+
+def ranks(launcher: int) -> dict[int, int]:
+    """Process of each rank: the launcher's children that know theirs; none where it trains itself."""
+    found: dict[int, int] = {}
+    with contextlib.suppress(OSError):
+        for child in map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()):
+            rank = environment(child).get("RANK")
+            if rank is not None:
+                found[int(rank)] = child
+    return found
+
+
+def environment(pid: int) -> dict[str, str]:
+    """Variables that a process was started with; empty for one that has ended."""
+    try:
+        content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in content.split("\0") if "=" in entry)
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

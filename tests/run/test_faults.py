@@ -1,34 +1,25 @@
 """What goes wrong on a cluster: one clear message, nothing lost, and the same command continues."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.run.command import events, finish, hpccl, report, start, wait_for_steps
-
-
-def children(pid: int) -> list[int]:
-    """Processes started by a process (the ranks of a launcher)."""
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in listed]
+from tests.run.command import events, finish, hpccl, ranks, report, start, wait_for_steps
 
 
 def test_a_dead_rank_ends_the_others_and_nothing_is_lost(tmp_path: Path) -> None:
     folder, whole = tmp_path / "run", tmp_path / "whole"
     process = start(folder, "--nproc=2")
     wait_for_steps(folder, process, 30)
-    victim = max(children(process.pid))
+    victim = ranks(process.pid)[1]
     began = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     code, output = finish(process, timeout=60)
@@ -104,46 +95,6 @@ def test_occupied_port(tmp_path: Path) -> None:
     assert code == 1
     assert str(port) in output
     assert "cluster.port" in output
-
-
-def fill(path: Path) -> None:
-    """Write until nothing more fits."""
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while file.write(b"\0" * 4096) == 4096:
-            pass
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of one megabyte."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip("a small disk needs the right to mount")
-    yield mounted
-    subprocess.run(["umount", "-l", str(mounted)], check=True)
-
-
-def test_full_disk_and_again_after_making_room(small_disk: Path, tmp_path: Path) -> None:
-    folder, whole = small_disk / "run", tmp_path / "whole"
-    ballast = small_disk / "ballast"
-    process = start(folder)
-    wait_for_steps(folder, process, 20)  # checkpoints of steps 7 and 14 are there
-    fill(ballast)
-    code, output = finish(process)
-    assert code == 1
-    assert "the disk is full: free some space and run the same command again" in output
-    assert "Traceback" not in output
-    assert list((folder / "checkpoints").glob("task-*")), "an older checkpoint was lost"
-    ballast.unlink()
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    for target in (folder, whole):
-        code, output = finish(start(target))
-        assert code == 0, output
-    assert report(folder)["weights_sha256"] == report(whole)["weights_sha256"]
 
 
 def small_shards(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from hpccl.cluster import worker
-from hpccl.errors import ConfigError, DataError
+from hpccl.errors import ConfigError, DataError, StragglerError, WorldError
 
 
 def wait(seconds: float = 60.0) -> None:
@@ -45,12 +45,44 @@ def main() -> int:
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
             (folder / f"child-{rank}").write_text(str(child.pid))
         case "crash" if rank == 1:
-            raise RuntimeError("the cause")
+            try:
+                raise RuntimeError("the cause")
+            except RuntimeError as error:
+                worker._on_crash(type(error), error, error.__traceback__)
+            note("told")
+            os._exit(1)
         case "crash":
-            wait(0.05)
-            while not (folder / "logs" / "rank-1.error").exists():
+            while not (folder / "told-1").exists():
                 time.sleep(0.01)
             raise RuntimeError("connection closed by peer")
+        case "lost" if rank == 1:
+            while not (folder / "told-0").exists():
+                time.sleep(0.01)
+            raise RuntimeError("the cause")
+        case "lost":
+            worker._on_error(WorldError("lost the connection to another rank"))
+            note("told")
+            os._exit(1)
+        case "waited" | "all waited" if rank == 0 or behaviour == "all waited":
+            return worker._on_error(StragglerError(f"rank {rank} waited"))
+        case "late" if rank == 1:
+            while not (folder / "told-0").exists():
+                time.sleep(0.01)
+            return worker._on_error(WorldError("lost the connection to another rank"))
+        case "late":
+            worker._on_error(StragglerError(f"rank {rank} waited"))
+            note("told")
+            os._exit(1)
+        case "wait":
+            while not (folder / "give up").exists():
+                time.sleep(0.01)
+            return worker._on_error(StragglerError(f"rank {rank} waited"))
+        case "abort" if rank == 0:
+            while not (folder / "give up").exists():
+                time.sleep(0.01)
+            os.abort()
+        case "long":
+            raise RuntimeError("x" * 1_000_000 + " the end")
         case "data error" if rank == 0:
             return worker._on_error(DataError("image 'x' cannot be decoded"))
         case "config error":

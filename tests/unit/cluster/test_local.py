@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from hpccl.cluster.local import pick_port, spawn
-from hpccl.errors import WorldError
+from hpccl.errors import FolderError, WorldError
 from hpccl.folder import RunFolder
 
 FAKE = Path(__file__).with_name("fake_worker.py")
@@ -127,22 +127,21 @@ def test_one_rank_is_killed_and_the_other_stops(tmp_path: Path, launcher: Launch
     assert process.returncode == 1
     assert err.splitlines()[0] == (
         f"error: rank {rank} was killed by signal 9 (SIGKILL, which the system does when memory runs out); "
-        "the other 1 were stopped; run the same command again to continue from the last checkpoint"
+        "the other one was stopped; run the same command again to continue from the last checkpoint"
     )
     assert err.count("error:") == 1
     assert (tmp_path / f"SIGTERM-{1 - rank}").exists()
     assert gone(pid(tmp_path, f"ready-{1 - rank}"))
 
 
-def test_a_rank_that_does_not_listen_is_killed_with_its_children(tmp_path: Path, launcher: Launcher) -> None:
-    process = launcher("grandchild", grace=0.0)
+def test_a_rank_that_does_not_listen_is_killed_and_the_children_of_all_too(tmp_path: Path, launcher: Launcher) -> None:
+    process = launcher("grandchild")
     until(lambda: bool(pid(tmp_path, "child-0") and pid(tmp_path, "child-1")))
     stopped = psutil.Process(pid(tmp_path, "ready-1"))
     stopped.suspend()  # deaf to SIGTERM
     os.kill(pid(tmp_path, "ready-0"), signal.SIGKILL)
     assert process.wait(15) == 1
-    until(lambda: gone(stopped.pid) and gone(pid(tmp_path, "child-1")))
-    os.kill(pid(tmp_path, "child-0"), signal.SIGKILL)  # the orphan that this test made
+    until(lambda: all(gone(pid(tmp_path, name)) for name in ("ready-1", "child-0", "child-1")))
 
 
 def test_ranks_die_with_the_launcher(tmp_path: Path, launcher: Launcher) -> None:
@@ -155,7 +154,7 @@ def test_ranks_die_with_the_launcher(tmp_path: Path, launcher: Launcher) -> None
 def test_the_rank_that_failed_first_is_blamed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "crash") == 1
     err = capfd.readouterr().err
-    assert err.startswith("error: rank 1 ended with exit code 1; the other 1 were stopped; run the same command again")
+    assert err.startswith("error: rank 1 ended with exit code 1; the other one was stopped; run the same command again")
     assert "RuntimeError: the cause" in err
     assert "connection closed" not in err
     assert err.count("error:") == 1
@@ -181,6 +180,71 @@ def test_the_last_lines_of_a_rank_that_left_no_word(tmp_path: Path, capfd: pytes
     assert err.endswith("some output before the end\n")
     assert "earlier" not in err
     assert "from an earlier start" in (tmp_path / "logs" / "rank-1.txt").read_text()
+
+
+def test_a_crash_is_blamed_before_those_who_lost_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "lost") == 1
+    err = capfd.readouterr().err
+    assert err.startswith("error: rank 1 ended with exit code 1")
+    assert "RuntimeError: the cause" in err
+    assert "lost the connection" not in err
+
+
+def test_a_held_rank_that_others_waited_for_is_named_and_ended(tmp_path: Path, launcher: Launcher) -> None:
+    process = launcher("wait")
+    held = psutil.Process(pid(tmp_path, "ready-1"))
+    held.suspend()
+    began = time.monotonic()
+    (tmp_path / "give up").touch()
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 1
+    assert err == (
+        "error: rank 0 waited; rank 1 did not answer (it was held by SIGSTOP) and was ended; "
+        "run the same command again to continue from the last checkpoint\n"
+    )
+    assert gone(held.pid)
+    assert time.monotonic() - began < 10
+
+
+def test_a_held_rank_is_named_also_where_another_aborts(tmp_path: Path, launcher: Launcher) -> None:
+    """As NCCL does, which says nothing that the launcher can hear."""
+    process = launcher("abort")
+    psutil.Process(pid(tmp_path, "ready-1")).suspend()
+    (tmp_path / "give up").touch()
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 1
+    assert err.startswith(
+        "error: rank 0 was killed by signal 6 (SIGABRT, which NCCL does when another rank did not answer"
+    )
+    assert "; rank 1 did not answer (it was held by SIGSTOP) and was ended; the other one was stopped; run the" in err
+
+
+def test_a_rank_that_others_waited_for_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as hurried:
+        hurried.setattr("hpccl.cluster.local._NOTICE", 0.2)
+        assert run(tmp_path, "waited") == 1
+    err = capfd.readouterr().err
+    assert err.startswith("error: rank 0 waited; rank 1 did not answer and was ended; run the same command again")
+    assert run(tmp_path, "late") == 1
+    assert capfd.readouterr().err.startswith("error: rank 0 waited; rank 1 answered too late; run the same command")
+    assert run(tmp_path, "all waited") == 1
+    assert "waited; every rank waited for another; run the same command again" in capfd.readouterr().err
+
+
+def test_of_a_long_message_the_end_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "long") == 1
+    err = capfd.readouterr().err
+    assert err.endswith("xxx the end\n")
+    assert len(err) < 20_000
+
+
+def test_a_log_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "rank-1.txt").mkdir(parents=True)
+    with pytest.raises(FolderError, match=r"rank 1 cannot be started with '.*rank-1.txt': Is a directory"):
+        run(tmp_path, "wait")
+    assert gone(pid(tmp_path, "ready-0") or 1 << 30)
 
 
 def test_a_free_port_is_chosen_and_a_taken_one_is_named() -> None:

@@ -50,12 +50,17 @@ def test_a_run_in_this_process_returns_a_code(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_rank_leaves_word_of_a_wrong_configuration(tmp_path: Path) -> None:
-    path, word = tmp_path / "config.yaml", tmp_path / "error"
+    path = tmp_path / "config.yaml"
     path.write_text("sed: 1\n")
+    line, end = os.pipe()
     command = [sys.executable, "-m", "hpccl.cluster.worker", str(path), "hpccl", "train"]
-    environment = {**os.environ, "HPCCL_ERROR_FILE": str(word)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    environment = {**os.environ, "HPCCL_ERROR_PIPE": str(end)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False, pass_fds=(end,)
+    )
+    os.close(end)
     assert (done.returncode, done.stderr) == (2, "")
-    left = json.loads(word.read_text())
+    with open(line, "rb") as pipe:
+        left = json.load(pipe)
     assert left["kind"] == "ConfigError"
     assert "did you mean 'seed'" in left["message"]

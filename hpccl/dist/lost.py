@@ -1,0 +1,45 @@
+"""What a failed collective means: another process ended, or did not answer in time."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from hpccl.dist.comm import Comm
+from hpccl.errors import StragglerError, WorldError
+
+__all__ = ["lost_partner", "straggler", "waited_in_vain"]
+
+_IN_GLOO = "/gloo/"  # its errors are plain RuntimeErrors that begin with the place in its source
+
+
+def lost_partner(error: RuntimeError, comm: Comm, timeout: float) -> WorldError | None:
+    """The error of a collective in plain words, or None if `error` came from anywhere else.
+
+    Args:
+        error: what was raised.
+        comm: the world it was raised in.
+        timeout: seconds that a collective waits.
+    """
+    if comm.size == 1 or not (isinstance(error, dist.DistError) or _IN_GLOO in str(error)):
+        return None
+    if waited_in_vain(error):
+        return straggler(comm.rank, comm.size, timeout)
+    reason = str(error).splitlines()[0]
+    return WorldError(
+        f"rank {comm.rank} of {comm.size} lost the connection to another rank ({reason}); run the same command again "
+        "to continue from the last checkpoint"
+    )
+
+
+def straggler(rank: int, size: int, timeout: float) -> StragglerError:
+    """This rank has waited for others as long as it may."""
+    return StragglerError(
+        f"rank {rank} of {size} waited {timeout:g} s (cluster.timeout) for another rank in vain; set cluster.timeout "
+        "higher if it was only slow"
+    )
+
+
+def waited_in_vain(error: Exception) -> bool:
+    """True for the errors of torch and its backends that say that time ran out."""
+    words = str(error).lower()
+    return any(word in words for word in ("timed out", "timeout", "time out"))
