@@ -103,3 +103,11 @@ def test_timm_dropout_is_replaced() -> None:
     assert model[1].rate == 0.3
     with pytest.raises(RuntimeError, match="set_noise"):
         model(torch.ones(4, 4))
+
+
+def test_fused_attention_asks_a_replaced_dropout_for_its_rate() -> None:
+    options = {"img_size": 32, "patch_size": 8, "attn_drop_rate": 0.25}
+    config = TimmModel(name="test_vit", options=options)
+    model = build_model(config, image_shape=(3, 32, 32), num_classes=5, seed=0).train()
+    set_noise(model, torch.arange(2))
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
