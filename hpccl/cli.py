@@ -165,6 +165,24 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    *,
+    task: Annotated[
+        int | None, typer.Option(help="The network after this task, counted from 0; the newest if not given.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a run's network for timm and others: model.safetensors, config.json and README.md."""
+    from hpccl.report.text import size, whole
+    from hpccl.train.export import export as write
+
+    done = write(run, out, task=task, force=force)
+    typer.echo(f"{done.folder}: {done.checkpoint}, {whole(done.num_weights)} weights, {size(done.num_bytes)}")
+
+
+@app.command()
 def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False) -> None:
     """Look at this machine: what is there, what is missing, what to do. Exit code 1 where training cannot work."""
     from hpccl.doctor import as_dict, diagnose, ready, render

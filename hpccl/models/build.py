@@ -16,7 +16,7 @@ from hpccl.errors import ConfigError, DataError
 from hpccl.models.dropout import replace_dropout
 from hpccl.models.small import cifarnet, mlp, vgg_small
 
-__all__ = ["build_model"]
+__all__ = ["build_model", "skeleton"]
 
 
 def build_model(config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int, seed: int) -> nn.Module:
@@ -39,6 +39,12 @@ def build_model(config: ModelConfig, *, image_shape: tuple[int, int, int], num_c
                 return _timm(config, image_shape, num_classes)
             case _:
                 assert_never(config)
+
+
+def skeleton(config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """The network without memory for its weights (torch's meta device): names, shapes and types."""
+    with torch.device("meta"):
+        return build_model(config, image_shape=image_shape, num_classes=num_classes, seed=0)
 
 
 def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
