@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hpccl.checkpoint.store import Mark, load, marks
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import TimmModel
+from hpccl.config.sections import ModelConfig, TimmModel
 from hpccl.data.augment import Normaliser
 from hpccl.data.build import Outline, outline
 from hpccl.data.protocols import Task
@@ -173,10 +173,9 @@ class _Content:
     stream: Outline
 
     @property
-    def model(self) -> Any:
+    def model(self) -> ModelConfig:
         """The network's configuration without the file that its first weights came from."""
-        model = self.config.model
-        return model.model_copy(update={"checkpoint": None}) if isinstance(model, TimmModel) else model
+        return self.config.model.model_copy(update={"checkpoint": None})
 
     @property
     def num_classes(self) -> int:
