@@ -129,6 +129,41 @@ def check(arguments: Arguments) -> None:
 
 
 @app.command()
+def plan(
+    arguments: Arguments,
+    *,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    nproc: Annotated[int | None, typer.Option(help="Processes on each; the same as cluster.nproc=N.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="What a process can send to others, in gigabytes a second.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Time a micro-batch on this machine, for seconds.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Predict what a run will hold, send and spend on a world of processes, without training."""
+    configs = _configs([*arguments, *([f"cluster.nproc={nproc}"] if nproc is not None else [])])
+    from hpccl.train.plan.build import make_plan
+    from hpccl.train.plan.show import render
+
+    if bandwidth is not None and bandwidth <= 0:
+        raise ConfigError(f"--bandwidth is {bandwidth:g}; it must be above 0")
+    plans = [
+        make_plan(config, nodes=nodes, nproc=config.cluster.nproc, measured=measure, gigabytes_per_second=bandwidth)
+        for config in configs
+    ]
+    if as_json:
+        found = [each.as_dict() for each in plans]
+        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+        return
+    from rich.console import Console
+
+    for each in plans:
+        Console(width=None if sys.stdout.isatty() else 200).print(render(each))
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
     *,
@@ -162,6 +197,24 @@ def report(
     pages = [out / "comparison.html"] if out is not None else [folder / "report.html" for folder in runs]
     for page in pages:
         typer.echo(str(page))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    *,
+    task: Annotated[
+        int | None, typer.Option(help="The network after this task, counted from 0; the newest if not given.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a run's network for timm and others: model.safetensors, config.json and README.md."""
+    from hpccl.report.text import size, whole
+    from hpccl.train.export import export as write
+
+    done = write(run, out, task=task, force=force)
+    typer.echo(f"{done.folder}: {done.checkpoint}, {whole(done.num_weights)} weights, {size(done.num_bytes)}")
 
 
 @app.command()

@@ -25,6 +25,7 @@ from hpccl.config.sections import (
 )
 from hpccl.data.augment import BatchAugment, Normaliser
 from hpccl.data.decoded import DecodedImages, Kept, cache_folder, keep_decoded, kept_path
+from hpccl.data.digits import SIZE as DIGITS_SIZE
 from hpccl.data.digits import TITLE, digits
 from hpccl.data.encoded import EncodedImages, Maker
 from hpccl.data.layout import SPLITS, Collection, Layout, arrange, unique_titles
@@ -36,7 +37,7 @@ from hpccl.data.timm_view import TimmView
 from hpccl.data.views import EvaluationView
 from hpccl.errors import DataError
 
-__all__ = ["open_stream"]
+__all__ = ["Outline", "open_stream", "outline"]
 
 _SMALL = 64  # pixels a side up to which storage=auto decodes once
 _DISK_SHARE = 0.5  # of what is free, at most, for what storage=auto decodes
@@ -55,6 +56,45 @@ def open_stream(stream: StreamConfig, data: DataConfig) -> ImageStream:
             return _open_digits(stream, data)
         case ShardStream():
             return _open_shards(stream, data)
+        case _:
+            assert_never(stream)
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """A stream without its images: what is known before any of them is decoded.
+
+    image_shape: (channels, height, width) of what the network gets
+    view: the evaluation view
+    as_stored: every image has the view's size already, so that the view changes none
+    """
+
+    layout: Layout
+    image_shape: tuple[int, int, int]
+    view: EvaluationView
+    as_stored: bool
+
+
+def outline(stream: StreamConfig, data: DataConfig) -> Outline:
+    """The outline of the stream that `open_stream` would open; of shards, it reads the indices alone.
+
+    Raises:
+        DataError: shards are missing or damaged, classes of the splits differ or cannot be cut into so many tasks, or
+            images have several sizes and data.image_size is not set.
+    """
+    view = _evaluation_view(data)
+    match stream:
+        case DigitsStream():
+            collection, kept, _ = digits(tasks=stream.tasks, view=view)
+            layout = arrange([collection], order=stream.order, seed=stream.order_seed)
+            height, width, channels = kept["train"].pixels.shape[1:]
+            return Outline(layout, (channels, height, width), view, as_stored=view.size in (None, DIGITS_SIZE))
+        case ShardStream():
+            parts = _open_parts(stream)
+            layout = arrange([_collection(part) for part in parts], order=stream.order, seed=stream.order_seed)
+            height, width = _view_shape(parts, data)
+            sizes = np.concatenate([part.sizes for part in parts])
+            return Outline(layout, (3, height, width), view, as_stored=bool((sizes == (width, height)).all()))
         case _:
             assert_never(stream)
 

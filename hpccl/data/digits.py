@@ -11,9 +11,10 @@ from hpccl.data.order import permutation
 from hpccl.data.protocols import Split
 from hpccl.data.views import EvaluationView
 
-__all__ = ["TITLE", "digits", "digits_split"]
+__all__ = ["SIZE", "TITLE", "digits", "digits_split"]
 
 TITLE = "digits"
+SIZE = 8  # pixels a side, as stored
 _TEST_SHARE = 0.2
 _SEED = 0  # of the split; fixed, because scikit-learn names no test set
 

@@ -30,6 +30,11 @@ class KeyedDropout(nn.Module):
         self.layer = layer
         self.keys: Tensor | None = None
 
+    @property
+    def p(self) -> float:
+        """The rate by nn.Dropout's name: timm's fused attention asks for it, and draws from torch's generator."""
+        return self.rate
+
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"rate={self.rate}" + (", whole" if self.whole else "")

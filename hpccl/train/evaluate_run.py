@@ -35,7 +35,7 @@ def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
     config = load_config([folder.config], [])
     comm = Comm.solo(pick_device(config.engine.device))
     stream = open_stream(config.stream, config.data)
-    state = fresh_state(config, stream, comm)
+    state = fresh_state(config, stream, comm, pretrained=False)
     state.load_state_dict(load(folder.checkpoints, mark), mark, open_shards(folder.checkpoints, mark), comm)
     with EventLog(folder.events, enabled=False) as log, make_progress(False) as progress:
         world = World(config, comm, stream, folder, log, progress, Stop())

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.config.load import load as load_config
@@ -28,6 +28,7 @@ from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, versions
 from hpccl.models.build import build_model
+from hpccl.models.pretrained import Start, start_from
 from hpccl.report.events import EventLog, read_events
 from hpccl.report.events import latest as latest_events
 from hpccl.report.progress import make_progress
@@ -39,7 +40,7 @@ from hpccl.train.reconstruction import reconstruct
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop, Stopped
 
-__all__ = ["fresh_state", "run", "weights_sha256"]
+__all__ = ["fresh_model", "fresh_state", "run", "weights_sha256"]
 
 
 def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (), quiet: bool = False) -> str:
@@ -71,12 +72,16 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
 def _through_the_stream(world: World, command: Sequence[str]) -> str:
     config, stream = world.config, world.stream
     check_memory(config, stream)
-    start = time.perf_counter()
-    state = fresh_state(config, stream, world.comm)
+    begun = time.perf_counter()
+    found = latest(world.folder.checkpoints)
+    # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
+    model, start = fresh_model(config, stream, pretrained=found is None or config.train.restart)
+    state = _state_of(model, config, stream, world.comm)
     if config.prior.quadratic.weight > 0:
         build_estimator(config.curvature, config.seed, state.coverage).check(state.engine.module)
-    found = latest(world.folder.checkpoints)
     _introduce(world, command, found)
+    if start is not None:
+        _tell_start(start, world)
     if found is not None:
         tree = load(world.folder.checkpoints, found)
         _check_data(tree, world)
@@ -92,7 +97,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
                 "stop", task=task.index, phase=state.mark.phase, step=state.mark.step, reason=world.stop.reason
             )
             return "stopped"
-    _finish(state, world, time.perf_counter() - start)
+    _finish(state, world, time.perf_counter() - begun)
     return "done"
 
 
@@ -117,18 +122,31 @@ def _learn(task: Task, state: RunState, world: World) -> bool:
     return not (world.stop.requested(world.comm) and task.index + 1 < len(world.stream.tasks))
 
 
-def fresh_state(config: RunConfig, stream: Stream, comm: Comm) -> RunState:
-    """The state before the first step, equal on all ranks."""
+def fresh_state(config: RunConfig, stream: Stream, comm: Comm, *, pretrained: bool = True) -> RunState:
+    """The state before the first step, equal on all ranks; `pretrained` as in `fresh_model`."""
+    model, _ = fresh_model(config, stream, pretrained=pretrained)
+    return _state_of(model, config, stream, comm)
+
+
+def fresh_model(config: RunConfig, stream: Stream, *, pretrained: bool) -> tuple[nn.Module, Start | None]:
+    """The network before the first step, a function of the configuration and, if `pretrained`, of model.checkpoint.
+
+    Raises:
+        ConfigError: the model is unknown or does not fit the images.
+        DataError: its checkpoint file is missing or of another network.
+    """
     model = build_model(
         config.model, image_shape=stream.image_shape, num_classes=len(stream.class_names), seed=config.seed
     )
-    coverage = None
-    if (
-        spreads_weights(config)
-        and config.prior.quadratic.weight > 0
-        and not isinstance(config.curvature, DenseCurvature)
-    ):
-        coverage = plan_ahead(model, stream.image_shape)
+    if config.model.checkpoint is None or not pretrained:
+        return model, None
+    return model, start_from(model, Path(config.model.checkpoint).expanduser())
+
+
+def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -> RunState:
+    """The engine around a model; what needs whole weights is done before it spreads them."""
+    measured = config.prior.quadratic.weight > 0 and not isinstance(config.curvature, DenseCurvature)
+    coverage = plan_ahead(model, stream.image_shape) if measured and spreads_weights(config) else None
     return RunState(build_engine(config, model, comm), coverage=coverage)
 
 
@@ -211,6 +229,17 @@ def _introduce(world: World, command: Sequence[str], found: Mark | None) -> None
     )
     if found is not None:
         world.progress.message(f"continuing from {found.name}")
+
+
+def _tell_start(start: Start, world: World) -> None:
+    """Write down which weights a run began with."""
+    if not world.comm.leader:
+        return
+    with open(start.path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    world.log.write("start", checkpoint=start.path, sha256=digest, fresh=list(start.fresh))
+    head = f"; the head is new ({', '.join(start.fresh)})" if start.fresh else ", head included"
+    world.progress.message(f"first weights from {start.path}{head}")
 
 
 def _announce(task: Task, world: World) -> None:

@@ -1,13 +1,10 @@
 """Networks: published sizes, seeded, clear errors; dropout that belongs to the example."""
 
-from pathlib import Path
-
 import pytest
-import safetensors.torch
 import torch
 
 from hpccl.config.sections import MlpModel, PaperModel, TimmModel
-from hpccl.errors import ConfigError, DataError
+from hpccl.errors import ConfigError
 from hpccl.models.build import build_model
 from hpccl.models.dropout import KeyedDropout, replace_dropout, set_noise
 
@@ -40,25 +37,6 @@ def test_too_small_images_say_what_is_allowed() -> None:
 def test_unknown_timm_model_suggests() -> None:
     with pytest.raises(ConfigError, match=r"'resnet81' is not a timm model; similar: .*resnet"):
         build_model(TimmModel(name="resnet81"), image_shape=(3, 32, 32), num_classes=10, seed=0)
-
-
-def test_timm_backbone_from_a_file(tmp_path: Path) -> None:
-    config = TimmModel(name="test_resnet")
-    source = build_model(config, image_shape=(3, 32, 32), num_classes=7, seed=1)
-    path = tmp_path / "weights.safetensors"
-    safetensors.torch.save_file(source.state_dict(), path)
-    loaded = build_model(
-        TimmModel(name="test_resnet", checkpoint=str(path)), image_shape=(3, 32, 32), num_classes=10, seed=2
-    ).state_dict()
-    same = (
-        [name for name, value in source.state_dict().items() if torch.equal(value, loaded[name])]
-        if size(source)
-        else []
-    )
-    assert "conv1.0.weight" in same
-    assert not any(name.startswith("fc.") for name in same)
-    with pytest.raises(DataError, match="is of another model"):
-        build_model(TimmModel(name="test_vit", checkpoint=str(path)), image_shape=(3, 160, 160), num_classes=10, seed=2)
 
 
 def test_dropout_noise_belongs_to_the_example() -> None:
@@ -103,3 +81,11 @@ def test_timm_dropout_is_replaced() -> None:
     assert model[1].rate == 0.3
     with pytest.raises(RuntimeError, match="set_noise"):
         model(torch.ones(4, 4))
+
+
+def test_fused_attention_asks_a_replaced_dropout_for_its_rate() -> None:
+    options = {"img_size": 32, "patch_size": 8, "attn_drop_rate": 0.25}
+    config = TimmModel(name="test_vit", options=options)
+    model = build_model(config, image_shape=(3, 32, 32), num_classes=5, seed=0).train()
+    set_noise(model, torch.arange(2))
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)

@@ -1,0 +1,131 @@
+"""First weights from a file: all of a network but its head, which is kept where the number of classes agrees."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from hpccl.errors import DataError
+
+__all__ = ["Start", "start_from"]
+
+_PICKLED = (".pth", ".pt", ".bin", ".tar")
+# Where training programs keep weights in what they save; averaged ones first.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What wrappers of a network put before its names.
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where first weights came from; `fresh` names those of the head that stayed as they were initialised."""
+
+    path: str
+    fresh: tuple[str, ...]
+
+
+def start_from(model: nn.Module, path: Path) -> Start:
+    """Replace a network's weights and buffers by those in a file.
+
+    The head is replaced as well, or stays as it is where the file has another number of classes, or no head.
+
+    Args:
+        model: changed in place.
+        path: .safetensors, or what torch.save wrote of weights alone (.pth, .pt, .bin, .tar); nothing is unpickled.
+
+    Raises:
+        DataError: the file cannot be read, or is of another network; the network is untouched.
+    """
+    given, own = _read(path), model.state_dict()
+    head = [name for name in own if name.startswith(_head(model))]
+    foreign = {name for name in given if name.startswith(_head(model))}
+    same = foreign == set(head) and all(given[name].shape == own[name].shape for name in head)
+    body = own.keys() - set(head)
+    wrong = {
+        "missing": sorted(body - given.keys()),
+        "unexpected": sorted(given.keys() - own.keys() - foreign),
+        "of another shape": [
+            f"{name} ({_sides(given[name])} there, {_sides(own[name])} here)"
+            for name in own
+            if name in body and name in given and given[name].shape != own[name].shape
+        ],
+    }
+    if any(wrong.values()):
+        raise DataError(
+            f"model.checkpoint '{path}' is of another network: {'; '.join(_few(*each) for each in wrong.items())}; "
+            "only the head may differ: choose the model that it was trained with, and the same model.options"
+        )
+    with torch.no_grad():
+        for name in own:
+            if name in body or same:
+                own[name].copy_(given[name])
+    return Start(str(path), () if same else tuple(head))
+
+
+def _head(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the head's weights begin with: by timm's word, else the last linear map."""
+    known = getattr(model, "default_cfg", None) or {}
+    classifiers = (
+        known.get("classifier")
+        or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    )
+    names = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    return tuple(f"{name}." for name in names)
+
+
+def _few(kind: str, names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{kind}: {', '.join(names[:3]) or 'none'}{more}"
+
+
+def _sides(value: Tensor) -> str:
+    return "x".join(str(side) for side in value.shape) or "one number"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU."""
+    if path.suffix != ".safetensors" and path.suffix not in _PICKLED:
+        raise DataError(
+            f"model.checkpoint '{path}' has an unknown ending; allowed: .safetensors, {', '.join(_PICKLED)}"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"model.checkpoint '{path}' is damaged or holds more than weights, and reading that could run code; "
+            "save its weights alone, best as .safetensors"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+        raise DataError(f"model.checkpoint '{path}' cannot be read: {error}") from error
+    return _weights(found, path)
+
+
+def _weights(found: Any, path: Path) -> dict[str, Tensor]:
+    """Out of what training programs wrap them in."""
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), found)
+    if not (isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values())):
+        raise DataError(
+            f"model.checkpoint '{path}' holds no weights by name; allowed: a dictionary of tensors, alone or under one "
+            f"of {', '.join(_WRAPPERS)}"
+        )
+    return {_plain(name): value for name, value in found.items()}
+
+
+def _plain(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name

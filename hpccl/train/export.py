@@ -1,0 +1,339 @@
+"""A finished run's network as files that others read: weights in safetensors, a configuration as timm's hub has it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from hpccl.checkpoint.store import Mark, load, marks
+from hpccl.config.load import load as load_config
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import ModelConfig, TimmModel
+from hpccl.data.augment import Normaliser
+from hpccl.data.build import Outline, outline
+from hpccl.data.protocols import Task
+from hpccl.errors import CheckpointError, ConfigError, FolderError
+from hpccl.folder import RunFolder, explain_os_error
+from hpccl.models.build import skeleton
+from hpccl.models.exported import CONFIG, WEIGHTS
+
+__all__ = ["Exported", "export", "find_finished", "weights_of"]
+
+README = "README.md"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the folder, the checkpoint it is from, parameters and buffers in numbers and in bytes."""
+
+    folder: Path
+    checkpoint: str
+    num_weights: int
+    num_bytes: int
+
+
+def export(path: Path, out: Path, *, task: int | None = None, force: bool = False) -> Exported:
+    """Write the network after the newest finished task of a run, or after `task`, to the folder `out`.
+
+    Args:
+        path: the run's folder.
+        out: the folder to write; it appears whole or not at all.
+        task: counted from 0; None: the newest that is finished.
+        force: replace an earlier export in `out`.
+
+    Raises:
+        FolderError: the folder is no run or has no such checkpoint, or `out` is in the way or cannot be written.
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: every task has a network of its own, and `task` does not say which.
+        DataError: the data that the run learned from is not there; it knows the names of the classes.
+    """
+    run = RunFolder(path)
+    mark = find_finished(run, task)
+    config = load_config([run.config], [])
+    if config.method == "separate" and task is None:
+        raise ConfigError(
+            f"'{path}' trained a network of its own for every task (method separate); "
+            f"say whose to export with --task N, 0 to {mark.task}"
+        )
+    _refuse_what_is_there(out, force=force)
+    content = _Content(run, config, mark, outline(config.stream, config.data))
+    model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)
+    weights = _checked(dict(weights_of(run, mark)), model, run.checkpoints / mark.name)
+    with _folder_beside(out) as beside:
+        safetensors.torch.save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
+        _write(beside / CONFIG, json.dumps(content.config_json(model), indent=2) + "\n")
+        _write(beside / README, content.readme(out))
+    num_bytes = sum(value.nbytes for value in weights.values())
+    return Exported(out, mark.name, sum(value.numel() for value in weights.values()), num_bytes)
+
+
+def find_finished(run: RunFolder, task: int | None) -> Mark:
+    """The newest checkpoint that ended a task, or the one that ended `task`.
+
+    Raises:
+        FolderError: the folder is no run, or has no such checkpoint.
+    """
+    if not run.config.is_file():
+        raise FolderError(f"'{run.path}' is not a run folder (it has no config.yaml); give the folder of a run")
+    finished = {mark.task: mark for mark in marks(run.checkpoints) if mark.phase == "done"}
+    if not finished:
+        raise FolderError(f"'{run.path}' has not finished a task yet; run `hpccl train` on until it has")
+    if task is not None and task not in finished:
+        there = ", ".join(str(number) for number in finished)
+        raise FolderError(f"'{run.path}' has no state after task {task}; finished tasks, counted from 0: {there}")
+    return finished[max(finished) if task is None else task]
+
+
+def weights_of(run: RunFolder, mark: Mark) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a checkpoint by name, whole, on the CPU.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    yield from load(run.checkpoints, mark)["engine"]["weights"].items()
+
+
+def _checked(weights: dict[str, Tensor], model: nn.Module, checkpoint: Path) -> dict[str, Tensor]:
+    """In the network's order and in fp32; integers stay."""
+    own = model.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    if shapes != {name: tuple(value.shape) for name, value in weights.items()}:
+        differing = sorted(name for name in shapes.keys() ^ weights.keys())
+        raise CheckpointError(
+            f"checkpoint '{checkpoint}' is not of the network in config.yaml ({', '.join(differing[:5]) or 'shapes'} "
+            "differ); it was written by another version of the model's library, or config.yaml was changed"
+        )
+    return {name: _plain(weights[name]) for name in own}
+
+
+def _plain(value: Tensor) -> Tensor:
+    return (value.float() if value.is_floating_point() else value).contiguous()
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def _refuse_what_is_there(out: Path, *, force: bool) -> None:
+    """Only an earlier export may be replaced, so that a slip of the pen deletes nothing else."""
+    if not out.exists():
+        return
+    if not force:
+        raise FolderError(f"'{out}' exists; choose another folder, or replace an earlier export with --force")
+    others = sorted({entry.name for entry in out.iterdir()} - {WEIGHTS, CONFIG, README}) if out.is_dir() else [out.name]
+    if others:
+        raise FolderError(
+            f"'{out}' holds more than an export ({', '.join(others[:3])}), which --force would delete; "
+            "choose another folder, or delete it yourself"
+        )
+
+
+@contextlib.contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """Yield a new folder; at the end it becomes `out`, in the place of what was there."""
+    beside, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        if out.exists():
+            os.replace(out, old)
+        os.replace(beside, out)
+    except OSError as error:
+        raise FolderError(f"'{out}' cannot be written: {explain_os_error(error)}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------- what is said
+
+
+@dataclass(frozen=True, eq=False)
+class _Content:
+    """What config.json and README.md are made of."""
+
+    run: RunFolder
+    config: RunConfig
+    mark: Mark
+    stream: Outline
+
+    @property
+    def model(self) -> ModelConfig:
+        """The network's configuration without the file that its first weights came from."""
+        return self.config.model.model_copy(update={"checkpoint": None})
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.stream.layout.class_names)
+
+    @property
+    def learned(self) -> list[Task]:
+        """The tasks whose classes this network was trained on."""
+        tasks = self.stream.layout.tasks[: self.mark.task + 1]
+        return list(tasks[-1:] if self.config.method == "separate" else tasks)
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Further arguments of timm.create_model; none for networks that are not timm's."""
+        model = self.config.model
+        return {"in_chans": self.stream.image_shape[0], **model.options} if isinstance(model, TimmModel) else {}
+
+    def config_json(self, model: nn.Module) -> dict[str, Any]:
+        """As timm writes it, with an entry of our own that timm passes over."""
+        ours = self.model
+        known = dict(getattr(model, "default_cfg", None) or {})
+        kept = ("architecture", "tag", "fixed_input_size", "pool_size", "first_conv", "classifier")
+        architecture = ours.name if isinstance(ours, TimmModel) else f"hpccl.{ours.kind}"
+        return {
+            "architecture": architecture,
+            "num_classes": self.num_classes,
+            "num_features": getattr(model, "num_features", None),
+            "label_names": list(self.stream.layout.class_names),
+            "model_args": self.model_args,
+            "pretrained_cfg": {
+                **{key: known[key] for key in kept if known.get(key) is not None},
+                "custom_load": False,
+                "num_classes": self.num_classes,
+                **self._input(),
+            },
+            "hpccl": {
+                "loader": "hpccl.models.exported.load_exported",
+                "model": ours.model_dump(mode="json"),
+                "image_shape": list(self.stream.image_shape),
+                "num_classes": self.num_classes,
+                "head": self.config.train.head,
+                "tasks": [{"name": task.name, "classes": list(task.classes)} for task in self.learned],
+                "run": self.config.name,
+                "checkpoint": self.mark.name,
+            },
+        }
+
+    def _input(self) -> dict[str, Any]:
+        """The evaluation view in timm's words."""
+        view, channels = self.stream.view, self.stream.image_shape[0]
+        data = self.config.data
+        Normaliser.of(data.mean, data.std, channels)  # refuses another number of values
+        mean, std = ([*values] * (1 if len(values) == channels else channels) for values in (data.mean, data.std))
+        return {
+            "input_size": list(self.stream.image_shape),
+            "interpolation": view.filter,
+            "crop_pct": 1.0 if self.stream.as_stored else view.crop_pct,
+            "crop_mode": "center",
+            "mean": mean,
+            "std": std,
+        }
+
+    def readme(self, out: Path) -> str:
+        """What this is, how to load it, what its outputs mean."""
+        return _README.format(
+            name=self.config.name,
+            method=self.config.method,
+            checkpoint=self.mark.name,
+            task=self.mark.task,
+            loading=self._loading(out),
+            shape=list(self.stream.image_shape),
+            steps=self._steps(),
+            num_classes=self.num_classes,
+            rows="\n".join(_row(task) for task in self.learned),
+            unlearned=self._unlearned(),
+            head=_HEADS[self.config.train.head],
+            figures=self._figures(),
+        )
+
+    def _loading(self, out: Path) -> str:
+        ours = _OURS.format(out=str(out))
+        if not isinstance(self.config.model, TimmModel):
+            return f"This network (`{self.config.model.kind}`) is not one of timm's; hpccl builds it:\n\n{ours}"
+        named = "".join(f", {key}={value!r}" for key, value in self.model_args.items() if key.isidentifier())
+        return (
+            f"{_TIMM.format(name=self.config.model.name, classes=self.num_classes, out=str(out), named=named)}\n{ours}"
+        )
+
+    def _steps(self) -> str:
+        view, given = self.stream.view, self._input()
+        height, width = self.stream.image_shape[1:]
+        brought = (
+            f"Images are {width} x {height} pixels, and taken as they are"
+            if view.size is None or self.stream.as_stored
+            else f"The shorter side is resized to floor({view.size} / {view.crop_pct:g}) pixels ({view.filter}), the "
+            f"centre of {view.size} x {view.size} is cut out; images that have this size are taken as they are"
+        )
+        return f"{brought}. Then (pixel / 255 - mean) / std, mean {given['mean']}, std {given['std']}"
+
+    def _figures(self) -> str:
+        """How the run's own figures were computed, where that is not how this network is used by default."""
+        ways = ["on the mean of the logits of an image and of its mirror image"] * self.config.train.flip_test
+        ways += ["with bfloat16 autocast"] * (self.config.engine.precision == "bf16")
+        return f"\nThe run's own figures were computed {' and '.join(ways)}.\n" if ways else ""
+
+    def _unlearned(self) -> str:
+        learned = {number for task in self.learned for number in task.classes}
+        others = self.num_classes - len(learned)
+        return "" if others == 0 else f"\nThe other {others} outputs were not trained; their values mean nothing.\n"
+
+
+def _row(task: Task) -> str:
+    first, last = min(task.classes), max(task.classes)
+    return f"| {task.index} | {task.name} | {first} to {last} |"
+
+
+_README = """# {name}, after task {task}
+
+A network that `hpccl` trained with method `{method}`, after checkpoint `{checkpoint}`; weights are fp32.
+
+## Load
+
+{loading}
+## Input
+
+Shape [n, {shape[0]}, {shape[1]}, {shape[2]}], fp32. {steps}.
+
+## Output
+
+{num_classes} logits, one for each class of the stream; `label_names` in `config.json` names them in order.
+
+| task | name | outputs |
+|---:|---|---|
+{rows}
+{unlearned}
+{head}
+{figures}"""
+
+_TIMM = """```python
+import timm
+
+model = timm.create_model("{name}", num_classes={classes}, checkpoint_path="{out}/model.safetensors"{named}).eval()
+```
+
+or, with the settings in `config.json`:
+"""
+
+_OURS = """```python
+from hpccl.models.exported import load_exported
+
+model = load_exported("{out}")
+```
+"""
+
+_HEADS = {
+    "own": """It was trained with `train.head=own`, which is task-incremental: the outputs of one row of the table are a
+classifier of their own. Choose the row that an image belongs to, then the largest of its outputs. Outputs of different
+rows were never compared in training.""",
+    "seen": """It was trained with `train.head=seen`, which is class-incremental: all outputs in the table compete. Take
+the largest of them; where the task of an image is known, the largest in its row.""",
+}

@@ -1,0 +1,294 @@
+"""From a configuration and a world to a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import StratifiedMix, per_task
+from hpccl.data.build import Outline, outline
+from hpccl.data.order import BatchPlan
+from hpccl.dist.mesh import pick_device
+from hpccl.train.compose import new_samples
+from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
+from hpccl.train.plan.measure import Rates, measure
+from hpccl.train.plan.network import Network, look, moments
+from hpccl.train.plan.spread import FLOAT, Spread, elements, held, sent
+
+__all__ = ["Held", "Plan", "Sent", "Spent", "make_plan"]
+
+_PASS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of activations at most while the curvature is measured
+_LABEL = 12  # bytes of a soft label: a logit and the number of its class
+_EXAMPLE = 25  # bytes of the rest of a kept example
+
+When = Literal["always", "training", "measuring"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on the rank that holds most; `when` the rank holds them, and whether in host memory."""
+
+    name: str
+    num_bytes: float
+    when: When = "always"
+    host: bool = False
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that a rank sends, in every step or at the end of every task."""
+
+    name: str
+    num_bytes: float
+    when: Literal["step", "task"] = "step"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a step."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take at its last task, which takes most.
+
+    rows: images of a micro-batch on a rank
+    steps: of the whole run
+    terms, most_terms: of a layer's curvature, and if no merge is within its tolerance; 0 without a quadratic
+    spent: if nothing overlaps; empty if nothing was measured
+    """
+
+    run: str
+    engine: dict[str, Any]
+    method: str
+    nodes: int
+    nproc: int
+    num_weights: int
+    moments: float
+    num_classes: int
+    tasks: int
+    rows: int
+    batch_size: int
+    steps: int
+    terms: int
+    most_terms: int
+    held: tuple[Held, ...]
+    sent: tuple[Sent, ...]
+    spent: tuple[Spent, ...]
+    rates: Rates | None
+    notes: tuple[str, ...]
+
+    @property
+    def ranks(self) -> int:
+        """Processes of all nodes."""
+        return self.nodes * self.nproc
+
+    def peak(self, when: When) -> float:
+        """Bytes on the device while training or measuring."""
+        return sum(each.num_bytes for each in self.held if not each.host and each.when in ("always", when))
+
+    @property
+    def host(self) -> float:
+        """Bytes in host memory, of a rank, beside those of a device."""
+        return sum(each.num_bytes for each in self.held if each.host)
+
+    def wire(self, when: Literal["step", "task"]) -> float:
+        """Bytes that a rank sends."""
+        return sum(each.num_bytes for each in self.sent if each.when == when)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """None if nothing was measured."""
+        return sum(each.seconds for each in self.spent) if self.spent else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values: the fields, and their sums."""
+        sums = {
+            "ranks": self.ranks,
+            "training_bytes": self.peak("training"),
+            "measuring_bytes": self.peak("measuring"),
+            "host_bytes": self.host,
+            "step_wire_bytes": self.wire("step"),
+            "task_wire_bytes": self.wire("task"),
+            "step_seconds": self.step_seconds,
+        }
+        return {**asdict(self), "sums": sums}
+
+
+def make_plan(
+    config: RunConfig, *, nodes: int, nproc: int, measured: bool = True, gigabytes_per_second: float | None = None
+) -> Plan:
+    """What `config` will take on `nodes` with `nproc` processes each; nothing is trained.
+
+    Args:
+        config: of the run; of the data, the indices are read.
+        nodes: machines.
+        nproc: processes on each.
+        measured: time a micro-batch on this machine.
+        gigabytes_per_second: that a process sends to others; None: time on the wire is left out.
+
+    Raises:
+        ConfigError: the model is unknown, or does not fit the images or the ranks.
+        CoverageError: a factor of the curvature would be larger than allowed.
+        DataError: the data is not there.
+    """
+    ranks = nodes * nproc
+    spread = Spread.of(config.engine.model_dump(), ranks)
+    stream = outline(config.stream, config.data)
+    num_classes, num_tasks = len(stream.layout.class_names), len(stream.layout.tasks)
+    rows = math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.accumulate)
+    network = look(config, image_shape=stream.image_shape, num_classes=num_classes, rows=max(rows, 2))
+    curvature = None
+    if config.prior.quadratic.weight > 0:
+        curvature = plan_curvature(config.curvature, network.layouts, network.rest, ranks=ranks, tasks=num_tasks)
+    case = _Case(config, stream, spread, network, curvature)
+    kept, rates = moments(config), None
+    if measured:
+        rates = measure(config, image_shape=stream.image_shape, num_classes=num_classes, rows=rows)
+    return Plan(
+        run=config.name,
+        engine=config.engine.model_dump(mode="json"),
+        method=config.method,
+        nodes=nodes,
+        nproc=nproc,
+        num_weights=network.num_weights,
+        moments=kept,
+        num_classes=num_classes,
+        tasks=num_tasks,
+        rows=rows,
+        batch_size=config.train.batch_size,
+        steps=sum(plan.num_steps for plan in case.batch_plans()),
+        terms=0 if curvature is None else curvature.terms,
+        most_terms=0 if curvature is None else curvature.most_terms,
+        held=tuple(case.held(kept)),
+        sent=tuple(case.sent()),
+        spent=() if rates is None else tuple(case.spent(rates, gigabytes_per_second)),
+        rates=rates,
+        notes=tuple(_notes(network, curvature, rates, gigabytes_per_second)),
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What everything is computed from."""
+
+    config: RunConfig
+    stream: Outline
+    spread: Spread
+    network: Network
+    curvature: CurvaturePlan | None
+
+    def held(self, kept: float) -> Iterator[Held]:
+        """kept: numbers that the optimiser keeps of each weight."""
+        config, network, spread = self.config, self.network, self.spread
+        for name, num_bytes in held(network.shapes, network.largest_block, kept, spread).items():
+            host = spread.state_on_host if name == "optimizer" else spread.weights_on_host
+            yield Held(name, num_bytes, host=host and name in ("weights", "gradients", "optimizer"))
+        yield Held("buffers", network.buffer_bytes)
+        weights = FLOAT * elements(network.shapes, spread, what="weights")
+        if config.train.ema is not None:
+            yield Held("averaged weights", weights, "training")
+        if config.train.restart:
+            yield Held("first weights", weights + network.buffer_bytes)
+        elif len(self.stream.layout.tasks) > 1:
+            yield Held("old weights", weights + network.buffer_bytes)
+            yield Held("the next old weights", weights + network.buffer_bytes, "measuring")
+        if self._has_teacher:
+            blocks = 2 * FLOAT * network.largest_block if spread.spreads_weights else 0
+            yield Held("teacher", weights + network.buffer_bytes + blocks, "training")
+        if network.activations is not None:
+            yield Held("activations", network.activations, "training")
+        yield from self._held_curvature()
+        if config.memory.size > 0:
+            yield Held("memory", self._memory_bytes(), host=True)
+
+    def _held_curvature(self) -> Iterator[Held]:
+        if self.curvature is None:
+            return
+        yield Held("curvature", max(self.curvature.held))
+        yield Held("sums of the next curvature", self.curvature.measuring, "measuring")
+        if self.config.prior.quadratic.anchor == "each":
+            yield Held("pull to each task's weights", FLOAT * self.network.num_weights)
+        if self.network.graph is not None:
+            graph = max(self.network.graph, 1)
+            fitting = max(1, _PASS[pick_device(self.config.engine.device).type] // graph)
+            yield Held("activations", min(self.config.curvature.batch_size, fitting) * graph, "measuring")
+
+    def _memory_bytes(self) -> int:
+        """Kept examples of all tasks: numbers, labels and the logits of the widest head."""
+        tasks, names = self.stream.layout.tasks, self.stream.layout.class_names
+        width = max(len(task.classes) for task in tasks) if self.config.train.head == "own" else len(names)
+        return self.config.memory.size * len(tasks) * (_EXAMPLE + _LABEL * width)
+
+    def sent(self) -> Iterator[Sent]:
+        """By a rank."""
+        network, accumulate = self.network, self.config.train.accumulate
+        parts = sent(network.num_weights, network.buffer_bytes, self.spread, accumulate=accumulate)
+        yield from (Sent(name, num_bytes) for name, num_bytes in parts.items() if num_bytes)
+        if self._has_teacher and self.spread.spreads_weights:
+            share = (self.spread.shards - 1) / self.spread.shards
+            yield Sent("gather the teacher's weights", accumulate * share * FLOAT * network.num_weights)
+        if self.curvature is not None and self.spread.ranks > 1:
+            yield Sent("curvature", max(self.curvature.sent), "task")
+
+    def spent(self, rates: Rates, gigabytes_per_second: float | None) -> Iterator[Spent]:
+        """In a step of the last task."""
+        rows = self.config.train.batch_size / self.spread.ranks
+        yield Spent("forward and backward pass", rows * rates.row_seconds)
+        if self._has_teacher:
+            yield Spent("teacher", rows * self._soft_share() * rates.predict_seconds)
+        updated = elements(self.network.shapes, self.spread, what="moments") / self.network.num_weights
+        yield Spent("optimizer", rates.optimizer_seconds * updated)
+        if self.curvature is not None:
+            yield Spent("pull of the curvature", max(self.curvature.flops) / rates.flops)
+        if gigabytes_per_second is not None:
+            total = sum(each.num_bytes for each in self.sent() if each.when == "step")
+            yield Spent("wire", total / (gigabytes_per_second * 1e9))
+
+    def _soft_share(self) -> float:
+        """Of a step's rows in the last task, those with soft labels."""
+        *_, last = self.batch_plans()
+        mixed = last.memory_rows / last.batch_size if last.memory_rows else last.num_memory / last.num_train
+        return mixed * (1 - self.config.prior.replay)
+
+    @property
+    def _has_teacher(self) -> bool:
+        config = self.config
+        return config.memory.size > 0 and config.prior.view == "teacher" and config.prior.replay < 1
+
+    def batch_plans(self) -> Iterator[BatchPlan]:
+        """Of the tasks that are trained."""
+        config, tasks, mix = self.config, self.stream.layout.tasks, self.config.memory.mix
+        for task in tasks[-1:] if config.train.only_last else tasks:
+            yield BatchPlan(
+                num_new=len(new_samples(config, task)),
+                num_memory=config.memory.size * task.index,
+                batch_size=config.train.batch_size,
+                epochs=per_task(config.train.epochs, task.index),
+                seed=config.seed,
+                task=task.index,
+                share=mix.share if isinstance(mix, StratifiedMix) else None,
+            )
+
+
+def _notes(
+    network: Network, curvature: CurvaturePlan | None, rates: Rates | None, gigabytes_per_second: float | None
+) -> Iterator[str]:
+    yield "not counted: Python and its libraries, decoded images, checkpoints while they are written"
+    if network.problem:
+        yield f"activations could not be told ({network.problem})"
+    if curvature is not None and curvature.terms < curvature.most_terms:
+        yield (
+            f"curvature: {curvature.terms} terms a layer fit curvature.tasks; where no merge is within its tolerance, "
+            f"up to {curvature.most_terms}"
+        )
+    if rates is not None and gigabytes_per_second is None:
+        yield "time on the wire is left out; give --bandwidth"
+    if rates is not None:
+        yield f"times are of {rates.rows} images on {rates.device}, {rates.threads} threads, if nothing overlaps"

@@ -1,0 +1,158 @@
+"""What the curvature takes on every rank, from the shapes of the layers alone.
+
+A layer [g, o, d] has the factors A [g, d, d] and B [g, o, o]. Which rank holds which of them, or which part, is told by
+the functions that place them in a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from hpccl.config.sections import (
+    CurvatureConfig,
+    DenseCurvature,
+    DiagonalCurvature,
+    EkfacCurvature,
+    KroneckerCurvature,
+    ListedTasks,
+    RefitTasks,
+    TasksConfig,
+)
+from hpccl.curvature.blocks import Layout, Part
+from hpccl.curvature.kronecker import layout_parts
+from hpccl.dist.comm import Comm
+from hpccl.kron.pack import packed_size
+from hpccl.train.plan.spread import FLOAT, all_reduce
+
+__all__ = ["CurvaturePlan", "plan_curvature"]
+
+Shape = tuple[int, int, int]
+Parts = Sequence[tuple[Layout, list[tuple[int, Part]]]]
+
+
+@dataclass(frozen=True)
+class CurvaturePlan:
+    """By rank, for the sum over all tasks.
+
+    terms: of a layer, as the budget of `curvature.tasks` has it; most_terms: where no merge is within its tolerance
+    held: bytes by rank
+    flops: of one step's pull, by rank
+    measuring: bytes of sums on every rank while a task is measured
+    sent: bytes that a rank sends when a task is measured, by rank
+    """
+
+    terms: int
+    most_terms: int
+    held: tuple[int, ...]
+    flops: tuple[float, ...]
+    measuring: int
+    sent: tuple[float, ...]
+
+
+def plan_curvature(
+    config: CurvatureConfig, layouts: Sequence[Layout], rest: int, *, ranks: int, tasks: int
+) -> CurvaturePlan:
+    """Of a network whose `layouts` are factored and whose `rest` of so many weights has a diagonal.
+
+    Args:
+        config: the section `curvature`.
+        layouts: of the factored layers; empty for other kinds than kronecker and ekfac.
+        rest: all other trainable weights.
+        ranks: processes.
+        tasks: how many are summed.
+    """
+    match config:
+        case DiagonalCurvature():
+            return _replicated(FLOAT * rest, float(2 * rest), ranks)
+        case DenseCurvature():
+            return _replicated(FLOAT * rest**2, float(2 * rest**2), ranks)
+        case EkfacCurvature():
+            return _spread(layouts, rest, ranks, RefitTasks(), tasks, divisible=False, eigen=True, bases=True)
+        case KroneckerCurvature():
+            refit = isinstance(config.tasks, RefitTasks)
+            divisible = config.keep_trace == 1 and not refit
+            eigen = refit and tasks > 1
+            return _spread(layouts, rest, ranks, config.tasks, tasks, divisible=divisible, eigen=eigen, bases=False)
+        case _:
+            assert_never(config)
+
+
+def _replicated(num_bytes: int, flops: float, ranks: int) -> CurvaturePlan:
+    """Equal on all ranks, which share the pull; while a task is measured there is the sum so far as well."""
+    wire = all_reduce(num_bytes, ranks)
+    return CurvaturePlan(
+        1, 1, (num_bytes,) * ranks, (flops / ranks,) * ranks, measuring=num_bytes, sent=(wire,) * ranks
+    )
+
+
+def _spread(
+    layouts: Sequence[Layout],
+    rest: int,
+    ranks: int,
+    policy: TasksConfig,
+    tasks: int,
+    *,
+    divisible: bool,
+    eigen: bool,
+    bases: bool,
+) -> CurvaturePlan:
+    placed = layout_parts(layouts, Comm(0, ranks, Comm.solo().device), divisible=divisible)
+    whole = sum(pair_bytes(layout.shape, Part()) for layout in layouts)
+    terms = listed_terms(policy, tasks, whole)
+    held, flops, own = [FLOAT * rest] * ranks, [0.0] * ranks, [0.0] * ranks
+    for layout, owners in placed:
+        for rank, part in owners:
+            one = eigen_bytes(layout.shape) if eigen else pair_bytes(layout.shape, part)
+            held[rank] += one * terms
+            flops[rank] += terms * pull_flops(layout.shape) / len(owners) * (2 if eigen else 1)
+            own[rank] += FLOAT * sent_numbers(layout.shape, part)
+    diagonal = all_reduce(FLOAT * rest, ranks)
+    # EKFAC sends every basis to every rank, holds them there, and sums the diagonals in them.
+    others = whole + sum(FLOAT * math.prod(layout.shape) for layout in layouts) if bases else 0
+    sent = tuple(sum(own) - mine + diagonal + others * (ranks > 1) for mine in own)
+    most = tasks if isinstance(policy, ListedTasks) else 1
+    return CurvaturePlan(terms, most, tuple(held), tuple(flops), whole + FLOAT * rest + others, sent)
+
+
+def listed_terms(policy: TasksConfig, tasks: int, one_task: int) -> int:
+    """Terms of a layer in the sum over `tasks`, if merges are within the tolerance.
+
+    A pull of t terms costs t times that of one. one_task: bytes of one term of all layers.
+    """
+    if not isinstance(policy, ListedTasks):
+        return 1
+    fitting = min(policy.max_gib * 2**30 / max(one_task, 1), policy.max_cost)
+    return max(1, min(tasks, int(fitting)))
+
+
+def pair_bytes(shape: Shape, part: Part) -> int:
+    """Of the factors of one term, of what is held of them for a part of the layer."""
+    groups, outputs, inputs = shape
+    width = part.stop - part.start
+    a = inputs * (width if part.axis == "input" else inputs)
+    b = outputs * (width if part.axis == "output" else outputs)
+    return FLOAT * groups * (a + b)
+
+
+def eigen_bytes(shape: Shape) -> int:
+    """Of both bases, the diagonal in them, and those of the factors."""
+    groups, outputs, inputs = shape
+    return FLOAT * groups * (inputs**2 + outputs**2 + outputs * inputs + outputs + inputs)
+
+
+def pull_flops(shape: Shape) -> float:
+    """Multiplications and additions of B D A."""
+    groups, outputs, inputs = shape
+    return float(2 * groups * outputs * inputs * (outputs + inputs))
+
+
+def sent_numbers(shape: Shape, part: Part) -> int:
+    """In the message that brings a layer's sums to the rank that owns the part: triangles of what is whole."""
+    groups, outputs, inputs = shape
+    width = part.stop - part.start
+    a = groups * inputs * width if part.axis == "input" else packed_size(groups, inputs)
+    b = groups * outputs * width if part.axis == "output" else packed_size(groups, outputs)
+    return a + b

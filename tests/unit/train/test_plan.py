@@ -1,0 +1,299 @@
+"""Plans: arithmetic of engines and curvature, and the network they are made of, against the real things."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from typer.testing import CliRunner
+
+from hpccl.cli import app
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import (
+    DiagonalCurvature,
+    EkfacCurvature,
+    KroneckerCurvature,
+    ListedTasks,
+    PooledTasks,
+    TasksConfig,
+)
+from hpccl.curvature.blocks import Layout
+from hpccl.curvature.coverage import _graph_bytes
+from hpccl.curvature.kfac import _size
+from hpccl.curvature.kronecker import layout_parts
+from hpccl.dist.comm import Comm
+from hpccl.errors import ConfigError, CoverageError, DataError
+from hpccl.models.build import build_model
+from hpccl.models.dropout import set_noise
+from hpccl.train.plan.build import make_plan
+from hpccl.train.plan.curvature import listed_terms, pair_bytes, plan_curvature, sent_numbers
+from hpccl.train.plan.network import look, moments
+from hpccl.train.plan.spread import Spread, elements, held, sent
+from tests.run.method import merged
+
+SHAPES = [(64, 3, 7, 7), (10, 64), (10,)]
+NUM = sum(map(math.prod, SHAPES))
+
+# ---------------------------------------------------------------- engines
+
+
+def engine(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"kind": kind, **settings}
+
+
+def test_data_parallel_holds_everything_everywhere() -> None:
+    spread = Spread.of(engine("ddp"), 8)
+    assert held(SHAPES, 100, 2, spread) == {"weights": 4 * NUM, "gradients": 4 * NUM, "optimizer": 8 * NUM}
+    assert sent(NUM, 0, spread, accumulate=4)["average gradients"] == pytest.approx(2 * 7 / 8 * 4 * NUM)
+    assert not any(sent(NUM, 128, Spread.of(engine("ddp"), 1), accumulate=1).values())
+    assert held(SHAPES, 100, 2, Spread.of(engine("deepspeed", stage=0), 8)) == held(SHAPES, 100, 2, spread)
+
+
+def test_fully_sharded_holds_rows_and_two_whole_blocks() -> None:
+    spread = Spread.of(engine("fsdp2"), 8)
+    rows = 8 * 3 * 7 * 7 + 2 * 64 + 2  # of 64, 10 and 10 rows, the first of 8 ranks has 8, 2 and 2
+    assert held(SHAPES, 100, 1, spread) == {
+        "weights": 4 * rows,
+        "gradients": 4 * rows,
+        "optimizer": 4 * rows,
+        "whole blocks": 800,
+    }
+    assert sum(sent(NUM, 0, spread, accumulate=1).values()) == pytest.approx(3 * 7 / 8 * 4 * NUM)
+    assert sum(sent(NUM, 0, spread, accumulate=2).values()) == pytest.approx(6 * 7 / 8 * 4 * NUM)
+    kept = Spread.of(engine("fsdp2", reshard=False), 8)
+    assert held(SHAPES, 100, 1, kept)["whole blocks"] == 4 * (NUM + 100)
+    assert sum(sent(NUM, 0, kept, accumulate=1).values()) == pytest.approx(2 * 7 / 8 * 4 * NUM)
+
+
+def test_copies_in_shards() -> None:
+    """Two copies on 4 ranks each: gathers within a copy, and the average of shards between them."""
+    spread = Spread.of(engine("fsdp2", shard_size=4), 8)
+    assert elements(SHAPES, spread, what="weights") == 16 * 147 + 3 * 64 + 3
+    found = sent(NUM, 0, spread, accumulate=1)
+    assert found["gather weights"] == pytest.approx(2 * 3 / 4 * 4 * NUM)
+    assert found["average gradients"] == pytest.approx(3 / 4 * 4 * NUM + 2 * 1 / 2 * NUM)
+    with pytest.raises(ConfigError, match=r"engine.shard_size=3 does not divide the 8 ranks; allowed: 1, 2, 4, 8"):
+        Spread.of(engine("fsdp2", shard_size=3), 8)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer", "wire"),
+    [(1, 1, 1, 3 / 4, 6 / 4), (2, 1, 1 / 4, 3 / 4, 6 / 4), (3, 1 / 4, 1 / 4, 3 / 4, 9 / 4)],
+)
+def test_zero(stage: int, weights: float, gradients: float, optimizer: float, wire: float) -> None:
+    """In units of 4n, on 4 ranks with two moments; the optimiser's share has a copy of the weights as well."""
+    shapes = [(256, 256), (512, 128)]
+    num = 2 * 65536
+    spread = Spread.of(engine("deepspeed", stage=stage), 4)
+    found = held(shapes, 0, 2, spread)
+    assert [found[name] / (4 * num) for name in ("weights", "gradients", "optimizer")] == [
+        weights,
+        gradients,
+        optimizer,
+    ]
+    assert sum(sent(num, 0, spread, accumulate=1).values()) == pytest.approx(wire * 4 * num)
+    if stage == 3:
+        assert found["small weights, whole"] == 4 * num  # both are below DeepSpeed's limit
+        zero = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}}
+        found = held(shapes, 0, 2, Spread.of(engine("deepspeed", stage=3, deepspeed=zero), 4))
+        assert (found["small weights, whole"], found["gradients on their way"]) == (0, 4000)
+
+
+def test_an_unknown_engine_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"engine.kind=horovod: no plan"):
+        Spread.of(engine("horovod"), 2)
+
+
+# ---------------------------------------------------------------- curvature
+
+LAYERS = st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.booleans())
+
+
+@given(st.lists(LAYERS, min_size=1, max_size=5), st.integers(1, 8), st.booleans())
+def test_parts_and_messages_are_those_of_a_run(
+    layers: list[tuple[int, int, int, bool]], ranks: int, divisible: bool
+) -> None:
+    layouts = [
+        Layout(str(number), "w", "b" if bias else None, (groups * outputs, inputs), groups)
+        for number, (groups, outputs, inputs, bias) in enumerate(layers)
+    ]
+    config = KroneckerCurvature(tasks=PooledTasks(), keep_trace=1.0 if divisible else 0.5)
+    plan = plan_curvature(config, layouts, 7, ranks=ranks, tasks=3)
+    placed = layout_parts(layouts, Comm(0, ranks, torch.device("cpu")), divisible=divisible)
+    for layout, owners in placed:
+        assert all(sent_numbers(layout.shape, part) == _size(layout, part) for _, part in owners)
+    everything = sum(pair_bytes(layout.shape, part) for layout, owners in placed for _, part in owners)
+    assert sum(plan.held) == everything + ranks * 28
+    if ranks == 1:
+        assert plan.sent == (0.0,)
+        assert plan.held == (sum(4 * g * (o * o + d * d) for g, o, d in (each.shape for each in layouts)) + 28,)
+
+
+@pytest.mark.parametrize(
+    ("policy", "tasks", "terms"),
+    [
+        (ListedTasks(), 3, 3),
+        (ListedTasks(), 9, 4),  # max_cost
+        (ListedTasks(max_cost=9.0, max_gib=2.5), 9, 2),  # of 1 GiB each
+        (ListedTasks(max_gib=0.5), 9, 1),
+        (PooledTasks(), 9, 1),
+    ],
+)
+def test_terms_are_bounded_by_the_budget(policy: TasksConfig, tasks: int, terms: int) -> None:
+    assert listed_terms(policy, tasks, 2**30) == terms
+
+
+def test_other_kinds_of_curvature() -> None:
+    layouts = [Layout("layer", "w", None, (6, 10))]
+    diagonal = plan_curvature(DiagonalCurvature(), [], 100, ranks=2, tasks=5)
+    assert (diagonal.held, diagonal.sent) == ((400, 400), (400.0, 400.0))
+    ekfac = plan_curvature(EkfacCurvature(), layouts, 0, ranks=1, tasks=5)
+    assert ekfac.held == (4 * (36 + 100 + 60 + 16),)
+
+
+# ---------------------------------------------------------------- the network
+
+
+def config_of(model: dict[str, Any], **sections: Any) -> RunConfig:
+    return RunConfig.model_validate({**merged().model_dump(), "model": model, **sections})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"kind": "cifarnet"},
+        {"kind": "mlp", "hidden": [20]},
+        {"kind": "timm", "name": "test_resnet"},
+        {"kind": "timm", "name": "test_vit", "options": {"img_size": 32, "patch_size": 8}},
+        {"kind": "timm", "name": "test_efficientnet"},
+    ],
+    ids=lambda model: model.get("name", model["kind"]),
+)
+def test_activations_without_memory_are_those_of_a_real_pass(model: dict[str, Any]) -> None:
+    config = config_of(model)
+    network = look(config, image_shape=(3, 32, 32), num_classes=10, rows=5)
+    real = build_model(config.model, image_shape=(3, 32, 32), num_classes=10, seed=0).train()
+    assert network.num_weights == sum(value.numel() for value in real.parameters())
+    assert network.buffer_bytes == sum(value.nbytes for value in real.buffers())
+    set_noise(real, torch.arange(5))
+    own = {value.untyped_storage().data_ptr(): value.nbytes for value in (*real.parameters(), *real.buffers())}
+    kept = _graph_bytes(real, torch.randn(5, 3, 32, 32)) - sum(own.values())
+    assert network.activations is not None
+    # A pass keeps most weights and not all.
+    assert network.activations == pytest.approx(kept, rel=0.15, abs=sum(own.values()))
+
+
+def test_layers_are_those_that_a_run_would_factor() -> None:
+    config = config_of(
+        {"kind": "timm", "name": "test_vit", "options": {"img_size": 32, "patch_size": 8}},
+        curvature={"kind": "kronecker", "diagonal": ["blocks.0.*"]},
+    )
+    network = look(config, image_shape=(3, 32, 32), num_classes=10, rows=2)
+    names = [layout.name for layout in network.layouts]
+    assert names[0] == "patch_embed.proj"
+    assert "head" in names
+    assert not any(name.startswith("blocks.0.") for name in names)
+    covered = sum(math.prod(layout.weight_shape) + layout.weight_shape[0] for layout in network.layouts)
+    assert network.rest + covered == network.num_weights
+    with pytest.raises(CoverageError, match=r"max_factor=20"):
+        look(config_of({"kind": "cifarnet"}, curvature={"kind": "ekfac", "max_factor": 20}),
+             image_shape=(3, 32, 32), num_classes=10, rows=2)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("optim", "kept"), [({"name": "sgd"}, 1), ({"name": "adamw"}, 2), ({"name": "momentum", "momentum": 0.0}, 0)]
+)
+def test_moments_are_counted(optim: dict[str, Any], kept: float) -> None:
+    assert moments(merged({"optim": optim})) == kept
+
+
+# ---------------------------------------------------------------- plans
+
+
+def test_a_plan_adds_up() -> None:
+    config = merged(
+        {
+            "memory": {"size": 20},
+            "prior": {"view": "teacher", "quadratic": {"weight": 1.0, "anchor": "each"}},
+            "train": {"ema": 0.9, "batch_size": 64},
+        }
+    )
+    plan = make_plan(config, nodes=2, nproc=2, gigabytes_per_second=0.001)
+    found = {(each.name, each.when): each.num_bytes for each in plan.held}
+    weights = 4 * plan.num_weights
+    assert plan.num_weights == 65 * 16 + 17 * 10
+    assert plan.rows == 16
+    assert found["weights", "always"] == found["old weights", "always"] == found["teacher", "training"] == weights
+    assert found["averaged weights", "training"] == found["pull to each task's weights", "always"] == weights
+    assert found["optimizer", "always"] == 2 * weights
+    assert found["memory", "always"] == 20 * 5 * (25 + 2 * 12)
+    assert plan.peak("training") == sum(
+        each.num_bytes for each in plan.held if each.when != "measuring" and each.name != "memory"
+    )
+    assert plan.wire("step") == pytest.approx(2 * 3 / 4 * weights)
+    assert plan.terms == 4
+    assert any("4 terms a layer fit" in note for note in plan.notes)
+    assert plan.step_seconds is not None
+    shares = {each.name: each.seconds for each in plan.spent}
+    assert shares["wire"] == pytest.approx(plan.wire("step") / 1e6)
+    assert set(shares) == {"forward and backward pass", "teacher", "optimizer", "pull of the curvature", "wire"}
+    assert all(seconds > 0 for seconds in shares.values())
+
+
+def test_more_ranks_hold_less_curvature() -> None:
+    config = merged({"prior": {"quadratic": {"weight": 1.0}}, "model": {"hidden": [64, 64, 64]}})
+    held_by = [
+        next(each.num_bytes for each in make_plan(config, nodes=1, nproc=nproc, measured=False).held
+             if each.name == "curvature")
+        for nproc in (1, 2, 4)
+    ]  # fmt: skip
+    assert held_by[0] > 1.5 * held_by[1] > 1.5 * held_by[2]
+
+
+def test_the_command_speaks_and_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["plan", "model.hidden=[4]", "memory.size=5", "--nodes", "3", "--nproc", "2", "--no-measure"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert (found["sums"]["ranks"], found["sums"]["step_seconds"], found["spent"]) == (6, None, [])
+    assert len(json.loads(CliRunner().invoke(app, [*arguments, "--json", "seed=1,2"]).output)) == 2
+    text = CliRunner().invoke(app, arguments).output
+    assert "3 x 2 processes, engine ddp" in text
+    assert "average gradients" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_and_no_bandwidth_are_told() -> None:
+    config = config_of({"kind": "cifarnet"}, stream={"kind": "shards", "parts": [{"path": "nowhere"}]})
+    with pytest.raises(DataError, match="nowhere"):
+        make_plan(config, nodes=1, nproc=1, measured=False)
+    result = CliRunner().invoke(app, ["plan", "seed=1", "--bandwidth", "0"])
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_a_layer_that_is_called_twice_is_not_factored() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.again(self.again(self.first(pixels.flatten(1))))
+            return found
+
+    from collections import Counter
+
+    from hpccl.train.plan.network import _counting, _layouts
+
+    model, calls = Twice(), Counter[str]()
+    with _counting(model, calls):
+        model(torch.zeros(1, 1, 2, 2))
+    assert [layout.name for layout in _layouts(model, KroneckerCurvature(), calls)] == ["first"]
