@@ -32,6 +32,8 @@ from hpccl.errors import ConfigError
 
 __all__ = ["DeepspeedEngine"]
 
+_BUCKET = 50_000_000
+
 
 @final
 class DeepspeedEngine(BaseEngine):
@@ -270,7 +272,7 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
         ConfigError: DeepSpeed is missing, or refuses a setting.
     """
     deepspeed = _import()
-    settings = _settings(config)
+    settings = _settings(config, sum(value.numel() for value in model.parameters()))
     os.environ.setdefault("LOCAL_RANK", str(comm.device.index or 0))  # DeepSpeed wants its launcher's word
     _refuse_unknown(deepspeed, settings, config)
     with warnings.catch_warnings():
@@ -300,11 +302,12 @@ def _import() -> Any:
     return deepspeed
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """Ours, and the user's where they do not touch ours (config.rules refuses those that do)."""
+def _settings(config: RunConfig, count: int) -> dict[str, Any]:
+    """Ours, and the user's where they do not touch ours (config.rules refuses those that do); count: of parameters."""
     engine = config.engine
     assert isinstance(engine, DeepspeedConfig)
-    zero: dict[str, Any] = {"stage": engine.stage}
+    # Gradients on their way: as many as the network has, up to 200 MB (DeepSpeed would take 2 GB at once, whatever it is).
+    zero: dict[str, Any] = {"stage": engine.stage, "reduce_bucket_size": min(count, _BUCKET)}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if engine.offload_weights:
