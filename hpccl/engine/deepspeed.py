@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hpccl.config.run import RunConfig
 from hpccl.config.sections import DeepspeedEngine as DeepspeedConfig
 from hpccl.dist.comm import Comm
+from hpccl.dist.mesh import meet_alone
 from hpccl.dist.spread import Leaves, Slab, Span, Stored, elements, streamed
 from hpccl.engine.base import BaseEngine
 from hpccl.engine.moments import group_numbers, load_state, state_of
@@ -215,7 +216,7 @@ class DeepspeedEngine(BaseEngine):
             for key, value in self._inner.state.get(flat, {}).items():
                 for name, (span, first) in places.items():
                     spread = isinstance(value, Tensor) and value.shape == flat.shape
-                    kept = Slab(value.narrow(0, first, span.numel), span) if spread else value
+                    kept = Slab(value.narrow(0, first, span.numel), span) if spread else _own(value)
                     moments.setdefault(name, {})[key] = kept
         return {"moments": moments, "groups": group_numbers(self._inner.param_groups)}
 
@@ -240,12 +241,17 @@ def _filled(
     for name, (span, first) in places.items():
         value = moments[name][key]
         if not isinstance(value, (Tensor, Slab, Stored)) or tuple(value.shape) != span.shape:
-            return value.clone() if isinstance(value, Tensor) else value
+            return _own(value)
         part = elements(value, span.start, span.stop)
         if made is None:
             made = torch.zeros(flat.shape, dtype=part.dtype, device=flat.device)
         made.narrow(0, first, span.numel).copy_(part)
     return made
+
+
+def _own(value: Any) -> Any:
+    """A number of its own: every parameter has one in a checkpoint, though the optimiser keeps one for all of them."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _fragment(parameter: Any) -> tuple[Span, Tensor]:
@@ -272,6 +278,7 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
         ConfigError: DeepSpeed is missing, or refuses a setting.
     """
     deepspeed = _import()
+    meet_alone(comm)
     settings = _settings(config, sum(value.numel() for value in model.parameters()))
     os.environ.setdefault("LOCAL_RANK", str(comm.device.index or 0))  # DeepSpeed wants its launcher's word
     _refuse_unknown(deepspeed, settings, config)
@@ -306,7 +313,7 @@ def _settings(config: RunConfig, count: int) -> dict[str, Any]:
     """Ours, and the user's where they do not touch ours (config.rules refuses those that do); count: of parameters."""
     engine = config.engine
     assert isinstance(engine, DeepspeedConfig)
-    # Gradients on their way: as many as the network has, up to 200 MB (DeepSpeed would take 2 GB at once, whatever it is).
+    # Gradients on their way: as many as the network has, up to 200 MB. DeepSpeed would take 2 GB, whatever its size.
     zero: dict[str, Any] = {"stage": engine.stage, "reduce_bucket_size": min(count, _BUCKET)}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
