@@ -277,6 +277,7 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
     Raises:
         ConfigError: DeepSpeed is missing, or refuses a setting.
     """
+    os.environ["DS_ACCELERATOR"] = comm.device.type  # it would take a GPU that engine.device=cpu leaves alone
     deepspeed = _import()
     meet_alone(comm)
     settings = _settings(config, sum(value.numel() for value in model.parameters()))
@@ -289,7 +290,7 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         except (ValueError, AssertionError) as error:
-            raise ConfigError(f"DeepSpeed refuses engine.deepspeed={config.engine!r}: {error}") from error
+            raise ConfigError(f"DeepSpeed {deepspeed.__version__} refuses its settings: {error}") from error
     return engine
 
 
@@ -303,6 +304,7 @@ def _import() -> Any:
             f"engine.kind=deepspeed needs the package deepspeed ({error}); install it: pip install 'hpccl[deepspeed]'"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     # On CPUs it would compile a module at the first start, which only inference uses, and wait for ever for the lock of
     # a process that was killed at it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
