@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.dist.comm import Comm
@@ -170,3 +172,45 @@ def test_stopped_on_one_engine_and_ended_on_another(tmp_path: Path, number: int)
     a = torch.cat([value.double().flatten() for value in undisturbed["weights"].values()])
     b = torch.cat([ended["weights"][name].double().flatten() for name in undisturbed["weights"]])
     assert float((a - b).norm() / a.norm()) <= 1e-5
+
+
+class Traffic(TorchDispatchMode):
+    """What collectives are called with: their names, and the bytes of their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[str] = []
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls.append(str(func))
+            self.sizes.append(sum(leaf.nbytes for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+        return func(*args, **(kwargs or {}))
+
+
+def step_traffic(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
+    """What the collectives of one step carry, with the quadratic and without."""
+    state, world = make_world(merged(SECTIONS, changes), Path(folder), comm)
+    learn(state, world, 1)
+    quadratic, engine = state.prior.quadratic, state.engine
+    assert quadratic is not None
+    engine.start(num_steps=9, task=1)
+    found: Result = {}
+    for name in ("first", "without", "with"):  # the first step of an engine settles what it sends
+        detach = quadratic.attach(engine, comm, num_train=10) if name == "with" else (lambda: None)
+        with Traffic() as traffic:
+            for last in (False, True):
+                logits = engine.forward(torch.ones(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), last=last)
+                engine.backward(logits.square().sum())
+            engine.step()
+        detach()
+        found[name] = {"calls": traffic.calls, "bytes": traffic.sizes}
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "ddp"])
+def test_the_pull_sends_nothing(tmp_path: Path, name: str) -> None:
+    for found in run_in_world(step_traffic, 2, tmp_path / name, str(tmp_path / "run"), {"engine": ENGINES[name]}):
+        assert sum(found["without"]["bytes"]) > 0
+        assert found["with"] == found["without"]
