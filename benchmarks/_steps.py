@@ -34,7 +34,7 @@ from hpccl.train.state import World
 from hpccl.train.step import train_step
 from hpccl.train.stop import Stop
 
-__all__ = ["RandomImages", "Steps", "Take", "make_world", "random_stream", "traffic"]
+__all__ = ["RandomImages", "Steps", "Take", "make_world", "random_stream", "traffic", "usual_step"]
 
 # (engine, this rank's rows, rows of the step over all ranks) -> the gradient's norm.
 Take = Callable[[Engine, Sequence[Rows], int], Tensor]
