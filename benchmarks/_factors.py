@@ -16,6 +16,7 @@ from hpccl.curvature.build import build_estimator
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.protocols import Examples
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import Leaves
 from hpccl.engine.protocols import Engine
 from hpccl.prior.quadratic import Quadratic
 
@@ -68,7 +69,7 @@ def truncated(exact: Kronecker, keep_trace: float) -> Kronecker:
     return replace(exact, blocks=blocks, divisible=False, keep_trace=keep_trace)
 
 
-def force(precision: Kronecker, weights: Mapping[str, Tensor], anchor: dict[str, Tensor]) -> Tensor:
+def force(precision: Kronecker, weights: Mapping[str, Tensor], anchor: Leaves) -> Tensor:
     """F (w - a) as one vector."""
     found = Quadratic(precision, anchor, weight=1.0, damping=0.0).force(weights, Comm.solo())
     return torch.cat([value.double().flatten() for value in found.values() if isinstance(value, Tensor)])

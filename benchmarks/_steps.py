@@ -199,7 +199,7 @@ class Collectives(TorchDispatchMode):
     """
 
     def __init__(self, num_bytes: Counter[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
         self.num_bytes = num_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

@@ -54,6 +54,7 @@ from benchmarks._factors import CLASSES, curvature, force, learn, most_held, pla
 from benchmarks._pictures import Pictures
 from benchmarks._steps import RandomImages, Steps, make_world, random_stream, traffic, usual_step
 from hpccl.config.run import RunConfig
+from hpccl.curvature.kronecker import Kronecker
 from hpccl.data.rows import Rows
 from hpccl.data.stream import ImageStream
 from hpccl.dist.comm import Comm
@@ -74,8 +75,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 METHODS = ("finetune", "exact", "truncated")
 AGAIN = "again"
-# So weak that the weights stay where they are; the time is the same.
-PRIOR = {"replay": 0.5, "quadratic": {"weight": 1e-6}}
+WEIGHT = 1e-6  # so weak that the weights stay where they are; the time is the same
+PRIOR: dict[str, Any] = {"replay": 0.5, "quadratic": {"weight": WEIGHT}}
 MIX = {"kind": "stratified", "share": 0.5}
 PROCESSES = 2  # of the headlines
 WARM = 2  # calls before those that count: one that warms up, one that is counted
@@ -229,7 +230,7 @@ def flops(model: nn.Module, pixels: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         model(pixels).sum().backward()
     model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 # ---------------------------------------------------------------- processes
@@ -302,7 +303,7 @@ def prior_of(method: str, saved: Mapping[str, Any], anchor: Leaves, comm: Comm) 
     if method == "finetune":
         return Prior(Memory.empty())
     memory = Memory.from_state_dict({name: value.clone() for name, value in saved["memory"].items()})
-    quadratic = Quadratic(placed(saved[method], comm), anchor, weight=PRIOR["quadratic"]["weight"], damping=1e-3)
+    quadratic = Quadratic(placed(saved[method], comm), anchor, weight=WEIGHT, damping=1e-3)
     return Prior(memory, quadratic, anchor)
 
 
@@ -314,7 +315,7 @@ def timed(run: Run, comm: Comm) -> dict[str, Any]:
     turns = run.case.turns
     engine, steps = steps_of(run, METHODS, comm, stream_of(run))
     steps[AGAIN] = replace(steps["finetune"])
-    factors = {name: each.prior.quadratic.precision for name, each in steps.items() if each.prior.quadratic}
+    factors = {name: factors_of(each) for name, each in steps.items() if name in METHODS[1:]}
     engine.start(num_steps=(turns + WARM) * len(steps), task=1)
     interleaved(steps, turns)
     rows = {len(each.plan.batch(step)) for each in steps.values() for step in range(each.plan.num_steps)}
@@ -333,6 +334,14 @@ def timed(run: Run, comm: Comm) -> dict[str, Any]:
     }
 
 
+def factors_of(steps: Steps) -> Kronecker:
+    """This rank's."""
+    quadratic = steps.prior.quadratic
+    assert quadratic is not None
+    assert isinstance(quadratic.precision, Kronecker)
+    return quadratic.precision
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -345,7 +354,7 @@ def held(run: Run, method: str, comm: Comm) -> dict[str, Any]:
     engine, steps = steps_of(run, [method], comm, stream)
     gc.collect()  # what was read from the file is unmapped
     engine.start(num_steps=3, task=1)
-    done = []
+    done: list[int] = []
 
     def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
         if len(done) == 1:  # the optimiser's state is there
@@ -456,13 +465,13 @@ def report(found: Mapping[str, Mapping[str, Any]], **details: Any) -> None:
 
 def extra(measured: Mapping[str, Any]) -> int:
     """The larger difference from finetune's bytes."""
-    totals = {method: sum(sent.values()) for method, sent in measured["collective_bytes"].items()}
+    totals: dict[str, int] = {method: sum(sent.values()) for method, sent in measured["collective_bytes"].items()}
     return max((totals[method] - totals["finetune"] for method in METHODS[1:]), key=abs)
 
 
 def falls(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Peak memory of 4 processes over that of 2, where both were measured."""
-    headline = {}
+    headline: dict[str, float] = {}
     for key, engine in (("zero3_memory_falls", "zero-3"), ("fsdp2_memory_falls", "fsdp2")):
         sizes = [case["engines"].get(engine, {}) for case in found.values()]
         ratios = [
