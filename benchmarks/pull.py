@@ -49,6 +49,7 @@ from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.protocols import Examples
 from hpccl.data.rows import Rows
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
 from hpccl.engine.build import build_engine
 from hpccl.engine.protocols import Engine, trainable
 from hpccl.kron.factor import LowRank
@@ -146,7 +147,7 @@ def prepare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, 
     engine = build_engine(config, model, Comm.solo())
     steps = 3 if options.quick else options.train_steps, 3 if options.quick else options.away_steps
     train_nats = learn(engine, case, images, range(CLASSES), steps[0])
-    anchor = engine.gather()
+    anchor = wholes(engine.gather())
     trained = time.perf_counter()
     exact = curvature(engine, config, images, case.measured)
     measured = time.perf_counter()
@@ -230,7 +231,7 @@ def curvature(engine: Engine, config: RunConfig, images: Pictures, count: int) -
 def force(precision: Kronecker, weights: Mapping[str, Tensor], anchor: dict[str, Tensor]) -> Tensor:
     """F (w - a) as one vector."""
     found = Quadratic(precision, anchor, weight=1.0, damping=0.0).force(weights, Comm.solo())
-    return torch.cat([value.double().flatten() for value in found.values()])
+    return torch.cat([value.double().flatten() for value in wholes(found).values()])
 
 
 def ranks_kept(precision: Kronecker) -> dict[str, list[int]]:
