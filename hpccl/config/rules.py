@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from hpccl.config.sections import (
     DataConfig,
+    DdpEngine,
+    DeepspeedEngine,
     DigitsStream,
     KroneckerCurvature,
     PriorConfig,
@@ -19,6 +21,39 @@ if TYPE_CHECKING:
     from hpccl.config.run import RunConfig
 
 __all__ = ["Clash", "ClashError", "clashes"]
+
+# Optimisers that treat every weight by itself, so that a part of a tensor is updated as the whole would be. Others
+# (lamb, adafactor, muon, ...) take norms of whole tensors.
+_ELEMENTWISE = {
+    *("sgd", "momentum", "sgdw", "adam", "adamw", "adamax", "nadam", "nadamw", "radam", "adabelief", "adan"),
+    *("adopt", "adoptw", "laprop", "lion", "rmsprop", "rmsproptf", "adagrad", "adadelta"),
+}
+# DeepSpeed's words for what hpccl's own sections say.
+_OURS = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulate",
+    "gradient_accumulation_steps": "train.accumulate",
+    "managed_gradient_accumulation": "train.accumulate",
+    "gradient_clipping": "train.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision (weights stay fp32: see docs/engines.md)",
+    "torch_autocast": "engine.precision",
+    "data_types": "engine.precision",
+    "zero_allow_untested_optimizer": "optim",
+    "zero_force_ds_cpu_optimizer": "optim",
+    "activation_checkpointing": "engine.recompute",
+    "prescale_gradients": "nothing: the prior relies on gradients being averaged plainly",
+    "gradient_predivide_factor": "nothing: the prior relies on gradients being averaged plainly",
+    "gradient_allreduce_op": "nothing: the prior relies on gradients being averaged plainly",
+}
+_OUR_ZERO = {
+    "stage": "engine.stage",
+    "offload_optimizer": "engine.offload_optimizer",
+    "offload_param": "engine.offload_weights",
+    "cpu_offload": "engine.offload_optimizer",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +74,17 @@ class ClashError(ValueError):
 
 def clashes(config: RunConfig) -> tuple[Clash, ...]:
     """Every combination in `config` that cannot be meant."""
-    rules = (_needs_memory, _needs_soft_labels, _fresh_network, _counted_twice, _pictures, _schedule, _lengths)
+    rules = (
+        _needs_memory,
+        _needs_soft_labels,
+        _fresh_network,
+        _counted_twice,
+        _pictures,
+        _schedule,
+        _lengths,
+        _shards,
+        _deepspeed,
+    )
     return tuple(clash for rule in rules for clash in rule(config))
 
 
@@ -152,3 +197,35 @@ def _lengths(config: RunConfig) -> Iterator[Clash]:
     ):
         if len(values) > max(tasks, 1):
             yield Clash((key, *keys), f"has {len(values)} values, but the stream has {tasks} tasks")
+
+
+def _shards(config: RunConfig) -> Iterator[Clash]:
+    engine = config.engine
+    if isinstance(engine, DdpEngine) or (isinstance(engine, DeepspeedEngine) and engine.stage == 0):
+        return
+    if config.optim.name.lower() not in _ELEMENTWISE:
+        known = ", ".join(sorted(_ELEMENTWISE))
+        problem = f"looks at whole tensors, and this engine has its state in shards; allowed here: {known}"
+        yield Clash(("optim.name", "engine.kind"), problem)
+    if engine.kind == "fsdp2" and engine.compile and engine.recompute:
+        yield Clash(("engine.recompute", "engine.compile"), "blocks are compiled one by one; set one of the two")
+
+
+def _deepspeed(config: RunConfig) -> Iterator[Clash]:
+    engine = config.engine
+    if not isinstance(engine, DeepspeedEngine):
+        return
+    if engine.offload_optimizer and engine.stage == 0:
+        yield Clash(
+            ("engine.offload_optimizer", "engine.stage"), "stage 0 keeps no shards; set engine.stage to 1, 2 or 3"
+        )
+    if engine.offload_weights and engine.stage < 3:
+        yield Clash(
+            ("engine.offload_weights", "engine.stage"), "only stage 3 has weights in shards; set engine.stage=3"
+        )
+    zero = engine.deepspeed.get("zero_optimization", {})
+    inner = zero if isinstance(zero, dict) else {}
+    taken = {key: _OURS[key] for key in engine.deepspeed if key in _OURS}
+    taken |= {f"zero_optimization.{key}": _OUR_ZERO[key] for key in inner if key in _OUR_ZERO}
+    for key, ours in taken.items():
+        yield Clash((f"engine.deepspeed.{key}",), f"is set by hpccl; say it by {ours}")

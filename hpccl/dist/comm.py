@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ class Comm:
     rank: int
     size: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=10)  # after which whoever waits for another rank gives up
 
     @classmethod
     def solo(cls, device: torch.device | str = "cpu") -> Comm:

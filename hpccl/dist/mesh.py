@@ -12,7 +12,7 @@ from hpccl.dist.comm import Comm
 from hpccl.dist.lost import straggler, waited_in_vain
 from hpccl.errors import WorldError
 
-__all__ = ["join", "leave", "pick_device"]
+__all__ = ["join", "leave", "meet_alone", "pick_device"]
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -64,7 +64,15 @@ def join(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) ->
             f"rank {rank} of {size} could not meet the others at {where} ({error}); "
             "is the port taken or blocked? set cluster.port to a free one, or 0 to have one chosen"
         ) from error
-    return Comm(rank=rank, size=size, device=chosen)
+    return Comm(rank=rank, size=size, device=chosen, timeout=timeout)
+
+
+def meet_alone(comm: Comm) -> None:
+    """A process group for a world of one: engines that spread weights want one whatever the number of ranks."""
+    if comm.size == 1 and not dist.is_initialized():
+        backend = "nccl" if comm.device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in its stubs
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=comm.timeout)
 
 
 def leave() -> None:

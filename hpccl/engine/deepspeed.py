@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hpccl.config.run import RunConfig
 from hpccl.config.sections import DeepspeedEngine as DeepspeedConfig
 from hpccl.dist.comm import Comm
+from hpccl.dist.mesh import meet_alone
 from hpccl.dist.spread import Leaves, Slab, Span, Stored, elements, streamed
 from hpccl.engine.base import BaseEngine
 from hpccl.engine.moments import group_numbers, load_state, state_of
@@ -31,6 +32,8 @@ from hpccl.engine.sharded import Mesh, load_spread, skeleton, spans_of, spread_c
 from hpccl.errors import ConfigError
 
 __all__ = ["DeepspeedEngine"]
+
+_BUCKET = 50_000_000
 
 
 @final
@@ -213,7 +216,7 @@ class DeepspeedEngine(BaseEngine):
             for key, value in self._inner.state.get(flat, {}).items():
                 for name, (span, first) in places.items():
                     spread = isinstance(value, Tensor) and value.shape == flat.shape
-                    kept = Slab(value.narrow(0, first, span.numel), span) if spread else value
+                    kept = Slab(value.narrow(0, first, span.numel), span) if spread else _own(value)
                     moments.setdefault(name, {})[key] = kept
         return {"moments": moments, "groups": group_numbers(self._inner.param_groups)}
 
@@ -238,12 +241,17 @@ def _filled(
     for name, (span, first) in places.items():
         value = moments[name][key]
         if not isinstance(value, (Tensor, Slab, Stored)) or tuple(value.shape) != span.shape:
-            return value.clone() if isinstance(value, Tensor) else value
+            return _own(value)
         part = elements(value, span.start, span.stop)
         if made is None:
             made = torch.zeros(flat.shape, dtype=part.dtype, device=flat.device)
         made.narrow(0, first, span.numel).copy_(part)
     return made
+
+
+def _own(value: Any) -> Any:
+    """A number of its own: every parameter has one in a checkpoint, though the optimiser keeps one for all of them."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _fragment(parameter: Any) -> tuple[Span, Tensor]:
@@ -269,8 +277,10 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
     Raises:
         ConfigError: DeepSpeed is missing, or refuses a setting.
     """
+    os.environ["DS_ACCELERATOR"] = comm.device.type  # it would take a GPU that engine.device=cpu leaves alone
     deepspeed = _import()
-    settings = _settings(config)
+    meet_alone(comm)
+    settings = _settings(config, sum(value.numel() for value in model.parameters()))
     os.environ.setdefault("LOCAL_RANK", str(comm.device.index or 0))  # DeepSpeed wants its launcher's word
     _refuse_unknown(deepspeed, settings, config)
     with warnings.catch_warnings():
@@ -280,7 +290,7 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         except (ValueError, AssertionError) as error:
-            raise ConfigError(f"DeepSpeed refuses engine.deepspeed={config.engine!r}: {error}") from error
+            raise ConfigError(f"DeepSpeed {deepspeed.__version__} refuses its settings: {error}") from error
     return engine
 
 
@@ -294,17 +304,19 @@ def _import() -> Any:
             f"engine.kind=deepspeed needs the package deepspeed ({error}); install it: pip install 'hpccl[deepspeed]'"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     # On CPUs it would compile a module at the first start, which only inference uses, and wait for ever for the lock of
     # a process that was killed at it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """Ours, and the user's where they do not touch ours (config.rules refuses those that do)."""
+def _settings(config: RunConfig, count: int) -> dict[str, Any]:
+    """Ours, and the user's where they do not touch ours (config.rules refuses those that do); count: of parameters."""
     engine = config.engine
     assert isinstance(engine, DeepspeedConfig)
-    zero: dict[str, Any] = {"stage": engine.stage}
+    # Gradients on their way: as many as the network has, up to 200 MB. DeepSpeed would take 2 GB, whatever its size.
+    zero: dict[str, Any] = {"stage": engine.stage, "reduce_bucket_size": min(count, _BUCKET)}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if engine.offload_weights:

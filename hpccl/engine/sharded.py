@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from hpccl.dist.comm import Comm
+from hpccl.dist.mesh import meet_alone
 from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, streamed, whole
 from hpccl.engine.moments import local
 from hpccl.errors import ConfigError
@@ -79,13 +81,25 @@ class Mesh:
                 f"{', '.join(map(str, allowed))} (ranks that share one copy of the weights, such as those of a node), "
                 "or null for all"
             )
-        shape, names = ((size,), ("shard",)) if size == comm.size else ((comm.size // size, size), ("copy", "shard"))
-        devices = init_device_mesh(comm.device.type, shape, mesh_dim_names=names)
+        meet_alone(comm)
+        if size == comm.size:
+            devices = init_device_mesh(comm.device.type, (size,), mesh_dim_names=("shard",))
+            return cls(devices, comm.rank, size, 0)
+        ranks = torch.arange(comm.size).view(-1, size)
+        groups = [_group_of(comm, rows) for rows in (ranks.T, ranks)]
+        devices = DeviceMesh.from_group(groups, comm.device.type, mesh=ranks, mesh_dim_names=("copy", "shard"))
         return cls(devices, comm.rank % size, size, comm.rank // size)
 
     def span(self, shape: tuple[int, ...]) -> Span:
         """This rank's rows of a parameter."""
         return Span.of_rows(shape, self.rank, self.size, copy=self.copy)
+
+
+def _group_of(comm: Comm, rows: Tensor) -> dist.ProcessGroup:
+    """The process group of the row that has this rank; collective."""
+    made: list[tuple[list[int], dist.ProcessGroup]]
+    made = [(row, dist.new_group(row, timeout=comm.timeout)) for row in rows.tolist()]
+    return next(group for row, group in made if comm.rank in row)
 
 
 def units(model: nn.Module) -> Iterator[nn.Module]:

@@ -21,6 +21,7 @@ from hpccl.config.sections import ModelConfig, TimmModel
 from hpccl.data.augment import Normaliser
 from hpccl.data.build import Outline, outline
 from hpccl.data.protocols import Task
+from hpccl.dist.spread import whole
 from hpccl.errors import CheckpointError, ConfigError, FolderError
 from hpccl.folder import RunFolder, explain_os_error
 from hpccl.models.build import skeleton
@@ -99,7 +100,8 @@ def weights_of(run: RunFolder, mark: Mark) -> Iterator[tuple[str, Tensor]]:
     Raises:
         CheckpointError: it is damaged.
     """
-    yield from load(run.checkpoints, mark)["engine"]["weights"].items()
+    for name, value in load(run.checkpoints, mark)["engine"]["weights"].items():
+        yield name, whole(value)
 
 
 def _checked(weights: dict[str, Tensor], model: nn.Module, checkpoint: Path) -> dict[str, Tensor]:

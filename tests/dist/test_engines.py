@@ -14,7 +14,7 @@ from hpccl.train.consolidate import consolidate
 from hpccl.train.evaluate import test as evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.reconstruction import reconstruct
-from tests.dist.world import Result, run_in_world
+from tests.dist.world import Result, dismiss, run_in_world
 from tests.run.method import learn, make_world, merged
 
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -80,3 +80,93 @@ def test_engines_agree(tmp_path: Path, name: str) -> None:
     expected = run_in_world(two_tasks, 2, tmp_path / "ddp", str(tmp_path), {"engine": DDP})[0]
     for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {"engine": ENGINES[name]}):
         agree(found, expected, 1e-6)
+
+
+SHARDED = ["fsdp2", "zero-3"]
+TINY = {"model": {"kind": "mlp", "hidden": [6]}, "curvature": {"kind": "dense", "fraction": 0.1}}
+# AdamW divides by the root of squared gradients: with a small eps, rounding of small ones is as large as a step.
+ADAM = {
+    "optim": {"name": "adamw", "lr": 1e-3, "schedule": "cosine", "weight_decay": 0.05, "options": {"eps": 1e-3}},
+    "train": {"ema": 0.9},
+}
+TEACHER = {"prior": {"view": "teacher"}, "memory": {"mix": {"kind": "stratified", "share": 0.3}}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "diagonal, teacher, AdamW, averaged weights": {"curvature": {"kind": "diagonal", "fraction": 0.2}, **ADAM, **TEACHER},
+    "EKFAC, each anchor": {
+        "curvature": {"kind": "ekfac", "fisher": "ggn", "fraction": 0.2},
+        "prior": {"quadratic": {"weight": 3.0, "anchor": "each"}},
+    },
+    "dense": TINY,
+    "Kronecker of low rank": {"curvature": {"kind": "kronecker", "fisher": "empirical", "keep_trace": 0.9}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["zero-1", *SHARDED])
+def test_every_curvature_and_teacher_on_every_engine(tmp_path: Path, name: str, variant: str) -> None:
+    changes = VARIANTS[variant]
+    expected = run_in_world(two_tasks, 2, tmp_path / "ddp", str(tmp_path), {**changes, "engine": DDP})[0]
+    for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {**changes, "engine": ENGINES[name]}):
+        agree(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", [*SHARDED, "groups of two"])
+def test_four_processes(tmp_path: Path, name: str) -> None:
+    expected = run_in_world(two_tasks, 1, tmp_path / "ddp", str(tmp_path), {"engine": DDP})[0]
+    engine = ENGINES.get(name, {"kind": "fsdp2", "shard_size": 2})
+    dismiss()  # DeepSpeed numbers modules as they are made, and wants equal numbers: processes of one age
+    for found in run_in_world(two_tasks, 4, tmp_path / name, str(tmp_path), {"engine": engine}):
+        agree(found, expected, 1e-5)
+
+
+def half_and_rest(comm: Comm, folder: str, changes: dict[str, Any], *, resume: bool) -> Result:
+    """Go on from the newest checkpoint, and stop in the middle of the second task; with `resume`, at its end."""
+    state, world = make_world(merged(SECTIONS, ADAM, changes), Path(folder), comm)
+    checkpoints = world.folder.checkpoints
+    found = latest(checkpoints)
+    if found is None:
+        learn(state, world, 1)
+        state.mark = Mark.at(1, "fit", 0)
+    else:
+        state.load_state_dict(load(checkpoints, found), found, open_shards(checkpoints, found), comm)
+    if not resume:
+        world.stop.on_signal(15, None)
+        assert not fit(world.stream.tasks[1], state, world)
+        world.settle(state)
+        return {"step": state.mark.step}
+    assert fit(world.stream.tasks[1], state, world)
+    return {"weights": everything(state, comm), "step": state.mark.step}
+
+
+WORLDS = {"zero-3 on 4": 4, "ddp on 1": 1, "fsdp2 on 2": 2, "zero-1 on 2": 2, "zero-2 on 3": 3, "fsdp2 on 4": 4}
+CHAIN = list(WORLDS)
+
+
+def part(tmp_path: Path, folder: Path, world: str, *, resume: bool) -> Result:
+    """`half_and_rest` on one of WORLDS."""
+    engine = {"engine": {**ENGINES[world.split()[0]]}, "checkpoint": {"background": world.startswith("fsdp2")}}
+    run = rest if resume else half
+    return run_in_world(run, WORLDS[world], tmp_path / f"{world}-{resume}", str(folder), engine)[0]
+
+
+def half(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
+    """Stop within the second task."""
+    return half_and_rest(comm, folder, changes, resume=False)
+
+
+def rest(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
+    """Reach its end."""
+    return half_and_rest(comm, folder, changes, resume=True)
+
+
+@pytest.mark.parametrize("number", range(len(CHAIN)))
+def test_stopped_on_one_engine_and_ended_on_another(tmp_path: Path, number: int) -> None:
+    dismiss()
+    first, second = CHAIN[number], CHAIN[(number + 1) % len(CHAIN)]
+    undisturbed = part(tmp_path / "one", tmp_path / "whole", "ddp on 1", resume=True)
+    stopped = part(tmp_path / "two", tmp_path / "run", first, resume=False)
+    ended = part(tmp_path / "three", tmp_path / "run", second, resume=True)
+    assert 0 < stopped["step"] < ended["step"] == undisturbed["step"]
+    a = torch.cat([value.double().flatten() for value in undisturbed["weights"].values()])
+    b = torch.cat([ended["weights"][name].double().flatten() for name in undisturbed["weights"]])
+    assert float((a - b).norm() / a.norm()) <= 1e-5

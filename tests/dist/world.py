@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,3 +108,13 @@ def _rank(function: Callable[..., Result], rank: int, size: int, meeting: str, a
         torch.save(result, Path(meeting) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+        _forget_groups()
+
+
+def _forget_groups() -> None:
+    """DeepSpeed keeps the first process group that it sees for good; here processes serve one world after another."""
+    if "deepspeed" in sys.modules:
+        from deepspeed import comm
+        from deepspeed.utils import groups
+
+        groups._WORLD_GROUP, comm.comm.cdb = None, None
