@@ -164,7 +164,7 @@ def test_state_continues_bit_for_bit() -> None:
 
 
 def test_bf16_keeps_weights_and_logits_in_fp32() -> None:
-    made = engine(engine={"precision": "bf16", "channels_last": True})
+    made = engine(engine={"kind": "ddp", "precision": "bf16", "channels_last": True})
     pixels, noise = batch()
     assert made.forward(pixels, noise).dtype == torch.float32
     assert made.predict(pixels).dtype == torch.float32
@@ -174,7 +174,7 @@ def test_bf16_keeps_weights_and_logits_in_fp32() -> None:
 
 
 def test_compiled_engine_agrees() -> None:
-    plain, compiled = engine(), engine(engine={"compile": True})
+    plain, compiled = engine(), engine(engine={"kind": "ddp", "compile": True})
     pixels, noise = batch()
     for made in (plain, compiled):
         made.backward(loss(made, pixels, noise))
