@@ -21,6 +21,7 @@ from hpccl.curvature.kfac import EkfacEstimator, KroneckerEstimator
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.protocols import Estimator, Precision, Shards
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import Place, placed_whole
 from hpccl.errors import CheckpointError
 
 __all__ = ["build_estimator", "precision_from_state"]
@@ -41,7 +42,9 @@ def build_estimator(config: CurvatureConfig, seed: int, known: Coverage | None =
             assert_never(config)
 
 
-def precision_from_state(state: Mapping[str, Any], shards: Shards, comm: Comm) -> Precision:
+def precision_from_state(
+    state: Mapping[str, Any], shards: Shards, comm: Comm, place: Place = placed_whole
+) -> Precision:
     """The precision that `state_dict` and the ranks' `shard_dict` described, spread over the ranks of `comm`.
 
     Raises:
@@ -49,9 +52,9 @@ def precision_from_state(state: Mapping[str, Any], shards: Shards, comm: Comm) -
     """
     match state.get("kind"):
         case "kronecker":
-            return Kronecker.from_state_dict(state, shards, comm)
+            return Kronecker.from_state_dict(state, shards, comm, place)
         case "diagonal":
-            return Diagonal.from_state_dict(state)
+            return Diagonal.from_state_dict(state, place)
         case "dense":
             return DensePrecision.from_state_dict(state)
         case kind:

@@ -9,7 +9,7 @@ Source: Martens 2020, "New insights and perspectives on the natural gradient met
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
@@ -36,10 +36,11 @@ from hpccl.curvature.sweep import (
 )
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
-from hpccl.engine.sharded import is_spread
+from hpccl.dist.spread import Leaf, Leaves, Place, Slab, Stored, aligned, elements, fetch, placed_whole
+from hpccl.engine.sharded import is_spread, parameters_of
 from hpccl.errors import CheckpointError, CoverageError
 
-__all__ = ["Diagonal", "DiagonalEstimator"]
+__all__ = ["Diagonal", "DiagonalEstimator", "summed_diagonal"]
 
 
 @final
@@ -47,15 +48,15 @@ __all__ = ["Diagonal", "DiagonalEstimator"]
 class Diagonal:
     """A diagonal Precision.
 
-    values: fp32 by parameter name, in the parameter's shape
+    values: fp32 by parameter name, in the parameter's shape, whole or spread as the weights are
     num_examples: sum of the weights of the examples
     """
 
-    values: Mapping[str, Tensor]
+    values: Leaves
     num_examples: float = 0.0
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Diagonal:
+    def from_state_dict(cls, state: Mapping[str, Any], place: Place = placed_whole) -> Diagonal:
         """The inverse of `state_dict`.
 
         Raises:
@@ -65,16 +66,21 @@ class Diagonal:
         if state.get("kind") != "diagonal" or not isinstance(values, Mapping):
             raise CheckpointError(f"not the state of a diagonal curvature: kind {state.get('kind')!r}, {sorted(state)}")
         for name, value in values.items():
-            if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            if not isinstance(value, (Tensor, Stored)) or getattr(value, "dtype", None) != torch.float32:
                 raise CheckpointError(
                     f"diagonal curvature of '{name}' is not an fp32 tensor: the checkpoint is damaged"
                 )
-        return cls(dict(values), float(state.get("num_examples", 0.0)))
+        return cls(place(values), float(state.get("num_examples", 0.0)))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(value.nbytes for value in self.values.values())
+        """Bytes held by this rank."""
+        return sum(value.nbytes for value in self._own)
+
+    @property
+    def _own(self) -> list[Tensor]:
+        """What this rank has."""
+        return [leaf.local if isinstance(leaf, Slab) else leaf for leaf in self.values.values()]
 
     def _refuse_unknown(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.values]
@@ -89,11 +95,8 @@ class Diagonal:
         """
         self._refuse_unknown(like)
         owner = owners({name: float(weight.numel()) for name, weight in like.items()}, comm.size)
-        return [
-            _piece(name, strided_like(self.values[name], weight))
-            for name, weight in like.items()
-            if owner[name] == comm.rank
-        ]
+        mine = fetch(self.values, [name for name in like if owner[name] == comm.rank], comm)
+        return [_piece(name, strided_like(value, like[name])) for name, value in mine.items()]
 
     def plus(self, other: Precision, comm: Comm) -> Diagonal:
         """The sum.
@@ -106,33 +109,54 @@ class Diagonal:
         differing = self.values.keys() ^ other.values.keys()
         if differing:
             raise CoverageError(f"cannot add curvatures of different weights: only one of them has {listed(differing)}")
-        values = {name: value + other.values[name] for name, value in self.values.items()}
+        values = {name: _sum(leaf, aligned(other.values[name], leaf, comm)) for name, leaf in self.values.items()}
         return Diagonal(values, self.num_examples + other.num_examples)
 
     def times(self, scale: float) -> Diagonal:
         """The diagonal scaled by `scale` >= 0."""
         assert scale >= 0, "a precision stays positive semi-definite"
-        return Diagonal({name: value * scale for name, value in self.values.items()}, self.num_examples)
-
-    def trace(self) -> float:
-        """Sum of all values."""
-        return sum(float(value.double().sum()) for value in self.values.values())
+        values = {
+            name: replace(leaf, local=leaf.local * scale) if isinstance(leaf, Slab) else leaf * scale
+            for name, leaf in self.values.items()
+        }
+        return Diagonal(values, self.num_examples)
 
     def totals(self, comm: Comm) -> Totals:
-        """Equal on all ranks."""
-        return Totals(self.trace(), self.num_bytes, self.num_bytes)
+        """See Precision.totals."""
+        whole = [leaf for leaf in self.values.values() if isinstance(leaf, Tensor)]
+        parts = [leaf.local for leaf in self.values.values() if isinstance(leaf, Slab) and leaf.span.copy == 0]
+        spread = torch.tensor([_trace(parts), sum(part.nbytes for part in parts)], dtype=torch.float64)
+        most = self.num_bytes
+        if any(isinstance(leaf, Slab) for leaf in self.values.values()):
+            comm.sum_([spread])
+            most = comm.max(most)
+        trace, num_bytes = spread.tolist()
+        return Totals(trace + _trace(whole), int(num_bytes) + sum(value.nbytes for value in whole), most)
 
     def to(self, device: torch.device) -> Diagonal:
         """The same on a device."""
-        return Diagonal({name: value.to(device) for name, value in self.values.items()}, self.num_examples)
+        return Diagonal({name: leaf.to(device) for name, leaf in self.values.items()}, self.num_examples)
 
     def state_dict(self) -> dict[str, Any]:
         """{'kind', 'num_examples', 'values'}."""
         return {"kind": "diagonal", "num_examples": self.num_examples, "values": dict(self.values)}
 
     def shard_dict(self) -> dict[str, Any]:
-        """Nothing: every rank holds the whole."""
+        """Nothing: what is spread is spread by name, like weights."""
         return {}
+
+
+def summed_diagonal(model: nn.Module, values: Mapping[str, Tensor], count: float, comm: Comm) -> Diagonal:
+    """The sum of all ranks' values, whole or divided as the model's weights are; collective."""
+    comm.sum_(list(values.values()))
+    weights, _ = parameters_of(model)
+    found: dict[str, Leaf] = {}
+    for name, value in values.items():
+        like = weights[name]
+        found[name] = value
+        if isinstance(like, Slab):
+            found[name] = Slab(elements(value, like.span.start, like.span.stop).clone(), like.span)
+    return Diagonal(found, count)
 
 
 @final
@@ -175,8 +199,8 @@ class DiagonalEstimator:
                     values[name] += value
 
         at_the_end(model, comm, add)
-        comm.sum_([*values.values(), count])
-        return Diagonal(values, float(count))
+        comm.sum_([count])
+        return summed_diagonal(model, values, float(count), comm)
 
     def _measured(
         self, model: nn.Module, batches: Iterable[Examples], comm: Comm
@@ -245,6 +269,18 @@ def passing_squares(model: nn.Module, layers: Layers, found: Forward, rows: Mapp
     edges = found.edges | {name: get_gradient_edge(value) for name, value in rows.items()}
     stream_gradients(edges, found.logits, found.columns, visit)
     return total
+
+
+def _sum(first: Leaf, second: Leaf) -> Leaf:
+    if isinstance(first, Slab):
+        assert isinstance(second, Slab), "both were aligned"
+        return replace(first, local=first.local + second.local)
+    assert isinstance(second, Tensor), "both were aligned"
+    return first + second
+
+
+def _trace(values: Iterable[Tensor]) -> float:
+    return sum(float(value.double().sum()) for value in values)
 
 
 def _piece(name: str, values: Tensor) -> Piece:

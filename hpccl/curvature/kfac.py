@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hpccl.config.sections import RefitTasks, TasksConfig
 from hpccl.curvature.blocks import Block, Layout, Part
-from hpccl.curvature.diagonal import Diagonal
+from hpccl.curvature.diagonal import summed_diagonal
 from hpccl.curvature.factors import EigenPass, KroneckerPass, Measured
 from hpccl.curvature.kronecker import Kronecker, layout_parts
 from hpccl.curvature.protocols import Examples
@@ -114,9 +114,8 @@ def _measured(
     layouts = _layouts(model, measured)
     placed = layout_parts(layouts, comm, divisible=divisible)
     blocks = tuple(_spread(measured, placed, comm))
-    comm.sum_(list(measured.squares.values()))
     count = float(measured.count)
-    rest = Diagonal(dict(measured.squares), count)
+    rest = summed_diagonal(model, measured.squares, count, comm)
     return Kronecker(blocks, rest, count, tasks, tuple(layouts), divisible), placed
 
 

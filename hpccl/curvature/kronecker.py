@@ -21,6 +21,7 @@ from hpccl.curvature.sweep import listed
 from hpccl.curvature.tasks import norms, summed
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import pieces
+from hpccl.dist.spread import Place, placed_whole
 from hpccl.errors import CheckpointError, CoverageError
 
 __all__ = ["Kronecker", "layout_parts"]
@@ -49,7 +50,9 @@ class Kronecker:
     keep_trace: float = 1.0
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], shards: Shards, comm: Comm) -> Kronecker:
+    def from_state_dict(
+        cls, state: Mapping[str, Any], shards: Shards, comm: Comm, place: Place = placed_whole
+    ) -> Kronecker:
         """The inverse of `state_dict` and all ranks' `shard_dict`, spread over the ranks of `comm`. Not collective.
 
         Raises:
@@ -58,7 +61,7 @@ class Kronecker:
         try:
             layouts = [Layout.from_state_dict(layout) for layout in state["layouts"]]
             tasks = TypeAdapter(TasksConfig).validate_python(state["tasks"])
-            rest = Diagonal.from_state_dict(state["rest"])
+            rest = Diagonal.from_state_dict(state["rest"], place)
             num_examples, keep_trace = float(state["num_examples"]), float(state["keep_trace"])
             divisible = bool(state["divisible"])
         except (KeyError, TypeError, ValidationError) as error:
@@ -135,10 +138,11 @@ class Kronecker:
             error = max((block.lost / size for block, size in sizes if block.lost > 0), default=0.0)
         mine = torch.tensor([sum(block.trace() for block in self.blocks), own, terms, error], dtype=torch.float64)
         everyone = comm.gather(mine[None].to(comm.device)).cpu()
+        rest = self.rest.totals(comm)
         return Totals(
-            trace=float(everyone[:, 0].sum()) + self.rest.trace(),
-            num_bytes=int(everyone[:, 1].sum()) + self.rest.num_bytes,
-            rank_bytes=int(everyone[:, 1].max()) + self.rest.num_bytes,
+            trace=float(everyone[:, 0].sum()) + rest.trace,
+            num_bytes=int(everyone[:, 1].sum()) + rest.num_bytes,
+            rank_bytes=int(everyone[:, 1].max()) + rest.rank_bytes,
             terms=int(everyone[:, 2].max()),
             error=float(everyone[:, 3].max()),
         )

@@ -10,6 +10,7 @@ Each rank holds pieces of its own; the pieces of all ranks together are the whol
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, final
@@ -25,6 +26,7 @@ from hpccl.curvature.protocols import Precision, Weights
 from hpccl.curvature.sweep import agree, all_or_none
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
+from hpccl.dist.spread import fetch
 from hpccl.errors import CoverageError
 from hpccl.kron.eigen import Eigen, symmetric_eigh
 from hpccl.kron.merge import refit
@@ -316,9 +318,6 @@ def _decomposed(precision: Precision, blocks: Iterable[Block], comm: Comm) -> It
 
 
 def _diagonals(diagonal: Diagonal, comm: Comm) -> Sequence[Spectrum]:
-    owner = owners({name: float(value.numel()) for name, value in diagonal.values.items()}, comm.size)
-    return [
-        DiagonalSpectrum(name, value.clamp_min(0))
-        for name, value in diagonal.values.items()
-        if owner[name] == comm.rank
-    ]
+    owner = owners({name: float(math.prod(leaf.shape)) for name, leaf in diagonal.values.items()}, comm.size)
+    mine = fetch(diagonal.values, [name for name in diagonal.values if owner[name] == comm.rank], comm)
+    return [DiagonalSpectrum(name, value.clamp_min(0)) for name, value in mine.items()]

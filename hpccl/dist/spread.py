@@ -7,7 +7,7 @@ tensor that was saved by one engine can be read by any other, on any number of r
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias, final, runtime_checkable
 
@@ -16,7 +16,21 @@ from torch import Tensor
 
 from hpccl.dist.comm import Comm
 
-__all__ = ["Leaf", "Leaves", "Slab", "Span", "Stored", "elements", "fetch", "streamed", "whole", "wholes"]
+__all__ = [
+    "Leaf",
+    "Leaves",
+    "Place",
+    "Slab",
+    "Span",
+    "Stored",
+    "aligned",
+    "elements",
+    "fetch",
+    "placed_whole",
+    "streamed",
+    "whole",
+    "wholes",
+]
 
 _TOGETHER = 1 << 22  # elements of small tensors that are gathered in one message
 
@@ -83,6 +97,7 @@ class Stored(Protocol):
 
 Leaf: TypeAlias = Tensor | Slab  # whole on every rank, or a part
 Leaves: TypeAlias = Mapping[str, Leaf]
+Place: TypeAlias = Callable[[Mapping[str, Tensor | Slab | Stored]], Leaves]  # such as Engine.place
 
 
 def elements(value: Tensor | Slab | Stored, start: int, stop: int) -> Tensor:
@@ -99,6 +114,21 @@ def elements(value: Tensor | Slab | Stored, start: int, stop: int) -> Tensor:
 def whole(value: Tensor | Stored) -> Tensor:
     """The tensor in its shape."""
     return value if isinstance(value, Tensor) else value.read(0, math.prod(value.shape)).view(value.shape)
+
+
+def placed_whole(values: Mapping[str, Tensor | Slab | Stored]) -> dict[str, Tensor]:
+    """Every tensor whole on this rank: how engines that spread nothing place what was saved."""
+    return {name: whole(value) for name, value in values.items() if not isinstance(value, Slab)}
+
+
+def aligned(leaf: Leaf, like: Leaf, comm: Comm) -> Leaf:
+    """The same tensor, divided over ranks as `like` is; collective where it must move."""
+    if isinstance(leaf, Tensor) and isinstance(like, Tensor):
+        return leaf
+    if isinstance(leaf, Slab) and isinstance(like, Slab) and not comm.any(leaf.span != like.span):
+        return leaf
+    ((_, full),) = streamed({"": leaf}, comm)
+    return full if isinstance(like, Tensor) else Slab(elements(full, like.span.start, like.span.stop).clone(), like.span)
 
 
 def wholes(leaves: Leaves) -> dict[str, Tensor]:

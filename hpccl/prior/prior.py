@@ -9,9 +9,9 @@ import torch
 
 from hpccl.curvature.protocols import Shards
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import Leaves
+from hpccl.dist.spread import Leaves, Place
 from hpccl.memory.store import Memory
-from hpccl.prior.quadratic import Place, Quadratic
+from hpccl.prior.quadratic import Quadratic
 
 __all__ = ["Prior"]
 

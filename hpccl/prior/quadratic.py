@@ -15,7 +15,7 @@ ranks. No collective of its own, no dependence on the number of micro-batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,12 +26,10 @@ from hpccl.curvature.build import precision_from_state
 from hpccl.curvature.protocols import Piece, Precision, Shards, strided_like
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
-from hpccl.dist.spread import Leaf, Leaves, Slab, Stored, elements, fetch
+from hpccl.dist.spread import Leaf, Leaves, Place, Slab, elements, fetch
 from hpccl.engine.protocols import Engine, GradientHook, Weights
 
-__all__ = ["Place", "Quadratic"]
-
-Place = Callable[[Mapping[str, Tensor | Slab | Stored]], Leaves]  # Engine.place
+__all__ = ["Quadratic"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Quadratic:
         cls, state: dict[str, Any], anchor: Leaves, shards: Shards, comm: Comm, place: Place
     ) -> Quadratic:
         """The inverse; `shards` reads what ranks held alone, on any number of ranks; `place` spreads weights."""
-        precision = precision_from_state(state["precision"], shards, comm)
+        precision = precision_from_state(state["precision"], shards, comm, place)
         pull = state.get("pull")
         return cls(precision, anchor, state["weight"], state["damping"], None if pull is None else place(pull))
 

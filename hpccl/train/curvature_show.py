@@ -30,6 +30,7 @@ from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.protocols import Precision, Totals
 from hpccl.curvature.spectrum import eigen_of
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
 from hpccl.errors import CheckpointError, DivergedError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.kron.eigen import Eigen, symmetric_eigh
@@ -270,8 +271,9 @@ def _symmetric_eigenvalues(matrix: Tensor) -> Tensor:
 def _of_diagonal(diagonal: Diagonal, total: float) -> list[Layer]:
     """By module."""
     layers = []
-    for module, names in _by_module(diagonal.values).items():
-        values = torch.cat([diagonal.values[name].flatten() for name in names])
+    found = wholes(diagonal.values)
+    for module, names in _by_module(found).items():
+        values = torch.cat([found[name].flatten() for name in names])
         trace, held = float(values.double().sum()), values.nbytes
         layers.append(_layer(module, "diagonal", values, weights=len(values), trace=trace, total=total, num_bytes=held))
     return layers
