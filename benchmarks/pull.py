@@ -44,6 +44,7 @@ from benchmarks._steps import RandomImages, Steps, make_world, random_stream, tr
 from hpccl.config.run import RunConfig
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
 from hpccl.engine.build import build_engine
 from hpccl.engine.protocols import trainable
 from hpccl.kron.factor import LowRank
@@ -140,7 +141,7 @@ def prepare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, 
     steps = 3 if options.quick else options.train_steps, 3 if options.quick else options.away_steps
     batch, size = min(case.batch, 64), min(case.size, SMALL)
     train_nats = learn(engine, images, range(CLASSES), steps[0], batch=batch, size=size)
-    anchor = engine.gather()
+    anchor = wholes(engine.gather())
     trained = time.perf_counter()
     exact = curvature(engine, config, images, case.measured)
     measured = time.perf_counter()
