@@ -30,8 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## train three methods on the embedded digits, compare them in a report (minutes)
 	$(BIN)/python launch/quickstart.py
 
+# A process a core; the tests of one file stay together, for they share what is dear to make.
 test: $(STAMP) ## the fast tests; ARGS= goes to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -52,6 +52,7 @@ from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
 from hpccl.folder import RunFolder
 from hpccl.memory.store import Memory
@@ -160,7 +161,7 @@ class Trajectory:
                 count = options.snapshots if task.index == 1 else options.later
                 kept += learn(task, state, world, count if task.index else 0)
             consolidate(task, state, world)
-            ends.append(copied(state.engine.gather()))
+            ends.append(copied(wholes(state.engine.gather())))
             print(f"learned {task.name}", flush=True)
         return cls(world, state, ends, kept)
 
@@ -273,20 +274,20 @@ def compare(trajectory: Trajectory, options: argparse.Namespace) -> Iterator[dic
         for (kind, m), quadratic in priors.quadratics.items():
             found = memory[m]
             if quadratic is not None:
-                force = quadratic.force(weights, comm)
+                force = wholes(quadratic.force(weights, comm))
                 found = {name: value + force[name] for name, value in found.items()}
-            values = compare_gradients(true, {"total": found})["total"]
+            errors, _ = compare_gradients(true, {"total": found}, comm)
             change = {name: value - at_anchor[name] for name, value in true.items()}
-            of_change = compare_gradients(change, {"total": found})["total"]
+            of_change, _ = compare_gradients(change, {"total": found}, comm)
             yield {
                 "snapshot": number,
                 "task": task.index + 1,
                 "step": step,
                 "prior": kind,
                 "m": m,
-                **values,
-                "change_cosine": of_change["cosine"],
-                "change_error": of_change["relative_error"],
+                **errors["total"],
+                "change_cosine": of_change["total"]["cosine"],
+                "change_error": of_change["total"]["relative_error"],
             }
 
 

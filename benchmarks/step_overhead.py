@@ -34,6 +34,7 @@ from hpccl.config.run import RunConfig
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.data.rows import Rows
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
 from hpccl.engine.build import build_engine
 from hpccl.engine.protocols import Engine
 from hpccl.models.build import build_model
@@ -214,7 +215,7 @@ class Penalty:
         for name, weight in module.named_parameters():
             strength[name] = torch.empty_like(weight, requires_grad=False)
             strength[name].copy_(quadratic.precision.values[name] + quadratic.damping)
-        return cls(strength, quadratic.anchor, quadratic.weight / divisor)
+        return cls(strength, wholes(quadratic.anchor), quadratic.weight / divisor)
 
     def __call__(self, module: nn.Module) -> Tensor:
         """[] nats."""

@@ -26,6 +26,7 @@ from hpccl.curvature.blocks import Block
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.data.build import open_stream
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
 from hpccl.folder import RunFolder
 from hpccl.kron.eigen import Eigen
@@ -71,7 +72,7 @@ def learned(config: RunConfig, folder: Path) -> tuple[list[Kronecker], dict[str,
     for task in stream.tasks:
         state.mark = type(state.mark).at(task.index, "fit", 0)
         fit(task, state, world)
-        anchor = state.engine.gather()
+        anchor = wholes(state.engine.gather())
         first = first or anchor
         alone = measure(task, Memory.empty(), anchor, RunState(state.engine, mark=state.mark), world)
         together = measure(task, Memory.empty(), anchor, state, world)

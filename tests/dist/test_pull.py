@@ -21,6 +21,7 @@ from hpccl.curvature.kfac import EkfacEstimator, KroneckerEstimator
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.protocols import Estimator, Examples, Precision
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
 from hpccl.engine.ddp import DdpEngine
 from hpccl.kron.eigen import Eigen
 from hpccl.prior.quadratic import Quadratic
@@ -89,10 +90,10 @@ def two_tasks(kind: str, made: DdpEngine, comm: Comm) -> tuple[list[Precision], 
     """The curvatures of two tasks, each at its own weights, and those weights."""
     precisions, anchors = [], []
     for task in range(2):
-        made.put(moved(made.gather(), task))
-        anchors.append(made.gather())
+        made.put(moved(wholes(made.gather()), task))
+        anchors.append(wholes(made.gather()))
         precisions.append(ESTIMATORS[kind].estimate(made.module, shares(batch(10 + task), comm), comm))
-    made.put(moved(made.gather(), 5))
+    made.put(moved(wholes(made.gather()), 5))
     return precisions, anchors
 
 
@@ -112,7 +113,7 @@ def trained(kind: str, which: str, comm: Comm) -> Result:
             made.backward(nats(made.forward(rows.pixels, rows.sample, last=part.stop == ROWS), rows))
         made.step()
     detach()
-    return made.gather()
+    return wholes(made.gather())
 
 
 def nothing() -> None:

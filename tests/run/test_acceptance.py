@@ -15,6 +15,7 @@ from torch import Tensor
 from hpccl.data.order import BatchPlan
 from hpccl.data.rows import Request
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
 from hpccl.errors import CoverageError
 from hpccl.prior.prior import Prior
@@ -194,15 +195,16 @@ def test_9_the_centre_moves_also_when_the_whole_task_is_in_memory(tmp_path: Path
     own = torch.arange(task.samples("train").start, task.samples("train").stop)
     labels = torch.from_numpy(world.stream.labels("train"))[own]
     whole = state.prior.memory.admit(task=1, sample=own, label=labels, replay=torch.ones(len(own), dtype=torch.bool))
-    anchor = {name: value + 1 for name, value in state.engine.gather().items()}
+    anchor = {name: value + 1 for name, value in wholes(state.engine.gather()).items()}
     after = measure(task, whole, anchor, state, world)
     assert after is not None
-    assert all(torch.equal(after.anchor[name], anchor[name]) for name in anchor)
+    moved = wholes(after.anchor)
+    assert all(torch.equal(moved[name], anchor[name]) for name in anchor)
     assert after.precision.totals(world.comm).trace == pytest.approx(before.precision.totals(world.comm).trace)
     assert all(
         not bool(force.any())
-        for force in after.force(
-            {n: anchor[n] for n in ("1.weight", "1.bias", "3.weight", "3.bias")}, world.comm
+        for force in wholes(
+            after.force({n: anchor[n] for n in ("1.weight", "1.bias", "3.weight", "3.bias")}, world.comm)
         ).values()
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from hpccl.checkpoint.tree import read_tree, write_tree
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
 from hpccl.engine.ddp import DdpEngine
 from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.models.small import cifarnet, mlp
@@ -34,7 +35,7 @@ def loss(made: DdpEngine, pixels: Tensor, noise: Tensor, *, last: bool = True) -
 
 
 def weights(made: DdpEngine) -> Tensor:
-    return torch.cat([value.flatten() for value in made.gather().values()])
+    return torch.cat([value.flatten() for value in wholes(made.gather()).values()])
 
 
 def test_accumulated_micro_batches_equal_one_batch() -> None:
@@ -163,17 +164,17 @@ def test_state_continues_bit_for_bit() -> None:
 
 
 def test_bf16_keeps_weights_and_logits_in_fp32() -> None:
-    made = engine(engine={"precision": "bf16", "channels_last": True})
+    made = engine(engine={"kind": "ddp", "precision": "bf16", "channels_last": True})
     pixels, noise = batch()
     assert made.forward(pixels, noise).dtype == torch.float32
     assert made.predict(pixels).dtype == torch.float32
     made.backward(loss(made, pixels, noise))
     made.step()
-    assert {value.dtype for value in made.gather().values()} == {torch.float32}
+    assert {value.dtype for value in wholes(made.gather()).values()} == {torch.float32}
 
 
 def test_compiled_engine_agrees() -> None:
-    plain, compiled = engine(), engine(engine={"compile": True})
+    plain, compiled = engine(), engine(engine={"kind": "ddp", "compile": True})
     pixels, noise = batch()
     for made in (plain, compiled):
         made.backward(loss(made, pixels, noise))
