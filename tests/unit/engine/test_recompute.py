@@ -15,7 +15,7 @@ from hpccl.engine.ddp import DdpEngine
 from hpccl.errors import ConfigError
 from hpccl.models.build import build_model
 
-RESNET: dict[str, Any] = {"kind": "timm", "name": "resnet10t", "options": {"drop_path_rate": 0.3, "drop_rate": 0.3}}
+RESNET: dict[str, Any] = {"kind": "timm", "name": "resnet10t", "options": {"drop_path_rate": 0.3}}
 
 
 def engine(*, recompute: bool, model: dict[str, Any] = RESNET) -> DdpEngine:

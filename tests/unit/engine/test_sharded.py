@@ -66,7 +66,9 @@ def test_small_members_stay_with_what_is_around_them() -> None:
 def test_ranks_that_cannot_be_divided_are_told_what_can() -> None:
     comm = Comm(rank=1, size=12, device=torch.device("cpu"))
     for size in (5, 24):
-        with pytest.raises(ConfigError, match=rf"engine\.shard_size={size} does not divide the 12 ranks.*1, 2, 3, 4, 6, 12 "):
+        with pytest.raises(
+            ConfigError, match=rf"engine\.shard_size={size} does not divide the 12 ranks.*1, 2, 3, 4, 6, 12 "
+        ):
             Mesh.of(comm, size)
 
 
