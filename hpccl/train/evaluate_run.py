@@ -9,6 +9,8 @@ import numpy as np
 
 from hpccl.checkpoint.store import Mark, load, marks, open_shards
 from hpccl.config.load import load as load_config
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import DdpEngine
 from hpccl.data.build import open_stream
 from hpccl.dist.comm import Comm
 from hpccl.dist.mesh import pick_device
@@ -32,7 +34,7 @@ def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
     """
     folder = RunFolder(path)
     mark = find_checkpoint(folder, task)
-    config = load_config([folder.config], [])
+    config = _in_one_process(load_config([folder.config], []))
     comm = Comm.solo(pick_device(config.engine.device))
     stream = open_stream(config.stream, config.data)
     state = fresh_state(config, stream, comm, pretrained=False)
@@ -52,6 +54,13 @@ def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
         else float(np.mean([result["class_incremental"]["accuracy"] for result in seen])),
         "tasks": results,
     }
+
+
+def _in_one_process(config: RunConfig) -> RunConfig:
+    """The run on the engine that needs no other ranks; what is evaluated does not depend on it."""
+    engine = config.engine
+    alone = DdpEngine(device=engine.device, precision=engine.precision, channels_last=engine.channels_last)
+    return config.model_copy(update={"engine": alone})
 
 
 def find_checkpoint(folder: RunFolder, task: int | None) -> Mark:

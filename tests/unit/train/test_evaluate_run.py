@@ -1,0 +1,24 @@
+"""Evaluating a run takes one process, whatever it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpccl.checkpoint.store import Mark
+from hpccl.config.load import dump
+from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate_run import evaluate_run
+from tests.run.method import learn, make_world, merged
+
+
+@pytest.mark.parametrize("engine", [{"kind": "fsdp2", "shard_size": 8}, {"kind": "deepspeed", "stage": 3}])
+def test_a_run_of_many_ranks_is_evaluated_by_one(tmp_path: Path, engine: dict[str, Any]) -> None:
+    state, world = make_world(merged({"train": {"epochs": 1}}), tmp_path)
+    learn(state, world, 1)
+    expected = evaluate_all(state, world, last=0)[0]["task_incremental"]["accuracy"]
+    world.save(state, Mark.at(0, "done", state.mark.step))
+    world.folder.config.write_text(dump(merged({"train": {"epochs": 1}, "engine": engine})))
+    assert evaluate_run(tmp_path)["average_accuracy"] == expected
