@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hpccl.config.run import RunConfig
 from hpccl.data.layout import SPLITS, Collection, arrange
@@ -30,7 +34,7 @@ from hpccl.train.state import World
 from hpccl.train.step import train_step
 from hpccl.train.stop import Stop
 
-__all__ = ["RandomImages", "Steps", "Take", "make_world", "random_stream"]
+__all__ = ["RandomImages", "Steps", "Take", "make_world", "random_stream", "traffic", "usual_step"]
 
 # (engine, this rank's rows, rows of the step over all ranks) -> the gradient's norm.
 Take = Callable[[Engine, Sequence[Rows], int], Tensor]
@@ -167,3 +171,44 @@ class Steps:
         num_rows = len(parts[0].batch)
         self.take(self.engine, rows, num_rows)
         return num_rows
+
+
+# ---------------------------------------------------------------- communication
+
+
+def traffic(steps: Steps, comm: Comm) -> dict[str, int]:
+    """By collective, the bytes that all ranks together hand to it in one step."""
+    counted: Counter[str] = Counter()
+
+    def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
+        with Collectives(counted):
+            return usual_step(engine, batches, num_rows)
+
+    replace(steps, count=1, take=take)()
+    kinds = sorted(counted)
+    total = torch.tensor([counted[kind] for kind in kinds])
+    comm.sum_([total])
+    return dict(zip(kinds, total.tolist(), strict=True))
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what torch.distributed hands to its backend, whoever asked: DDP, FSDP2, DeepSpeed.
+
+    A collective's bytes are those of the whole tensor, of its input or its output, whichever is larger: n of an
+    all-reduce, an all-gather, a reduce-scatter of n bytes.
+    """
+
+    def __init__(self, num_bytes: Counter[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
+        self.num_bytes = num_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Let everything through."""
+        if func.namespace == "c10d":
+            sizes = [_num_bytes(argument) for argument in (*args, *(kwargs or {}).values())]
+            self.num_bytes[func.__name__.partition(".")[0].strip("_")] += max(sizes, default=0)
+        return func(*args, **(kwargs or {}))
+
+
+def _num_bytes(node: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(node) if isinstance(leaf, Tensor))

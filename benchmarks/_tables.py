@@ -114,6 +114,49 @@ def _pull(results: Sequence[Details]) -> list[str]:
     return _rows(("model, trace kept, processes, cores", *(label for label, _, _ in runs)), cells)
 
 
+def _engines(results: Sequence[Details]) -> list[str]:
+    head = (
+        "model",
+        "engine",
+        "processes",
+        "finetune, s",
+        "exact",
+        "truncated",
+        "finetune once more (noise)",
+        "truncated, processor time",
+        "operations of the exact pull",
+        "of the truncated",
+        "bytes over weights",
+        "extra bytes",
+        "peak of finetune, MiB",
+        "of exact",
+        "of truncated",
+        "tensors of truncated, MiB",
+    )
+    cells = [
+        (f"{name}@{case['size']}", engine, nproc, *_of_engine(measured))
+        for result in results
+        for name, case in result["details"]["cases"].items()
+        for engine, sizes in case["engines"].items()
+        for nproc, measured in sizes.items()
+    ]
+    return _rows(head, cells, left=2)
+
+
+def _of_engine(of: Details) -> tuple[str, ...]:
+    """– for memory that was not measured."""
+    peaks = [of["peak_bytes"].get(method) for method in ("finetune", "exact", "truncated")]
+    return (
+        f"{of['seconds']['finetune']:.2f}",
+        *(f"{of['clock_ratio'][method]:.3f}" for method in ("exact", "truncated", "again")),
+        f"{of['processor_ratio']['truncated']:.3f}",
+        *(f"{of['pull_share'][method]:.1%}" for method in ("exact", "truncated")),
+        f"{sum(of['bytes_over_parameters'].values()):.2f}",
+        f"{of['extra_bytes']:,}",
+        *("–" if peak is None else f"{peak / _MIB:.0f}" for peak in (*peaks, of["tensor_bytes"].get("truncated"))),
+    )
+
+
 def _task_sum(results: Sequence[Details]) -> list[str]:
     (result,) = results
     cells = []
@@ -129,6 +172,7 @@ def _task_sum(results: Sequence[Details]) -> list[str]:
 _TABLES: dict[str, tuple[str, Callable[[Sequence[Details]], list[str]]]] = {
     "curvature": ("curvature_*.json", _curvature),
     "pull": ("pull_*.json", _pull),
+    "engines": ("engines*.json", _engines),
     "task_sum": ("task_sum.json", _task_sum),
     "data_loading": ("data_loading.json", _headline),
     "step_overhead": ("step_overhead.json", _headline),

@@ -28,7 +28,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -36,31 +36,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks._common import interleaved, median_ratio, print_result, spawn
+from benchmarks._factors import CLASSES, curvature, force, learn, most_held, placed, truncated
 from benchmarks._pictures import Pictures
-from benchmarks._steps import RandomImages, Steps, make_world, random_stream
+from benchmarks._steps import RandomImages, Steps, make_world, random_stream, traffic
 from hpccl.config.run import RunConfig
-from hpccl.curvature.build import build_estimator
 from hpccl.curvature.kronecker import Kronecker
-from hpccl.curvature.protocols import Examples
-from hpccl.data.rows import Rows
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
 from hpccl.engine.build import build_engine
-from hpccl.engine.protocols import Engine, trainable
+from hpccl.engine.protocols import trainable
 from hpccl.kron.factor import LowRank
 from hpccl.kron.pair import Pair
 from hpccl.memory.store import Memory
 from hpccl.models.build import build_model
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
-from hpccl.train.step import train_step
 
-CLASSES = 10  # of a task; there are two
 SMALL = 64  # pixels a side up to which images come from --small; the training before the measurement uses no more
 FORMS = ("exact", "truncated")
 
@@ -146,14 +139,14 @@ def prepare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, 
     model = build_model(config.model, image_shape=(3, case.size, case.size), num_classes=2 * CLASSES, seed=0)
     engine = build_engine(config, model, Comm.solo())
     steps = 3 if options.quick else options.train_steps, 3 if options.quick else options.away_steps
-    train_nats = learn(engine, case, images, range(CLASSES), steps[0])
+    batch, size = min(case.batch, 64), min(case.size, SMALL)
+    train_nats = learn(engine, images, range(CLASSES), steps[0], batch=batch, size=size)
     anchor = wholes(engine.gather())
     trained = time.perf_counter()
     exact = curvature(engine, config, images, case.measured)
     measured = time.perf_counter()
-    away_nats = learn(engine, case, images, range(CLASSES, 2 * CLASSES), steps[1])
-    cut = tuple(block.truncated(options.keep_trace) for block in exact.blocks)
-    forms = {"exact": exact, "truncated": replace(exact, blocks=cut, divisible=False, keep_trace=options.keep_trace)}
+    away_nats = learn(engine, images, range(CLASSES, 2 * CLASSES), steps[1], batch=batch, size=size)
+    forms = {"exact": exact, "truncated": truncated(exact, options.keep_trace)}
     weights = {name: value.detach() for name, value in trainable(engine.module).items()}
     pulls = {form: force(precision, weights, anchor) for form, precision in forms.items()}
     states = {form: [precision.state_dict(), precision.shard_dict()] for form, precision in forms.items()}
@@ -188,50 +181,6 @@ def configuration(case: Case, precision: str, batch: int) -> RunConfig:
             "engine": {"kind": "ddp", "device": "cpu", "precision": precision, "channels_last": True},
         }
     )
-
-
-def learn(engine: Engine, case: Case, images: Pictures, classes: range, count: int) -> float:
-    """`count` steps of plain training on some classes, at no more than SMALL pixels; the last batch's mean nats."""
-    optimizer = torch.optim.SGD(engine.module.parameters(), lr=0.02, momentum=0.9)
-    engine.module.train()
-    mine = torch.tensor([label in classes for label in images.labels.tolist()]).nonzero()[:, 0]
-    generator = torch.Generator().manual_seed(classes.start)
-    last = 0.0
-    for _ in range(count):
-        chosen = mine[torch.randint(len(mine), (min(case.batch, 64),), generator=generator)]
-        pixels = images.pixels[chosen]
-        if case.size > SMALL:
-            pixels = torch.nn.functional.interpolate(pixels, size=SMALL, mode="area")
-        logits = engine.forward(pixels, torch.randint(1 << 30, (len(chosen),), generator=generator))
-        nats = torch.nn.functional.cross_entropy(
-            logits[:, classes.start : classes.stop], images.labels[chosen] - classes.start
-        )
-        optimizer.zero_grad()
-        nats.backward()
-        torch.nn.utils.clip_grad_norm_(engine.module.parameters(), 1.0)
-        optimizer.step()
-        last = float(nats.detach())
-    engine.module.zero_grad(set_to_none=True)
-    return last
-
-
-def curvature(engine: Engine, config: RunConfig, images: Pictures, count: int) -> Kronecker:
-    """Of the first task, at the present weights."""
-    head = torch.arange(2 * CLASSES) < CLASSES
-    chosen = (images.labels < CLASSES).nonzero()[:, 0][:count]
-    batches = [
-        Examples(images.pixels[some], images.labels[some], head, some, torch.ones(len(some)))
-        for some in chosen.split(config.curvature.batch_size)
-    ]
-    precision = build_estimator(config.curvature, seed=0).estimate(engine.module, batches, Comm.solo())
-    assert isinstance(precision, Kronecker)
-    return precision
-
-
-def force(precision: Kronecker, weights: Mapping[str, Tensor], anchor: dict[str, Tensor]) -> Tensor:
-    """F (w - a) as one vector."""
-    found = Quadratic(precision, anchor, weight=1.0, damping=0.0).force(weights, Comm.solo())
-    return torch.cat([value.double().flatten() for value in wholes(found).values()])
 
 
 def ranks_kept(precision: Kronecker) -> dict[str, list[int]]:
@@ -274,9 +223,8 @@ def work(rank: int, case: Case, nproc: int, precision: str, folder: Path) -> Non
 def timed(case: Case, precision: str, comm: Comm, folder: Path) -> dict[str, Any]:
     """Seconds a step of every turn, processor seconds of all ranks, bytes of a step's collectives, bytes of factors."""
     config = configuration(case, precision, case.batch * comm.size)
-    per_class = -(-case.batch * comm.size // CLASSES)
     stream = replace(
-        random_stream(case.size, tasks=2, classes=CLASSES, train=per_class),
+        random_stream(case.size, tasks=2, classes=CLASSES, train=case.batch * comm.size),
         source=RandomImages.of(case.size, count=min(2 * case.batch, 128)),
     )
     world = make_world(config, comm, stream, folder / f"{case.title}-{comm.size}-{comm.rank}")
@@ -299,56 +247,9 @@ def timed(case: Case, precision: str, comm: Comm, folder: Path) -> dict[str, Any
     return {
         "rates": {name: each.rates[-case.turns :] for name, each in steps.items()},
         "cpu": {name: (seconds / case.steps).tolist() for name, seconds in cpu.items()},
-        "collective_bytes": {name: traffic(each, comm) for name, each in steps.items()},
+        "collective_bytes": {name: sum(traffic(each, comm).values()) for name, each in steps.items()},
         "factor_bytes": {form: most_held(factors, comm) for form, factors in forms.items()},
     }
-
-
-def placed(saved: Sequence[Any], comm: Comm) -> Kronecker:
-    """This rank's share of the factors, as a resumed run takes it."""
-    state, shard = saved
-
-    def shards(wanted: Callable[[str], bool]) -> dict[str, Any]:
-        mine = {name: blocks for name, blocks in shard.items() if wanted(name)}
-        # Out of the file, into memory.
-        found: dict[str, Any] = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, mine)
-        return found
-
-    return Kronecker.from_state_dict(state, shards, comm)
-
-
-def most_held(factors: Kronecker, comm: Comm) -> int:
-    """Bytes of factors on the rank that has most."""
-    return comm.max(sum(block.num_bytes for block in factors.blocks))
-
-
-def traffic(steps: Steps, comm: Comm) -> int:
-    """Bytes that all ranks together hand to collectives in one step."""
-    counted = [0]
-
-    def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
-        with Counting() as counting:  # type: ignore[no-untyped-call]
-            norm = train_step(engine, batches, num_rows=num_rows).gradient_norm
-        counted[0] += counting.num_bytes
-        return norm
-
-    replace(steps, count=1, take=take)()
-    total = torch.tensor(counted)
-    comm.sum_([total])
-    return int(total)
-
-
-class Counting(TorchDispatchMode):
-    """Adds up the bytes of all tensors that torch.distributed's collectives are called with, DDP's own included."""
-
-    num_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Let everything through."""
-        if func.namespace == "c10d":
-            leaves = tree_leaves((args, kwargs))
-            self.num_bytes += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
-        return func(*args, **(kwargs or {}))
 
 
 # ---------------------------------------------------------------- report

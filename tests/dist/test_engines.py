@@ -98,7 +98,11 @@ OFFLOAD = {
     "fsdp2": {"kind": "fsdp2", "offload": True},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "diagonal, teacher, AdamW, averaged weights": {"curvature": {"kind": "diagonal", "fraction": 0.2}, **ADAM, **TEACHER},
+    "diagonal, teacher, AdamW, averaged weights": {
+        "curvature": {"kind": "diagonal", "fraction": 0.2},
+        **ADAM,
+        **TEACHER,
+    },
     "EKFAC, each anchor": {
         "curvature": {"kind": "ekfac", "fisher": "ggn", "fraction": 0.2},
         "prior": {"quadratic": {"weight": 3.0, "anchor": "each"}},
@@ -171,7 +175,8 @@ CHAIN = list(WORLDS)
 
 def part(tmp_path: Path, folder: Path, world: str, *, resume: bool) -> Result:
     """`half_and_rest` on one of WORLDS."""
-    engine = {"engine": {**ENGINES[world.split()[0]]}, "checkpoint": {"background": world.startswith("fsdp2")}}
+    name, _, _ = world.partition(" ")
+    engine = {"engine": ENGINES[name], "checkpoint": {"background": name == "fsdp2"}}
     run = rest if resume else half
     return run_in_world(run, WORLDS[world], tmp_path / f"{world}-{resume}", str(folder), engine)[0]
 
@@ -245,3 +250,37 @@ def test_the_pull_sends_nothing(tmp_path: Path, name: str) -> None:
     for found in run_in_world(step_traffic, 2, tmp_path / name, str(tmp_path / "run"), {"engine": ENGINES[name]}):
         assert sum(found["without"]["bytes"]) > 0
         assert found["with"] == found["without"]
+
+
+def most_whole(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
+    """Elements of weights that were whole at once in passes outside training: the most, a block's, and of all."""
+    state, world = make_world(merged(SECTIONS, changes), Path(folder), comm)
+    network = state.engine.module
+    largest, own = [0], 0
+
+    def look() -> None:
+        whole = [value for value in network.parameters() if not hasattr(value, "to_local")]
+        largest[0] = max(largest[0], sum(value.numel() for value in whole))
+
+    def passing(module: Any, arguments: Any, out: Tensor) -> None:
+        look()
+        if out.requires_grad:
+            out.register_hook(lambda _: look())
+
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(passing)
+    own = sum(value.numel() for name, value in network.named_parameters() if not name.startswith("blocks."))
+    block = sum(value.numel() for name, value in network.named_parameters() if name.startswith("blocks.0."))
+    consolidate(world.stream.tasks[0], state, world)
+    evaluate_all(state, world, last=0)
+    return {"most": largest[0], "block": block, "outside": own}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_passes_outside_training_have_two_blocks_whole_at_most(tmp_path: Path, name: str) -> None:
+    """One that is at work, and one that comes next."""
+    deep = {"model": {**SECTIONS["model"], "options": {**VIT, "embed_dim": 48, "depth": 6}}, "memory": {"size": 4}}
+    changes = {**deep, "engine": ENGINES[name], "curvature": {"kind": "kronecker", "fraction": 0.05}}
+    for found in run_in_world(most_whole, 2, tmp_path / name, str(tmp_path / "run"), changes):
+        assert found["block"] < found["most"] <= 2 * found["block"] + found["outside"]

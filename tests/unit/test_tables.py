@@ -52,6 +52,29 @@ def test_curvature_of_whichever_files_there_are(tmp_path: Path) -> None:
     ]
 
 
+def test_engines_of_several_files(tmp_path: Path) -> None:
+    methods = {"finetune": 1.0, "exact": 1.5, "truncated": 1.25, "again": 1.01}
+    measured = {
+        "seconds": {"finetune": 0.5},
+        "clock_ratio": methods,
+        "processor_ratio": methods,
+        "pull_share": {"exact": 0.2, "truncated": 0.05},
+        "bytes_over_parameters": {"allgather_base": 2.0, "reduce_scatter_base": 1.0},
+        "extra_bytes": 1234,
+        "peak_bytes": {"finetune": 3 << 20, "exact": 5 << 20, "truncated": 4 << 20},
+        "tensor_bytes": {"truncated": 2 << 20},
+    }
+    few = {**measured, "extra_bytes": 0, "peak_bytes": {"truncated": 7 << 20}, "tensor_bytes": {}}
+    for number, engines in enumerate(({"fsdp2": {"2": measured}}, {"zero-3": {"4": few}})):
+        cases = {"net": {"size": 128, "engines": engines}}
+        (tmp_path / f"engines_{number}.json").write_text(json.dumps({"headline": {}, "details": {"cases": cases}}))
+    ratios = ["0.50", "1.500", "1.250", "1.010", "1.250", "20.0%", "5.0%", "3.00"]
+    assert table("engines", tmp_path) == [
+        ["net@128", "fsdp2", "2", *ratios, "1,234", "3", "5", "4", "2"],
+        ["net@128", "zero-3", "4", *ratios, "0", "–", "–", "7", "–"],
+    ]
+
+
 @pytest.mark.parametrize("name", ["task_sum", "pull"])
 def test_another_figure_changes_the_table(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "files"
