@@ -36,7 +36,7 @@ from hpccl.curvature.sweep import (
 )
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
-from hpccl.dist.spread import Leaf, Leaves, Place, Slab, Stored, aligned, elements, fetch, placed_whole
+from hpccl.dist.spread import Leaf, Leaves, Place, Slab, Stored, aligned, elements, fetch, placed_whole, wholes
 from hpccl.engine.sharded import is_spread, parameters_of
 from hpccl.errors import CheckpointError, CoverageError
 
@@ -48,11 +48,11 @@ __all__ = ["Diagonal", "DiagonalEstimator", "summed_diagonal"]
 class Diagonal:
     """A diagonal Precision.
 
-    values: fp32 by parameter name, in the parameter's shape, whole or spread as the weights are
+    leaves: fp32 by parameter name, in the parameter's shape, whole or spread as the weights are
     num_examples: sum of the weights of the examples
     """
 
-    values: Leaves
+    leaves: Leaves
     num_examples: float = 0.0
 
     @classmethod
@@ -73,6 +73,11 @@ class Diagonal:
         return cls(place(values), float(state.get("num_examples", 0.0)))
 
     @property
+    def values(self) -> dict[str, Tensor]:
+        """By parameter name, where nothing is spread."""
+        return wholes(self.leaves)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes held by this rank."""
         return sum(value.nbytes for value in self._own)
@@ -80,12 +85,12 @@ class Diagonal:
     @property
     def _own(self) -> list[Tensor]:
         """What this rank has."""
-        return [leaf.local if isinstance(leaf, Slab) else leaf for leaf in self.values.values()]
+        return [leaf.local if isinstance(leaf, Slab) else leaf for leaf in self.leaves.values()]
 
     def _refuse_unknown(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.values]
+        unknown = [name for name in names if name not in self.leaves]
         if unknown:
-            raise CoverageError(f"parameter '{unknown[0]}' has no curvature; measured: {listed(self.values)}")
+            raise CoverageError(f"parameter '{unknown[0]}' has no curvature; measured: {listed(self.leaves)}")
 
     def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
         """Each parameter on the rank that owns it; see Precision.pieces.
@@ -95,7 +100,7 @@ class Diagonal:
         """
         self._refuse_unknown(like)
         owner = owners({name: float(weight.numel()) for name, weight in like.items()}, comm.size)
-        mine = fetch(self.values, [name for name in like if owner[name] == comm.rank], comm)
+        mine = fetch(self.leaves, [name for name in like if owner[name] == comm.rank], comm)
         return [_piece(name, strided_like(value, like[name])) for name, value in mine.items()]
 
     def plus(self, other: Precision, comm: Comm) -> Diagonal:
@@ -106,10 +111,10 @@ class Diagonal:
         """
         if not isinstance(other, Diagonal):
             raise CoverageError(f"cannot add {type(other).__name__} to a diagonal curvature; both must be diagonal")
-        differing = self.values.keys() ^ other.values.keys()
+        differing = self.leaves.keys() ^ other.leaves.keys()
         if differing:
             raise CoverageError(f"cannot add curvatures of different weights: only one of them has {listed(differing)}")
-        values = {name: _sum(leaf, aligned(other.values[name], leaf, comm)) for name, leaf in self.values.items()}
+        values = {name: _sum(leaf, aligned(other.leaves[name], leaf, comm)) for name, leaf in self.leaves.items()}
         return Diagonal(values, self.num_examples + other.num_examples)
 
     def times(self, scale: float) -> Diagonal:
@@ -117,17 +122,17 @@ class Diagonal:
         assert scale >= 0, "a precision stays positive semi-definite"
         values = {
             name: replace(leaf, local=leaf.local * scale) if isinstance(leaf, Slab) else leaf * scale
-            for name, leaf in self.values.items()
+            for name, leaf in self.leaves.items()
         }
         return Diagonal(values, self.num_examples)
 
     def totals(self, comm: Comm) -> Totals:
         """See Precision.totals."""
-        whole = [leaf for leaf in self.values.values() if isinstance(leaf, Tensor)]
-        parts = [leaf.local for leaf in self.values.values() if isinstance(leaf, Slab) and leaf.span.copy == 0]
+        whole = [leaf for leaf in self.leaves.values() if isinstance(leaf, Tensor)]
+        parts = [leaf.local for leaf in self.leaves.values() if isinstance(leaf, Slab) and leaf.span.copy == 0]
         spread = torch.tensor([_trace(parts), sum(part.nbytes for part in parts)], dtype=torch.float64)
         most = self.num_bytes
-        if any(isinstance(leaf, Slab) for leaf in self.values.values()):
+        if any(isinstance(leaf, Slab) for leaf in self.leaves.values()):
             comm.sum_([spread])
             most = comm.max(most)
         trace, num_bytes = spread.tolist()
@@ -135,11 +140,11 @@ class Diagonal:
 
     def to(self, device: torch.device) -> Diagonal:
         """The same on a device."""
-        return Diagonal({name: leaf.to(device) for name, leaf in self.values.items()}, self.num_examples)
+        return Diagonal({name: leaf.to(device) for name, leaf in self.leaves.items()}, self.num_examples)
 
     def state_dict(self) -> dict[str, Any]:
         """{'kind', 'num_examples', 'values'}."""
-        return {"kind": "diagonal", "num_examples": self.num_examples, "values": dict(self.values)}
+        return {"kind": "diagonal", "num_examples": self.num_examples, "values": dict(self.leaves)}
 
     def shard_dict(self) -> dict[str, Any]:
         """Nothing: what is spread is spread by name, like weights."""

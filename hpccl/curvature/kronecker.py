@@ -83,12 +83,12 @@ class Kronecker:
     def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
         """What this rank multiplies; see Precision.pieces."""
         covered = {name for layout in self.layouts for name in layout.names}
-        bare = like.keys() - covered - self.rest.values.keys()
+        bare = like.keys() - covered - self.rest.leaves.keys()
         if bare:
             raise CoverageError(
                 f"no curvature of parameter(s) {listed(sorted(bare))}; they were not trained when it was measured"
             )
-        rest = {name: like[name] for name in self.rest.values if name in like}
+        rest = {name: like[name] for name in self.rest.leaves if name in like}
         return [piece for block in self.blocks for piece in _block_pieces(block)] + self.rest.pieces(comm, rest)
 
     def plus(self, other: Precision, comm: Comm) -> Kronecker:

@@ -163,7 +163,7 @@ def covered(precision: Precision) -> dict[str, tuple[int, ...]]:
                     shapes[layout.bias] = layout.weight_shape[:1]
             return {**shapes, **covered(precision.rest)}
         case Diagonal():
-            return {name: tuple(value.shape) for name, value in precision.values.items()}
+            return {name: tuple(value.shape) for name, value in precision.leaves.items()}
         case DensePrecision():
             return dict(precision.shapes)
         case _:
@@ -318,6 +318,6 @@ def _decomposed(precision: Precision, blocks: Iterable[Block], comm: Comm) -> It
 
 
 def _diagonals(diagonal: Diagonal, comm: Comm) -> Sequence[Spectrum]:
-    owner = owners({name: float(math.prod(leaf.shape)) for name, leaf in diagonal.values.items()}, comm.size)
-    mine = fetch(diagonal.values, [name for name in diagonal.values if owner[name] == comm.rank], comm)
+    owner = owners({name: float(math.prod(leaf.shape)) for name, leaf in diagonal.leaves.items()}, comm.size)
+    mine = fetch(diagonal.leaves, [name for name in diagonal.leaves if owner[name] == comm.rank], comm)
     return [DiagonalSpectrum(name, value.clamp_min(0)) for name, value in mine.items()]

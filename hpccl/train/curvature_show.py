@@ -30,7 +30,6 @@ from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.protocols import Precision, Totals
 from hpccl.curvature.spectrum import eigen_of
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import wholes
 from hpccl.errors import CheckpointError, DivergedError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.kron.eigen import Eigen, symmetric_eigh
@@ -271,7 +270,7 @@ def _symmetric_eigenvalues(matrix: Tensor) -> Tensor:
 def _of_diagonal(diagonal: Diagonal, total: float) -> list[Layer]:
     """By module."""
     layers = []
-    found = wholes(diagonal.values)
+    found = diagonal.values
     for module, names in _by_module(found).items():
         values = torch.cat([found[name].flatten() for name in names])
         trace, held = float(values.double().sum()), values.nbytes
