@@ -331,16 +331,24 @@ class BaseEngine(ABC):
 
     @contextlib.contextmanager
     def _statistics_kept(self) -> Iterator[None]:
-        """BatchNorm counts a batch once, though its activations are computed twice."""
+        """BatchNorm counts a batch once, though its activations are computed twice.
+
+        Without its statistics it would save other tensors the second time, which checkpointing refuses.
+        """
         norms = [module for module in self._model.modules() if isinstance(module, _BatchNorm)]
-        counting = [norm.track_running_stats for norm in norms]
+        norms = norms if self._config.recompute else []
+        momenta = [norm.momentum for norm in norms]
+        counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+        counted = [count.clone() for count in counts]
         try:
-            for norm in norms if self._config.recompute else ():
-                norm.track_running_stats = False
+            for norm in norms:
+                norm.momentum = 0.0
             yield
         finally:
-            for norm, tracked in zip(norms, counting, strict=True):
-                norm.track_running_stats = tracked
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            for count, before in zip(counts, counted, strict=True):
+                count.copy_(before)
 
 
 def _as_whole(value: Tensor | Slab | Stored) -> Tensor | Stored:

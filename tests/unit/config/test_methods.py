@@ -53,3 +53,18 @@ def test_the_page_of_keys_is_up_to_date() -> None:
 def test_every_key_has_a_meaning() -> None:
     without = [path for path, _, section, name in keys(RunConfig) if name != "kind" and not meaning(section, name)]
     assert without == []
+
+
+ENGINES = sorted((ROOT / "configs" / "engine").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", ENGINES, ids=lambda path: path.stem)
+def test_an_engine_goes_after_any_method_and_any_other_engine(path: Path) -> None:
+    alone = load([path], []).engine
+    for before in (*METHODS, *ENGINES):
+        assert load([ROOT / "configs" / "quickstart.yaml", before, path], []).engine == alone
+
+
+def test_the_four_engines_are_there() -> None:
+    kinds = {path.stem: load([path], []).engine.kind for path in ENGINES}
+    assert kinds == {"ddp": "ddp", "fsdp2": "fsdp2", "hsdp": "fsdp2", "zero3": "deepspeed"}

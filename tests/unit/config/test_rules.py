@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError
 
 MEMORY = "memory.size=10"
+FSDP2, ZERO = "engine.kind=fsdp2", "engine.kind=deepspeed"
 SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
 
 
@@ -41,6 +43,11 @@ SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
         (["train.epochs=[1,2,3,4,5,6]"], "train.epochs"),
         (["optim.lr=[1,2,3]", "stream.tasks=2"], "optim.lr"),
         ([MEMORY, "prior.weight=[1,2,3,4]", SHARDS], "prior.weight"),
+        ([FSDP2, "optim.name=lamb"], "optim.name"),
+        ([ZERO, "engine.stage=1", "optim.name=adafactor"], "optim.name"),
+        ([FSDP2, "engine.compile=true", "engine.recompute=true"], "engine.recompute"),
+        ([ZERO, "engine.stage=0", "engine.offload_optimizer=true"], "engine.offload_optimizer"),
+        ([ZERO, "engine.stage=2", "engine.offload_weights=true"], "engine.offload_weights"),
     ],
 )
 def test_a_combination_that_cannot_be_meant(arguments: list[str], key: str) -> None:
@@ -65,6 +72,11 @@ def test_a_combination_that_cannot_be_meant(arguments: list[str], key: str) -> N
         ["data.augment.kind=crop_flip", "train.batch_size=7", "train.ema=0.9", "engine.precision=bf16"],
         ["train.epochs=[1,2,3]", SHARDS],
         ["curvature.fisher=mc", "curvature.samples=5"],
+        ["optim.name=lamb"],
+        [ZERO, "engine.stage=0", "optim.name=lamb"],
+        [FSDP2, "optim.name=AdamW", "engine.offload=true", "engine.recompute=true"],
+        [ZERO, "engine.offload_optimizer=true", "engine.offload_weights=true", "optim.name=lion"],
+        [ZERO, "engine.deepspeed={wall_clock_breakdown: true, zero_optimization: {overlap_comm: true}}"],
     ],
 )
 def test_what_is_fine_stays_fine_when_written_out(arguments: list[str], tmp_path: Path) -> None:
@@ -93,3 +105,30 @@ def test_several_clashes_are_told_together_and_name_the_values() -> None:
 def test_rules_hold_without_files() -> None:
     with pytest.raises(ValidationError, match=r"prior\.replay: needs a memory"):
         RunConfig.model_validate({"prior": {"replay": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "ours"),
+    [
+        ("train_batch_size", "8", "train.batch_size"),
+        ("gradient_accumulation_steps", "2", "train.accumulate"),
+        ("gradient_clipping", "1.0", "train.clip_norm"),
+        ("optimizer", "{type: Adam}", "optim"),
+        ("scheduler", "{type: WarmupLR}", "optim.schedule"),
+        ("bf16", "{enabled: true}", "engine.precision"),
+        ("fp16", "{enabled: true}", "engine.precision"),
+        ("activation_checkpointing", "{cpu_checkpointing: true}", "engine.recompute"),
+        ("prescale_gradients", "true", "nothing"),
+        ("zero_optimization.stage", "2", "engine.stage"),
+        ("zero_optimization.offload_optimizer", "{device: cpu}", "engine.offload_optimizer"),
+        ("zero_optimization.offload_param", "{device: cpu}", "engine.offload_weights"),
+    ],
+)
+def test_what_deepspeed_is_told_by_hpccl_names_the_key_that_says_it(key: str, value: str, ours: str) -> None:
+    outer, _, inner = key.partition(".")
+    told = f"{{{outer}: {{{inner}: {value}}}}}" if inner else f"{{{outer}: {value}}}"
+    with pytest.raises(ConfigError) as caught:
+        load([], [ZERO, f"engine.deepspeed={told}"])
+    assert re.search(
+        rf"^engine\.deepspeed\.{re.escape(key)} .*is set by hpccl; say it by {re.escape(ours)}", str(caught.value)
+    )

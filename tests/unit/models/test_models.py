@@ -89,3 +89,62 @@ def test_fused_attention_asks_a_replaced_dropout_for_its_rate() -> None:
     model = build_model(config, image_shape=(3, 32, 32), num_classes=5, seed=0).train()
     set_noise(model, torch.arange(2))
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_stochastic_depth_belongs_to_the_example() -> None:
+    layer = KeyedDropout(0.25, layer=3, whole=True)
+    keys = torch.randint(-(2**62), 2**62, (64,), generator=torch.Generator().manual_seed(0))
+    values = torch.rand(64, 4, 3, 3) + 1
+    layer.keys = keys
+    out = layer(values)
+    kept = out.flatten(1).ne(0)
+    assert torch.equal(kept.all(1), kept.any(1))
+    assert 0 < int(kept.all(1).sum()) < 64
+    torch.testing.assert_close(out[kept.all(1)], values[kept.all(1)] / 0.75)
+    layer.keys = keys[10:20]
+    assert torch.equal(layer(values[10:20]), out[10:20])
+    layer.keys = keys.flip(0)
+    assert torch.equal(layer(values.flip(0)).flip(0), out)
+    assert torch.equal(layer.eval()(values), values)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_stochastic_depth_keeps_the_expectation(rate: float) -> None:
+    layer = KeyedDropout(rate, whole=True)
+    layer.keys = torch.arange(20_000)
+    out = layer(torch.ones(20_000, 2))
+    assert float((out == 0).float().mean()) == pytest.approx(rate, abs=0.01)
+    assert float(out.mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_stochastic_depth_is_replaced_and_belongs_to_the_example() -> None:
+    """In a network of timm: an example's logits in training do not depend on its batch."""
+    config = TimmModel(name="test_vit", options={"img_size": 32, "patch_size": 8, "drop_path_rate": 0.5})
+    model = build_model(config, image_shape=(3, 32, 32), num_classes=5, seed=0).train()
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "DropPath" not in kinds
+    assert any(isinstance(module, KeyedDropout) and module.whole for module in model.modules())
+    pixels, keys = torch.rand(6, 3, 32, 32), torch.arange(6)
+    set_noise(model, keys)
+    together = model(pixels)
+    for part in (slice(0, 1), slice(1, 6)):
+        set_noise(model, keys[part])
+        torch.testing.assert_close(model(pixels[part]), together[part])
+    set_noise(model, keys + 1)
+    assert not torch.allclose(model(pixels), together)
+    set_noise(model, keys)
+    assert not torch.allclose(model.eval()(pixels), together)
+
+
+@pytest.mark.parametrize(("rate", "fused"), [(0.0, True), (0.25, False)])
+def test_attention_that_drops_is_not_fused_and_belongs_to_the_example(rate: float, fused: bool) -> None:
+    config = TimmModel(name="test_vit", options={"img_size": 32, "patch_size": 8, "attn_drop_rate": rate})
+    model = build_model(config, image_shape=(3, 32, 32), num_classes=5, seed=0).train()
+    found = {module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")}
+    assert found == {fused}
+    pixels, keys = torch.rand(4, 3, 32, 32), torch.arange(4)
+    set_noise(model, keys)
+    first = model(pixels)
+    assert torch.equal(model(pixels), first)
+    set_noise(model, keys[2:])
+    torch.testing.assert_close(model(pixels[2:]), first[2:])
