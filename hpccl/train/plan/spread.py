@@ -18,7 +18,8 @@ parameter, ZeRO-1 and 2 elements of all of them. What is whole for a while:
 - DeepSpeed fills a bucket with gradients, and sends a copy of it. Stages 1 and 2 reduce it to all ranks.
 - ZeRO-3 lets a layer's weights go after the forward pass only if more than `stage3_max_reuse_distance` weights pass by
   before the backward pass wants them, so most networks stay whole in between; it gathers `stage3_prefetch_bucket_size`
-  ahead. It keeps parameters whole that are smaller than `stage3_param_persistence_threshold`, which hpccl sets to 0.
+  ahead, and what that meets stays as well. It keeps parameters whole that are smaller than
+  `stage3_param_persistence_threshold`, which hpccl sets to 0.
 
 What DeepSpeed does was seen in its version 0.19.8. Its optimiser works on a copy of its share of the weights, even of
 fp32 ones.
@@ -130,7 +131,7 @@ class Spread:
         if self.kind == "fsdp2":
             return 0 if self.reshard else num_weights
         # The first layer's weights are wanted again after all others have passed by twice, the last layer's at once.
-        return min(num_weights, self.reuse // 2)
+        return min(num_weights, max(self.reuse, self.prefetch) // 2)
 
 
 def rows(shapes: Iterable[Shape], spread: Spread) -> int:

@@ -119,11 +119,11 @@ def test_zero_3_by_the_users_own_settings() -> None:
         "stage3_param_persistence_threshold": 100_000,
         "reduce_bucket_size": 1000,
         "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": 10,
+        "stage3_prefetch_bucket_size": 0,
     }
     spread = Spread.of(DeepspeedEngine(deepspeed={"zero_optimization": zero}), 4)
     found = held(shapes, 65536, 2, spread)
-    assert (found["small weights, whole"], found["whole blocks"]) == (4 * num, 4 * (2 * 65536 + 10))
+    assert (found["small weights, whole"], found["whole blocks"]) == (4 * num, 4 * 2 * 65536)
     assert (found["bucket of gradients"], found["gradients on their way"]) == (4000, 4000)
     assert sum(sent(num, 0, spread, accumulate=2).values()) == pytest.approx(2 * 3 * 3 / 4 * 4 * num)
 
