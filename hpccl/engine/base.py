@@ -25,7 +25,7 @@ from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.errors import ConfigError, WorldError
 from hpccl.models.dropout import set_noise
 
-__all__ = ["BaseEngine", "Moments"]
+__all__ = ["BaseEngine", "Moments", "refuse_recompute"]
 
 # By parameter, by key: this rank's elements (or a number that is not a parameter's), and where they belong.
 Moments = Mapping[str, Mapping[str, Any]]
@@ -45,7 +45,7 @@ class BaseEngine(ABC):
         self._last = False
         self._far: set[str] | None = None
         self._far_weights: dict[str, Tensor] = {}
-        _refuse_recompute(model, config)
+        refuse_recompute(model, config)
 
     # ---------------------------------------------------------------- where things are
 
@@ -367,7 +367,12 @@ def _both(first: GradientHook, second: GradientHook) -> GradientHook:
     return GradientHook(tuple(dict.fromkeys((*first.needs, *second.needs))), call)
 
 
-def _refuse_recompute(model: nn.Module, config: RunConfig) -> None:
+def refuse_recompute(model: nn.Module, config: RunConfig) -> None:
+    """Only some models can let activations go.
+
+    Raises:
+        ConfigError: it is asked for, and this one cannot.
+    """
     if config.engine.recompute and not hasattr(model, "set_grad_checkpointing"):
         raise ConfigError(
             f"engine.recompute=true: {type(model).__name__} (model.kind={config.model.kind}) cannot recompute its "

@@ -1,4 +1,4 @@
-"""A plan is what a run holds: predicted bytes against those of live tensors, on every rank."""
+"""A plan is what a run holds and sends: predicted bytes against those of live tensors and of collectives, on every rank."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hpccl.curvature.protocols import Precision
 from hpccl.dist.comm import Comm
+from hpccl.engine.moments import local
 from hpccl.train.plan.build import make_plan
 from tests.dist.world import Result, run_in_world
 from tests.run.method import learn, make_world, merged
@@ -18,12 +22,37 @@ TASKS = 2
 NETWORK: dict[str, Any] = {
     "stream": {"kind": "digits", "tasks": TASKS},
     "model": {"kind": "mlp", "hidden": [96, 48]},
-    "train": {"epochs": 1, "batch_size": 128},
+    "train": {"epochs": 1, "batch_size": 128, "accumulate": 2},
     "memory": {"size": 30},
     "prior": {"replay": 0.5, "quadratic": {"weight": 1.0}},
-    "curvature": {"kind": "kronecker", "fisher": "empirical"},
+    # The first layer has the diagonal, which is spread as weights are.
+    "curvature": {"kind": "kronecker", "fisher": "empirical", "diagonal": ["1"]},
 }
-ENGINES: dict[str, dict[str, Any]] = {"ddp": {"kind": "ddp"}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": "ddp"},
+    "fsdp2": {"kind": "fsdp2"},
+    **{f"zero-{stage}": {"kind": "deepspeed", "stage": stage} for stage in (1, 2, 3)},
+    "zero-3, weights go": {
+        "kind": "deepspeed",
+        "deepspeed": {"zero_optimization": {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}},
+    },
+}
+# How often a ring passes the whole message on, but for one rank's share of it.
+ROUNDS = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
+
+
+class Sending(TorchDispatchMode):
+    """Adds up what a rank sends if every collective is a ring."""
+
+    def __init__(self, comm: Comm) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.share, self.num_bytes = (comm.size - 1) / comm.size, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            whole = max(leaf.nbytes for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            self.num_bytes += ROUNDS[func._schema.name.removeprefix("c10d::")] * self.share * whole
+        return func(*args, **(kwargs or {}))
 
 
 def num_bytes(tree: Any) -> int:
@@ -40,31 +69,64 @@ def held_bytes(precision: Precision) -> int:
     return num_bytes(precision.state_dict()) + num_bytes(precision.shard_dict())
 
 
-def two_tasks(comm: Comm, folder: str, engine: dict[str, Any]) -> Result:
-    """What a rank holds after both tasks."""
-    state, world = make_world(merged(NETWORK, {"engine": engine}), Path(folder) / f"size-{comm.size}", comm)
+def gradients(engine: Any) -> list[Tensor]:
+    """Between two micro-batches; DeepSpeed has its own places for them."""
+    zero = getattr(engine, "_zero", None)
+    if zero is not None and engine._stage == 3:
+        return [zero.grad_partitions_flat_buffer]
+    named = [local(value.grad) for value in engine._model.parameters() if value.grad is not None]
+    if zero is not None:
+        named += [value.grad_accum for value in engine._model.parameters() if value.grad_accum is not None]
+        named += [value for values in zero.all_grad_tensors.values() for value in values or ()]
+    return list({value.untyped_storage().data_ptr(): value for value in named}.values())
+
+
+def copies(engine: Any) -> list[Tensor]:
+    """Of weights, that DeepSpeed's optimiser works on."""
+    zero = getattr(engine, "_zero", None)
+    if zero is None:
+        return []
+    return list(zero.fp32_partitioned_groups_flat if engine._stage == 3 else zero.single_partition_of_fp32_groups)
+
+
+def two_tasks(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
+    """What a rank holds after both tasks, and what it sends in one more step."""
+    state, world = make_world(merged(NETWORK, changes), Path(folder) / f"size-{comm.size}", comm)
     learn(state, world, TASKS)
-    saved, quadratic = state.engine.state_dict(), state.prior.quadratic
+    engine, quadratic = state.engine, state.prior.quadratic
     assert quadratic is not None
-    gradients = [parameter.grad for parameter in state.engine.module.parameters() if parameter.grad is not None]
-    return {
+    saved = engine.state_dict()
+    found: Result = {
         "weights": num_bytes(saved["weights"]),
-        "gradients": num_bytes([getattr(each, "_local_tensor", each) for each in gradients]),
-        "optimizer": num_bytes(saved["optimizer"]["moments"]),
+        "optimizer": num_bytes(saved["optimizer"]["moments"]) + num_bytes(copies(engine)),
         "old weights": num_bytes(state.prior.anchor),
         "curvature": held_bytes(quadratic.precision),
         "memory": state.prior.memory.num_bytes,
     }
+    if changes["engine"]["kind"] == "deepspeed" and changes["engine"].get("stage", 3) == 3:
+        second = engine.module.parameters()
+        found["network for passes outside training"] = num_bytes([local(value.detach()) for value in second])
+    engine.start(num_steps=1, task=1)
+    with Sending(comm) as sending:
+        for last in (False, True):
+            logits = engine.forward(torch.zeros(4, 1, 8, 8), torch.arange(4), last=last)
+            engine.backward(logits.logsumexp(1).sum())
+            if not last:
+                found["gradients"] = sum(value.untyped_storage().nbytes() for value in gradients(engine))
+        engine.step()
+    return {**found, "sent": sending.num_bytes}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_what_is_held_is_what_was_planned(engine: str, size: int, tmp_path: Path) -> None:
-    results = run_in_world(two_tasks, size, tmp_path, str(tmp_path), ENGINES[engine])
-    plan = make_plan(merged(NETWORK, {"engine": ENGINES[engine]}), nodes=1, nproc=size, measured=False)
+@pytest.mark.parametrize(
+    ("engine", "size"), [(name, 2) for name in ENGINES] + [("ddp", 4), ("fsdp2", 4)], ids=lambda value: str(value)
+)
+def test_what_is_held_and_sent_is_what_was_planned(engine: str, size: int, tmp_path: Path) -> None:
+    changes = {"engine": ENGINES[engine]}
+    results = run_in_world(two_tasks, size, tmp_path, str(tmp_path), changes)
+    plan = make_plan(merged(NETWORK, changes), nodes=1, nproc=size, measured=False)
     planned = {each.name: each.num_bytes for each in plan.held if each.when == "always"}
-    for name in results[0]:
-        most = max(result[name] for result in results)
-        assert planned[name] == pytest.approx(most, rel=0.15), name
-    together = sum(max(result[name] for result in results) for name in results[0])
-    assert sum(planned[name] for name in results[0]) == pytest.approx(together, rel=0.15)
+    most = {name: max(result[name] for result in results) for name in results[0]}
+    assert plan.wire("step") == pytest.approx(most.pop("sent"), rel=0.05)
+    for name, found in most.items():
+        assert planned[name] == pytest.approx(found, rel=0.15), name
+    assert sum(planned[name] for name in most) == pytest.approx(sum(most.values()), rel=0.15)

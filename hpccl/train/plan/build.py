@@ -16,7 +16,7 @@ from hpccl.train.compose import new_samples
 from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
 from hpccl.train.plan.network import Network, look, moments
-from hpccl.train.plan.spread import FLOAT, Spread, elements, held, sent
+from hpccl.train.plan.spread import FLOAT, Spread, elements, held, rows, sent
 
 __all__ = ["Held", "Plan", "Sent", "Spent", "make_plan"]
 
@@ -139,14 +139,14 @@ def make_plan(
         DataError: the data is not there.
     """
     ranks = nodes * nproc
-    spread = Spread.of(config.engine.model_dump(), ranks)
+    spread = Spread.of(config.engine, ranks)
     stream = outline(config.stream, config.data)
     num_classes, num_tasks = len(stream.layout.class_names), len(stream.layout.tasks)
     rows = math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.accumulate)
     network = look(config, image_shape=stream.image_shape, num_classes=num_classes, rows=max(rows, 2))
     curvature = None
     if config.prior.quadratic.weight > 0:
-        curvature = plan_curvature(config.curvature, network.layouts, network.rest, ranks=ranks, tasks=num_tasks)
+        curvature = plan_curvature(config.curvature, network.layouts, network.rest, spread, tasks=num_tasks)
     case = _Case(config, stream, spread, network, curvature)
     kept, rates = moments(config), None
     if measured:
@@ -187,10 +187,13 @@ class _Case:
     def held(self, kept: float) -> Iterator[Held]:
         """kept: numbers that the optimiser keeps of each weight."""
         config, network, spread = self.config, self.network, self.spread
-        for name, num_bytes in held(network.shapes, network.largest_block, kept, spread).items():
-            host = spread.state_on_host if name == "optimizer" else spread.weights_on_host
-            yield Held(name, num_bytes, host=host and name in ("weights", "gradients", "optimizer"))
+        for name, num_bytes in held(network.shapes, network.largest_unit, kept, spread).items():
+            yield Held(name, num_bytes, *_when(name, spread))
         yield Held("buffers", network.buffer_bytes)
+        if spread.has_second_network:
+            second = FLOAT * rows(network.shapes, spread) + network.buffer_bytes
+            yield Held("network for passes outside training", second)
+            yield Held("whole blocks", 4 * FLOAT * network.largest_unit, "measuring")
         weights = FLOAT * elements(network.shapes, spread, what="weights")
         if config.train.ema is not None:
             yield Held("averaged weights", weights, "training")
@@ -200,7 +203,7 @@ class _Case:
             yield Held("old weights", weights + network.buffer_bytes)
             yield Held("the next old weights", weights + network.buffer_bytes, "measuring")
         if self._has_teacher:
-            blocks = 2 * FLOAT * network.largest_block if spread.spreads_weights else 0
+            blocks = 2 * FLOAT * network.largest_unit if spread.spreads_weights else 0
             yield Held("teacher", weights + network.buffer_bytes + blocks, "training")
         if network.activations is not None:
             yield Held("activations", network.activations, "training")
@@ -214,7 +217,10 @@ class _Case:
         yield Held("curvature", max(self.curvature.held))
         yield Held("sums of the next curvature", self.curvature.measuring, "measuring")
         if self.config.prior.quadratic.anchor == "each":
-            yield Held("pull to each task's weights", FLOAT * self.network.num_weights)
+            pulled = elements(self.network.shapes, self.spread, what="weights")
+            yield Held("pull to each task's weights", FLOAT * pulled)
+        if any(self.curvature.fetched):
+            yield Held("old weights of a process's layers", max(self.curvature.fetched), "training")
         if self.network.graph is not None:
             graph = max(self.network.graph, 1)
             fitting = max(1, _PASS[pick_device(self.config.engine.device).type] // graph)
@@ -275,6 +281,26 @@ class _Case:
                 task=task.index,
                 share=mix.share if isinstance(mix, StratifiedMix) else None,
             )
+
+
+def _when(name: str, spread: Spread) -> tuple[When, bool]:
+    """When one of an engine's own is held, and whether in host memory."""
+    match name:
+        case "weights":
+            return "always", spread.weights_on_host
+        case "gradients":
+            with_state = spread.kind == "deepspeed" and spread.stage > 1 and spread.state_on_host
+            return "always", spread.weights_on_host or with_state
+        case "optimizer":
+            return "always", spread.state_on_host
+        case "whole blocks":
+            return "training" if spread.has_second_network else "always", False
+        case "bucket of gradients":
+            return "always" if spread.stage == 3 else "training", False
+        case "gradients on their way":
+            return "training", False
+        case _:
+            return "always", False
 
 
 def _notes(

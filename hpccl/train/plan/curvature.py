@@ -7,7 +7,7 @@ the functions that place them in a run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -24,12 +24,14 @@ from hpccl.config.sections import (
 from hpccl.curvature.blocks import Layout, Part
 from hpccl.curvature.kronecker import layout_parts
 from hpccl.dist.comm import Comm
+from hpccl.dist.placement import owners
 from hpccl.kron.pack import packed_size
-from hpccl.train.plan.spread import FLOAT, all_reduce
+from hpccl.train.plan.spread import FLOAT, Spread, all_reduce, rows
 
 __all__ = ["CurvaturePlan", "plan_curvature"]
 
 Shape = tuple[int, int, int]
+Shapes = Mapping[str, tuple[int, ...]]
 Parts = Sequence[tuple[Layout, list[tuple[int, Part]]]]
 
 
@@ -40,6 +42,7 @@ class CurvaturePlan:
     terms: of a layer, as the budget of `curvature.tasks` has it; most_terms: where no merge is within its tolerance
     held: bytes by rank
     flops: of one step's pull, by rank
+    fetched: bytes of old weights and of the diagonal that a rank has whole while it trains, where these are spread
     measuring: bytes of sums on every rank while a task is measured
     sent: bytes that a rank sends when a task is measured, by rank
     """
@@ -48,50 +51,57 @@ class CurvaturePlan:
     most_terms: int
     held: tuple[int, ...]
     flops: tuple[float, ...]
+    fetched: tuple[int, ...]
     measuring: int
     sent: tuple[float, ...]
 
 
 def plan_curvature(
-    config: CurvatureConfig, layouts: Sequence[Layout], rest: int, *, ranks: int, tasks: int
+    config: CurvatureConfig,
+    layouts: Sequence[Layout],
+    rest: Shapes,
+    spread: Spread,
+    *,
+    tasks: int,
 ) -> CurvaturePlan:
-    """Of a network whose `layouts` are factored and whose `rest` of so many weights has a diagonal.
+    """Of a network whose `layouts` are factored and whose `rest` has a diagonal, divided over ranks as weights are.
 
     Args:
         config: the section `curvature`.
         layouts: of the factored layers; empty for other kinds than kronecker and ekfac.
-        rest: all other trainable weights.
-        ranks: processes.
+        rest: shapes of all other trainable weights, by name.
+        spread: the engine.
         tasks: how many are summed.
     """
+    total = sum(map(math.prod, rest.values()))
     match config:
         case DiagonalCurvature():
-            return _replicated(FLOAT * rest, float(2 * rest), ranks)
+            sums, held, flops = FLOAT * total, FLOAT * rows(rest.values(), spread), float(2 * total)
+            return _alike(sums, held, flops, _fetched((), rest, spread), spread.ranks)
         case DenseCurvature():
-            return _replicated(FLOAT * rest**2, float(2 * rest**2), ranks)
+            fetched = (FLOAT * total * spread.spreads_weights,) * spread.ranks
+            return _alike(FLOAT * total**2, FLOAT * total**2, float(2 * total**2), fetched, spread.ranks)
         case EkfacCurvature():
-            return _spread(layouts, rest, ranks, RefitTasks(), tasks, divisible=False, eigen=True, bases=True)
+            return _placed(layouts, rest, spread, RefitTasks(), tasks, divisible=False, eigen=True, bases=True)
         case KroneckerCurvature():
             refit = isinstance(config.tasks, RefitTasks)
             divisible = config.keep_trace == 1 and not refit
             eigen = refit and tasks > 1
-            return _spread(layouts, rest, ranks, config.tasks, tasks, divisible=divisible, eigen=eigen, bases=False)
+            return _placed(layouts, rest, spread, config.tasks, tasks, divisible=divisible, eigen=eigen, bases=False)
         case _:
             assert_never(config)
 
 
-def _replicated(num_bytes: int, flops: float, ranks: int) -> CurvaturePlan:
-    """Equal on all ranks, which share the pull; while a task is measured there is the sum so far as well."""
-    wire = all_reduce(num_bytes, ranks)
-    return CurvaturePlan(
-        1, 1, (num_bytes,) * ranks, (flops / ranks,) * ranks, measuring=num_bytes, sent=(wire,) * ranks
-    )
+def _alike(sums: int, held: int, flops: float, fetched: tuple[int, ...], ranks: int) -> CurvaturePlan:
+    """All ranks hold as much and share the pull; while a task is measured there is the sum so far as well."""
+    wire = all_reduce(sums, ranks)
+    return CurvaturePlan(1, 1, (held,) * ranks, (flops / ranks,) * ranks, fetched, sums, (wire,) * ranks)
 
 
-def _spread(
+def _placed(
     layouts: Sequence[Layout],
-    rest: int,
-    ranks: int,
+    rest: Shapes,
+    spread: Spread,
     policy: TasksConfig,
     tasks: int,
     *,
@@ -99,22 +109,38 @@ def _spread(
     eigen: bool,
     bases: bool,
 ) -> CurvaturePlan:
+    ranks, sums = spread.ranks, FLOAT * sum(map(math.prod, rest.values()))
     placed = layout_parts(layouts, Comm(0, ranks, Comm.solo().device), divisible=divisible)
     whole = sum(pair_bytes(layout.shape, Part()) for layout in layouts)
     terms = listed_terms(policy, tasks, whole)
-    held, flops, own = [FLOAT * rest] * ranks, [0.0] * ranks, [0.0] * ranks
-    for layout, owners in placed:
-        for rank, part in owners:
+    held, flops, own = [FLOAT * rows(rest.values(), spread)] * ranks, [0.0] * ranks, [0.0] * ranks
+    for layout, owning in placed:
+        for rank, part in owning:
             one = eigen_bytes(layout.shape) if eigen else pair_bytes(layout.shape, part)
             held[rank] += one * terms
-            flops[rank] += terms * pull_flops(layout.shape) / len(owners) * (2 if eigen else 1)
+            flops[rank] += terms * pull_flops(layout.shape) / len(owning) * (2 if eigen else 1)
             own[rank] += FLOAT * sent_numbers(layout.shape, part)
-    diagonal = all_reduce(FLOAT * rest, ranks)
+    diagonal = all_reduce(sums, ranks)
     # EKFAC sends every basis to every rank, holds them there, and sums the diagonals in them.
     others = whole + sum(FLOAT * math.prod(layout.shape) for layout in layouts) if bases else 0
     sent = tuple(sum(own) - mine + diagonal + others * (ranks > 1) for mine in own)
     most = tasks if isinstance(policy, ListedTasks) else 1
-    return CurvaturePlan(terms, most, tuple(held), tuple(flops), whole + FLOAT * rest + others, sent)
+    fetched = _fetched(placed, rest, spread)
+    return CurvaturePlan(terms, most, tuple(held), tuple(flops), fetched, whole + sums + others, sent)
+
+
+def _fetched(placed: Parts, rest: Shapes, spread: Spread) -> tuple[int, ...]:
+    """Of the layers and the diagonal that each rank multiplies: old weights and diagonal are there already if whole."""
+    found = [0] * spread.ranks
+    if not spread.spreads_weights:
+        return tuple(found)
+    for layout, owning in placed:
+        for rank in {rank for rank, _ in owning}:
+            found[rank] += FLOAT * math.prod(layout.shape)
+    sizes = {name: math.prod(shape) for name, shape in rest.items()}
+    for name, rank in owners({name: float(size) for name, size in sizes.items()}, spread.ranks).items():
+        found[rank] += 2 * FLOAT * sizes[name]
+    return tuple(found)
 
 
 def listed_terms(policy: TasksConfig, tasks: int, one_task: int) -> int:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,9 @@ def measure(config: RunConfig, *, image_shape: tuple[int, int, int], num_classes
     """Time a micro-batch of at most `rows` images through the network of `config`; takes seconds."""
     device = pick_device(config.engine.device)
     model = build_model(config.model, image_shape=image_shape, num_classes=num_classes, seed=0).to(device).train()
+    if config.engine.recompute:
+        switch: Any = model.set_grad_checkpointing
+        switch(True)
     order = torch.channels_last if config.engine.channels_last else torch.contiguous_format
     model = model.to(memory_format=order)  # type: ignore[call-overload]
 

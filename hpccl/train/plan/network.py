@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,8 +19,10 @@ from hpccl.config.sections import LayerMeasured
 from hpccl.curvature.blocks import Layout
 from hpccl.curvature.factors import refuse_large
 from hpccl.curvature.layers import acts_as_known, has_formula
+from hpccl.engine.base import refuse_recompute
 from hpccl.engine.optim import build_optimizer
 from hpccl.engine.protocols import trainable
+from hpccl.engine.sharded import units
 from hpccl.models.build import skeleton
 from hpccl.models.dropout import set_noise
 
@@ -35,9 +37,9 @@ class Network:
 
     shapes: of the parameters
     buffer_bytes: of the buffers
-    largest_block: elements of the largest block of layers
+    largest_unit: elements of the largest module whose weights come and go together where they are in shards
     layouts: layers whose curvature is a Kronecker product; none where no such curvature is asked for
-    rest: trainable weights outside of them
+    rest: shapes of the trainable weights outside of them, by name
     activations: bytes kept for the backward pass of a micro-batch; None where that could not be told
     graph: the same of one example in evaluation mode, fp32
     problem: why activations could not be told, or empty
@@ -45,9 +47,9 @@ class Network:
 
     shapes: tuple[tuple[int, ...], ...]
     buffer_bytes: int
-    largest_block: int
+    largest_unit: int
     layouts: tuple[Layout, ...]
-    rest: int
+    rest: Mapping[str, tuple[int, ...]]
     activations: int | None
     graph: int | None
     problem: str = ""
@@ -62,18 +64,19 @@ def look(config: RunConfig, *, image_shape: tuple[int, int, int], num_classes: i
     """The network of `config` with a micro-batch of `rows` images.
 
     Raises:
-        ConfigError: the model is unknown or does not fit the images.
+        ConfigError: the model is unknown, does not fit the images or cannot recompute its activations.
         CoverageError: a factor of the curvature would be larger than allowed.
     """
     model = skeleton(config.model, image_shape=image_shape, num_classes=num_classes)
+    refuse_recompute(model, config)
     half = config.engine.precision == "bf16"
     problem, calls = "", Counter[str]()
     activations: int | None = None
     graph: int | None = None
     try:
-        activations = _kept(model.train(), image_shape, rows, half=half)
+        activations = _activations(model.train(), image_shape, rows, half=half, recompute=config.engine.recompute)
         with _counting(model, calls):
-            graph = _kept(model.eval(), image_shape, 3) - _kept(model, image_shape, 2)
+            graph = _kept(model.eval(), image_shape, 3)[""] - _kept(model, image_shape, 2)[""]
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         problem = " ".join(str(error).split())[:200]
     layouts = tuple(_layouts(model, config.curvature, calls)) if isinstance(config.curvature, LayerMeasured) else ()
@@ -81,9 +84,9 @@ def look(config: RunConfig, *, image_shape: tuple[int, int, int], num_classes: i
     return Network(
         shapes=tuple(tuple(value.shape) for value in model.parameters()),
         buffer_bytes=sum(value.nbytes for value in model.buffers()),
-        largest_block=_largest_block(model),
+        largest_unit=_largest_unit(model),
         layouts=layouts,
-        rest=sum(value.numel() for name, value in trainable(model).items() if name not in factored),
+        rest={name: tuple(value.shape) for name, value in trainable(model).items() if name not in factored},
         activations=activations,
         graph=graph,
         problem=problem,
@@ -107,26 +110,56 @@ def moments(config: RunConfig) -> float:
 # ---------------------------------------------------------------- activations
 
 
-def _kept(model: nn.Module, image_shape: tuple[int, int, int], rows: int, *, half: bool = False) -> int:
-    """Bytes that a forward pass of `rows` images keeps for the backward pass, weights apart.
+def _activations(model: nn.Module, image_shape: tuple[int, int, int], rows: int, *, half: bool, recompute: bool) -> int:
+    """Bytes at most.
 
     half: all in bfloat16, with a copy of the weights in it, which is close to what autocast keeps.
+    recompute: a pass keeps what goes into the blocks, and the backward pass has what one block keeps besides.
     """
     model = copy.deepcopy(model).to(torch.bfloat16) if half else model
+    copies = sum(value.nbytes for value in model.parameters()) if half else 0
+    everything = _kept(model, image_shape, rows)
+    if not recompute:
+        return copies + everything[""]
+    switch: Any = model.set_grad_checkpointing
+    switch(True)
+    inputs = _kept(model, image_shape, rows)
+    switch(False)
+    blocks = [everything[name] for name, kept in inputs.items() if kept == 0]
+    return copies + inputs[""] + max(blocks, default=0)
+
+
+def _kept(model: nn.Module, image_shape: tuple[int, int, int], rows: int) -> Counter[str]:
+    """Bytes that a forward pass of `rows` images keeps for the backward pass, weights apart, by module; "" has all."""
     own = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Any] = {}  # storages, which stay alive so that no two have one address
+    dtype = next(model.parameters()).dtype
+    alive: dict[int, Any] = {}  # storages, so that no two have one address
+    kept, running = Counter[str](), list[str]()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
+        if storage._cdata not in own and storage._cdata not in alive:
+            alive[storage._cdata] = storage
+            kept.update(dict.fromkeys(running, int(storage.nbytes())))
         return tensor.detach()
 
-    with torch.device("meta"), saved_tensors_hooks(pack, lambda tensor: tensor):
+    def begin(name: str) -> Callable[..., None]:
+        def call(*_: Any) -> None:
+            running.append(name)
+            kept[name] += 0  # also of one that keeps nothing
+
+        return call
+
+    def end(*_: Any) -> None:
+        running.pop()
+
+    with torch.device("meta"), saved_tensors_hooks(pack, lambda tensor: tensor), contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(begin(name)).remove)
+            stack.callback(module.register_forward_hook(end).remove)
         set_noise(model, torch.empty(rows, dtype=torch.int64))
-        model(torch.empty(rows, *image_shape, dtype=torch.bfloat16 if half else torch.float32))
-    copies = sum(value.nbytes for value in model.parameters()) if half else 0
-    return copies + sum(int(storage.nbytes()) for storage in kept.values())
+        model(torch.empty(rows, *image_shape, dtype=dtype))
+    return kept
 
 
 @contextlib.contextmanager
@@ -179,25 +212,12 @@ def _is_known(module: nn.Module) -> bool:
     return acts_as_known(real)
 
 
-def _largest_block(model: nn.Module) -> int:
-    """Elements of the largest block (or of all that is in no block): what engines make whole at a time."""
-    sizes = [_numel(block) for block in _blocks(model)]
-    return max([_numel(model) - sum(sizes), *sizes])
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Members of a Sequential or a ModuleList that hold no blocks themselves."""
-    for child in module.children():
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) and not any(map(_holds_blocks, child.modules())):
-            yield child
-        else:
-            yield from _blocks(child)
-
-
-def _holds_blocks(module: nn.Module) -> bool:
-    inner = [child for child in module.children() if any(True for _ in child.children())]
-    return isinstance(module, (nn.Sequential, nn.ModuleList)) and len(inner) > 1
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(value.numel() for value in module.parameters())
+def _largest_unit(model: nn.Module) -> int:
+    """Elements of the weights that come and go together, of the unit that has most."""
+    taken: set[int] = set()
+    most = 0
+    for unit in units(model):
+        own = {id(value): value.numel() for value in unit.parameters() if id(value) not in taken}
+        taken |= own.keys()
+        most = max(most, sum(own.values()))
+    return most

@@ -1,20 +1,28 @@
 """What an engine holds on a rank and sends in a step: arithmetic on shapes, without torch.
 
 P ranks, of which S neighbours share one copy of what is in shards (S = P but for fsdp2 with engine.shard_size), n
-trainable weights in fp32, k numbers that the optimiser keeps of each weight:
+trainable weights in fp32, k numbers that the optimiser keeps of each weight, one micro-batch a step:
 
     engine            weights      gradients    optimiser       sent by a rank in a step
     ddp, ZeRO 0       4n           4n           4kn             2 (P-1)/P 4n                         ring all-reduce
-    ZeRO 1            4n           4n           4(k+1)n / P     2 (P-1)/P 4n                         reduce, gather
-    ZeRO 2            4n           4n / P       4(k+1)n / P     2 (P-1)/P 4n                         reduce, gather
-    ZeRO 3            4n / P       4n / P       4(k+1)n / P     3 (P-1)/P 4n                         2 gathers, reduce
+    ZeRO 1, 2         4n           4n, 4n / P   4(k+1)n / P     3 (P-1)/P 4n                         all-reduce, gather
+    ZeRO 3            4n / P       4n / P       4(k+1)n / P     2 (P-1)/P 4n or 3 (P-1)/P 4n         1-2 gathers, reduce
     fsdp2             4n / S       4n / S       4kn / S         3 (S-1)/S 4n + 2 (R-1)/R 4n / S      R = P/S copies
 
-ZeRO's optimiser works on a copy of its share of the weights, also where these are fp32 (seen in DeepSpeed 0.19.8).
 Shares are those of the rank that holds most: fsdp2 deals out rows of every parameter, ZeRO-3 elements of every
-parameter, ZeRO-1 and 2 elements of all of them. What is whole only while a block is computed counts twice its block:
-weights and gradients. ZeRO-3 keeps small parameters whole, and ZeRO-2 and 3 have a bucket for gradients on their way;
-DeepSpeed's own defaults are assumed where the configuration says nothing.
+parameter, ZeRO-1 and 2 elements of all of them. What is whole for a while:
+
+- fsdp2: four times the largest unit, in the backward pass: its weights and those of the next one, its gradient, and the
+  message that this is brought into.
+- ZeRO-2 averages what reaches into a share, so that of a parameter at the edge the gradient is whole on both sides.
+- DeepSpeed fills a bucket with gradients, and sends a copy of it. Stages 1 and 2 reduce it to all ranks.
+- ZeRO-3 lets a layer's weights go after the forward pass only if more than `stage3_max_reuse_distance` weights pass by
+  before the backward pass wants them, so most networks stay whole in between; it gathers `stage3_prefetch_bucket_size`
+  ahead, and what that meets stays as well. It keeps parameters whole that are smaller than
+  `stage3_param_persistence_threshold`, which hpccl sets to 0.
+
+What DeepSpeed does was seen in its version 0.19.8. Its optimiser works on a copy of its share of the weights, even of
+fp32 ones.
 
 Sources: Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models"; Thakur,
 Rabenseifner and Gropp 2005 (ring collectives).
@@ -23,17 +31,21 @@ Rabenseifner and Gropp 2005 (ring collectives).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Literal, assert_never
 
+from hpccl.config.sections import DdpEngine, DeepspeedEngine, EngineConfig, Fsdp2Engine
 from hpccl.errors import ConfigError
 
-__all__ = ["Spread", "all_reduce", "elements", "held", "sent"]
+__all__ = ["Spread", "all_reduce", "elements", "held", "rows", "sent"]
 
 FLOAT = 4  # bytes of a weight, a gradient, a moment
-_PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold, in elements
-_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
+_BUCKET = 50_000_000  # elements of gradients on their way at most, as engine.deepspeed has it
+_PREFETCH = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size, in elements
+_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters, in elements
 
 Shape = tuple[int, ...]
 
@@ -48,7 +60,9 @@ class Spread:
     reshard: of fsdp2, whether a block's weights go between forward and backward pass
     state_on_host, weights_on_host: optimiser state, or weights as well, are in host memory
     persistent: of deepspeed, smaller parameters stay whole
-    bucket: of deepspeed, elements of gradients on their way
+    bucket: of deepspeed, elements of gradients that are sent together; None: ours
+    reuse: of deepspeed, weights that pass by before others are let go in between
+    prefetch: of deepspeed, weights that are gathered ahead
     """
 
     kind: Literal["ddp", "fsdp2", "deepspeed"]
@@ -58,71 +72,108 @@ class Spread:
     reshard: bool = True
     state_on_host: bool = False
     weights_on_host: bool = False
-    persistent: int = _PERSISTENT
-    bucket: int = _BUCKET
+    persistent: int = 0
+    bucket: int | None = None
+    reuse: int = _REUSE
+    prefetch: int = _PREFETCH
 
     @classmethod
-    def of(cls, engine: Mapping[str, Any], ranks: int) -> Spread:
-        """From the section `engine` of a configuration, as plain values.
+    def of(cls, engine: EngineConfig, ranks: int) -> Spread:
+        """From the section `engine` of a configuration.
 
         Raises:
-            ConfigError: the ranks cannot be divided so, or nothing is known of the engine.
+            ConfigError: the ranks cannot be divided so.
         """
-        match engine["kind"]:
-            case "ddp":
+        match engine:
+            case DdpEngine():
                 return cls("ddp", ranks, ranks)
-            case "fsdp2":
-                offload = bool(engine.get("offload"))
-                shards = engine.get("shard_size") or ranks
+            case Fsdp2Engine():
+                offload, shards = engine.offload, engine.shard_size or ranks
                 if shards > ranks or ranks % shards:
                     raise ConfigError(
                         f"engine.shard_size={shards} does not divide the {ranks} ranks; allowed: "
                         f"{', '.join(str(size) for size in range(1, ranks + 1) if ranks % size == 0)}"
                     )
-                reshard = bool(engine.get("reshard", True))
-                return cls("fsdp2", ranks, shards, reshard=reshard, state_on_host=offload, weights_on_host=offload)
-            case "deepspeed":
-                zero = engine.get("deepspeed", {}).get("zero_optimization", {})
+                return cls(
+                    "fsdp2", ranks, shards, reshard=engine.reshard, state_on_host=offload, weights_on_host=offload
+                )
+            case DeepspeedEngine():
+                zero = engine.deepspeed.get("zero_optimization", {})
+                bucket = zero.get("reduce_bucket_size")
+                ahead = int(zero.get("stage3_prefetch_bucket_size", _PREFETCH))
                 return cls(
                     "deepspeed",
                     ranks,
                     ranks,
-                    stage=int(engine["stage"]),
-                    state_on_host=bool(engine.get("offload_optimizer")),
-                    weights_on_host=bool(engine.get("offload_weights")),
-                    persistent=int(zero.get("stage3_param_persistence_threshold", _PERSISTENT)),
-                    bucket=int(zero.get("reduce_bucket_size", _BUCKET)),
+                    stage=engine.stage,
+                    state_on_host=engine.offload_optimizer,
+                    weights_on_host=engine.offload_weights,
+                    persistent=int(zero.get("stage3_param_persistence_threshold", 0)),
+                    bucket=None if bucket is None else int(bucket),
+                    reuse=int(zero.get("stage3_max_reuse_distance", _REUSE)),
+                    prefetch=min(ahead, int(zero.get("stage3_max_live_parameters", _REUSE))),
                 )
-            case kind:
-                raise ConfigError(f"engine.kind={kind}: no plan can be made of it; known: ddp, fsdp2, deepspeed")
+            case _:
+                assert_never(engine)
 
     @property
     def spreads_weights(self) -> bool:
         """Whether no rank holds the network whole."""
-        return self.kind == "fsdp2" or (self.kind == "deepspeed" and self.stage == 3)
+        return self.kind == "fsdp2" or self.has_second_network
+
+    @property
+    def has_second_network(self) -> bool:
+        """Whether passes outside training go through another network in shards: ZeRO-3's is for training alone."""
+        return self.kind == "deepspeed" and self.stage == 3
+
+    def kept_whole(self, num_weights: int) -> int:
+        """Elements of weights that are whole from the forward to the backward pass."""
+        if self.kind == "fsdp2":
+            return 0 if self.reshard else num_weights
+        # The first layer's weights are wanted again after all others have passed by twice, the last layer's at once.
+        return min(num_weights, max(self.reuse, self.prefetch) // 2)
+
+
+def rows(shapes: Iterable[Shape], spread: Spread) -> int:
+    """Elements of a network for passes outside training, on the rank that has most."""
+    if spread.spreads_weights:
+        return sum(_rows(shape, spread.shards) for shape in shapes)
+    return sum(map(math.prod, shapes))
 
 
 def elements(shapes: Sequence[Shape], spread: Spread, *, what: Literal["weights", "gradients", "moments"]) -> int:
     """How many elements the rank that has most holds of each weight's `what`."""
-    total = sum(map(math.prod, shapes))
+    sizes = [math.prod(shape) for shape in shapes]
     if spread.kind == "fsdp2":
-        return sum(_rows(shape, spread.shards) for shape in shapes)
-    if spread.kind == "deepspeed" and spread.stage == 3:
-        return sum(-(-math.prod(shape) // spread.ranks) for shape in shapes)
-    in_shards = spread.kind == "deepspeed" and spread.stage > {"weights": 2, "gradients": 1, "moments": 0}[what]
-    return -(-total // spread.ranks) if in_shards else total
+        return rows(shapes, spread)
+    if spread.has_second_network:
+        return sum(-(-size // spread.ranks) for size in sizes)
+    if spread.stage == 2 and what == "gradients":
+        return _reaching(sizes, spread.ranks)
+    return -(-sum(sizes) // spread.ranks) if spread.stage and what == "moments" else sum(sizes)
 
 
 def _rows(shape: Shape, shards: int) -> int:
     return -(-shape[0] // shards) * math.prod(shape[1:]) if shape else 1
 
 
-def held(shapes: Sequence[Shape], largest_block: int, moments: float, spread: Spread) -> dict[str, float]:
+def _reaching(sizes: Sequence[int], ranks: int) -> int:
+    """Elements of the parameters that reach into a share of all elements, of the share where these are most."""
+    stops = list(accumulate(sizes))
+    starts, share = [0, *stops[:-1]], -(-stops[-1] // ranks)
+    most = 0
+    for rank in range(ranks):
+        first, last = bisect_right(stops, rank * share), bisect_left(starts, (rank + 1) * share)
+        most = max(most, stops[last - 1] - starts[first] if first < last else 0)
+    return most
+
+
+def held(shapes: Sequence[Shape], largest_unit: int, moments: float, spread: Spread) -> dict[str, float]:
     """Bytes on the rank that has most, by what they are.
 
     Args:
         shapes: of the parameters.
-        largest_block: elements of the largest block whose weights come and go together.
+        largest_unit: elements of the largest module whose weights come and go together.
         moments: k.
         spread: the engine.
     """
@@ -133,18 +184,24 @@ def held(shapes: Sequence[Shape], largest_block: int, moments: float, spread: Sp
         "optimizer": FLOAT * (moments + master) * elements(shapes, spread, what="moments"),
     }
     whole = sum(map(math.prod, shapes))
-    if spread.spreads_weights:
-        found["whole blocks"] = FLOAT * (2 * largest_block if spread.reshard else whole + largest_block)
-    if spread.kind == "deepspeed" and spread.stage == 3:
+    kept = spread.kept_whole(whole)
+    if spread.kind == "fsdp2":
+        found["whole blocks"] = FLOAT * (kept + (2 if kept else 4) * largest_unit)
+    if spread.has_second_network:
+        found["whole blocks"] = FLOAT * (min(whole, kept + spread.prefetch + largest_unit) + largest_unit)
         found["small weights, whole"] = FLOAT * sum(n for n in map(math.prod, shapes) if n < spread.persistent)
-    if spread.kind == "deepspeed" and spread.stage >= 2:
-        found["gradients on their way"] = FLOAT * (spread.bucket if spread.stage == 3 else min(spread.bucket, whole))
+    if master:
+        bucket = spread.bucket or min(_BUCKET, whole)
+        found["bucket of gradients"] = FLOAT * bucket
+        if spread.stage > 1:  # on stage 1 there is room for them: those that went into the bucket are gone
+            found["gradients on their way"] = FLOAT * min(bucket, whole)
     return found
 
 
 def sent(num_weights: int, num_buffer_bytes: int, spread: Spread, *, accumulate: int) -> dict[str, float]:
     """Bytes that a rank sends in a step, by purpose."""
     whole, shards, copies = FLOAT * num_weights, spread.shards, spread.ranks // spread.shards
+    gathers = accumulate * (2 - spread.kept_whole(num_weights) / num_weights)
     match spread.kind:
         case "ddp":
             return {
@@ -152,20 +209,23 @@ def sent(num_weights: int, num_buffer_bytes: int, spread: Spread, *, accumulate:
                 "buffers": num_buffer_bytes * accumulate * (spread.ranks > 1),
             }
         case "fsdp2":
-            gathers = 2 if spread.reshard else 1
             return {
-                "gather weights": accumulate * gathers * _share(whole, shards),
+                "gather weights": gathers * _share(whole, shards),
                 "average gradients": accumulate * (_share(whole, shards) + all_reduce(whole / shards, copies)),
             }
         case "deepspeed":
             if spread.stage == 0:
                 return {"average gradients": all_reduce(whole, spread.ranks)}
-            # Stage 1 averages once a step, stages 2 and 3 after every micro-batch, for they keep shards alone.
-            times = accumulate if spread.stage > 1 else 1
-            gathers = 2 * accumulate if spread.stage == 3 else 1
+            if spread.stage == 3:
+                return {
+                    "gather weights": gathers * _share(whole, shards),
+                    "average gradients": accumulate * _share(whole, shards),
+                }
+            # Stage 1 averages once a step, stage 2 after every micro-batch, for it keeps shards alone.
+            times = accumulate if spread.stage == 2 else 1
             return {
-                "gather weights": gathers * _share(whole, spread.ranks),
-                "average gradients": times * _share(whole, spread.ranks),
+                "gather weights": _share(whole, shards),
+                "average gradients": times * all_reduce(whole, spread.ranks),
             }
 
 

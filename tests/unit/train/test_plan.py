@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,8 +17,12 @@ from typer.testing import CliRunner
 from hpccl.cli import app
 from hpccl.config.run import RunConfig
 from hpccl.config.sections import (
+    DdpEngine,
+    DeepspeedEngine,
+    DenseCurvature,
     DiagonalCurvature,
     EkfacCurvature,
+    Fsdp2Engine,
     KroneckerCurvature,
     ListedTasks,
     PooledTasks,
@@ -29,6 +33,7 @@ from hpccl.curvature.coverage import _graph_bytes
 from hpccl.curvature.kfac import _size
 from hpccl.curvature.kronecker import layout_parts
 from hpccl.dist.comm import Comm
+from hpccl.engine.deepspeed import _settings
 from hpccl.errors import ConfigError, CoverageError, DataError
 from hpccl.models.build import build_model
 from hpccl.models.dropout import set_noise
@@ -40,75 +45,107 @@ from tests.run.method import merged
 
 SHAPES = [(64, 3, 7, 7), (10, 64), (10,)]
 NUM = sum(map(math.prod, SHAPES))
+Stage = Literal[0, 1, 2, 3]
 
 # ---------------------------------------------------------------- engines
 
 
-def engine(kind: str, **settings: Any) -> dict[str, Any]:
-    return {"kind": kind, **settings}
-
-
 def test_data_parallel_holds_everything_everywhere() -> None:
-    spread = Spread.of(engine("ddp"), 8)
+    spread = Spread.of(DdpEngine(), 8)
     assert held(SHAPES, 100, 2, spread) == {"weights": 4 * NUM, "gradients": 4 * NUM, "optimizer": 8 * NUM}
     assert sent(NUM, 0, spread, accumulate=4)["average gradients"] == pytest.approx(2 * 7 / 8 * 4 * NUM)
-    assert not any(sent(NUM, 128, Spread.of(engine("ddp"), 1), accumulate=1).values())
-    assert held(SHAPES, 100, 2, Spread.of(engine("deepspeed", stage=0), 8)) == held(SHAPES, 100, 2, spread)
+    assert not any(sent(NUM, 128, Spread.of(DdpEngine(), 1), accumulate=1).values())
+    assert held(SHAPES, 100, 2, Spread.of(DeepspeedEngine(stage=0), 8)) == held(SHAPES, 100, 2, spread)
 
 
-def test_fully_sharded_holds_rows_and_two_whole_blocks() -> None:
-    spread = Spread.of(engine("fsdp2"), 8)
+def test_fully_sharded_holds_rows_and_four_whole_units() -> None:
+    spread = Spread.of(Fsdp2Engine(), 8)
     rows = 8 * 3 * 7 * 7 + 2 * 64 + 2  # of 64, 10 and 10 rows, the first of 8 ranks has 8, 2 and 2
     assert held(SHAPES, 100, 1, spread) == {
         "weights": 4 * rows,
         "gradients": 4 * rows,
         "optimizer": 4 * rows,
-        "whole blocks": 800,
+        "whole blocks": 1600,
     }
     assert sum(sent(NUM, 0, spread, accumulate=1).values()) == pytest.approx(3 * 7 / 8 * 4 * NUM)
     assert sum(sent(NUM, 0, spread, accumulate=2).values()) == pytest.approx(6 * 7 / 8 * 4 * NUM)
-    kept = Spread.of(engine("fsdp2", reshard=False), 8)
-    assert held(SHAPES, 100, 1, kept)["whole blocks"] == 4 * (NUM + 100)
+    kept = Spread.of(Fsdp2Engine(reshard=False), 8)
+    assert held(SHAPES, 100, 1, kept)["whole blocks"] == 4 * (NUM + 200)
     assert sum(sent(NUM, 0, kept, accumulate=1).values()) == pytest.approx(2 * 7 / 8 * 4 * NUM)
 
 
 def test_copies_in_shards() -> None:
     """Two copies on 4 ranks each: gathers within a copy, and the average of shards between them."""
-    spread = Spread.of(engine("fsdp2", shard_size=4), 8)
+    spread = Spread.of(Fsdp2Engine(shard_size=4), 8)
     assert elements(SHAPES, spread, what="weights") == 16 * 147 + 3 * 64 + 3
     found = sent(NUM, 0, spread, accumulate=1)
     assert found["gather weights"] == pytest.approx(2 * 3 / 4 * 4 * NUM)
     assert found["average gradients"] == pytest.approx(3 / 4 * 4 * NUM + 2 * 1 / 2 * NUM)
     with pytest.raises(ConfigError, match=r"engine.shard_size=3 does not divide the 8 ranks; allowed: 1, 2, 4, 8"):
-        Spread.of(engine("fsdp2", shard_size=3), 8)
+        Spread.of(Fsdp2Engine(shard_size=3), 8)
 
 
 @pytest.mark.parametrize(
     ("stage", "weights", "gradients", "optimizer", "wire"),
-    [(1, 1, 1, 3 / 4, 6 / 4), (2, 1, 1 / 4, 3 / 4, 6 / 4), (3, 1 / 4, 1 / 4, 3 / 4, 9 / 4)],
+    [(1, 1, 1, 3 / 4, 9 / 4), (2, 1, 1 / 2, 3 / 4, 9 / 4), (3, 1 / 4, 1 / 4, 3 / 4, 6 / 4)],
 )
-def test_zero(stage: int, weights: float, gradients: float, optimizer: float, wire: float) -> None:
-    """In units of 4n, on 4 ranks with two moments; the optimiser's share has a copy of the weights as well."""
+def test_zero(stage: Stage, weights: float, gradients: float, optimizer: float, wire: float) -> None:
+    """In units of 4n, on 4 ranks with two moments; the optimiser's share has a copy of the weights as well.
+
+    Of two equal parameters, each reaches into two of four shares.
+    """
     shapes = [(256, 256), (512, 128)]
     num = 2 * 65536
-    spread = Spread.of(engine("deepspeed", stage=stage), 4)
-    found = held(shapes, 0, 2, spread)
+    found = held(shapes, 0, 2, Spread.of(DeepspeedEngine(stage=stage), 4))
     assert [found[name] / (4 * num) for name in ("weights", "gradients", "optimizer")] == [
         weights,
         gradients,
         optimizer,
     ]
-    assert sum(sent(num, 0, spread, accumulate=1).values()) == pytest.approx(wire * 4 * num)
-    if stage == 3:
-        assert found["small weights, whole"] == 4 * num  # both are below DeepSpeed's limit
-        zero = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}}
-        found = held(shapes, 0, 2, Spread.of(engine("deepspeed", stage=3, deepspeed=zero), 4))
-        assert (found["small weights, whole"], found["gradients on their way"]) == (0, 4000)
+    assert sum(sent(num, 0, Spread.of(DeepspeedEngine(stage=stage), 4), accumulate=1).values()) == pytest.approx(
+        wire * 4 * num
+    )
+    assert found["bucket of gradients"] == 4 * num
+    assert ("gradients on their way" in found) == (stage > 1)
 
 
-def test_an_unknown_engine_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"engine.kind=horovod: no plan"):
-        Spread.of(engine("horovod"), 2)
+def test_zero_3_by_the_users_own_settings() -> None:
+    """Weights go between the passes only if enough others pass by; then they are gathered twice."""
+    shapes = [(256, 256), (512, 128)]
+    num = 2 * 65536
+    found = held(shapes, 65536, 2, Spread.of(DeepspeedEngine(), 4))
+    assert (found["small weights, whole"], found["whole blocks"]) == (0, 4 * (num + 65536))
+    zero = {
+        "stage3_param_persistence_threshold": 100_000,
+        "reduce_bucket_size": 1000,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+    spread = Spread.of(DeepspeedEngine(deepspeed={"zero_optimization": zero}), 4)
+    found = held(shapes, 65536, 2, spread)
+    assert (found["small weights, whole"], found["whole blocks"]) == (4 * num, 4 * 2 * 65536)
+    assert (found["bucket of gradients"], found["gradients on their way"]) == (4000, 4000)
+    assert sum(sent(num, 0, spread, accumulate=2).values()) == pytest.approx(2 * 3 * 3 / 4 * 4 * num)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 8))
+def test_gradients_that_reach_into_a_share(sizes: list[int], ranks: int) -> None:
+    spread = Spread.of(DeepspeedEngine(stage=2), ranks)
+    share, whose = -(-sum(sizes) // ranks), [number for number, size in enumerate(sizes) for _ in range(size)]
+    most = max(sum(sizes[number] for number in set(whose[rank * share :][:share])) for rank in range(ranks))
+    assert elements([(size,) for size in sizes], spread, what="gradients") == most
+
+
+@pytest.mark.parametrize("count", [1000, 10**9])
+def test_deepspeed_is_told_what_is_planned(count: int) -> None:
+    """And the user's own settings win."""
+    own = {"reduce_bucket_size": 7, "stage3_param_persistence_threshold": 5}
+    for zero in ({}, own):
+        engine = DeepspeedEngine(deepspeed={"zero_optimization": zero})
+        told = _settings(merged({"engine": engine.model_dump()}), count)["zero_optimization"]
+        spread = Spread.of(engine, 2)
+        assert spread.persistent == told["stage3_param_persistence_threshold"]
+        assert held([(count,)], 0, 1, spread)["bucket of gradients"] == 4 * told["reduce_bucket_size"]
 
 
 # ---------------------------------------------------------------- curvature
@@ -125,7 +162,7 @@ def test_parts_and_messages_are_those_of_a_run(
         for number, (groups, outputs, inputs, bias) in enumerate(layers)
     ]
     config = KroneckerCurvature(tasks=PooledTasks(), keep_trace=1.0 if divisible else 0.5)
-    plan = plan_curvature(config, layouts, 7, ranks=ranks, tasks=3)
+    plan = plan_curvature(config, layouts, {"norm": (7,)}, Spread.of(DdpEngine(), ranks), tasks=3)
     placed = layout_parts(layouts, Comm(0, ranks, torch.device("cpu")), divisible=divisible)
     for layout, owners in placed:
         assert all(sent_numbers(layout.shape, part) == _size(layout, part) for _, part in owners)
@@ -151,11 +188,26 @@ def test_terms_are_bounded_by_the_budget(policy: TasksConfig, tasks: int, terms:
 
 
 def test_other_kinds_of_curvature() -> None:
-    layouts = [Layout("layer", "w", None, (6, 10))]
-    diagonal = plan_curvature(DiagonalCurvature(), [], 100, ranks=2, tasks=5)
-    assert (diagonal.held, diagonal.sent) == ((400, 400), (400.0, 400.0))
-    ekfac = plan_curvature(EkfacCurvature(), layouts, 0, ranks=1, tasks=5)
+    layouts, rest = [Layout("layer", "w", None, (6, 10))], {"a": (30, 3), "b": (10,)}
+    diagonal = plan_curvature(DiagonalCurvature(), [], rest, Spread.of(DdpEngine(), 2), tasks=5)
+    assert (diagonal.held, diagonal.sent, diagonal.fetched) == ((400, 400), (400.0, 400.0), (0, 0))
+    dense = plan_curvature(DenseCurvature(), [], rest, Spread.of(DdpEngine(), 2), tasks=5)
+    assert dense.held == (40_000, 40_000)
+    ekfac = plan_curvature(EkfacCurvature(), layouts, {}, Spread.of(DdpEngine(), 1), tasks=5)
     assert ekfac.held == (4 * (36 + 100 + 60 + 16),)
+
+
+def test_a_diagonal_is_spread_as_weights_are() -> None:
+    """Rows of every parameter; what a process pulls on it has whole, with the old weights."""
+    rest = {"a": (30, 3), "b": (10,)}
+    for engine in (Fsdp2Engine(), DeepspeedEngine(stage=3)):
+        plan = plan_curvature(DiagonalCurvature(), [], rest, Spread.of(engine, 4), tasks=5)
+        assert plan.held == (4 * (8 * 3 + 3),) * 4
+        assert plan.fetched == (2 * 4 * 90, 2 * 4 * 10, 0, 0)
+        assert plan.measuring == 400
+    layouts = [Layout("layer", "w", None, (6, 10))]
+    layered = plan_curvature(KroneckerCurvature(keep_trace=0.5), layouts, {}, Spread.of(Fsdp2Engine(), 2), tasks=1)
+    assert sorted(layered.fetched) == [0, 4 * 60]
 
 
 # ---------------------------------------------------------------- the network
@@ -190,6 +242,39 @@ def test_activations_without_memory_are_those_of_a_real_pass(model: dict[str, An
     assert network.activations == pytest.approx(kept, rel=0.15, abs=sum(own.values()))
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_recomputed_activations_are_what_goes_into_blocks_and_one_block(name: str) -> None:
+    options = {"img_size": 64, "patch_size": 8, "depth": 6} if name == "test_vit" else {}
+    model = {"kind": "timm", "name": name, "options": options}
+    config = config_of(model, engine={"kind": "ddp", "recompute": True})
+    network = look(config, image_shape=(3, 64, 64), num_classes=10, rows=5)
+    real: Any = build_model(config.model, image_shape=(3, 64, 64), num_classes=10, seed=0).train()
+    own = sum(value.nbytes for value in real.parameters())
+    set_noise(real, torch.arange(5))
+    pixels = torch.randn(5, 3, 64, 64)
+    inside: list[int] = []
+    stages = [real.blocks] if name == "test_vit" else [real.layer1, real.layer2, real.layer3, real.layer4]
+    blocks = [block for stage in stages for block in stage]
+    handles = [
+        block.register_forward_pre_hook(lambda block, found: inside.append(_graph_bytes(block.forward, *found)))
+        for block in blocks
+    ]
+    everything = _graph_bytes(real, pixels)
+    for handle in handles:
+        handle.remove()
+    real.set_grad_checkpointing(True)
+    expected = _graph_bytes(real, pixels) + max(inside)
+    assert network.activations == pytest.approx(expected, rel=0.15, abs=own)
+    assert expected < 0.9 * everything
+    assert network.largest_unit == max(sum(value.numel() for value in block.parameters()) for block in blocks)
+
+
+def test_a_network_that_cannot_recompute_is_refused() -> None:
+    config = config_of({"kind": "cifarnet"}, engine={"kind": "ddp", "recompute": True})
+    with pytest.raises(ConfigError, match=r"engine.recompute=true: .*cannot recompute"):
+        look(config, image_shape=(3, 32, 32), num_classes=10, rows=2)
+
+
 def test_layers_are_those_that_a_run_would_factor() -> None:
     config = config_of(
         {"kind": "timm", "name": "test_vit", "options": {"img_size": 32, "patch_size": 8}},
@@ -201,7 +286,7 @@ def test_layers_are_those_that_a_run_would_factor() -> None:
     assert "head" in names
     assert not any(name.startswith("blocks.0.") for name in names)
     covered = sum(math.prod(layout.weight_shape) + layout.weight_shape[0] for layout in network.layouts)
-    assert network.rest + covered == network.num_weights
+    assert sum(map(math.prod, network.rest.values())) + covered == network.num_weights
     with pytest.raises(CoverageError, match=r"max_factor=20"):
         look(config_of({"kind": "cifarnet"}, curvature={"kind": "ekfac", "max_factor": 20}),
              image_shape=(3, 32, 32), num_classes=10, rows=2)  # fmt: skip
