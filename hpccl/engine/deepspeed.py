@@ -322,6 +322,8 @@ def _settings(config: RunConfig, count: int) -> dict[str, Any]:
     if engine.offload_weights:
         zero["offload_param"] = {"device": "cpu"}
     if engine.stage == 3:
+        # Its defaults keep up to 1e9 weights whole from the forward to the backward pass: most networks altogether.
+        zero |= {"stage3_max_live_parameters": _BUCKET, "stage3_max_reuse_distance": _BUCKET}
         zero["stage3_param_persistence_threshold"] = 0
     user = dict(engine.deepspeed)
     zero |= user.pop("zero_optimization", {})

@@ -17,7 +17,7 @@ parameter, ZeRO-1 and 2 elements of all of them. What is whole for a while:
 - ZeRO-2 averages what reaches into a share, so that of a parameter at the edge the gradient is whole on both sides.
 - DeepSpeed fills a bucket with gradients, and sends a copy of it. Stages 1 and 2 reduce it to all ranks.
 - ZeRO-3 lets a layer's weights go after the forward pass only if more than `stage3_max_reuse_distance` weights pass by
-  before the backward pass wants them, so most networks stay whole in between; it gathers `stage3_prefetch_bucket_size`
+  before the backward pass wants them, so small networks stay whole in between; it gathers `stage3_prefetch_bucket_size`
   ahead, and what that meets stays as well. It keeps parameters whole that are smaller than
   `stage3_param_persistence_threshold`, which hpccl sets to 0.
 
@@ -45,7 +45,7 @@ __all__ = ["Spread", "all_reduce", "elements", "held", "rows", "sent"]
 FLOAT = 4  # bytes of a weight, a gradient, a moment
 _BUCKET = 50_000_000  # elements of gradients on their way at most, as engine.deepspeed has it
 _PREFETCH = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size, in elements
-_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters, in elements
+_REUSE = 50_000_000  # stage3_max_reuse_distance and stage3_max_live_parameters as hpccl sets them, in elements
 
 Shape = tuple[int, ...]
 
