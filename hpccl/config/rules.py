@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["Clash", "ClashError", "clashes"]
 
 # Optimisers that treat every weight by itself, so that a part of a tensor is updated as the whole would be. Others
-# (lamb, adafactor, muon, ...) take norms of whole tensors.
+# (lamb, adafactor, muon, ...) take norms of whole tensors. Adagrad would be one of these, but makes its state before
+# there are shards.
 _ELEMENTWISE = {
     *("sgd", "momentum", "sgdw", "adam", "adamw", "adamax", "nadam", "nadamw", "radam", "adabelief", "adan"),
-    *("adopt", "adoptw", "laprop", "lion", "rmsprop", "rmsproptf", "adagrad", "adadelta"),
+    *("adopt", "adoptw", "laprop", "lion", "rmsprop", "rmsproptf", "adadelta"),
 }
 # DeepSpeed's words for what hpccl's own sections say.
 _OURS = {
@@ -207,6 +208,9 @@ def _shards(config: RunConfig) -> Iterator[Clash]:
         known = ", ".join(sorted(_ELEMENTWISE))
         problem = f"looks at whole tensors, and this engine has its state in shards; allowed here: {known}"
         yield Clash(("optim.name", "engine.kind"), problem)
+    if config.optim.options.get("caution"):
+        problem = "takes a mean over whole tensors, and this engine has them in shards; leave it out, or use ddp"
+        yield Clash(("optim.options.caution", "engine.kind"), problem)
     if engine.kind == "fsdp2" and engine.compile and engine.recompute:
         yield Clash(("engine.recompute", "engine.compile"), "blocks are compiled one by one; set one of the two")
 

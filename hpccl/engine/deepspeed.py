@@ -118,6 +118,8 @@ class DeepspeedEngine(BaseEngine):
         self._started = True
         self._inner.state.clear()
         for group, numbers in zip(self._inner.param_groups, self._fresh, strict=True):
+            for key in group_numbers([group])[0].keys() - numbers.keys():  # Adan counts steps there once it has begun
+                del group[key]
             group.update(numbers)
 
     def _run(self, pixels: Tensor) -> Tensor:

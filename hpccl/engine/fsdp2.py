@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -50,8 +51,7 @@ class Fsdp2Engine(BaseEngine):
         self._bare = skeleton(model)
         self._model = model.to(comm.device)
         names = trainable(model)
-        if config.engine.compile:
-            _compile_blocks(model)
+        self._compiled = _compiled_blocks(model) if config.engine.compile else {}
         shard(model, self._mesh, reshard=config.engine.reshard, offload=config.engine.offload)
         self._own_spans = spans_of(model, self._mesh)
         self._like: dict[str, Tensor] = {name: value for name, value in self._bare.named_parameters() if name in names}
@@ -101,8 +101,20 @@ class Fsdp2Engine(BaseEngine):
 
     def _run(self, pixels: Tensor) -> Tensor:
         self._fetch_far()
-        logits: Tensor = self._model(pixels)
+        with self._compiling():
+            logits: Tensor = self._model(pixels)
         return logits
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Compiled blocks, in training only: other passes look into layers, which compiled code does not show."""
+        for block, call in self._compiled.items():
+            block._compiled_call_impl = call
+        try:
+            yield
+        finally:
+            for block in self._compiled:
+                block._compiled_call_impl = None
 
     def _update(self, rate: float) -> Tensor:
         assert self._optimizer is not None, "start() comes first"
@@ -112,7 +124,7 @@ class Fsdp2Engine(BaseEngine):
         gradients = [rows.grad for rows in self._names if rows.grad is not None]
         norm = self._norm(gradients)
         if bool(torch.isfinite(norm)):
-            if self._train.clip_norm is not None:
+            if self._train.clip_norm is not None and gradients:  # a small network leaves some ranks without rows
                 scale = (self._train.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device)
                 torch._foreach_mul_(gradients, scale)
             for group in self._optimizer.param_groups:
@@ -149,7 +161,6 @@ class Fsdp2Engine(BaseEngine):
         load_state(self._optimizer, self._names, self._own_spans, state)
 
 
-def _compile_blocks(model: nn.Module) -> None:
-    for unit in units(model):
-        if unit is not model:
-            unit.compile()
+def _compiled_blocks(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """By block, what `nn.Module.compile` would call in its place."""
+    return {unit: torch.compile(unit._call_impl) for unit in units(model) if unit is not model}

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
+from hpccl.engine.build import build_engine
 from hpccl.train.consolidate import consolidate
 from hpccl.train.evaluate import test as evaluate_all
 from hpccl.train.fit import fit
@@ -119,6 +120,45 @@ def test_every_curvature_and_teacher_on_every_engine(tmp_path: Path, name: str, 
     expected = run_in_world(two_tasks, 2, tmp_path / "ddp", str(tmp_path), {**changes, "engine": DDP})[0]
     for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {**changes, "engine": ENGINES[name]}):
         agree(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["zero-0", "zero-1"])
+def test_every_task_has_an_optimiser_of_its_own(tmp_path: Path, name: str) -> None:
+    """Adan counts its steps in the groups of parameters, from its first step on."""
+    adan = {"optim": {"name": "adan", "lr": 1e-3, "schedule": "constant", "options": {"eps": 1e-3}}}
+    expected = run_in_world(two_tasks, 2, tmp_path / "ddp", str(tmp_path), {**adan, "engine": DDP})[0]
+    for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {**adan, "engine": ENGINES[name]}):
+        agree(found, expected, 1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_in_shards(tmp_path: Path) -> None:
+    """Curvature looks into the blocks."""
+    wide = {"model": {**SECTIONS["model"], "options": {**VIT, "embed_dim": 48}}}
+    expected = run_in_world(two_tasks, 2, tmp_path / "ddp", str(tmp_path), {**wide, "engine": DDP})[0]
+    engine = {"engine": {**FSDP2, "compile": True}}
+    for found in run_in_world(two_tasks, 2, tmp_path / "fsdp2", str(tmp_path), {**wide, **engine}):
+        agree(found, expected, 1e-5)
+
+
+def clipped_steps(comm: Comm, engine: dict[str, Any]) -> Result:
+    """Weights after steps of a network that has rows for one rank only."""
+    torch.manual_seed(0)
+    made = build_engine(
+        merged(SECTIONS, {"engine": engine}), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 1)), comm
+    )
+    made.start(num_steps=2, task=0)
+    for _ in range(2):
+        made.backward(made.forward(torch.ones(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)).square().sum())
+        made.step()
+    return {name: value.clone() for name, value in streamed(made.gather(), comm)}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_rank_without_rows(tmp_path: Path, name: str) -> None:
+    expected = run_in_world(clipped_steps, 2, tmp_path / "ddp", DDP)[0]
+    for found in run_in_world(clipped_steps, 2, tmp_path / name, ENGINES[name]):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow

@@ -45,6 +45,8 @@ SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
         ([MEMORY, "prior.weight=[1,2,3,4]", SHARDS], "prior.weight"),
         ([FSDP2, "optim.name=lamb"], "optim.name"),
         ([ZERO, "engine.stage=1", "optim.name=adafactor"], "optim.name"),
+        ([FSDP2, "optim.name=adagrad"], "optim.name"),
+        ([ZERO, "optim.name=lion", "optim.options={caution: true}"], "optim.options.caution"),
         ([FSDP2, "engine.compile=true", "engine.recompute=true"], "engine.recompute"),
         ([ZERO, "engine.stage=0", "engine.offload_optimizer=true"], "engine.offload_optimizer"),
         ([ZERO, "engine.stage=2", "engine.offload_weights=true"], "engine.offload_weights"),
