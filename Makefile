@@ -32,7 +32,7 @@ quickstart: $(STAMP) ## train three methods on the embedded digits, compare them
 
 # A process a core; the tests of one file stay together, for they share what is dear to make.
 test: $(STAMP) ## the fast tests; ARGS= goes to pytest
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
