@@ -21,7 +21,8 @@ for each number of processes. Of each engine and number of processes:
                         during steps (VmHWM, reset after the first step) above what the process had before the network
                         was built, everything imported; freed tensors go back to the system at once
     tensor_bytes        of that, what tensors hold after a step: weights, gradients (ddp, zero-0), optimiser state,
-                        anchor, factors
+                        anchor, factors; zero-3 reserves a buffer of 2 GB for gradients (DeepSpeed's
+                        reduce_bucket_size), of which only the part that is used is resident
 
     worst_overhead        by the clock, truncated over finetune, 2 processes, the worst engine and network
     worst_overhead_exact  the same for exact factors
