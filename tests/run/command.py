@@ -126,7 +126,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def wait_for_steps(folder: Path, process: subprocess.Popen[str], count: int, timeout: float = 150) -> None:
+def wait_for_steps(folder: Path, process: subprocess.Popen[str], count: int, timeout: float = 250) -> None:
     """Wait until `count` steps were logged, whatever task they are in."""
     deadline = time.monotonic() + timeout
     while len(events(folder, "step")) < count:
