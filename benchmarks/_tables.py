@@ -90,7 +90,7 @@ def _timed(names: tuple[str, str], seconds: Details, over: Details, peaks: Detai
 
 def _pull(results: Sequence[Details]) -> list[str]:
     runs = [
-        (f"{case}, {result['details']['keep_trace']:.0%}, {nproc}, {result['machine']['cores']}", found, of)
+        (_named(case, nproc, result), found, of)
         for result in results
         for case, found in result["details"]["cases"].items()
         for nproc, of in found["processes"].items()
@@ -112,6 +112,13 @@ def _pull(results: Sequence[Details]) -> list[str]:
         row("truncated factors, MiB", lambda found, of: f"{of['factor_bytes_per_rank']['truncated'] / _MIB:.1f}"),
     ]
     return _rows(("model, trace kept, processes, cores", *(label for label, _, _ in runs)), cells)
+
+
+def _named(case: str, nproc: str, result: Details) -> str:
+    """With what was remarked on the file later, if anything."""
+    details, cores = result["details"], result["machine"]["cores"]
+    remark = f", {details['remark']}" if "remark" in details else ""
+    return f"{case}, {details['keep_trace']:.0%}, {nproc}, {cores}{remark}"
 
 
 def _engines(results: Sequence[Details]) -> list[str]:
