@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hpccl.curvature.capture import Call, captured, measuring
 from hpccl.curvature.layers import acts_as_known
 from hpccl.curvature.pullback import layer_squares, looped_squares, mapped_squares
+from hpccl.engine.sharded import computes_on
 from hpccl.errors import CoverageError
 
 __all__ = ["Coverage", "footprint", "plan", "plan_ahead", "refuse_unfit", "widen"]
@@ -216,7 +218,8 @@ def widen(model: nn.Module, names: Iterable[str], n: int) -> dict[str, Tensor]:
 
 
 def _whole(value: Tensor) -> Tensor:
-    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    moved: Any = value.to(computes_on(value))
+    full: Tensor = moved.full_tensor() if hasattr(moved, "full_tensor") else moved
     return full
 
 

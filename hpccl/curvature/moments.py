@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from hpccl.curvature.layers import output_size, padded, patches
+from hpccl.engine.sharded import computes_on
 
 __all__ = ["GradientMoment", "InputMoment", "Sharing", "block_shape"]
 
@@ -58,7 +59,7 @@ class InputMoment:
     def __init__(self, module: nn.Module, *, bias: bool, sharing: Sharing) -> None:
         self._module, self._sharing = module, sharing
         groups, _, size = block_shape(module, bias=False)
-        self._new = partial(torch.zeros, dtype=torch.float32, device=module.get_parameter("weight").device)
+        self._new = partial(torch.zeros, dtype=torch.float32, device=computes_on(module.get_parameter("weight")))
         self._bias = self._new(groups, size + 1) if bias else None  # the last row of A
         self._patches: Tensor | None = None  # [g, d, d] without bias, patches as (kh, kw, channel)
         self._pixels: _Correlations | None = None
@@ -124,7 +125,7 @@ class GradientMoment:
         self._sharing = sharing
         self._image = isinstance(module, nn.Conv2d)
         groups, outputs, _ = block_shape(module, bias=False)
-        device = module.get_parameter("weight").device
+        device = computes_on(module.get_parameter("weight"))
         self._total = torch.zeros(groups, outputs, outputs, dtype=torch.float32, device=device)
 
     def add_(self, grad: Tensor, n: int) -> None:

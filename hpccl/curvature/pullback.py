@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpccl.curvature.capture import Call
 from hpccl.curvature.layers import pieces, squares
-from hpccl.engine.sharded import is_spread, whole_parameters
+from hpccl.engine.sharded import computes_on, is_spread, whole_parameters
 
 __all__ = ["Layers", "layer_gradients", "layer_squares", "looped_squares", "mapped_squares", "stream_gradients"]
 
@@ -141,7 +141,9 @@ def looped_squares(
     """
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     named = {name: value for name, value in named.items() if names is None or name in names}
-    total = {name: torch.zeros(value.shape, dtype=value.dtype, device=value.device) for name, value in named.items()}
+    total = {
+        name: torch.zeros(value.shape, dtype=value.dtype, device=computes_on(value)) for name, value in named.items()
+    }
     reached: set[str] = set()
     if not named:
         return total, reached

@@ -22,7 +22,7 @@ from hpccl.curvature.coverage import Coverage, plan, refuse_unfit
 from hpccl.curvature.protocols import Examples
 from hpccl.curvature.pullback import Layers, layer_gradients
 from hpccl.dist.comm import Comm
-from hpccl.engine.sharded import is_spread, whole_parameters
+from hpccl.engine.sharded import computes_on, is_spread, whole_parameters
 from hpccl.errors import DivergedError, HpcclError, WorldError
 
 __all__ = [
@@ -305,7 +305,7 @@ def listed(names: Iterable[object]) -> str:
 
 def zeros_for(parameter: Tensor) -> Tensor:
     """An fp32 accumulator in the parameter's shape."""
-    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+    return torch.zeros(parameter.shape, dtype=torch.float32, device=computes_on(parameter))
 
 
 def _shared(coverage: Coverage | None, source: int, comm: Comm) -> Coverage:

@@ -179,16 +179,19 @@ def _messages(leaves: Leaves) -> Iterator[list[str]]:
 
 
 def _gathered(slabs: Mapping[str, Slab], comm: Comm) -> dict[str, Tensor]:
-    """Whole tensors of some slabs that have one dtype each, in one exchange of elements and one of places."""
+    """Whole tensors of some slabs that have one dtype each, in one exchange of elements and one of places.
+
+    They are on the rank's device, where slabs need not be.
+    """
     dtypes = {slab.local.dtype for slab in slabs.values()}
     if len(dtypes) > 1:
         return {name: value for name, slab in slabs.items() for name, value in _gathered({name: slab}, comm).items()}
-    flat = comm.gather(torch.cat([slab.local.reshape(-1) for slab in slabs.values()]))
+    flat = comm.gather(torch.cat([slab.local.reshape(-1) for slab in slabs.values()]).to(comm.device))
     places = torch.tensor([[slab.span.start, slab.span.stop] for slab in slabs.values()], device=comm.device)
     by_rank = comm.gather(places).view(-1, len(slabs), 2).cpu()
-    device = next(iter(slabs.values())).local.device
     found = {
-        name: torch.empty(math.prod(slab.shape), dtype=slab.local.dtype, device=device) for name, slab in slabs.items()
+        name: torch.empty(math.prod(slab.shape), dtype=slab.local.dtype, device=comm.device)
+        for name, slab in slabs.items()
     }
     position = 0
     for spans in by_rank.tolist():

@@ -229,21 +229,27 @@ class DeepspeedEngine(BaseEngine):
         for group, numbers in zip(self._inner.param_groups, state["groups"], strict=True):
             group.update(numbers)
         moments = state["moments"]
+        beside = any(group.get("fused") or group.get("capturable") for group in self._inner.param_groups)
         for flat, places in self._buckets():
             keys = moments.get(next(iter(places), ""), {})
             if keys:
-                self._inner.state[flat] = {key: _filled(flat, places, moments, key) for key in keys}
+                self._inner.state[flat] = {key: _filled(flat, places, moments, key, beside=beside) for key in keys}
 
 
 def _filled(
-    flat: Tensor, places: Mapping[str, tuple[Span, int]], moments: Mapping[str, Mapping[str, Any]], key: str
+    flat: Tensor,
+    places: Mapping[str, tuple[Span, int]],
+    moments: Mapping[str, Mapping[str, Any]],
+    key: str,
+    *,
+    beside: bool,
 ) -> Any:
-    """One entry of the optimiser's state of `flat`, from those of its parameters."""
+    """One entry of the optimiser's state of `flat`, from those of its parameters; beside: see engine.moments."""
     made: Tensor | None = None
     for name, (span, first) in places.items():
         value = moments[name][key]
         if not isinstance(value, (Tensor, Slab, Stored)) or tuple(value.shape) != span.shape:
-            return _own(value)
+            return value.to(flat.device, copy=True) if beside and isinstance(value, Tensor) else _own(value)
         part = elements(value, span.start, span.stop)
         if made is None:
             made = torch.zeros(flat.shape, dtype=part.dtype, device=flat.device)

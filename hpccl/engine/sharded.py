@@ -27,6 +27,7 @@ from hpccl.errors import ConfigError
 
 __all__ = [
     "Mesh",
+    "computes_on",
     "is_spread",
     "load_spread",
     "own_parameters",
@@ -144,6 +145,12 @@ def shard(model: nn.Module, mesh: Mesh, *, reshard: bool = True, offload: bool =
 def spans_of(model: nn.Module, mesh: Mesh) -> dict[str, Span]:
     """By parameter."""
     return {name: mesh.span(tuple(value.shape)) for name, value in model.named_parameters()}
+
+
+def computes_on(parameter: Tensor) -> torch.device:
+    """Where passes have a parameter; between them its shards may rest in host memory."""
+    mesh = getattr(parameter, "device_mesh", None)
+    return parameter.device if mesh is None else torch.empty(0, device=mesh.device_type).device
 
 
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:

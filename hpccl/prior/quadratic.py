@@ -62,7 +62,8 @@ class Quadratic:
             force[name] = whole
             if isinstance(leaf, Slab):
                 comm.sum_([whole])
-                force[name] = Slab(elements(whole, leaf.span.start, leaf.span.stop).clone(), leaf.span)
+                part = elements(whole, leaf.span.start, leaf.span.stop)
+                force[name] = Slab(part.to(leaf.local.device, copy=True), leaf.span)
         comm.sum_([value for value in force.values() if isinstance(value, Tensor)])
         return force
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpccl.curvature.moments import InputMoment
+from hpccl.curvature.sweep import zeros_for
 from hpccl.dist import spread
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaf, Slab, Span, aligned, elements, fetch, streamed
+from hpccl.engine.sharded import Mesh, shard
 from tests.dist.world import Result, run_in_world
 
 
@@ -93,3 +96,19 @@ def realigned(comm: Comm) -> Result:
 @pytest.mark.parametrize("size", [2, 3])
 def test_aligned(tmp_path: Path, size: int) -> None:
     assert run_in_world(realigned, size, tmp_path) == [{"wrong": []}] * size
+
+
+def measured_where_passes_are(comm: Comm) -> Result:
+    """Devices of sums over a network whose shards rest elsewhere between passes: here, nowhere at all."""
+    with torch.device("meta"):
+        resting = torch.nn.Linear(4, 6)
+    shard(resting, Mesh.of(comm, None))
+    moment = InputMoment(resting, bias=True, sharing="expand")
+    moment.add_(torch.ones(3, 4), 3, None)
+    return {"sum": zeros_for(resting.weight).device.type, "moment": moment.matrix()}
+
+
+def test_sums_are_where_passes_are(tmp_path: Path) -> None:
+    for found in run_in_world(measured_where_passes_are, 2, tmp_path):
+        assert found["sum"] == "cpu"
+        torch.testing.assert_close(found["moment"], torch.full((1, 5, 5), 3.0))

@@ -1,0 +1,14 @@
+"""What the DeepSpeed engine does without DeepSpeed."""
+
+import torch
+
+from hpccl.dist.spread import Span
+from hpccl.engine.deepspeed import _filled
+
+
+def test_a_fused_optimiser_counts_steps_beside_its_weights() -> None:
+    flat = torch.empty(4, device="meta")
+    places = {"weight": (Span((4,), 0, 4), 0)}
+    moments = {"weight": {"step": torch.tensor(3.0)}}
+    found = {beside: _filled(flat, places, moments, "step", beside=beside).device.type for beside in (False, True)}
+    assert found == {False: "cpu", True: "meta"}
