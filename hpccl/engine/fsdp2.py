@@ -79,9 +79,10 @@ class Fsdp2Engine(BaseEngine):
 
     def _listen(self, unit: nn.Module, arguments: Any) -> None:
         """Relay the gradients of a unit's weights; they are parameters of their own while they are whole, for good."""
-        for name, (module, key) in self._places.items():
+        for name in self._places.keys() - self._whole.keys():
+            module, key = self._places[name]
             parameter = module._parameters[key]
-            if name not in self._whole and isinstance(parameter, nn.Parameter) and not hasattr(parameter, "to_local"):
+            if isinstance(parameter, nn.Parameter) and not hasattr(parameter, "to_local"):
                 self._whole[name] = parameter
                 parameter.register_hook(self._relay(name))
 

@@ -170,6 +170,6 @@ class Meter:
         quadratic = self.state.prior.quadratic
         if quadratic is None:
             return 0.0
-        engine = self.state.engine
-        weights = {name: leaf for name, leaf in engine.gather().items() if name in engine.like}
+        engine, learned = self.state.engine, self.state.engine.like.keys()
+        weights = {name: leaf for name, leaf in engine.gather().items() if name in learned}
         return quadratic.value(weights, self.world.comm) / self.plan.num_train
