@@ -314,7 +314,9 @@ class BaseEngine(ABC):
     # ---------------------------------------------------------------- contexts
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._config.precision == "bf16")
+        """It would keep a lowered copy of every weight to its end: of weights that are spread, a whole network's."""
+        lower = self._config.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=lower, cache_enabled=not self._spans)
 
     @contextlib.contextmanager
     def _recomputing(self) -> Iterator[None]:
