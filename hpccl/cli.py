@@ -12,6 +12,7 @@ import typer
 
 import hpccl
 from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, tell
+from hpccl.cluster.step import end, in_step
 from hpccl.config.load import dump, is_override, sweep
 from hpccl.errors import ConfigError, HpcclError
 
@@ -87,7 +88,10 @@ def train(
     """Train, or continue a run that was stopped. A sweep runs one after the other."""
     options = [f"cluster.nproc={nproc}"] if nproc is not None else []
     options += ["log.quiet=true"] if quiet else []
-    raise typer.Exit(_train_all(_configs([*arguments, *options])))
+    code = _train_all(_configs([*arguments, *options]))
+    if in_step():
+        end(code)
+    raise typer.Exit(code)
 
 
 def _configs(arguments: Sequence[str]) -> list[RunConfig]:
