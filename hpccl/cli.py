@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from hpccl.config.load import dump, is_override, sweep
 from hpccl.errors import ConfigError, HpcclError
 
 if TYPE_CHECKING:
+    from hpccl.cluster.submit import Submitted
     from hpccl.config.run import RunConfig
     from hpccl.data.shards.encodings import Encoding
 
@@ -123,6 +125,47 @@ def _train_all(configs: Sequence[RunConfig]) -> int:
     if failed and len(configs) > 1:
         typer.echo(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}", err=True)
     return code
+
+
+@app.command()
+def submit(
+    arguments: Arguments,
+    *,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when all have ended; exit code 1 if one failed.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script; touch nothing.")] = False,
+    dependency: Annotated[
+        str | None, typer.Option(help="As of sbatch: afterok:ID and the like; a failed one cancels this.")
+    ] = None,
+) -> None:
+    """Hand runs to the cluster that cluster.* describes and return; a sweep becomes one job array."""
+    from hpccl.cluster.submit import check, script
+    from hpccl.cluster.submit import submit as hand_over
+
+    configs = _configs(arguments)
+    if dry_run:
+        for text in script(configs, dependency=dependency):
+            typer.echo(text)
+        return
+    if all(config.cluster.kind == "inline" for config in configs):
+        check(configs, dependency)
+        raise typer.Exit(_train_all(configs))
+    submitted = hand_over(configs, argv=["hpccl", *sys.argv[1:]], dependency=dependency)
+    _tell_submitted(submitted)
+    if wait:
+        raise typer.Exit(wait_for([each.folder for each in submitted]))
+
+
+def _tell_submitted(submitted: Sequence[Submitted]) -> None:
+    """Which jobs there are now, and what to do next."""
+    for each in submitted:
+        word = {"slurm": f"job {each.id}", "local": f"process {each.id}", "done": "done already"}[each.kind]
+        typer.echo(f"{word}: {each.folder}")
+    folders = [each.folder for each in submitted if each.kind != "done"]
+    if folders:
+        where = folders[0] if len(folders) == 1 else os.path.commonpath(folders)
+        typer.echo(f"  hpccl status {where}\n  hpccl logs {folders[0]} --follow\n  hpccl cancel {where}", err=True)
 
 
 @app.command()

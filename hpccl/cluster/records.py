@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder, explain_os_error
 
-__all__ = ["JobRecord", "read_records", "write_record"]
+__all__ = ["JobRecord", "birth", "read_records", "write_record"]
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,12 @@ def _parse(line: bytes) -> JobRecord | None:
         return JobRecord(**{key: values[key] for key in JobRecord.__dataclass_fields__ if key in values})
     except (ValueError, TypeError, AttributeError):
         return None
+
+
+def birth(pid: int) -> int:
+    """When a process of this machine began, in the system's clock ticks; 0 for one that is not there."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[19])

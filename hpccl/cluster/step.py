@@ -1,8 +1,8 @@
-"""One task of a SLURM job step: a rank with a log of its own, and a word for the script about what went wrong.
+"""One task of a SLURM job step: a rank with a log of its own, whose exit code says whether to start the job again.
 
-The script that started the step queues the job again where that can help (hpccl/cluster/requeue.sh). It cannot tell by
-exit codes alone: when a rank fails, SLURM kills the others, and their code may be the larger one. So a rank that met an
-error which the next start would meet again leaves a file (HPCCL_VERDICT), and the script then lets the job end.
+The script that started the step queues the job again where that can help (hpccl/cluster/requeue.sh). It sees one exit
+code, the highest of all ranks, and when a rank fails SLURM kills the others, which gives 137 or 143. So a rank that met
+an error which the next start would meet again adds 200 to its code.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from hpccl.cluster.environment import from_slurm
-from hpccl.cluster.outcome import FAILED, STOPPED, code_of
+from hpccl.cluster.outcome import FAILED, STOPPED, WRONG_CONFIG, code_of
 from hpccl.config.run import RunConfig
 from hpccl.errors import FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder, explain_os_error, replacing
 from hpccl.machine import SlurmJob, slurm_job
 
-__all__ = ["end", "in_step", "leave_verdict", "run_step"]
+__all__ = ["end", "fail_step", "in_step", "run_step"]
 
+_HIGHEST = 200  # added to the codes of failures, which are then above those of killed ranks
 _STANDSTILLS = 5  # starts of a job at one place in the run; the next one is refused
 
 
@@ -61,7 +62,7 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
         sys.stderr.flush()
         if isinstance(error, WorldError):
             return STOPPED  # the cause is elsewhere, and may be a broken machine
-        leave_verdict(folder, job, rank, type(error).__name__, str(error))
+        _note(folder, job, rank, type(error).__name__, str(error))
         return code_of(error)
 
     try:
@@ -76,29 +77,33 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
         return report(error)
     except Exception as error:  # noqa: BLE001 - the end of the process: whatever it is, it is told and not repeated
         traceback.print_exc()
-        leave_verdict(folder, job, rank, "crash", "".join(traceback.format_exception(error)))
+        _note(folder, job, rank, "crash", "".join(traceback.format_exception(error)))
         return FAILED
     finally:
         for name in named:  # the next run of a sweep reads them anew
             del os.environ[name]
 
 
+def fail_step(folder: RunFolder, error: HpcclError) -> int:
+    """Tell of an error from before the run began, which the next start would meet again; the exit code."""
+    rank = int(os.environ.get("SLURM_PROCID", "0"))
+    sys.stderr.write(f"error: rank {rank}: {error}\n")
+    _note(folder, slurm_job() or SlurmJob("none", 0), rank, type(error).__name__, str(error))
+    return code_of(error)
+
+
 def end(code: int) -> NoReturn:
-    """End this process without the interpreter's teardown, in which communication threads may abort."""
+    """End this task, without the interpreter's teardown, in which communication threads may abort."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code + _HIGHEST if code in (FAILED, WRONG_CONFIG) else code)
 
 
-def leave_verdict(folder: RunFolder, job: SlurmJob, rank: int, kind: str, message: str) -> None:
-    """Write down what another start would meet again: for `hpccl status` and for the script of the job."""
+def _note(folder: RunFolder, job: SlurmJob, rank: int, kind: str, message: str) -> None:
+    """Write down what another start would meet again, for `hpccl status`."""
     found: dict[str, Any] = {"job": job.id, "restart": job.restart, "rank": rank, "kind": kind, "message": message}
     with contextlib.suppress(FolderError, OSError), replacing(folder.error) as beside:
         beside.write_text(json.dumps({**found, "time": time.time()}), encoding="utf-8")
-    verdict = os.environ.get("HPCCL_VERDICT")
-    if verdict:
-        with contextlib.suppress(OSError):
-            Path(verdict).write_text(f"rank {rank}: {message}\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
