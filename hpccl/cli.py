@@ -179,8 +179,8 @@ def check(arguments: Arguments) -> None:
 def plan(
     arguments: Arguments,
     *,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    nproc: Annotated[int | None, typer.Option(help="Processes on each; the same as cluster.nproc=N.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; if not given, as cluster.* says.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on each; if not given, as cluster.* says.")] = None,
     bandwidth: Annotated[
         float | None, typer.Option(help="What a process can send to others, in gigabytes a second.")
     ] = None,
@@ -190,14 +190,20 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
     """Predict what a run will hold, send and spend on a world of processes, without training."""
-    configs = _configs([*arguments, *([f"cluster.nproc={nproc}"] if nproc is not None else [])])
+    configs = _configs(arguments)
     from hpccl.train.plan.build import make_plan
     from hpccl.train.plan.show import render
 
     if bandwidth is not None and bandwidth <= 0:
         raise ConfigError(f"--bandwidth is {bandwidth:g}; it must be above 0")
     plans = [
-        make_plan(config, nodes=nodes, nproc=config.cluster.nproc, measured=measure, gigabytes_per_second=bandwidth)
+        make_plan(
+            config,
+            nodes=nodes or config.cluster.nodes,
+            nproc=nproc or config.cluster.nproc,
+            measured=measure,
+            gigabytes_per_second=bandwidth,
+        )
         for config in configs
     ]
     if as_json:

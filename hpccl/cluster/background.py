@@ -1,4 +1,4 @@
-"""Runs on this machine after the command that started them has returned: `python -m hpccl.cluster.background RUN...`."""
+"""Runs on this machine that go on after the command that began them: `python -m hpccl.cluster.background RUN...`."""
 
 from __future__ import annotations
 

@@ -14,10 +14,9 @@ from hpccl.errors import ConfigError
 
 __all__ = ["DEPENDENCY", "parameters", "python_command", "seconds", "setup_lines"]
 
-DEPENDENCY = re.compile(
-    r"(after|afterany|afternotok|afterok|aftercorr):[0-9]+(_[0-9]+)?(\+[0-9]+)?(:[0-9]+(_[0-9]+)?)*"
-)
-# Blocked until handlers are there: a signal that comes while python starts would kill it, and children inherit the mask.
+_JOB = r"[0-9]+(_[0-9]+)?(\+[0-9]+)?"
+DEPENDENCY = re.compile(rf"(after|afterany|afternotok|afterok|aftercorr):{_JOB}(:{_JOB})*")
+# Blocked until handlers are there: a signal that comes while python starts would kill it; children inherit the mask.
 _BLOCKING = ("env", "--block-signal=USR1", "--block-signal=USR2")
 
 

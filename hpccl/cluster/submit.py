@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -46,13 +46,16 @@ class Submitted:
     id: str = ""
 
 
-def submit(configs: Sequence[RunConfig], *, argv: Sequence[str], dependency: str | None = None) -> list[Submitted]:
+def submit(
+    configs: Sequence[RunConfig], *, argv: Sequence[str], dependency: str | None = None, keep_live: bool = False
+) -> list[Submitted]:
     """Queue all runs and return at once; runs that are done are left out, and a sweep becomes one job array.
 
     Args:
         configs: of kind `slurm`, or `local`: these run one after the other in the background of this machine.
         argv: the command, for the record.
-        dependency: as of `sbatch --dependency`; SLURM only.
+        dependency: as of `sbatch --dependency`; SLURM only. Files that the jobs before may make are not looked for.
+        keep_live: a run that is queued or running already stays so, instead of being an error.
 
     Raises:
         ConfigError: something cannot be meant, or the cluster has no such partition.
@@ -62,9 +65,17 @@ def submit(configs: Sequence[RunConfig], *, argv: Sequence[str], dependency: str
     """
     check(configs, dependency)
     todo = [config for config in configs if not _is_done(config)]
-    _refuse_live(todo)
-    folders = {config.path: prepare(config, argv) for config in todo}
+    live = _live(todo)
+    if live and not keep_live:
+        path, (number, word) = next(iter(live.items()))
+        raise FolderError(
+            f"run '{path}' is job {number} already ({word}); wait for it (hpccl status {path}) or end it "
+            f"(hpccl cancel {path}) first"
+        )
     found = {config.path: Submitted(config.path, "done") for config in configs}
+    found |= {path: Submitted(path, "slurm", number) for path, (number, _) in live.items()}
+    todo = [config for config in todo if config.path not in live]
+    folders = {config.path: prepare(config, argv) for config in todo}
     for cluster, group in _by_cluster(todo):
         runs = [folders[config.path] for config in group]
         if isinstance(cluster, SlurmCluster):
@@ -127,8 +138,9 @@ def check(configs: Sequence[RunConfig], dependency: str | None = None) -> None:
     clusters = [config.cluster for config in configs if isinstance(config.cluster, SlurmCluster)]
     if dependency is not None and len(clusters) < len(configs):
         raise ConfigError("a dependency needs cluster.kind=slurm: runs on this machine wait for no job")
-    for config in configs:
-        _check_files(config)
+    if dependency is None:  # else files may be made by the jobs before
+        for config in configs:
+            _check_files(config)
     if clusters:
         _check_site(clusters)
 
@@ -141,8 +153,8 @@ def _check_words(configs: Sequence[RunConfig]) -> None:
         least = cluster.save + _START_UP
         if seconds(cluster.time) <= least:
             raise ConfigError(
-                f"cluster.time = {cluster.time}: a run saves {cluster.save} s before the limit (cluster.save) and needs "
-                f"about {_START_UP} s to start; allowed: more than {least} s, or set cluster.save lower"
+                f"cluster.time = {cluster.time}: a run saves {cluster.save} s before the limit (cluster.save) and "
+                f"needs about {_START_UP} s to start; allowed: more than {least} s, or set cluster.save lower"
             )
 
 
@@ -209,19 +221,16 @@ def _is_done(config: RunConfig) -> bool:
     return folder.events.exists() and any(event["event"] == "done" for event in read_events(folder.events))
 
 
-def _refuse_live(configs: Sequence[RunConfig]) -> None:
-    """Two jobs must not train in one folder."""
+def _live(configs: Sequence[RunConfig]) -> dict[str, tuple[str, str]]:
+    """Runs whose newest job is queued or running, for two jobs must not train in one folder: its number and state."""
     newest = {config.path: read_records(RunFolder(Path(config.path)))[-1:] for config in configs}
     queued = {path: record.id for path, records in newest.items() for record in records if record.kind == "slurm"}
-    if not queued:
-        return
-    found = states(list(queued.values()))
-    for path, number in queued.items():
-        if number in found and found[number].alive:
-            raise FolderError(
-                f"run '{path}' is job {number} already ({found[number].word}); wait for it (hpccl status {path}) or end "
-                f"it (hpccl cancel {path}) first"
-            )
+    if not queued or shutil.which("squeue") is None:
+        return {}
+    told = states(list(queued.values()))
+    return {
+        path: (number, told[number].word) for path, number in queued.items() if number in told and told[number].alive
+    }
 
 
 # ---------------------------------------------------------------- submitit
@@ -271,7 +280,7 @@ def _text(cluster: SlurmCluster, name: str, folder: Path, dependency: str | None
     from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
     told = parameters(cluster, name=name, dependency=dependency)
-    names: dict[str, str] = dict(SlurmExecutor._equivalence_dict())
+    names: Mapping[str, Any] = SlurmExecutor._equivalence_dict()
     words = {names.get(key, key): value for key, value in told.items()}
     command = f"{python_command(cluster)} -u -m submitit.core._submit {folder}"
     array = count if count > 1 else None

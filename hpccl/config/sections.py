@@ -83,10 +83,20 @@ FloatPerTask = Annotated[tuple[NonNegativeFloat, ...], Strict(False), BeforeVali
 PositiveFloatPerTask = Annotated[tuple[PositiveFloat, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
 Floats = Annotated[tuple[float, ...], Strict(False)]
 # Text that goes into a script: a line break in it would begin another command.
-Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
-Word = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f]+$")]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", json_schema_extra={"words": "text of one line"})]
+Word = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f]+$", json_schema_extra={"words": "text without spaces"})]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-TIME_LIMIT = r"^([1-9][0-9]*|[0-9]+:[0-5][0-9]:[0-5][0-9]|[0-9]+-[0-9]{1,2}:[0-5][0-9]:[0-5][0-9])$"
+Memory = Annotated[
+    str,
+    Field(pattern=r"^[1-9][0-9]*[KMGT]?$", json_schema_extra={"words": "a size such as 64G, in quotes if a number"}),
+]
+TimeLimit = Annotated[
+    str,
+    Field(
+        pattern=r"^([1-9][0-9]*|[0-9]+:[0-5][0-9]:[0-5][0-9]|[0-9]+-[0-9]{1,2}:[0-5][0-9]:[0-5][0-9])$",
+        json_schema_extra={"words": "a time such as 4:00:00, 2-12:00:00, or '90' for minutes"},
+    ),
+]
 
 
 class Section(BaseModel):
@@ -487,8 +497,8 @@ class SlurmCluster(AnyCluster):
     gpus: NonNegativeInt = 0  # of each node; one process each
     tasks: PositiveInt | None = None  # processes on each node; null: one a GPU, or one
     cpus: PositiveInt = 1  # cores of each process
-    mem: Annotated[str, Field(pattern=r"^[1-9][0-9]*[KMGT]?$")] | None = None  # of each node, such as 64G; null: usual
-    time: Annotated[str, Field(pattern=TIME_LIMIT)] = "1:00:00"  # limit: minutes, h:mm:ss or d-hh:mm:ss
+    mem: Memory | None = None  # of each node; null: the cluster's default
+    time: TimeLimit = "1:00:00"  # limit; h:mm:ss, d-hh:mm:ss or minutes
     partition: Word | None = None  # null: the cluster's default
     account: Word | None = None  # whom to charge
     qos: Word | None = None  # quality of service
