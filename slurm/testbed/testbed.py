@@ -558,7 +558,7 @@ def _parser() -> argparse.ArgumentParser:
     faults = ("kill-slurmd", "start-slurmd", "kill-node", "start-node", "link", "kill-ctl", "start-ctl")
     parser.add_argument("command", choices=(*commands, *faults), metavar="COMMAND", help="see above")
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="a node, and for `link`: up or down")
-    parser.add_argument("-d", "--dir", default="/tmp/slurm-testbed", help="folder of the cluster (%(default)s)")  # noqa: S108 -- short, and the user's choice
+    parser.add_argument("-d", "--dir", default="/tmp/slurm-testbed", help="folder of the cluster (%(default)s)")
     parser.add_argument("--node", default=_CONTROLLER, help="where `exec` runs (%(default)s, the login host)")
     default = Settings()
     group = parser.add_argument_group("up")
