@@ -179,8 +179,8 @@ def check(arguments: Arguments) -> None:
 def plan(
     arguments: Arguments,
     *,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; if not given, as cluster.* says.")] = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on each; if not given, as cluster.* says.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; as cluster.* says.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on each; as cluster.* says.")] = None,
     bandwidth: Annotated[
         float | None, typer.Option(help="What a process can send to others, in gigabytes a second.")
     ] = None,
