@@ -37,6 +37,8 @@ app.add_typer(shards, name="shards")
 curvature = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a run measured of its past.")
 app.add_typer(curvature, name="curvature")
 
+_LISTED = 10  # jobs that `submit` names one by one
+
 Arguments = Annotated[
     list[str],
     typer.Argument(
@@ -159,9 +161,11 @@ def submit(
 
 def _tell_submitted(submitted: Sequence[Submitted]) -> None:
     """Which jobs there are now, and what to do next."""
-    for each in submitted:
+    for each in submitted[:_LISTED]:
         word = {"slurm": f"job {each.id}", "local": f"process {each.id}", "done": "done already"}[each.kind]
         typer.echo(f"{word}: {each.folder}")
+    if len(submitted) > _LISTED:
+        typer.echo(f"... and {len(submitted) - _LISTED} more, up to job {submitted[-1].id}: {submitted[-1].folder}")
     folders = [each.folder for each in submitted if each.kind != "done"]
     if folders:
         where = folders[0] if len(folders) == 1 else os.path.commonpath(folders)

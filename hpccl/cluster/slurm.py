@@ -53,7 +53,7 @@ def parameters(cluster: SlurmCluster, *, name: str, dependency: str | None = Non
     found: dict[str, Any] = {
         "job_name": name,
         "nodes": cluster.nodes,
-        "tasks_per_node": cluster.nproc,
+        "ntasks_per_node": cluster.nproc,
         "cpus_per_task": cluster.cpus,
         "array_parallelism": cluster.array,
         "signal_delay_s": cluster.save,

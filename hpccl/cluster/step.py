@@ -49,6 +49,7 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
     """
     # Before anything starts a thread or a process, which inherit this: SLURM signals all processes of a step.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
+    signal.signal(signal.SIGCONT, signal.SIG_IGN)  # SLURM sends it before each SIGTERM, and submitit would print a line
     named = from_slurm()
     os.environ.update(named)
     rank = int(os.environ.get("RANK", "0"))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from hpccl.cluster import background
 from hpccl.cluster.job import CommandJob, TrainJob
 from hpccl.cluster.prepare import prepare
-from hpccl.cluster.queue import states
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.slurm import parameters, python_command, seconds
 from hpccl.config.run import RunConfig
@@ -83,11 +83,11 @@ def submit(
             name, folder = group[0].name, _submission_folder(runs)
             ids = _queue(jobs, cluster, name=name, folder=folder, dependency=dependency)
             for run, number in zip(runs, ids, strict=True):
-                log = folder / f"{number}_0_log.out"
+                log = folder.absolute() / f"{number}_0_log.out"
                 write_record(run, JobRecord("slurm", number, time.time(), os.uname().nodename, log=str(log)))
                 found[str(run.path)] = Submitted(str(run.path), "slurm", number)
         else:
-            log = runs[0].logs / "background.txt"
+            log = runs[0].logs.absolute() / "background.txt"
             pid = background.start(runs, argv, log)
             record = JobRecord("local", str(pid), time.time(), os.uname().nodename, born=birth(pid), log=str(log))
             for run in runs:
@@ -227,6 +227,8 @@ def _live(configs: Sequence[RunConfig]) -> dict[str, tuple[str, str]]:
     queued = {path: record.id for path, records in newest.items() for record in records if record.kind == "slurm"}
     if not queued or shutil.which("squeue") is None:
         return {}
+    from hpccl.cluster.queue import states
+
     told = states(list(queued.values()))
     return {
         path: (number, told[number].word) for path, number in queued.items() if number in told and told[number].alive
@@ -277,12 +279,10 @@ def _executor(cluster: SlurmCluster, name: str, folder: Path, dependency: str | 
 
 
 def _text(cluster: SlurmCluster, name: str, folder: Path, dependency: str | None, *, count: int) -> str:
-    from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+    from submitit.slurm.slurm import _make_sbatch_string  # the executor itself wants srun to be there
 
     told = parameters(cluster, name=name, dependency=dependency)
-    names: Mapping[str, Any] = SlurmExecutor._equivalence_dict()
-    words = {names.get(key, key): value for key, value in told.items()}
-    command = f"{python_command(cluster)} -u -m submitit.core._submit {folder}"
+    command = f"{python_command(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder.absolute()))}"
     array = count if count > 1 else None
-    text: str = _make_sbatch_string(command=command, folder=folder.absolute(), map_count=array, **words)
+    text: str = _make_sbatch_string(command=command, folder=folder.absolute(), map_count=array, **told)
     return text
