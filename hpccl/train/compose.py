@@ -77,7 +77,7 @@ class Composer:
 
     labels: [N] class number of every training example; task_of_class: [C]; heads: [T + 1, C] bool, row t is task t's
     own head, the last row all classes seen so far; tau: [T] weight of a memory example by the task it comes from;
-    teacher: the frozen old model on pixels, where soft labels belong to the student's view.
+    teacher: the frozen old model on pixels, where soft labels belong to the student's view; epochs: of the task.
     """
 
     config: RunConfig
@@ -89,6 +89,7 @@ class Composer:
     memory: Memory
     teacher: Callable[[Tensor], Tensor] | None
     device: torch.device
+    epochs: int
 
     @classmethod
     def build(
@@ -119,10 +120,15 @@ class Composer:
             memory=memory,
             teacher=teacher,
             device=device,
+            epochs=per_task(config.train.epochs, task.index),
         )
 
     def request(self, part: Part) -> Request:
-        """The images of a part: fresh views, but the stored one where a soft label belongs to it."""
+        """The images of a part: fresh views, but the stored one where a soft label belongs to it.
+
+        Views that grow (data.progressive) have the epoch's size, whatever the row: a stored label is of the same view
+        at data.image_size, a teacher's of the very pixels.
+        """
         new, slot = part.batch.new[part.rows], part.batch.slot[part.rows]
         from_memory = slot >= 0
         sample = self.first + new
@@ -132,7 +138,12 @@ class Composer:
             soft = from_memory.copy()
             soft[from_memory] = ~self.memory.replay.numpy()[slot[from_memory]]
             key[soft] = 0
-        return Request(sample, key)
+        return Request(sample, key, self._side(part.batch.epoch))
+
+    def _side(self, epoch: int) -> int | None:
+        """Of the views of an epoch; None where they do not grow."""
+        grows, last = self.config.data.progressive, self.config.data.image_size
+        return None if grows is None or last is None else grows.side(epoch, self.epochs, last)
 
     def rows(self, part: Part, images: Images) -> Rows:
         """Rows [p], one an image, on the device."""
