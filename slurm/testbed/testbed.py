@@ -285,7 +285,7 @@ class Testbed:
         Raises:
             TestbedError: a process would not end.
         """
-        # What started it reaps it, and ends; killed too, it would leave a zombie to machines whose process 1 reaps none.
+        # What started it reaps it and ends. Killed too, it might leave a zombie to a process 1 that reaps none.
         for name in (_CONTROLLER, f"{_CONTROLLER}.outside"):
             if name in self._processes:
                 self._processes[name].kill()
