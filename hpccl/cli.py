@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ import typer
 
 import hpccl
 from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, tell
+from hpccl.cluster.step import end, in_step
 from hpccl.config.load import dump, is_override, sweep
 from hpccl.errors import ConfigError, HpcclError
 
 if TYPE_CHECKING:
+    from hpccl.cluster.submit import Submitted
     from hpccl.config.run import RunConfig
     from hpccl.data.shards.encodings import Encoding
 
@@ -33,6 +36,8 @@ shards = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build an
 app.add_typer(shards, name="shards")
 curvature = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a run measured of its past.")
 app.add_typer(curvature, name="curvature")
+
+_LISTED = 10  # jobs that `submit` names one by one
 
 Arguments = Annotated[
     list[str],
@@ -87,7 +92,10 @@ def train(
     """Train, or continue a run that was stopped. A sweep runs one after the other."""
     options = [f"cluster.nproc={nproc}"] if nproc is not None else []
     options += ["log.quiet=true"] if quiet else []
-    raise typer.Exit(_train_all(_configs([*arguments, *options])))
+    code = _train_all(_configs([*arguments, *options]))
+    if in_step():
+        end(code)
+    raise typer.Exit(code)
 
 
 def _configs(arguments: Sequence[str]) -> list[RunConfig]:
@@ -122,6 +130,49 @@ def _train_all(configs: Sequence[RunConfig]) -> int:
 
 
 @app.command()
+def submit(
+    arguments: Arguments,
+    *,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when all have ended; exit code 1 if one failed.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script; touch nothing.")] = False,
+    dependency: Annotated[
+        str | None, typer.Option(help="As of sbatch: afterok:ID and the like; a failed one cancels this.")
+    ] = None,
+) -> None:
+    """Hand runs to the cluster that cluster.* describes and return; a sweep becomes one job array."""
+    from hpccl.cluster.submit import check, script
+    from hpccl.cluster.submit import submit as hand_over
+
+    configs = _configs(arguments)
+    if dry_run:
+        for text in script(configs, dependency=dependency):
+            typer.echo(text)
+        return
+    if all(config.cluster.kind == "inline" for config in configs):
+        check(configs, dependency)
+        raise typer.Exit(_train_all(configs))
+    submitted = hand_over(configs, argv=["hpccl", *sys.argv[1:]], dependency=dependency)
+    _tell_submitted(submitted)
+    if wait:
+        raise typer.Exit(wait_for([each.folder for each in submitted]))
+
+
+def _tell_submitted(submitted: Sequence[Submitted]) -> None:
+    """Which jobs there are now, and what to do next."""
+    for each in submitted[:_LISTED]:
+        word = {"slurm": f"job {each.id}", "local": f"process {each.id}", "done": "done already"}[each.kind]
+        typer.echo(f"{word}: {each.folder}")
+    if len(submitted) > _LISTED:
+        typer.echo(f"... and {len(submitted) - _LISTED} more, up to job {submitted[-1].id}: {submitted[-1].folder}")
+    folders = [each.folder for each in submitted if each.kind != "done"]
+    if folders:
+        where = folders[0] if len(folders) == 1 else os.path.commonpath(folders)
+        typer.echo(f"  hpccl status {where}\n  hpccl logs {folders[0]} --follow\n  hpccl cancel {where}", err=True)
+
+
+@app.command()
 def check(arguments: Arguments) -> None:
     """Validate a configuration and print all of it; touch nothing. A sweep prints one document for each run."""
     configs = _configs(arguments)
@@ -132,8 +183,8 @@ def check(arguments: Arguments) -> None:
 def plan(
     arguments: Arguments,
     *,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    nproc: Annotated[int | None, typer.Option(help="Processes on each; the same as cluster.nproc=N.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; as cluster.* says.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on each; as cluster.* says.")] = None,
     bandwidth: Annotated[
         float | None, typer.Option(help="What a process can send to others, in gigabytes a second.")
     ] = None,
@@ -143,14 +194,20 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
     """Predict what a run will hold, send and spend on a world of processes, without training."""
-    configs = _configs([*arguments, *([f"cluster.nproc={nproc}"] if nproc is not None else [])])
+    configs = _configs(arguments)
     from hpccl.train.plan.build import make_plan
     from hpccl.train.plan.show import render
 
     if bandwidth is not None and bandwidth <= 0:
         raise ConfigError(f"--bandwidth is {bandwidth:g}; it must be above 0")
     plans = [
-        make_plan(config, nodes=nodes, nproc=config.cluster.nproc, measured=measure, gigabytes_per_second=bandwidth)
+        make_plan(
+            config,
+            nodes=nodes or config.cluster.nodes,
+            nproc=nproc or config.cluster.nproc,
+            measured=measure,
+            gigabytes_per_second=bandwidth,
+        )
         for config in configs
     ]
     if as_json:

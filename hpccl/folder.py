@@ -18,7 +18,7 @@ __all__ = ["RunFolder", "explain_os_error", "replacing"]
 class RunFolder:
     """The files of one run.
 
-    config.yaml code.txt env.txt events.jsonl checkpoints/ memory/ logs/ tensorboard/ report.{json,md,html}
+    config.yaml code.txt env.txt events.jsonl jobs.jsonl checkpoints/ memory/ logs/ tensorboard/ report.{json,md,html}
     """
 
     path: Path
@@ -57,6 +57,16 @@ class RunFolder:
     def logs(self) -> Path:
         """One text file a rank."""
         return self.path / "logs"
+
+    @property
+    def jobs(self) -> Path:
+        """The jobs that were made for the run, one JSON object a line."""
+        return self.path / "jobs.jsonl"
+
+    @property
+    def error(self) -> Path:
+        """What ended the last start badly, as JSON: job, restart, rank, kind, message, time."""
+        return self.logs / "error.json"
 
     @property
     def tensorboard(self) -> Path:

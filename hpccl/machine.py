@@ -6,11 +6,13 @@ import os
 import platform
 import socket
 import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit", "machine", "versions"]
+__all__ = ["SlurmJob", "commit", "machine", "slurm_job", "versions"]
 
 _PACKAGES = ("hpccl", "torch", "timm", "webdataset", "numpy", "pydantic", "safetensors", "deepspeed", "submitit")
 
@@ -34,6 +36,27 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """The job that this process belongs to.
+
+    id: `123`, or `123_4` for a task of an array
+    restart: how often it was queued again
+    """
+
+    id: str
+    restart: int
+
+
+def slurm_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
+    """The job, or None outside of one."""
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    name = f"{array}_{task}" if array and task else environ["SLURM_JOB_ID"]
+    return SlurmJob(name, int(environ.get("SLURM_RESTART_COUNT") or "0"))
 
 
 def commit() -> str:

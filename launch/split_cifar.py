@@ -1,6 +1,7 @@
 """Split-CIFAR with the short recipe of configs/split_cifar.yaml: six methods at 1,000 memory examples a task.
 
-    python launch/split_cifar.py [PUBLISHED_CSV]
+    python launch/split_cifar.py [--published CSV] [--jobs 2]
+    python launch/split_cifar.py --cluster slurm --with configs/cluster/slurm_cpu.yaml cluster.partition=NAME
 
 Needs the shards that README.md builds. A run that is done is not repeated and one that was killed continues, so start
 it again at any time. The first task is trained once, by finetune, and shared: it does not depend on the method. Weights
@@ -9,13 +10,12 @@ of the terms are those of the published configurations (Daxberger et al. 2023), 
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-HPCCL = [sys.executable, "-m", "hpccl.cli"]
-FOLDER = "runs/split_cifar"
+from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+
+FOLDER = Path("runs/split_cifar")
 SHARED = f"train.first_task_from={FOLDER}/finetune"
 SOFT = ["memory.size=1000", "prior.temperature=2.0"]
 DIAGONAL = "curvature.kind=diagonal"  # as published; launch/split_cifar_curvature.py compares
@@ -29,20 +29,22 @@ RUNS: dict[str, list[str]] = {
 }
 
 
-def main(published: list[str]) -> int:
-    """Run all, then write the comparison; the exit code of the first command that fails."""
+def campaign(published: Path | None) -> Campaign:
+    """Six runs and the comparison."""
+    steps = []
     for method, settings in RUNS.items():
         files = ["configs/split_cifar.yaml", f"configs/method/{method}.yaml"]
-        command = [*HPCCL, "train", *files, *settings, f"folder={FOLDER}/{method}", f"name={method}"]
-        print("+ hpccl", *command[len(HPCCL) :], flush=True)
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
-        if code:
-            return code
+        names = [f"folder={FOLDER}/{method}", f"name={method}"]
+        after = ("finetune",) if SHARED in settings else ()
+        steps.append(Step(method, ("train", *files, *settings, *names), after))
     folders = [f"{FOLDER}/{method}" for method in RUNS]
-    beside = [f"--published={Path(path).resolve()}" for path in published]
-    command = [*HPCCL, "report", *folders, "--out", "docs/results/split_cifar", *beside]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    beside = [f"--published={published}"] if published else []
+    report = Step("report", ("report", *folders, "--out", "docs/results/split_cifar", *beside), tuple(RUNS))
+    return Campaign(FOLDER, (*steps, report))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = options(__doc__)
+    parser.add_argument("--published", type=Path, help="CSV file of published values to put beside")
+    chosen = parser.parse_args()
+    sys.exit(carry_out(campaign(chosen.published), chosen))

@@ -1,4 +1,4 @@
-"""The world of processes that SLURM started, in the variables that torchrun would set."""
+"""What SLURM says of a process: its place in a job step, in the words that torch.distributed uses. No torch here."""
 
 from __future__ import annotations
 
@@ -6,36 +6,51 @@ import os
 import re
 from collections.abc import Mapping
 
-__all__ = ["expand", "from_slurm"]
+__all__ = ["first_host", "from_slurm"]
+
+_FIRST_PORT, _PORTS = 20000, 10000  # below the range from which systems take ports for outgoing connections
 
 
-def from_slurm(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; empty outside a SLURM step."""
-    if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
+def from_slurm(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of a job step.
+
+    Empty outside of a step, in a step of one task (an interactive shell, say), and where a launcher such as torchrun or
+    hpccl's own has already named the rank: under `srun torchrun` SLURM counts launchers, not ranks. A MASTER_ADDR or
+    MASTER_PORT that is set stays.
+    """
+    if "RANK" in environ or "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
         return {}
-    hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    tasks = [int(count) for count, times in counts for _ in range(int(times or 1))]
+    size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1")
+    if size == 1:
+        return {}
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    counts = _tasks_of_nodes(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = int(environ.get("SLURM_NODEID", "0"))
+    job = int(environ["SLURM_JOB_ID"])  # of an array's task too a number of its own
     return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment["SLURM_NTASKS"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(tasks[int(environment.get("SLURM_NODEID", "0"))]),
-        "MASTER_ADDR": expand(hosts)[0],
-        "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 10000),
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(counts[node] if node < len(counts) else size),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(_FIRST_PORT + job % _PORTS),
     }
 
 
-def expand(hosts: str) -> list[str]:
-    """Names of a SLURM node list: `n[1-2,04],login` is n1, n2, n04, login."""
-    names: list[str] = []
-    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", hosts):
-        found = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", part)
-        if found is None:
-            names.append(part)
-            continue
-        before, ranges, after = found.groups()
-        for piece in ranges.split(","):
-            first, _, last = piece.partition("-")
-            names += [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last or first) + 1)]
-    return names
+def first_host(nodes: str) -> str:
+    """The first host of SLURM's compact list, which has the task of rank 0.
+
+    >>> first_host("gpu[07-09,12],cpu1"), first_host("rack[1-2]node[01,03]"), first_host("login")
+    ('gpu07', 'rack1node01', 'login')
+    """
+    first = re.split(r",(?![^\[]*\])", nodes, maxsplit=1)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def _tasks_of_nodes(text: str) -> list[int]:
+    """`2(x3),1` is 2, 2, 2, 1."""
+    found: list[int] = []
+    for part in filter(None, text.split(",")):
+        count, _, times = part.rstrip(")").partition("(x")
+        found += [int(count)] * int(times or "1")
+    return found

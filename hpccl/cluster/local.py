@@ -18,8 +18,9 @@ from typing import IO
 
 from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_CONFIG, tell
 from hpccl.cluster.prepare import prepare
+from hpccl.cluster.step import in_step, run_step
 from hpccl.config.run import RunConfig
-from hpccl.errors import FolderError, HpcclError, WorldError
+from hpccl.errors import ConfigError, FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder, explain_os_error
 from hpccl.machine import machine
 
@@ -31,22 +32,46 @@ _TAIL = 20  # lines of a failed rank's output that are shown
 
 
 def launch(config: RunConfig, *, argv: Sequence[str]) -> int:
-    """Prepare the run folder and run with `cluster.nproc` processes.
+    """Prepare the run folder and run: in the processes that `cluster` asks for, or as one task of a SLURM step.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 wrong configuration, 75 stopped and saved (run again to continue), 130
         stopped hard.
     """
     try:
+        if in_step():
+            return _as_task(config, argv)
+        if config.cluster.kind == "slurm":
+            raise ConfigError(
+                "cluster.kind = slurm: `hpccl train` runs here and now; queue it with `hpccl submit`, start it with "
+                "srun, or set cluster.kind=local"
+            )
         folder = prepare(config, argv)
         threads = _threads(config)
-        if config.cluster.nproc == 1:
+        if config.cluster.kind == "inline" or config.cluster.nproc == 1:
             return _inline(config, argv, threads)
         port = pick_port(config.cluster.port)
         command = [sys.executable, "-m", "hpccl.cluster.worker", str(folder.config), *argv]
         return spawn(command, folder, nproc=config.cluster.nproc, threads=threads, port=port)
     except HpcclError as error:
         return tell(error)
+
+
+def _as_task(config: RunConfig, argv: Sequence[str]) -> int:
+    """Every task of the step comes here; one of them makes the run folder.
+
+    Raises:
+        ConfigError: the configuration asks for processes of its own.
+        FolderError: the folder holds another run, or cannot be written.
+    """
+    if config.cluster.kind == "local" and config.cluster.nproc > 1:
+        raise ConfigError(
+            f"cluster.nproc = {config.cluster.nproc} inside a SLURM step: each task of the step is a process already; "
+            "leave it out"
+        )
+    if os.environ.get("SLURM_PROCID") == "0":
+        prepare(config, argv)
+    return run_step(config, argv)
 
 
 def _inline(config: RunConfig, argv: Sequence[str], threads: int) -> int:

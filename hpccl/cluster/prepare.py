@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -91,6 +92,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+@functools.cache  # the same for all runs of a sweep
 def _code() -> str:
     """Version and commit; and, where the code is a git checkout, its uncommitted changes."""
     root = Path(hpccl.__file__).parents[1]
@@ -114,7 +116,6 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _environment(argv: Sequence[str]) -> str:
-    packages = sorted({f"{each.name}=={each.version}" for each in importlib.metadata.distributions()}, key=str.lower)
     variables = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(_PREFIXES)]
     lines = [
         f"command: {shlex.join(argv)}",
@@ -128,7 +129,12 @@ def _environment(argv: Sequence[str]) -> str:
         *(variables or ["none"]),
         "",
         "packages:",
-        *packages,
+        *_packages(),
         "",
     ]
     return "\n".join(lines)
+
+
+@functools.cache
+def _packages() -> list[str]:
+    return sorted({f"{each.name}=={each.version}" for each in importlib.metadata.distributions()}, key=str.lower)

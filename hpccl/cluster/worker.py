@@ -11,9 +11,10 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = ["die_with_parent", "main"]
 
-_ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError], int] = tell) -> int:
     """Train in this process as the rank that the environment names (alone, where it names none).
 
-    SIGTERM, SIGINT and SIGUSR2 save and stop; a second SIGINT stops at once.
+    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 save and stop; a second SIGINT stops at once.
 
     Args:
         config: what to run.
@@ -98,10 +99,37 @@ def _listening(stop: Stop) -> Iterator[None]:
 
     former = {number: signal.signal(number, ask) for number in _ASKED_TO_STOP}
     try:
-        yield
+        with _hearing(signal.pthread_sigmask(signal.SIG_BLOCK, ()).intersection(_ASKED_TO_STOP), stop):
+            yield
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _hearing(blocked: Set[int], stop: Stop) -> Iterator[None]:
+    """A thread that waits for signals that came to this process blocked.
+
+    They stay so: a scheduler sends them to all processes of a job, and those that this one starts inherit the mask
+    and live on. One that came before this is pending, and heard now.
+    """
+    ended = threading.Event()
+
+    def listen() -> None:
+        while not ended.is_set():
+            found = signal.sigtimedwait(blocked, 0.1)
+            if found is not None:
+                stop.on_signal(found.si_signo)
+
+    thread = threading.Thread(target=listen, name="hpccl-signals", daemon=True)
+    if blocked:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if blocked:
+            thread.join()
 
 
 # ---------------------------------------------------------------- one rank of several

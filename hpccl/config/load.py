@@ -22,7 +22,7 @@ from hpccl.config.sections import Section
 from hpccl.config.tree import Items, Leaf, Node, Table, locate, nested, plain, read_file, read_value, without
 from hpccl.errors import ConfigError
 
-__all__ = ["dump", "is_override", "load", "sweep"]
+__all__ = ["dump", "is_override", "load", "points", "sweep"]
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 _ROOT = Choice({"": RunConfig}, "", tagged=False)
@@ -54,18 +54,13 @@ def sweep(files: Sequence[Path], overrides: Sequence[str]) -> list[RunConfig]:
     Raises:
         ConfigError: as `load`, with the mistakes of all combinations.
     """
-    axes = {key: _alternatives(text) for key, text in _split(overrides)}
-    axes = {key: values for key, values in axes.items() if len(values) > 1}
-    if not axes:
+    runs = points(overrides)
+    if runs == [{}]:
         return [_load(files, overrides)]
-    repeated = [key for key, values in axes.items() if len(set(values)) < len(values)]
-    if repeated:
-        raise ConfigError("\n".join(f"{key}: a value is given twice in {','.join(axes[key])}" for key in repeated))
-    fixed = [f"{key}={text}" for key, text in _split(overrides) if key not in axes]
+    fixed = [f"{key}={text}" for key, text in _split(overrides) if key not in runs[0]]
     configs: list[RunConfig] = []
     mistakes: dict[str, None] = {}
-    for values in itertools.product(*axes.values()):
-        point = dict(zip(axes, values, strict=True))
+    for point in runs:
         try:
             config = _load(files, [*fixed, *(f"{key}={value}" for key, value in point.items())])
         except ConfigError as error:
@@ -76,6 +71,20 @@ def sweep(files: Sequence[Path], overrides: Sequence[str]) -> list[RunConfig]:
         raise ConfigError("\n".join(mistakes))
     _refuse_shared_folders(configs)
     return configs
+
+
+def points(overrides: Sequence[str]) -> list[dict[str, str]]:
+    """For each run of a sweep, the value of every `key=a,b` axis; one empty mapping where there is no axis.
+
+    Raises:
+        ConfigError: an argument is no `key=value`, or a value is given twice.
+    """
+    axes = {key: _alternatives(text) for key, text in _split(overrides)}
+    axes = {key: values for key, values in axes.items() if len(values) > 1}
+    repeated = [key for key, values in axes.items() if len(set(values)) < len(values)]
+    if repeated:
+        raise ConfigError("\n".join(f"{key}: a value is given twice in {','.join(axes[key])}" for key in repeated))
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def _in_own_folder(config: RunConfig, point: dict[str, str]) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from hpccl.config.sections import (
     DigitsStream,
     KroneckerCurvature,
     PriorConfig,
+    SlurmCluster,
     StratifiedMix,
     TimmAugment,
 )
@@ -57,6 +59,33 @@ _OUR_ZERO = {
 }
 
 
+# Of sbatch: what hpccl's own keys say, and what it relies on.
+_OUR_SBATCH = {
+    "nodes": "cluster.nodes",
+    "ntasks": "cluster.nodes and cluster.tasks",
+    "ntasks-per-node": "cluster.tasks",
+    "cpus-per-task": "cluster.cpus",
+    "gpus-per-node": "cluster.gpus",
+    "mem": "cluster.mem",
+    "time": "cluster.time",
+    "partition": "cluster.partition",
+    "account": "cluster.account",
+    "qos": "cluster.qos",
+    "constraint": "cluster.constraint",
+    "exclude": "cluster.exclude",
+    "signal": "cluster.save",
+    "dependency": "hpccl submit --dependency",
+    "array": "a sweep (key=a,b) and cluster.array",
+    "job-name": "name",
+    "output": "nothing: logs are in the run folder",
+    "error": "nothing: logs are in the run folder",
+    "open-mode": "nothing: logs are continued",
+    "requeue": "nothing: a run that saved is queued again, cluster.restarts limits how often",
+    "no-requeue": "cluster.restarts",
+    "wrap": "nothing: hpccl writes the script",
+}
+
+
 @dataclass(frozen=True)
 class Clash:
     """keys: the key that is wrong, then those that make it so; problem: why, and what to do."""
@@ -85,6 +114,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _lengths,
         _shards,
         _deepspeed,
+        _slurm,
     )
     return tuple(clash for rule in rules for clash in rule(config))
 
@@ -233,3 +263,20 @@ def _deepspeed(config: RunConfig) -> Iterator[Clash]:
     taken |= {f"zero_optimization.{key}": _OUR_ZERO[key] for key in inner if key in _OUR_ZERO}
     for key, ours in taken.items():
         yield Clash((f"engine.deepspeed.{key}",), f"is set by hpccl; say it by {ours}")
+
+
+def _slurm(config: RunConfig) -> Iterator[Clash]:
+    cluster = config.cluster
+    if not isinstance(cluster, SlurmCluster):
+        return
+    if config.engine.device == "cuda" and cluster.gpus == 0:
+        yield Clash(("engine.device", "cluster.gpus"), "needs GPUs; set cluster.gpus to those of a node")
+    if cluster.gpus and cluster.tasks is not None and cluster.tasks != cluster.gpus and config.engine.device != "cpu":
+        problem = "a process has one GPU; leave it out, or set engine.device=cpu"
+        yield Clash(("cluster.tasks", "cluster.gpus"), problem)
+    for key in cluster.extra:
+        if key in _OUR_SBATCH:
+            yield Clash((f"cluster.extra.{key}",), f"is set by hpccl; say it by {_OUR_SBATCH[key]}")
+        elif re.fullmatch(r"[a-z][a-z0-9-]*", key) is None:
+            problem = "is no parameter of sbatch; allowed are its long names without dashes in front, such as nodelist"
+            yield Clash((f"cluster.extra.{key}",), problem)

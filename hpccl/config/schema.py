@@ -102,6 +102,8 @@ def _words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 
 
 def _typed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    if "words" in schema:
+        return str(schema["words"])
     match schema.get("type"):
         case "integer":
             return "a whole number" + _bounds(schema)

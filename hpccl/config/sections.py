@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 __all__ = [
+    "AnyCluster",
     "AnyEngine",
     "AnyModel",
     "CheckpointConfig",
     "ClusterConfig",
+    "Container",
     "CropFlip",
     "CurvatureConfig",
     "DataConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "EkfacCurvature",
     "EngineConfig",
     "Fsdp2Engine",
+    "InlineCluster",
     "KroneckerCurvature",
     "ListedTasks",
     "LocalCluster",
@@ -43,6 +46,7 @@ __all__ = [
     "QuadraticConfig",
     "RefitTasks",
     "ShardStream",
+    "SlurmCluster",
     "StratifiedMix",
     "StreamConfig",
     "TasksConfig",
@@ -78,6 +82,21 @@ IntPerTask = Annotated[tuple[PositiveInt, ...], Strict(False), BeforeValidator(_
 FloatPerTask = Annotated[tuple[NonNegativeFloat, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
 PositiveFloatPerTask = Annotated[tuple[PositiveFloat, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
 Floats = Annotated[tuple[float, ...], Strict(False)]
+# Text that goes into a script: a line break in it would begin another command.
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", json_schema_extra={"words": "text of one line"})]
+Word = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f]+$", json_schema_extra={"words": "text without spaces"})]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Memory = Annotated[
+    str,
+    Field(pattern=r"^[1-9][0-9]*[KMGT]?$", json_schema_extra={"words": "a size such as 64G, in quotes if a number"}),
+]
+TimeLimit = Annotated[
+    str,
+    Field(
+        pattern=r"^([1-9][0-9]*|[0-9]+:[0-5][0-9]:[0-5][0-9]|[0-9]+-[0-9]{1,2}:[0-5][0-9]:[0-5][0-9])$",
+        json_schema_extra={"words": "a time such as 4:00:00, 2-12:00:00, or '90' for minutes"},
+    ),
+]
 
 
 class Section(BaseModel):
@@ -426,14 +445,81 @@ class LogConfig(Section):
     reconstruction: Fraction = 0.0  # share of the past on which the gradient-reconstruction error is measured
 
 
-class LocalCluster(Section):
+class AnyCluster(Section):
+    """What every kind of cluster is told."""
+
+    threads: PositiveInt | None = None  # of each process; null: an equal share of the cores
+    timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0  # seconds that a process waits for another before it ends
+
+
+class InlineCluster(AnyCluster):
+    """This process alone."""
+
+    kind: Literal["inline"] = "inline"
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return 1
+
+    @property
+    def nproc(self) -> int:
+        """Processes on each machine."""
+        return 1
+
+
+class LocalCluster(AnyCluster):
     """Processes on this machine."""
 
     kind: Literal["local"] = "local"
     nproc: PositiveInt = 1  # processes; one a GPU, or a few a CPU
-    threads: PositiveInt | None = None  # per process; null: cores / nproc
     port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0: a free one
-    timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0  # seconds that a process waits for another before it ends
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return 1
 
 
-ClusterConfig = LocalCluster
+class Container(Section):
+    """An image in which processes run, by pyxis (srun --container-image)."""
+
+    image: Line  # a .sqsh file or what enroot can import
+    mounts: Annotated[tuple[Line, ...], Strict(False)] = ()  # HOST:INSIDE; the folder of the command is always mounted
+    home: bool = False  # mount the home folder
+
+
+class SlurmCluster(AnyCluster):
+    """Jobs of a SLURM cluster, for `hpccl submit`."""
+
+    kind: Literal["slurm"] = "slurm"
+    nodes: PositiveInt = 1  # machines
+    gpus: NonNegativeInt = 0  # of each node; one process each
+    tasks: PositiveInt | None = None  # processes on each node; null: one a GPU, or one
+    cpus: PositiveInt = 1  # cores of each process
+    mem: Memory | None = None  # of each node; null: the cluster's default
+    time: TimeLimit = "1:00:00"  # limit; h:mm:ss, d-hh:mm:ss or minutes
+    partition: Word | None = None  # null: the cluster's default
+    account: Word | None = None  # whom to charge
+    qos: Word | None = None  # quality of service
+    constraint: Line | None = None  # features that nodes must have
+    exclude: Word | None = None  # nodes to avoid
+    array: PositiveInt = 256  # runs of a sweep that may run at the same time
+    save: PositiveInt = 120  # seconds before the time limit at which a run saves and asks to be queued again
+    restarts: NonNegativeInt = 1000  # how often a job may be queued again by itself
+    interface: Word | None = None  # network of NCCL and gloo, such as ib0; null: theirs to choose
+    container: Container | None = None  # null: none
+    modules: Annotated[tuple[Line, ...], Strict(False)] = ()  # `module load` each before the start
+    setup: Annotated[tuple[Line, ...], Strict(False)] = ()  # further lines of shell before the start
+    environment: dict[Variable, Line] = {}  # further variables of all processes
+    python: Line | None = None  # interpreter on the nodes; null: the one that submits
+    srun: Annotated[tuple[Line, ...], Strict(False)] = ()  # further arguments of srun, such as --gpu-bind=none
+    extra: dict[str, bool | int | Line] = {}  # further parameters of sbatch, by their long names without dashes
+
+    @property
+    def nproc(self) -> int:
+        """Processes on each machine."""
+        return self.tasks or self.gpus or 1
+
+
+ClusterConfig = Annotated[InlineCluster | LocalCluster | SlurmCluster, Field(discriminator="kind")]

@@ -24,7 +24,7 @@ def lost_partner(error: RuntimeError, comm: Comm, timeout: float) -> WorldError 
         return None
     if waited_in_vain(error):
         return straggler(comm.rank, comm.size, timeout)
-    reason = str(error).splitlines()[0]
+    reason = str(error).splitlines()[0].partition(". This is typically")[0]
     return WorldError(
         f"rank {comm.rank} of {comm.size} lost the connection to another rank ({reason}); run the same command again "
         "to continue from the last checkpoint"

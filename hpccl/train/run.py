@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hpccl.dist.spread import streamed
 from hpccl.engine.build import build_engine, spreads_weights
 from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
-from hpccl.machine import commit, machine, versions
+from hpccl.machine import commit, machine, slurm_job, versions
 from hpccl.models.build import build_model
 from hpccl.models.pretrained import Start, start_from
 from hpccl.report.events import EventLog, read_events
@@ -225,6 +226,7 @@ def _introduce(world: World, command: Sequence[str], found: Mark | None) -> None
         machine={**machine(), "gpu": gpu, "threads": torch.get_num_threads()},
         versions=versions(),
         world_size=world.comm.size,
+        job=None if (job := slurm_job()) is None else asdict(job),
         resumed=None if found is None else {"task": found.task, "phase": found.phase, "step": found.step},
     )
     if found is not None:

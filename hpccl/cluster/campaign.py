@@ -1,0 +1,249 @@
+"""Several `hpccl` commands that depend on each other, carried out on this machine or queued on a cluster.
+
+A campaign is a list of steps. What is done already is not repeated, so a campaign is started again at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, tell
+from hpccl.config.load import is_override, sweep
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import SlurmCluster
+from hpccl.errors import ConfigError, HpcclError
+from hpccl.machine import machine
+
+__all__ = ["Campaign", "Step", "carry_out", "options"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    arguments: of `hpccl`, such as ("train", "a.yaml", "seed=0,1")
+    after: names of the steps that must have succeeded before
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """Steps, in an order in which they may run.
+
+    folder: where the outputs of steps go, and the files of jobs that are no runs
+    """
+
+    folder: Path
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a name that is given twice, or a step that waits for none that comes before it."""
+        seen: set[str] = set()
+        for step in self.steps:
+            unknown = sorted(set(step.after) - seen)
+            if step.name in seen or unknown:
+                what = f"waits for {', '.join(unknown)}, which does not come before it" if unknown else "is there twice"
+                raise ConfigError(f"step '{step.name}' of the campaign {what}")
+            seen.add(step.name)
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The command line that campaigns share; `carry_out` takes what it parses."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where (default: this machine)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="local: commands at the same time (1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    parser.add_argument(
+        "--with",
+        dest="more",
+        nargs="+",
+        default=[],
+        metavar="FILE|key=value",
+        help="further files and settings for every training, such as configs/cluster/slurm_gpu.yaml",
+    )
+    return parser
+
+
+def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
+    """Run or queue all steps; the exit code.
+
+    Args:
+        campaign: what to do.
+        chosen: what `options` parsed.
+    """
+    try:
+        steps = [_with(step, chosen.more) for step in campaign.steps]
+        if chosen.jobs < 1:
+            raise ConfigError(f"--jobs {chosen.jobs}: at least 1")
+        if chosen.dry_run:
+            for step in steps:
+                print(_shown(step))
+            return DONE
+        if chosen.cluster == "slurm":
+            return _queue(campaign, steps, chosen.more)
+        return _Local(campaign.folder, steps, chosen.jobs).run()
+    except HpcclError as error:
+        return tell(error)
+
+
+def _with(step: Step, more: Sequence[str]) -> Step:
+    """Files before settings, as the command has them."""
+    if step.arguments[0] != "train":
+        return step
+    given = step.arguments[1:]
+    files = [each for each in given if not is_override(each)] + [each for each in more if not is_override(each)]
+    settings = [each for each in more if is_override(each)] + [each for each in given if is_override(each)]
+    return Step(step.name, ("train", *files, *settings), step.after)
+
+
+def _shown(step: Step) -> str:
+    return f"+ {shlex.join(['hpccl', *step.arguments])}"
+
+
+# ---------------------------------------------------------------- on a cluster
+
+
+def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> int:
+    """Each step is a job, or an array, that waits for those of the steps before it."""
+    from hpccl.cluster.submit import submit, submit_command
+
+    jobs: dict[str, list[str]] = {}
+    cluster = _cluster(more)
+    for step in steps:
+        waits = [number for name in step.after for number in jobs[name]]
+        dependency = f"afterok:{':'.join(waits)}" if waits else None
+        if step.arguments[0] == "train":
+            configs = _configs(step.arguments[1:])
+            submitted = submit(configs, argv=["hpccl", *step.arguments], dependency=dependency, keep_live=True)
+            # Of an array's tasks, the array's own number stands for all.
+            jobs[step.name] = list(dict.fromkeys(each.id.partition("_")[0] for each in submitted if each.id))
+        else:
+            folder = campaign.folder / "slurm" / step.name
+            jobs[step.name] = [
+                submit_command(step.arguments, cluster, name=step.name, folder=folder, dependency=dependency)
+            ]
+        print(f"{', '.join(jobs[step.name]) or 'done already'}: {_shown(step)}", flush=True)
+    print(f"all is queued; hpccl status {campaign.folder}")
+    return DONE
+
+
+def _configs(arguments: Sequence[str]) -> list[RunConfig]:
+    files = [Path(argument) for argument in arguments if not is_override(argument)]
+    return sweep(files, [argument for argument in arguments if is_override(argument)])
+
+
+def _cluster(more: Sequence[str]) -> SlurmCluster:
+    """What `--with` says of the cluster, for commands that train nothing."""
+    (config,) = _configs(["cluster.kind=slurm", *more])
+    assert isinstance(config.cluster, SlurmCluster), "a kind that is given counts"
+    return config.cluster
+
+
+# ---------------------------------------------------------------- on this machine
+
+
+@dataclass
+class _Local:
+    """At most `limit` commands at the same time; a failed one keeps those that wait for it from running."""
+
+    folder: Path
+    steps: Sequence[Step]
+    limit: int
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    codes: dict[str, int] = field(default_factory=dict)
+    asked: list[int] = field(default_factory=list)
+
+    def run(self) -> int:
+        with self._passing_on():
+            waiting = list(self.steps)
+            while waiting or self.running:
+                waiting = self._begin(waiting)
+                self._collect()
+                time.sleep(0.05)
+        return _worst(self.codes)
+
+    def _begin(self, waiting: Sequence[Step]) -> list[Step]:
+        left = []
+        for step in waiting:
+            codes = [self.codes.get(name) for name in step.after]
+            if self.asked or any(code not in (None, DONE) for code in codes):
+                self.codes[step.name] = STOPPED if self.asked else FAILED
+            elif len(self.running) < self.limit and all(code == DONE for code in codes):
+                self.running[step.name] = self._start(step)
+            else:
+                left.append(step)
+        return left
+
+    def _start(self, step: Step) -> subprocess.Popen[bytes]:
+        """Where several run at once, each has a file for what it prints."""
+        output: IO[bytes] | None = None
+        if self.limit > 1:
+            log = self.folder / "logs" / f"{step.name}.txt"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = log.open("ab")
+        where = f" > {output.name}" if output is not None else ""
+        print(f"{_shown(step)}{where}", flush=True)
+        threads = {"OMP_NUM_THREADS": str(max(1, int(machine()["cores"]) // self.limit))} if self.limit > 1 else {}
+        command = [sys.executable, "-m", "hpccl.cli", *step.arguments]
+        with output or contextlib.nullcontext():
+            return subprocess.Popen(
+                command,
+                env={**threads, **os.environ},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def _collect(self) -> None:
+        for name, process in list(self.running.items()):
+            code = process.poll()
+            if code is not None:
+                self.codes[name] = code if code >= 0 else 128 - code
+                del self.running[name]
+                if self.limit > 1:
+                    print(f"{name}: {'done' if code == DONE else f'exit code {code}'}", flush=True)
+
+    @contextlib.contextmanager
+    def _passing_on(self) -> Iterator[None]:
+        """A signal reaches every command, which saves and stops."""
+
+        def pass_on(number: int, _frame: object) -> None:
+            self.asked.append(number)
+            for process in self.running.values():
+                if process.poll() is None:
+                    process.send_signal(number)
+
+        former = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+
+def _worst(codes: Mapping[str, int]) -> int:
+    """Say which steps did not succeed; the exit code of all together."""
+    failed = [name for name, code in codes.items() if code not in (DONE, STOPPED, INTERRUPTED)]
+    if failed:
+        sys.stderr.write(f"{len(failed)} of {len(codes)} steps failed or could not begin: {', '.join(failed)}\n")
+        return max(codes[name] for name in failed)
+    if any(code != DONE for code in codes.values()):
+        sys.stderr.write("stopped and saved; start the same campaign again to continue\n")
+        return STOPPED
+    return DONE

@@ -1,0 +1,117 @@
+"""From `cluster.kind=slurm` to submitit's parameters. Pure; what is asked of the cluster stands in queue.py."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hpccl.config.sections import Container, SlurmCluster
+from hpccl.errors import ConfigError
+
+__all__ = ["DEPENDENCY", "parameters", "python_command", "seconds", "setup_lines"]
+
+_JOB = r"[0-9]+(_[0-9]+)?(\+[0-9]+)?"
+DEPENDENCY = re.compile(rf"(after|afterany|afternotok|afterok|aftercorr):{_JOB}(:{_JOB})*")
+# Blocked until handlers are there: a signal that comes while python starts would kill it; children inherit the mask.
+_BLOCKING = ("env", "--block-signal=USR1", "--block-signal=USR2")
+
+
+def seconds(time: str) -> int:
+    """A time limit in seconds.
+
+    >>> seconds("90"), seconds("1:00:00"), seconds("2-12:00:00")
+    (5400, 3600, 216000)
+    """
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if len(parts) == 1:
+        return 60 * parts[0]
+    hours, minutes, rest_seconds = parts
+    return 86400 * int(days or "0") + 3600 * hours + 60 * minutes + rest_seconds
+
+
+def parameters(cluster: SlurmCluster, *, name: str, dependency: str | None = None) -> dict[str, Any]:
+    """What submitit's SlurmExecutor is told.
+
+    Args:
+        cluster: nodes, limits and more.
+        name: of the job.
+        dependency: as of `sbatch --dependency`.
+
+    Raises:
+        ConfigError: the dependency is none.
+    """
+    if dependency is not None and DEPENDENCY.fullmatch(dependency) is None:
+        raise ConfigError(
+            f"dependency '{dependency}' is not understood; allowed: afterok:ID, afterany:ID, afternotok:ID, after:ID, "
+            "aftercorr:ID, with several as afterok:ID:ID"
+        )
+    found: dict[str, Any] = {
+        "job_name": name,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.nproc,
+        "cpus_per_task": cluster.cpus,
+        "array_parallelism": cluster.array,
+        "signal_delay_s": cluster.save,
+        "stderr_to_stdout": True,
+        "setup": setup_lines(cluster),
+        "teardown": ["hpccl_finish $?"],
+        "srun_args": srun_arguments(cluster),
+    }
+    if cluster.gpus:
+        found["gpus_per_node"] = cluster.gpus
+    for key in ("partition", "account", "qos", "constraint", "exclude"):
+        value = getattr(cluster, key)
+        if value is not None:
+            found[key] = value
+    more: dict[str, Any] = {"time": cluster.time, "requeue": True}
+    if cluster.mem is not None:
+        more["mem"] = cluster.mem
+    if dependency is not None:
+        found["dependency"] = dependency
+        more["kill-on-invalid-dep"] = "yes"  # else the job of a failed predecessor waits for ever
+    # submitit keeps `False` as text; sbatch has flags that are there or not.
+    more |= {key: value for key, value in cluster.extra.items() if value is not False}
+    return {**found, "additional_parameters": more}
+
+
+def setup_lines(cluster: SlurmCluster) -> list[str]:
+    """Shell before the step: functions that queue the job again, variables, modules, the user's own lines."""
+    script = resources.files("hpccl.cluster").joinpath("requeue.sh").read_text(encoding="utf-8")
+    variables = {
+        "OMP_NUM_THREADS": str(cluster.threads or cluster.cpus),
+        "SRUN_CPUS_PER_TASK": str(cluster.cpus),  # srun does not inherit it from SLURM 22.05 on
+        "HPCCL_MAX_RESTARTS": str(cluster.restarts),
+        "PYTHONFAULTHANDLER": "1",
+    }
+    if cluster.interface is not None:
+        variables |= {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
+    return [
+        *script.rstrip().splitlines(),
+        *(f"export {key}={shlex.quote(value)}" for key, value in {**variables, **cluster.environment}.items()),
+        *(f"module load {shlex.join(shlex.split(module))}" for module in cluster.modules),
+        *cluster.setup,
+    ]
+
+
+def srun_arguments(cluster: SlurmCluster) -> list[str]:
+    """Of the step: all tasks end when one does, perhaps a container, then the user's."""
+    inside = _in_container(cluster.container) if cluster.container is not None else []
+    return ["--kill-on-bad-exit=1", *inside, *cluster.srun]
+
+
+def _in_container(container: Container) -> list[str]:
+    here = str(Path.cwd())
+    mounts = ",".join([f"{here}:{here}", *container.mounts])
+    home = "--container-mount-home" if container.home else "--no-container-mount-home"
+    return [f"--container-image={container.image}", f"--container-mounts={mounts}", f"--container-workdir={here}", home]
+
+
+def python_command(cluster: SlurmCluster) -> str:
+    """The interpreter on the nodes, as shell words, with the signals that save a run held back until it listens."""
+    python = shlex.quote(sys.executable) if cluster.python is None else cluster.python
+    return f"{shlex.join(_BLOCKING)} {python}"

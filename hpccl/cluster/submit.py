@@ -1,0 +1,288 @@
+"""Handing runs to a cluster: checked here, on the login node and without torch, then queued as one job or one array."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hpccl.cluster import background
+from hpccl.cluster.job import CommandJob, TrainJob
+from hpccl.cluster.prepare import prepare
+from hpccl.cluster.records import JobRecord, birth, read_records, write_record
+from hpccl.cluster.slurm import parameters, python_command, seconds
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import ShardStream, SlurmCluster
+from hpccl.errors import ConfigError, DataError, FolderError, WorldError
+from hpccl.folder import RunFolder
+from hpccl.report.events import read_events
+
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
+__all__ = ["Submitted", "script", "submit", "submit_command"]
+
+_START_UP = 60  # seconds between a job's start and its first step, at the least
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """Where a run went.
+
+    kind: `done` was there already and is not run again
+    id: of the job; empty for `done`
+    """
+
+    folder: str
+    kind: Literal["slurm", "local", "done"]
+    id: str = ""
+
+
+def submit(
+    configs: Sequence[RunConfig], *, argv: Sequence[str], dependency: str | None = None, keep_live: bool = False
+) -> list[Submitted]:
+    """Queue all runs and return at once; runs that are done are left out, and a sweep becomes one job array.
+
+    Args:
+        configs: of kind `slurm`, or `local`: these run one after the other in the background of this machine.
+        argv: the command, for the record.
+        dependency: as of `sbatch --dependency`; SLURM only. Files that the jobs before may make are not looked for.
+        keep_live: a run that is queued or running already stays so, instead of being an error.
+
+    Raises:
+        ConfigError: something cannot be meant, or the cluster has no such partition.
+        DataError: shards or a file of weights are missing.
+        FolderError: a folder holds another run, or its run is queued or running already.
+        WorldError: this is no machine of a cluster, or SLURM refused.
+    """
+    check(configs, dependency)
+    todo = [config for config in configs if not _is_done(config)]
+    live = _live(todo)
+    if live and not keep_live:
+        path, (number, word) = next(iter(live.items()))
+        raise FolderError(
+            f"run '{path}' is job {number} already ({word}); wait for it (hpccl status {path}) or end it "
+            f"(hpccl cancel {path}) first"
+        )
+    found = {config.path: Submitted(config.path, "done") for config in configs}
+    found |= {path: Submitted(path, "slurm", number) for path, (number, _) in live.items()}
+    todo = [config for config in todo if config.path not in live]
+    folders = {config.path: prepare(config, argv) for config in todo}
+    for cluster, group in _by_cluster(todo):
+        runs = [folders[config.path] for config in group]
+        if isinstance(cluster, SlurmCluster):
+            jobs: list[Any] = [TrainJob(str(run.path), tuple(argv)) for run in runs]
+            name, folder = group[0].name, _submission_folder(runs)
+            ids = _queue(jobs, cluster, name=name, folder=folder, dependency=dependency)
+            for run, number in zip(runs, ids, strict=True):
+                log = folder.absolute() / f"{number}_0_log.out"
+                write_record(run, JobRecord("slurm", number, time.time(), os.uname().nodename, log=str(log)))
+                found[str(run.path)] = Submitted(str(run.path), "slurm", number)
+        else:
+            log = runs[0].logs.absolute() / "background.txt"
+            pid = background.start(runs, argv, log)
+            record = JobRecord("local", str(pid), time.time(), os.uname().nodename, born=birth(pid), log=str(log))
+            for run in runs:
+                write_record(run, record)
+                found[str(run.path)] = Submitted(str(run.path), "local", str(pid))
+    return list(found.values())
+
+
+def script(configs: Sequence[RunConfig], *, dependency: str | None = None) -> Iterator[str]:
+    """The batch script of each job that `submit` would make; touches nothing, and needs no SLURM.
+
+    Raises:
+        ConfigError: as `submit`.
+    """
+    _check_words(configs)
+    for cluster, group in _by_cluster(configs):
+        if not isinstance(cluster, SlurmCluster):
+            raise ConfigError(f"cluster.kind = {cluster.kind}: only SLURM has batch scripts; set cluster.kind=slurm")
+        folder = _submission_folder([RunFolder(Path(config.path)) for config in group])
+        yield _text(cluster, group[0].name, folder, dependency, count=len(group))
+
+
+def submit_command(
+    arguments: Sequence[str], cluster: SlurmCluster, *, name: str, folder: Path, dependency: str | None = None
+) -> str:
+    """Queue another hpccl command, such as `report`, as a job of one process; its number.
+
+    Raises:
+        ConfigError: the dependency is none, or the cluster has no such partition.
+        WorldError: this is no machine of a cluster, or SLURM refused.
+    """
+    _check_site([cluster])
+    single = cluster.model_copy(update={"nodes": 1, "tasks": 1, "gpus": 0})
+    (number,) = _queue([CommandJob(tuple(arguments))], single, name=name, folder=folder, dependency=dependency)
+    return number
+
+
+# ---------------------------------------------------------------- what is checked
+
+
+def check(configs: Sequence[RunConfig], dependency: str | None = None) -> None:
+    """Everything that can be known before a job waits for hours.
+
+    Raises:
+        ConfigError, DataError, WorldError: see `submit`.
+    """
+    _check_words(configs)
+    clusters = [config.cluster for config in configs if isinstance(config.cluster, SlurmCluster)]
+    if dependency is not None and len(clusters) < len(configs):
+        raise ConfigError("a dependency needs cluster.kind=slurm: runs on this machine wait for no job")
+    if dependency is None:  # else files may be made by the jobs before
+        for config in configs:
+            _check_files(config)
+    if clusters:
+        _check_site(clusters)
+
+
+def _check_words(configs: Sequence[RunConfig]) -> None:
+    for config in configs:
+        cluster = config.cluster
+        if not isinstance(cluster, SlurmCluster):
+            continue
+        least = cluster.save + _START_UP
+        if seconds(cluster.time) <= least:
+            raise ConfigError(
+                f"cluster.time = {cluster.time}: a run saves {cluster.save} s before the limit (cluster.save) and "
+                f"needs about {_START_UP} s to start; allowed: more than {least} s, or set cluster.save lower"
+            )
+
+
+def _check_files(config: RunConfig) -> None:
+    """Files that the run will open."""
+    if isinstance(config.stream, ShardStream):
+        for part in config.stream.parts:
+            _check_shards(part.path, (config.stream.train_split, config.stream.test_split), part.classes, part.tasks)
+    checkpoint = config.model.checkpoint
+    if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
+        raise DataError(f"model.checkpoint '{checkpoint}' is not a file")
+    other = config.train.first_task_from
+    if other is not None and not RunFolder(Path(other)).config.is_file():
+        raise ConfigError(f"train.first_task_from = '{other}' is no run folder; submit or train that run first")
+
+
+def _check_shards(path: str, wanted: Sequence[str], classes: int | None, tasks: int) -> None:
+    from hpccl.data.shards.manifest import Manifest
+
+    for split in wanted:
+        manifest = Manifest.load(Path(path) / split)
+        there = len(manifest.classes)
+        kept = classes or there
+        if kept > there or kept % tasks:
+            raise ConfigError(
+                f"'{path}' has {there} classes: {kept} of them in {tasks} equal tasks is not possible; change "
+                "stream.parts.*.classes or stream.parts.*.tasks"
+            )
+
+
+def _check_site(clusters: Sequence[SlurmCluster]) -> None:
+    missing = [command for command in ("sbatch", "srun", "scontrol", "squeue") if shutil.which(command) is None]
+    if missing:
+        raise WorldError(
+            f"no {', '.join(missing)} on PATH: this is no machine of a SLURM cluster; go to its login node, load its "
+            "module, or set cluster.kind=local. --dry-run prints the script anywhere"
+        )
+    try:
+        import submitit  # noqa: F401 - whether it is there
+    except ImportError as error:
+        raise WorldError(
+            "submitit is not installed: pip install 'hpccl[slurm]', or use `sbatch slurm/train.sbatch` without it"
+        ) from error
+    wanted = {cluster.partition for cluster in clusters} - {None}
+    known = _partitions() if wanted else set()
+    unknown = sorted(name for name in wanted if name is not None and known and not set(name.split(",")) <= known)
+    if unknown:
+        raise ConfigError(f"cluster.partition = {', '.join(unknown)}: no such partition; {', '.join(sorted(known))}")
+
+
+def _partitions() -> set[str]:
+    """Their names, or nothing where SLURM does not say."""
+    try:
+        done = subprocess.run(
+            ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return set()
+    return set(done.stdout.split())
+
+
+def _is_done(config: RunConfig) -> bool:
+    folder = RunFolder(Path(config.path))
+    return folder.events.exists() and any(event["event"] == "done" for event in read_events(folder.events))
+
+
+def _live(configs: Sequence[RunConfig]) -> dict[str, tuple[str, str]]:
+    """Runs whose newest job is queued or running, for two jobs must not train in one folder: its number and state."""
+    newest = {config.path: read_records(RunFolder(Path(config.path)))[-1:] for config in configs}
+    queued = {path: record.id for path, records in newest.items() for record in records if record.kind == "slurm"}
+    if not queued or shutil.which("squeue") is None:
+        return {}
+    from hpccl.cluster.queue import states
+
+    told = states(list(queued.values()))
+    return {
+        path: (number, told[number].word) for path, number in queued.items() if number in told and told[number].alive
+    }
+
+
+# ---------------------------------------------------------------- submitit
+
+
+def _by_cluster(configs: Sequence[RunConfig]) -> Iterator[tuple[Any, list[RunConfig]]]:
+    """Runs that ask for the same machines share an array."""
+    keyed = sorted(configs, key=lambda config: config.cluster.model_dump_json())
+    for _, group in groupby(keyed, key=lambda config: config.cluster.model_dump_json()):
+        runs = list(group)
+        yield runs[0].cluster, runs
+
+
+def _submission_folder(runs: Sequence[RunFolder]) -> Path:
+    """Where submitit keeps its files: with the run, or with the sweep."""
+    if len(runs) == 1:
+        return runs[0].logs / "slurm"
+    return Path(os.path.commonpath([str(run.path.absolute()) for run in runs])) / "slurm"
+
+
+def _queue(jobs: Sequence[Any], cluster: SlurmCluster, *, name: str, folder: Path, dependency: str | None) -> list[str]:
+    """Raises WorldError where SLURM refuses."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.helpers import clean_env
+
+    executor = _executor(cluster, name, folder, dependency)
+    try:
+        with clean_env(), executor.batch():  # also from within a job, whose variables are not for this one
+            handles = [executor.submit(job) for job in jobs]
+    except (FailedJobError, FailedSubmissionError) as error:
+        words = re.sub(r"\s+", " ", str(error)).strip()
+        raise WorldError(f"sbatch refused the job: {words}; change cluster.*, `--dry-run` prints the script") from error
+    except OSError as error:
+        raise FolderError(f"'{folder}' cannot be written: {error.strerror}") from error
+    return [handle.job_id for handle in handles]
+
+
+def _executor(cluster: SlurmCluster, name: str, folder: Path, dependency: str | None) -> SlurmExecutor:
+    from submitit import SlurmExecutor
+
+    executor = SlurmExecutor(folder=folder, python=python_command(cluster))
+    executor.update_parameters(**parameters(cluster, name=name, dependency=dependency))
+    return executor
+
+
+def _text(cluster: SlurmCluster, name: str, folder: Path, dependency: str | None, *, count: int) -> str:
+    from submitit.slurm.slurm import _make_sbatch_string  # the executor itself wants srun to be there
+
+    told = parameters(cluster, name=name, dependency=dependency)
+    command = f"{python_command(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder.absolute()))}"
+    array = count if count > 1 else None
+    text: str = _make_sbatch_string(command=command, folder=folder.absolute(), map_count=array, **told)
+    return text

@@ -1,0 +1,80 @@
+r"""Class-incremental ImageNet, from the archives to the report: shards, references, methods x memory sizes x seeds.
+
+    python launch/imagenet.py --train ILSVRC2012_img_train.tar --test VALIDATION_FOLDER \
+        --cluster slurm --with configs/cluster/slurm_gpu.yaml cluster.nodes=4 cluster.account=NAME
+
+The validation set must be sorted into one folder for each class, named as in training. Everything is queued at once, as
+jobs that wait for each other; started again, it queues what is not done. Without --cluster slurm all runs on this
+machine. `--with train.epochs=1 model.name=resnet18` and the like change every training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+
+CONFIG = "configs/imagenet_10x100.yaml"
+REFERENCES = ("finetune", "separate", "joint")
+METHODS = ("replay", "fr+replay", "ewc+fr+replay")
+WITHOUT_MEMORY = ("ewc",)
+
+
+def shards(chosen: argparse.Namespace) -> list[Step]:
+    """One step for each split; a build that was interrupted goes on."""
+    shrink = ["--max-side", str(chosen.max_side), "--quality", "90"]
+    sources = {"train": chosen.train, "test": chosen.test}
+    return [
+        Step(f"shards-{split}", ("shards", "build", str(source), chosen.shards, "--split", split, *shrink))
+        for split, source in sources.items()
+        if source is not None
+    ]
+
+
+def trainings(chosen: argparse.Namespace, after: tuple[str, ...]) -> Iterator[Step]:
+    """`finetune` trains each seed's first task for all methods with a past."""
+    data = [f"stream.parts=[{{path: {chosen.shards}, tasks: {chosen.tasks}}}]"]
+    for seed in chosen.seeds:
+        first = f"finetune-{seed}"
+        for method in REFERENCES:
+            yield _training(chosen, method, f"{method}-{seed}", [*data, f"seed={seed}"], after)
+        shared = [*data, f"seed={seed}", f"train.first_task_from={chosen.folder}/{first}"]
+        for method in WITHOUT_MEMORY:
+            yield _training(chosen, method, f"{method}-{seed}", shared, (first,))
+        for method in METHODS:
+            for size in chosen.sizes:
+                yield _training(chosen, method, f"{method}-{size}-{seed}", [*shared, f"memory.size={size}"], (first,))
+
+
+def _training(
+    chosen: argparse.Namespace, method: str, name: str, settings: Sequence[str], after: tuple[str, ...]
+) -> Step:
+    files = [CONFIG, f"configs/method/{method}.yaml"]
+    last = ["train.only_last=true"] if method == "joint" else []
+    return Step(name, ("train", *files, *settings, *last, f"name={method}", f"folder={chosen.folder}/{name}"), after)
+
+
+def campaign(chosen: argparse.Namespace) -> Campaign:
+    """All of it."""
+    built = shards(chosen)
+    runs = tuple(trainings(chosen, tuple(step.name for step in built)))
+    folders = [f"{chosen.folder}/{step.name}" for step in runs]
+    report = Step("report", ("report", *folders, "--out", f"{chosen.folder}/report"), tuple(step.name for step in runs))
+    return Campaign(Path(chosen.folder), (*built, *runs, report))
+
+
+if __name__ == "__main__":
+    parser = options(__doc__)
+    parser.add_argument("--train", type=Path, metavar="SOURCE", help="training images; leave out if shards are there")
+    parser.add_argument("--test", type=Path, metavar="SOURCE", help="validation images, in class folders")
+    parser.add_argument("--shards", default="shards/imagenet", help="folder of shards (shards/imagenet)")
+    parser.add_argument("--max-side", type=int, default=400, help="pixels of the longer side of stored images (400)")
+    parser.add_argument("--folder", default="runs/imagenet", help="folder of the runs (runs/imagenet)")
+    parser.add_argument("--tasks", type=int, default=10, help="tasks of equally many classes (10)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[200, 1000, 5000], help="memory examples a task")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(0)")
+    arguments = parser.parse_args()
+    sys.exit(carry_out(campaign(arguments), arguments))

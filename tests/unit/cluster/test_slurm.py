@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpccl.cluster.slurm import parameters, python_command, seconds
+from hpccl.cluster.submit import script
+from hpccl.config.load import load, sweep
+from hpccl.config.sections import SlurmCluster
+from hpccl.errors import ConfigError
+
+SLURM = "cluster.kind=slurm"
+
+
+def cluster(*settings: str) -> SlurmCluster:
+    found = load([], [SLURM, *settings]).cluster
+    assert isinstance(found, SlurmCluster)
+    return found
+
+
+def one(*settings: str, dependency: str | None = None) -> str:
+    (text,) = script(sweep([], [SLURM, *settings]), dependency=dependency)
+    return text
+
+
+@pytest.mark.parametrize(("text", "limit"), [("90", 5400), ("1:00:00", 3600), ("0:05:30", 330), ("2-12:00:00", 216000)])
+def test_time_limits(text: str, limit: int) -> None:
+    assert seconds(text) == limit
+
+
+def test_every_key_reaches_the_script() -> None:
+    text = one(
+        "cluster.nodes=3",
+        "cluster.gpus=4",
+        "cluster.cpus=6",
+        "cluster.mem=64G",
+        "cluster.time=2:00:00",
+        "cluster.partition=long",
+        "cluster.account=me",
+        "cluster.qos=high",
+        "cluster.constraint=a100&ib",
+        "cluster.exclude=n[1-2]",
+        "cluster.save=200",
+        "cluster.restarts=7",
+        "cluster.interface=ib0",
+        'cluster.modules=["cuda/12.8 gcc"]',
+        'cluster.setup=["ulimit -n 65536"]',
+        "cluster.environment={WORD: 'it is $HOME'}",
+        "cluster.srun=['--gpu-bind=none']",
+        "cluster.extra={exclusive: true, nodelist: 'n3,n4', hold: false}",
+        "name=mine",
+        dependency="afterok:12",
+    )
+    for line in (
+        "#SBATCH --nodes=3",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --cpus-per-task=6",
+        "#SBATCH --mem=64G",
+        "#SBATCH --time=2:00:00",
+        "#SBATCH --partition=long",
+        "#SBATCH --account=me",
+        "#SBATCH --qos=high",
+        "#SBATCH --constraint='a100&ib'",
+        "#SBATCH --exclude='n[1-2]'",
+        "#SBATCH --signal=USR2@200",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --exclusive",
+        "#SBATCH --nodelist=n3,n4",
+        "#SBATCH --job-name=mine",
+        "#SBATCH --dependency=afterok:12",
+        "#SBATCH --kill-on-invalid-dep=yes",
+        "export HPCCL_MAX_RESTARTS=7",
+        "export NCCL_SOCKET_IFNAME=ib0",
+        "export GLOO_SOCKET_IFNAME=ib0",
+        "export OMP_NUM_THREADS=6",
+        "export WORD='it is $HOME'",
+        "module load cuda/12.8 gcc",
+        "ulimit -n 65536",
+        "hpccl_finish $?",
+    ):
+        assert line in text.splitlines(), line
+    assert "hold" not in text
+    (step,) = [line for line in text.splitlines() if line.startswith("srun ")]
+    assert {"--kill-on-bad-exit=1", "--gpu-bind=none", "--block-signal=USR2"} <= set(shlex.split(step))
+
+
+def test_the_script_is_bash_and_ends_with_the_code_of_the_step(tmp_path: Path) -> None:
+    text = one()
+    path = tmp_path / "job.sh"
+    path.write_text(text)
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    # Nothing between the step and the call that reads its exit code.
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert lines[-2].startswith("srun ")
+    assert lines[-1] == "hpccl_finish $?"
+
+
+def test_a_sweep_is_one_array_unless_it_asks_for_different_machines() -> None:
+    assert "#SBATCH --array=0-2%2" in one("seed=0,1,2", "cluster.array=2")
+    assert len(list(script(sweep([], [SLURM, "cluster.nodes=1,2", "seed=0,1"])))) == 2
+
+
+def test_containers_are_for_pyxis() -> None:
+    text = one("cluster.container={image: my.sqsh, mounts: ['/data:/data']}", "cluster.python=python3")
+    (step,) = [shlex.split(line) for line in text.splitlines() if line.startswith("srun ")]
+    here = str(Path.cwd())
+    assert "--container-image=my.sqsh" in step
+    assert f"--container-mounts={here}:{here},/data:/data" in step
+    assert f"--container-workdir={here}" in step
+    assert "--no-container-mount-home" in step
+    assert "python3" in step
+
+
+def test_the_interpreter_is_quoted() -> None:
+    assert shlex.split(python_command(cluster()))[:3] == ["env", "--block-signal=USR1", "--block-signal=USR2"]
+
+
+@pytest.mark.parametrize("dependency", ["12", "afterok", "afterok:x", "afterok:1;reboot", "before:1"])
+def test_other_dependencies_are_refused(dependency: str) -> None:
+    with pytest.raises(ConfigError, match="dependency"):
+        parameters(cluster(), name="x", dependency=dependency)
+
+
+@pytest.mark.parametrize("dependency", ["afterok:12", "afterany:12:13", "afterok:12_3", "after:12+5"])
+def test_what_sbatch_knows_is_passed_on(dependency: str) -> None:
+    assert parameters(cluster(), name="x", dependency=dependency)["dependency"] == dependency
+
+
+def test_a_limit_that_leaves_no_time_to_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cluster.save"):
+        one("cluster.time=0:03:00", "cluster.save=150")
