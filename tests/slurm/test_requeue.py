@@ -31,7 +31,7 @@ def test_a_run_that_stopped_or_crashed_runs_again(cluster: Testbed, tmp_path: Pa
     ended = wait_for_state(job)
     log = (tmp_path / f"{job}.log").read_text()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
-    assert f"hpccl: job {job} ended with {code} after 0 restarts: requeued\n" in log
+    assert f"hpccl: job {job} ended with {code} after 0 restarts: requeue\n" in log
 
 
 def test_a_killed_rank_runs_again_with_its_partners(cluster: Testbed, tmp_path: Path) -> None:
@@ -65,6 +65,17 @@ def test_a_cancelled_job_stays_cancelled(cluster: Testbed, tmp_path: Path) -> No
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
 
 
+def test_a_node_that_is_gone_when_the_step_starts_is_left(cluster: Testbed, tmp_path: Path) -> None:
+    late = JOB.replace("srun", "sleep 3; srun")
+    job = submit(tmp_path, late.format(root=ROOT, rank="hostname"), options=TWO)
+    wait_for_state(job, "RUNNING")
+    cluster.power_off("n2")
+    ended = wait_for_state(job)
+    assert ended["JobState"] == "COMPLETED"
+    assert int(ended["Restarts"]) >= 1
+    assert ended["NodeList"] == "n[1,3]"
+
+
 def test_restarts_are_limited(cluster: Testbed, tmp_path: Path) -> None:
     job = start(tmp_path, "exit 75", "--export=ALL,HPCCL_MAX_RESTARTS=1")
     ended = wait_for_state(job)
@@ -75,7 +86,7 @@ def test_restarts_are_limited(cluster: Testbed, tmp_path: Path) -> None:
 def test_only_the_task_of_an_array_that_stopped_runs_again(cluster: Testbed, tmp_path: Path) -> None:
     rank = f"{SECOND_TIME}; [ $SLURM_ARRAY_TASK_ID = 2 ] && exit 75; exit 0"
     job = start(tmp_path, rank, "--array=0-2", "--nodes=1", "--ntasks=1")
-    wait_for("the requeue", lambda: "requeued" in _log(tmp_path / f"{job}_2.log"))
+    wait_for("the requeue", lambda: ": requeue\n" in _log(tmp_path / f"{job}_2.log"))
     ended = [wait_for_state(f"{job}_{task}") for task in range(3)]
     assert [task["JobState"] for task in ended] == ["COMPLETED"] * 3
     assert [task["Restarts"] for task in ended] == ["0", "0", "1"]

@@ -92,7 +92,7 @@ def test_a_killed_daemon_leaves_the_job_alone(cluster: Testbed, tmp_path: Path) 
 
 
 def test_a_job_leaves_a_node_without_power(cluster: Testbed, tmp_path: Path) -> None:
-    job = submit(tmp_path, "srun -N2 sleep 300", options=["-N2", "--requeue"])
+    job = submit(tmp_path, "sleep 300", options=["-N2", "--requeue"])
     wait_for_state(job, "RUNNING")
     cluster.power_off("n2")
     wait_for("the job to run elsewhere", lambda: state(job) == "RUNNING" and "n[1,3]" in ask("squeue", "-h"))
