@@ -12,20 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from slurm.testbed.testbed import Settings, Testbed, missing_programs
+from slurm.testbed.testbed import Settings, Testbed, obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is in this folder is marked `slurm`, and skipped, visibly, where there can be no cluster."""
-    absent = missing_programs()
-    reason = "only root may make the nodes of a cluster" if os.geteuid() else f"not installed: {', '.join(absent)}"
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker("slurm")
-            if os.geteuid() or absent:
-                item.add_marker(pytest.mark.skip(reason=f"{reason}; see slurm/testbed/README.md"))
+    ours = [item for item in items if Path(__file__).parent in item.path.parents]
+    reason = obstacle() if ours else None
+    for item in ours:
+        item.add_marker("slurm")
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
