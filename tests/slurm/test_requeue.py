@@ -25,7 +25,7 @@ def start(folder: Path, rank: str, *options: str) -> str:
     return submit(folder, JOB.format(root=ROOT, rank=rank), options=[*TWO, *options])
 
 
-@pytest.mark.parametrize("code", [75, 134, 139])
+@pytest.mark.parametrize("code", [75, 139])
 def test_a_run_that_stopped_or_crashed_runs_again(cluster: Testbed, tmp_path: Path, code: int) -> None:
     job = start(tmp_path, f"{SECOND_TIME}; exit {code}")
     ended = wait_for_state(job)

@@ -40,18 +40,20 @@ def test_the_network_check_says_that_it_failed(cluster: Testbed, tmp_path: Path)
     assert "hpccl: verdict: FAILED with " in log(tmp_path, job)
 
 
-def test_shards_are_built_on_a_node(cluster: Testbed, tmp_path: Path) -> None:
-    noise = np.random.default_rng(0)
-    for name in ("a", "b"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(4):
-            picture = Image.fromarray(noise.integers(0, 255, (16, 16, 3), dtype=np.uint8))
-            picture.save(tmp_path / "images" / name / f"{number}.png")
+def test_shards_are_built_on_a_node_in_spite_of_a_warning(cluster: Testbed, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    for name in range(40):
+        (tmp_path / "images" / f"{name:02}").mkdir(parents=True)
+        for number in range(20):
+            Image.fromarray(noise + number).save(tmp_path / "images" / f"{name:02}" / f"{number}.png")
     out = tmp_path / "shards"
     job = submit(tmp_path, TEMPLATES / "shards.sbatch", tmp_path / "images", out, options=["--cpus-per-task=2"])
+    wait_for("the first shard", lambda: any(out.glob("train/*.tar")))
+    ask("scancel", "--signal=TERM", job)
     assert wait_for_state(job)["JobState"] == "COMPLETED", log(tmp_path, job)
+    assert "ended with 75 after 0 restarts: requeue\n" in log(tmp_path, job)
     assert (out / "train" / "manifest.json").exists()
-    assert len(list((out / "train").glob("*.tar"))) == 2
+    assert len(list((out / "train").glob("*.tar"))) == 40
 
 
 def test_a_run_for_each_line_of_a_file(cluster: Testbed, tmp_path: Path) -> None:
