@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from hpccl.cluster.lock import holder
-from hpccl.cluster.queue import JobState, states
-from hpccl.cluster.records import JobRecord, read_records
+from hpccl.cluster.queue import UNKNOWN, JobState, states
+from hpccl.cluster.records import JobRecord, birth, read_records
 from hpccl.folder import RunFolder
 from hpccl.report.standing import Standing
 
-__all__ = ["Job", "born", "find_jobs", "find_runs", "latest_job"]
+__all__ = ["Job", "find_jobs", "find_runs", "latest_job"]
 
-_NOT_RUNS = {"checkpoints", "memory", "logs", "tensorboard", "report", "__pycache__"}
+_NOT_RUNS = {"checkpoints", "memory", "logs", "tensorboard", "report", "slurm", "__pycache__"}
 _SIGNS = ("config.yaml", "jobs.jsonl", "events.jsonl")
 
 
@@ -57,6 +57,7 @@ class Job:
     host: of a process
     state: what SLURM says
     log: file of what it printed outside of `logs/rank-N.txt`; empty where there is none
+    recorded: it was made for the run; else the run is in it, perhaps with other things
     """
 
     kind: Literal["slurm", "local"]
@@ -66,58 +67,47 @@ class Job:
     host: str = ""
     state: JobState | None = None
     log: str = ""
+    recorded: bool = True
 
 
 def find_jobs(runs: Mapping[Path, Standing]) -> dict[Path, list[Job]]:
     """The jobs of each run, oldest first. SLURM is asked once for all of them."""
-    records = {folder: _records(RunFolder(folder), standing) for folder, standing in runs.items()}
-    ids = dict.fromkeys(record.id for found in records.values() for record in found if record.kind == "slurm")
-    known = states(list(ids))
+    records = {folder: read_records(RunFolder(folder)) for folder in runs}
+    ids = [record.id for found in records.values() for record in found if record.kind == "slurm"]
+    ids += [standing.job for standing in runs.values() if standing.job is not None]
+    known = states(list(dict.fromkeys(ids)))
     return {
-        folder: [*(_job(record, known) for record in found), *_unrecorded(RunFolder(folder), found)]
-        for folder, found in records.items()
+        folder: _with_unrecorded(
+            RunFolder(folder), standing, [_job(record, known) for record in records[folder]], known
+        )
+        for folder, standing in runs.items()
     }
 
 
 def latest_job(jobs: Sequence[Job]) -> Job | None:
     """The one that counts: the newest that lives or may live, else the newest."""
     alive = [job for job in jobs if job.alive or job.alive is None]
-    return (alive or list(jobs) or [None])[-1]
-
-
-def _records(folder: RunFolder, standing: Standing) -> list[JobRecord]:
-    """What was recorded, and the job that the last start was part of, which may be one of the user's own."""
-    found = {(record.kind, record.id): record for record in read_records(folder)}
-    if standing.job is not None and standing.began is not None and ("slurm", standing.job) not in found:
-        record = JobRecord("slurm", standing.job, standing.began, standing.host)
-        found["slurm", record.id] = record
-    return sorted(found.values(), key=lambda record: record.submitted)
+    return next(reversed(alive or list(jobs)), None)
 
 
 def _job(record: JobRecord, known: Mapping[str, JobState]) -> Job:
     if record.kind == "slurm":
         state = known[record.id]
-        alive = None if not state.known and state.alive else state.alive
+        alive = None if state.word == UNKNOWN else state.alive
         return Job("slurm", record.id, alive, record.submitted, state=state, log=record.log)
     here = record.host == os.uname().nodename
-    alive = (record.id.isdecimal() and born(int(record.id)) == record.born > 0) if here else None
+    alive = (record.id.isdecimal() and birth(int(record.id)) == record.born > 0) if here else None
     return Job("local", record.id, alive, record.submitted, host=record.host, log=record.log)
 
 
-def _unrecorded(folder: RunFolder, records: Sequence[JobRecord]) -> Iterator[Job]:
-    """`hpccl train` that somebody typed on this machine: it holds the folder's lock."""
-    found = None if any(record.kind == "slurm" and not record.log for record in records) else holder(folder)
-    if found is None or found.host != os.uname().nodename or found.pid <= 0:
-        return
-    if not any(record.kind == "local" and born(int(record.id)) == record.born for record in records):
-        yield Job("local", str(found.pid), True, 0.0, host=found.host)
-
-
-def born(pid: int) -> int:
-    """When a process of this machine began, in clock ticks since the machine did; 0 if there is none (any more)."""
-    try:
-        # The name of the program, in parentheses, may hold anything; see proc(5) for the fields after it.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return 0 if fields[0] in "ZX" else int(fields[19])
-    except (OSError, IndexError, ValueError):
-        return 0
+def _with_unrecorded(
+    folder: RunFolder, standing: Standing, jobs: list[Job], known: Mapping[str, JobState]
+) -> list[Job]:
+    """And the user's own job, or `hpccl train` that somebody typed, which holds the folder's lock."""
+    if standing.job is not None and not any(job.id == standing.job for job in jobs):
+        record = JobRecord("slurm", standing.job, standing.began or 0.0, standing.host)
+        jobs = sorted([*jobs, replace(_job(record, known), recorded=False)], key=lambda job: job.submitted)
+    found = None if any(job.alive for job in jobs) else holder(folder)
+    if found is None:
+        return jobs
+    return [*jobs, Job("local", str(found.pid), True, found.since, host=found.host, recorded=False)]

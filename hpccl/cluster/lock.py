@@ -59,10 +59,11 @@ def _taken(handle: int) -> bool:
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that trains in a folder: its number, and the host that it wrote down."""
+    """A process that trains in a folder: its number, the host that it wrote down, and when it took the lock."""
 
     pid: int
     host: str
+    since: float
 
 
 def holder(folder: RunFolder) -> Holder | None:
@@ -80,11 +81,12 @@ def holder(folder: RunFolder) -> Holder | None:
         question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         kind, *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(handle, fcntl.F_GETLK, question))
         words = os.pread(handle, 100, 0).decode(errors="replace").split()
+        since = os.fstat(handle).st_mtime
     except OSError:
         return None  # a file system without locks: nothing can be said
     finally:
         os.close(handle)
-    return None if kind == fcntl.F_UNLCK else Holder(pid, words[-1] if words else "")
+    return None if kind == fcntl.F_UNLCK else Holder(pid, words[-1] if words else "", since)
 
 
 _FLOCK = "hhqqi"  # struct flock of <fcntl.h> where files have 64-bit sizes

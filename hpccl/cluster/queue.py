@@ -75,7 +75,9 @@ def states(ids: Sequence[str]) -> dict[str, JobState]:
         return {}
     found: dict[str, JobState] = {}
     for part in _parts(sorted({_array_of(each) for each in ids})):
-        answer = _ask(["squeue", "--noheader", "--all", "--array", "--states=all", f"--jobs={part}", f"--Format={_FORMAT}"])
+        answer = _ask(
+            ["squeue", "--noheader", "--all", "--array", "--states=all", f"--jobs={part}", f"--Format={_FORMAT}"]
+        )
         if answer.problem:
             return {each: JobState(each, UNKNOWN, answer.problem) for each in ids}
         found |= {state.id: state for state in parse_squeue(answer.output)}
@@ -88,7 +90,9 @@ def _older(ids: Sequence[str]) -> dict[str, JobState]:
     found: dict[str, JobState] = {}
     why = "SLURM does not know it any more"
     for part in _parts(sorted({_array_of(each) for each in ids})):
-        answer = _ask(["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={part}", f"--format={_ACCOUNTS}"])
+        answer = _ask(
+            ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={part}", f"--format={_ACCOUNTS}"]
+        )
         found |= {state.id: state for state in parse_sacct(answer.output)}
         if answer.problem:
             why = f"squeue does not know it any more, and {answer.problem}"
@@ -135,7 +139,12 @@ def _ask(command: Sequence[str]) -> _Answer:
         time.sleep(pause)
         try:
             done = subprocess.run(
-                command, env=_environment(), capture_output=True, timeout=_TIMEOUT, check=False, stdin=subprocess.DEVNULL
+                command,
+                env=_environment(),
+                capture_output=True,
+                timeout=_TIMEOUT,
+                check=False,
+                stdin=subprocess.DEVNULL,
             )
         except FileNotFoundError:
             return _Answer("", f"{command[0]} is not installed here")
@@ -154,9 +163,7 @@ def _ask(command: Sequence[str]) -> _Answer:
 
 def _environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """This one without a user's filters and formats."""
-    kept = {
-        name: value for name, value in environ.items() if not name.startswith(("SQUEUE_", "SACCT_", "SCANCEL_"))
-    }
+    kept = {name: value for name, value in environ.items() if not name.startswith(("SQUEUE_", "SACCT_", "SCANCEL_"))}
     return {**kept, "SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0", "LC_ALL": "C"}
 
 

@@ -123,7 +123,9 @@ def _after(standing: Standing, event: Mapping[str, Any]) -> Standing:
             return _begun(event)
         case "evaluate":
             learned = int(event["task"])
-            return replace(standing, phase="fit", task=0, step=0) if learned < 0 else replace(standing, phase="evaluate")
+            return (
+                replace(standing, phase="fit", task=0, step=0) if learned < 0 else replace(standing, phase="evaluate")
+            )
         case "task":
             return replace(standing, task=int(event["task"]), phase="fit", step=0, num_steps=None, epoch=0.0)
         case "step":
@@ -141,7 +143,8 @@ def _after(standing: Standing, event: Mapping[str, Any]) -> Standing:
             return replace(standing, task=int(event["task"]), phase=ended)
         case "stop" | "done" | "error":
             return _ended(standing, event)
-    return standing
+        case _:
+            return standing
 
 
 def _begun(event: Mapping[str, Any]) -> Standing:
@@ -178,7 +181,8 @@ def _ended(standing: Standing, event: Mapping[str, Any]) -> Standing:
             return replace(ended, message=str(event.get("message")), error_kind=str(event.get("kind")))
         case "stop":
             return replace(_at(ended, event), message=str(event.get("reason")))
-    return replace(ended, phase=None)
+        case _:
+            return replace(ended, phase=None)
 
 
 # ---------------------------------------------------------------- time left
