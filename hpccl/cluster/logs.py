@@ -66,8 +66,8 @@ def find_log(run: Path, rank: int = 0) -> Path:
     what = f"job {job.id}" if job.kind == "slurm" else f"process {job.id} on {job.host}"
     if not job.log:
         raise FolderError(
-            f"no output of '{run}': {what} was not started by hpccl submit, and printed where its own script says, or to "
-            "its terminal"
+            f"no output of '{run}': {what} was not started by hpccl submit; it printed where its script says or to a "
+            "terminal"
         )
     raise FolderError(f"no output of '{run}' yet: {what} has not written '{job.log}' (hpccl status {run} says why)")
 
