@@ -31,14 +31,18 @@ def cancel(folders: Sequence[Path]) -> tuple[list[str], bool]:
     refused = queue.cancel(list(ids)) if ids else ""
     lines, ended = [], dict[str, str]()
     for run, found in live.items():
-        lines += [f"{run}: {word}" for word in _words(found, ended, refused)] or [f"{run}: no live job"]
+        lines += [f"{run}: {word}" for word in _words(found, ended, refused)] or [f"{run}: nothing to cancel"]
     problems = [refused, *ended.values()] if refused else list(ended.values())
     return lines, not any(problems)
 
 
 def _is_for(standing: Standing, job: Job) -> bool:
-    """Whether a job is there for the run, and not one of the user's own in which it has ended, such as a shell."""
-    if job.recorded or job.state is None or standing.turn == "run":
+    """Whether the job has anything to do for the run: a process may be at another, a shell of the user's at anything."""
+    if standing.turn == "done":
+        return False
+    if job.state is None:
+        return standing.turn in (None, "run") or standing.turn_time < job.submitted
+    if job.recorded or standing.turn == "run":
         return True
     return standing.turn == "stop" and (job.state.word != "RUNNING" or job.state.restarts > standing.restart)
 
@@ -50,7 +54,7 @@ def _words(jobs: Sequence[Job], ended: dict[str, str], refused: str) -> Iterator
             yield f"job {job.id}: {refused}" if refused else f"job {job.id} cancelled"
             continue
         problem = ended[job.id] if job.id in ended else _end(job)
-        again = " (with the runs before)" if job.id in ended else ""
+        again = ", as above" if job.id in ended else ""
         ended[job.id] = problem
         yield f"process {job.id}: {problem}" if problem else f"process {job.id} asked to save and stop{again}"
 

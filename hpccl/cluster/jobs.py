@@ -110,4 +110,6 @@ def _with_unrecorded(
     found = None if any(job.alive for job in jobs) else holder(folder)
     if found is None:
         return jobs
+    if any(job.alive is None and job.id == standing.job for job in jobs):  # SLURM is silent, the file system is not
+        return [replace(job, alive=True) if job.id == standing.job else job for job in jobs]
     return [*jobs, Job("local", str(found.pid), True, found.since, host=found.host, recorded=False)]

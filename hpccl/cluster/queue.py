@@ -128,14 +128,17 @@ class _Answer:
 
 _TIMEOUT = 20.0  # seconds for one try
 _PAUSES = (0.5, 2.0)  # seconds before the second and the third try
+_PATIENCE = 8.0  # seconds after which there is no further try: SLURM's commands wait by themselves
 _NOT_KNOWN = "Invalid job id specified"  # squeue, of a single job that it does not know
 _FINAL = ("accounting storage is disabled", "accounting_storage", "denied", "Invalid job id", "nvalid user")
 
 
 def _ask(command: Sequence[str]) -> _Answer:
     """Run one of SLURM's commands, more than once if its controller does not answer."""
-    problem = ""
+    problem, began = "", time.monotonic()
     for pause in (0.0, *_PAUSES):
+        if time.monotonic() - began > _PATIENCE:
+            break
         time.sleep(pause)
         try:
             done = subprocess.run(
@@ -155,10 +158,16 @@ def _ask(command: Sequence[str]) -> _Answer:
         output, words = (text.decode("utf-8", errors="replace") for text in (done.stdout, done.stderr))
         if done.returncode == 0 or (_NOT_KNOWN in words and command[0] == "squeue"):
             return _Answer(output)
-        problem = f"{command[0]} failed: {' '.join(words.split()) or f'exit code {done.returncode}'}"
+        problem = f"{command[0]} failed: {_plain(words) or f'exit code {done.returncode}'}"
         if any(sign in words for sign in _FINAL):
             return _Answer(output, problem)
     return _Answer("", problem)
+
+
+def _plain(words: str) -> str:
+    """One line, without the names of commands and functions before it."""
+    lines = (re.sub(r"^(?:\w+: )?(?:\w+ )?error: ", "", line.strip()) for line in words.splitlines())
+    return "; ".join(dict.fromkeys(filter(None, lines)))
 
 
 def _environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

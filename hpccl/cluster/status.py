@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from hpccl.cluster.jobs import Job, find_jobs, find_runs, latest_job
 from hpccl.cluster.outcome import DONE, FAILED
-from hpccl.cluster.queue import JobState
+from hpccl.cluster.queue import UNKNOWN, JobState
 from hpccl.folder import RunFolder
 from hpccl.report.standing import Standing, read_standing
 
@@ -113,7 +113,7 @@ def _status(run: Path, standing: Standing, job: Job | None, now: float) -> RunSt
         epoch=standing.epoch,
         images_per_second=standing.images_per_second if live else None,
         left=left,
-        limit_left=told.left if told is not None else None,
+        limit_left=told.left if told is not None and state in ("starting", "running", "suspended") else None,
         error="" if state == "done" else _error(run, standing),
         silent=silent,
     )
@@ -174,7 +174,8 @@ def judge(standing: Standing, job: Job | None, now: float) -> tuple[State, str]:
     if job is None:
         return _without_job(standing)
     if job.alive is None:
-        return "unknown", _doubt(standing, job)
+        own = standing.turn == "error" and standing.error_kind not in _PARTNER and standing.job == job.id
+        return ("failed", "") if own else ("unknown", _doubt(standing, job))
     if not job.alive:
         return _after_job(standing, job)
     return _waiting(job.state) or _working(standing, job, now)
@@ -206,7 +207,7 @@ def _doubt(standing: Standing, job: Job) -> str:
 
 def _waiting(state: JobState | None) -> tuple[State, str] | None:
     """Of a job that holds no machine; None if it does."""
-    if state is None or state.word in ("RUNNING", "COMPLETING", "SIGNALING", "RESIZING", "STAGE_OUT"):
+    if state is None or state.word in ("RUNNING", "COMPLETING", "SIGNALING", "RESIZING", "STAGE_OUT", UNKNOWN):
         return None
     if state.word == "CONFIGURING":
         return "starting", "its nodes are made ready"

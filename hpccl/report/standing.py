@@ -34,6 +34,7 @@ class Standing:
     began: when the last start was that is known
     host, job, restart: of that start: the machine of rank 0, and SLURM's job
     time: of the last event, seconds since 1970
+    plan: steps of each task, 0 for those that are not trained
     task: counted from 0, with `step` of `num_steps` steps done and `epoch` epochs
     left: seconds until the run is done, at the time of the last event
     """
@@ -49,13 +50,23 @@ class Standing:
     restart: int = 0
     time: float | None = None
     task: int | None = None
-    num_tasks: int | None = None
+    plan: tuple[int, ...] | None = None
     phase: Phase | None = None
     step: int | None = None
     num_steps: int | None = None
     epoch: float | None = None
     images_per_second: float | None = None
     left: float | None = None
+
+    @property
+    def num_tasks(self) -> int | None:
+        """Tasks of the stream."""
+        return None if self.plan is None else len(self.plan)
+
+    def at_task(self, task: int, phase: Phase, step: int) -> Standing:
+        """The same, somewhere else."""
+        num_steps = self.plan[task] if self.plan is not None and task < len(self.plan) else None
+        return replace(self, task=task, phase=phase, step=step, num_steps=num_steps, epoch=None)
 
 
 def read_standing(path: Path) -> Standing:
@@ -127,7 +138,7 @@ def _after(standing: Standing, event: Mapping[str, Any]) -> Standing:
                 replace(standing, phase="fit", task=0, step=0) if learned < 0 else replace(standing, phase="evaluate")
             )
         case "task":
-            return replace(standing, task=int(event["task"]), phase="fit", step=0, num_steps=None, epoch=0.0)
+            return standing.at_task(int(event["task"]), "fit", 0)
         case "step":
             return replace(
                 standing,
@@ -158,7 +169,7 @@ def _begun(event: Mapping[str, Any]) -> Standing:
         host=str((event.get("machine") or {}).get("hostname") or ""),
         job=job.get("id"),
         restart=int(job.get("restart") or 0),
-        num_tasks=len(steps) if steps is not None else None,
+        plan=None if steps is None else tuple(int(each) for each in steps),
         phase="start",
         task=0,
     )
@@ -169,8 +180,8 @@ def _at(standing: Standing, mark: Mapping[str, Any]) -> Standing:
     """At a checkpoint."""
     task, phase, step = int(mark["task"]), mark["phase"], int(mark["step"])
     if phase == "done":
-        return replace(standing, task=task + 1, phase="fit", step=0, num_steps=None, epoch=None)
-    return replace(standing, task=task, phase="fit" if phase == "fit" else "consolidate", step=step)
+        return standing.at_task(task + 1, "fit", 0)
+    return standing.at_task(task, "fit" if phase == "fit" else "consolidate", step)
 
 
 def _ended(standing: Standing, event: Mapping[str, Any]) -> Standing:
@@ -190,15 +201,13 @@ def _ended(standing: Standing, event: Mapping[str, Any]) -> Standing:
 
 def _left(standing: Standing, events: Sequence[Event]) -> float | None:
     """Steps of this task and later ones at the pace of the last ones, and as much around them as the last task had."""
-    plan = next((event.get("steps") for event in reversed(events) if event["event"] == "run"), None)
+    plan = standing.plan
     last = next((event for event in reversed(events) if event["event"] == "step"), None)
-    if plan is None or last is None or standing.task is None or standing.turn == "done":
+    pace = None if last is None else _seconds_a_step(last)
+    if plan is None or pace is None or standing.task is None or standing.turn == "done":
         return None
-    pace = _seconds_a_step(last)
-    if pace is None:
-        return None
-    ahead = [int(steps) for steps in plan[standing.task + 1 :]]
-    here = int(plan[standing.task]) - (standing.step or 0) if standing.phase in ("start", "fit") else 0
+    ahead = plan[standing.task + 1 :]
+    here = plan[standing.task] - (standing.step or 0) if standing.phase in ("start", "fit") else 0
     return pace * (max(here, 0) + sum(ahead)) + _around(events) * (1 + len(ahead))
 
 
