@@ -37,7 +37,7 @@ def cancel(folders: Sequence[Path]) -> tuple[list[str], bool]:
 
 
 def _is_for(standing: Standing, job: Job) -> bool:
-    """Whether the job has anything to do for the run: a process may be at another, a shell of the user's at anything."""
+    """Whether the job is at work for the run: a process may be at another one, and a shell of the user at anything."""
     if standing.turn == "done":
         return False
     if job.state is None:
