@@ -238,12 +238,24 @@ class Testbed:
         _run(["nsenter", "-t", controller, "--net", "ip", "link", "set", cable, "up" if up else "down"])
 
     def kill_controller(self) -> None:
-        """SIGKILL of slurmctld."""
+        """SIGKILL of slurmctld. It forgets what happened in the last 5 seconds, jobs submitted then included."""
         self._kill("slurmctld")
 
     def start_controller(self) -> None:
         """Start slurmctld."""
         self._start_daemon("slurmctld", ["slurmctld", "-D"])
+
+    def mend(self, timeout: float = 60) -> None:
+        """Plug in every cable, start whatever is dead, and wait until every node is idle."""
+        if not self._alive("slurmctld"):
+            self.start_controller()
+        for node in self.nodes:
+            if not self._alive(node):
+                self.power_on(node)
+            elif not self._alive(f"slurmd-{node}"):
+                self.start_slurmd(node)
+            self.link(node, up=True)
+        self.wait_idle(timeout)
 
     # ------------------------------------------------------------ up and down
 
@@ -273,10 +285,11 @@ class Testbed:
         Raises:
             TestbedError: a process would not end.
         """
-        # The machine's nsenter and unshare end with what they wait for.
+        # What started it reaps it and ends. Killed too, it might leave a zombie to a process 1 that reaps none.
         for name in (_CONTROLLER, f"{_CONTROLLER}.outside"):
             if name in self._processes:
                 self._processes[name].kill()
+                break
         _wait_for("every process to end", lambda: not any(map(_Process.alive, self._processes.values())), 20)
         for started in self._started_here:
             started.wait(timeout=20)
