@@ -144,7 +144,15 @@ def test_a_run_is_not_submitted_twice(cluster: Testbed, tmp_path: Path) -> None:
 def test_a_campaign_is_a_chain_and_a_failure_cancels_what_waits(cluster: Testbed, tmp_path: Path) -> None:
     script = tmp_path / "campaign.py"
     script.write_text(CAMPAIGN.format(small=SMALL))
-    command = [script, "--cluster", "slurm", "--with", "cluster.kind=slurm", "cluster.threads=1", "cluster.mem=1G"]
+    command: list[str | Path] = [
+        script,
+        "--cluster",
+        "slurm",
+        "--with",
+        "cluster.kind=slurm",
+        "cluster.threads=1",
+        "cluster.mem=1G",
+    ]
     told = ask("python", *command, folder=tmp_path)
     jobs = [line.partition(":")[0] for line in told.splitlines()[:-1]]
     assert [wait_for_state(job)["JobState"] for job in jobs] == ["COMPLETED", "COMPLETED", "FAILED", "CANCELLED"]
