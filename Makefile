@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev,deepspeed
+EXTRAS := dev,deepspeed,slurm
 ARGS :=
 
 .PHONY: help venv quickstart test test-slow slurm-test lint format bench clean
