@@ -29,7 +29,6 @@ from hpccl.errors import HpcclError
 
 __all__ = ["main"]
 
-_WIDTH = 160  # bytes of a rank's line
 _SLOW = 3.0  # times slower than its fellows is worth a word
 
 
@@ -69,11 +68,10 @@ def main() -> int:
 
 def _members(comm: Comm) -> list[_Member]:
     name = torch.cuda.get_device_name(comm.device) if comm.device.type == "cuda" else ""
-    line = f"{socket.gethostname()}\t{comm.device} {name}".encode()[:_WIDTH].ljust(_WIDTH)
-    lines = comm.gather(torch.frombuffer(bytearray(line), dtype=torch.uint8)[None])
+    mine = f"{socket.gethostname()}\t{comm.device} {name}"
     members = []
-    for rank, text in enumerate(lines):
-        host, device = bytes(text.tolist()).decode().strip().split("\t")
+    for rank in range(comm.size):
+        host, device = comm.broadcast_text(mine, source=rank).split("\t")
         members.append(_Member(rank, host, device, _pair_bandwidth(comm, rank) if rank else math.inf))
     return members
 
