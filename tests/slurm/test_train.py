@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 from slurm.testbed.testbed import Testbed
 from tests.run.command import SMALL, environment, events
 from tests.slurm.cluster import ask, kill_rank, show, state, submit, wait_for, wait_for_state
-from tests.slurm.conftest import ROOT
 from tests.slurm.runs import enter, hpccl, sha, steps, submitted, wait_for_steps, weights
 
 
@@ -221,20 +219,3 @@ def _processes(job: str) -> list[int]:
     numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
     variables = {number: environment(number) for number in numbers}
     return [number for number, each in variables.items() if each.get("SLURM_JOB_ID") == job and "SLURM_STEP_ID" in each]
-
-
-def test_users_without_submitit_have_a_template(cluster: Testbed, tmp_path: Path, undisturbed: str) -> None:
-    run = tmp_path / "run"
-    options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=20"]
-    script = ROOT / "slurm" / "train.sbatch"
-    job = submit(tmp_path, script, *SMALL, f"folder={run}", "cluster.threads=1", options=options)
-    enter(run, job)
-    os.kill(_leader(job), signal.SIGUSR2)  # one rank alone is enough: they agree
-    wait_for("the restart", lambda: show(job)["Restarts"] == "1")
-    assert weights(run, job) == undisturbed
-
-
-def _leader(job: str) -> int:
-    from tests.slurm.cluster import rank_pid
-
-    return rank_pid(job, 0)
