@@ -124,7 +124,7 @@ def _growth(run: Path, path: Path, size: int) -> Iterator[bytes]:
     ended = False
     while True:
         now = path.stat().st_size
-        size = min(size, now)  # begun again: an earlier start's output is gone
+        size = size if now >= size else 0  # begun again: an earlier start's output is gone
         if now > size:
             with path.open("rb") as file:
                 file.seek(size)

@@ -283,7 +283,8 @@ def _as_slurm_says(standing: Standing, state: JobState) -> tuple[State, str]:
         case "COMPLETED":
             return "lost", "its job ended well, but the run is not done"
         case "GONE":
-            return "lost", f"the job is gone: {state.reason}"
+            early = "it was cancelled while it waited, or " if standing.time is None else ""
+            return "lost", f"its job is gone: {early}{state.reason}"
         case _:
             return "lost", f"{state.word} {state.reason}".strip()
 

@@ -73,7 +73,7 @@ def read_standing(path: Path) -> Standing:
     """Of an events.jsonl that may be absent, half written, damaged or very long; never raises."""
     try:
         lines = _lines(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Standing()
     except OSError as error:
         return Standing(problem=f"{path.name} cannot be read: {explain_os_error(error)}")
@@ -202,8 +202,8 @@ def _ended(standing: Standing, event: Mapping[str, Any]) -> Standing:
 def _left(standing: Standing, events: Sequence[Event]) -> float | None:
     """Steps of this task and later ones at the pace of the last ones, and as much around them as the last task had."""
     plan = standing.plan
-    last = next((event for event in reversed(events) if event["event"] == "step"), None)
-    pace = None if last is None else _seconds_a_step(last)
+    paces = (_seconds_a_step(event) for event in reversed(events) if event["event"] == "step")
+    pace = next((each for each in paces if each is not None), None)
     if plan is None or pace is None or standing.task is None or standing.turn == "done":
         return None
     ahead = plan[standing.task + 1 :]
@@ -212,6 +212,7 @@ def _left(standing: Standing, events: Sequence[Event]) -> float | None:
 
 
 def _seconds_a_step(step: Mapping[str, Any]) -> float | None:
+    """None for the last step of a task."""
     rest, left = int(step["num_steps"]) - int(step["step"]), number(step.get("eta_seconds"))
     return left / rest if rest > 0 and left is not None else None
 
