@@ -165,7 +165,10 @@ def _ask(command: Sequence[str]) -> _Answer:
 
 
 def _plain(words: str) -> str:
-    """One line, without the names of commands and functions before it."""
+    """One line, without the names of commands and functions before it; where something was fatal, that alone."""
+    _, fatal, why = words.rpartition("fatal: ")
+    if fatal:
+        return why.strip()
     lines = (re.sub(r"^(?:\w+: )?(?:\w+ )?error: ", "", line.strip()) for line in words.splitlines())
     return "; ".join(dict.fromkeys(filter(None, lines)))
 

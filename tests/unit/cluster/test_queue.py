@@ -184,6 +184,14 @@ def test_filters_of_the_user_do_not_count(install: Install, monkeypatch: pytest.
     assert states(["27"])["27"].word == "FAILED"
 
 
+def test_long_complaints_are_cut_to_the_cause() -> None:
+    words = (
+        "squeue: error: resolve_ctls_from_dns_srv: Unknown host\nsqueue: fatal: Could not establish a configuration\n"
+    )
+    assert queue._plain(words) == "Could not establish a configuration"
+    assert queue._plain("scancel: error: one\nscancel: error: two\n") == "one; two"
+
+
 def test_cancel(install: Install, tmp_path: Path) -> None:
     install("scancel", f'echo "$@" >> {tmp_path}/asked')
     assert cancel(["12_3", "14"]) == ""
