@@ -121,7 +121,7 @@ class DigitsStream(Section):
 class Part(Section):
     """One data set of shards, split into `tasks` tasks of equally many classes."""
 
-    path: str  # folder that `hpccl shards build` wrote
+    path: str  # folder that `hpccl shards build` wrote, or its URL in an object store (s3://, gs://, https://)
     tasks: PositiveInt = 1  # the classes are split into so many tasks
     classes: PositiveInt | None = None  # use only the first so many classes (after ordering)
 
@@ -208,6 +208,9 @@ class DataConfig(Section):
     augment: Annotated[NoAugment | CropFlip | TimmAugment, Field(discriminator="kind")] = NoAugment()  # training
     storage: Literal["auto", "decoded", "encoded"] = "auto"  # decoded: once, kept as uint8 in a memory-mapped cache
     cache: str | None = None  # folder of decoded images; null: the user's cache folder
+    shard_cache: str | None = None  # folder of shards fetched from URLs; null: the user's cache folder
+    shard_gib: PositiveFloat = 100.0  # of them that are kept; those not used for longest go first
+    retries: PositiveInt = 5  # attempts to fetch a shard, with growing pauses
     workers: NonNegativeInt = 2  # decoding processes per rank for storage=encoded
     shuffle_window: NonNegativeInt = 0  # shuffle within so many shards at a time; 0: over all (random reads)
     bad_images: Literal["stop", "skip"] = "stop"  # what an undecodable image does; skips are counted in the report

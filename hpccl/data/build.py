@@ -32,6 +32,7 @@ from hpccl.data.layout import SPLITS, Collection, Layout, arrange, unique_titles
 from hpccl.data.protocols import Split
 from hpccl.data.shards.decode import decode
 from hpccl.data.shards.reader import ShardSet
+from hpccl.data.shards.remote import ShardCache, is_url
 from hpccl.data.stream import ImageSource, ImageStream
 from hpccl.data.timm_view import TimmView
 from hpccl.data.views import EvaluationView
@@ -97,7 +98,7 @@ def outline(stream: StreamConfig, data: DataConfig) -> Outline:
             as_stored = view.size in (None, DIGITS_SIZE)
             return Outline(layout, shapes["train"], view, shapes["test"], as_stored)
         case ShardStream():
-            parts = _open_parts(stream)
+            parts = _open_parts(stream, data)
             layout = arrange([_collection(part) for part in parts], order=stream.order, seed=stream.order_seed)
             views = _view_shapes(parts, data)
             sizes = np.concatenate([part.sizes for part in parts])
@@ -155,7 +156,7 @@ class _Opened:
 
 
 def _open_shards(stream: ShardStream, data: DataConfig) -> ImageStream:
-    parts = _open_parts(stream)
+    parts = _open_parts(stream, data)
     layout = arrange([_collection(part) for part in parts], order=stream.order, seed=stream.order_seed)
     shapes = _view_shapes(parts, data)
     decoded = _storage(parts, data, shapes) == "decoded"
@@ -179,16 +180,21 @@ def _fingerprint(parts: Sequence[_Opened]) -> str:
     return hashlib.sha256(together.encode()).hexdigest()
 
 
-def _open_parts(stream: ShardStream) -> list[_Opened]:
+def _open_parts(stream: ShardStream, data: DataConfig) -> list[_Opened]:
     names: dict[Split, str] = {"train": stream.train_split, "test": stream.test_split}
-    titles = unique_titles([Path(part.path).expanduser().resolve().name for part in stream.parts])
+    titles = unique_titles([_title(part.path) for part in stream.parts])
+    cache = ShardCache.of(data.shard_cache, data.shard_gib, data.retries)
     opened = []
     for part, title in zip(stream.parts, titles, strict=True):
-        folder = Path(part.path).expanduser()
-        splits: dict[Split, ShardSet] = {split: ShardSet.open(folder, names[split]) for split in SPLITS}
+        place = part.path if is_url(part.path) else Path(part.path).expanduser()
+        splits: dict[Split, ShardSet] = {split: ShardSet.open(place, names[split], cache) for split in SPLITS}
         _check_classes(part, splits, names)
         opened.append(_Opened(part, title, splits))
     return opened
+
+
+def _title(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[1] if is_url(path) else Path(path).expanduser().resolve().name
 
 
 def _check_classes(part: Part, splits: dict[Split, ShardSet], names: dict[Split, str]) -> None:
