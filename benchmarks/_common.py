@@ -14,7 +14,7 @@ from typing import Any
 
 __all__ = ["interleaved", "machine", "median_ratio", "print_result", "spawn", "versions"]
 
-_PACKAGES = ("torch", "torchvision", "numpy", "timm", "pillow", "simplejpeg")
+_PACKAGES = ("torch", "torchvision", "numpy", "timm", "pillow", "simplejpeg", "opencv-python-headless", "webdataset")
 
 
 def machine() -> dict[str, Any]:
