@@ -81,10 +81,14 @@ def main() -> None:
         "--quick", action="store_true", help="fewer batches and turns; without --cases, resnet18@64 only"
     )
     parser.add_argument("--cases", nargs="*", choices=[case.name for case in CASES], help="only these")
+    parser.add_argument("--turns", type=int, help="timed turns after the one that warms up, instead of each case's own")
+    parser.add_argument("--batches", type=int, help="batches, instead of each case's own number")
     options = parser.parse_args()
     names = options.cases or [case.name for case in (CASES[:1] if options.quick else CASES)]
     cases = [case for case in CASES if case.name in names]
     cases = [replace(case, batches=2, turns=1) for case in cases] if options.quick else cases
+    given = {name: value for name in ("turns", "batches") if (value := getattr(options, name)) is not None}
+    cases = [replace(case, **given) for case in cases]
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
         found[case.name] = measure(case)
