@@ -40,8 +40,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -52,7 +51,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks._common import interleaved, median_ratio, print_result, spawn
+from benchmarks._common import (
+    forget_peak,
+    giving_back,
+    interleaved,
+    median_ratio,
+    memory_status,
+    print_result,
+    spawn,
+)
 from benchmarks._factors import CLASSES, curvature, force, learn, most_held, placed, truncated
 from benchmarks._pictures import Pictures
 from benchmarks._steps import RandomImages, Steps, make_world, random_stream, traffic, usual_step
@@ -256,20 +263,6 @@ def in_processes(run: Run) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def giving_back() -> Iterator[None]:
-    """Processes started here return the memory of freed tensors to the system at once, so that resident means used."""
-    name = "MALLOC_MMAP_THRESHOLD_"
-    before = os.environ.get(name)
-    os.environ[name] = str(1 << 16)
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
-
-
 def work(rank: int, run: Run) -> None:
     """One process."""
     torch.set_num_threads(1)
@@ -365,7 +358,7 @@ def held(run: Run, method: str, comm: Comm) -> dict[str, Any]:
 
     def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
         if len(done) == 1:  # the optimiser's state is there
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            forget_peak()
         norm = usual_step(engine, batches, num_rows)
         done.append(num_rows)
         if len(done) == count:
@@ -386,12 +379,6 @@ def warm_up(run: Run, comm: Comm) -> None:
     logits = engine.forward(torch.randn(2, 3, 2, 2), torch.zeros(2, dtype=torch.int64))
     engine.backward(logits.sum())
     engine.step()
-
-
-def memory_status() -> dict[str, int]:
-    """Resident bytes of this process: VmRSS now, VmHWM at most."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[0] in ("VmRSS:", "VmHWM:")}
 
 
 def tensor_bytes() -> int:
