@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -150,11 +151,12 @@ def main() -> None:
             # So many that an epoch of any number of processes is made of full batches.
             run = Run(case, "ddp", 1, options.precision, case.batch * math.lcm(*sizes), Path(folder))
             found[case.name] = {**prepare(run, options), "engines": {}}
-            for engine in engines:
-                measured = {n: measure(replace(run, engine=engine, nproc=n), methods) for n in sizes}
-                found[case.name]["engines"][engine] = measured
-                show(case.name, engine, measured, found[case.name])
-    report(found, quick=options.quick, precision=options.precision, keep_trace=options.keep_trace, mix=MIX)
+            for nproc, engine in itertools.product(sizes, engines):
+                measured = measure(replace(run, engine=engine, nproc=nproc), methods)
+                found[case.name]["engines"].setdefault(engine, {})[nproc] = measured
+                show(case.name, engine, {nproc: measured}, found[case.name])
+                # After each, so that what was measured is there if the rest is cut short.
+                report(found, quick=options.quick, precision=options.precision, keep_trace=options.keep_trace, mix=MIX)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:

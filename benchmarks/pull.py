@@ -107,11 +107,12 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         for case in cases(options):
-            prepared = prepare(case, options, Path(folder))
-            sizes = {n: measure(case, n, options.precision, Path(folder)) for n in processes(options)}
-            found[case.title] = {**prepared, "processes": sizes}
-            show(case.title, found[case.title])
-    report(found, quick=options.quick, precision=options.precision, keep_trace=options.keep_trace)
+            found[case.title] = {**prepare(case, options, Path(folder)), "processes": {}}
+            for nproc in processes(options):
+                found[case.title]["processes"][nproc] = measure(case, nproc, options.precision, Path(folder))
+                show(case.title, found[case.title])
+                # After each, so that what was measured is there if the rest is cut short.
+                report(found, quick=options.quick, precision=options.precision, keep_trace=options.keep_trace)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -276,7 +277,8 @@ def report(found: Mapping[str, Mapping[str, Any]], **details: Any) -> None:
     titles = [title if title in found else next(iter(found)) for title in (EXACT, TRUNCATED)]
     exact, truncated = (found[title] for title in titles)
     sizes = exact["processes"]
-    chosen = PROCESSES if PROCESSES in sizes else next(iter(sizes))
+    common = [nproc for nproc in sizes if nproc in truncated["processes"]]
+    chosen = PROCESSES if PROCESSES in common else common[0]
     extra = [
         measured["collective_bytes"][form] - measured["collective_bytes"]["plain"]
         for measured, form in itertools.product(everything, FORMS)
