@@ -210,6 +210,19 @@ def _of_engine(of: Details) -> tuple[str, ...]:
     )
 
 
+def _reconstruction(results: Sequence[Details]) -> list[str]:
+    """Medians over the places along the way."""
+    (result,) = results
+    cells = []
+    for name, medians in result["details"]["medians"].items():
+        prior, _, m = name.partition("/")
+        measures = ("cosine", "relative_error", "change_cosine", "change_error")
+        numbers = [f"{medians[key]:.4f}" if key in medians else "–" for key in measures]
+        cells.append((prior, m, *numbers))
+    head = ("prior", "m", "cosine", "relative error", "cosine with the change", "relative error of the change")
+    return _rows(head, cells)
+
+
 def _task_sum(results: Sequence[Details]) -> list[str]:
     (result,) = results
     cells = []
@@ -227,6 +240,8 @@ _TABLES: dict[str, tuple[str, Callable[[Sequence[Details]], list[str]]]] = {
     "pull": ("pull_*.json", _pull),
     "engines": ("engines*.json", _engines),
     "engines_worst": ("engines*.json", _engines_worst),
+    "reconstruction": ("reconstruction.json", _reconstruction),
+    "reconstruction_wins": ("reconstruction.json", _headline),
     "task_sum": ("task_sum.json", _task_sum),
     "data_loading": ("data_loading.json", _headline),
     "step_overhead": ("step_overhead.json", _headline),
