@@ -166,12 +166,13 @@ def _engines(results: Sequence[Details]) -> list[str]:
 
 
 def _engines_worst(results: Sequence[Details]) -> list[str]:
-    """The headlines over all files: of 2 processes, the worst engine and network."""
+    """The headlines over all files: the worst engine and network; of what is there twice, the quieter counts."""
     runs: dict[tuple[str, str], dict[str, Details]] = {}
     for result in results:
         for name, case in result["details"]["cases"].items():
             for engine, sizes in case["engines"].items():
-                runs.setdefault((f"{name}@{case['size']}", engine), {}).update(sizes)
+                known = runs.setdefault((f"{name}@{case['size']}", engine), {})
+                known |= {nproc: min(known.get(nproc, of), of, key=_noise) for nproc, of in sizes.items()}
     pairs = {key: sizes["2"] for key, sizes in runs.items() if "2" in sizes}
 
     def worst(label: str, ratio: str, method: str) -> tuple[str, str, str]:
@@ -194,6 +195,10 @@ def _engines_worst(results: Sequence[Details]) -> list[str]:
             method = max(falls, key=lambda each: falls[each])
             cells.append(("peak memory, 4 processes over 2", f"{falls[method]:.3f}", f"{model}, {engine}, {method}"))
     return _rows(("worst", "", "of"), cells)
+
+
+def _noise(of: Details) -> float:
+    return abs(float(of["clock_ratio"]["again"]) - 1)
 
 
 def _of_engine(of: Details) -> tuple[str, ...]:

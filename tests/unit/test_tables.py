@@ -87,6 +87,10 @@ def test_engines_of_several_files(tmp_path: Path) -> None:
         ["extra bytes", "1,234", "net@128, fsdp2"],
         ["peak memory, 4 processes over 2", "1.750", "net@128, fsdp2, truncated"],
     ]
+    louder = {**measured, "clock_ratio": {**methods, "truncated": 3.0, "again": 0.9}}
+    cases = {"net": {"size": 128, "engines": {"fsdp2": {"2": louder}}}}
+    (tmp_path / "engines_9.json").write_text(json.dumps({"machine": MACHINE, "details": {"cases": cases}}))
+    assert table("engines_worst", tmp_path)[0][1] == "1.250"  # the figure beside the least noise
 
 
 @pytest.mark.parametrize("name", ["task_sum", "pull"])
