@@ -3,7 +3,7 @@
     this rank's share of all classes  ->  some classes, whole  ->  pick  ->  the choice of all classes on every rank
 
 Classes are dealt out by their cost, as many at a time as fit a buffer, and a rank orders the rows of a class by sample:
-the choice does not depend on the number of ranks. A rank holds its share of all vectors and a buffer's worth of others'.
+the choice does not depend on the number of ranks. A rank holds its share of all vectors and a buffer of others'.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _BUFFER = 1 << 28  # bytes of vectors that come to a rank at a time
 
 
 def by_class(
-    rows: Tensor, sample: Ints, valid: npt.NDArray[np.bool_], given: Candidates, comm: Comm, pick: Pick
+    rows: Tensor, sample: Ints, valid: npt.NDArray[np.bool_], *, given: Candidates, comm: Comm, pick: Pick
 ) -> Choice:
-    """`pick` for every class, with the weights that it gives, brought to sum to n / m of a class; collective.
+    """`pick` for every class, with the weights that it gives times m / n of the task (see `select`); collective.
 
     rows: [share, D] vectors of this rank's share; sample: [share] whose they are
     valid: [share] False: there is no image; such an example is chosen after all others, with weight 0
@@ -66,14 +66,12 @@ def by_class(
     every = comm.gather(torch.cat([torch.zeros(0, 3, dtype=torch.int64), *found])).numpy()
     weight = comm.gather(torch.cat([torch.zeros(0, dtype=torch.float64), *weights])).numpy()
     order = np.lexsort((every[:, 2], every[:, 1]))
-    chosen = Chosen(every[order, 0], every[order, 1], -every[order, 2].astype(np.float64))
+    best = Chosen(every[order, 0], every[order, 1], -every[order, 2].astype(np.float64))
     relative = weight[order] * given.keep / max(len(given.samples), 1)
-    return in_order(chosen, relative, given, by_class=True)
+    return in_order(best, relative, given, by_class=True)
 
 
-def _of_class(
-    came: Floats, whose: Ints, number: int, quota: int, pick: Pick
-) -> tuple[Ints, npt.NDArray[np.float64]]:
+def _of_class(came: Floats, whose: Ints, number: int, quota: int, pick: Pick) -> tuple[Ints, npt.NDArray[np.float64]]:
     """[quota, 3] (sample, class, place) and [quota] weights."""
     here = np.flatnonzero(whose[:, 1] == number)
     here = here[np.argsort(whose[here, 0], kind="stable")]

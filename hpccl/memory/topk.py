@@ -108,8 +108,8 @@ class Shortlist:
         bad = np.isnan(score)
         if bad.any():
             raise DivergedError(
-                f"the score of sample {int(sample[bad][0])} is not a number ({int(bad.sum())} of {len(score)} are not); "
-                "the model has diverged, or its pixels are not finite"
+                f"the score of sample {int(sample[bad][0])} is not a number ({int(bad.sum())} of {len(score)} are "
+                "not); the model has diverged, or its pixels are not finite"
             )
         more = _Candidates.of(score, sample, group, self._words)
         more = more.only(more.key >= self._floor[more.group])

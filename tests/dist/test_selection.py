@@ -69,7 +69,7 @@ def greedy(comm: Comm, balanced: bool, name: str) -> Result:
         order = herding(vectors, keep) if name == "herding" else k_center(vectors, keep)
         return order, np.full(keep, len(vectors) / max(keep, 1))
 
-    return result(by_class(rows[part], given.samples[part], valid[part], given, comm, pick))
+    return result(by_class(rows[part], given.samples[part], valid[part], given=given, comm=comm, pick=pick))
 
 
 def exchanged(comm: Comm) -> Result:
@@ -151,4 +151,11 @@ def test_what_is_not_finite_is_refused() -> None:
     rows = torch.zeros(NUMBER, 2)
     rows[9] = torch.inf
     with pytest.raises(DivergedError, match="sample 1009 is not finite"):
-        by_class(rows, given.samples, np.ones(NUMBER, bool), given, Comm.solo(), lambda x, k: (np.arange(k), np.ones(k)))
+        by_class(
+            rows,
+            given.samples,
+            np.ones(NUMBER, bool),
+            given=given,
+            comm=Comm.solo(),
+            pick=lambda _, keep: (np.arange(keep), np.ones(keep)),
+        )

@@ -195,7 +195,10 @@ stream:
         ("optim.lr=0", "optim.lr = 0: not allowed; expected a number > 0"),
         ("optim.lr=.inf", "optim.lr = inf: not allowed; expected a number > 0"),
         ("optim.schedule=linear", "optim.schedule = linear: not allowed; expected one of constant, cosine, onecycle"),
-        ("memory=3", "memory = 3: not allowed; expected a mapping of size, selector, balanced, mix"),
+        (
+            "memory=3",
+            "memory = 3: not allowed; expected a mapping of size, total, fraction, selector, balanced, dtype, mix",
+        ),
         ("stream=null", "stream = null: not allowed; expected a mapping with a kind: digits, shards"),
         ("stream.kind=shards", "stream.parts is missing; expected a list, each a mapping of path, tasks, classes"),
         ("model.kind=timm", "model.name is missing; expected text"),

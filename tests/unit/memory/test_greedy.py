@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.optimize import nnls
+from scipy.optimize import nnls  # type: ignore[import-untyped]  # scipy has no stubs
 
 from hpccl.memory.greedy import herding, k_center, matching
 
@@ -23,12 +23,13 @@ def test_herding_is_that_of_the_paper() -> None:
     """Rebuffi et al. 2017, algorithm 4, word by word."""
     given = rows(40, 6)
     x = given / np.linalg.norm(given, axis=1, keepdims=True)
-    mean, chosen = x.mean(axis=0), []
+    mean = x.mean(axis=0)
+    chosen: list[int] = []
     for k in range(1, 21):
         distance = [
             np.inf if i in chosen else np.linalg.norm(mean - (x[i] + x[chosen].sum(axis=0)) / k) for i in range(40)
         ]
-        chosen.append(int(np.argmin(distance)))
+        chosen.append(int(np.argmin(np.array(distance))))
     assert herding(given.astype(np.float32), 20).tolist() == chosen
     assert herding(given, 7).tolist() == chosen[:7]
 

@@ -59,9 +59,7 @@ def test_a_score_that_is_no_number_is_refused() -> None:
 
 def test_a_sample_twice_is_a_mistake_of_ours() -> None:
     with pytest.raises(AssertionError, match="twice"):
-        largest(
-            np.zeros(2), np.zeros(2, np.int64), np.zeros(2, np.int64), np.array([1]), words=WORDS, comm=Comm.solo()
-        )
+        largest(np.zeros(2), np.zeros(2, np.int64), np.zeros(2, np.int64), np.array([1]), words=WORDS, comm=Comm.solo())
 
 
 def chosen_of(priority: np.ndarray, seed: int, keep: int) -> Chosen:
