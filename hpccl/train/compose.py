@@ -76,8 +76,8 @@ class Composer:
     """Turns parts and their images into rows during one task.
 
     labels: [N] class number of every training example; task_of_class: [C]; heads: [T + 1, C] bool, row t is task t's
-    own head, the last row all classes seen so far; tau: [T] weight of a memory example by the task it comes from
-    (the selector's comes on top); teacher: the frozen old model on pixels, where soft labels belong to the student's view.
+    own head, the last row all classes seen so far; tau: [T] weight of a memory example by the task it comes from, to
+    which the selector's comes; teacher: the frozen old model on pixels, where soft labels belong to the student's view.
     """
 
     config: RunConfig

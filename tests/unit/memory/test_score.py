@@ -83,7 +83,7 @@ def test_variance_is_that_of_the_dense_kronecker_block(delta: float) -> None:
 
 
 def test_leverage_is_that_of_the_exact_laplace_where_the_block_is_a_product() -> None:
-    """All examples with one Lambda: the curvature is a Kronecker product, and leverages sum to the effective weights."""
+    """All examples with one Lambda: the curvature is a Kronecker product; leverages sum to the effective weights."""
     x, _, logits, _ = problem()
     same = logits[:1].expand(NUMBER, CLASSES)
     delta = 0.3
