@@ -168,5 +168,5 @@ def test_a_network_without_a_linear_last_layer_is_refused(tmp_path: Path) -> Non
     for layer in layers[-1:]:
         layer.forward = lambda x, old=layer.forward: old(x)[:, :, None]  # type: ignore[method-assign, assignment]  # no longer the logits
     state.engine.module.register_forward_hook(lambda *arguments: arguments[2][:, :, 0])
-    with pytest.raises(ConfigError, match="looks at what goes into the last layer, which must be an nn.Linear"):
+    with pytest.raises(ConfigError, match=r"looks at what goes into the last layer, which must be an nn\.Linear"):
         select(world.stream.tasks[0], Memory.empty(), state, world)
