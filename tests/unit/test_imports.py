@@ -17,6 +17,7 @@ WITHOUT_TORCH = (
     "cli.py",
     "config",
     "report",
+    *(f"cluster/{name}.py" for name in ("cancel", "jobs", "logs", "queue", "records", "status", "status_table")),
 )
 
 
