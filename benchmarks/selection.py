@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def cases(comm: Comm, size: Size) -> Iterator[tuple[str, int, Work]]:
         yield (
             name,
             size.rows,
-            lambda pick=pick: by_class(features, mine, valid, given=rows, comm=comm, pick=pick),
+            partial(by_class, features, mine, valid, given=rows, comm=comm, pick=pick),
         )
 
 
@@ -216,8 +217,14 @@ def references(size: Size) -> Iterator[tuple[str, int, Work]]:
         yield (
             name,
             size.rows,
-            lambda pick=pick: [pick(features[labels == each], 20) for each in range(size.classes)],
+            partial(of_classes, pick, features, labels, size.classes),
         )
+
+
+def of_classes(pick: Callable[[Floats, int], Any], rows: Floats, labels: npt.NDArray[np.int64], classes: int) -> None:
+    """Twenty of each."""
+    for each in range(classes):
+        pick(rows[labels == each], 20)
 
 
 def sorted_by_class(values: Floats, labels: npt.NDArray[np.int64], keep: int) -> list[npt.NDArray[np.int64]]:
@@ -231,7 +238,7 @@ def plain_scoring(name: str, logits: Floats, x: Floats, labels: npt.NDArray[np.i
     """By the formulas; the variance [n, K, K] of the logits from the inverses of the factors, damping shared out."""
     head = np.arange(HEAD)
 
-    def probabilities() -> Floats:
+    def probabilities() -> Any:
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
         return shifted / shifted.sum(axis=1, keepdims=True)
 
@@ -240,7 +247,7 @@ def plain_scoring(name: str, logits: Floats, x: Floats, labels: npt.NDArray[np.i
     inverse_inputs = np.linalg.inv(x.T @ x / len(x) + 0.1 * np.eye(WIDTH + 1))
     inverse_outputs = np.linalg.inv(curvature + 0.1 * np.eye(HEAD))
 
-    def once() -> Floats:
+    def once() -> Any:
         p = probabilities()
         e = p - (labels[:, None] == head)
         if name == "gini":
@@ -259,7 +266,8 @@ def plain_scoring(name: str, logits: Floats, x: Floats, labels: npt.NDArray[np.i
 def plain_herding(rows: Floats, keep: int) -> list[int]:
     """Rebuffi et al. 2017, algorithm 4, with all distances at every pick."""
     x = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    mean, total, chosen = x.mean(axis=0), np.zeros(rows.shape[1]), []
+    mean, total = x.mean(axis=0), np.zeros(rows.shape[1])
+    chosen: list[int] = []
     for count in range(1, keep + 1):
         distance = np.linalg.norm(mean - (x + total) / count, axis=1)
         distance[chosen] = np.inf
@@ -281,7 +289,8 @@ def plain_k_center(rows: Floats, keep: int) -> list[int]:
 def plain_matching(rows: Floats, keep: int) -> tuple[list[int], Floats]:
     """Orthogonal matching pursuit with weights >= 0, from the start at every pick."""
     wide, target = rows.astype(np.float64), rows.sum(axis=0, dtype=np.float64)
-    norms, chosen = np.linalg.norm(wide, axis=1), []
+    norms = np.linalg.norm(wide, axis=1)
+    chosen: list[int] = []
     weight = np.zeros(0)
     for _ in range(keep):
         gain = wide @ (target - weight @ wide[chosen]) / norms

@@ -343,6 +343,4 @@ def test_a_kind_alone_stands_for_its_section(tmp_path: Path) -> None:
         assert load([path], order).memory.selector == ScoreSelector(kind="gini", sampled=True)
     assert load([path], ["memory.selector.kind=gini"]) == load([path], ["memory.selector=gini"])
     (line,) = mistakes([path], "memory.selector=ginni")
-    assert line.startswith(
-        "memory.selector = ginni: not allowed; expected a mapping with a kind: uniform, reservoir, gini"
-    )
+    assert line.startswith("memory.selector = ginni: not allowed; expected a mapping with a kind: error, gini, herding")
