@@ -232,8 +232,8 @@ def prepare(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 def memory_of(run: Run, engine: Engine) -> Memory:
     """As the end of the first task leaves it."""
     world = make_world(configuration(run, "exact"), Comm.solo(), stream_of(run), run.folder / run.case.name)
-    task = world.stream.tasks[0]
-    return relabel(task, select(task, Memory.empty(), world), RunState(engine), world)
+    task, state = world.stream.tasks[0], RunState(engine)
+    return relabel(task, select(task, Memory.empty(), state, world), state, world)
 
 
 def flops(model: nn.Module, pixels: Tensor) -> int:
