@@ -23,6 +23,7 @@ from hpccl.data.order import BatchPlan
 from hpccl.data.protocols import Split, Task
 from hpccl.data.rows import Images, Request, Rows
 from hpccl.data.stream import ImageStream
+from hpccl.data.transfer import CPU
 from hpccl.dist.comm import Comm
 from hpccl.engine.protocols import Engine
 from hpccl.folder import RunFolder
@@ -55,11 +56,13 @@ class RandomImages:
         pixels = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
         return cls(pixels.contiguous(memory_format=torch.channels_last))
 
-    def load(self, requests: Iterable[Request], split: Split) -> Generator[Images, None, None]:
+    def load(
+        self, requests: Iterable[Request], split: Split, device: torch.device = CPU
+    ) -> Generator[Images, None, None]:
         """One Images a request, in order."""
         for request in requests:
             where = torch.from_numpy(request.sample) % len(self.made)
-            yield Images(self.made[where], torch.ones(len(request), dtype=torch.bool))
+            yield Images(self.made[where].to(device), torch.ones(len(request), dtype=torch.bool))
 
     def raw(self, sample: int, split: Split) -> npt.NDArray[np.uint8]:
         """[h, w, channels] uint8."""

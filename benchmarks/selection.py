@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from scipy.optimize import nnls  # type: ignore[import-untyped]  # scipy has no stubs
+from scipy.optimize import nnls
 from torch import Tensor
 
 from benchmarks._common import print_result, spawn

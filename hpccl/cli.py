@@ -391,12 +391,25 @@ def build_shards(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out images that cannot be decoded; otherwise stop at one.")
     ] = False,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Classes of images without class folders: 'name class' lines, numbers, or ILSVRC's devkit."),
+    ] = None,
+    synsets: Annotated[
+        Path | None, typer.Option(help="For --labels of numbers: a class a line, that of number 1 first.")
+    ] = None,
+    checksum: Annotated[
+        str | None, typer.Option(metavar="ALGORITHM:HEX", help="Of SOURCE, sha256 or md5; checked before the start.")
+    ] = None,
 ) -> None:
     """Turn images into shards. After a kill, the same command continues."""
     from hpccl.data.shards.build import Progress, build
+    from hpccl.data.shards.labels import read_labels
     from hpccl.machine import machine
 
     encoding = _encoding(max_side=max_side, quality=quality, lossless=lossless)
+    if synsets is not None and labels is None:
+        raise ConfigError("--synsets without --labels: it is the list of classes of a file of numbers")
 
     def show(progress: Progress) -> None:
         end = "\n" if progress.done == progress.total else "\r"
@@ -414,6 +427,8 @@ def build_shards(
         encoding=encoding,
         workers=workers or int(machine()["cores"]),
         bad_images="skip" if skip_bad else "stop",
+        labels=None if labels is None else read_labels(labels, synsets),
+        checksum=checksum,
         progress=show,
     )
     for name, manifest in manifests.items():

@@ -173,10 +173,10 @@ def _check_files(config: RunConfig) -> None:
 
 
 def _check_shards(path: str, wanted: Sequence[str], classes: int | None, tasks: int) -> None:
-    from hpccl.data.shards.manifest import Manifest
+    from hpccl.data.shards.remote import load_manifest
 
     for split in wanted:
-        manifest = Manifest.load(Path(path) / split)
+        manifest = load_manifest(path, split)
         there = len(manifest.classes)
         kept = classes or there
         if kept > there or kept % tasks:

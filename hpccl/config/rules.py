@@ -114,6 +114,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _fresh_network,
         _counted_twice,
         _pictures,
+        _sizes,
         _schedule,
         _lengths,
         _shards,
@@ -217,6 +218,32 @@ def _pictures(config: RunConfig) -> Iterator[Clash]:
             values = getattr(data.augment, key)
             if len(values) != 2 or not 0 < values[0] <= values[1]:
                 yield Clash((f"data.augment.{key}",), "must be [smallest, largest], both > 0")
+
+
+def _sizes(config: RunConfig) -> Iterator[Clash]:
+    """Of training and test images: what one size cannot be, and which networks take several."""
+    data, grows = config.data, config.data.progressive
+    if data.image_size is None:
+        for key in ("test_size", "progressive"):
+            if getattr(data, key) is not None:
+                yield Clash((f"data.{key}", "data.image_size"), "needs data.image_size: the side of training images")
+        return
+    several = ["data.test_size"] if data.test_size not in (None, data.image_size) else []
+    if grows is not None:
+        several.append("data.progressive")
+        if grows.first > data.image_size:
+            yield Clash(("data.progressive.first", "data.image_size"), f"is above {data.image_size}; views only grow")
+        if grows.begin > grows.end:
+            yield Clash(("data.progressive.begin", "data.progressive.end"), f"is above {grows.end}; views only grow")
+        if data.storage == "decoded" or isinstance(config.stream, DigitsStream):
+            cause = "stream.kind" if isinstance(config.stream, DigitsStream) else "data.storage"
+            yield Clash(
+                ("data.progressive", cause), "needs the full images; use shards, and data.storage=auto or encoded"
+            )
+    if config.model.kind != "timm":
+        for key in several:
+            problem = f"gives images of several sizes, but {config.model.kind} is built for one; use a model of timm"
+            yield Clash((key, "model.kind"), problem)
 
 
 def _schedule(config: RunConfig) -> Iterator[Clash]:

@@ -32,7 +32,13 @@ __all__ = ["RunConfig"]
 
 # Where and how a run is watched or carried out; these may change on resume, everything else may not.
 _MACHINERY = ("name", "folder", "log", "checkpoint", "cluster")
-_READING = ("cache", "workers")  # of section data: how images are fetched, not which
+_READING = (
+    "cache",
+    "shard_cache",
+    "shard_gib",
+    "retries",
+    "workers",
+)  # of section data: how images are fetched, not which
 _LIMITS = ("batch_size", "max_factor", "max_parameters")  # of section curvature: memory, and what is refused
 
 

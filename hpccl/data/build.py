@@ -32,12 +32,15 @@ from hpccl.data.layout import SPLITS, Collection, Layout, arrange, unique_titles
 from hpccl.data.protocols import Split
 from hpccl.data.shards.decode import decode
 from hpccl.data.shards.reader import ShardSet
+from hpccl.data.shards.remote import ShardCache, is_url
 from hpccl.data.stream import ImageSource, ImageStream
 from hpccl.data.timm_view import TimmView
 from hpccl.data.views import EvaluationView
 from hpccl.errors import DataError
 
 __all__ = ["Outline", "open_stream", "outline"]
+
+Shapes = dict[Split, tuple[int, int]]  # (height, width) of the views of a split
 
 _SMALL = 64  # pixels a side up to which storage=auto decodes once
 _DISK_SHARE = 0.5  # of what is free, at most, for what storage=auto decodes
@@ -64,14 +67,16 @@ def open_stream(stream: StreamConfig, data: DataConfig) -> ImageStream:
 class Outline:
     """A stream without its images: what is known before any of them is decoded.
 
-    image_shape: (channels, height, width) of what the network gets
-    view: the evaluation view
+    image_shape: (channels, height, width) of what the network is trained on
+    view: the view of test images
+    test_shape: (channels, height, width) of what it is tested on
     as_stored: every image has the view's size already, so that the view changes none
     """
 
     layout: Layout
     image_shape: tuple[int, int, int]
     view: EvaluationView
+    test_shape: tuple[int, int, int]
     as_stored: bool
 
 
@@ -82,19 +87,23 @@ def outline(stream: StreamConfig, data: DataConfig) -> Outline:
         DataError: shards are missing or damaged, classes of the splits differ or cannot be cut into so many tasks, or
             images have several sizes and data.image_size is not set.
     """
-    view = _evaluation_view(data)
+    view = _evaluation_view(data, "test")
     match stream:
         case DigitsStream():
-            collection, kept, _ = digits(tasks=stream.tasks, view=view)
+            collection, kept, _ = digits(
+                tasks=stream.tasks, views={split: _evaluation_view(data, split) for split in SPLITS}
+            )
             layout = arrange([collection], order=stream.order, seed=stream.order_seed)
-            height, width, channels = kept["train"].pixels.shape[1:]
-            return Outline(layout, (channels, height, width), view, as_stored=view.size in (None, DIGITS_SIZE))
+            shapes = {split: _channels_first(kept[split].pixels.shape[1:]) for split in SPLITS}
+            as_stored = view.size in (None, DIGITS_SIZE)
+            return Outline(layout, shapes["train"], view, shapes["test"], as_stored)
         case ShardStream():
-            parts = _open_parts(stream)
+            parts = _open_parts(stream, data)
             layout = arrange([_collection(part) for part in parts], order=stream.order, seed=stream.order_seed)
-            height, width = _view_shape(parts, data)
+            views = _view_shapes(parts, data)
             sizes = np.concatenate([part.sizes for part in parts])
-            return Outline(layout, (3, height, width), view, as_stored=bool((sizes == (width, height)).all()))
+            as_stored = bool((sizes == views["test"][::-1]).all())
+            return Outline(layout, (3, *views["train"]), view, (3, *views["test"]), as_stored)
         case _:
             assert_never(stream)
 
@@ -103,9 +112,12 @@ def outline(stream: StreamConfig, data: DataConfig) -> Outline:
 
 
 def _open_digits(stream: DigitsStream, data: DataConfig) -> ImageStream:
-    collection, kept, numbers = digits(tasks=stream.tasks, view=_evaluation_view(data))
+    collection, kept, numbers = digits(
+        tasks=stream.tasks, views={split: _evaluation_view(data, split) for split in SPLITS}
+    )
     layout = arrange([collection], order=stream.order, seed=stream.order_seed)
-    height, width, channels = kept["train"].pixels.shape[1:]
+    shapes = {split: _channels_first(kept[split].pixels.shape[1:]) for split in SPLITS}
+    channels = shapes["train"][0]
     source = DecodedImages(
         parts={split: [kept[split]] for split in SPLITS},
         index=layout.index,
@@ -116,7 +128,12 @@ def _open_digits(stream: DigitsStream, data: DataConfig) -> ImageStream:
     def name_of(split: Split, sample: int) -> str:
         return f"{TITLE}/{numbers[split][layout.index[split].local[sample]]}"
 
-    return ImageStream(layout, (channels, height, width), source, name_of, fingerprint=TITLE)
+    return ImageStream(layout, shapes["train"], source, name_of, fingerprint=TITLE, test_shape=shapes["test"])
+
+
+def _channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    height, width, channels = shape
+    return channels, height, width
 
 
 # ---------------------------------------------------------------- shards
@@ -139,16 +156,20 @@ class _Opened:
 
 
 def _open_shards(stream: ShardStream, data: DataConfig) -> ImageStream:
-    parts = _open_parts(stream)
+    parts = _open_parts(stream, data)
     layout = arrange([_collection(part) for part in parts], order=stream.order, seed=stream.order_seed)
-    height, width = _view_shape(parts, data)
-    decoded = _storage(parts, data, (height, width)) == "decoded"
+    shapes = _view_shapes(parts, data)
+    decoded = _storage(parts, data, shapes) == "decoded"
     source: ImageSource
-    if decoded:
-        source = _decoded_source(parts, layout, data, (height, width))
-    else:
-        source = _encoded_source(parts, layout, data, (height, width))
-    opened = ImageStream(layout, (3, height, width), source, partial(_name_of, parts, layout), _fingerprint(parts))
+    source = _decoded_source(parts, layout, data, shapes) if decoded else _encoded_source(parts, layout, data, shapes)
+    opened = ImageStream(
+        layout,
+        (3, *shapes["train"]),
+        source,
+        partial(_name_of, parts, layout),
+        _fingerprint(parts),
+        test_shape=(3, *shapes["test"]),
+    )
     if decoded and data.bad_images == "stop" and opened.skipped():
         raise DataError(_explain_bad(opened))
     return opened
@@ -159,16 +180,21 @@ def _fingerprint(parts: Sequence[_Opened]) -> str:
     return hashlib.sha256(together.encode()).hexdigest()
 
 
-def _open_parts(stream: ShardStream) -> list[_Opened]:
+def _open_parts(stream: ShardStream, data: DataConfig) -> list[_Opened]:
     names: dict[Split, str] = {"train": stream.train_split, "test": stream.test_split}
-    titles = unique_titles([Path(part.path).expanduser().resolve().name for part in stream.parts])
+    titles = unique_titles([_title(part.path) for part in stream.parts])
+    cache = ShardCache.of(data.shard_cache, data.shard_gib, data.retries)
     opened = []
     for part, title in zip(stream.parts, titles, strict=True):
-        folder = Path(part.path).expanduser()
-        splits: dict[Split, ShardSet] = {split: ShardSet.open(folder, names[split]) for split in SPLITS}
+        place = part.path if is_url(part.path) else Path(part.path).expanduser()
+        splits: dict[Split, ShardSet] = {split: ShardSet.open(place, names[split], cache) for split in SPLITS}
         _check_classes(part, splits, names)
         opened.append(_Opened(part, title, splits))
     return opened
+
+
+def _title(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[1] if is_url(path) else Path(path).expanduser().resolve().name
 
 
 def _check_classes(part: Part, splits: dict[Split, ShardSet], names: dict[Split, str]) -> None:
@@ -209,10 +235,11 @@ def _name_of(parts: Sequence[_Opened], layout: Layout, split: Split, sample: int
     return f"{part.title}/{part.splits[split].name(int(index.local[sample]))}"
 
 
-def _view_shape(parts: Sequence[_Opened], data: DataConfig) -> tuple[int, int]:
+def _view_shapes(parts: Sequence[_Opened], data: DataConfig) -> Shapes:
     """(height, width) of what the stream yields."""
     if data.image_size is not None:
-        return data.image_size, data.image_size
+        test = data.test_size or data.image_size
+        return {"train": (data.image_size, data.image_size), "test": (test, test)}
     sizes = np.unique(np.concatenate([part.sizes for part in parts]), axis=0)
     if len(sizes) != 1:
         known = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
@@ -221,10 +248,10 @@ def _view_shape(parts: Sequence[_Opened], data: DataConfig) -> tuple[int, int]:
             "set data.image_size to the side of the squares that the model gets"
         )
     width, height = sizes[0].tolist()
-    return height, width
+    return {"train": (height, width), "test": (height, width)}
 
 
-def _storage(parts: Sequence[_Opened], data: DataConfig, shape: tuple[int, int]) -> Literal["decoded", "encoded"]:
+def _storage(parts: Sequence[_Opened], data: DataConfig, shapes: Shapes) -> Literal["decoded", "encoded"]:
     if data.storage == "decoded" and isinstance(data.augment, TimmAugment):
         raise DataError(
             "data.storage is decoded but data.augment.kind is timm, which crops from the full image; "
@@ -233,12 +260,12 @@ def _storage(parts: Sequence[_Opened], data: DataConfig, shape: tuple[int, int])
     if data.storage != "auto":
         return data.storage
     sizes = np.unique(np.concatenate([part.sizes for part in parts]), axis=0)
-    small = len(sizes) == 1 and max(*sizes[0].tolist(), *shape) <= _SMALL
-    if isinstance(data.augment, TimmAugment) or not small:
+    small = len(sizes) == 1 and max(*sizes[0].tolist(), *shapes["train"], *shapes["test"]) <= _SMALL
+    if isinstance(data.augment, TimmAugment) or data.progressive is not None or not small:
         return "encoded"
     paths = _kept_paths(parts, data)
     missing = sum(
-        len(part.splits[split].labels) * 3 * shape[0] * shape[1]
+        len(part.splits[split].labels) * 3 * shapes[split][0] * shapes[split][1]
         for part, by_split in zip(parts, paths, strict=True)
         for split, path in by_split.items()
         if not path.exists()
@@ -249,20 +276,18 @@ def _storage(parts: Sequence[_Opened], data: DataConfig, shape: tuple[int, int])
 
 
 def _kept_paths(parts: Sequence[_Opened], data: DataConfig) -> list[dict[Split, Path]]:
-    folder, view = cache_folder(data.cache), repr(_evaluation_view(data))
+    folder, views = cache_folder(data.cache), {split: _evaluation_view(data, split) for split in SPLITS}
     return [
-        {split: kept_path(folder, shards.fingerprint, view) for split, shards in part.splits.items()} for part in parts
+        {split: kept_path(folder, shards.fingerprint, repr(views[split])) for split, shards in part.splits.items()}
+        for part in parts
     ]
 
 
-def _decoded_source(
-    parts: Sequence[_Opened], layout: Layout, data: DataConfig, shape: tuple[int, int]
-) -> DecodedImages:
+def _decoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, shapes: Shapes) -> DecodedImages:
     kept: dict[Split, list[Kept]] = {split: [] for split in SPLITS}
-    view = _evaluation_view(data)
     for part, paths in zip(parts, _kept_paths(parts, data), strict=True):
         for split, shards in part.splits.items():
-            full_shape = (len(shards.labels), *shape, 3)
+            full_shape, view = (len(shards.labels), *shapes[split], 3), _evaluation_view(data, split)
             kept[split].append(keep_decoded(paths[split], shape=full_shape, decode=partial(_view_of, shards, view)))
     return DecodedImages(
         parts=kept,
@@ -276,29 +301,28 @@ def _view_of(shards: ShardSet, view: EvaluationView, number: int) -> npt.NDArray
     return view(decode(shards.read(number), shards.name(number)))
 
 
-def _encoded_source(
-    parts: Sequence[_Opened], layout: Layout, data: DataConfig, shape: tuple[int, int]
-) -> EncodedImages:
+def _encoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, shapes: Shapes) -> EncodedImages:
     normalise = Normaliser.of(data.mean, data.std, 3)
-    augment: BatchAugment | TimmView
+    augment: BatchAugment | dict[int, TimmView]
     if isinstance(data.augment, TimmAugment):
-        if shape[0] != shape[1]:
-            raise DataError(f"images are {shape[1]} x {shape[0]} and data.augment.kind is timm; set data.image_size")
-        augment = TimmView.of(data.augment, size=shape[0], mean=data.mean, normalise=normalise)
+        height, width = shapes["train"]
+        if height != width:
+            raise DataError(f"images are {width} x {height} and data.augment.kind is timm; set data.image_size")
+        sides = (height,) if data.progressive is None else data.progressive.sides(height)
+        augment = {side: TimmView.of(data.augment, size=side, mean=data.mean) for side in sides}
     else:
         augment = _batch_augment(data, where="encoded images")
     makers: dict[Split, Maker] = {
         split: Maker(
             sets=[part.splits[split] for part in parts],
             index=layout.index[split],
-            shape=(3, *shape),
-            view=_evaluation_view(data),
+            shape=(3, *shapes[split]),
+            view=_evaluation_view(data, split),
             augment=augment,
-            normalise=normalise,
         )
         for split in SPLITS
     }
-    return EncodedImages(makers, workers=data.workers, stop_at_bad=data.bad_images == "stop")
+    return EncodedImages(makers, normalise, workers=data.workers, stop_at_bad=data.bad_images == "stop")
 
 
 def _explain_bad(stream: ImageStream) -> str:
@@ -310,9 +334,10 @@ def _explain_bad(stream: ImageStream) -> str:
 # ---------------------------------------------------------------- both
 
 
-def _evaluation_view(data: DataConfig) -> EvaluationView:
+def _evaluation_view(data: DataConfig, split: Split) -> EvaluationView:
     filters = data.augment.interpolation if isinstance(data.augment, TimmAugment) else "bicubic"
-    return EvaluationView(data.image_size, data.crop_pct, "bilinear" if filters == "bilinear" else "bicubic")
+    size = data.image_size if split == "train" else data.test_size or data.image_size
+    return EvaluationView(size, data.crop_pct, "bilinear" if filters == "bilinear" else "bicubic")
 
 
 def _batch_augment(data: DataConfig, *, where: str) -> BatchAugment:

@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hpccl.data.ahead import ahead
 from hpccl.data.augment import BatchAugment, Normaliser
 from hpccl.data.layout import Index
 from hpccl.data.protocols import Split
-from hpccl.data.rows import Images, Request
+from hpccl.data.rows import Images, Request, Views
+from hpccl.data.transfer import CPU, delivered
 from hpccl.errors import DataError, FolderError
 from hpccl.folder import replacing
 
@@ -53,17 +53,18 @@ class DecodedImages:
     augment: BatchAugment
     normalise: Normaliser
 
-    def load(self, requests: Iterable[Request], split: Split) -> Generator[Images, None, None]:
+    def load(
+        self, requests: Iterable[Request], split: Split, device: torch.device = CPU
+    ) -> Generator[Images, None, None]:
         """One Images a request, made in a background thread."""
-        return ahead(self.make(request, split) for request in requests)
+        views = (self.make(request, split) for request in requests)
+        return delivered(views, self.normalise, device, background=True)
 
-    def make(self, request: Request, split: Split) -> Images:
-        """One batch: pixels float32 [n, channels, h, w], contiguous as channels_last."""
+    def make(self, request: Request, split: Split) -> Views:
+        """One batch."""
         pixels, valid = self.gather(request.sample, split)
-        images = self.normalise(self.augment(pixels, request.key))
-        if not valid.all():
-            images[torch.from_numpy(~valid)] = 0
-        return Images(images, torch.from_numpy(valid))
+        assert request.size is None or pixels.shape[1:3] == (request.size, request.size), "kept at one size"
+        return Views(self.augment(pixels, request.key), valid)
 
     def gather(self, samples: npt.NDArray[np.int64], split: Split) -> tuple[Pixels, npt.NDArray[np.bool_]]:
         """Stored pixels [n, h, w, channels] and whether they are valid [n]."""

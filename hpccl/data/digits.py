@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,7 +22,7 @@ _SEED = 0  # of the split; fixed, because scikit-learn names no test set
 
 
 def digits(
-    *, tasks: int, view: EvaluationView
+    *, tasks: int, views: Mapping[Split, EvaluationView]
 ) -> tuple[Collection, dict[Split, Kept], dict[Split, npt.NDArray[np.int64]]]:
     """The data set, its pixels uint8 [num, h, w, 1], and the number in scikit-learn's data, by split."""
     from sklearn.datasets import load_digits
@@ -31,7 +33,7 @@ def digits(
     labels = data.target.astype(np.int64)
     numbers = digits_split(labels)
     kept: dict[Split, Kept] = {
-        split: Kept(np.stack([view(images[number]) for number in mine])) for split, mine in numbers.items()
+        split: Kept(np.stack([views[split](images[number]) for number in mine])) for split, mine in numbers.items()
     }
     collection = Collection(
         title=TITLE,

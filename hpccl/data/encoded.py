@@ -7,27 +7,25 @@ alone, so that workers and ranks do not matter.
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import dataclasses
 import random
-import signal
-import sys
-import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from hpccl.data.augment import BatchAugment, Normaliser
 from hpccl.data.layout import Index
 from hpccl.data.protocols import Split
-from hpccl.data.rows import Images, Request
+from hpccl.data.rows import Images, Request, Views
 from hpccl.data.shards.decode import decode
 from hpccl.data.timm_view import TimmView
+from hpccl.data.transfer import CPU, delivered
 from hpccl.data.views import EvaluationView
+from hpccl.data.workers import in_workers
 from hpccl.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,56 +33,67 @@ if TYPE_CHECKING:
 
 __all__ = ["EncodedImages", "Made", "Maker"]
 
-_NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
 Pixels = npt.NDArray[np.uint8]
+_NOTHING = Views(np.empty((0, 0, 0, 0), dtype=np.uint8), np.empty(0, dtype=bool))
 
 
 @dataclass(frozen=True)
 class Made:
     """What a worker hands over.
 
+    views: with no pixels if `failure` is set
     bad: (sample, reason) of the images that could not be decoded
     failure: why nothing could be made (a shard is missing or cut short)
     """
 
-    images: Images
+    views: Views
     bad: tuple[tuple[int, str], ...] = ()
     failure: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Maker(Dataset[Made]):
+class Maker:
     """From requests to images of one split; travels to the workers.
 
-    shape: (channels, height, width) of every view
+    shape: (channels, height, width) of the views, where a request does not ask for another size
+    augment: of batches; or views by timm, by their size
     """
 
     sets: Sequence[ShardSet]
     index: Index
     shape: tuple[int, int, int]
     view: EvaluationView
-    augment: BatchAugment | TimmView
-    normalise: Normaliser
+    augment: BatchAugment | Mapping[int, TimmView]
 
-    def __getitem__(self, request: Request) -> Made:
+    def __call__(self, request: Request) -> Made:
         """Make one request's images; failures are values, because an exception from a worker loses its message."""
-        channels, height, width = self.shape
-        pixels = np.zeros((len(request), height, width, channels), dtype=np.float32)
-        images = Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.ones(len(request), dtype=torch.bool))
+        views = self._blank(request)
         bad: list[tuple[int, str]] = []
         with _own_randomness():
             for position, (sample, key) in enumerate(zip(request.sample.tolist(), request.key.tolist(), strict=True)):
                 try:
                     data, name = self.read(sample)
                 except DataError as error:
-                    return Made(images, failure=str(error))
+                    return Made(_NOTHING, failure=str(error))
                 try:
-                    self._one(data, name, key, pixels[position])
+                    views.pixels[position], erased = self._one(data, name, key, views.pixels.shape[1:3])
                 except DataError as error:
-                    images.valid[position] = False
+                    views.valid[position] = False
                     bad.append((sample, str(error)))
-        return Made(images, tuple(bad))
+                    continue
+                if views.erased is not None and erased is not None:
+                    views.erased[position] = erased
+        return Made(views, tuple(bad))
+
+    def _blank(self, request: Request) -> Views:
+        channels, height, width = self.shape
+        shape = (len(request), request.size or height, request.size or width)
+        erases = not isinstance(self.augment, BatchAugment) and any(view.erase for view in self.augment.values())
+        return Views(
+            np.zeros((*shape, channels), dtype=np.uint8),
+            np.ones(len(request), dtype=bool),
+            np.zeros(shape, dtype=bool) if erases else None,
+        )
 
     def read(self, sample: int) -> tuple[bytes, str]:
         """The encoded image and its name.
@@ -95,16 +104,19 @@ class Maker(Dataset[Made]):
         shards, local = self.sets[self.index.part[sample]], int(self.index.local[sample])
         return shards.read(local), shards.name(local)
 
-    def _one(self, data: bytes, name: str, key: int, out: npt.NDArray[np.float32]) -> None:
-        if isinstance(self.augment, TimmView) and key != 0:
-            self.augment(data, name, key, out)
-            return
-        pixels = self.view(decode(data, name))
-        if (pixels.shape[2], *pixels.shape[:2]) != self.shape:
+    def _one(
+        self, data: bytes, name: str, key: int, shape: tuple[int, int]
+    ) -> tuple[Pixels, npt.NDArray[np.bool_] | None]:
+        """[h, w, channels], and which pixels are erased."""
+        if not isinstance(self.augment, BatchAugment) and key != 0:
+            return self.augment[shape[0]](data, name, key)
+        view = self.view if self.view.size is None else dataclasses.replace(self.view, size=shape[0])
+        pixels = view(decode(data, name))
+        if pixels.shape != (*shape, self.shape[0]):
             raise DataError(f"image '{name}' has {pixels.shape[1]} x {pixels.shape[0]} pixels; set data.image_size")
         if isinstance(self.augment, BatchAugment):
             pixels = self.augment(pixels[None], np.array([key], dtype=np.uint64))[0]
-        self.normalise.into(out[None], pixels[None])
+        return pixels, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,22 +124,31 @@ class EncodedImages:
     """Runs a Maker: in this process, or in `workers` others that are there while an iterator is open."""
 
     makers: Mapping[Split, Maker]
+    normalise: Normaliser
     workers: int
     stop_at_bad: bool
     seen_bad: dict[tuple[Split, int], str] = field(default_factory=dict)
 
-    def load(self, requests: Iterable[Request], split: Split) -> Generator[Images, None, None]:
+    def load(
+        self, requests: Iterable[Request], split: Split, device: torch.device = CPU
+    ) -> Generator[Images, None, None]:
         """One Images a request, in order.
 
         Raises:
-            DataError: an image cannot be decoded and data.bad_images is `stop`, or a shard cannot be read.
+            DataError: an image cannot be decoded and data.bad_images is `stop`, a shard cannot be read, or a decoding
+                process died.
         """
         maker = self.makers[split]
-        made = _in_workers(maker, requests, self.workers) if self.workers else _inline(maker, requests)
+        # Begun in this thread: the system kills workers when the thread that made them ends.
+        made = in_workers(maker, requests, self.workers) if self.workers else _inline(maker, requests)
+        # In this process timm draws from the trainer's generators, which no other thread may do.
+        yield from delivered(self._views(made, split), self.normalise, device, background=self.workers > 0)
+
+    def _views(self, made: Generator[Made, None, None], split: Split) -> Generator[Views, None, None]:
         with contextlib.closing(made):
             for result in made:
                 self._note(result, split)
-                yield result.images
+                yield result.views
 
     def _note(self, made: Made, split: Split) -> None:
         if made.failure is not None:
@@ -148,56 +169,7 @@ class EncodedImages:
 
 def _inline(maker: Maker, requests: Iterable[Request]) -> Generator[Made, None, None]:
     for request in requests:
-        yield maker[request]
-
-
-def _in_workers(maker: Maker, requests: Iterable[Request], workers: int) -> Generator[Made, None, None]:
-    loader: DataLoader[Made] = DataLoader(
-        maker,
-        sampler=requests,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_is,
-        worker_init_fn=_start_worker,
-        # Without one of its own it would draw from the trainer's.
-        generator=torch.Generator(),
-        multiprocessing_context="fork",
-    )
-    with warnings.catch_warnings():
-        # Python 3.12 warns of forking beside threads; the workers only read files and decode.
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        with _signals_held():
-            made = iter(loader)
-    try:
-        yield from made
-    finally:
-        # The iterator ends its workers when it is collected.
-        del made, loader
-
-
-def _as_is(made: Any) -> Any:
-    return made
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Hold signals back while workers are started: one that came before a worker ignores it would kill the worker."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(_: int) -> None:
-    """Leave signals to the main process, but do not outlive it."""
-    for number in _NOT_FOR_WORKERS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_WORKERS)
-    if sys.platform == "linux":
-        # Else torch's watchdog notices within five seconds, in which files and locks stay open.
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        yield maker(request)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ class Batch:
     slot:   [b] int64, position in the memory, or -1 where the row is new
     view:   [b] uint64 non-zero, seeds the augmentation
     noise:  [b] int64, seeds what is random inside the network
+    epoch: from 0, of the task
     weight_new, weight_memory: what a row counts (before tau), so that
         E[sum(weight * nats) / b] = (sum of new nats + sum of memory nats) / (num_new + num_memory)
     """
@@ -57,6 +58,7 @@ class Batch:
     noise: Ints
     weight_new: float
     weight_memory: float
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.new)
@@ -125,7 +127,7 @@ class BatchPlan:
             size, num_memory_rows = len(new), int((slot >= 0).sum())
             weight_new = self.num_new / self.num_train * size / (size - num_memory_rows)
             weight_memory = self.num_memory / self.num_train * size / num_memory_rows
-        return Batch(new, slot, view, noise, weight_new, weight_memory)
+        return Batch(new, slot, view, noise, weight_new, weight_memory, step // self.steps_per_epoch)
 
     def _natural(self, step: int) -> tuple[Ints, Ints]:
         epoch, start = divmod(step, self.steps_per_epoch)

@@ -7,8 +7,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from hpccl.data.rows import Images, Request
+from hpccl.data.transfer import CPU
 
 __all__ = ["Split", "Stream", "Task"]
 
@@ -55,7 +57,10 @@ class Stream(Protocol):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of what `load` yields."""
+        """(channels, height, width) of training images: what the network is built for."""
+
+    def shape(self, split: Split) -> tuple[int, int, int]:
+        """(channels, height, width) of what `load` yields, unless a request asks for another size."""
 
     def labels(self, split: Split) -> npt.NDArray[np.int64]:
         """[num_samples] class number in the stream, by sample position."""
@@ -66,10 +71,15 @@ class Stream(Protocol):
     def sample_names(self, split: Split, samples: npt.NDArray[np.int64]) -> list[str]:
         """Global ids, `<data set>/<shard sample key>`, stable over runs."""
 
-    def load(self, requests: Iterable[Request], split: Split = "train") -> Generator[Images, None, None]:
+    def load(
+        self, requests: Iterable[Request], split: Split = "train", device: torch.device = CPU
+    ) -> Generator[Images, None, None]:
         """One Images a request, in order, made ahead of time in the background. Closing the iterator ends its workers.
 
-        Raises DataError for an undecodable image (its name, its shard) unless data.bad_images is `skip`.
+        Pixels are on `device`, which gets one byte a number and normalises them itself.
+
+        Raises DataError for an undecodable image (its name, its shard) unless data.bad_images is `skip`, and for a
+        decoding process that died.
         """
 
     def skipped(self) -> list[tuple[Split, int, str, str]]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["NEW", "REPLAY", "SOFT", "Images", "Request", "Rows"]
+__all__ = ["NEW", "REPLAY", "SOFT", "Images", "Request", "Rows", "Views"]
 
 # The term of the objective that a row belongs to.
 NEW, SOFT, REPLAY = 0, 1, 2
@@ -24,13 +24,29 @@ class Request:
 
     sample: [n] int64, position in the stream's training (or test) data, counted over all tasks.
     key:    [n] uint64, seeds the augmentation of one image; 0 asks for the evaluation view.
+    size:   side of the views in pixels; None for the stream's own.
     """
 
     sample: npt.NDArray[np.int64]
     key: npt.NDArray[np.uint64]
+    size: int | None = None
 
     def __len__(self) -> int:
         return len(self.sample)
+
+
+@dataclass(frozen=True)
+class Views:
+    """Images as they leave a source: one byte a number, so that little travels between processes and to the device.
+
+    pixels: [n, h, w, channels] uint8, contiguous
+    valid:  [n] bool, False where an image could not be decoded
+    erased: [n, h, w] bool, pixels that become zero after normalisation (random erasing); None if there are none
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    valid: npt.NDArray[np.bool_]
+    erased: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from hpccl.data.layout import ClassTask, Layout
 from hpccl.data.protocols import Split
 from hpccl.data.rows import Images, Request
+from hpccl.data.transfer import CPU
 
 __all__ = ["ImageSource", "ImageStream"]
 
@@ -19,8 +21,10 @@ __all__ = ["ImageSource", "ImageStream"]
 class ImageSource(Protocol):
     """Where images come from, by sample position."""
 
-    def load(self, requests: Iterable[Request], split: Split) -> Generator[Images, None, None]:
-        """One Images a request, in order."""
+    def load(
+        self, requests: Iterable[Request], split: Split, device: torch.device = CPU
+    ) -> Generator[Images, None, None]:
+        """One Images a request, in order, on a device."""
 
     def raw(self, sample: int, split: Split) -> npt.NDArray[np.uint8]:
         """[h, w, channels] uint8 pixels of one image."""
@@ -35,6 +39,7 @@ class ImageStream:
 
     name_of: (split, sample) -> `<data set>/<key>`
     fingerprint: changes with the images
+    test_shape: of test images; None if it is image_shape
     """
 
     layout: Layout
@@ -42,6 +47,7 @@ class ImageStream:
     source: ImageSource
     name_of: Callable[[Split, int], str]
     fingerprint: str
+    test_shape: tuple[int, int, int] | None = None
 
     @property
     def tasks(self) -> tuple[ClassTask, ...]:
@@ -52,6 +58,10 @@ class ImageStream:
     def class_names(self) -> tuple[str, ...]:
         """By class number in the stream."""
         return self.layout.class_names
+
+    def shape(self, split: Split) -> tuple[int, int, int]:
+        """(channels, height, width) of a split's images, unless a request asks for another size."""
+        return self.image_shape if split == "train" else self.test_shape or self.image_shape
 
     def labels(self, split: Split) -> npt.NDArray[np.int64]:
         """[num_samples] class number in the stream, by sample position."""
@@ -65,13 +75,15 @@ class ImageStream:
         """Global ids, `<data set>/<key>`."""
         return [self.name_of(split, int(sample)) for sample in samples]
 
-    def load(self, requests: Iterable[Request], split: Split = "train") -> Generator[Images, None, None]:
-        """One Images a request, in order, made ahead of time. Closing the iterator ends its workers.
+    def load(
+        self, requests: Iterable[Request], split: Split = "train", device: torch.device = CPU
+    ) -> Generator[Images, None, None]:
+        """One Images a request, in order, on a device, made ahead of time. Closing the iterator ends its workers.
 
         Raises:
             DataError: an image cannot be decoded (unless data.bad_images is `skip`), or a shard cannot be read.
         """
-        return self.source.load(requests, split)
+        return self.source.load(requests, split, device)
 
     def raw(self, sample: int, split: Split = "train") -> npt.NDArray[np.uint8]:
         """[h, w, channels] uint8 pixels of one image as stored."""

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from hpccl.compat import import_timm
 from hpccl.config.sections import TimmAugment
-from hpccl.data.augment import Normaliser
 from hpccl.data.shards.decode import decode_scaled, image_size
 from hpccl.data.views import to_array, to_picture
 from hpccl.errors import DataError
@@ -43,7 +42,7 @@ class TimmView:
     crop: timm's RandomResizedCropAndInterpolation
     mirror: what follows it (works on tensors as well as on pictures)
     picture: transforms of a Pillow image, may be none
-    erase: transforms of the normalised tensor, may be none
+    erase: transforms that set parts of the normalised tensor to 0, may be none
     """
 
     size: int
@@ -51,10 +50,9 @@ class TimmView:
     mirror: tuple[Any, ...]
     picture: tuple[Any, ...]
     erase: tuple[Any, ...]
-    normalise: Normaliser
 
     @classmethod
-    def of(cls, config: TimmAugment, *, size: int, mean: tuple[float, ...], normalise: Normaliser) -> TimmView:
+    def of(cls, config: TimmAugment, *, size: int, mean: tuple[float, ...]) -> TimmView:
         """Take timm.data.create_transform apart.
 
         Raises:
@@ -84,10 +82,12 @@ class TimmView:
             ) from error
         crop, *mirror = primary.transforms
         # The first two of the final transforms are conversion and normalisation.
-        return cls(size, crop, tuple(mirror), tuple(secondary.transforms), tuple(final.transforms[2:]), normalise)
+        return cls(size, crop, tuple(mirror), tuple(secondary.transforms), tuple(final.transforms[2:]))
 
-    def __call__(self, data: bytes, name: str, key: int, out: npt.NDArray[np.float32]) -> None:
-        """Write float32 [size, size, 3], normalised, to `out`. Seeds this process's generators: isolate them.
+    def __call__(self, data: bytes, name: str, key: int) -> tuple[Pixels, npt.NDArray[np.bool_] | None]:
+        """uint8 [size, size, 3] and, with random erasing, which pixels are erased [size, size].
+
+        Seeds this process's generators: isolate them.
 
         Raises:
             DataError: the image cannot be decoded.
@@ -102,9 +102,14 @@ class TimmView:
             for transform in self.picture:
                 changed = transform(changed)
             pixels = to_array(changed)
-        self.normalise.into(out[None], pixels[None])
+        return pixels, self._erased() if self.erase else None
+
+    def _erased(self) -> npt.NDArray[np.bool_]:
+        """Timm erases in place, to 0, and draws the same rectangle whatever the tensor holds."""
+        kept = torch.ones(1, self.size, self.size)
         for transform in self.erase:
-            transform(torch.from_numpy(out).permute(2, 0, 1))  # in place
+            transform(kept)
+        return (kept[0] == 0).numpy()
 
     def _cropped(self, data: bytes, name: str) -> Tensor:
         """The random resized crop, uint8 [3, size, size] in channels_last memory."""

@@ -17,6 +17,7 @@ from hpccl.data.order import Batch, BatchPlan
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.rows import NEW, REPLAY, SOFT, Images, Request, Rows
 from hpccl.dist.comm import Comm
+from hpccl.memory.budget import quotas
 from hpccl.memory.store import Memory, spread
 
 __all__ = ["Composer", "Part", "plan_task", "planned_steps", "split"]
@@ -33,7 +34,9 @@ def planned_steps(config: RunConfig, stream: Stream) -> list[int]:
     """How many steps each task will take; 0 for those that are not trained."""
     tasks = stream.tasks
     skipped = len(tasks) - 1 if config.train.only_last else 0
-    steps = [_plan(config, task, config.memory.size * task.index).num_steps for task in tasks[skipped:]]
+    sizes = [len(task.samples("train")) for task in tasks]
+    kept = [sum(quotas(config.memory, sizes[: task.index])) for task in tasks]
+    steps = [_plan(config, task, kept[task.index]).num_steps for task in tasks[skipped:]]
     return [0] * skipped + steps
 
 
@@ -89,7 +92,8 @@ class Composer:
 
     labels: [N] class number of every training example; task_of_class: [C]; heads: [T + 1, C] bool, row t is task t's
     own head, the last row all classes seen so far; tau: [T] weight of a memory example by the task it comes from, to
-    which the selector's comes; teacher: the frozen old model on pixels, where soft labels belong to the student's view.
+    which the selector's comes; teacher: the frozen old model on pixels, where soft labels belong to the student's view;
+    epochs: of the task.
     """
 
     config: RunConfig
@@ -101,6 +105,7 @@ class Composer:
     memory: Memory
     teacher: Callable[[Tensor], Tensor] | None
     device: torch.device
+    epochs: int
 
     @classmethod
     def build(
@@ -131,10 +136,15 @@ class Composer:
             memory=memory,
             teacher=teacher,
             device=device,
+            epochs=per_task(config.train.epochs, task.index),
         )
 
     def request(self, part: Part) -> Request:
-        """The images of a part: fresh views, but the stored one where a soft label belongs to it."""
+        """The images of a part: fresh views, but the stored one where a soft label belongs to it.
+
+        Views that grow (data.progressive) have the epoch's size, whatever the row: a stored label is of the same view
+        at data.image_size, a teacher's of the very pixels.
+        """
         new, slot = part.batch.new[part.rows], part.batch.slot[part.rows]
         from_memory = slot >= 0
         sample = self.first + new
@@ -144,7 +154,12 @@ class Composer:
             soft = from_memory.copy()
             soft[from_memory] = ~self.memory.replay.numpy()[slot[from_memory]]
             key[soft] = 0
-        return Request(sample, key)
+        return Request(sample, key, self._side(part.batch.epoch))
+
+    def _side(self, epoch: int) -> int | None:
+        """Of the views of an epoch; None where they do not grow."""
+        grows, last = self.config.data.progressive, self.config.data.image_size
+        return None if grows is None or last is None else grows.side(epoch, self.epochs, last)
 
     def rows(self, part: Part, images: Images) -> Rows:
         """Rows [p], one an image, on the device."""

@@ -233,6 +233,11 @@ class _Content:
         mean, std = ([*values] * (1 if len(values) == channels else channels) for values in (data.mean, data.std))
         return {
             "input_size": list(self.stream.image_shape),
+            **(
+                {"test_input_size": list(self.stream.test_shape)}
+                if self.stream.test_shape != self.stream.image_shape
+                else {}
+            ),
             "interpolation": view.filter,
             "crop_pct": 1.0 if self.stream.as_stored else view.crop_pct,
             "crop_mode": "center",
@@ -268,7 +273,7 @@ class _Content:
 
     def _steps(self) -> str:
         view, given = self.stream.view, self._input()
-        height, width = self.stream.image_shape[1:]
+        height, width = self.stream.test_shape[1:]
         brought = (
             f"Images are {width} x {height} pixels, and taken as they are"
             if view.size is None or self.stream.as_stored

@@ -94,7 +94,7 @@ def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> B
             for part in split(plan.batch(step), world.comm, accumulate=accumulate):
                 yield composer.request(part)
 
-    with contextlib.closing(world.stream.load(requests())) as images:
+    with contextlib.closing(world.stream.load(requests(), device=world.comm.device)) as images:
         for step in range(first, plan.num_steps):
             parts = split(plan.batch(step), world.comm, accumulate=accumulate)
             yield parts, [composer.rows(part, next(images)) for part in parts]

@@ -39,13 +39,13 @@ def shared_images(samples: Ints, world: World, *, size: int, split: Split = "tra
     """This rank's share of `samples`, at most `size` at a time; as many times as every other rank."""
     parts = [samples[part.start : part.stop] for part in world.comm.parts(len(samples), size)]
     requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts if len(part))
-    loaded = world.stream.load(requests, split)
+    loaded = world.stream.load(requests, split, world.comm.device)
     for part in parts:
         if len(part):
             images = next(loaded)
-            yield Seen(part, images.pixels.to(world.comm.device), images.valid)
+            yield Seen(part, images.pixels, images.valid)
         else:
-            blank = torch.zeros(1, *world.stream.image_shape, device=world.comm.device)
+            blank = torch.zeros(1, *world.stream.shape(split), device=world.comm.device)
             yield Seen(part, blank, torch.zeros(1, dtype=torch.bool))
     assert next(loaded, None) is None, "everything that was asked for was used"
 

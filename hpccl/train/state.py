@@ -16,6 +16,7 @@ from hpccl.checkpoint.store import Content, Mark, Shard, Writing
 from hpccl.config.run import RunConfig
 from hpccl.curvature.coverage import Coverage
 from hpccl.curvature.protocols import Shards
+from hpccl.data.layout import SPLITS
 from hpccl.data.protocols import Stream, Task
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Slab
@@ -82,7 +83,8 @@ class World:
     @property
     def stream_batch(self) -> int:
         """Images at a time where nothing is learned: as many as some tens of megabytes hold."""
-        return min(max(_VALUES // math.prod(self.stream.image_shape), 16), 500)
+        largest = max(math.prod(self.stream.shape(split)) for split in SPLITS)
+        return min(max(_VALUES // largest, 16), 500)
 
     def save(self, state: RunState, mark: Mark) -> None:
         """Checkpoint: the leader writes what all ranks hold, each rank its share of the curvature."""

@@ -27,7 +27,9 @@ from typing import IO, Any, Literal, NamedTuple
 
 from webdataset.writer import TarWriter
 
+from hpccl.data.shards.checksum import check_source
 from hpccl.data.shards.encodings import Encoded, Encoding, Original, describe, encode
+from hpccl.data.shards.labels import Labels
 from hpccl.data.shards.manifest import (
     FORMAT,
     MANIFEST,
@@ -36,6 +38,7 @@ from hpccl.data.shards.manifest import (
     Manifest,
     ShardEntry,
     SkippedImage,
+    splits,
 )
 from hpccl.data.shards.sources import SPLITS, Listing, Member, SourceReader, scan
 from hpccl.errors import DataError, FolderError
@@ -67,6 +70,8 @@ def build(
     samples_per_shard: int = 2500,
     workers: int = 1,
     bad_images: BadImages = "stop",
+    labels: Labels | None = None,
+    checksum: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Manifest]:
     """Write `out/<split>/` for every split of the source.
@@ -79,6 +84,8 @@ def build(
         samples_per_shard: at most; a class with more is cut into equal shards.
         workers: processes (spawned: a script must have the usual `if __name__ == "__main__"`).
         bad_images: what to do about an image that cannot be decoded: `stop`, or `skip` and note it in the manifest.
+        labels: classes of the images, for a source without class folders.
+        checksum: of the source, such as `sha256:<hexadecimal>`; it is read once before anything is written.
         progress: called after every shard.
 
     Returns:
@@ -90,7 +97,9 @@ def build(
     """
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard is {samples_per_shard}: allowed is a positive number")
-    listing = _choose(scan(source), split, source)
+    if checksum is not None:
+        check_source(source, checksum, out)
+    listing = _choose(scan(source, labels), split, source)
     classes = tuple(sorted({name for by_class in listing.values() for name in by_class}))
     plans = [
         _Plan(source, out / name, encoding, samples_per_shard, bad_images, classes, by_class)
@@ -98,8 +107,23 @@ def build(
     ]
     for plan in plans:
         plan.check_folder()
+        if labels is not None:
+            _check_labelled(plan, out, labels)
     counter = _Counter(sum(len(unit.members) for plan in plans for unit in plan.units), progress)
     return _run(plans, workers, counter)
+
+
+def _check_labelled(plan: _Plan, out: Path, labels: Labels) -> None:
+    """Labels by a wrong list would otherwise be noticed by a bad accuracy only."""
+    for other in splits(out):
+        known = Manifest.load(out / other).classes
+        strange = sorted(set(plan.classes) - set(known))
+        if other != plan.folder.name and strange:
+            raise DataError(
+                f"'{labels.file}' gives the class '{strange[0]}', which split '{other}' in '{out}' has not "
+                f"({len(strange)} of {len(plan.classes)} classes are unknown there): give the labels by the names of "
+                "its classes"
+            )
 
 
 def _choose(listing: Listing, split: str | None, source: Path) -> Listing:

@@ -40,6 +40,7 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
+_COPY_AGAIN = "copy the shards again, or delete the folder and build them again"
 UNFINISHED = ".build"  # folder of what a build leaves for its resumption
 
 
@@ -125,12 +126,25 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            document = json.loads(path.read_bytes())
+            data = path.read_bytes()
         except FileNotFoundError:
             raise DataError(
                 f"'{folder}' has no {MANIFEST}: it is not a finished folder of shards (see `hpccl shards build`)"
             ) from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read ({error}): copy or build the shards again") from error
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, path: str) -> Manifest:
+        """From the bytes of manifest.json; `path` says where they are from.
+
+        Raises:
+            DataError: they are damaged or of another format.
+        """
+        try:
+            document = json.loads(data)
+        except ValueError as error:
             raise DataError(f"'{path}' cannot be read ({error}): copy or build the shards again") from error
         found = document.get("format") if isinstance(document, dict) else None
         if found != FORMAT:
@@ -186,11 +200,20 @@ class Index:
             DataError: it is missing, truncated or altered.
         """
         path = folder / INDEX
-        advice = "copy the shards again, or delete the folder and build them again"
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"'{path}' cannot be read ({error.strerror}): {advice}") from error
+            raise DataError(f"'{path}' cannot be read ({error.strerror}): {_COPY_AGAIN}") from error
+        return cls.parse(data, manifest, str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, manifest: Manifest, path: str) -> Index:
+        """From the bytes of index.npz; `path` says where they are from.
+
+        Raises:
+            DataError: they are truncated or altered.
+        """
+        advice = _COPY_AGAIN
         if len(data) != manifest.index_bytes or hashlib.sha256(data).hexdigest() != manifest.index_sha256:
             raise DataError(f"'{path}' is truncated or altered (its checksum is not the manifest's): {advice}")
         try:

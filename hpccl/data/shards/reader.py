@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -10,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hpccl.data.shards.manifest import Index, Manifest, splits
+from hpccl.data.shards.manifest import Index, Manifest, ShardEntry, splits
+from hpccl.data.shards.remote import ShardCache, is_url
 from hpccl.errors import DataError
 
 __all__ = ["ShardSet"]
 
 Ints = npt.NDArray[np.int64]
 
+_SNATCHED = 5  # times a fetched shard may be deleted before it is opened
 _MAX_OPEN = 128  # of the usual 1024 files a process may have open
 
 
@@ -29,7 +33,7 @@ class ShardSet:
     sizes:    [N, 2] int32, width and height
     """
 
-    path: Path
+    path: str
     manifest: Manifest
     index: Index
     labels: Ints
@@ -37,28 +41,43 @@ class ShardSet:
     files: _Files
 
     @classmethod
-    def open(cls, path: Path, split: str) -> ShardSet:
+    def open(cls, path: Path | str, split: str, cache: ShardCache | None = None) -> ShardSet:
         """Check that all shards are there, with the right length, and read the index.
+
+        Args:
+            path: a folder, or the URL of one in an object store; of those, shards are fetched when they are read.
+            split: such as `train`.
+            cache: where fetched shards are kept.
 
         Raises:
             DataError: no such split, an unknown format, or missing, truncated or altered files, by name.
         """
+        if is_url(str(path)):
+            cache, url = cache or ShardCache.of(None, 100, 5), f"{str(path).rstrip('/')}/{split}"
+            manifest = cache.manifest(url)
+            index = cache.index(url, manifest)
+            return cls._of(str(path), manifest, index, _Files(url, manifest.shards, cache))
+        path = Path(path)
         folder = path / split
         if not folder.is_dir():
             found = ", ".join(splits(path)) or "none"
             raise DataError(f"'{path}' has no split '{split}' (found: {found}): see `hpccl shards build`")
         manifest = Manifest.load(folder)
         _check_files(folder, manifest, path)
+        return cls._of(str(path), manifest, Index.load(folder, manifest), _Files(str(folder), manifest.shards))
+
+    @classmethod
+    def _of(cls, path: str, manifest: Manifest, index: Index, files: _Files) -> ShardSet:
         number = {name: label for label, name in enumerate(manifest.classes)}
         samples = [shard.samples for shard in manifest.shards]
         label = np.array([number[shard.class_name] for shard in manifest.shards], dtype=np.int64)
         return cls(
             path=path,
             manifest=manifest,
-            index=Index.load(folder, manifest),
+            index=index,
             labels=np.repeat(label, samples),
             shard_of=np.repeat(np.arange(len(samples), dtype=np.int64), samples),
-            files=_Files([str(folder / shard.file) for shard in manifest.shards]),
+            files=files,
         )
 
     def __len__(self) -> int:
@@ -119,16 +138,35 @@ class _Descriptor:
 
 
 class _Files:
-    """The most recently used files stay open."""
+    """The most recently used files stay open.
 
-    def __init__(self, paths: list[str], max_open: int = _MAX_OPEN) -> None:
-        self.paths = paths
+    place: a folder or a URL; cache: for a URL
+    """
+
+    def __init__(
+        self, place: str, entries: Sequence[ShardEntry], cache: ShardCache | None = None, max_open: int = _MAX_OPEN
+    ) -> None:
+        self.place = place
+        self.entries = entries
+        self.cache = cache
         self.max_open = max_open
         # Needs no lock of ours, which a fork could leave locked; an evicted file closes when its last reader is done.
-        self._opened = lru_cache(maxsize=max_open)(_Descriptor)
+        self._opened = lru_cache(maxsize=max_open)(self._open)
 
-    def __reduce__(self) -> tuple[type[_Files], tuple[list[str], int]]:
-        return _Files, (self.paths, self.max_open)
+    def __reduce__(self) -> tuple[type[_Files], tuple[str, Sequence[ShardEntry], ShardCache | None, int]]:
+        return _Files, (self.place, self.entries, self.cache, self.max_open)
+
+    def _open(self, number: int) -> _Descriptor:
+        entry = self.entries[number]
+        if self.cache is None:
+            return _Descriptor(f"{self.place}/{entry.file}")
+        for _ in range(_SNATCHED):
+            with contextlib.suppress(FileNotFoundError):  # deleted by a process that needed room
+                return _Descriptor(str(self.cache.shard(self.place, entry)))
+        raise DataError(
+            f"'{entry.file}' was deleted {_SNATCHED} times before it could be opened: data.shard_gib is too small for "
+            "the shards that all processes of this machine read at a time; raise it, or set data.shuffle_window"
+        )
 
     def read(self, number: int, offset: int, length: int) -> bytes:
         """`length` bytes of file `number`.
@@ -137,7 +175,7 @@ class _Files:
             DataError: it cannot be read or ends too early.
         """
         try:
-            descriptor = self._opened(self.paths[number])
+            descriptor = self._opened(number)
             data = os.pread(descriptor.number, length, offset)
             while len(data) < length:
                 more = os.pread(descriptor.number, length - len(data), offset + len(data))
@@ -145,9 +183,8 @@ class _Files:
                     raise OSError(0, "the file ends too early")
                 data += more
         except OSError as error:
-            raise DataError(
-                f"shard '{self.paths[number]}' cannot be read ({error.strerror}): see `hpccl shards verify`"
-            ) from error
+            shard = f"{self.place}/{self.entries[number].file}"
+            raise DataError(f"shard '{shard}' cannot be read ({error.strerror}): see `hpccl shards verify`") from error
         return data
 
 

@@ -4,6 +4,8 @@ Nothing is extracted: a scan finds where in which file each image's bytes lie, a
 there. Every image has a path within the source, a tar inside counting as a folder:
 
     [wrapper/][train|test|val/]class/.../image.jpg
+
+Where a file gives the labels, folders mean nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
+from hpccl.data.shards.labels import Labels
 from hpccl.errors import DataError
 
 __all__ = ["SPLITS", "Listing", "Member", "SourceReader", "scan"]
@@ -54,11 +57,16 @@ class Member(NamedTuple):
 Listing = dict[str, dict[str, list[Member]]]
 
 
-def scan(source: Path) -> Listing:
+def scan(source: Path, labels: Labels | None = None) -> Listing:
     """Find all images.
 
+    Args:
+        source: folder or archive.
+        labels: classes of the images, instead of those that folders give.
+
     Raises:
-        DataError: no such source, nothing usable in it, or a member whose path leads out of it.
+        DataError: no such source, nothing usable in it, a member whose path leads out of it, or labels that are not of
+            these images.
     """
     if not source.exists():
         raise DataError(f"source '{source}' does not exist: give a folder, a zip or a tar of images")
@@ -71,7 +79,7 @@ def scan(source: Path) -> Listing:
     name, times = Counter(member.name for member in members).most_common(1)[0]
     if times > 1:
         raise DataError(f"'{name}' is in '{source}' {times} times: remove all but one")
-    return _arrange(sorted(members), source)
+    return _arrange(sorted(members), source) if labels is None else _labelled(sorted(members), labels)
 
 
 class SourceReader:
@@ -283,11 +291,18 @@ def _arrange(members: list[Member], source: Path) -> Listing:
         if len(path) < 2 + has_splits:
             raise DataError(
                 f"'{member.name}' in '{source}' has no class: images must lie in <class>/ or in "
-                f"{'|'.join(SPLITS)}/<class>/"
+                f"{'|'.join(SPLITS)}/<class>/, or a file must give their classes (--labels FILE)"
             )
         split, name = (path[0], path[1]) if has_splits else ("", path[0])
         listing.setdefault(split, {}).setdefault(name, []).append(member)
     return listing
+
+
+def _labelled(members: list[Member], labels: Labels) -> Listing:
+    by_class: dict[str, list[Member]] = {}
+    for member, name in zip(members, labels.of([member.name for member in members]), strict=True):
+        by_class.setdefault(name, []).append(member)
+    return {"": by_class}
 
 
 def _has_splits(paths: Iterable[tuple[str, ...]]) -> bool:

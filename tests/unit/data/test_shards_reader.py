@@ -63,7 +63,7 @@ def test_offsets_are_those_of_the_tar(shards: Path) -> None:
 
 def test_survives_pickling_forks_and_threads_with_few_open_files(shards: Path) -> None:
     data = ShardSet.open(shards, "train")
-    data.files.__init__(data.files.paths, 2)  # type: ignore[misc]
+    data.files.__init__(data.files.place, data.files.entries, None, 2)  # type: ignore[misc]
     wanted = [data.read(sample) for sample in range(len(data))]
     copy = pickle.loads(pickle.dumps(data))
     assert [copy.read(sample) for sample in range(len(data))] == wanted

@@ -31,13 +31,13 @@ def encoded(pixels: npt.NDArray[np.uint8], kind: str) -> bytes:
 
 
 def view_of(config: TimmAugment, size: int = 32) -> TimmView:
-    return TimmView.of(config, size=size, mean=MEAN, normalise=Normaliser.of(MEAN, STD, 3))
+    return TimmView.of(config, size=size, mean=MEAN)
 
 
 def make(view: TimmView, data: bytes, key: int) -> torch.Tensor:
-    out = np.empty((view.size, view.size, 3), dtype=np.float32)
-    view(data, "image", key, out)
-    return torch.from_numpy(out).permute(2, 0, 1)
+    pixels, erased = view(data, "image", key)
+    made = Normaliser.of(MEAN, STD, 3)(pixels[None])[0]
+    return made if erased is None else made.masked_fill(torch.from_numpy(erased), 0)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.optimize import nnls  # type: ignore[import-untyped]  # scipy has no stubs
+from scipy.optimize import nnls
 
 from hpccl.memory.greedy import herding, k_center, matching
 
@@ -111,4 +111,4 @@ def test_what_something_else_says_is_not_matched_twice() -> None:
 
 @pytest.mark.parametrize("choice", [herding, k_center, lambda given, keep: matching(given, keep)[0]])
 def test_nothing_to_tell_apart_is_no_trouble(choice: object) -> None:
-    assert choice(np.zeros((4, 3)), 3).tolist() == [0, 1, 2]  # type: ignore[operator]  # any of the three
+    assert choice(np.zeros((4, 3)), 3).tolist() == [0, 1, 2]  # any of the three

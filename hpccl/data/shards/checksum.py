@@ -1,0 +1,66 @@
+"""Checking a source before days of work are built on it; once, even if the work is interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from hpccl.errors import DataError, FolderError
+from hpccl.folder import replacing
+
+__all__ = ["check_source", "parse_checksum"]
+
+_NOTE = ".source.json"
+_DIGITS = {"md5": 32, "sha1": 40, "sha256": 64, "sha512": 128}
+
+
+def parse_checksum(text: str) -> tuple[str, str]:
+    """(algorithm, hexadecimal digest) of `sha256:<digest>` and the like; without a name, by its length.
+
+    Raises:
+        DataError: it is none.
+    """
+    name, _, digest = text.lower().strip().rpartition(":")
+    name = name or next((known for known, digits in _DIGITS.items() if digits == len(digest)), "")
+    if name not in _DIGITS or not re.fullmatch(f"[0-9a-f]{{{_DIGITS[name]}}}", digest):
+        raise DataError(f"checksum '{text}' is none: allowed are {', '.join(f'{known}:HEX' for known in _DIGITS)}")
+    return name, digest
+
+
+def check_source(source: Path, expected: str, out: Path) -> None:
+    """Compare a file with its checksum, unless a note in `out` says that this was done.
+
+    Raises:
+        DataError: it differs, or is a folder.
+        FolderError: the note cannot be written.
+    """
+    name, digest = parse_checksum(expected)
+    if not source.is_file():
+        raise DataError(f"source '{source}' is not a file, so it has no checksum: leave --checksum out")
+    status = source.stat()
+    seen = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "checksum": f"{name}:{digest}"}
+    note = out / _NOTE
+    if _read(note) == seen:
+        return
+    with source.open("rb") as file:
+        # The publisher's own sums are MD5; it is about damage, not about attacks.
+        found = hashlib.file_digest(file, lambda: hashlib.new(name, usedforsecurity=False)).hexdigest()
+    if found != digest:
+        raise DataError(
+            f"source '{source}' has {name} {found}, not {digest}: it is damaged or another file; fetch it again"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"'{out}' cannot be made: {error.strerror}") from error
+    with replacing(note) as path:
+        path.write_text(json.dumps(seen))
+
+
+def _read(note: Path) -> object:
+    try:
+        return json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return None

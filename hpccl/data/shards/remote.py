@@ -1,0 +1,215 @@
+"""Shards in an object store: fetched whole, checked, and kept in a folder of bounded size.
+
+A URL is whatever fsspec understands: s3://, gs://, https://, file://, memory://. Processes of a machine share the
+folder: a shard is downloaded once, written beside and renamed. What was not used for longest goes first; a file that
+is being read stays readable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from hpccl.data.shards.manifest import INDEX, MANIFEST, Index, Manifest, ShardEntry
+from hpccl.errors import DataError
+from hpccl.folder import explain_os_error
+
+__all__ = ["ShardCache", "is_url", "load_manifest"]
+
+Result = TypeVar("Result")
+
+_CHUNK = 1 << 23
+_LONGEST_PAUSE = 60.0
+_STALE = 3600.0  # seconds after which half a download belongs to nobody any more
+
+
+def is_url(path: str) -> bool:
+    """Whether it is a URL rather than a folder."""
+    return "://" in path
+
+
+def load_manifest(path: str, split: str) -> Manifest:
+    """The manifest of a split in a folder or at a URL.
+
+    Raises:
+        DataError: it is missing, damaged or of another format, or the store cannot be read.
+    """
+    if is_url(path):
+        return ShardCache().manifest(f"{path.rstrip('/')}/{split}")
+    return Manifest.load(Path(path).expanduser() / split)
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """Files of an object store, on this machine.
+
+    max_bytes: of all shards kept; tries: of a download; pause: seconds after the first failure, doubled each time
+    """
+
+    folder: Path = Path("~/.cache/hpccl/shards")
+    max_bytes: int = 100 << 30
+    tries: int = 5
+    pause: float = 1.0
+
+    @classmethod
+    def of(cls, folder: str | None, gib: float, tries: int) -> ShardCache:
+        """From the configuration; null is the user's cache folder."""
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return cls(Path(folder or Path(home) / "hpccl" / "shards").expanduser(), int(gib * (1 << 30)), tries)
+
+    def manifest(self, url: str) -> Manifest:
+        """Read `url/manifest.json`; it is small, changes, and is never kept."""
+        where = f"{url}/{MANIFEST}"
+        return Manifest.parse(self._persistently(lambda: b"".join(_chunks(where)), where), where)
+
+    def index(self, url: str, manifest: Manifest) -> Index:
+        """The index of a split."""
+        path = self.fetch(f"{url}/{INDEX}", manifest.index_bytes, manifest.index_sha256)
+        try:
+            return Index.parse(path.read_bytes(), manifest, f"{url}/{INDEX}")
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
+
+    def shard(self, url: str, entry: ShardEntry) -> Path:
+        """The local copy of a shard."""
+        return self.fetch(f"{url}/{entry.file}", entry.bytes, entry.sha256)
+
+    def fetch(self, url: str, size: int, sha256: str) -> Path:
+        """The local copy of a file, downloaded if need be; it may be gone again if it is not opened soon.
+
+        Raises:
+            DataError: it cannot be downloaded, is not what the manifest says, or does not fit.
+        """
+        path = self.folder / sha256
+        if _used(path):
+            return path
+        if size > self.max_bytes:
+            raise DataError(
+                f"'{url}' has {size} bytes, more than the {self.max_bytes} of all that is kept: raise data.shard_gib"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / f".lock-{sha256[:2]}"):
+                if not _used(path):  # another process may have been quicker
+                    self._make_room(size)
+                    self._persistently(lambda: self._download(url, path, size, sha256), url)
+        except OSError as error:
+            raise DataError(
+                f"shards cannot be kept in '{self.folder}': {explain_os_error(error)}; set data.shard_cache to a "
+                "folder that can be written, or data.shard_gib to what it has room for"
+            ) from error
+        return path
+
+    def _download(self, url: str, path: Path, size: int, sha256: str) -> None:
+        beside, digest, written = path.with_name(f".{path.name}.{os.getpid()}.part"), hashlib.sha256(), 0
+        try:
+            with _local(beside.open, "wb") as file:
+                for chunk in _chunks(url):
+                    _local(file.write, chunk)
+                    digest.update(chunk)
+                    written += len(chunk)
+            if written != size or digest.hexdigest() != sha256:
+                raise ValueError(f"it has {written} bytes and not the checksum of the {size} in the manifest")
+            _local(os.replace, beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _make_room(self, size: int) -> None:
+        """Delete what was not used for longest, until `size` bytes more are within the bound."""
+        with _locked(self.folder / ".lock"):
+            there = []
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat()
+                    if not entry.name.startswith("."):
+                        there.append((status.st_mtime_ns, status.st_size, entry.path))
+                    elif entry.name.endswith(".part") and status.st_mtime < time.time() - _STALE:
+                        os.unlink(entry.path)
+            total = sum(kept for _, kept, _ in there)
+            for _, kept, oldest in sorted(there):
+                if total + size <= self.max_bytes:
+                    return
+                Path(oldest).unlink(missing_ok=True)
+                total -= kept
+
+    def _persistently(self, action: Callable[[], Result], url: str) -> Result:
+        """Try again after a pause, as stores are busy now and then; what cannot get better is not tried again."""
+        for attempt in range(1, self.tries + 1):
+            try:
+                return action()
+            except _LocalError as error:
+                raise error.cause from error
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"'{url}' does not exist: check stream.parts.*.path and the name of the split"
+                ) from error
+            except (ImportError, ValueError) as error:
+                if isinstance(error, ImportError) or "rotocol" in str(error):
+                    kind = url.split("://", maxsplit=1)[0]
+                    raise DataError(
+                        f"'{url}' cannot be read: {error}. Install fsspec's package for {kind} (s3fs for s3, gcsfs for "
+                        "gs, aiohttp for https), or copy the shards to a folder"
+                    ) from error
+                self._rest(attempt, url, error)
+            except Exception as error:  # noqa: BLE001 - every store has exceptions of its own
+                self._rest(attempt, url, error)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _rest(self, attempt: int, url: str, error: Exception) -> None:
+        if attempt == self.tries:
+            raise DataError(
+                f"'{url}' could not be read in {self.tries} attempts ({type(error).__name__}: {error}): check the "
+                "network and your credentials, then run the same command again; data.retries sets the attempts"
+            ) from error
+        time.sleep(min(self.pause * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.Random().uniform(0.5, 1.0))
+
+
+class _LocalError(Exception):
+    """This machine's disk failed, not the store."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def _local(action: Callable[..., Result], *arguments: object) -> Result:
+    try:
+        return action(*arguments)
+    except OSError as error:
+        raise _LocalError(error) from error
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    import fsspec
+
+    with fsspec.open(url, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _used(path: Path) -> bool:
+    """Whether it is there; then it is the last that is deleted."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return path.exists()  # of another user, or a folder that cannot be written
+    return True
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("wb") as file:
+        # Without locks, processes only download the same.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
