@@ -263,6 +263,7 @@ _TABLES: dict[str, tuple[str, Callable[[Sequence[Details]], list[str]]]] = {
     "task_sum": ("task_sum.json", _task_sum),
     "data_loading": ("data_loading.json", _headline),
     "selection": ("selection.json", _selection),
+    "submit": ("submit.json", _headline),
     "step_overhead": ("step_overhead.json", _headline),
     "task_growth": ("task_growth.json", _headline),
 }

@@ -2,6 +2,8 @@
 
 import itertools
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.optimize import nnls
@@ -110,5 +112,5 @@ def test_what_something_else_says_is_not_matched_twice() -> None:
 
 
 @pytest.mark.parametrize("choice", [herding, k_center, lambda given, keep: matching(given, keep)[0]])
-def test_nothing_to_tell_apart_is_no_trouble(choice: object) -> None:
+def test_nothing_to_tell_apart_is_no_trouble(choice: Any) -> None:
     assert choice(np.zeros((4, 3)), 3).tolist() == [0, 1, 2]  # any of the three
