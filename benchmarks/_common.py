@@ -7,12 +7,23 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-__all__ = ["interleaved", "machine", "median_ratio", "print_result", "spawn", "versions"]
+__all__ = [
+    "forget_peak",
+    "giving_back",
+    "interleaved",
+    "machine",
+    "median_ratio",
+    "memory_status",
+    "print_result",
+    "spawn",
+    "versions",
+]
 
 _PACKAGES = ("torch", "torchvision", "numpy", "timm", "pillow", "simplejpeg", "opencv-python-headless", "webdataset")
 
@@ -56,6 +67,31 @@ def spawn(work: Callable[..., None], arguments: tuple[Any, ...], nproc: int = 1)
     import torch.multiprocessing
 
     torch.multiprocessing.spawn(work, arguments, nprocs=nproc)  # type: ignore[attr-defined, no-untyped-call] # torch's
+
+
+@contextmanager
+def giving_back() -> Iterator[None]:
+    """Processes started here return the memory of freed tensors to the system at once, so that resident means used."""
+    name = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(name)
+    os.environ[name] = str(1 << 16)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def memory_status() -> dict[str, int]:
+    """Resident bytes of this process: VmRSS now, VmHWM at most."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[0] in ("VmRSS:", "VmHWM:")}
+
+
+def forget_peak() -> None:
+    """VmHWM of this process begins anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def interleaved(runs: Mapping[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:

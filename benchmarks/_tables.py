@@ -24,6 +24,7 @@ PAGES = (_DOCS / "results.md", _DOCS / "curvature.md")
 
 _TABLE = re.compile(r"<!-- table: (?P<name>[^ ]*) -->\n(?P<rows>.*?)<!-- end -->", re.DOTALL)
 _MIB = 2**20
+_FORMS = ("exact", "truncated")
 
 Details = dict[str, Any]  # what a benchmark says under "details"
 
@@ -67,9 +68,12 @@ def _headline(results: Sequence[Details]) -> list[str]:
 def _curvature(results: Sequence[Details]) -> list[str]:
     head = ("model", "", "Monte-Carlo, s", "empirical, s", "times forward + backward", "peak memory, MiB")
     cells = []
-    for details in (result["details"] for result in results):
-        for case, seconds in details["processor_seconds"].items():
-            over, peaks = details["over_forward_backward"][case], details["peak_bytes"][case]
+    for result in results:
+        details, cpu = result["details"], result["machine"]["cpu"]
+        images = {f"{case['model']}@{case['pixels']}": case["batch"] * case["batches"] for case in details["cases"]}
+        for name, seconds in details["processor_seconds"].items():
+            over, peaks = details["over_forward_backward"][name], details["peak_bytes"][name]
+            case = f"{name}, {images[name]} images, {cpu}"
             for library in dict.fromkeys(name.partition("/")[0] for name in seconds):
                 names = (library,) * 2 if library == "forward_backward" else (f"{library}/mc", f"{library}/empirical")
                 cells.append((case, library.replace("_", " + "), *_timed(names, seconds, over, peaks)))
@@ -89,42 +93,53 @@ def _timed(names: tuple[str, str], seconds: Details, over: Details, peaks: Detai
 
 
 def _pull(results: Sequence[Details]) -> list[str]:
-    runs = [
-        (_named(case, nproc, result), found, of)
-        for result in results
-        for case, found in result["details"]["cases"].items()
-        for nproc, of in found["processes"].items()
-    ]
+    head = (
+        "model",
+        "processor",
+        "processes",
+        "cores",
+        "trace kept",
+        "exact",
+        "truncated",
+        "nothing, once more (noise)",
+        "exact, processor time",
+        "truncated, processor time",
+        "relative error of the truncated pull",
+        "Gflop of the exact pull",
+        "of the truncated",
+        "bytes a step without the pull",
+        "bytes that the pull adds",
+        "exact factors of a rank, MiB",
+        "truncated",
+    )
+    cells = []
+    for result in results:
+        details, machine = result["details"], result["machine"]
+        for case, found in details["cases"].items():
+            for nproc, of in found["processes"].items():
+                where = (machine["cpu"], nproc, str(machine["cores"]), f"{details['keep_trace']:.0%}")
+                cells.append((case, *where, *_of_pull(found, of)))
+    return _rows(head, cells, left=2)
 
-    def row(label: str, figure: Callable[[Details, Details], str]) -> tuple[str, ...]:
-        return label, *(figure(found, of) for _, found, of in runs)
 
-    cells = [
-        row("exact", lambda found, of: f"{of['step_ratio']['exact']:.3f}"),
-        row("truncated", lambda found, of: f"{of['step_ratio']['truncated']:.3f}"),
-        row("nothing, once more (noise)", lambda found, of: f"{of['step_ratio']['again']:.3f}"),
-        row("relative error of the truncated pull", lambda found, of: f"{found['relative_error']:.1e}"),
-        row("operations of the exact pull, Gflop", lambda found, of: f"{found['gflop']['exact']:.1f}"),
-        row("operations of the truncated pull, Gflop", lambda found, of: f"{found['gflop']['truncated']:.1f}"),
-        row("bytes a step without the pull", lambda found, of: f"{of['collective_bytes']['plain']:,}"),
-        row("bytes a step with the exact pull", lambda found, of: f"{of['collective_bytes']['exact']:,}"),
-        row("exact factors of a rank, MiB", lambda found, of: f"{of['factor_bytes_per_rank']['exact'] / _MIB:.1f}"),
-        row("truncated factors, MiB", lambda found, of: f"{of['factor_bytes_per_rank']['truncated'] / _MIB:.1f}"),
-    ]
-    return _rows(("model, trace kept, processes, cores", *(label for label, _, _ in runs)), cells)
-
-
-def _named(case: str, nproc: str, result: Details) -> str:
-    """With what was remarked on the file later, if anything."""
-    details, cores = result["details"], result["machine"]["cores"]
-    remark = f", {details['remark']}" if "remark" in details else ""
-    return f"{case}, {details['keep_trace']:.0%}, {nproc}, {cores}{remark}"
+def _of_pull(found: Details, of: Details) -> tuple[str, ...]:
+    sent = of["collective_bytes"]
+    return (
+        *(f"{of['step_ratio'][form]:.3f}" for form in (*_FORMS, "again")),
+        *(f"{of['processor_time_ratio'][form]:.3f}" for form in _FORMS),
+        f"{found['relative_error']:.1e}",
+        *(f"{found['gflop'][form]:.1f}" for form in _FORMS),
+        f"{sent['plain']:,}",
+        f"{max((sent[form] - sent['plain'] for form in _FORMS), key=abs):,}",
+        *(f"{of['factor_bytes_per_rank'][form] / _MIB:.1f}" for form in _FORMS),
+    )
 
 
 def _engines(results: Sequence[Details]) -> list[str]:
     head = (
         "model",
         "engine",
+        "processor",
         "processes",
         "finetune, s",
         "exact",
@@ -141,13 +156,49 @@ def _engines(results: Sequence[Details]) -> list[str]:
         "tensors of truncated, MiB",
     )
     cells = [
-        (f"{name}@{case['size']}", engine, nproc, *_of_engine(measured))
+        (f"{name}@{case['size']}", engine, result["machine"]["cpu"], nproc, *_of_engine(measured))
         for result in results
         for name, case in result["details"]["cases"].items()
         for engine, sizes in case["engines"].items()
         for nproc, measured in sizes.items()
     ]
-    return _rows(head, cells, left=2)
+    return _rows(head, cells, left=3)
+
+
+def _engines_worst(results: Sequence[Details]) -> list[str]:
+    """The headlines over all files: the worst engine and network; of what is there twice, the quieter counts."""
+    runs: dict[tuple[str, str], dict[str, Details]] = {}
+    for result in results:
+        for name, case in result["details"]["cases"].items():
+            for engine, sizes in case["engines"].items():
+                known = runs.setdefault((f"{name}@{case['size']}", engine), {})
+                known |= {nproc: min(known.get(nproc, of), of, key=_noise) for nproc, of in sizes.items()}
+    pairs = {key: sizes["2"] for key, sizes in runs.items() if "2" in sizes}
+
+    def worst(label: str, ratio: str, method: str) -> tuple[str, str, str]:
+        model, engine = max(pairs, key=lambda key: pairs[key][ratio][method])
+        return label, f"{pairs[model, engine][ratio][method]:.3f}", f"{model}, {engine}"
+
+    cells = [
+        worst(f"{method}, by {how}, 2 processes", ratio, method)
+        for method in reversed(_FORMS)
+        for ratio, how in (("clock_ratio", "the clock"), ("processor_ratio", "processor time"))
+    ]
+    extra = {key: max((of["extra_bytes"] for of in sizes.values()), key=abs) for key, sizes in runs.items()}
+    most = max(extra, key=lambda key: abs(extra[key]))
+    cells.append(("extra bytes", f"{extra[most]:,}", ", ".join(most) if extra[most] else "all"))
+    for (model, engine), sizes in runs.items():
+        if engine in {"fsdp2", "zero-3"} and {"2", "4"} <= sizes.keys():
+            falls = {
+                method: peak / sizes["2"]["peak_bytes"][method] for method, peak in sizes["4"]["peak_bytes"].items()
+            }
+            method = max(falls, key=lambda each: falls[each])
+            cells.append(("peak memory, 4 processes over 2", f"{falls[method]:.3f}", f"{model}, {engine}, {method}"))
+    return _rows(("worst", "", "of"), cells)
+
+
+def _noise(of: Details) -> float:
+    return abs(float(of["clock_ratio"]["again"]) - 1)
 
 
 def _of_engine(of: Details) -> tuple[str, ...]:
@@ -164,6 +215,19 @@ def _of_engine(of: Details) -> tuple[str, ...]:
     )
 
 
+def _reconstruction(results: Sequence[Details]) -> list[str]:
+    """Medians over the places along the way."""
+    (result,) = results
+    cells = []
+    for name, medians in result["details"]["medians"].items():
+        prior, _, m = name.partition("/")
+        measures = ("cosine", "relative_error", "change_cosine", "change_error")
+        numbers = [f"{medians[key]:.4f}" if key in medians else "–" for key in measures]
+        cells.append((prior, m, *numbers))
+    head = ("prior", "m", "cosine", "relative error", "cosine with the change", "relative error of the change")
+    return _rows(head, cells)
+
+
 def _task_sum(results: Sequence[Details]) -> list[str]:
     (result,) = results
     cells = []
@@ -176,12 +240,30 @@ def _task_sum(results: Sequence[Details]) -> list[str]:
     return _rows(("policy", "terms", "Frobenius", "product with the way the weights went"), cells)
 
 
+def _selection(results: Sequence[Details]) -> list[str]:
+    (result,) = results
+    cases = result["details"]["cases"]
+    ranks = sorted((name for name in cases if name != "numpy"), key=int)
+    head = ("selector", *(f"examples/s, {number} processes" for number in ranks), "numpy")
+
+    def cell(of: Details) -> str:
+        return f"{of['examples'] / of['seconds']:,.0f} ({max(0, of['peak_bytes']) / _MIB:.0f} MiB)"
+
+    columns = (*ranks, "numpy")
+    return _rows(head, [(name, *(cell(cases[each][name]) for each in columns)) for name in cases["numpy"]])
+
+
 _TABLES: dict[str, tuple[str, Callable[[Sequence[Details]], list[str]]]] = {
     "curvature": ("curvature_*.json", _curvature),
     "pull": ("pull_*.json", _pull),
     "engines": ("engines*.json", _engines),
+    "engines_worst": ("engines*.json", _engines_worst),
+    "reconstruction": ("reconstruction.json", _reconstruction),
+    "reconstruction_wins": ("reconstruction.json", _headline),
     "task_sum": ("task_sum.json", _task_sum),
     "data_loading": ("data_loading.json", _headline),
+    "selection": ("selection.json", _selection),
+    "submit": ("submit.json", _headline),
     "step_overhead": ("step_overhead.json", _headline),
     "task_growth": ("task_growth.json", _headline),
 }

@@ -8,7 +8,8 @@ not installed are reported as absent, never guessed:
     asdl        asdfghjkl 0.1a5, FisherMaker
     nngeometry  nngeometry 0.4, FIM_MonteCarlo with PMatKFAC (no empirical Fisher; not for tokens)
 
-`peak_bytes` is what a run needs beyond the model and its images, each in a process of its own.
+`peak_bytes` is what a run needs beyond the model and its images, each in a process of its own that has everything
+imported: the highest resident memory (VmHWM) above that before; freed tensors go back to the system at once.
 
     mc, empirical      one label a sample drawn from the model, or the true one; every position counts (expand)
     everything         hpccl alone: norms, embeddings and free parameters trainable too, with their exact diagonal
@@ -21,10 +22,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import importlib
 import importlib.util
 import json
-import resource
 import tempfile
 import time
 import warnings
@@ -38,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks._common import print_result, spawn
+from benchmarks._common import forget_peak, giving_back, memory_status, print_result, spawn
 from hpccl.compat import import_timm
 from hpccl.curvature.columns import Fisher
 from hpccl.curvature.factors import KroneckerPass, Measured
@@ -81,10 +82,14 @@ def main() -> None:
         "--quick", action="store_true", help="fewer batches and turns; without --cases, resnet18@64 only"
     )
     parser.add_argument("--cases", nargs="*", choices=[case.name for case in CASES], help="only these")
+    parser.add_argument("--turns", type=int, help="timed turns after the one that warms up, instead of each case's own")
+    parser.add_argument("--batches", type=int, help="batches, instead of each case's own number")
     options = parser.parse_args()
     names = options.cases or [case.name for case in (CASES[:1] if options.quick else CASES)]
     cases = [case for case in CASES if case.name in names]
     cases = [replace(case, batches=2, turns=1) for case in cases] if options.quick else cases
+    given = {name: value for name in ("turns", "batches") if (value := getattr(options, name)) is not None}
+    cases = [replace(case, **given) for case in cases]
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
         found[case.name] = measure(case)
@@ -128,23 +133,25 @@ def data_of(case: Case) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(shape, generator=noise), labels) for _ in range(case.batches)]
 
 
-def runs_of(case: Case) -> dict[str, Callable[[], Any]]:
-    """By name, everything that is timed and can run here.
+def runs_of(case: Case) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """By name, what makes everything that is timed and can run here.
 
     Each has a model of its own: a library that fails half-way leaves its hooks on the modules.
     """
-    data = data_of(case)
-    runs: dict[str, Callable[[], Any]] = {"forward_backward": partial(forward_backward, model_of(case), data)}
+    runs: dict[str, Callable[[], Callable[[], Any]]] = {"forward_backward": partial(_made, case, forward_backward)}
     fishers: tuple[Fisher, ...] = ("mc", "empirical")
     for fisher in fishers:
-        runs[f"hpccl/{fisher}"] = partial(hpccl, model_of(case), data, fisher)
+        runs[f"hpccl/{fisher}"] = partial(_made, case, hpccl, fisher)
         for peer, run in (("curvlinops", curvlinops), ("asdl", asdl), ("nngeometry", nngeometry)):
             if importlib.util.find_spec(PEERS[peer]) is not None and (peer, fisher) != ("nngeometry", "empirical"):
-                runs[f"{peer}/{fisher}"] = partial(run, model_of(case), data, fisher)
-    whole = model_of(case, everything=True)
-    runs["hpccl/everything"] = partial(hpccl, whole, data, "mc")
-    runs["forward_backward/everything"] = partial(forward_backward, whole, data)
+                runs[f"{peer}/{fisher}"] = partial(_made, case, run, fisher)
+    runs["hpccl/everything"] = partial(_made, case, hpccl, "mc", everything=True)
+    runs["forward_backward/everything"] = partial(_made, case, forward_backward, everything=True)
     return runs
+
+
+def _made(case: Case, run: Callable[..., Any], *arguments: Any, everything: bool = False) -> Callable[[], Any]:
+    return partial(run, model_of(case, everything=everything), data_of(case), *arguments)
 
 
 def forward_backward(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
@@ -230,15 +237,16 @@ def measure(case: Case) -> dict[str, Any]:
         spawn(_time, (case, str(file)))
         found: dict[str, Any] = json.loads(file.read_text())
         found["peak_bytes"] = {}
-        for name in (name for name in found["seconds"] if not name.endswith("/empirical")):
-            spawn(_peak, (case, name, str(file)))
-            found["peak_bytes"][name] = json.loads(file.read_text())
+        with giving_back():
+            for name in (name for name in found["seconds"] if not name.endswith("/empirical")):
+                spawn(_peak, (case, name, str(file)))
+                found["peak_bytes"][name] = json.loads(file.read_text())
     return found
 
 
 def _time(_: int, case: Case, file: str) -> None:
     torch.set_num_threads(1)
-    runs, errors = runs_of(case), {}
+    runs, errors = {name: made() for name, made in runs_of(case).items()}, {}
     seconds: dict[str, float] = {}
     for turn in range(case.turns + 1):
         for name in list(runs):
@@ -258,10 +266,14 @@ def _time(_: int, case: Case, file: str) -> None:
 
 def _peak(_: int, case: Case, name: str, file: str) -> None:
     torch.set_num_threads(1)
-    run = runs_of(case)[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tiny = replace(case, batch=2, batches=1)
+    runs_of(tiny)[name]()()  # loads code
+    run = runs_of(case)[name]()
+    gc.collect()
+    before = memory_status()["VmRSS"]
+    forget_peak()
     run()
-    Path(file).write_text(json.dumps(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
+    Path(file).write_text(json.dumps(memory_status()["VmHWM"] - before))
 
 
 def _said(error: Exception) -> str:

@@ -34,14 +34,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -52,7 +52,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks._common import interleaved, median_ratio, print_result, spawn
+from benchmarks._common import (
+    forget_peak,
+    giving_back,
+    interleaved,
+    median_ratio,
+    memory_status,
+    print_result,
+    spawn,
+)
 from benchmarks._factors import CLASSES, curvature, force, learn, most_held, placed, truncated
 from benchmarks._pictures import Pictures
 from benchmarks._steps import RandomImages, Steps, make_world, random_stream, traffic, usual_step
@@ -143,11 +151,12 @@ def main() -> None:
             # So many that an epoch of any number of processes is made of full batches.
             run = Run(case, "ddp", 1, options.precision, case.batch * math.lcm(*sizes), Path(folder))
             found[case.name] = {**prepare(run, options), "engines": {}}
-            for engine in engines:
-                measured = {n: measure(replace(run, engine=engine, nproc=n), methods) for n in sizes}
-                found[case.name]["engines"][engine] = measured
-                show(case.name, engine, measured, found[case.name])
-    report(found, quick=options.quick, precision=options.precision, keep_trace=options.keep_trace, mix=MIX)
+            for nproc, engine in itertools.product(sizes, engines):
+                measured = measure(replace(run, engine=engine, nproc=nproc), methods)
+                found[case.name]["engines"].setdefault(engine, {})[nproc] = measured
+                show(case.name, engine, {nproc: measured}, found[case.name])
+                # After each, so that what was measured is there if the rest is cut short.
+                report(found, quick=options.quick, precision=options.precision, keep_trace=options.keep_trace, mix=MIX)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -223,8 +232,8 @@ def prepare(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 def memory_of(run: Run, engine: Engine) -> Memory:
     """As the end of the first task leaves it."""
     world = make_world(configuration(run, "exact"), Comm.solo(), stream_of(run), run.folder / run.case.name)
-    task = world.stream.tasks[0]
-    return relabel(task, select(task, Memory.empty(), world), RunState(engine), world)
+    task, state = world.stream.tasks[0], RunState(engine)
+    return relabel(task, select(task, Memory.empty(), state, world), state, world)
 
 
 def flops(model: nn.Module, pixels: Tensor) -> int:
@@ -254,20 +263,6 @@ def in_processes(run: Run) -> dict[str, Any]:
     spawn(work, (run,), run.nproc)
     found: dict[str, Any] = json.loads((run.folder / "found.json").read_text())
     return found
-
-
-@contextmanager
-def giving_back() -> Iterator[None]:
-    """Processes started here return the memory of freed tensors to the system at once, so that resident means used."""
-    name = "MALLOC_MMAP_THRESHOLD_"
-    before = os.environ.get(name)
-    os.environ[name] = str(1 << 16)
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 def work(rank: int, run: Run) -> None:
@@ -365,7 +360,7 @@ def held(run: Run, method: str, comm: Comm) -> dict[str, Any]:
 
     def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
         if len(done) == 1:  # the optimiser's state is there
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            forget_peak()
         norm = usual_step(engine, batches, num_rows)
         done.append(num_rows)
         if len(done) == count:
@@ -386,12 +381,6 @@ def warm_up(run: Run, comm: Comm) -> None:
     logits = engine.forward(torch.randn(2, 3, 2, 2), torch.zeros(2, dtype=torch.int64))
     engine.backward(logits.sum())
     engine.step()
-
-
-def memory_status() -> dict[str, int]:
-    """Resident bytes of this process: VmRSS now, VmHWM at most."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[0] in ("VmRSS:", "VmHWM:")}
 
 
 def tensor_bytes() -> int:

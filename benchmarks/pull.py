@@ -44,9 +44,9 @@ from benchmarks._steps import RandomImages, Steps, make_world, random_stream, tr
 from hpccl.config.run import RunConfig
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import wholes
+from hpccl.dist.spread import Leaves, wholes
 from hpccl.engine.build import build_engine
-from hpccl.engine.protocols import trainable
+from hpccl.engine.protocols import Engine, trainable
 from hpccl.kron.factor import LowRank
 from hpccl.kron.pair import Pair
 from hpccl.memory.store import Memory
@@ -101,17 +101,20 @@ def main() -> None:
     parser.add_argument("--large", type=Path, help="the same for larger sizes")
     parser.add_argument("--train-steps", type=int, default=60, help="before the curvature is measured")
     parser.add_argument("--away-steps", type=int, default=20, help="after it, towards the other task")
-    parser.add_argument("--keep-trace", type=float, default=0.99)
+    parser.add_argument("--keep-trace", type=float, nargs="+", default=[0.99], help="a line of its own for each")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     options = parser.parse_args()
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[float, dict[str, dict[str, Any]]] = {keep: {} for keep in options.keep_trace}
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         for case in cases(options):
-            prepared = prepare(case, options, Path(folder))
-            sizes = {n: measure(case, n, options.precision, Path(folder)) for n in processes(options)}
-            found[case.title] = {**prepared, "processes": sizes}
-            show(case.title, found[case.title])
-    report(found, quick=options.quick, precision=options.precision, keep_trace=options.keep_trace)
+            trained = train(case, options)
+            for keep, results in found.items():
+                results[case.title] = {**prepare(case, trained, keep, Path(folder)), "processes": {}}
+                for nproc in processes(options):
+                    results[case.title]["processes"][nproc] = measure(case, nproc, options.precision, Path(folder))
+                    show(case.title, results[case.title])
+                    # After each, so that what was measured is there if the rest is cut short.
+                    report(results, quick=options.quick, precision=options.precision, keep_trace=keep)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -130,8 +133,18 @@ def processes(options: argparse.Namespace) -> list[int]:
 # ---------------------------------------------------------------- what is measured, and where
 
 
-def prepare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Train, measure, train on; leaves weights, anchor and both forms of the factors in `folder`."""
+@dataclass(frozen=True)
+class Trained:
+    """A network some steps after its curvature was measured; said: how it came about."""
+
+    engine: Engine
+    anchor: Leaves
+    exact: Kronecker
+    said: dict[str, Any]
+
+
+def train(case: Case, options: argparse.Namespace) -> Trained:
+    """Train, measure, train on."""
     start = time.perf_counter()
     config = configuration(case, options.precision, case.batch)
     source = options.small if case.size <= SMALL else options.large
@@ -146,27 +159,35 @@ def prepare(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, 
     exact = curvature(engine, config, images, case.measured)
     measured = time.perf_counter()
     away_nats = learn(engine, images, range(CLASSES, 2 * CLASSES), steps[1], batch=batch, size=size)
-    forms = {"exact": exact, "truncated": truncated(exact, options.keep_trace)}
-    weights = {name: value.detach() for name, value in trainable(engine.module).items()}
-    pulls = {form: force(precision, weights, anchor) for form, precision in forms.items()}
-    states = {form: [precision.state_dict(), precision.shard_dict()] for form, precision in forms.items()}
-    torch.save({"weights": engine.gather(), "anchor": anchor, **states}, folder / f"{case.title}.pt")
-    return {
+    said = {
         "images": images.source,
         "measured_images": case.measured,
         "steps_before": steps[0],
         "steps_after": steps[1],
         "nats_before": train_nats,
         "nats_after": away_nats,
+        "seconds": {"training": trained - start, "curvature": measured - trained},
+    }
+    return Trained(engine, anchor, exact, said)
+
+
+def prepare(case: Case, trained: Trained, keep_trace: float, folder: Path) -> dict[str, Any]:
+    """Leave weights, anchor and both forms of the factors in `folder`."""
+    start = time.perf_counter()
+    engine, anchor = trained.engine, trained.anchor
+    forms = {"exact": trained.exact, "truncated": truncated(trained.exact, keep_trace)}
+    cut = time.perf_counter() - start
+    weights = {name: value.detach() for name, value in trainable(engine.module).items()}
+    pulls = {form: force(precision, weights, anchor) for form, precision in forms.items()}
+    states = {form: [precision.state_dict(), precision.shard_dict()] for form, precision in forms.items()}
+    torch.save({"weights": engine.gather(), "anchor": anchor, **states}, folder / f"{case.title}.pt")
+    return {
+        **trained.said,
         "relative_error": float((pulls["truncated"] - pulls["exact"]).norm() / pulls["exact"].norm()),
         "gflop": {form: sum(block.flops for block in each.blocks) / 1e9 for form, each in forms.items()},
         "factor_bytes": {form: sum(block.num_bytes for block in each.blocks) for form, each in forms.items()},
         "ranks_kept": ranks_kept(forms["truncated"]),
-        "seconds": {
-            "training": trained - start,
-            "curvature": measured - trained,
-            "the_rest": time.perf_counter() - measured,
-        },
+        "seconds": {**trained.said["seconds"], "truncation": cut},
     }
 
 
@@ -276,7 +297,8 @@ def report(found: Mapping[str, Mapping[str, Any]], **details: Any) -> None:
     titles = [title if title in found else next(iter(found)) for title in (EXACT, TRUNCATED)]
     exact, truncated = (found[title] for title in titles)
     sizes = exact["processes"]
-    chosen = PROCESSES if PROCESSES in sizes else next(iter(sizes))
+    common = [nproc for nproc in sizes if nproc in truncated["processes"]]
+    chosen = PROCESSES if PROCESSES in common else common[0]
     extra = [
         measured["collective_bytes"][form] - measured["collective_bytes"]["plain"]
         for measured, form in itertools.product(everything, FORMS)

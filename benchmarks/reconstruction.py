@@ -245,7 +245,7 @@ class Priors:
         self.state.engine.put(weights)
         for m in {m for _, m in self.worlds}:
             world = self.worlds["none", m]
-            memory = select(task, self.memories.get(m, Memory.empty()), world)
+            memory = select(task, self.memories.get(m, Memory.empty()), self.state, world)
             for kind in KINDS:
                 self.state.prior = Prior(memory, self.quadratics.get((kind, m)))
                 self.quadratics[kind, m] = measure(task, memory, weights, self.state, self.worlds[kind, m])

@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks._common import print_result
-from slurm.testbed.testbed import Settings, Testbed
+from slurm.testbed.testbed import Settings, Testbed, obstacle
 
 ROOT = Path(__file__).resolve().parent.parent
 ARRAY = 100
@@ -48,6 +48,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
     turns = 1 if options.quick else options.turns
+    absent = obstacle()
+    if absent is not None:
+        print_result("submit", {}, skipped=absent)
+        return
     folder = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))  # short, for unix sockets
     try:
         with Testbed(folder / "c", Settings(nodes=2)) as testbed:

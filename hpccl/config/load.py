@@ -190,8 +190,10 @@ def _read(files: Sequence[Path], overrides: Sequence[str]) -> tuple[Table, list[
         except ConfigError as error:
             fatal.append(str(error))
     arguments = _split(overrides)
-    # A kind first: `model.name=resnet18 model.kind=timm` means the same in either order.
-    arguments.sort(key=lambda item: (not item[0].endswith(".kind"), item[0].count(".") * item[0].endswith(".kind")))
+    # A kind first: `model.name=resnet18 model.kind=timm` means the same in either order, as does `model=...`.
+    above = {key for key, _ in arguments if any(other.startswith(f"{key}.") for other, _ in arguments)}
+    first = {key: key.count(".") + (key in above) for key, _ in arguments if key.endswith(".kind") or key in above}
+    arguments.sort(key=lambda item: (item[0] not in first, first.get(item[0], 0)))
     for key, text in arguments:
         try:
             value, doubled = read_value(text, f"argument '{key}={text}'")
@@ -218,6 +220,8 @@ def _merge(old: Node | None, new: Node, held: Choice | None, mistakes: list[str]
     """`new` over `old`; `held` says which sections may stand here."""
     if isinstance(old, Items) and isinstance(new, Table) and new.entries and all(map(str.isdecimal, new.entries)):
         return _merge_items(old, new, held, mistakes)
+    if held and held.tagged and isinstance(new, Leaf) and new.value in held.sections:
+        new = Table({"kind": new}, new.source)  # `selector: gini` for `selector: {kind: gini}`
     if not isinstance(new, Table):
         return new
     below = old if isinstance(old, Table) else Table({}, new.source)

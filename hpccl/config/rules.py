@@ -13,7 +13,9 @@ from hpccl.config.sections import (
     DeepspeedEngine,
     DigitsStream,
     KroneckerCurvature,
+    MemoryConfig,
     PriorConfig,
+    ReconstructionSelector,
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
@@ -105,6 +107,8 @@ class ClashError(ValueError):
 def clashes(config: RunConfig) -> tuple[Clash, ...]:
     """Every combination in `config` that cannot be meant."""
     rules = (
+        _one_budget,
+        _selector,
         _needs_memory,
         _needs_soft_labels,
         _fresh_network,
@@ -120,11 +124,32 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
     return tuple(clash for rule in rules for clash in rule(config))
 
 
+def _budgets(memory: MemoryConfig) -> list[str]:
+    """The keys that say how much is kept."""
+    return [f"memory.{key}" for key in ("size", "total", "fraction") if getattr(memory, key) > 0]
+
+
+def _one_budget(config: RunConfig) -> Iterator[Clash]:
+    first, *others = _budgets(config.memory) or [""]
+    if others:
+        yield Clash((first, *others), "each of these says how much is kept; leave one, and set the others to 0")
+
+
+def _selector(config: RunConfig) -> Iterator[Clash]:
+    selector = config.memory.selector
+    if not config.memory.kept or not isinstance(selector, ReconstructionSelector):
+        return
+    if selector.probes == 0 and config.prior.replay == 0:
+        problem = "soft labels say nothing at the weights that end a task; set probes > 0, or prior.replay > 0"
+        yield Clash(("memory.selector.probes", "prior.replay"), problem)
+
+
 def _needs_memory(config: RunConfig) -> Iterator[Clash]:
     prior, usual = config.prior, PriorConfig()
-    if config.memory.size > 0:
+    if config.memory.kept:
         return
-    # scale_to_task and balanced only say how a memory would be used, and may stand in a file that all methods share.
+    # scale_to_task and balanced only say how a memory would be used, and may stand in a file that all methods share,
+    # as may the selector.
     ignored = [f"prior.{key}" for key in ("replay", "weight") if _differs(prior, usual, key)]
     if isinstance(config.memory.mix, StratifiedMix):
         ignored.append("memory.mix.kind")
@@ -138,9 +163,9 @@ def _differs(one: PriorConfig, other: PriorConfig, key: str) -> bool:
 
 def _needs_soft_labels(config: RunConfig) -> Iterator[Clash]:
     prior, usual = config.prior, PriorConfig()
-    if config.memory.size > 0 and prior.replay < 1:
+    if config.memory.kept and prior.replay < 1:
         return
-    empty = config.memory.size == 0
+    empty = not config.memory.kept
     cause = ("memory.size",) if empty else ("prior.replay",)
     why = "there is no memory; set memory.size" if empty else "all of the memory has true labels; set prior.replay < 1"
     for key in ("temperature", "view"):
@@ -158,9 +183,7 @@ def _fresh_network(config: RunConfig) -> Iterator[Clash]:
     if train.only_last and train.data == "task":
         keys = ("train.only_last", "train.data")
         yield Clash(keys, "leaves the earlier tasks without a network of their own; set train.data=seen (joint)")
-    past = []
-    if config.memory.size > 0:
-        past.append("memory.size")
+    past = _budgets(config.memory)
     if config.prior.quadratic.weight > 0:
         past.append("prior.quadratic.weight")
     if train.first_task_from is not None:
@@ -173,12 +196,9 @@ def _fresh_network(config: RunConfig) -> Iterator[Clash]:
 def _counted_twice(config: RunConfig) -> Iterator[Clash]:
     if config.train.data != "seen" or config.train.restart:  # with restart: _fresh_network speaks
         return
-    for key, used in (
-        ("memory.size", config.memory.size > 0),
-        ("prior.quadratic.weight", config.prior.quadratic.weight > 0),
-    ):
-        if used:
-            yield Clash((key, "train.data"), "train.data=seen already trains on the past; unset one of the two")
+    quadratic = ["prior.quadratic.weight"] if config.prior.quadratic.weight > 0 else []
+    for key in (*_budgets(config.memory), *quadratic):
+        yield Clash((key, "train.data"), "train.data=seen already trains on the past; unset one of the two")
 
 
 def _pictures(config: RunConfig) -> Iterator[Clash]:

@@ -80,7 +80,7 @@ class RunConfig(Section):
         if self.train.restart:
             return "joint" if self.train.data == "seen" else "separate"
         parts = ["ewc"] if self.prior.quadratic.weight > 0 else []
-        if self.memory.size > 0:
+        if self.memory.kept:
             parts += ["fr"] if self.prior.replay < 1 else []
             parts += ["replay"] if self.prior.replay > 0 else []
         return "+".join(parts) or ("cumulative" if self.train.data == "seen" else "finetune")

@@ -26,6 +26,7 @@ __all__ = [
     "DigitsStream",
     "EkfacCurvature",
     "EngineConfig",
+    "FeatureSelector",
     "Fsdp2Engine",
     "InlineCluster",
     "KroneckerCurvature",
@@ -42,10 +43,15 @@ __all__ = [
     "PaperModel",
     "Part",
     "PooledTasks",
+    "PosteriorSelector",
     "PriorConfig",
     "Progressive",
     "QuadraticConfig",
+    "ReconstructionSelector",
     "RefitTasks",
+    "ReservoirSelector",
+    "ScoreSelector",
+    "SelectorConfig",
     "ShardStream",
     "SlurmCluster",
     "StratifiedMix",
@@ -54,6 +60,7 @@ __all__ = [
     "TimmAugment",
     "TimmModel",
     "TrainConfig",
+    "UniformSelector",
     "per_task",
 ]
 
@@ -302,13 +309,85 @@ class StratifiedMix(Section):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of a step's rows
 
 
+class UniformSelector(Section):
+    """A uniform sample of the task, without replacement: the smallest hashes of (seed, task, example)."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+class ReservoirSelector(Section):
+    """The smallest hashes of (seed, example). With memory.total: a uniform sample of all that was ever seen."""
+
+    kind: Literal["reservoir"] = "reservoir"
+
+
+class ScoreSelector(Section):
+    """The largest scores of the network that ends the task, among the classes that compete.
+
+    gini: 1 - sum p^2 (FROMP's lambda); error: -log p of the true label, nats; residual: |p - y|^2 (K-priors).
+    """
+
+    kind: Literal["gini", "error", "residual"]
+    sampled: bool = False  # draw with probabilities that grow with the score, and weigh by them
+
+
+class PosteriorSelector(Section):
+    """The largest scores of the Laplace posterior of the last layer, as one Kronecker product, on the task.
+
+    leverage: tr(Lambda_i v_i), v_i the variance of the logits; sensitivity: sum_c |lambda_ic v_ic e_ic|, e = p - y
+    (memory perturbation).
+    """
+
+    kind: Literal["leverage", "sensitivity"]
+    sampled: bool = False  # draw with probabilities that grow with the score, and weigh by them
+    prior_precision: PositiveFloat = 1.0  # of the weights' normal prior
+
+
+class FeatureSelector(Section):
+    """Greedily by class, from what the last layer sees.
+
+    herding: the running mean of normalised features stays closest to the class's (iCaRL); k_center: always the example
+    that is farthest from those chosen.
+    """
+
+    kind: Literal["herding", "k_center"]
+
+
+class ReconstructionSelector(Section):
+    """Greedily by class, with weights: the weighted sum of the last layer's gradients comes close to the task's.
+
+    Gradients are those at the weights that end the task and at `probes` random steps of the last layer from them, less
+    what a quadratic says of these steps if the prior has one; in a random projection.
+    """
+
+    kind: Literal["reconstruction"] = "reconstruction"
+    probes: NonNegativeInt = 4  # random steps of the last layer
+    radius: PositiveFloat = 1.0  # standard deviation of the change of a logit by such a step
+    projection: PositiveInt = 512  # numbers that stand for a gradient
+    ridge: PositiveFloat = 0.01  # pull of the weights to equal ones
+
+
+SelectorConfig = Annotated[
+    UniformSelector | ReservoirSelector | ScoreSelector | PosteriorSelector | FeatureSelector | ReconstructionSelector,
+    Field(discriminator="kind"),
+]
+
+
 class MemoryConfig(Section):
-    """Examples of past tasks that are kept."""
+    """Examples of past tasks that are kept. Their number is `size`, `total` or `fraction`."""
 
     size: NonNegativeInt = 0  # examples kept of each task
-    selector: Literal["uniform"] = "uniform"  # which examples are kept
+    total: NonNegativeInt = 0  # examples kept of all tasks together; earlier tasks give up theirs as more come
+    fraction: Fraction = 0.0  # share of each task's examples that is kept
+    selector: SelectorConfig = UniformSelector()  # which examples are kept
     balanced: bool = True  # equally many of each class
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of stored soft labels
     mix: Annotated[NaturalMix | StratifiedMix, Field(discriminator="kind")] = NaturalMix()  # of new and memory rows
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is a memory."""
+        return self.size > 0 or self.total > 0 or self.fraction > 0
 
 
 class QuadraticConfig(Section):

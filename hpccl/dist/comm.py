@@ -69,6 +69,23 @@ class Comm:
         whole = torch.cat([part[: int(count)] for part, count in zip(parts, lengths, strict=True)])
         return whole.to(tensor.device)
 
+    def exchange(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        """Send rows to other ranks and return those that came, in rank order.
+
+        tensor: [rows, ...], the first counts[0] for rank 0, the next counts[1] for rank 1, ...
+        """
+        assert sum(counts) == len(tensor), "every row goes somewhere"
+        if self.size == 1:
+            return tensor
+        sent = torch.tensor(counts, device=self.device)
+        coming = torch.empty_like(sent)
+        dist.all_to_all_single(coming, sent)
+        received = coming.tolist()
+        rows = tensor.to(self.device).contiguous()
+        found = rows.new_empty((sum(received), *tensor.shape[1:]))
+        dist.all_to_all_single(found, rows, received, list(counts))
+        return found.to(tensor.device)
+
     def broadcast_(self, tensors: Sequence[Tensor], *, source: int = 0) -> None:
         """Replace each tensor by the one of rank `source`."""
         if self.size == 1:

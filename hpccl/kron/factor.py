@@ -152,19 +152,14 @@ class Spectrum:
         """
         return cls(matrix, *symmetric_eigh(matrix))
 
-    def rank(self, keep: float) -> int | None:
-        """How many eigenvectors keep `keep` of the trace of every group; None where the matrix itself costs less."""
-        assert 0 < keep <= 1, "a share of the trace"
+    @property
+    def shares(self) -> Tensor:
+        """[g, k] of the trace that the 1, 2, ... k leading eigenvectors hold, float64; 1 where there is no trace."""
         kept = self.values.double().flip(1).cumsum(1)
-        rank = 1 + int((kept < keep * kept[:, -1:]).sum(1).max())
-        return rank if 2 * rank <= self.matrix.shape[-1] else None
+        return torch.where(kept[:, -1:] > 0, kept / kept[:, -1:], 1.0)
 
-    def truncated(self, keep: float) -> Factor:
-        """The fewest leading eigenvectors, as many in every group, that keep `keep` of the trace of every group.
-
-        A low rank where that takes less memory and time, up to half of the size; the matrix as it is where not.
-        """
-        rank = self.rank(keep)
+    def leading(self, rank: int | None) -> Factor:
+        """The `rank` leading eigenvectors of every group; None: the matrix as it is."""
         if rank is None:
             return Dense(self.matrix)
         return LowRank(self.vectors[:, :, -rank:].contiguous(), self.values[:, -rank:].contiguous())

@@ -8,8 +8,9 @@ Source: Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from hpccl.kron.product import chain, chain_flops, halves, matmul
 
 __all__ = ["Pair"]
 
-_PARTS = tuple(number / 16 for number in range(17))  # of the loss of a truncation, in logarithms, that A bears
+Rank: TypeAlias = int | None  # of a factor; None: its whole matrix
 
 
 @final
@@ -79,24 +80,27 @@ class Pair:
         return Pair(self.a, self.b.times(scale))
 
     def truncated(self, keep: float) -> Pair:
-        """With factors of low rank where that is smaller: at least `keep` of the trace of every group stays.
+        """With leading eigenvectors of one factor, both, or none: the cheapest that keep `keep` of every group's trace.
 
-        What may be lost is shared between the two factors such that the product is the cheapest.
+        Cheapest: the fewest `flops`, of those the fewest bytes. What may be lost is shared between the factors to that
+        end, and a rank may be above half of the size: rows that B does without are rows that A need not be applied to.
 
         Raises:
             DivergedError: a factor is not finite.
         """
+        assert 0 < keep <= 1, "a share of the trace"
         a, b = Spectrum.of(self.a.dense()), Spectrum.of(self.b.dense())
-
         sizes = b.matrix.shape[-1], a.matrix.shape[-1]
 
-        def flops(part: float) -> int:
-            of_b, of_a = b.rank(keep ** (1 - part)), a.rank(keep**part)
+        def cost(ranks: tuple[Rank, Rank]) -> tuple[int, int]:
+            of_b, of_a = ranks
             low = of_b is not None, of_a is not None
-            return _flops(len(a.matrix), sizes, (of_b or sizes[0], of_a or sizes[1]), low)
+            flops = _flops(len(a.matrix), sizes, (of_b or sizes[0], of_a or sizes[1]), low)
+            held = sum(size * (rank or size) + (rank or 0) for size, rank in zip(sizes, ranks, strict=True))
+            return flops, held
 
-        part = min(_PARTS, key=flops)
-        return Pair(a.truncated(keep**part), b.truncated(keep ** (1 - part)))
+        of_b, of_a = min(_sufficient(b.shares, a.shares, keep), key=cost)
+        return Pair(a.leading(of_a), b.leading(of_b))
 
     def to(self, device: torch.device) -> Pair:
         """The same on a device."""
@@ -111,6 +115,21 @@ def _left(factor: Factor) -> Tensor:
 def _right(factor: Factor) -> Tensor:
     """What is multiplied from the right first: [g, k, r] eigenvectors, or the matrix (or columns of it)."""
     return factor.vectors if isinstance(factor, LowRank) else factor.matrix
+
+
+def _sufficient(b: Tensor, a: Tensor, keep: float) -> Iterator[tuple[Rank, Rank]]:
+    """Ranks of B and A that keep the share `keep` of every group's trace: with each of B's the least of A's, or all.
+
+    b, a: [g, o] and [g, d], see `Spectrum.shares`
+    """
+    yield None, None
+    needed = keep / torch.cat([b, torch.ones_like(b[:, :1])], 1)
+    least = 1 + torch.searchsorted(a, needed).amax(0)
+    ranks: list[Rank] = [*range(1, b.shape[1] + 1), None]
+    for of_b, of_a in zip(ranks, least.tolist(), strict=True):
+        if of_a <= a.shape[1]:
+            yield of_b, of_a
+            yield of_b, None
 
 
 def _flops(groups: int, sizes: tuple[int, int], ranks: tuple[int, int], low: tuple[bool, bool]) -> int:

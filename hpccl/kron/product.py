@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def _sizes(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return (shapes[0][1], *(shape[2] for shape in shapes))
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _plan(sizes: tuple[int, ...]) -> tuple[int, int]:
     """(multiplications, matrices in the left part of the last product)."""
     if len(sizes) == 2:

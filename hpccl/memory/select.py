@@ -1,19 +1,86 @@
-"""Choosing memory: pure functions from labels and counters to positions, the same on every rank.
+"""Choosing memory: pure functions from labels, scores and counters to samples, the same on every rank.
 
 A uniform sample without replacement is the set with the smallest hashes of (seed, task, sample): it does not depend on
 who computes it, on other methods run with the same seed, or on what was drawn before.
+
+Every choice has an order of value, so that a memory can shrink without being chosen anew: the first examples of the
+order are the choice of a smaller size. Where classes are balanced, so is every beginning of the order.
+
+Weights are relative to a uniform choice, whose weights are 1: where m of n examples are kept, an example of weight u
+stands for u n / m of them. So the weighted sum over the memory, times n / m, estimates the sum over the task.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
 from hpccl.data.order import mix
+from hpccl.dist.comm import Comm
+from hpccl.memory.topk import Chosen, exponential, group_means, inclusion, largest
 
-__all__ = ["choose", "class_quotas"]
+__all__ = ["Candidates", "Choice", "choose", "class_quotas", "in_order", "scored", "shares", "uniform"]
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+_UNIFORM_SHARE = 0.1  # of the probabilities of a sampled choice: no weight exceeds 1 / share
+
+
+@final
+@dataclass(frozen=True)
+class Choice:
+    """Chosen examples.
+
+    sample: [m] int64, ascending
+    rank: [m] int64, place in the order of value: 0 is the last to be dropped
+    weight: [m] float64 >= 0, how much each counts beside a uniform choice of as many
+    """
+
+    sample: Ints
+    rank: Ints
+    weight: Floats
+
+
+@final
+@dataclass(frozen=True)
+class Candidates:
+    """A task's examples, as all ranks know them, and how many to keep.
+
+    samples: [n] int64, ascending; labels: [n]
+    keep: m; balanced: equally many of each class as far as classes have them
+    words: seed every order of equals
+    """
+
+    samples: Ints
+    labels: Ints
+    keep: int
+    balanced: bool
+    words: tuple[int, ...]
+
+    @cached_property
+    def classes(self) -> Ints:
+        """[G] class numbers that occur, ascending."""
+        return np.unique(self.labels)
+
+    @cached_property
+    def counts(self) -> Ints:
+        """[G] examples of each."""
+        return np.unique(self.labels, return_counts=True)[1].astype(np.int64)
+
+    def group(self, sample: Ints) -> Ints:
+        """Position in `classes` of the classes of some samples."""
+        return np.searchsorted(self.classes, self.labels[np.searchsorted(self.samples, sample)])
+
+    def quotas(self) -> Ints:
+        """[G] how many of each class: equally many, or as many as its share of the task."""
+        if self.balanced:
+            return class_quotas(self.counts, self.keep, tie_break=mix(*self.words, 1, self.classes))
+        return shares(self.counts, self.keep)
 
 
 def choose(labels: Ints, samples: Ints, *, keep: int, balanced: bool, words: tuple[int, ...]) -> Ints:
@@ -26,13 +93,72 @@ def choose(labels: Ints, samples: Ints, *, keep: int, balanced: bool, words: tup
     priority = mix(*words, samples)
     if not balanced:
         return np.sort(np.argsort(priority, kind="stable")[:keep])
-    classes, counts = np.unique(labels, return_counts=True)
+    classes, group, counts = np.unique(labels, return_inverse=True, return_counts=True)
     quotas = class_quotas(counts, keep, tie_break=mix(*words, 1, classes))
-    chosen = []
-    for number, quota in zip(classes, quotas, strict=True):
-        members = np.flatnonzero(labels == number)
-        chosen.append(members[np.argsort(priority[members], kind="stable")[:quota]])
-    return np.sort(np.concatenate(chosen))
+    order = np.lexsort((priority, group))
+    place = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
+    return np.sort(order[place < quotas[group[order]]])
+
+
+def uniform(given: Candidates) -> Choice:
+    """`choose`, with the order in which the hashes grow; no rank needs another."""
+    words = given.words
+    chosen = choose(given.labels, given.samples, keep=given.keep, balanced=given.balanced, words=words)
+    sample = given.samples[chosen]
+    group = given.group(sample) if given.balanced else np.zeros(len(sample), dtype=np.int64)
+    order = np.lexsort((mix(*words, sample), group))
+    found = Chosen(sample[order], group[order], np.zeros(len(order)))
+    return in_order(found, np.ones(len(order)), given, by_class=given.balanced)
+
+
+def scored(score: Floats, sample: Ints, given: Candidates, comm: Comm, *, sampled: bool) -> Choice:
+    """The examples with the largest scores, or a sample in which an example's chance grows with its score; collective.
+
+    sampled: draw without replacement with priorities 0.9 score / mean score + 0.1, means by class if balanced, and
+    weigh each by its chance (`topk.inclusion`): the weighted sum over the memory is unbiased, and no weight is more
+    than about ten times a uniform choice's.
+
+    score: [n] float64 of this rank's share, of any sign (sampled: >= 0); -inf: choose only if there is nothing else.
+    sample: [n] which samples these are.
+
+    Raises:
+        DivergedError: a score is not a number.
+    """
+    balanced = given.balanced
+    group = given.group(sample) if balanced else np.zeros(len(sample), dtype=np.int64)
+    quotas = given.quotas() if balanced else np.array([given.keep], dtype=np.int64)
+    if not sampled:
+        found = largest(score, sample, group, quotas, words=given.words, comm=comm)
+        return in_order(found, np.ones(len(found)), given, by_class=balanced)
+    counts = given.counts if balanced else np.array([len(given.samples)], dtype=np.int64)
+    priority = _priorities(score, group, counts, comm)
+    keys = np.where(np.isnan(score), np.nan, exponential(priority, sample, words=given.words))
+    found = largest(keys, sample, group, np.minimum(quotas + 1, counts), words=given.words, comm=comm)
+    inside = found.place < quotas[found.group]
+    threshold = np.full(len(quotas), -np.inf)
+    threshold[found.group[~inside]] = found.score[~inside]  # the first that is not chosen
+    kept = Chosen(found.sample[inside], found.group[inside], found.score[inside])
+    drawn = exponential(np.ones(len(kept)), kept.sample, words=given.words)
+    with np.errstate(invalid="ignore"):
+        chance = inclusion(drawn / kept.score, threshold[kept.group])
+    chance = np.where(np.isneginf(kept.score), 1.0, chance)
+    return in_order(kept, given.keep / len(given.samples) / chance, given, by_class=balanced)
+
+
+def in_order(found: Chosen, weight: Floats, given: Candidates, *, by_class: bool) -> Choice:
+    """A choice with the order in which it would shrink.
+
+    by_class: `found.group` are positions in `given.classes`; the best of every class come first, then the second, ...;
+    if classes are not balanced, a class's k-th example stands where its share of the task reaches k - 1/2.
+    """
+    rank = found.place
+    if by_class:
+        tie = mix(*given.words, 1, given.classes[found.group])
+        depth = found.place if given.balanced else (found.place + 0.5) / given.counts[found.group]
+        rank = np.empty(len(found), dtype=np.int64)
+        rank[np.lexsort((tie, depth))] = np.arange(len(found))
+    order = np.argsort(found.sample, kind="stable")
+    return Choice(found.sample[order], rank[order], weight[order])
 
 
 def class_quotas(counts: Ints, keep: int, *, tie_break: npt.NDArray[np.uint64]) -> Ints:
@@ -46,3 +172,19 @@ def class_quotas(counts: Ints, keep: int, *, tie_break: npt.NDArray[np.uint64]) 
             each = 1
         quotas[able] = np.minimum(quotas[able] + each, counts[able])
     return quotas
+
+
+def shares(counts: Ints, keep: int) -> Ints:
+    """[classes] how many of each class in proportion to `counts`, summing to `keep` (Webster; ties: lower class)."""
+    assert keep <= counts.sum(), f"cannot keep {keep} of {counts.sum()}"
+    group = np.repeat(np.arange(len(counts)), counts)
+    place = np.arange(len(group)) - np.repeat(counts.cumsum() - counts, counts)
+    order = np.lexsort((group, (place + 0.5) / counts[group]))
+    return np.bincount(group[order[:keep]], minlength=len(counts)).astype(np.int64)
+
+
+def _priorities(score: Floats, group: Ints, counts: Ints, comm: Comm) -> Floats:
+    positive = np.where(np.isfinite(score) & (score > 0), score, 0.0)
+    means = group_means(positive, group, counts, comm)[group]
+    relative = np.where(means > 0, positive / np.where(means > 0, means, 1.0), 1.0)
+    return np.where(np.isneginf(score), 0.0, (1 - _UNIFORM_SHARE) * relative + _UNIFORM_SHARE)

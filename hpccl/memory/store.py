@@ -1,19 +1,21 @@
 """The memory: which examples of past tasks are kept, and what the newest old model says of them.
 
 Images stay where they are (shards or the decoded cache) and are named by sample position; the memory itself is a few
-tensors. M examples, K the widest head that labelled them.
+tensors, whole on every rank. M examples, T tasks, K the widest head that labelled them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Memory"]
+__all__ = ["DTYPES", "Memory", "head_columns", "spread", "stored"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class Memory:
     task:    [M] int64, the task an example comes from
     label:   [M] int64, class number in the stream
     replay:  [M] bool, True: speaks by its true label; False: by the old model's soft label
-    soft:    [M, K] fp32, the old model's logits of the classes in `columns`
-    columns: [M, K] int64, class number of each soft logit, -1 where a head is narrower than K
+    soft:    [M, K] the old model's logits of the task's classes in `heads`; fp32, or less as `stored` says
+    heads:   [T, K] int64, by task the class number of each soft logit, -1 where a head is narrower than K
+    weight:  [M] fp32 >= 0, how much an example counts beside a uniform choice of as many, whose weights are 1
+    rank:    [M] int64, place in the order of value of its task's examples: the largest are dropped first
     """
 
     sample: Tensor
@@ -33,13 +37,16 @@ class Memory:
     label: Tensor
     replay: Tensor
     soft: Tensor
-    columns: Tensor
+    heads: Tensor
+    weight: Tensor
+    rank: Tensor
 
     @classmethod
     def empty(cls) -> Memory:
         """Nothing kept."""
         numbers = torch.zeros(0, dtype=torch.int64)
-        return cls(numbers, numbers, numbers, numbers.bool(), torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64))
+        heads = torch.zeros(0, 1, dtype=torch.int64)
+        return cls(numbers, numbers, numbers, numbers.bool(), torch.zeros(0, 1), heads, torch.zeros(0), numbers)
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -54,38 +61,81 @@ class Memory:
         """Bytes of the soft labels."""
         return self.soft.numel() * self.soft.element_size()
 
-    def admit(self, *, task: int, sample: Tensor, label: Tensor, replay: Tensor) -> Memory:
-        """This memory and the chosen examples of a task; soft labels are those of `relabelled`, to be called next."""
+    def admit(
+        self,
+        *,
+        task: int,
+        sample: Tensor,
+        label: Tensor,
+        replay: Tensor,
+        weight: Tensor | None = None,
+        rank: Tensor | None = None,
+    ) -> Memory:
+        """This memory and the chosen examples of a task; soft labels are those of `relabelled`, to be called next.
+
+        weight: None: 1 each; rank: None: the order in which they are given.
+        """
         width = self.soft.shape[1]
         return Memory(
             sample=torch.cat([self.sample, sample]),
             task=torch.cat([self.task, torch.full_like(sample, task)]),
             label=torch.cat([self.label, label]),
             replay=torch.cat([self.replay, replay]),
-            soft=torch.cat([self.soft, torch.zeros(len(sample), width)]),
-            columns=torch.cat([self.columns, torch.full((len(sample), width), -1)]),
+            soft=torch.cat([self.soft, self.soft.new_zeros(len(sample), width)]),
+            heads=torch.cat([self.heads, torch.full((max(0, task + 1 - len(self.heads)), width), -1)]),
+            weight=torch.cat([self.weight, torch.ones(len(sample)) if weight is None else weight.float()]),
+            rank=torch.cat([self.rank, torch.arange(len(sample)) if rank is None else rank]),
         )
 
-    def relabelled(self, logits: Tensor, heads: Sequence[Sequence[int]]) -> Memory:
+    def shrunk(self, quotas: Sequence[int]) -> Memory:
+        """What is left if task t may keep `quotas[t]` examples: those of the lowest rank.
+
+        Within a task and class, weights are scaled so that their mean stays.
+        """
+        kept = self.rank < torch.tensor([*quotas, 0])[self.task]
+        return self if bool(kept.all()) else self.only(kept)
+
+    def only(self, kept: Tensor) -> Memory:
+        """The examples where `kept` [M] is True, ranked anew in the same order.
+
+        Within a task and class, weights are scaled so that their mean stays.
+        """
+        _, group = torch.stack([self.task, self.label]).unique(dim=1, return_inverse=True)
+        before, after = _means(self.weight, group), _means(self.weight[kept], group[kept], like=group)
+        scale = torch.where((after > 0) & (before != after), before / after.clamp_min(1e-30), 1.0)
+        rows = {name: value[kept] for name, value in vars(self).items() if name != "heads"}
+        few = Memory(**rows, heads=self.heads)
+        return replace(few, weight=few.weight * scale[group[kept]].float(), rank=_places(few.task, few.rank))
+
+    def relabelled(
+        self, logits: Tensor, heads: Sequence[Sequence[int]], dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    ) -> Memory:
         """The same examples with new soft labels.
 
-        logits: [M, C] of the newest model; heads: by task, the classes its soft labels speak of.
+        logits: [M, C] of the newest model; heads: by task, the classes its soft labels speak of; dtype: as
+            they are kept.
         """
-        width = max((len(head) for head in heads), default=1)
-        table = torch.full((max(len(heads), 1), width), -1, dtype=torch.int64)
-        for task, head in enumerate(heads):
-            table[task, : len(head)] = torch.tensor(sorted(head), dtype=torch.int64)
+        table = head_columns(heads)
         columns = table[self.task]
-        soft = logits.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 0.0)
-        return replace(self, soft=soft.float(), columns=columns)
+        return self.with_soft(stored(logits.gather(1, columns.clamp(min=0)), columns, dtype), table)
+
+    def with_soft(self, soft: Tensor, heads: Tensor) -> Memory:
+        """The same examples with other soft labels: [M, K] as `stored` makes them, of the classes in `heads` [T, K]."""
+        return replace(self, soft=soft, heads=heads)
+
+    def columns(self, slots: Tensor) -> Tensor:
+        """[r, K] class number of each soft logit of some examples, -1 where there is none."""
+        return self.heads[self.task[slots]]
 
     def soft_targets(self, slots: Tensor, *, temperature: float, num_classes: int) -> tuple[Tensor, Tensor]:
         """(target [r, C] probabilities softmax(soft / T), head [r, C] bool) of some examples."""
-        return spread(self.soft[slots], self.columns[slots], temperature=temperature, num_classes=num_classes)
+        return spread(self.soft[slots], self.columns(slots), temperature=temperature, num_classes=num_classes)
 
     def agreement(self, tasks: int) -> list[float]:
         """By past task, the share of soft labels whose largest class is the true one."""
-        best = self.columns.gather(1, self.soft.masked_fill(self.columns < 0, -torch.inf).argmax(1, keepdim=True))
+        columns = self.heads[self.task]
+        logits = self.soft.float().masked_fill(columns < 0, -torch.inf)
+        best = columns.gather(1, logits.argmax(1, keepdim=True))
         right = (best.squeeze(1) == self.label).float()
         return [float(right[self.task == task].mean()) for task in range(tasks) if bool((self.task == task).any())]
 
@@ -99,16 +149,63 @@ class Memory:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Memory:
-        """The inverse."""
-        return cls(**state)
+        """The inverse; of checkpoints that know no weights and ranks, too, whose memory was a uniform choice."""
+        if "weight" in state:
+            return cls(**state)
+        old = dict(state)
+        columns, task, label = old.pop("columns"), old["task"], old["label"]  # of every example, the same in a task
+        heads = columns.new_full((int(task.max()) + 1 if len(task) else 0, columns.shape[1]), -1)
+        heads[task] = columns
+        _, group = torch.stack([task, label]).unique(dim=1, return_inverse=True)
+        depth = _places(group, torch.arange(len(task)))  # the first of every class, then the second
+        return cls(**old, heads=heads, weight=torch.ones(len(task)), rank=_places(task, depth))
+
+
+def head_columns(heads: Sequence[Sequence[int]]) -> Tensor:
+    """[T, K] class numbers of each head, ascending; -1 where it is narrower than K."""
+    width = max((len(head) for head in heads), default=1)
+    table = torch.full((max(len(heads), 1), width), -1, dtype=torch.int64)
+    for task, head in enumerate(heads):
+        table[task, : len(head)] = torch.tensor(sorted(head), dtype=torch.int64)
+    return table
+
+
+def stored(logits: Tensor, columns: Tensor, dtype: Literal["fp32", "fp16", "bf16"]) -> Tensor:
+    """Logits [r, K] of classes `columns` [r, K] as they are kept; 0 where there is no class.
+
+    fp32: as they are. fp16 and bf16: less the row's largest, which no softmax notices. A logit then loses at most its
+    share 2^-11 (2^-9) by rounding, and where it is large the probability is small: at temperature 1 a probability
+    changes by less than 4e-4 (1.5e-3).
+    """
+    named = columns >= 0
+    if dtype == "fp32":
+        return logits.masked_fill(~named, 0.0).float()
+    largest = logits.masked_fill(~named, -torch.inf).amax(dim=1, keepdim=True)
+    return (logits - largest).masked_fill(~named, 0.0).to(DTYPES[dtype])
 
 
 def spread(soft: Tensor, columns: Tensor, *, temperature: float, num_classes: int) -> tuple[Tensor, Tensor]:
     """Soft logits [r, K] of classes `columns` [r, K] as (probabilities [r, C], competing classes [r, C] bool)."""
     named = columns >= 0
-    probabilities = (soft / temperature).masked_fill(~named, -torch.inf).softmax(dim=1)
+    probabilities = (soft.float() / temperature).masked_fill(~named, -torch.inf).softmax(dim=1)
     # Unused columns are sent to an extra class that is cut off, so that they cannot touch class 0.
     where = columns.where(named, torch.full_like(columns, num_classes))
     target = probabilities.new_zeros(len(soft), num_classes + 1).scatter_(1, where, probabilities)
     head = torch.zeros(len(soft), num_classes + 1, dtype=torch.bool, device=soft.device).scatter_(1, where, named)
     return target[:, :num_classes], head[:, :num_classes]
+
+
+def _means(values: Tensor, group: Tensor, like: Tensor | None = None) -> Tensor:
+    """[groups] float64 means by group; 0 of none."""
+    size = int((group if like is None else like).max()) + 1 if len(group if like is None else like) else 0
+    total = torch.zeros(size, dtype=torch.float64).index_add_(0, group, values.double())
+    return total / torch.bincount(group, minlength=size).clamp_min(1)
+
+
+def _places(group: Tensor, key: Tensor) -> Tensor:
+    """[n] place of each in its group when ordered by `key`, from 0; of equals, the first given first."""
+    order = key.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    sizes = group[order].unique_consecutive(return_counts=True)[1]
+    places = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return torch.empty_like(places).scatter_(0, order, places)

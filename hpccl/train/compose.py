@@ -17,6 +17,7 @@ from hpccl.data.order import Batch, BatchPlan
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.rows import NEW, REPLAY, SOFT, Images, Request, Rows
 from hpccl.dist.comm import Comm
+from hpccl.memory.budget import quotas
 from hpccl.memory.store import Memory, spread
 
 __all__ = ["Composer", "Part", "plan_task", "planned_steps", "split"]
@@ -33,7 +34,9 @@ def planned_steps(config: RunConfig, stream: Stream) -> list[int]:
     """How many steps each task will take; 0 for those that are not trained."""
     tasks = stream.tasks
     skipped = len(tasks) - 1 if config.train.only_last else 0
-    steps = [_plan(config, task, config.memory.size * task.index).num_steps for task in tasks[skipped:]]
+    sizes = [len(task.samples("train")) for task in tasks]
+    kept = [sum(quotas(config.memory, sizes[: task.index])) for task in tasks]
+    steps = [_plan(config, task, kept[task.index]).num_steps for task in tasks[skipped:]]
     return [0] * skipped + steps
 
 
@@ -88,8 +91,9 @@ class Composer:
     """Turns parts and their images into rows during one task.
 
     labels: [N] class number of every training example; task_of_class: [C]; heads: [T + 1, C] bool, row t is task t's
-    own head, the last row all classes seen so far; tau: [T] weight of a memory example by the task it comes from;
-    teacher: the frozen old model on pixels, where soft labels belong to the student's view; epochs: of the task.
+    own head, the last row all classes seen so far; tau: [T] weight of a memory example by the task it comes from, to
+    which the selector's comes; teacher: the frozen old model on pixels, where soft labels belong to the student's view;
+    epochs: of the task.
     """
 
     config: RunConfig
@@ -128,7 +132,7 @@ class Composer:
             labels=torch.from_numpy(stream.labels("train")),
             task_of_class=task_of_class,
             heads=heads,
-            tau=_memory_weights(config, stream),
+            tau=_memory_weights(config, stream, memory),
             memory=memory,
             teacher=teacher,
             device=device,
@@ -168,7 +172,7 @@ class Composer:
         temperature = torch.ones(len(slot))
         if bool(from_memory.any()):
             kept = slot[from_memory]
-            weight[from_memory] = part.batch.weight_memory * self.tau[self.memory.task[kept]]
+            weight[from_memory] = part.batch.weight_memory * self.memory_weights(kept)
             term[from_memory] = torch.where(self.memory.replay[kept], REPLAY, SOFT)
             soft = term == SOFT
             if bool(soft.any()):
@@ -190,6 +194,10 @@ class Composer:
             term=term,
         ).to(self.device)
 
+    def memory_weights(self, slots: Tensor) -> Tensor:
+        """[r] what the examples in some slots of the memory count: tau, times what the selector says."""
+        return self.tau[self.memory.task[slots]] * self.memory.weight[slots]
+
     def hard_targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Smoothed one-hot targets and competing classes of true labels."""
         own = self.config.train.head == "own"
@@ -204,15 +212,15 @@ class Composer:
         num_classes, temperature = self.heads.shape[1], self.config.prior.temperature
         if self.teacher is None:
             return self.memory.soft_targets(slots, temperature=temperature, num_classes=num_classes)
-        columns = self.memory.columns[slots]
+        columns = self.memory.columns(slots)
         logits = self.teacher(pixels.to(self.device)).cpu().gather(1, columns.clamp(min=0))
         return spread(logits, columns, temperature=temperature, num_classes=num_classes)
 
 
-def _memory_weights(config: RunConfig, stream: Stream) -> Tensor:
+def _memory_weights(config: RunConfig, stream: Stream, memory: Memory) -> Tensor:
     """[T] tau, times N_s / m where memory stands for its whole task."""
     weights = []
-    for task in stream.tasks:
-        stands_for = len(task.samples("train")) / max(config.memory.size, 1) if config.prior.scale_to_task else 1.0
+    for task, kept in zip(stream.tasks, memory.per_task(len(stream.tasks)), strict=True):
+        stands_for = len(task.samples("train")) / max(kept, 1) if config.prior.scale_to_task else 1.0
         weights.append(per_task(config.prior.weight, task.index) * stands_for)
     return torch.tensor(weights)

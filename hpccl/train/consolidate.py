@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,17 @@ from hpccl.curvature.protocols import Examples
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import Leaves
-from hpccl.errors import DataError, WorldError
+from hpccl.errors import DataError
 from hpccl.folder import replacing
-from hpccl.memory.select import choose
-from hpccl.memory.store import Memory
+from hpccl.memory.budget import kept_of, quotas
+from hpccl.memory.select import Candidates, choose
+from hpccl.memory.store import DTYPES, Memory, head_columns, stored
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
-from hpccl.train.passes import shared_images
+from hpccl.train.passes import ask, shared_images
+from hpccl.train.score import competing
+from hpccl.train.selection import chosen
 from hpccl.train.state import RunState, World
-from hpccl.train.stop import Stopped
 
 __all__ = ["consolidate"]
 
@@ -48,37 +50,70 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
     Raises:
         Stopped: the run was asked to stop; nothing was changed.
     """
-    memory = select(task, state.prior.memory, world)
+    memory = select(task, state.prior.memory, state, world)
     anchor = state.engine.gather()
     quadratic = measure(task, memory, anchor, state, world)
     memory = relabel(task, memory, state, world)
     state.prior = Prior(memory, quadratic, anchor)
 
 
-def select(task: Task, memory: Memory, world: World) -> Memory:
-    """The memory with `memory.size` examples of the task admitted."""
+def select(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
+    """The memory with the chosen examples of the task admitted, and as few of earlier tasks as the budget leaves."""
     config = world.config
-    if config.memory.size == 0:
+    if not config.memory.kept:
         return memory
     with world.phase(task, "select") as phase:
         samples = np.arange(task.samples("train").start, task.samples("train").stop)
-        labels = world.stream.labels("train")[samples]
         phase.images = len(samples)
-        keep, balanced = config.memory.size, config.memory.balanced
-        chosen = choose(labels, samples, keep=keep, balanced=balanced, words=(config.seed, _SELECT, task.index))
-        sample, label = samples[chosen], labels[chosen]
-        num_replay = int(config.prior.replay * keep + 1e-9)  # 0.29 * 100 is 28.999...
-        replayed = choose(label, sample, keep=num_replay, balanced=balanced, words=(config.seed, _REPLAY, task.index))
-        replay = np.isin(np.arange(keep), replayed)
+        sizes = [len(other.samples("train")) for other in world.stream.tasks[: task.index + 1]]
+        reservoir = config.memory.total > 0 and config.memory.selector.kind == "reservoir"
+        share = quotas(config.memory, sizes)
+        given = Candidates(
+            samples=samples,
+            labels=world.stream.labels("train")[samples],
+            keep=kept_of(config.memory, len(samples)) if reservoir else share[-1],
+            balanced=config.memory.balanced,
+            words=(config.seed, _SELECT) if reservoir else (config.seed, _SELECT, task.index),
+        )
+        choice = chosen(task, given, state, world)
         admitted = memory.admit(
             task=task.index,
-            sample=torch.from_numpy(sample),
-            label=torch.from_numpy(label),
-            replay=torch.from_numpy(replay),
+            sample=torch.from_numpy(choice.sample),
+            label=torch.from_numpy(world.stream.labels("train")[choice.sample]),
+            replay=torch.zeros(len(choice.sample), dtype=torch.bool),
+            weight=torch.from_numpy(choice.weight),
+            rank=torch.from_numpy(choice.rank),
         )
+        admitted = _drained(admitted, world) if reservoir else admitted.shrunk(share)
+        admitted = _replayed(memory, admitted, world)
     if world.comm.leader:
-        _keep_pictures(task, sample, label, world)
+        own = admitted.task == task.index
+        _keep_pictures(task, admitted.sample[own].numpy(), admitted.label[own].numpy(), world)
     return admitted
+
+
+def _drained(memory: Memory, world: World) -> Memory:
+    """The smallest hashes of all tasks' examples, as many as the budget allows (Vitter 1985, by sorted keys)."""
+    config = world.config
+    keep = min(config.memory.total, len(memory))
+    label, sample = memory.label.numpy(), memory.sample.numpy()
+    kept = choose(label, sample, keep=keep, balanced=config.memory.balanced, words=(config.seed, _SELECT))
+    return memory.only(torch.from_numpy(np.isin(np.arange(len(memory)), kept)))
+
+
+def _replayed(before: Memory, memory: Memory, world: World) -> Memory:
+    """Say anew, of the tasks whose examples are others than before, which examples speak by their true label."""
+    config = world.config
+    replay = memory.replay.clone()
+    for task in memory.task.unique().tolist():
+        own = memory.task == task
+        sample, label = memory.sample[own].numpy(), memory.label[own].numpy()
+        if np.array_equal(sample, before.sample[before.task == task].numpy()):
+            continue
+        keep, words = int(config.prior.replay * len(sample) + 1e-9), (config.seed, _REPLAY, task)  # 0.29 * 100 < 29
+        chosen_ones = choose(label, sample, keep=keep, balanced=config.memory.balanced, words=words)
+        replay[own] = torch.from_numpy(np.isin(np.arange(len(sample)), chosen_ones))
+    return replace(memory, replay=replay)
 
 
 def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: World) -> Quadratic | None:
@@ -123,11 +158,11 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
         return memory
     with world.phase(task, "relabel") as phase:
         phase.images = len(memory)
-        logits = predict(memory.sample.numpy(), state, world)
         seen = sorted(number for other in world.stream.tasks[: task.index + 1] for number in other.classes)
         own = world.config.train.head == "own"
         heads = [list(other.classes) if own else seen for other in world.stream.tasks[: task.index + 1]]
-        relabelled = memory.relabelled(logits, heads)
+        table = head_columns(heads)
+        relabelled = memory.with_soft(soft_labels(memory, table, state, world), table)
     world.log.write(
         "memory",
         task=task.index,
@@ -136,16 +171,26 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
         bytes=relabelled.num_bytes,
         soft_bytes=relabelled.soft_bytes,
         agreement=relabelled.agreement(task.index + 1),
+        selector=world.config.memory.selector.kind,
+        largest_weight=float(memory.weight.max()),
     )
     return relabelled
 
 
-def predict(samples: Ints, state: RunState, world: World) -> Tensor:
-    """[n, C] logits of training examples in the evaluation view, each rank computing its share; on the CPU."""
-    images = shared_images(samples, world, size=world.stream_batch)
-    logits = [state.engine.predict(seen.pixels)[: len(seen.sample)] for seen in images]
-    empty = torch.zeros(0, len(world.stream.class_names), device=state.engine.device)
-    return world.comm.gather(torch.cat([empty, *logits])).cpu()
+def soft_labels(memory: Memory, heads: Tensor, state: RunState, world: World) -> Tensor:
+    """[M, K] logits of each task's classes in `heads` [T, K], as they are stored; each rank computes its share.
+
+    On the CPU. Logits of other classes live no longer than their batch.
+    """
+    found = [torch.zeros(0, heads.shape[1], dtype=DTYPES[world.config.memory.dtype])]
+    start = world.comm.share(len(memory)).start
+    for seen in shared_images(memory.sample.numpy(), world, size=world.stream_batch):
+        number = len(seen.sample)
+        named = heads[memory.task[start : start + number]]
+        logits = state.engine.predict(seen.pixels)[:number].cpu().gather(1, named.clamp(min=0))
+        found.append(stored(logits, named, world.config.memory.dtype))
+        start += number
+    return world.comm.gather(torch.cat(found))
 
 
 def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:
@@ -175,7 +220,7 @@ class _Pass:
         with contextlib.closing(shared_images(self.samples, self.world, size=size)) as images:
             while True:
                 # This pass may take minutes: all ranks ask equally often, and have a batch equally often.
-                _ask(self.world)
+                ask(self.world)
                 seen = next(images, None)
                 if seen is None:
                     return
@@ -190,20 +235,9 @@ class _Pass:
                 )
 
     def _head(self) -> Tensor:
-        own = self.world.config.train.head == "own"
-        competing = [self.task] if own else list(self.world.stream.tasks[: self.task.index + 1])
         head = torch.zeros(len(self.world.stream.class_names), dtype=torch.bool)
-        head[[number for other in competing for number in other.classes]] = True
+        head[competing(self.task, self.world)] = True
         return head
-
-
-def _ask(world: World) -> None:
-    """Leave the pass if any rank was asked to stop. A rank that failed in it says 1 (Comm.any) at this very moment."""
-    answer = world.comm.max(2 if world.stop.reason is not None else 0)
-    if answer == 2:
-        raise Stopped
-    if answer == 1:
-        raise WorldError("another rank failed while the curvature was measured; see its message")
 
 
 def _thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from hpccl.data.protocols import Split
 from hpccl.data.rows import Request
+from hpccl.errors import WorldError
 from hpccl.train.state import World
+from hpccl.train.stop import Stopped
 
-__all__ = ["Seen", "shared_images"]
+__all__ = ["Seen", "ask", "shared_images"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -46,3 +48,17 @@ def shared_images(samples: Ints, world: World, *, size: int, split: Split = "tra
             blank = torch.zeros(1, *world.stream.shape(split), device=world.comm.device)
             yield Seen(part, blank, torch.zeros(1, dtype=torch.bool))
     assert next(loaded, None) is None, "everything that was asked for was used"
+
+
+def ask(world: World) -> None:
+    """Leave the pass if any rank was asked to stop. A rank that failed in it says 1 (Comm.any) at this very moment.
+
+    Raises:
+        Stopped: on all ranks.
+        WorldError: another rank failed.
+    """
+    answer = world.comm.max(2 if world.stop.reason is not None else 0)
+    if answer == 2:
+        raise Stopped
+    if answer == 1:
+        raise WorldError("another rank failed in a pass over the task; see its message")

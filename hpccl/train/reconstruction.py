@@ -72,7 +72,7 @@ def _memory(composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]
         hard, hard_head = composer.hard_targets(memory.label[slots])
         temperature = world.config.prior.temperature
         soft, soft_head = memory.soft_targets(slots, temperature=temperature, num_classes=hard.shape[1])
-        tau = composer.tau[memory.task[slots]] * seen.valid
+        tau = composer.memory_weights(slots) * seen.valid
         yield (
             seen.pixels,
             _pair(

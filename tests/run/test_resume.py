@@ -185,7 +185,7 @@ def assert_same_result(folder: Path, other: Path) -> None:
     mark = Mark.at(4, "done", steps)
     ours, theirs = (load(path / "checkpoints", mark) for path in (folder, other))
     memory, memory_there = ours["prior"]["memory"], theirs["prior"]["memory"]
-    for name in ("sample", "task", "label", "replay", "columns"):
+    for name in ("sample", "task", "label", "replay", "heads"):
         assert torch.equal(memory[name], memory_there[name]), name
     assert float((memory["soft"] - memory_there["soft"]).norm()) < 0.01 * float(memory_there["soft"].norm())
     # Adam divides by the gradient's size, so rounding grows where gradients vanish: compare lengths, not elements.

@@ -26,14 +26,18 @@ def table(name: str, folder: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
 
 
+MACHINE = {"cpu": "Abacus", "cores": 2}
+
+
 def curvature(case: str, seconds: dict[str, float], peaks: dict[str, int]) -> str:
     base = seconds["forward_backward"]
     details: dict[str, Any] = {
         "processor_seconds": {case: seconds},
         "over_forward_backward": {case: {name: value / base for name, value in seconds.items()}},
         "peak_bytes": {case: peaks},
+        "cases": [{"model": case.partition("@")[0], "pixels": case.partition("@")[2], "batch": 8, "batches": 2}],
     }
-    return json.dumps({"name": "curvature", "headline": {}, "details": details})
+    return json.dumps({"name": "curvature", "machine": MACHINE, "details": details})
 
 
 def test_curvature_of_whichever_files_there_are(tmp_path: Path) -> None:
@@ -43,12 +47,12 @@ def test_curvature_of_whichever_files_there_are(tmp_path: Path) -> None:
     few = {"forward_backward": 1.0, "hpccl/mc": 1.5, "hpccl/empirical": 1.5, "peer/mc": 6.0}
     (tmp_path / "curvature_a.json").write_text(curvature("a@224", few, {}))
     assert table("curvature", tmp_path) == [
-        ["a@224", "forward + backward", "1.00", "1.00", "1.00", "–"],
-        ["a@224", "hpccl", "1.50", "1.50", "1.50", "–"],
-        ["a@224", "peer", "6.00", "–", "6.00", "–"],
-        ["b@64", "forward + backward", "2.00", "2.00", "1.00", "–"],
-        ["b@64", "hpccl", "3.00", "2.50", "1.50", "5"],
-        ["b@64", "hpccl, norms too", "4.00", "–", "2.00", "–"],
+        ["a@224, 16 images, Abacus", "forward + backward", "1.00", "1.00", "1.00", "–"],
+        ["a@224, 16 images, Abacus", "hpccl", "1.50", "1.50", "1.50", "–"],
+        ["a@224, 16 images, Abacus", "peer", "6.00", "–", "6.00", "–"],
+        ["b@64, 16 images, Abacus", "forward + backward", "2.00", "2.00", "1.00", "–"],
+        ["b@64, 16 images, Abacus", "hpccl", "3.00", "2.50", "1.50", "5"],
+        ["b@64, 16 images, Abacus", "hpccl, norms too", "4.00", "–", "2.00", "–"],
     ]
 
 
@@ -65,14 +69,28 @@ def test_engines_of_several_files(tmp_path: Path) -> None:
         "tensor_bytes": {"truncated": 2 << 20},
     }
     few = {**measured, "extra_bytes": 0, "peak_bytes": {"truncated": 7 << 20}, "tensor_bytes": {}}
-    for number, engines in enumerate(({"fsdp2": {"2": measured}}, {"zero-3": {"4": few}})):
+    for number, engines in enumerate(({"fsdp2": {"2": measured}}, {"zero-3": {"4": few}}, {"fsdp2": {"4": few}})):
         cases = {"net": {"size": 128, "engines": engines}}
-        (tmp_path / f"engines_{number}.json").write_text(json.dumps({"headline": {}, "details": {"cases": cases}}))
+        result = {"machine": MACHINE, "details": {"cases": cases}}
+        (tmp_path / f"engines_{number}.json").write_text(json.dumps(result))
     ratios = ["0.50", "1.500", "1.250", "1.010", "1.250", "20.0%", "5.0%", "3.00"]
     assert table("engines", tmp_path) == [
-        ["net@128", "fsdp2", "2", *ratios, "1,234", "3", "5", "4", "2"],
-        ["net@128", "zero-3", "4", *ratios, "0", "–", "–", "7", "–"],
+        ["net@128", "fsdp2", "Abacus", "2", *ratios, "1,234", "3", "5", "4", "2"],
+        ["net@128", "zero-3", "Abacus", "4", *ratios, "0", "–", "–", "7", "–"],
+        ["net@128", "fsdp2", "Abacus", "4", *ratios, "0", "–", "–", "7", "–"],
     ]
+    assert table("engines_worst", tmp_path) == [
+        ["truncated, by the clock, 2 processes", "1.250", "net@128, fsdp2"],
+        ["truncated, by processor time, 2 processes", "1.250", "net@128, fsdp2"],
+        ["exact, by the clock, 2 processes", "1.500", "net@128, fsdp2"],
+        ["exact, by processor time, 2 processes", "1.500", "net@128, fsdp2"],
+        ["extra bytes", "1,234", "net@128, fsdp2"],
+        ["peak memory, 4 processes over 2", "1.750", "net@128, fsdp2, truncated"],
+    ]
+    louder = {**measured, "clock_ratio": {**methods, "truncated": 3.0, "again": 0.9}}
+    cases = {"net": {"size": 128, "engines": {"fsdp2": {"2": louder}}}}
+    (tmp_path / "engines_9.json").write_text(json.dumps({"machine": MACHINE, "details": {"cases": cases}}))
+    assert table("engines_worst", tmp_path)[0][1] == "1.250"  # the figure beside the least noise
 
 
 @pytest.mark.parametrize("name", ["task_sum", "pull"])

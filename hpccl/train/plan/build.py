@@ -12,6 +12,7 @@ from hpccl.config.sections import StratifiedMix, per_task
 from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
 from hpccl.dist.mesh import pick_device
+from hpccl.memory.budget import quotas
 from hpccl.train.compose import new_samples
 from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
@@ -21,8 +22,8 @@ from hpccl.train.plan.spread import FLOAT, Spread, elements, held, rows, sent
 __all__ = ["Held", "Plan", "Sent", "Spent", "make_plan"]
 
 _PASS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of activations at most while the curvature is measured
-_LABEL = 12  # bytes of a soft label: a logit and the number of its class
-_EXAMPLE = 25  # bytes of the rest of a kept example
+_LABEL = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a soft label's logit
+_EXAMPLE = 37  # bytes of the rest of a kept example
 
 When = Literal["always", "training", "measuring"]
 
@@ -208,7 +209,7 @@ class _Case:
         if network.activations is not None:
             yield Held("activations", network.activations, "training")
         yield from self._held_curvature()
-        if config.memory.size > 0:
+        if config.memory.kept:
             yield Held("memory", self._memory_bytes(), host=True)
 
     def _held_curvature(self) -> Iterator[Held]:
@@ -230,7 +231,11 @@ class _Case:
         """Kept examples of all tasks: numbers, labels and the logits of the widest head."""
         tasks, names = self.stream.layout.tasks, self.stream.layout.class_names
         width = max(len(task.classes) for task in tasks) if self.config.train.head == "own" else len(names)
-        return self.config.memory.size * len(tasks) * (_EXAMPLE + _LABEL * width)
+        return sum(self._kept(len(tasks))) * (_EXAMPLE + _LABEL[self.config.memory.dtype] * width)
+
+    def _kept(self, tasks: int) -> list[int]:
+        """Examples kept of each of the first tasks, when all of these have been learned."""
+        return quotas(self.config.memory, [len(task.samples("train")) for task in self.stream.layout.tasks[:tasks]])
 
     def sent(self) -> Iterator[Sent]:
         """By a rank."""
@@ -266,7 +271,7 @@ class _Case:
     @property
     def _has_teacher(self) -> bool:
         config = self.config
-        return config.memory.size > 0 and config.prior.view == "teacher" and config.prior.replay < 1
+        return config.memory.kept and config.prior.view == "teacher" and config.prior.replay < 1
 
     def batch_plans(self) -> Iterator[BatchPlan]:
         """Of the tasks that are trained."""
@@ -274,7 +279,7 @@ class _Case:
         for task in tasks[-1:] if config.train.only_last else tasks:
             yield BatchPlan(
                 num_new=len(new_samples(config, task)),
-                num_memory=config.memory.size * task.index,
+                num_memory=sum(self._kept(task.index)),
                 batch_size=config.train.batch_size,
                 epochs=per_task(config.train.epochs, task.index),
                 seed=config.seed,

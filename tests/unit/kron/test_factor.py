@@ -62,51 +62,40 @@ def test_columns_and_rows_of_a_split_factor(groups: int) -> None:
         torch.testing.assert_close(rows.left(delta), (whole @ delta)[:, part])
 
 
-class TestTruncated:
-    def test_keeps_the_fewest_that_suffice(self) -> None:
-        basis = torch.linalg.qr(psd(6, seed=1)).Q
-        values = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.5], dtype=torch.float64)
-        matrix = basis * values @ basis.mT
-        found = Spectrum.of(matrix).truncated(0.87)  # 8 + 4 of 16 are too few, 8 + 4 + 2 enough
-        assert isinstance(found, LowRank)
-        assert found.values.shape == (1, 3)
-        truth = basis[:, :, :3] * values[:3] @ basis[:, :, :3].mT
-        torch.testing.assert_close(dense(found), truth)
-        assert float(found.trace() / 16) >= 0.87
+class TestLeading:
+    def test_shares_of_the_trace(self) -> None:
+        basis = torch.linalg.qr(psd(4, seed=1)).Q
+        values = torch.tensor([8.0, 4.0, 3.0, 1.0], dtype=torch.float64)
+        found = Spectrum.of(basis * values @ basis.mT)
+        torch.testing.assert_close(found.shares, torch.tensor([[8.0, 12, 15, 16]], dtype=torch.float64) / 16)
+        one = found.leading(2)
+        assert isinstance(one, LowRank)
+        torch.testing.assert_close(dense(one), basis[:, :, :2] * values[:2] @ basis[:, :, :2].mT)
+        assert float(one.trace() / 16) == pytest.approx(float(found.shares[0, 1]))
+        assert one.vectors.is_contiguous()
 
-    def test_the_neediest_group_decides_the_rank(self) -> None:
-        matrix = torch.stack(
-            [torch.diag(torch.tensor(row)) for row in ([9.0, 0.5, 0.5, 0, 0, 0], [1.0, 1, 1, 0, 0, 0])]
-        )
-        found = Spectrum.of(matrix).truncated(0.9)
-        assert isinstance(found, LowRank)
-        assert found.values.shape == (2, 3)
-        torch.testing.assert_close(dense(found), matrix.double())
+    def test_the_whole_matrix_stays_as_it_is(self) -> None:
+        matrix = psd(4, seed=2)
+        assert Spectrum.of(matrix).leading(None) == Dense(matrix)
 
-    def test_all_of_a_low_rank(self) -> None:
-        matrix = psd(12, seed=2, rank=3)
-        found = Spectrum.of(matrix).truncated(1 - 1e-9)
-        assert isinstance(found, LowRank)
-        assert found.values.shape == (1, 3)
-        torch.testing.assert_close(dense(found), matrix)
-        assert found.vectors.is_contiguous()
-
-    def test_dense_where_not_smaller(self) -> None:
-        matrix = torch.eye(4)[None]
-        assert Spectrum.of(matrix).truncated(0.75) == Dense(
-            matrix
-        )  # products with 4 x 3 and 3 x 4 cost more than with 4 x 4
-        assert isinstance(Spectrum.of(torch.eye(4)[None]).truncated(0.5), LowRank)
-        assert isinstance(Spectrum.of(torch.ones(1, 1, 1)).truncated(0.1), Dense)
+    def test_every_group_has_shares_of_its_own(self) -> None:
+        matrix = torch.diag_embed(torch.tensor([[9.0, 0.5, 0.5], [0, 0, 0], [2, 0, 0]]))
+        truth = torch.tensor([[0.9, 0.95, 1], [1, 1, 1], [1, 1, 1]], dtype=torch.float64)
+        found = Spectrum.of(matrix)
+        torch.testing.assert_close(found.shares, truth)
+        torch.testing.assert_close(dense(found.leading(3)), matrix.double())
 
     @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e20])
     def test_any_scale_in_fp32(self, scale: float) -> None:
         matrix = (psd(9, seed=3, rank=2) * scale).float()
-        found = Spectrum.of(matrix).truncated(0.999)
-        assert isinstance(found, LowRank)
-        assert found.vectors.dtype == torch.float32
-        torch.testing.assert_close(dense(found), matrix.double(), rtol=0, atol=2e-3 * float(matrix.max()))
+        found = Spectrum.of(matrix)
+        assert float(found.shares[0, 1]) == pytest.approx(1)
+        assert float(found.shares[0, -1]) == 1
+        one = found.leading(2)
+        assert isinstance(one, LowRank)
+        assert one.vectors.dtype == torch.float32
+        torch.testing.assert_close(dense(one), matrix.double(), rtol=0, atol=2e-3 * float(matrix.max()))
 
     def test_not_finite(self) -> None:
         with pytest.raises(DivergedError, match="size 3 is not finite"):
-            Spectrum.of(torch.full((1, 3, 3), torch.inf)).truncated(0.9)
+            Spectrum.of(torch.full((1, 3, 3), torch.inf))

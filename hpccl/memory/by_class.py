@@ -1,0 +1,107 @@
+"""A greedy choice for every class, each on the one rank that all of the class's vectors are sent to.
+
+    this rank's share of all classes  ->  some classes, whole  ->  pick  ->  the choice of all classes on every rank
+
+Classes are dealt out by their cost, as many at a time as fit a buffer, and a rank orders the rows of a class by sample:
+the choice does not depend on the number of ranks. A rank holds its share of all vectors and a buffer of others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpccl.dist.comm import Comm
+from hpccl.dist.placement import owners
+from hpccl.errors import DivergedError
+from hpccl.memory.select import Candidates, Choice, in_order
+from hpccl.memory.topk import Chosen
+
+__all__ = ["Pick", "by_class"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.floating]
+# From vectors [n, D] and how many to keep, positions in the order of choice and what each counts beside the others.
+Pick: TypeAlias = Callable[[Floats, int], tuple[Ints, npt.NDArray[np.float64]]]
+
+_BUFFER = 1 << 28  # bytes of vectors that come to a rank at a time
+
+
+def by_class(
+    rows: Tensor, sample: Ints, valid: npt.NDArray[np.bool_], *, given: Candidates, comm: Comm, pick: Pick
+) -> Choice:
+    """`pick` for every class, with the weights that it gives times m / n of the task (see `select`); collective.
+
+    rows: [share, D] vectors of this rank's share; sample: [share] whose they are
+    valid: [share] False: there is no image; such an example is chosen after all others, with weight 0
+    pick: whose weights t make sum_chosen t x stand for the sum over the class
+
+    Raises:
+        DivergedError: a vector is not finite.
+    """
+    group, quotas, counts = given.group(sample), given.quotas(), given.counts
+    _refuse_infinite(rows, sample, comm)
+    table = np.concatenate([sample[:, None], group[:, None], valid[:, None].astype(np.int64)], axis=1)
+    found: list[Tensor] = []
+    weights: list[Tensor] = []
+    for classes in _rounds(counts, rows, comm):
+        costs = {f"{each:09d}": float(counts[each]) * max(int(quotas[each]), 1) for each in classes}
+        placed = owners(costs, comm.size)
+        owner = np.full(len(counts), comm.size)
+        owner[classes] = [placed[f"{each:09d}"] for each in classes]
+        mine = np.flatnonzero(owner[group] < comm.size)
+        order = mine[np.argsort(owner[group[mine]], kind="stable")]
+        sizes = np.bincount(owner[group[mine]], minlength=comm.size).tolist()
+        came = comm.exchange(rows[torch.from_numpy(order)], sizes).numpy()
+        whose = comm.exchange(torch.from_numpy(table[order]), sizes).numpy()
+        for number in np.unique(whose[:, 1]):
+            chosen, weight = _of_class(came, whose, int(number), int(quotas[number]), pick)
+            found.append(torch.from_numpy(chosen))
+            weights.append(torch.from_numpy(weight))
+    every = comm.gather(torch.cat([torch.zeros(0, 3, dtype=torch.int64), *found])).numpy()
+    weight = comm.gather(torch.cat([torch.zeros(0, dtype=torch.float64), *weights])).numpy()
+    order = np.lexsort((every[:, 2], every[:, 1]))
+    best = Chosen(every[order, 0], every[order, 1], -every[order, 2].astype(np.float64))
+    relative = weight[order] * given.keep / max(len(given.samples), 1)
+    return in_order(best, relative, given, by_class=True)
+
+
+def _of_class(came: Floats, whose: Ints, number: int, quota: int, pick: Pick) -> tuple[Ints, npt.NDArray[np.float64]]:
+    """[quota, 3] (sample, class, place) and [quota] weights."""
+    here = np.flatnonzero(whose[:, 1] == number)
+    here = here[np.argsort(whose[here, 0], kind="stable")]
+    good, bad = here[whose[here, 2] > 0], here[whose[here, 2] == 0]
+    positions, weight = pick(came[good], min(quota, len(good)))
+    filler = bad[: quota - len(positions)]
+    sample = np.concatenate([whose[good[positions], 0], whose[filler, 0]])
+    chosen = np.stack([sample, np.full(len(sample), number), np.arange(len(sample))], axis=1)
+    return chosen, np.concatenate([weight, np.zeros(len(filler))])
+
+
+def _rounds(counts: Ints, rows: Tensor, comm: Comm) -> Iterator[Ints]:
+    """Classes that are dealt out together: what comes to a rank fits the buffer, or is one class."""
+    width = max(1, rows[:1].numel() // max(1, len(rows[:1])) * rows.element_size())
+    room = max(1, _BUFFER // comm.max(width)) * comm.size
+    first, held = 0, 0
+    for number, count in enumerate(counts):
+        if held and held + int(count) > room:
+            yield np.arange(first, number)
+            first, held = number, 0
+        held += int(count)
+    if held:
+        yield np.arange(first, len(counts))
+
+
+def _refuse_infinite(rows: Tensor, sample: Ints, comm: Comm) -> None:
+    bad = ~rows.isfinite().all(dim=1)
+    worst = int(sample[int(bad.nonzero()[0])]) if bool(bad.any()) else -1
+    worst = comm.max(worst)
+    if worst >= 0:
+        raise DivergedError(
+            f"what the network makes of sample {worst} is not finite; it has diverged, or its pixels are not finite"
+        )

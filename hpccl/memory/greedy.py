@@ -1,0 +1,167 @@
+"""Greedy choices within one class, from a vector for every example: herding, k-center, matching of a sum.
+
+    herding    argmin_i | mu - (x_i + sum of chosen) / k |          x normalised, mu their mean
+    k-center   argmax_i min_{j chosen} | x_i - x_j |
+    matching   argmin_i min_t |r - t u_i|,  then weights t >= 0 of the chosen that minimise |r|,  r = b - sum t_j u_j,
+               b = sum_i u_i
+
+Each is the business of one process: vectors in, the order of choice out, every beginning of which is the choice of a
+smaller size. Ties, up to rounding, go to the first row. The cost of m choices among n vectors of D numbers is m n D
+multiplications, and m^4 / 3 more for the weights of matching at worst.
+
+Sources: Rebuffi et al. 2017, "iCaRL", CVPR, algorithm 4; Gonzalez 1985, "Clustering to minimize the maximum
+intercluster distance" (its radius is at most twice the best); Malkomes et al. 2015, "Fast distributed k-center
+clustering" (of blocks: four times); Pati, Rezaiifar and Krishnaprasad 1993, "Orthogonal matching pursuit";
+Killamsetty et al. 2021, "GRAD-MATCH", ICML (matching of a sum of gradients); Lawson and Hanson 1974, chapter 23
+(weights >= 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["herding", "k_center", "matching"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.floating]
+
+_TIE = 1e-9  # relative difference that is rounding
+_BLOCK = 20_000  # examples among which centers are searched at a time
+
+
+def herding(rows: Floats, keep: int) -> Ints:
+    """[keep] positions of the rows [n, D] whose running mean stays closest to the mean; rows are normalised first."""
+    wide = rows.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1)
+    wide /= np.where(norms > 0, norms, 1.0)[:, None]
+    mean, half = wide.mean(axis=0), 0.5 * np.square(wide).sum(axis=1)
+    free = np.ones(len(wide), dtype=np.bool_)
+    order = np.empty(keep, dtype=np.int64)
+    total = np.zeros_like(mean)
+    for count in range(keep):
+        # |k mu - total - x|^2 is a constant minus twice this.
+        order[count] = _first_largest(wide @ ((count + 1) * mean - total) - half, free)
+        total += wide[order[count]]
+        free[order[count]] = False
+    return order
+
+
+def k_center(rows: Floats, keep: int, *, block: int = _BLOCK) -> Ints:
+    """[keep] positions of rows [n, D]: the one nearest to the mean, then always the farthest from those chosen.
+
+    The largest distance of a row to its nearest chosen one is at most twice that of the best choice. More than `block`
+    rows are cut into blocks: each names `keep` candidates, among which the centers are searched; then it is at most
+    four times.
+    """
+    if len(rows) <= max(block, keep):
+        return _farthest(rows, keep)
+    parts = np.array_split(np.arange(len(rows)), -(-len(rows) // block))
+    named = np.sort(np.concatenate([part[_farthest(rows[part], min(keep, len(part)))] for part in parts]))
+    return np.asarray(named[_farthest(rows[named], keep)])
+
+
+def matching(
+    rows: Floats, keep: int, *, ridge: float = 0.0, given: Floats | None = None
+) -> tuple[Ints, npt.NDArray[np.float64]]:
+    """[keep] positions of rows u [n, D] and weights t [keep] >= 0 whose weighted sum is close to the sum of all rows.
+
+    Something else may speak for the examples that are not chosen, and says `given` c [n, D] of each: then what is
+    matched is sum_i u_i - sum_{i not chosen} c_i. Each pick is the one after which, with the best weight of its own,
+    least is missing: without c that is the largest <r, u> / |u|.
+
+    The weights minimise |missing|^2 + ridge s^2 |t - t0|^2 over t >= 0; s^2 is the mean of |u|^2, and t0 is n / keep,
+    or 1 with c. They are exactly 1 where all rows are kept. With ridge > 0 no few examples carry all the weight.
+    """
+    wide = rows.astype(np.float64)
+    other = np.zeros_like(wide) if given is None else given.astype(np.float64)
+    number = len(wide)
+    squares, others, both = (np.einsum("nd,nd->n", x, y) for x, y in ((wide, wide), (other, other), (other, wide)))
+    pull = max(ridge, 1e-10) * max(float(squares.mean()), 1e-300)  # a little, so that one solution is best
+    equal = number / max(keep, 1) if given is None else 1.0
+    target = (wide - other).sum(axis=0)
+    free = np.ones(number, dtype=np.bool_)
+    order = np.empty(keep, dtype=np.int64)
+    gram = np.zeros((keep, keep))
+    weight = np.zeros(0)
+    scale = np.where(squares > 0, squares, np.inf)
+    for count in range(keep):
+        residual = target - weight @ wide[order[:count]]
+        along = np.maximum(wide @ residual + both, 0.0)
+        order[count] = pick = _first_largest(np.square(along) / scale - 2 * (other @ residual) - others, free)
+        free[pick] = False
+        target += other[pick]
+        gram[count, : count + 1] = wide[order[: count + 1]] @ wide[pick]
+        gram[: count + 1, count] = gram[count, : count + 1]
+        inside = gram[: count + 1, : count + 1] + pull * np.eye(count + 1)
+        right = wide[order[: count + 1]] @ target + pull * equal
+        weight = _non_negative(inside, right, np.append(weight, 0.0))
+    return order, weight
+
+
+def _first_largest(score: npt.NDArray[np.float64], free: npt.NDArray[np.bool_]) -> int:
+    """Position of the largest of the free ones; of equals, the first."""
+    known = np.where(free, score, -np.inf)
+    best = float(known.max())
+    return int(np.argmax(known >= best - _TIE * abs(best)))
+
+
+def _farthest(rows: Floats, keep: int) -> Ints:
+    if keep == 0:
+        return np.zeros(0, dtype=np.int64)
+    wide = rows.astype(np.float64)
+    mean = wide.mean(axis=0)
+    order = np.empty(keep, dtype=np.int64)
+    free = np.ones(len(wide), dtype=np.bool_)
+    order[0] = _first_largest(-np.square(wide - mean).sum(axis=1), free)
+    squares = np.square(wide).sum(axis=1)
+    nearest = np.full(len(wide), np.inf)
+    for count in range(1, keep):
+        last = order[count - 1]
+        free[last] = False
+        np.minimum(nearest, squares - 2 * (wide @ wide[last]) + squares[last], out=nearest)
+        order[count] = _first_largest(nearest, free)
+    return order
+
+
+def _non_negative(
+    gram: npt.NDArray[np.float64], right: npt.NDArray[np.float64], start: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """The t >= 0 with the smallest t'Gt/2 - t'right, G positive definite, from a t >= 0 (Lawson and Hanson)."""
+    found, passive = start.copy(), start > 0
+    tolerance = 1e-12 * float(np.abs(right).max(initial=0.0))
+    for entering in _entering(gram, right, found, passive, tolerance):
+        passive[entering] = True
+        while True:
+            trial = np.zeros_like(found)
+            trial[passive] = np.linalg.solve(gram[np.ix_(passive, passive)], right[passive])
+            bad = passive & (trial <= 0)
+            if not bad.any():
+                break
+            # As far as the first weight that would turn negative; it leaves.
+            steps = found[bad] / np.maximum(found[bad] - trial[bad], 1e-300)
+            found += float(steps.min()) * (trial - found)
+            passive &= found > 1e-15 * max(float(found.max()), 1e-300)
+            found[~passive] = 0.0
+            if not passive.any():
+                break
+        found[:] = np.where(passive, trial, 0.0)
+    return found
+
+
+def _entering(
+    gram: npt.NDArray[np.float64],
+    right: npt.NDArray[np.float64],
+    found: npt.NDArray[np.float64],
+    passive: npt.NDArray[np.bool_],
+    tolerance: float,
+) -> Iterator[int]:
+    """The weight at 0 whose growth helps most, as long as there is one; `found` and `passive` change in between."""
+    for _ in range(3 * len(right)):
+        gain = np.where(passive, -np.inf, right - gram @ found)
+        best = int(np.argmax(gain))
+        if gain[best] <= tolerance:
+            return
+        yield best

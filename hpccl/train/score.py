@@ -1,0 +1,121 @@
+"""A pass over a task that looks at the last layer: what goes into it, and the logits of the classes that compete."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from hpccl.data.protocols import Task
+from hpccl.errors import ConfigError
+from hpccl.train.passes import ask, shared_images
+from hpccl.train.state import RunState, World
+
+__all__ = ["Look", "competing", "last_layer", "looks"]
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Some of this rank's examples in the evaluation view; n may be 0.
+
+    sample: [n] positions
+    valid: [n] bool, could be decoded
+    logits: [n, K] fp32, of the competing classes in ascending order
+    x: [n, d] fp32, input of the last layer with a 1 for its bias appended; [n, 0] if it was not asked for
+    """
+
+    sample: Ints
+    valid: npt.NDArray[np.bool_]
+    logits: Tensor
+    x: Tensor
+
+
+def competing(task: Task, world: World) -> list[int]:
+    """The classes among which a row of the task is judged, ascending."""
+    own = world.config.train.head == "own"
+    judged = [task] if own else list(world.stream.tasks[: task.index + 1])
+    return sorted({number for other in judged for number in other.classes})
+
+
+def looks(
+    samples: Ints, classes: list[int], state: RunState, world: World, *, inputs: bool
+) -> Generator[Look, None, None]:
+    """This rank's share of `samples`, a few at a time; as many times as every other rank, for passes are collective.
+
+    inputs: find and record what goes into the last layer, too.
+
+    Raises:
+        ConfigError: the last layer is no nn.Linear.
+        Stopped: the run was asked to stop.
+    """
+    engine = state.engine
+    with contextlib.ExitStack() as cleanup:
+        caught: list[Tensor] = []
+        if inputs:
+            layer = last_layer(engine.module, world, state)
+            cleanup.enter_context(_catching(layer, caught))
+        images = cleanup.enter_context(contextlib.closing(shared_images(samples, world, size=world.stream_batch)))
+        while True:
+            ask(world)
+            seen = next(images, None)
+            if seen is None:
+                return
+            number = len(seen.sample)
+            logits = engine.predict(seen.pixels)[:number, classes]
+            x = logits.new_zeros(number, 0)
+            if inputs:
+                x = caught.pop()[:number].float()
+                x = torch.cat([x, x.new_ones(number, 1)], dim=1)
+            yield Look(seen.sample, seen.valid.numpy()[:number], logits, x)
+
+
+def last_layer(module: nn.Module, world: World, state: RunState) -> nn.Linear:
+    """The linear layer that makes the logits; found by a pass over a blank image, collective.
+
+    Raises:
+        ConfigError: another kind of layer makes them.
+    """
+    called: list[tuple[nn.Linear, torch.Size]] = []
+
+    def note(layer: nn.Module, _: Any, out: Tensor) -> None:
+        assert isinstance(layer, nn.Linear)
+        called.append((layer, out.shape))
+
+    handles = [each.register_forward_hook(note) for each in module.modules() if isinstance(each, nn.Linear)]
+    try:
+        blank = torch.zeros(1, *world.stream.image_shape, device=state.engine.device)
+        logits = state.engine.predict(blank)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [layer for layer, shape in called if shape == logits.shape]
+    if not found:
+        kind = world.config.memory.selector.kind
+        raise ConfigError(
+            f"memory.selector.kind={kind} looks at what goes into the last layer, which must be an nn.Linear; "
+            f"{type(module).__name__} has none that makes its {logits.shape[1]} logits; allowed for it: uniform, "
+            "reservoir, gini, error, residual"
+        )
+    return found[-1]
+
+
+@contextlib.contextmanager
+def _catching(layer: nn.Module, caught: list[Tensor]) -> Iterator[None]:
+    """The input of the layer's last call."""
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        caught[:] = [arguments[0].detach()]
+
+    handle = layer.register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()

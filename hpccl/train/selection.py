@@ -1,0 +1,203 @@
+"""Choosing a task's memory: one case a selector. Scores are computed by all ranks, each its share of the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias, assert_never
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpccl.config.sections import (
+    FeatureSelector,
+    PosteriorSelector,
+    ReconstructionSelector,
+    ReservoirSelector,
+    ScoreSelector,
+    UniformSelector,
+)
+from hpccl.data.protocols import Task
+from hpccl.memory.by_class import by_class
+from hpccl.memory.greedy import herding, k_center, matching
+from hpccl.memory.score import (
+    Projection,
+    Residuals,
+    TopLayer,
+    error,
+    gini,
+    leverage,
+    output_curvature,
+    residual,
+    sensitivity,
+    step_size,
+)
+from hpccl.memory.select import Candidates, Choice, scored, uniform
+from hpccl.train.score import Look, competing, looks
+from hpccl.train.state import RunState, World
+
+__all__ = ["chosen"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.floating]
+# From a look and the positions of its labels among the competing classes to scores [n].
+Scores: TypeAlias = Callable[[Look, Tensor], Tensor]
+
+# What a hash is for; `words` of the candidates come first.
+_PROBES, _PROJECTION = 11, 12
+_TOGETHER = 4096  # examples whose gradients are made at a time
+
+
+def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choice:
+    """What the configured selector keeps of the task's examples; collective.
+
+    Raises:
+        ConfigError: the network has no last layer that the selector could look at.
+        DivergedError: a score is not finite.
+        Stopped: the run was asked to stop.
+    """
+    config = world.config.memory.selector
+    match config:
+        case UniformSelector() | ReservoirSelector():
+            return uniform(given)
+        case ScoreSelector():
+            of_kind: dict[str, Scores] = {
+                "gini": lambda look, _: gini(look.logits),
+                "error": lambda look, labels: error(look.logits, labels),
+                "residual": lambda look, labels: residual(look.logits, labels),
+            }
+            score, sample = _scores(task, given, state, world, of_kind[config.kind], inputs=False)
+            return scored(score, sample, given, world.comm, sampled=config.sampled)
+        case PosteriorSelector():
+            layer = _top_layer(task, given, state, world, prior_precision=config.prior_precision)
+            of_kind = {
+                "leverage": lambda look, _: leverage(look.logits, look.x, layer),
+                "sensitivity": lambda look, labels: sensitivity(look.logits, look.x, labels, layer),
+            }
+            score, sample = _scores(task, given, state, world, of_kind[config.kind], inputs=True)
+            return scored(score, sample, given, world.comm, sampled=config.sampled)
+        case FeatureSelector():
+            greedy = herding if config.kind == "herding" else k_center
+
+            def pick(rows: Floats, keep: int) -> tuple[Ints, npt.NDArray[np.float64]]:
+                return greedy(rows, keep), np.ones(keep)
+
+            seen = _Share.of(task, given, state, world)
+            found = by_class(seen.x[:, :-1], seen.sample, seen.valid, given=given, comm=world.comm, pick=pick)
+            return Choice(found.sample, found.rank, np.ones(len(found.sample)))
+        case ReconstructionSelector():
+            return _reconstruction(config, task, given, state, world)
+        case _:
+            assert_never(config)
+
+
+def _scores(
+    task: Task, given: Candidates, state: RunState, world: World, score: Scores, *, inputs: bool
+) -> tuple[npt.NDArray[np.float64], Ints]:
+    """Scores of this rank's share and the samples they belong to; -inf where there is no image."""
+    classes = competing(task, world)
+    found, samples = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
+    for look in looks(given.samples, classes, state, world, inputs=inputs):
+        labels = _labels(look.sample, classes, world).to(look.logits.device)
+        found.append(np.where(look.valid, score(look, labels).double().cpu().numpy(), -np.inf))
+        samples.append(look.sample)
+    return np.concatenate(found), np.concatenate(samples)
+
+
+def _top_layer(task: Task, given: Candidates, state: RunState, world: World, *, prior_precision: float) -> TopLayer:
+    """The last layer's posterior on the task: a pass of its own, of which only the two factors stay."""
+    classes = competing(task, world)
+    moment: Tensor | None = None
+    curvature = torch.zeros(len(classes), len(classes), dtype=torch.float64)
+    count = torch.zeros(1, dtype=torch.float64)
+    for look in looks(given.samples, classes, state, world, inputs=True):
+        good = torch.from_numpy(look.valid).to(look.x.device)
+        x = look.x[good].double()
+        product = (x.T @ x).cpu()
+        moment = product if moment is None else moment + product
+        curvature += output_curvature(look.logits[good]).cpu()
+        count += len(x)
+    assert moment is not None, "a task has examples"
+    world.comm.sum_([moment, curvature, count])
+    return TopLayer.of(moment / count.clamp_min(1), curvature, prior_precision=prior_precision).to(state.engine.device)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """This rank's share of the task, in host memory until the choice is made.
+
+    sample: [share]; valid: [share] bool; x: [share, d] with the 1; logits: [share, K]; labels: [share] among the K
+    """
+
+    sample: Ints
+    valid: npt.NDArray[np.bool_]
+    x: Tensor
+    logits: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, task: Task, given: Candidates, state: RunState, world: World) -> _Share:
+        classes = competing(task, world)
+        seen = list(_on_host(looks(given.samples, classes, state, world, inputs=True)))
+        sample = np.concatenate([look.sample for look in seen])
+        return cls(
+            sample=sample,
+            valid=np.concatenate([look.valid for look in seen]),
+            x=torch.cat([look.x for look in seen]),
+            logits=torch.cat([look.logits for look in seen]),
+            labels=_labels(sample, classes, world),
+        )
+
+
+def _on_host(seen: Iterable[Look]) -> Iterator[Look]:
+    for look in seen:
+        yield replace(look, logits=look.logits.cpu(), x=look.x.cpu())
+
+
+def _labels(sample: Ints, classes: list[int], world: World) -> Tensor:
+    """Positions of the samples' classes among `classes`."""
+    return torch.from_numpy(np.searchsorted(classes, world.stream.labels("train")[sample]))
+
+
+def _reconstruction(
+    config: ReconstructionSelector, task: Task, given: Candidates, state: RunState, world: World
+) -> Choice:
+    """Matching, by class, of gradients of the last layer; see docs/memory.md for the objective."""
+    prior, comm = world.config.prior, world.comm
+    seen = _Share.of(task, given, state, world)
+    good = torch.from_numpy(seen.valid)
+    total = torch.stack([seen.x[good].double().square().sum(), good.double().sum()])
+    comm.sum_([total])
+    num_classes, inputs = seen.logits.shape[1], seen.x.shape[1]
+    residuals = Residuals.around(
+        num_classes=num_classes,
+        inputs=inputs,
+        probes=config.probes,
+        size=step_size(float(total[0] / total[1].clamp_min(1)), config.radius),
+        words=(*given.words, _PROBES),
+        true_labels=prior.replay > 0,
+    )
+    outputs = (config.probes + 1) * num_classes
+    words = (*given.words, _PROJECTION)
+    project = Projection.of(outputs=outputs, inputs=inputs, size=config.projection, words=words)
+    weight = prior.quadratic.weight
+    width = min(outputs * inputs, config.projection)
+
+    def vectors(part: slice) -> Tensor:
+        """[n, D], or [n, 2 D] with what the quadratic says of each example."""
+        logits, x = seen.logits[part], seen.x[part]
+        own = project(residuals(logits, x, seen.labels[part]), x)
+        return torch.cat([own, weight * project(residuals.first_order(logits, x), x)], dim=1) if weight else own
+
+    def pick(rows: Floats, keep: int) -> tuple[Ints, npt.NDArray[np.float64]]:
+        return matching(rows[:, :width], keep, ridge=config.ridge, given=rows[:, width:] if weight else None)
+
+    parts = [slice(start, start + _TOGETHER) for start in range(0, len(seen.x), _TOGETHER)]
+    empty = torch.zeros(0, 2 * width if weight else width)
+    gradients = torch.cat([empty, *map(vectors, parts)])
+    choice = by_class(gradients, seen.sample, seen.valid, given=given, comm=comm, pick=pick)
+    # Beside a quadratic an example stands for itself, whatever the size of the memory, unless the prior scales it up.
+    alone = weight > 0 and not prior.scale_to_task
+    return replace(choice, weight=choice.weight * len(given.samples) / max(given.keep, 1)) if alone else choice

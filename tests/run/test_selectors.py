@@ -1,0 +1,171 @@
+"""Whole tasks with every selector: what is kept is what its definition says, and trains."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpccl.checkpoint.store import Mark
+from hpccl.errors import ConfigError
+from hpccl.memory.store import Memory
+from hpccl.train.compose import Composer
+from hpccl.train.consolidate import select
+from hpccl.train.fit import fit
+from hpccl.train.score import looks
+from hpccl.train.state import RunState, World
+from hpccl.train.stop import Stopped
+from tests.run.method import learn, make_world, merged
+
+SELECTORS: list[dict[str, Any]] = [
+    {"kind": "uniform"},
+    {"kind": "reservoir"},
+    {"kind": "gini"},
+    {"kind": "gini", "sampled": True},
+    {"kind": "error"},
+    {"kind": "residual", "sampled": True},
+    {"kind": "leverage"},
+    {"kind": "sensitivity", "sampled": True},
+    {"kind": "herding"},
+    {"kind": "k_center"},
+    {"kind": "reconstruction"},
+    {"kind": "reconstruction", "projection": 64, "probes": 0},
+]
+
+
+KEPT = [31, 56, 64, 71, 78, 81, 142, 148, 159, 171, 176, 236]
+REPLAYED = [56, 71, 81, 148, 176, 236]
+
+
+def names(selector: dict[str, Any]) -> str:
+    return " ".join(map(str, selector.values()))
+
+
+def after(tasks: int, folder: Path, memory: dict[str, Any], **sections: Any) -> tuple[RunState, World]:
+    prior = {"replay": 0.5, "quadratic": {"weight": 1.0}}
+    state, world = make_world(merged({"memory": memory, "prior": prior, **sections}), folder)
+    learn(state, world, tasks)
+    return state, world
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=names)
+def test_two_tasks(tmp_path: Path, selector: dict[str, Any]) -> None:
+    state, world = after(2, tmp_path, {"size": 20, "selector": selector})
+    memory = state.prior.memory
+    assert memory.per_task(2) == [20, 20]
+    assert memory.replay.sum() == 20
+    assert bool((memory.weight >= 0).all())
+    assert bool(torch.isfinite(memory.soft).all())
+    for task in (0, 1):
+        own = memory.task == task
+        assert sorted(memory.rank[own].tolist()) == list(range(20))
+        assert torch.bincount(memory.label[own]).tolist()[-2:] == [10, 10]
+    if not selector.get("sampled") and selector["kind"] != "reconstruction":
+        assert memory.weight.unique().tolist() == [1.0]
+    assert world.stream.tasks[1].samples("train").start <= int(memory.sample.max())
+
+
+def test_uniform_keeps_what_it_always_kept(tmp_path: Path) -> None:
+    """Samples chosen by version 0 with seed 0."""
+    state, _ = after(1, tmp_path, {"size": 12})
+    assert state.prior.memory.sample.tolist() == KEPT
+    assert state.prior.memory.sample[state.prior.memory.replay].tolist() == REPLAYED
+
+
+def best(state: RunState, world: World, score: Any, keep: int) -> set[int]:
+    """The largest scores of the first task by class, from all its examples at once."""
+    task = world.stream.tasks[0]
+    samples = np.arange(len(task.samples("train")))
+    (look,) = looks(samples, [0, 1], state, world, inputs=True)
+    labels = torch.from_numpy(world.stream.labels("train")[samples])
+    scores = score(look, labels)
+    return {
+        int(sample)
+        for number in (0, 1)
+        for sample in samples[labels == number][(-scores[labels == number]).argsort(stable=True)[: keep // 2]]
+    }
+
+
+def test_scores_are_those_of_the_network_that_ends_the_task(tmp_path: Path) -> None:
+    state, world = after(1, tmp_path, {"size": 20, "selector": {"kind": "error"}})
+    nats = lambda look, labels: torch.nn.functional.cross_entropy(look.logits.double(), labels, reduction="none")  # noqa: E731 (read in place)
+    assert set(state.prior.memory.sample.tolist()) == best(state, world, nats, 20)
+
+
+def test_last_layer_inputs_make_the_logits(tmp_path: Path) -> None:
+    state, world = after(1, tmp_path, {"size": 4})
+    last = [layer for layer in state.engine.module.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    count = 0
+    for look in looks(np.arange(100), [0, 1], state, world, inputs=True):
+        weights = torch.cat([last.weight, last.bias[:, None]], dim=1)[:2]
+        torch.testing.assert_close(look.x @ weights.T, look.logits)
+        count += len(look.sample)
+    assert count == 100
+
+
+def test_weights_multiply_tau(tmp_path: Path) -> None:
+    state, world = after(1, tmp_path, {"size": 20, "selector": {"kind": "gini", "sampled": True}})
+    memory, task = state.prior.memory, world.stream.tasks[1]
+    assert len(memory.weight.unique()) > 5
+    config = merged({"memory": {"size": 20}, "prior": {"weight": 3.0, "scale_to_task": True}})
+    composer = Composer.build(config, world.stream, task, memory, teacher=None, device=torch.device("cpu"))
+    stands_for = len(world.stream.tasks[0].samples("train")) / 20
+    torch.testing.assert_close(composer.memory_weights(torch.arange(20)), 3.0 * stands_for * memory.weight)
+
+
+def test_a_total_is_shared_by_all_tasks(tmp_path: Path) -> None:
+    state, world = after(3, tmp_path, {"total": 24, "selector": {"kind": "herding"}})
+    memory = state.prior.memory
+    assert memory.per_task(3) == [8, 8, 8]
+    assert torch.bincount(memory.label).tolist() == [4] * 6
+    assert [int(memory.replay[memory.task == task].sum()) for task in range(3)] == [4, 4, 4]
+    # What is left of the first task are the first of its order, which was made when it ended.
+    alone, _ = after(1, tmp_path / "alone", {"total": 24, "selector": {"kind": "herding"}})
+    first = alone.prior.memory
+    assert first.per_task(1) == [24]
+    assert set(memory.sample[memory.task == 0].tolist()) == set(first.sample[first.rank < 8].tolist())
+    state.mark = Mark.at(3, "fit", 0)
+    assert fit(world.stream.tasks[3], state, world)
+
+
+def test_a_reservoir_of_all_tasks_is_a_uniform_sample_of_all(tmp_path: Path) -> None:
+    memory = {"total": 30, "selector": {"kind": "reservoir"}, "balanced": False}
+    state, world = after(3, tmp_path, memory)
+    kept = state.prior.memory
+    past = world.stream.tasks[2].samples("train").stop
+    from hpccl.memory.select import choose
+
+    expected = choose(np.zeros(past, np.int64), np.arange(past), keep=30, balanced=False, words=(0, 101))
+    assert sorted(kept.sample.tolist()) == expected.tolist()
+
+
+def test_a_fraction_follows_the_tasks_sizes(tmp_path: Path) -> None:
+    state, world = after(2, tmp_path, {"fraction": 0.1})
+    sizes = [len(task.samples("train")) for task in world.stream.tasks[:2]]
+    assert state.prior.memory.per_task(2) == [round(0.1 * size) for size in sizes]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_survives_a_checkpoint(tmp_path: Path, dtype: str) -> None:
+    state, world = after(1, tmp_path, {"size": 20, "dtype": dtype})
+    world.save(state, Mark.at(0, "done", 0))
+    assert state.prior.memory.soft.element_size() == 2
+    again = Memory.from_state_dict(state.prior.memory.state_dict())
+    assert again.soft.dtype == state.prior.memory.soft.dtype
+
+
+def test_the_run_can_be_stopped_while_it_looks(tmp_path: Path) -> None:
+    state, world = make_world(merged({"memory": {"size": 20, "selector": {"kind": "gini"}}}), tmp_path)
+    world.stop.reason = "signal 15"
+    with pytest.raises(Stopped):
+        select(world.stream.tasks[0], Memory.empty(), state, world)
+
+
+def test_a_network_without_a_linear_last_layer_is_refused(tmp_path: Path) -> None:
+    state, world = make_world(merged({"memory": {"size": 20, "selector": {"kind": "herding"}}}), tmp_path)
+    layers = [layer for layer in state.engine.module.modules() if isinstance(layer, torch.nn.Linear)]
+    layers[-1].register_forward_hook(lambda *arguments: arguments[2][:, :, None])  # no longer the logits
+    state.engine.module.register_forward_hook(lambda *arguments: arguments[2][:, :, 0])
+    with pytest.raises(ConfigError, match=r"looks at what goes into the last layer, which must be an nn\.Linear"):
+        select(world.stream.tasks[0], Memory.empty(), state, world)
