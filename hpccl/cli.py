@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -170,8 +171,20 @@ def _tell_submitted(submitted: Sequence[Submitted]) -> None:
         typer.echo(f"... and {len(submitted) - _LISTED} more, up to job {submitted[-1].id}: {submitted[-1].folder}")
     folders = [each.folder for each in submitted if each.kind != "done"]
     if folders:
-        where = folders[0] if len(folders) == 1 else os.path.commonpath(folders)
-        typer.echo(f"  hpccl status {where}\n  hpccl logs {folders[0]} --follow\n  hpccl cancel {where}", err=True)
+        where, one = _together(folders), shlex.quote(folders[0])
+        typer.echo(f"  hpccl status {where}\n  hpccl logs {one} --follow\n  hpccl cancel {where}", err=True)
+
+
+def _together(folders: Sequence[str]) -> str:
+    """The folder that holds these runs and no other, or all of their folders; as words of a shell."""
+    from hpccl.cluster.jobs import find_runs
+
+    above = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    if len(folders) > 1 and {os.path.abspath(run) for run in find_runs([Path(above)])} == set(
+        map(os.path.abspath, folders)
+    ):
+        return shlex.quote(above if os.path.isabs(folders[0]) else os.path.relpath(above))
+    return shlex.join(folders)
 
 
 Runs = Annotated[

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hpccl.cluster import background
 from hpccl.cluster.job import CommandJob, TrainJob
-from hpccl.cluster.prepare import prepare
+from hpccl.cluster.prepare import prepare, refuse_another
 from hpccl.cluster.queue import states
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.slurm import parameters, python_command, seconds
@@ -40,11 +40,13 @@ class Submitted:
 
     kind: `done` was there already and is not run again
     id: of the job; empty for `done`
+    kept: it was queued or running before
     """
 
     folder: str
     kind: Literal["slurm", "local", "done"]
     id: str = ""
+    kept: bool = False
 
 
 def submit(
@@ -68,13 +70,13 @@ def submit(
     todo = [config for config in configs if not _is_done(config)]
     live = _live(todo)
     if live and not keep_live:
-        path, (number, word) = next(iter(live.items()))
+        path, (there, word) = next(iter(live.items()))
         raise FolderError(
-            f"run '{path}' is job {number} already ({word}); wait for it (hpccl status {path}) or end it "
-            f"(hpccl cancel {path}) first"
+            f"run '{path}' is {'job' if there.kind == 'slurm' else 'process'} {there.id} already ({word}); wait for it "
+            f"(hpccl status {shlex.quote(path)}) or end it (hpccl cancel {shlex.quote(path)}) first"
         )
     found = {config.path: Submitted(config.path, "done") for config in configs}
-    found |= {path: Submitted(path, "slurm", number) for path, (number, _) in live.items()}
+    found |= {path: Submitted(path, there.kind, there.id, kept=True) for path, (there, _) in live.items()}
     todo = [config for config in todo if config.path not in live]
     folders = {config.path: prepare(config, argv) for config in todo}
     for cluster, group in _by_cluster(todo):
@@ -151,6 +153,12 @@ def _check_words(configs: Sequence[RunConfig]) -> None:
         cluster = config.cluster
         if not isinstance(cluster, SlurmCluster):
             continue
+        where = str(Path(config.path).absolute())
+        if "%" in where or "\\" in where:
+            raise ConfigError(
+                f"folder '{where}': SLURM reads % and \\ in the names of logs as marks of its own, and the job "
+                "would end without a word; set folder=... without them"
+            )
         least = cluster.save + _START_UP
         if seconds(cluster.time) <= least:
             raise ConfigError(
@@ -218,20 +226,30 @@ def _partitions() -> set[str]:
 
 
 def _is_done(config: RunConfig) -> bool:
+    """Raises FolderError where the run that is done is another one."""
+    refuse_another(config)
     folder = RunFolder(Path(config.path))
     return folder.events.exists() and any(event["event"] == "done" for event in read_events(folder.events))
 
 
-def _live(configs: Sequence[RunConfig]) -> dict[str, tuple[str, str]]:
-    """Runs whose newest job is queued or running, for two jobs must not train in one folder: its number and state."""
+def _live(configs: Sequence[RunConfig]) -> dict[str, tuple[JobRecord, str]]:
+    """Runs whose newest job is queued or running, for two jobs must not train in one folder: the job and its state."""
     newest = {config.path: read_records(RunFolder(Path(config.path)))[-1:] for config in configs}
-    queued = {path: record.id for path, records in newest.items() for record in records if record.kind == "slurm"}
-    if not queued or shutil.which("squeue") is None:
-        return {}
-    told = states(list(queued.values()))
-    return {
-        path: (number, told[number].word) for path, number in queued.items() if number in told and told[number].alive
-    }
+    records = {path: record for path, found in newest.items() for record in found}
+    queued = [record.id for record in records.values() if record.kind == "slurm"]
+    told = states(queued) if queued and shutil.which("squeue") is not None else {}
+    live = {}
+    for path, record in records.items():
+        if record.kind == "slurm" and record.id in told and told[record.id].alive:
+            live[path] = record, told[record.id].word
+        if record.kind == "local" and _runs_here(record):
+            live[path] = record, "running"
+    return live
+
+
+def _runs_here(record: JobRecord) -> bool:
+    here = record.host == os.uname().nodename
+    return here and record.id.isdecimal() and birth(int(record.id)) == record.born > 0
 
 
 # ---------------------------------------------------------------- submitit
