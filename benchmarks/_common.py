@@ -25,7 +25,7 @@ __all__ = [
     "versions",
 ]
 
-_PACKAGES = ("torch", "torchvision", "numpy", "timm", "pillow", "simplejpeg")
+_PACKAGES = ("torch", "torchvision", "numpy", "timm", "pillow", "simplejpeg", "opencv-python-headless", "webdataset")
 
 
 def machine() -> dict[str, Any]:

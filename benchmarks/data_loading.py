@@ -1,10 +1,15 @@
-"""How many images a second one core loads: hpccl from shards, against torchvision's way from an image folder.
+"""How many images a second one core loads: hpccl from shards, against others' ways to the same batches.
 
-Both make the same augmented batches of the same images in one process with one thread:
+All make augmented, normalised float32 batches of the same images in one process with one thread:
 
     small       32-px images, zero-padded crop and mirror; decoded once (when the stream is opened: that time is not in
                 the rate but in `opening_seconds`, for both splits) against ImageFolder + Pillow for every image
-    originals   ImageNet's JPEGs, random resized crop of 224 px (bicubic) and mirror; scaled decode against Pillow
+    originals   ImageNet's JPEGs, random resized crop of 224 px (bicubic) and mirror: ImageFolder + Pillow; webdataset +
+                torchvision's transforms, from the same shards; OpenCV (bilinear: its bicubic does not antialias)
+    reencoded   the same from shards whose longer side is at most 400 px (hpccl's, webdataset's), against ImageFolder +
+                Pillow from originals
+    resume      a stream of ImageNet's size (1.28 M images, 1000 classes; its shards repeat a few images) is opened and
+                the first batch from the middle of an epoch is made, by two decoding processes
 
 The files are in the page cache for both. Images come from --data, HPCCL_DATA or ../shared/data; where they are missing,
 similar ones are generated and the result says so.
@@ -15,11 +20,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import random
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -32,9 +39,11 @@ from benchmarks._common import interleaved, median_ratio, print_result
 from hpccl.compat import import_timm
 from hpccl.config.sections import CropFlip, DataConfig, Part, ShardStream, TimmAugment
 from hpccl.data.build import open_stream
-from hpccl.data.order import mix, permutation
+from hpccl.data.order import BatchPlan, mix, permutation
 from hpccl.data.rows import Request
 from hpccl.data.shards.build import build
+from hpccl.data.shards.encodings import Original, Reencode
+from hpccl.data.shards.manifest import Index, Manifest
 
 Run = Callable[[], int]
 ROOT = Path(__file__).parents[1]
@@ -60,24 +69,41 @@ def measure(folder: Path, data: Path, *, quick: bool) -> None:
     large, large_real = images_of(folder / "originals", data / "imagenet-originals.zip", 150, large_image)
     rates = {}
     opening = {}
-    for name, images in (("small", small), ("originals", large)):
+    for name, images in (("small", small), ("originals", large), ("reencoded", large)):
         for split in ("train", "test"):
-            build(images, folder / "shards" / name, split=split)
+            encoding = Reencode() if name == "reencoded" else Original()
+            build(images, folder / "shards" / name, split=split, encoding=encoding)
         start = time.perf_counter()
         ours = from_shards(folder, name)
         opening[name] = time.perf_counter() - start
         runs = {"hpccl": ours, "image_folder": from_image_folder(images, name)}
+        if name != "small":
+            runs |= {"webdataset": from_webdataset(folder / "shards" / name / "train")}
+        if name == "originals":
+            runs |= from_opencv(images)
         with one_core():
             rates[name] = interleaved(runs, 3 if quick else 7)
     for name, found in rates.items():
         for run, values in found.items():
             print(f"{name:10} {run:13} {median(values):10,.0f} images/s/core")
+    resume = resumed(folder, large, quick=quick)
     print_result(
         "data_loading",
         {
             "small_over_imagefolder": median_ratio(rates["small"], "hpccl", "image_folder"),
             "originals_over_pillow": median_ratio(rates["originals"], "hpccl", "image_folder"),
+            "originals_over_webdataset": median_ratio(rates["originals"], "hpccl", "webdataset"),
+            **(
+                {"originals_over_opencv": median_ratio(rates["originals"], "hpccl", "opencv")}
+                if "opencv" in rates["originals"]
+                else {}
+            ),
+            "reencoded_over_pillow": median_ratio(rates["reencoded"], "hpccl", "image_folder"),
+            "reencoded_over_webdataset": median_ratio(rates["reencoded"], "hpccl", "webdataset"),
+            "resume_first_batch_seconds": sum(resume.values()),
         },
+        resume_seconds={name: round(seconds, 3) for name, seconds in resume.items()},
+        load_average=os.getloadavg()[0],
         images_per_second_per_core={
             name: {run: round(median(values), 1) for run, values in found.items()} for name, found in rates.items()
         },
@@ -184,6 +210,101 @@ def from_image_folder(folder: Path, name: str) -> Run:
     images = datasets.ImageFolder(str(folder), transforms.Compose([*augment, *after]))
     loader = DataLoader(images, batch_size=BATCH, shuffle=True, num_workers=0)
     return lambda: sum(len(batch) for batch, _ in loader)
+
+
+def from_webdataset(shards: Path) -> Run:
+    """Load every image of hpccl's own shards once by webdataset and torchvision's transforms, as its users do."""
+    import webdataset
+    from torchvision import transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.5,) * 3, (0.5,) * 3),
+        ]
+    )
+    urls = sorted(str(path) for path in shards.glob("*.tar"))
+
+    def run() -> int:
+        images = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).decode("pil").to_tuple("jpg", "cls")
+        loader = DataLoader(images.map_tuple(transform, int).batched(BATCH), batch_size=None, num_workers=0)
+        return sum(len(batch) for batch, _ in loader)
+
+    return run
+
+
+def from_opencv(folder: Path) -> dict[str, Run]:
+    """Load every image once by OpenCV, if it is installed."""
+    try:
+        import cv2
+    except ImportError:
+        return {}
+    from torchvision import transforms
+
+    cv2.setNumThreads(1)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def view(path: Path) -> torch.Tensor:
+        pixels = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        shape = torch.empty(1).expand(1, *pixels.shape[:2])
+        top, left, rows, columns = transforms.RandomResizedCrop.get_params(shape, [0.08, 1.0], [0.75, 1.3333])
+        crop = cv2.resize(pixels[top : top + rows, left : left + columns], (224, 224), interpolation=cv2.INTER_LINEAR)
+        mirrored = crop[:, ::-1] if random.random() < 0.5 else crop
+        floats = (mirrored.astype(np.float32) / 255 - 0.5) / 0.5
+        return torch.from_numpy(floats).permute(2, 0, 1)
+
+    def run() -> int:
+        order = random.sample(paths, len(paths))
+        batches = (order[start : start + BATCH] for start in range(0, len(order), BATCH))
+        return sum(len(torch.stack([view(path) for path in batch])) for batch in batches)
+
+    return {"opencv": run}
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def resumed(folder: Path, images: Path, *, quick: bool) -> dict[str, float]:
+    """Seconds to open a stream of ImageNet's size, to plan, and to the first batch from the middle of an epoch."""
+    shards = folder / "shards" / "large"
+    for split, count in (("train", 128 if quick else 1281), ("test", 50)):
+        repeated(folder / "shards" / "originals" / "train", shards / split, classes=1000, count=count)
+    data = DataConfig(image_size=224, augment=TimmAugment(), workers=2, shuffle_window=64)
+    start = time.perf_counter()
+    stream = open_stream(ShardStream(parts=(Part(path=str(shards), tasks=10),), order="random"), data)
+    opened = time.perf_counter()
+    new = stream.tasks[3].samples("train")
+    groups = stream.groups("train")[new.start : new.stop]
+    plan = BatchPlan(len(new), 0, BATCH, 16, seed=0, task=3, window=64, groups=groups)
+    first = plan.num_steps // 2 + 7
+    batches = (plan.batch(step) for step in range(first, plan.num_steps))
+    loaded = stream.load(Request(new.start + batch.new, batch.view) for batch in batches)
+    next(loaded)
+    end = time.perf_counter()
+    loaded.close()
+    return {"open": opened - start, "first_batch": end - opened}
+
+
+def repeated(source: Path, out: Path, *, classes: int, count: int) -> None:
+    """Shards of `classes` classes with `count` images each, which are all the one image of a shard of `source`."""
+    manifest = Manifest.load(source)
+    index = Index.load(source, manifest)
+    out.mkdir(parents=True)
+    shards, rows = [], []
+    for label in range(classes):
+        number = label % len(manifest.shards)
+        shard = manifest.shards[number]
+        os.link(source / shard.file, out / f"c{label:04d}-000.tar")
+        shards.append(replace(shard, file=f"c{label:04d}-000.tar", class_name=f"n{label:04d}", samples=count))
+        width, height = index.size[number].tolist()
+        where = (index.extension[number].decode(), int(index.offset[number]), int(index.length[number]), width, height)
+        rows += [(f"n{label:04d}_{image}", *where) for image in range(count)]
+    num_bytes, digest = Index.of(rows).save(out)
+    names = tuple(f"n{label:04d}" for label in range(classes))
+    changed = replace(manifest, classes=names, shards=tuple(shards), index_bytes=num_bytes, index_sha256=digest)
+    replace(changed, split=out.name).save(out)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,9 @@ _STANDSTILLS = 5  # starts of a job at one place in the run; the next one is ref
 
 
 def in_step() -> bool:
-    """Whether this process is one of several tasks that SLURM started together, and not yet a rank of anything."""
-    return bool(from_slurm())
+    """Whether this process is a task that SLURM started to be a rank: one of several, or named so (HPCCL_STEP)."""
+    alone = os.environ.get("HPCCL_STEP") == "1" and "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ
+    return alone or bool(from_slurm())
 
 
 def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False) -> int:

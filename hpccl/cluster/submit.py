@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -84,7 +85,11 @@ def submit(
         if isinstance(cluster, SlurmCluster):
             jobs: list[Any] = [TrainJob(str(run.path), tuple(argv)) for run in runs]
             name, folder = group[0].name, _submission_folder(runs)
-            ids = _queue(jobs, cluster, name=name, folder=folder, dependency=dependency)
+            try:
+                ids = _queue(jobs, cluster, name=name, folder=folder, dependency=dependency)
+            except WorldError as error:
+                before = [each.id for each in found.values() if each.kind == "slurm" and not each.kept]
+                raise WorldError(f"{error}; queued before that: {', '.join(before)}" if before else str(error)) from error
             for run, number in zip(runs, ids, strict=True):
                 log = folder.absolute() / f"{number}_0_log.out"
                 write_record(run, JobRecord("slurm", number, time.time(), os.uname().nodename, log=str(log)))
@@ -116,15 +121,24 @@ def script(configs: Sequence[RunConfig], *, dependency: str | None = None) -> It
 def submit_command(
     arguments: Sequence[str], cluster: SlurmCluster, *, name: str, folder: Path, dependency: str | None = None
 ) -> str:
-    """Queue another hpccl command, such as `report`, as a job of one process; its number.
+    """Queue another hpccl command, such as `report`, as a job of one process without GPUs; its number.
+
+    One that is queued or running already, from the same folder, stays.
 
     Raises:
         ConfigError: the dependency is none, or the cluster has no such partition.
         WorldError: this is no machine of a cluster, or SLURM refused.
     """
     _check_site([cluster])
-    single = cluster.model_copy(update={"nodes": 1, "tasks": 1, "gpus": 0})
-    (number,) = _queue([CommandJob(tuple(arguments))], single, name=name, folder=folder, dependency=dependency)
+    record = RunFolder(folder)
+    live = _alive({name: each for each in read_records(record)[-1:]})
+    if name in live:
+        return live[name][0].id
+    single = cluster.model_copy(update={"nodes": 1, "tasks": 1, "gpus": 0, "restarts": min(cluster.restarts, 50)})
+    job = CommandJob(tuple(arguments))
+    (number,) = _queue([job], single, name=name, folder=folder, dependency=dependency, command=True)
+    log = folder.absolute() / f"{number}_0_log.out"
+    write_record(record, JobRecord("slurm", number, time.time(), os.uname().nodename, log=str(log)))
     return number
 
 
@@ -235,7 +249,11 @@ def _is_done(config: RunConfig) -> bool:
 def _live(configs: Sequence[RunConfig]) -> dict[str, tuple[JobRecord, str]]:
     """Runs whose newest job is queued or running, for two jobs must not train in one folder: the job and its state."""
     newest = {config.path: read_records(RunFolder(Path(config.path)))[-1:] for config in configs}
-    records = {path: record for path, found in newest.items() for record in found}
+    return _alive({path: record for path, found in newest.items() for record in found})
+
+
+def _alive(records: Mapping[str, JobRecord]) -> dict[str, tuple[JobRecord, str]]:
+    """Those whose job is queued or running, with its state."""
     queued = [record.id for record in records.values() if record.kind == "slurm"]
     told = states(queued) if queued and shutil.which("squeue") is not None else {}
     live = {}
@@ -270,14 +288,24 @@ def _submission_folder(runs: Sequence[RunFolder]) -> Path:
     return Path(os.path.commonpath([str(run.path.absolute()) for run in runs])) / "slurm"
 
 
-def _queue(jobs: Sequence[Any], cluster: SlurmCluster, *, name: str, folder: Path, dependency: str | None) -> list[str]:
+def _queue(
+    jobs: Sequence[Any],
+    cluster: SlurmCluster,
+    *,
+    name: str,
+    folder: Path,
+    dependency: str | None,
+    command: bool = False,
+) -> list[str]:
     """Raises WorldError where SLURM refuses."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
 
-    executor = _executor(cluster, name, folder, dependency)
+    executor = _executor(cluster, parameters(cluster, name=name, dependency=dependency, command=command), folder)
+    # The variables of a job are not for another one; SBATCH_ACCOUNT and the like of a login shell are.
+    outside = clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext()
     try:
-        with clean_env(), executor.batch():  # also from within a job, whose variables are not for this one
+        with outside, executor.batch():
             handles = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         words = re.sub(r"\s+", " ", str(error)).strip()
@@ -287,11 +315,11 @@ def _queue(jobs: Sequence[Any], cluster: SlurmCluster, *, name: str, folder: Pat
     return [handle.job_id for handle in handles]
 
 
-def _executor(cluster: SlurmCluster, name: str, folder: Path, dependency: str | None) -> SlurmExecutor:
+def _executor(cluster: SlurmCluster, told: Mapping[str, Any], folder: Path) -> SlurmExecutor:
     from submitit import SlurmExecutor
 
     executor = SlurmExecutor(folder=folder, python=python_command(cluster))
-    executor.update_parameters(**parameters(cluster, name=name, dependency=dependency))
+    executor.update_parameters(**told)
     return executor
 
 

@@ -23,6 +23,7 @@ Pixels = npt.NDArray[np.uint8]
 Keys = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
 
+_CACHED = 1 << 16  # numbers
 # What a hash of the key is for.
 _TOP, _LEFT, _MIRROR = range(1, 4)
 
@@ -103,10 +104,15 @@ class Normaliser:
         num, height, width, channels = images.shape
         out = np.empty(images.shape, dtype=np.float32)
         # One long row of repeated channels: an inner loop of 3 would not be vectorised.
-        pixels = out.reshape(num * height, width * channels)
-        pixels[:] = images.reshape(pixels.shape)
-        pixels *= np.tile(self.scale, width)
-        pixels += np.tile(self.shift, width)
+        pixels, given = (array.reshape(num * height, width * channels) for array in (out, images))
+        scale, shift = np.tile(self.scale, width), np.tile(self.shift, width)
+        # So many rows at a time as stay in a core's cache between the three passes.
+        step = max(_CACHED // max(width * channels, 1), 1)
+        for start in range(0, len(pixels), step):
+            rows = pixels[start : start + step]
+            rows[:] = given[start : start + step]
+            rows *= scale
+            rows += shift
         return torch.from_numpy(out).permute(0, 3, 1, 2)
 
     def on_device(self, images: Tensor) -> Tensor:

@@ -150,9 +150,11 @@ class _Opened:
     @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
         """[k, 2] the different (width, height) of its images; (0, 0) stands for an unknown one."""
-        sizes = np.unique(np.concatenate([np.asarray(shards.sizes) for shards in self.splits.values()]), axis=0)
-        known: npt.NDArray[np.int64] = sizes[sizes.min(axis=1) > 0].astype(np.int64)
-        return known
+        sizes = np.concatenate([np.asarray(shards.sizes, dtype=np.int64) for shards in self.splits.values()])
+        # Pairs as one number: a million of them are unique in no time.
+        found = np.unique(sizes[:, 0] << 32 | sizes[:, 1])
+        known: npt.NDArray[np.int64] = np.stack([found >> 32, found & 0xFFFFFFFF], axis=1)
+        return known.compress(known.min(axis=1) > 0, axis=0)
 
 
 def _open_shards(stream: ShardStream, data: DataConfig) -> ImageStream:

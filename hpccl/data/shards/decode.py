@@ -161,7 +161,8 @@ def _crop_and_resize(pixels: Pixels, box: Box, size: tuple[int, int], interpolat
         return np.ascontiguousarray(crop)
     if whole and interpolation in ("bilinear", "bicubic"):
         # Contiguous, so that the result is in the same order and need not be turned; writable, or torch warns.
-        planes = torch.from_numpy(np.require(crop, requirements=["C", "W"])).permute(2, 0, 1)[None]
+        # The batch's axis is added first: added last, its stride hides from torch that channels lie together.
+        planes = torch.from_numpy(np.require(crop, requirements=["C", "W"])[None]).permute(0, 3, 1, 2)
         result = functional.interpolate(planes, size, mode=interpolation, antialias=True, align_corners=False)
         return np.ascontiguousarray(result[0].permute(1, 2, 0).numpy())
     inside = (

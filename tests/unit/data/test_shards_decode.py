@@ -136,3 +136,17 @@ def test_reencode_bounds_the_longer_side() -> None:
     reference = Image.fromarray(decode(large, "x")).resize((64, 43), Image.Resampling.LANCZOS)
     assert np.abs(decode(stored.data, "x").astype(int) - np.asarray(reference)).mean() < 4
     assert image_format(encode(image_bytes(pixels(1), "png"), "x", Reencode()).data) == "jpg"
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resizing_is_antialiased_as_in_floats(interpolation: Interpolation) -> None:
+    """Against the same filter in float64: one level, from rounding after each of the two passes."""
+    rng = np.random.default_rng(0)
+    for size in ((30, 40), (64, 50), (100, 130)):
+        image = rng.integers(64, 192, (77, 90, 3), dtype=np.uint8)  # far from where the first pass would be clipped
+        planes = torch.from_numpy(image).double().permute(2, 0, 1)[None]
+        exact = torch.nn.functional.interpolate(planes, size, mode=interpolation, antialias=True, align_corners=False)
+        wanted = exact[0].permute(1, 2, 0).clamp(0, 255).numpy()
+        made = resize(image, size, interpolation)
+        assert made.flags.c_contiguous
+        assert np.abs(made - wanted).max() <= 1.6
