@@ -327,11 +327,6 @@ def show_curvature(
 # ---------------------------------------------------------------- memory
 
 
-@memory.callback()
-def _memory_options() -> None:
-    """Keeps `map` a word of its own while it is the only command."""
-
-
 @memory.command("map")
 def map_memory(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
@@ -367,6 +362,53 @@ def map_memory(
     )
     page = write_memory_map(found, out or run / "memory_map")
     typer.echo(json.dumps(summary(found), indent=2, allow_nan=False) if as_json else str(page))
+
+
+@memory.command("reconstruct")
+def reconstruct_memory(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    *,
+    sizes: Annotated[str, typer.Option(help="Examples kept of each task, as in 50,100.")] = "50,100,200",
+    selectors: Annotated[
+        str | None, typer.Option(help="Kinds of memory.selector, as in uniform,gini+sampled; all if not given.")
+    ] = None,
+    task: Annotated[
+        int | None, typer.Option(help="Choose after this task, counted from 0; the last with a next one if not given.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="On the way to the weights after the next task.")] = 5,
+    past: Annotated[
+        float | None, typer.Option(help="Share of the past that gives the true gradient; as log.reconstruction, or 1.")
+    ] = None,
+    fraction: Annotated[
+        float, typer.Option(help="Measure curvature anew, without each memory, on so much of the rest; 0: the run's.")
+    ] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; RUN/reconstruction if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
+) -> None:
+    """How well each selector's memory would have reconstructed the gradient of the past on the way to the next task."""
+    from hpccl.report.reconstruction import markdown, write_reconstruction
+    from hpccl.train.memory_reconstruct import SELECTORS
+    from hpccl.train.memory_reconstruct import reconstruct_memory as find
+
+    found = find(
+        run,
+        sizes=_numbers(sizes),
+        selectors=SELECTORS if selectors is None else selectors.split(","),
+        task=task,
+        points=points,
+        past=past,
+        fraction=fraction,
+    )
+    page = write_reconstruction(found, out or run / "reconstruction")
+    typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False) if as_json else f"{markdown(found)}\n{page}")
+
+
+def _numbers(text: str) -> list[int]:
+    """Raises ConfigError."""
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--sizes {text}: whole numbers with commas between them, as in 50,100") from error
 
 
 # ---------------------------------------------------------------- shards

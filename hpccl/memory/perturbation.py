@@ -147,7 +147,8 @@ def _newton(root: Tensor, curvature: Tensor, error: Tensor) -> Tensor:
     """The same for v = root root'."""
     inner, turned = torch.linalg.eigh(root.mT @ curvature @ root)
     along = turned.mT @ (root.mT @ error[..., None])
-    return (root @ (turned @ (along / (1 - inner.clamp(max=_LARGEST))[..., None]))).squeeze(-1)
+    found: Tensor = root @ (turned @ (along / (1 - inner.clamp(max=_LARGEST))[..., None]))
+    return found.squeeze(-1)
 
 
 def best_prior_precision(values: Tensor, square: float) -> float:

@@ -49,8 +49,8 @@ class MemoryMap:
     """What is known of a run's training examples at one checkpoint; values of `table` are [n], one an example.
 
     names: [n] of the examples
-    table: sample, task, label, in_memory, error, nats, variance, leverage, sensitivity, sensitivity_diagonal, left_out and perhaps
-        left_out_newton (`hpccl.memory.perturbation`)
+    table: sample, task, label, in_memory, error, nats, variance, leverage, sensitivity, sensitivity_diagonal,
+        left_out and perhaps left_out_newton (`hpccl.memory.perturbation`)
     num_seen: training examples of the tasks so far, of which the table may be a uniform sample
     tasks, classes, memory: rows of the page's tables
     pictures: by sample, uint8 [h, w, 1 or 3]

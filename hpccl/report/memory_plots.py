@@ -13,7 +13,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
 from hpccl.report.plots import COLOURS, INK, STYLE, legend, new_axes
 
-__all__ = ["classes", "left_out", "memory", "scatter"]
+__all__ = ["classes", "left_out", "memory", "reconstruction", "scatter"]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
@@ -62,7 +62,7 @@ def scatter(table: Mapping[str, npt.NDArray[Any]], column: str, x_label: str, pi
 def left_out(tasks: Sequence[Mapping[str, Any]]) -> Figure:
     """By task, the NLL of training data, the estimates without test data, and the measured one."""
     figure, axes = new_axes(x="task", y="NLL / nats")
-    names = {
+    names: dict[str, tuple[str, dict[str, Any]]] = {
         "train_nats": ("training data", {"color": COLOURS[4], "lw": 1.1}),
         "left_out": ("one left out", {"color": COLOURS[0], "lw": 1.4}),
         "left_out_newton": ("one left out, Newton", {"color": COLOURS[1], "lw": 1.4}),
@@ -128,3 +128,28 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _rgb(picture: Pixels) -> Pixels:
     return np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
+
+
+def reconstruction(rows: Sequence[Mapping[str, Any]], x_label: str) -> Figure:
+    """Error of the gradient and of its change along the path, a column for each size and a line for each selector."""
+    sizes = sorted({row["size"] for row in rows if row["selector"] != "run"} or {row["size"] for row in rows})
+    selectors = list(dict.fromkeys(row["selector"] for row in rows))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1.6 + 3.4 * len(sizes), 5.2))
+        panels = figure.subplots(2, len(sizes), squeeze=False, sharex=True, sharey="row")
+    for column, number in enumerate(sizes):
+        for line, (key, label) in enumerate((("relative_error", "relative error"), ("change_error", "of the change"))):
+            axes = panels[line, column]
+            for place, selector in enumerate(selectors):
+                own = selector == "run"  # of one size, shown beside all
+                here = [row for row in rows if row["selector"] == selector and (own or row["size"] == number)]
+                y = [np.nan if row[key] is None else row[key] for row in here]
+                style: dict[str, Any] = {"color": INK, "ls": ":"} if own else {"color": COLOURS[place % len(COLOURS)]}
+                marker = ("o", "s", "^")[place // len(COLOURS) % 3]
+                axes.plot([row["share"] for row in here], y, marker=marker, ms=3, lw=1.1, label=selector, **style)
+            axes.grid(visible=True, axis="y")
+            panels[line, 0].set_ylabel(label)
+        panels[0, column].set_title(f"{number} examples of a task", fontsize=9)
+        panels[1, column].set_xlabel(x_label, fontsize=8)
+    legend(panels[0, -1])
+    return figure

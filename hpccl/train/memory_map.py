@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, assert_never
 
@@ -49,6 +49,7 @@ Kind: TypeAlias = Literal["last_layer", "kronecker", "diagonal"]
 
 _FEW = 2000  # examples of the map, unless told otherwise, where each needs the Jacobian of the whole network
 _LARGEST = 4 << 30  # bytes of one image's Jacobian by one layer, with the copies that are made of it
+_BY_CLASS = 1 << 26  # numbers of the factors of each class alone
 _SUBSAMPLE, _CURVATURE = 105, 106
 
 
@@ -73,7 +74,7 @@ class _Found:
     """What one group's pass over its examples found.
 
     sample: [n]; columns: [n] by name
-    removed: by class, mean nats of its examples if none of them had been learned, to first order
+    removed: by class, mean nats of its examples if none of them had been learned, after one Newton step
     """
 
     sample: Ints
@@ -182,21 +183,19 @@ def _by_last_layer(
         ) from error
     with contextlib.ExitStack() as stack:
         spools = [stack.enter_context(_Spool.of(group, state, world)) for group in groups]
-        posteriors = [spool.posterior() for spool in spools]
+        factors = [spool.factors() for spool in spools]
         delta = prior_precision
         if delta is None:
+            posteriors = [each.posterior(1.0) for each in factors]
             values = [torch.outer(each.inputs, each.outputs).flatten() for each in posteriors]
             delta = best_prior_precision(torch.cat(values), _square(layer, spools))
-        found = []
-        for spool, each in zip(spools, posteriors, strict=True):
-            found.append(spool.scored(replace(each, prior_precision=delta)))
-    return found, delta
+        return [spool.scored(each, delta) for spool, each in zip(spools, factors, strict=True)], delta
 
 
 def _square(layer: nn.Linear, spools: Sequence[_Spool]) -> float:
     """|w|^2 of the competing rows."""
     rows = sorted({number for spool in spools for number in spool.classes})
-    weights = [layer.weight[rows], *([layer.bias[rows]] if layer.bias is not None else [])]
+    weights = [value[rows] for value in layer.parameters()]  # a bias may be absent
     return sum(float(value.detach().double().square().sum()) for value in weights)
 
 
@@ -244,32 +243,73 @@ class _Spool:
             labels = torch.from_numpy(self.labels[start : start + size])
             yield part[:, : len(self.classes)], part[:, len(self.classes) :], labels
 
-    def posterior(self) -> TopLayer:
-        """With a prior precision that is to be replaced."""
-        moment, curvature = torch.zeros(0), torch.zeros(0)
-        for logits, x, _ in self._parts():
-            product = x.double().T @ x.double()
-            moment = product if not moment.numel() else moment + product
-            more = output_curvature(logits)
-            curvature = more if not curvature.numel() else curvature + more
-        return TopLayer.of(moment / len(self.sample), curvature * self.scale, prior_precision=1.0)
+    def factors(self) -> _Factors:
+        """Sums over the examples of each class, or of all at once if those would be too large."""
+        _, inputs = self._widths()
+        by_class = len(self.classes) * inputs**2 <= _BY_CLASS
+        count = len(self.classes) if by_class else 1
+        moments = torch.zeros(count, inputs, inputs, dtype=torch.float64)
+        curvatures = torch.zeros(count, len(self.classes), len(self.classes), dtype=torch.float64)
+        for logits, x, labels in self._parts():
+            group = labels if by_class else torch.zeros_like(labels)
+            for number in group.unique().tolist():
+                own = group == number
+                moments[number] += x[own].double().T @ x[own].double()
+                curvatures[number] += output_curvature(logits[own])
+        sizes = np.bincount(self.labels, minlength=count) if by_class else np.array([len(self.labels)])
+        return _Factors(moments, curvatures, torch.from_numpy(sizes), self.scale)
 
-    def scored(self, layer: TopLayer) -> _Found:
+    def scored(self, factors: _Factors, prior_precision: float) -> _Found:
+        """Every example's figures, and what every class would lose."""
+        layer = factors.posterior(prior_precision)
         columns: list[dict[str, Tensor]] = []
-        gradient = torch.zeros(len(self.classes), len(self.classes), len(layer.inputs), dtype=torch.float64)
+        gradient = torch.zeros(len(self.classes), *self._widths(), dtype=torch.float64)
         for logits, x, labels in self._parts():
             columns.append(perturbed(logits, labels, top_layer_variance(x, layer)).columns())
             _add_gradients(gradient, logits, x, labels)
-        steps = torch.stack([layer.solve(each * self.scale) for each in gradient])
+        steps = torch.stack(
+            [
+                factors.posterior(prior_precision, without=number).solve(each * self.scale)
+                for number, each in enumerate(gradient)
+            ]
+        )
         return _Found(self.sample, _joined(columns), self._removed(steps))
+
+    def _widths(self) -> tuple[int, int]:
+        """K and d."""
+        width = self.path.stat().st_size // (4 * len(self.sample))
+        return len(self.classes), width - len(self.classes)
 
     def _removed(self, steps: Tensor) -> dict[int, float]:
         total, count = np.zeros(len(self.classes)), np.bincount(self.labels, minlength=len(self.classes))
         for logits, x, labels in self._parts():
-            moved = logits.double() + torch.einsum("nd,nkd->nk", x.double(), steps[labels])
-            nats = torch.nn.functional.cross_entropy(moved, labels, reduction="none")
-            np.add.at(total, labels.numpy(), nats.numpy())
+            for number in labels.unique().tolist():
+                own = labels == number
+                moved = logits[own].double() + x[own].double() @ steps[number].T
+                total[number] += float(torch.nn.functional.cross_entropy(moved, labels[own], reduction="sum"))
         return {number: float(total[k] / count[k]) for k, number in enumerate(self.classes) if count[k]}
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Of the last layer's curvature, by class of the examples: [G, d, d] and [G, K, K], and their numbers [G].
+
+    G is 1 where they are not kept apart.
+    """
+
+    moments: Tensor
+    curvatures: Tensor
+    sizes: Tensor
+    scale: float
+
+    def posterior(self, prior_precision: float, *, without: int | None = None) -> TopLayer:
+        """That of all examples, or of those of other classes as far as they are kept apart."""
+        kept = torch.ones(len(self.sizes), dtype=torch.float64)
+        if without is not None and len(kept) > 1:
+            kept[without] = 0
+        moment = torch.einsum("g,gij->ij", kept, self.moments) / (kept * self.sizes).sum().clamp_min(1)
+        curvature = torch.einsum("g,gkl->kl", kept, self.curvatures) * self.scale
+        return TopLayer.of(moment, curvature, prior_precision=prior_precision)
 
 
 def _add_gradients(total: Tensor, logits: Tensor, x: Tensor, labels: Tensor) -> None:
