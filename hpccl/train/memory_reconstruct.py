@@ -6,8 +6,8 @@ t, which also gives the soft labels. Then, at points on the way to the weights a
     total:  soft + replay (that memory, as the run's configuration weighs it) + quadratic
 
 is compared with the true gradient of the past (`hpccl.prior.reconstruct`), and its change since task t ended with the
-change of the true one. Weights are those of checkpoints within task t + 1 where they were kept, and otherwise a straight
-line. The quadratic is the run's, or measured anew without each memory's examples. (Daxberger et al. 2023.)
+change of the true one. Weights are those of checkpoints within task t + 1 where they were kept, and otherwise a
+straight line. The quadratic is the run's, or measured anew without each memory's examples. (Daxberger et al. 2023.)
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def reconstruct_memory(
     """
     _check(sizes, selectors, points=points, past=past, fraction=fraction)
     start, end = _ends(RunFolder(path), task)
-    with reopened(path, task=start.task) as (state, world), tempfile.TemporaryDirectory(prefix="hpccl-") as scratch:
-        world = replace(world, folder=RunFolder(Path(scratch)))  # choosing leaves pictures behind
+    with reopened(path, task=start.task) as (state, there), tempfile.TemporaryDirectory(prefix="hpccl-") as scratch:
+        world = replace(there, folder=RunFolder(Path(scratch)))  # choosing leaves pictures behind
         following = world.stream.tasks[start.task + 1]
         anchor = wholes(state.engine.gather())
         candidates = list(_candidates(sizes, selectors, fraction, state, world))
@@ -119,7 +119,7 @@ def reconstruct_memory(
             if fraction == 0
             else f"measured anew, fraction {fraction:g}",
             straight=all(point.step is None for point in track),
-            rows=list(_rows(following, candidates, anchor, track, share, state, world)),
+            rows=list(_Comparison(following, share, state, world).rows(candidates, anchor, track)),
         )
 
 
@@ -224,40 +224,45 @@ def _chosen(learned: Sequence[Task], own: Prior, fraction: float, state: RunStat
 # ---------------------------------------------------------------- the comparison
 
 
-def _rows(
-    task: Task,
-    candidates: Sequence[_Candidate],
-    anchor: Weights,
-    track: Sequence[_Point],
-    share: float,
-    state: RunState,
-    world: World,
-) -> Iterator[dict[str, Any]]:
-    """One a point and candidate."""
-    state.engine.put(anchor)
-    before = true_gradient(task, share, state, world)
-    totals = [prior_gradients(task, each.prior, state, each.world)["total"] for each in candidates]
-    for number, point in enumerate(track):
-        state.engine.put(point.weights)
-        true = true_gradient(task, share, state, world)
-        for each, at_anchor in zip(candidates, totals, strict=True):
-            total = prior_gradients(task, each.prior, state, each.world)["total"]
-            errors, true_norm = compare_gradients(true, {"total": total}, world.comm)
-            change, _ = compare_gradients(_less(true, before), {"total": _less(total, at_anchor)}, world.comm)
-            found = {
-                **errors["total"],
-                "change_cosine": change["total"]["cosine"],
-                "change_error": change["total"]["relative_error"],
-                "true_norm": true_norm,
-            }
-            yield {
-                "selector": each.selector,
-                "size": each.size,
-                "point": number + 1,
-                "share": point.share,
-                "step": point.step,
-                **{name: value if math.isfinite(value) else None for name, value in found.items()},
-            }
+@dataclass(frozen=True)
+class _Comparison:
+    """Of priors with the true gradient of the tasks before `task`, from a `share` of their examples."""
+
+    task: Task
+    share: float
+    state: RunState
+    world: World
+
+    def rows(
+        self, candidates: Sequence[_Candidate], anchor: Weights, track: Sequence[_Point]
+    ) -> Iterator[dict[str, Any]]:
+        """One a point and candidate."""
+        before, totals = self._gradients(candidates, anchor)
+        for number, point in enumerate(track):
+            true, there = self._gradients(candidates, point.weights)
+            for each, total, at_anchor in zip(candidates, there, totals, strict=True):
+                errors, true_norm = compare_gradients(true, {"": total}, self.world.comm)
+                change, _ = compare_gradients(_less(true, before), {"": _less(total, at_anchor)}, self.world.comm)
+                figures = {
+                    **errors[""],
+                    "change_cosine": change[""]["cosine"],
+                    "change_error": change[""]["relative_error"],
+                    "true_norm": true_norm,
+                }
+                yield {
+                    "selector": each.selector,
+                    "size": each.size,
+                    "point": number + 1,
+                    "share": point.share,
+                    "step": point.step,
+                    **{name: value if math.isfinite(value) else None for name, value in figures.items()},
+                }
+
+    def _gradients(self, candidates: Sequence[_Candidate], weights: Weights) -> tuple[Gradient, list[Gradient]]:
+        """The true one and every candidate's, at some weights."""
+        self.state.engine.put(weights)
+        totals = [prior_gradients(self.task, each.prior, self.state, each.world)["total"] for each in candidates]
+        return true_gradient(self.task, self.share, self.state, self.world), totals
 
 
 def _less(one: Gradient, other: Gradient) -> Gradient:
