@@ -107,12 +107,15 @@ def _cells(found: Reconstruction) -> list[list[str]]:
 def _notes(found: Reconstruction) -> list[str]:
     points = len({row["point"] for row in found.rows})
     path = "a straight line" if found.straight else "checkpoints"
-    return [
+    where = (
         f"{found.run}: memory chosen after task {found.task + 1}; means over {points} points on the way to the weights "
-        f"after task {found.task + 2} ({path}).",
+        f"after task {found.task + 2} ({path})."
+    )
+    what = (
         f"True gradient of {100 * found.past:g} % of the past; curvature: {found.curvature}. "
-        "The selector `run` is the memory that the run trained with.",
-    ]
+        "The selector `run` is the memory that the run trained with."
+    )
+    return [where, what]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -14,7 +14,7 @@ from hpccl.report.reconstruction import FIGURES
 from hpccl.train.memory_reconstruct import OWN, reconstruct_memory
 from tests.run.command import events, finish, start
 
-SETTINGS = ("stream.tasks=3", "train.epochs=3", "log.reconstruction=0.5", "cluster.threads=1")
+SETTINGS = ("train.epochs=3", "log.reconstruction=0.5", "cluster.threads=1")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def replayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Replay alone, everything counting once; no checkpoints within tasks."""
     folder = tmp_path_factory.mktemp("run") / "replay"
     settings = ("memory.size=40", "prior.replay=1.0", "prior.quadratic.weight=0", "checkpoint.every=0")
-    code, said = finish(start(folder, *SETTINGS, "stream.tasks=5", *settings, "train.epochs=1"))
+    code, said = finish(start(folder, *SETTINGS, *settings))
     assert code == 0, said
     return folder
 
@@ -82,7 +82,7 @@ def test_curvature_may_be_measured_anew(run: Path) -> None:
 def test_points_are_checkpoints_where_they_were_kept(run: Path) -> None:
     found = reconstruct_memory(run, sizes=[5], selectors=["uniform"], points=2)
     steps = sorted({row["step"] for row in found.rows})
-    assert found.task == 1
+    assert found.task == 3
     assert not found.straight
     assert len(steps) == 2
     assert steps[0] % 7 == 0
@@ -115,8 +115,8 @@ def test_the_command_writes_files(run: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_done_says_why(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="is not a run folder"):
         reconstruct_memory(tmp_path)
-    with pytest.raises(FolderError, match=r"not ended both task 2 and the next; --task may be 0, 1 "):
-        reconstruct_memory(run, task=2)
+    with pytest.raises(FolderError, match=r"not ended both task 4 and the next; --task may be 0, 1, 2, 3 "):
+        reconstruct_memory(run, task=4)
     with pytest.raises(ConfigError, match="--selectors best: allowed are uniform, gini"):
         reconstruct_memory(run, selectors=["best"])
     with pytest.raises(ConfigError, match="--sizes 0: at least one number, each at least 1"):
