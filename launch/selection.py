@@ -2,10 +2,10 @@
 
     python launch/selection.py [--jobs 2] [--quick]
 
-Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done is
-not repeated and one that was killed continues, so start it again at any time. Each seed's first task is trained once and
-shared. In the end: the comparison of all runs, and how well each selector reconstructs the gradient of the past on the
-trajectory of each seed's uniform run.
+Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
+is not repeated and one that was killed continues, so start it again at any time. Each seed's first task is trained once
+and shared. In the end: the comparison of all runs, and how well each selector reconstructs the gradient of the past on
+the trajectory of each seed's uniform run.
 """
 
 from __future__ import annotations

@@ -139,26 +139,28 @@ def _check(sizes: Sequence[int], selectors: Sequence[str], *, points: int, past:
 
 
 def _ends(folder: RunFolder, task: int | None) -> tuple[Mark, Mark]:
-    """Checkpoints at the end of task t and t + 1."""
+    """The checkpoint at the end of task t, and the newest of task t + 1, which may be going on."""
     find_checkpoint(folder, None)
+    newest = {mark.task: mark for mark in marks(folder.checkpoints)}
     ended = {mark.task: mark for mark in marks(folder.checkpoints) if mark.phase == "done"}
-    able = sorted(number for number in ended if number + 1 in ended)
+    able = sorted(number for number in ended if number + 1 in newest)
     chosen = task if task is not None else able[-1] if able else None
     if chosen is None or chosen not in able:
-        wanted = "no two tasks that follow each other" if task is None else f"not ended both task {task} and the next"
+        wanted = (
+            "no task with a next one" if task is None else f"no checkpoint both at the end of task {task} and after it"
+        )
         raise FolderError(
             f"'{folder.path}' has {wanted}; --task may be {', '.join(map(str, able)) or 'none yet'} (counted from 0)"
         )
-    return ended[chosen], ended[chosen + 1]
+    return ended[chosen], newest[chosen + 1]
 
 
 def _path(folder: RunFolder, end: Mark, anchor: Weights, points: int) -> list[_Point]:
-    """Checkpoints within the task, evenly thinned to so many, or a straight line; always with the end."""
+    """Checkpoints within the task, evenly thinned to at most so many, or a straight line; always with the end."""
     last = _weights(folder, end)
-    within = [mark for mark in marks(folder.checkpoints) if mark.task == end.task and mark.phase == "fit"]
+    within = [mark for mark in marks(folder.checkpoints) if mark.task == end.task and mark.step < end.step]
     if within:
-        few = [within[round((k + 1) * len(within) / points) - 1] for k in range(points - 1)] if points > 1 else []
-        few = [mark for number, mark in enumerate(few) if mark not in few[:number] and mark.step < end.step]
+        few = within[:: -(-len(within) // (points - 1))] if points > 1 else []
         found = [_Point(_weights(folder, mark), mark.step / end.step, mark.step) for mark in few]
         return [*found, _Point(last, 1.0, end.step)]
     return [_Point(_between(anchor, last, (k + 1) / points), (k + 1) / points, None) for k in range(points)]

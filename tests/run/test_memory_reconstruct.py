@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from hpccl.checkpoint.store import Mark
 from hpccl.cli import app
+from hpccl.config.load import dump
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.reconstruction import FIGURES
+from hpccl.train.fit import fit
 from hpccl.train.memory_reconstruct import OWN, reconstruct_memory
 from tests.run.command import events, finish, start
+from tests.run.method import learn, make_world, merged
 
 SETTINGS = ("train.epochs=3", "log.reconstruction=0.5", "cluster.threads=1")
 
@@ -30,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def replayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Replay alone, everything counting once; no checkpoints within tasks."""
     folder = tmp_path_factory.mktemp("run") / "replay"
-    settings = ("memory.size=40", "prior.replay=1.0", "prior.quadratic.weight=0", "checkpoint.every=0")
+    settings = ("memory.size=40", "prior.replay=1.0", "prior.quadratic.weight=0", "prior.temperature=1.0")
     code, said = finish(start(folder, *SETTINGS, *settings))
     assert code == 0, said
     return folder
@@ -79,13 +83,18 @@ def test_curvature_may_be_measured_anew(run: Path) -> None:
     assert found.rows[-1]["relative_error"] is not None
 
 
-def test_points_are_checkpoints_where_they_were_kept(run: Path) -> None:
-    found = reconstruct_memory(run, sizes=[5], selectors=["uniform"], points=2)
-    steps = sorted({row["step"] for row in found.rows})
-    assert found.task == 3
+def test_points_are_checkpoints_where_they_were_kept(tmp_path: Path) -> None:
+    """They are while a task is being learned."""
+    config = merged({"memory": {"size": 20}, "checkpoint": {"every": 5, "keep": 9}})
+    state, world = make_world(config, tmp_path)
+    world.folder.config.write_text(dump(config))
+    learn(state, world, 1)
+    world.save(state, Mark.at(0, "done", 15))
+    state.mark = Mark.at(1, "fit", 0)
+    assert fit(world.stream.tasks[1], state, world)
+    found = reconstruct_memory(tmp_path, sizes=[5], selectors=["uniform"], points=3)
     assert not found.straight
-    assert len(steps) == 2
-    assert steps[0] % 7 == 0
+    assert [row["step"] for row in found.rows if row["selector"] == "uniform"] == [5, 10, 15]
     assert found.rows[-1]["share"] == 1
 
 
@@ -115,7 +124,9 @@ def test_the_command_writes_files(run: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_done_says_why(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="is not a run folder"):
         reconstruct_memory(tmp_path)
-    with pytest.raises(FolderError, match=r"not ended both task 4 and the next; --task may be 0, 1, 2, 3 "):
+    with pytest.raises(
+        FolderError, match=r"no checkpoint both at the end of task 4 and after it; --task may be 0, 1, 2, 3 "
+    ):
         reconstruct_memory(run, task=4)
     with pytest.raises(ConfigError, match="--selectors best: allowed are uniform, gini"):
         reconstruct_memory(run, selectors=["best"])
