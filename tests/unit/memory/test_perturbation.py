@@ -84,12 +84,13 @@ class Softmax:
     def fit(self, keep: Tensor | None = None) -> Tensor:
         keep = torch.ones(len(self.x), dtype=torch.float64) if keep is None else keep
         weights = torch.zeros(self.classes, self.x.shape[1], dtype=torch.float64)
+        step = weights
         for _ in range(30):
             error = self.probabilities(weights) - functional.one_hot(self.labels, self.classes)
             gradient = (keep[:, None] * error).T @ self.x + self.delta * weights
             step = torch.linalg.solve(self.precision(weights, keep), gradient.flatten())
             weights = weights - step.view_as(weights)
-        assert float(gradient.abs().max()) < 1e-9
+        assert float(step.abs().max()) < 1e-9
         return weights
 
     def variance(self, weights: Tensor) -> Tensor:
