@@ -10,10 +10,10 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev,deepspeed
+EXTRAS := dev,deepspeed,slurm
 ARGS :=
 
-.PHONY: help venv quickstart test test-slow lint format bench clean
+.PHONY: help venv quickstart test test-slow slurm-test lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -36,6 +36,10 @@ test: $(STAMP) ## the fast tests; ARGS= goes to pytest
 
 test-slow: $(STAMP) ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+slurm-test: $(STAMP) ## the tests on a real SLURM in this machine; needs root, installs Debian's SLURM
+	$(BIN)/python slurm/testbed/testbed.py install
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 lint: $(STAMP) ## style, types and layers; changes nothing
 	$(BIN)/ruff check .

@@ -176,12 +176,26 @@ def _task_sum(results: Sequence[Details]) -> list[str]:
     return _rows(("policy", "terms", "Frobenius", "product with the way the weights went"), cells)
 
 
+def _selection(results: Sequence[Details]) -> list[str]:
+    (result,) = results
+    cases = result["details"]["cases"]
+    ranks = sorted((name for name in cases if name != "numpy"), key=int)
+    head = ("selector", *(f"examples/s, {number} processes" for number in ranks), "numpy")
+
+    def cell(of: Details) -> str:
+        return f"{of['examples'] / of['seconds']:,.0f} ({max(0, of['peak_bytes']) / _MIB:.0f} MiB)"
+
+    columns = (*ranks, "numpy")
+    return _rows(head, [(name, *(cell(cases[each][name]) for each in columns)) for name in cases["numpy"]])
+
+
 _TABLES: dict[str, tuple[str, Callable[[Sequence[Details]], list[str]]]] = {
     "curvature": ("curvature_*.json", _curvature),
     "pull": ("pull_*.json", _pull),
     "engines": ("engines*.json", _engines),
     "task_sum": ("task_sum.json", _task_sum),
     "data_loading": ("data_loading.json", _headline),
+    "selection": ("selection.json", _selection),
     "step_overhead": ("step_overhead.json", _headline),
     "task_growth": ("task_growth.json", _headline),
 }

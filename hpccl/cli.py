@@ -158,7 +158,9 @@ def submit(
     submitted = hand_over(configs, argv=["hpccl", *sys.argv[1:]], dependency=dependency)
     _tell_submitted(submitted)
     if wait:
-        raise typer.Exit(wait_for([each.folder for each in submitted]))
+        from hpccl.cluster.status import wait_for
+
+        raise typer.Exit(wait_for([Path(each.folder) for each in submitted]))
 
 
 def _tell_submitted(submitted: Sequence[Submitted]) -> None:
@@ -172,6 +174,53 @@ def _tell_submitted(submitted: Sequence[Submitted]) -> None:
     if folders:
         where = folders[0] if len(folders) == 1 else os.path.commonpath(folders)
         typer.echo(f"  hpccl status {where}\n  hpccl logs {folders[0]} --follow\n  hpccl cancel {where}", err=True)
+
+
+Runs = Annotated[
+    list[Path], typer.Argument(metavar="RUNS...", help="Folders of runs, or of sweeps and campaigns with runs below.")
+]
+
+
+@app.command()
+def status(
+    runs: Runs,
+    *,
+    watch: Annotated[
+        float | None, typer.Option(min=1.0, metavar="SECONDS", help="Look again and again until all have ended.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Show what runs do: their jobs, where they stand, how fast, how long still, what went wrong."""
+    from hpccl.cluster import status_table
+
+    if watch is None:
+        status_table.show(runs, as_json=as_json)
+    else:
+        status_table.watch(runs, watch, as_json=as_json)
+
+
+@app.command()
+def logs(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    *,
+    rank: Annotated[int, typer.Option(min=0, help="Of which process.")] = 0,
+    lines: Annotated[int, typer.Option(min=0, help="How many of the last lines; 0 is all.")] = 40,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run has ended.")] = False,
+) -> None:
+    """Print what a run printed."""
+    from hpccl.cluster.logs import print_log
+
+    print_log(run, rank=rank, lines=lines, follow=follow)
+
+
+@app.command()
+def cancel(runs: Runs) -> None:
+    """End the jobs of runs, which save first; the folders stay, and can be continued."""
+    from hpccl.cluster import cancel as ending
+
+    lines, well = ending.cancel(runs)
+    typer.echo("\n".join(lines))
+    raise typer.Exit(DONE if well else FAILED)
 
 
 @app.command()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import struct
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder, explain_os_error
 
-__all__ = ["holding"]
+__all__ = ["Holder", "holder", "holding"]
 
 
 @contextlib.contextmanager
@@ -52,3 +55,38 @@ def _taken(handle: int) -> bool:
     except OSError:
         return True  # a file system without locks: nothing can be said
     return True
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that trains in a folder: its number, the host that it wrote down, and when it took the lock."""
+
+    pid: int
+    host: str
+    since: float
+
+
+def holder(folder: RunFolder) -> Holder | None:
+    """Who holds the folder's lock, as far as the system tells here (Linux only); does not touch it.
+
+    Not for a process that holds it itself, for it would lose it.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        handle = os.open(folder.path / ".lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(handle, fcntl.F_GETLK, question))
+        words = os.pread(handle, 100, 0).decode(errors="replace").split()
+        since = os.fstat(handle).st_mtime
+    except OSError:
+        return None  # a file system without locks: nothing can be said
+    finally:
+        os.close(handle)
+    return None if kind == fcntl.F_UNLCK else Holder(pid, words[-1] if words else "", since)
+
+
+_FLOCK = "hhqqi"  # struct flock of <fcntl.h> where files have 64-bit sizes

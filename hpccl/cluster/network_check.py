@@ -29,16 +29,7 @@ from hpccl.errors import HpcclError
 
 __all__ = ["main"]
 
-_WIDTH = 160  # bytes of a rank's line
 _SLOW = 3.0  # times slower than its fellows is worth a word
-_SETTINGS = (
-    "NCCL_SOCKET_IFNAME",
-    "GLOO_SOCKET_IFNAME",
-    "NCCL_IB_HCA",
-    "NCCL_IB_DISABLE",
-    "NCCL_P2P_DISABLE",
-    "NCCL_DEBUG",
-)
 
 
 @dataclass(frozen=True)
@@ -77,11 +68,10 @@ def main() -> int:
 
 def _members(comm: Comm) -> list[_Member]:
     name = torch.cuda.get_device_name(comm.device) if comm.device.type == "cuda" else ""
-    line = f"{socket.gethostname()}\t{comm.device} {name}".encode()[:_WIDTH].ljust(_WIDTH)
-    lines = comm.gather(torch.frombuffer(bytearray(line), dtype=torch.uint8)[None])
+    mine = f"{socket.gethostname()}\t{comm.device} {name}"
     members = []
-    for rank, text in enumerate(lines):
-        host, device = bytes(text.tolist()).decode().strip().split("\t")
+    for rank in range(comm.size):
+        host, device = comm.broadcast_text(mine, source=rank).split("\t")
         members.append(_Member(rank, host, device, _pair_bandwidth(comm, rank) if rank else math.inf))
     return members
 
@@ -93,7 +83,7 @@ def _all_reduce(comm: Comm) -> _AllReduce:
     large = torch.zeros(2**26 if comm.device.type == "cuda" else 2**22, device=comm.device)
     seconds = _seconds(comm, lambda: comm.sum_([large]), repeat=5)
     return _AllReduce(
-        latency=_seconds(comm, lambda: comm.sum_([number]), repeat=30),
+        latency=_seconds(comm, lambda: comm.sum_([large[:1]]), repeat=30),
         bandwidth=2 * (comm.size - 1) / comm.size * large.nbytes / seconds,
         right=right,
     )
@@ -135,7 +125,7 @@ def _lines(members: list[_Member], reduced: _AllReduce) -> Iterator[str]:
     backend = dist.get_backend() if dist.is_initialized() else "none"
     hosts = len({member.host for member in members})
     yield f"{len(members)} ranks on {hosts} hosts, backend {backend}, torch {torch.__version__}"
-    yield from (f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ)
+    yield from (f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(("NCCL_", "GLOO_")))
     yield f"all-reduce: {reduced.latency * 1e6:.0f} us for 4 bytes, {reduced.bandwidth / 1e9:.2f} GB/s for a large one"
     slow = ", ".join(f"{member.rank} on {member.host}" for member in _slow(members))
     if not reduced.right:

@@ -69,9 +69,10 @@ def _parse(line: bytes) -> JobRecord | None:
 
 
 def birth(pid: int) -> int:
-    """When a process of this machine began, in the system's clock ticks; 0 for one that is not there."""
+    """When a process of this machine began, in the system's clock ticks; 0 for one that is not there or has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return 0
-    return int(stat.rpartition(")")[2].split()[19])
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything; see proc(5)
+    return 0 if fields[0] in "ZX" else int(fields[19])

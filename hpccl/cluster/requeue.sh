@@ -9,6 +9,7 @@
 # srun's exit code is the highest of all ranks':
 #   75                stopped on request and saved, or lost another rank  -> again
 #   134 135 137 139   a rank was aborted or killed, or crashed            -> again
+#   233 to 236        srun could not reach a node                         -> again, by then SLURM knows which are down
 #   201 202           a rank failed (1), or its configuration is wrong (2). Its partners end with 75, or 143 because srun
 #                     ends them: in a step hpccl adds 200 so that the failure is the highest -> not again
 #   any other         not again
@@ -24,7 +25,7 @@ hpccl_finish() {
   if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   case $code in
     0) exit 0 ;;
-    75 | 134 | 135 | 137 | 139) ;;
+    75 | 134 | 135 | 137 | 139 | 233 | 234 | 235 | 236) ;;
     201 | 202) code=$((code - 200)) why='a rank says what to mend' ;;
     253) why='out of memory' ;;
     *) why='running again would not mend it' ;;
@@ -37,11 +38,12 @@ hpccl_finish() {
       sleep 5
     elif [ "$state" != RUNNING ]; then
       why="SLURM calls the job ${state:-unknown}"
-    elif scontrol requeue "$job"; then
-      echo "hpccl: job $job ended with $code after $restarts restarts: requeued"
-      sleep 300 # SLURM ends this shell
-      exit "$code"
     else
+      echo "hpccl: job $job ended with $code after $restarts restarts: requeue" # before SLURM ends this shell
+      if scontrol requeue "$job"; then
+        sleep 300
+        exit "$code"
+      fi
       sleep 5
     fi
   done

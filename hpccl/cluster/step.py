@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from hpccl.cluster.environment import from_slurm
 from hpccl.cluster.outcome import FAILED, STOPPED, WRONG_CONFIG, code_of
@@ -28,6 +28,7 @@ from hpccl.machine import SlurmJob, slurm_job
 __all__ = ["end", "fail_step", "in_step", "run_step"]
 
 _HIGHEST = 200  # added to the codes of failures, which are then above those of killed ranks
+_OUTPUTS = (1, 2)  # also of libraries and children
 _STANDSTILLS = 5  # starts of a job at one place in the run; the next one is refused
 
 
@@ -120,19 +121,23 @@ def _own_log(folder: RunFolder, rank: int) -> Iterator[None]:
         log = path.open("ab")
     except OSError as error:
         raise FolderError(f"'{path}' cannot be written: {explain_os_error(error)}") from error
-    streams: tuple[IO[str], ...] = (sys.stdout, sys.stderr)
-    kept = [os.dup(stream.fileno()) for stream in streams]
+    kept = [os.dup(number) for number in _OUTPUTS]
     try:
-        for stream in streams:
-            stream.flush()
-            os.dup2(log.fileno(), stream.fileno())
+        _redirect([log.fileno(), log.fileno()])
         yield
     finally:
-        for stream, before in zip(streams, kept, strict=True):
-            stream.flush()
-            os.dup2(before, stream.fileno())
-            os.close(before)
+        _redirect(kept)
+        for number in kept:
+            os.close(number)
         log.close()
+
+
+def _redirect(targets: Sequence[int]) -> None:
+    """Have standard output and error go to open files."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for target, number in zip(targets, _OUTPUTS, strict=True):
+        os.dup2(target, number)
 
 
 def _refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:

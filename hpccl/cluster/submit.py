@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hpccl.cluster import background
 from hpccl.cluster.job import CommandJob, TrainJob
 from hpccl.cluster.prepare import prepare
+from hpccl.cluster.queue import states
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.slurm import parameters, python_command, seconds
 from hpccl.config.run import RunConfig
@@ -227,8 +228,6 @@ def _live(configs: Sequence[RunConfig]) -> dict[str, tuple[str, str]]:
     queued = {path: record.id for path, records in newest.items() for record in records if record.kind == "slurm"}
     if not queued or shutil.which("squeue") is None:
         return {}
-    from hpccl.cluster.queue import states
-
     told = states(list(queued.values()))
     return {
         path: (number, told[number].word) for path, number in queued.items() if number in told and told[number].alive

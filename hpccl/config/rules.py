@@ -15,6 +15,7 @@ from hpccl.config.sections import (
     KroneckerCurvature,
     MemoryConfig,
     PriorConfig,
+    ReconstructionSelector,
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
@@ -107,6 +108,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
     """Every combination in `config` that cannot be meant."""
     rules = (
         _one_budget,
+        _selector,
         _needs_memory,
         _needs_soft_labels,
         _fresh_network,
@@ -130,6 +132,15 @@ def _one_budget(config: RunConfig) -> Iterator[Clash]:
     first, *others = _budgets(config.memory) or [""]
     if others:
         yield Clash((first, *others), "each of these says how much is kept; leave one, and set the others to 0")
+
+
+def _selector(config: RunConfig) -> Iterator[Clash]:
+    selector = config.memory.selector
+    if not config.memory.kept or not isinstance(selector, ReconstructionSelector):
+        return
+    if selector.probes == 0 and config.prior.replay == 0:
+        problem = "soft labels say nothing at the weights that end a task; set probes > 0, or prior.replay > 0"
+        yield Clash(("memory.selector.probes", "prior.replay"), problem)
 
 
 def _needs_memory(config: RunConfig) -> Iterator[Clash]:

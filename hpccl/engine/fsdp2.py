@@ -9,7 +9,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from hpccl.config.run import RunConfig
 from hpccl.config.sections import Fsdp2Engine as Fsdp2Config
@@ -21,6 +20,7 @@ from hpccl.engine.optim import build_optimizer
 from hpccl.engine.protocols import trainable
 from hpccl.engine.sharded import (
     Mesh,
+    is_spread,
     load_spread,
     own_parameters,
     place_of,
@@ -59,7 +59,7 @@ class Fsdp2Engine(BaseEngine):
         self._names: dict[Tensor, str] = {}
         self._whole: dict[str, nn.Parameter] = {}
         for unit in model.modules():
-            if isinstance(unit, FSDPModule):
+            if is_spread(unit):
                 unit.register_forward_pre_hook(self._listen)
         self._places = {name: place_of(model, name) for name in names}
         self._optimizer: torch.optim.Optimizer | None = None

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from hpccl.dist.comm import Comm
 from hpccl.dist.mesh import meet_alone
 from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, streamed, whole
 from hpccl.engine.moments import local
 from hpccl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
 
 __all__ = [
     "Mesh",
@@ -48,7 +51,9 @@ _SMALLEST = 1 << 14  # elements of a unit of its own; smaller modules stay with 
 
 def is_spread(module: nn.Module) -> bool:
     """Whether the weights of `module` are in shards, so that its passes are collective."""
-    return isinstance(module, FSDPModule)
+    # Not imported to ask: it takes as long as half of torch, and a process that shards nothing does without it.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 @final
@@ -82,6 +87,8 @@ class Mesh:
                 f"{', '.join(map(str, allowed))} (ranks that share one copy of the weights, such as those of a node), "
                 "or null for all"
             )
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
         meet_alone(comm)
         if size == comm.size:
             devices = init_device_mesh(comm.device.type, (size,), mesh_dim_names=("shard",))
@@ -134,6 +141,8 @@ def shard(model: nn.Module, mesh: Mesh, *, reshard: bool = True, offload: bool =
     Raises:
         ConfigError: a parameter is a single number, which has no rows.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             raise ConfigError(f"parameter '{name}' is a single number and cannot be in shards; use engine.kind=ddp")
@@ -156,8 +165,8 @@ def computes_on(parameter: Tensor) -> torch.device:
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:
     """This rank's live elements [n] by parameter, between passes."""
     for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()
+        if is_spread(unit):
+            cast("FSDPModule", unit).reshard()
     return {name: local(value.detach()).view(-1) for name, value in model.named_parameters()}
 
 
@@ -224,7 +233,7 @@ def whole_parameters(model: nn.Module, substitutes: Mapping[str, Tensor] | None 
 
     with ExitStack() as stack:
         for unit in model.modules():
-            if isinstance(unit, FSDPModule):  # its own hooks come before ours when it begins, after ours when it ends
+            if is_spread(unit):  # its own hooks come before ours when it begins, after ours when it ends
                 stack.callback(unit.register_forward_pre_hook(arrive).remove)
                 stack.callback(unit.register_forward_hook(leave, prepend=True).remove)
         yield found

@@ -2,7 +2,7 @@
 
     herding    argmin_i | mu - (x_i + sum of chosen) / k |          x normalised, mu their mean
     k-center   argmax_i min_{j chosen} | x_i - x_j |
-    matching   argmax_i <r, u_i> / |u_i|,  then weights t >= 0 of the chosen that minimise |r|^2,  r = b - sum t_j u_j,
+    matching   argmin_i min_t |r - t u_i|,  then weights t >= 0 of the chosen that minimise |r|,  r = b - sum t_j u_j,
                b = sum_i u_i
 
 Each is the business of one process: vectors in, the order of choice out, every beginning of which is the choice of a
@@ -63,32 +63,41 @@ def k_center(rows: Floats, keep: int, *, block: int = _BLOCK) -> Ints:
     return np.asarray(named[_farthest(rows[named], keep)])
 
 
-def matching(rows: Floats, keep: int, *, ridge: float = 0.0) -> tuple[Ints, npt.NDArray[np.float64]]:
-    """[keep] positions of rows [n, D] and weights [keep] >= 0 whose weighted sum is close to the sum of all rows.
+def matching(
+    rows: Floats, keep: int, *, ridge: float = 0.0, given: Floats | None = None
+) -> tuple[Ints, npt.NDArray[np.float64]]:
+    """[keep] positions of rows u [n, D] and weights t [keep] >= 0 whose weighted sum is close to the sum of all rows.
 
-    The weights minimise |b - sum t_j u_j|^2 + ridge s^2 |t - n / keep|^2 over t >= 0, s^2 the mean of |u|^2: exactly 1
-    where all rows are kept. With ridge > 0 no few examples carry all the weight.
+    Something else may speak for the examples that are not chosen, and says `given` c [n, D] of each: then what is
+    matched is sum_i u_i - sum_{i not chosen} c_i. Each pick is the one after which, with the best weight of its own,
+    least is missing: without c that is the largest <r, u> / |u|.
+
+    The weights minimise |missing|^2 + ridge s^2 |t - t0|^2 over t >= 0; s^2 is the mean of |u|^2, and t0 is n / keep,
+    or 1 with c. They are exactly 1 where all rows are kept. With ridge > 0 no few examples carry all the weight.
     """
     wide = rows.astype(np.float64)
+    other = np.zeros_like(wide) if given is None else given.astype(np.float64)
     number = len(wide)
-    norms = np.linalg.norm(wide, axis=1)
-    pull = (max(ridge, 1e-10)) * max(float(np.square(norms).mean()), 1e-300)  # a little, so that one solution is best
-    equal = number / max(keep, 1)
-    target = wide.sum(axis=0)
-    to_target = wide @ target
+    squares, others, both = (np.einsum("nd,nd->n", x, y) for x, y in ((wide, wide), (other, other), (other, wide)))
+    pull = max(ridge, 1e-10) * max(float(squares.mean()), 1e-300)  # a little, so that one solution is best
+    equal = number / max(keep, 1) if given is None else 1.0
+    target = (wide - other).sum(axis=0)
     free = np.ones(number, dtype=np.bool_)
     order = np.empty(keep, dtype=np.int64)
     gram = np.zeros((keep, keep))
     weight = np.zeros(0)
-    scale = np.where(norms > 0, norms, np.inf)
+    scale = np.where(squares > 0, squares, np.inf)
     for count in range(keep):
         residual = target - weight @ wide[order[:count]]
-        order[count] = pick = _first_largest(wide @ residual / scale, free)
+        along = np.maximum(wide @ residual + both, 0.0)
+        order[count] = pick = _first_largest(np.square(along) / scale - 2 * (other @ residual) - others, free)
         free[pick] = False
+        target += other[pick]
         gram[count, : count + 1] = wide[order[: count + 1]] @ wide[pick]
         gram[: count + 1, count] = gram[count, : count + 1]
         inside = gram[: count + 1, : count + 1] + pull * np.eye(count + 1)
-        weight = _non_negative(inside, to_target[order[: count + 1]] + pull * equal, np.append(weight, 0.0))
+        right = wide[order[: count + 1]] @ target + pull * equal
+        weight = _non_negative(inside, right, np.append(weight, 0.0))
     return order, weight
 
 

@@ -139,12 +139,10 @@ class Residuals:
     """What the output says of each example at the present last layer and at some others around it.
 
     steps: [r - 1, K, d] from the present last layer to the others
-    quadratic: weight of a quadratic whose gradient at the others is taken off: lambda Lambda (z' - z)
     true_labels: against the true labels; otherwise against the present prediction, as soft labels are
     """
 
     steps: Tensor
-    quadratic: float
     true_labels: bool
 
     @classmethod
@@ -156,26 +154,32 @@ class Residuals:
         probes: int,
         size: float,
         words: tuple[int, ...],
-        quadratic: float,
         true_labels: bool,
     ) -> Residuals:
         """Every weight moves by +-size, independently."""
         steps = signs(probes * num_classes * inputs, *words).view(probes, num_classes, inputs) * size
-        return cls(steps, quadratic, true_labels)
+        return cls(steps, true_labels)
 
     def __call__(self, logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-        """[n, r K] float32, for logits [n, K] and inputs x [n, d] at the present last layer."""
+        """P - y there, [n, r K] float32, for logits [n, K] and inputs x [n, d] at the present last layer."""
         p = logits.double().softmax(dim=1)
         reference = p
         if self.true_labels:
             reference = functional.one_hot(labels, logits.shape[1]).to(p)
         found = [p - reference]
-        for step in self.steps.to(x.device):
-            moved = x.double() @ step.double().T
-            there = (logits.double() + moved).softmax(dim=1) - reference
-            first_order = p * (moved - (p * moved).sum(dim=1, keepdim=True))
-            found.append(there - self.quadratic * first_order)
+        found += [(logits.double() + moved).softmax(dim=1) - reference for moved in self._moves(x)]
         return torch.cat(found, dim=1).float()
+
+    def first_order(self, logits: Tensor, x: Tensor) -> Tensor:
+        """What a quadratic with each example's own curvature says there, Lambda (z' - z): [n, r K] float32."""
+        p = logits.double().softmax(dim=1)
+        found = [torch.zeros_like(p)]
+        found += [p * (moved - (p * moved).sum(dim=1, keepdim=True)) for moved in self._moves(x)]
+        return torch.cat(found, dim=1).float()
+
+    def _moves(self, x: Tensor) -> list[Tensor]:
+        """[n, K] changes of the logits by each step."""
+        return [x.double() @ step.double().T for step in self.steps.to(x.device)]
 
 
 @final

@@ -13,6 +13,7 @@ stands for u n / m of them. So the weighted sum over the memory, times n / m, es
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import numpy as np
@@ -61,12 +62,12 @@ class Candidates:
     balanced: bool
     words: tuple[int, ...]
 
-    @property
+    @cached_property
     def classes(self) -> Ints:
         """[G] class numbers that occur, ascending."""
         return np.unique(self.labels)
 
-    @property
+    @cached_property
     def counts(self) -> Ints:
         """[G] examples of each."""
         return np.unique(self.labels, return_counts=True)[1].astype(np.int64)
@@ -92,13 +93,11 @@ def choose(labels: Ints, samples: Ints, *, keep: int, balanced: bool, words: tup
     priority = mix(*words, samples)
     if not balanced:
         return np.sort(np.argsort(priority, kind="stable")[:keep])
-    classes, counts = np.unique(labels, return_counts=True)
+    classes, group, counts = np.unique(labels, return_inverse=True, return_counts=True)
     quotas = class_quotas(counts, keep, tie_break=mix(*words, 1, classes))
-    chosen = []
-    for number, quota in zip(classes, quotas, strict=True):
-        members = np.flatnonzero(labels == number)
-        chosen.append(members[np.argsort(priority[members], kind="stable")[:quota]])
-    return np.sort(np.concatenate(chosen))
+    order = np.lexsort((priority, group))
+    place = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
+    return np.sort(order[place < quotas[group[order]]])
 
 
 def uniform(given: Candidates) -> Choice:

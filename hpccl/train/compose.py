@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,23 +19,35 @@ from hpccl.data.rows import NEW, REPLAY, SOFT, Images, Request, Rows
 from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory, spread
 
-__all__ = ["Composer", "Part", "plan_task", "split"]
+__all__ = ["Composer", "Part", "plan_task", "planned_steps", "split"]
 
 
 def plan_task(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> BatchPlan:
     """The steps of a task: its own examples (or all seen ones) and the memory."""
     new = new_samples(config, task)
+    groups = stream.groups("train")[new.start : new.stop]
+    return replace(_plan(config, task, len(memory)), groups=groups)
+
+
+def planned_steps(config: RunConfig, stream: Stream) -> list[int]:
+    """How many steps each task will take; 0 for those that are not trained."""
+    tasks = stream.tasks
+    skipped = len(tasks) - 1 if config.train.only_last else 0
+    steps = [_plan(config, task, config.memory.size * task.index).num_steps for task in tasks[skipped:]]
+    return [0] * skipped + steps
+
+
+def _plan(config: RunConfig, task: Task, num_memory: int) -> BatchPlan:
     mix = config.memory.mix
     return BatchPlan(
-        num_new=len(new),
-        num_memory=len(memory),
+        num_new=len(new_samples(config, task)),
+        num_memory=num_memory,
         batch_size=config.train.batch_size,
         epochs=per_task(config.train.epochs, task.index),
         seed=config.seed,
         task=task.index,
         share=mix.share if mix.kind == "stratified" else None,
         window=config.data.shuffle_window,
-        groups=stream.groups("train")[new.start : new.stop],
     )
 
 

@@ -34,6 +34,7 @@ from hpccl.report.events import EventLog, read_events
 from hpccl.report.events import latest as latest_events
 from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
+from hpccl.train.compose import planned_steps
 from hpccl.train.consolidate import consolidate
 from hpccl.train.evaluate import evaluate, test
 from hpccl.train.fit import fit
@@ -226,6 +227,7 @@ def _introduce(world: World, command: Sequence[str], found: Mark | None) -> None
         machine={**machine(), "gpu": gpu, "threads": torch.get_num_threads()},
         versions=versions(),
         world_size=world.comm.size,
+        steps=planned_steps(world.config, world.stream),
         job=None if (job := slurm_job()) is None else asdict(job),
         resumed=None if found is None else {"task": found.task, "phase": found.phase, "step": found.step},
     )

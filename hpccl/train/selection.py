@@ -177,19 +177,27 @@ def _reconstruction(
         probes=config.probes,
         size=step_size(float(total[0] / total[1].clamp_min(1)), config.radius),
         words=(*given.words, _PROBES),
-        quadratic=prior.quadratic.weight,
         true_labels=prior.replay > 0,
     )
     outputs = (config.probes + 1) * num_classes
     words = (*given.words, _PROJECTION)
     project = Projection.of(outputs=outputs, inputs=inputs, size=config.projection, words=words)
-    parts = [slice(start, start + _TOGETHER) for start in range(0, len(seen.x), _TOGETHER)]
-    empty = torch.zeros(0, min(outputs * inputs, config.projection))
-    gradients = torch.cat(
-        [empty, *(project(residuals(seen.logits[p], seen.x[p], seen.labels[p]), seen.x[p]) for p in parts)]
-    )
+    weight = prior.quadratic.weight
+    width = min(outputs * inputs, config.projection)
+
+    def vectors(part: slice) -> Tensor:
+        """[n, D], or [n, 2 D] with what the quadratic says of each example."""
+        logits, x = seen.logits[part], seen.x[part]
+        own = project(residuals(logits, x, seen.labels[part]), x)
+        return torch.cat([own, weight * project(residuals.first_order(logits, x), x)], dim=1) if weight else own
 
     def pick(rows: Floats, keep: int) -> tuple[Ints, npt.NDArray[np.float64]]:
-        return matching(rows, keep, ridge=config.ridge)
+        return matching(rows[:, :width], keep, ridge=config.ridge, given=rows[:, width:] if weight else None)
 
-    return by_class(gradients, seen.sample, seen.valid, given=given, comm=comm, pick=pick)
+    parts = [slice(start, start + _TOGETHER) for start in range(0, len(seen.x), _TOGETHER)]
+    empty = torch.zeros(0, 2 * width if weight else width)
+    gradients = torch.cat([empty, *map(vectors, parts)])
+    choice = by_class(gradients, seen.sample, seen.valid, given=given, comm=comm, pick=pick)
+    # Beside a quadratic an example stands for itself, whatever the size of the memory, unless the prior scales it up.
+    alone = weight > 0 and not prior.scale_to_task
+    return replace(choice, weight=choice.weight * len(given.samples) / max(given.keep, 1)) if alone else choice

@@ -40,7 +40,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-__all__ = ["Settings", "Testbed", "TestbedError", "install", "main", "missing_programs"]
+__all__ = ["Settings", "Testbed", "TestbedError", "install", "main", "missing_programs", "obstacle"]
 
 _HERE = Path(__file__).resolve().parent
 _NETWORK = "10.231.77"  # exists inside the namespaces only
@@ -238,12 +238,24 @@ class Testbed:
         _run(["nsenter", "-t", controller, "--net", "ip", "link", "set", cable, "up" if up else "down"])
 
     def kill_controller(self) -> None:
-        """SIGKILL of slurmctld."""
+        """SIGKILL of slurmctld. It forgets what happened in the last 5 seconds, jobs submitted then included."""
         self._kill("slurmctld")
 
     def start_controller(self) -> None:
         """Start slurmctld."""
         self._start_daemon("slurmctld", ["slurmctld", "-D"])
+
+    def mend(self, timeout: float = 60) -> None:
+        """Plug in every cable, start whatever is dead, and wait until every node is idle."""
+        if not self._alive("slurmctld"):
+            self.start_controller()
+        for node in self.nodes:
+            if not self._alive(node):
+                self.power_on(node)
+            elif not self._alive(f"slurmd-{node}"):
+                self.start_slurmd(node)
+            self.link(node, up=True)
+        self.wait_idle(timeout)
 
     # ------------------------------------------------------------ up and down
 
@@ -273,10 +285,11 @@ class Testbed:
         Raises:
             TestbedError: a process would not end.
         """
-        # The machine's nsenter and unshare end with what they wait for.
+        # What started it reaps it and ends. Killed too, it might leave a zombie to a process 1 that reaps none.
         for name in (_CONTROLLER, f"{_CONTROLLER}.outside"):
             if name in self._processes:
                 self._processes[name].kill()
+                break
         _wait_for("every process to end", lambda: not any(map(_Process.alive, self._processes.values())), 20)
         for started in self._started_here:
             started.wait(timeout=20)
@@ -287,10 +300,8 @@ class Testbed:
 
     def _check(self) -> None:
         place = str(self.directory)
-        if os.geteuid() != 0:
-            raise TestbedError("only root may make namespaces for the nodes; run the same command with sudo")
-        if absent := missing_programs():
-            raise TestbedError(f"not installed: {', '.join(absent)}; `python {__file__} install` does it on Debian")
+        if reason := obstacle():
+            raise TestbedError(reason)
         if len(place) > _LONGEST or not re.fullmatch(r"[\w./-]+", place):
             raise TestbedError(
                 f"DIR '{place}' has {len(place)} characters; allowed: {_LONGEST}, of letters, digits and ./_- "
@@ -302,12 +313,6 @@ class Testbed:
             former = self.load(self.directory)
             if former._alive(_CONTROLLER):
                 raise TestbedError(f"a cluster is up in '{place}' already; use it, or end it with `down -d {place}`")
-        try:
-            _run(["unshare", *_NAMESPACES, "--fork", "--mount-proc", "true"])
-        except TestbedError as error:
-            raise TestbedError(
-                f"this machine makes no namespaces ({error}); in a container, start that with --privileged"
-            ) from error
 
     # ------------------------------------------------------------ files
 
@@ -476,6 +481,19 @@ class Testbed:
 def missing_programs() -> list[str]:
     """What must be installed and is not."""
     return [name for name in _PROGRAMS if shutil.which(name, path=_SYSTEM_PATH) is None]
+
+
+def obstacle() -> str | None:
+    """Why there can be no cluster on this machine, and what to do; None where there can."""
+    if os.geteuid() != 0:
+        return "only root may make namespaces for the nodes; run the same command with sudo"
+    if absent := missing_programs():
+        return f"not installed: {', '.join(absent)}; `python {__file__} install` does it on Debian"
+    try:
+        _run(["unshare", *_NAMESPACES, "--fork", "--mount-proc", "true"])
+    except TestbedError as error:
+        return f"this machine makes no namespaces ({error}); in a container, start that with --privileged"
+    return None
 
 
 def install() -> None:

@@ -50,7 +50,20 @@ def test_version() -> None:
 
 def test_the_help_names_the_commands() -> None:
     output = CliRunner().invoke(app, ["--help"]).output
-    for name in ("train", "plan", "evaluate", "report", "export", "curvature", "shards", "check", "doctor"):
+    for name in (
+        "train",
+        "plan",
+        "evaluate",
+        "report",
+        "export",
+        "curvature",
+        "shards",
+        "check",
+        "doctor",
+        "status",
+        "logs",
+        "cancel",
+    ):
         assert f"  {name} " in output
 
 

@@ -17,6 +17,11 @@ WITHOUT_TORCH = (
     "cli.py",
     "config",
     "report",
+    *(f"cluster/{name}.py" for name in ("cancel", "jobs", "logs", "queue", "records", "status", "status_table")),
+    *(
+        f"cluster/{name}.py"
+        for name in ("background", "campaign", "job", "local", "prepare", "slurm", "step", "submit")
+    ),
 )
 
 
@@ -40,3 +45,8 @@ print("done")
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.strip() == "done", f"imports torch, or does not import at all: {done.stderr}"
+
+
+def test_training_without_shards_does_without_the_half_of_torch_that_makes_them() -> None:
+    code = "import sys, hpccl.train.run; sys.exit('torch.distributed.fsdp' in sys.modules or 'sympy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpccl.config.load import dump, is_override, load, sweep
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import MlpModel, PaperModel, ShardStream, TimmModel
+from hpccl.config.sections import MlpModel, PaperModel, ScoreSelector, ShardStream, TimmModel
 from hpccl.errors import ConfigError
 
 NEEDS_MEMORY = "needs a memory; set memory.size to the examples kept of each task"
@@ -329,3 +329,18 @@ print(time.process_time())
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
         times.append(float(done.stdout))
     assert min(times) < 0.3
+
+
+def test_a_kind_alone_stands_for_its_section(tmp_path: Path) -> None:
+    """In a file as in an argument, before or after the keys of that kind; old files say `selector: uniform`."""
+    path = tmp_path / "run.yaml"
+    path.write_text("memory:\n  selector: uniform\ncurvature: diagonal\n")
+    config = load([path], [])
+    assert config.memory.selector.kind == "uniform"
+    assert config.curvature.kind == "diagonal"
+    arguments = ["memory.selector=gini", "memory.selector.sampled=true"]
+    for order in (arguments, arguments[::-1]):
+        assert load([path], order).memory.selector == ScoreSelector(kind="gini", sampled=True)
+    assert load([path], ["memory.selector.kind=gini"]) == load([path], ["memory.selector=gini"])
+    (line,) = mistakes([path], "memory.selector=ginni")
+    assert line.startswith("memory.selector = ginni: not allowed; expected a mapping with a kind: error, gini, herding")

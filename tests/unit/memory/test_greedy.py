@@ -91,6 +91,24 @@ def test_weights_are_the_best_non_negative_ones() -> None:
     np.testing.assert_allclose(weight, expected, atol=1e-8)
 
 
+def test_what_something_else_says_is_not_matched_twice() -> None:
+    """With c_i for all that is not chosen, by brute force: the first pick leaves the least, and the weights too."""
+    given, other = rows(12, 5), rows(12, 5, seed=1) * 0.7
+    target = (given - other).sum(axis=0)
+    left = []
+    for u, c in zip(given, other, strict=True):
+        best = max(float((target + c) @ u) / float(u @ u), 0.0)
+        left.append(np.linalg.norm(target + c - best * u))
+    chosen, weight = matching(given, 4, given=other)
+    assert chosen[0] == np.argmin(left)
+    expected, missing = nnls(given[chosen].T, target + other[chosen].sum(axis=0))
+    np.testing.assert_allclose(weight, expected, atol=1e-6)
+    assert missing < left[chosen[0]]
+    everything, ones = matching(given, 12, given=other)
+    assert sorted(everything.tolist()) == list(range(12))
+    np.testing.assert_allclose(ones, 1.0, atol=1e-4)  # more rows than numbers: solvable in many ways
+
+
 @pytest.mark.parametrize("choice", [herding, k_center, lambda given, keep: matching(given, keep)[0]])
 def test_nothing_to_tell_apart_is_no_trouble(choice: object) -> None:
     assert choice(np.zeros((4, 3)), 3).tolist() == [0, 1, 2]  # type: ignore[operator]  # any of the three

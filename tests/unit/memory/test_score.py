@@ -145,7 +145,7 @@ def test_variance_is_that_of_the_network_posterior_of_its_head() -> None:
 
 @pytest.mark.parametrize("true_labels", [True, False])
 def test_residuals_are_gradients_of_the_moved_layer(true_labels: bool) -> None:
-    """By autograd: of the nats at every probe, less the gradient of a quadratic with the exact curvature."""
+    """By autograd, the nats at every probe; by the dense matrix, a quadratic with the exact curvature."""
     x, weights, logits, labels = problem()
     made = Residuals.around(
         num_classes=CLASSES,
@@ -153,24 +153,26 @@ def test_residuals_are_gradients_of_the_moved_layer(true_labels: bool) -> None:
         probes=2,
         size=0.2,
         words=(1,),
-        quadratic=0.6,
         true_labels=true_labels,
     )
     found = made(logits, x, labels).view(NUMBER, 3, CLASSES)
+    curved = made.first_order(logits, x).view(NUMBER, 3, CLASSES)
     for row in range(NUMBER):
         target = torch.eye(CLASSES, dtype=torch.float64)[labels[row]] if true_labels else logits[row].softmax(0)
         for number, step in enumerate([torch.zeros(CLASSES, INPUTS), *made.steps]):
             layer = (weights + step.double()).requires_grad_()
             nats = torch.nn.functional.cross_entropy((layer @ x[row])[None], target[None])
             (gradient,) = torch.autograd.grad(nats, layer)
-            curved = jacobian(x[row]).T @ hessian(logits[row]) @ jacobian(x[row])
-            expected = gradient - 0.6 * (curved @ step.double().flatten()).view(CLASSES, INPUTS)
-            torch.testing.assert_close(torch.outer(found[row, number].double(), x[row]), expected, rtol=1e-4, atol=1e-6)
+            fisher = jacobian(x[row]).T @ hessian(logits[row]) @ jacobian(x[row])
+            expected = (fisher @ step.double().flatten()).view(CLASSES, INPUTS)
+            for ours, theirs in ((found, gradient), (curved, expected)):
+                outer = torch.outer(ours[row, number].double(), x[row])
+                torch.testing.assert_close(outer, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_few_numbers_are_not_projected_and_many_keep_their_inner_products() -> None:
     x, _, logits, labels = problem()
-    residuals = Residuals(torch.zeros(0), 0.0, true_labels=True)(logits, x, labels)
+    residuals = Residuals(torch.zeros(0), true_labels=True)(logits, x, labels)
     exact = Projection.of(outputs=CLASSES, inputs=INPUTS, size=20, words=(2,))(residuals, x)
     assert exact.shape == (NUMBER, 20)
     products = exact @ exact.T

@@ -1,0 +1,115 @@
+"""The jobs of runs, and whether they live: SLURM's, and processes of this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from hpccl.cluster.lock import holder
+from hpccl.cluster.queue import UNKNOWN, JobState, states
+from hpccl.cluster.records import JobRecord, birth, read_records
+from hpccl.folder import RunFolder
+from hpccl.report.standing import Standing
+
+__all__ = ["Job", "find_jobs", "find_runs", "latest_job"]
+
+_NOT_RUNS = {"checkpoints", "memory", "logs", "tensorboard", "report", "slurm", "__pycache__"}
+_SIGNS = ("config.yaml", "jobs.jsonl", "events.jsonl")
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """The runs among and below these folders, each once; a folder without any stands for itself."""
+    found: dict[Path, None] = {}
+    for folder in folders:
+        below = list(_below(folder))
+        found |= dict.fromkeys(below or [folder])
+    return list(found)
+
+
+def _below(folder: Path, depth: int = 8) -> Iterator[Path]:
+    """Sorted by name. Not into runs, which hold none, nor through links, which may lead in a circle."""
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        return
+    if any(entry.name in _SIGNS for entry in inside):
+        yield folder
+        return
+    for entry in inside:
+        if depth > 1 and entry.name not in _NOT_RUNS and entry.name[0] != "." and entry.is_dir(follow_symlinks=False):
+            yield from _below(folder / entry.name, depth - 1)
+
+
+# ---------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a run is carried out.
+
+    kind: `slurm`, or `local`: a process
+    alive: it waits or runs; None where that cannot be known from here
+    submitted: seconds since 1970
+    host: of a process
+    state: what SLURM says
+    log: file of what it printed outside of `logs/rank-N.txt`; empty where there is none
+    recorded: it was made for the run; else the run is in it, perhaps with other things
+    """
+
+    kind: Literal["slurm", "local"]
+    id: str
+    alive: bool | None
+    submitted: float
+    host: str = ""
+    state: JobState | None = None
+    log: str = ""
+    recorded: bool = True
+
+
+def find_jobs(runs: Mapping[Path, Standing]) -> dict[Path, list[Job]]:
+    """The jobs of each run, oldest first. SLURM is asked once for all of them."""
+    records = {folder: read_records(RunFolder(folder)) for folder in runs}
+    ids = [record.id for found in records.values() for record in found if record.kind == "slurm"]
+    ids += [standing.job for standing in runs.values() if standing.job is not None]
+    known = states(list(dict.fromkeys(ids)))
+    return {
+        folder: _with_unrecorded(
+            RunFolder(folder), standing, [_job(record, known) for record in records[folder]], known
+        )
+        for folder, standing in runs.items()
+    }
+
+
+def latest_job(jobs: Sequence[Job]) -> Job | None:
+    """The one that counts: the newest that lives or may live, else the newest."""
+    alive = [job for job in jobs if job.alive or job.alive is None]
+    return next(reversed(alive or list(jobs)), None)
+
+
+def _job(record: JobRecord, known: Mapping[str, JobState]) -> Job:
+    if record.kind == "slurm":
+        state = known[record.id]
+        alive = None if state.word == UNKNOWN else state.alive
+        return Job("slurm", record.id, alive, record.submitted, state=state, log=record.log)
+    here = record.host == os.uname().nodename
+    alive = (record.id.isdecimal() and birth(int(record.id)) == record.born > 0) if here else None
+    return Job("local", record.id, alive, record.submitted, host=record.host, log=record.log)
+
+
+def _with_unrecorded(
+    folder: RunFolder, standing: Standing, jobs: list[Job], known: Mapping[str, JobState]
+) -> list[Job]:
+    """And the user's own job, or `hpccl train` that somebody typed, which holds the folder's lock."""
+    if standing.job is not None and not any(job.id == standing.job for job in jobs):
+        record = JobRecord("slurm", standing.job, standing.began or 0.0, standing.host)
+        jobs = sorted([*jobs, replace(_job(record, known), recorded=False)], key=lambda job: job.submitted)
+    found = None if any(job.alive for job in jobs) else holder(folder)
+    if found is None:
+        return jobs
+    if any(job.alive is None and job.id == standing.job for job in jobs):  # SLURM is silent, the file system is not
+        return [replace(job, alive=True) if job.id == standing.job else job for job in jobs]
+    return [*jobs, Job("local", str(found.pid), True, found.since, host=found.host, recorded=False)]

@@ -1,0 +1,143 @@
+"""`hpccl logs`: what a run printed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpccl.cluster.jobs import find_jobs, find_runs, latest_job
+from hpccl.cluster.status import read_statuses
+from hpccl.errors import FolderError
+from hpccl.folder import RunFolder, explain_os_error
+from hpccl.report.standing import read_standing
+
+__all__ = ["find_log", "print_log", "tail"]
+
+_LOOK = 0.5  # seconds between two looks at a file that may grow
+_ASK = 10.0  # seconds between two questions whether the run has ended
+
+
+def print_log(folder: Path, *, rank: int = 0, lines: int = 40, follow: bool = False) -> None:
+    """Print the last lines of a rank, or all of them for 0; and, if asked, those that come until the run has ended.
+
+    Raises:
+        FolderError: there is nothing to print, or it cannot be read.
+    """
+    run = _only_run(folder)
+    path = _wait_for_log(run, rank) if follow else find_log(run, rank)
+    try:
+        size = path.stat().st_size
+        sys.stderr.write(f"-- {path}\n")
+        sys.stderr.flush()
+        _put(tail(path, size, lines))
+        if follow:
+            for more in _growth(run, path, size):
+                _put(more)
+    except OSError as error:
+        raise FolderError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
+
+
+def find_log(run: Path, rank: int = 0) -> Path:
+    """The file that has a rank's output.
+
+    Rank 0 of a job may have none of its own: then it is where the job's output went, as it is for a job that ended
+    before the ranks began.
+
+    Raises:
+        FolderError: there is none.
+    """
+    own = RunFolder(run).logs / f"rank-{rank}.txt"
+    if rank > 0:
+        if own.exists():
+            return own
+        there = sorted(path.stem.removeprefix("rank-") for path in RunFolder(run).logs.glob("rank-*.txt"))
+        raise FolderError(f"'{own}' is not there; ranks with a log: {', '.join(there) or 'none'}")
+    job = latest_job(find_jobs({run: read_standing(RunFolder(run).events)})[run])
+    if own.exists() and (job is None or not job.log or own.stat().st_mtime >= job.submitted):
+        return own
+    if job is not None and job.log and Path(job.log).exists():
+        return Path(job.log)
+    if own.exists():
+        return own
+    if job is None:
+        raise FolderError(f"no output of '{run}': it was not started by hpccl submit, and printed to its own terminal")
+    what = f"job {job.id}" if job.kind == "slurm" else f"process {job.id} on {job.host}"
+    if not job.log:
+        raise FolderError(
+            f"no output of '{run}': {what} was not started by hpccl submit; it printed where its script says or to a "
+            "terminal"
+        )
+    raise FolderError(f"no output of '{run}' yet: {what} has not written '{job.log}' (hpccl status {run} says why)")
+
+
+def tail(path: Path, size: int, lines: int) -> bytes:
+    """The last lines of the first `size` bytes; all for 0."""
+    with path.open("rb") as file:
+        if lines <= 0:
+            return file.read(size)
+        first, found = size, b""
+        while first > 0 and found.count(b"\n") <= lines:
+            first = max(first - (1 << 16), 0)
+            file.seek(first)
+            found = file.read(size - first)
+        return b"".join(found.splitlines(keepends=True)[-lines:])
+
+
+def _only_run(folder: Path) -> Path:
+    """Raises FolderError where several, or none, could be meant."""
+    runs = find_runs([folder])
+    if len(runs) > 1:
+        raise FolderError(f"'{folder}' holds {len(runs)} runs; choose one of them, such as {runs[0]}")
+    if not runs[0].is_dir():
+        raise FolderError(f"'{folder}' is not a folder; give that of a run, such as runs/<name>")
+    return runs[0]
+
+
+def _put(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
+
+
+# ---------------------------------------------------------------- as it grows
+
+
+def _wait_for_log(run: Path, rank: int) -> Path:
+    """Raises FolderError where it will never come."""
+    told = False
+    while True:
+        try:
+            return find_log(run, rank)
+        except FolderError as error:
+            if _has_ended(run):
+                raise
+            if not told:
+                sys.stderr.write(f"{error}; waiting for it\n")
+                told = True
+        time.sleep(_ASK / 2)
+
+
+def _growth(run: Path, path: Path, size: int) -> Iterator[bytes]:
+    """What is written after the first `size` bytes, until the run has ended."""
+    asked = time.monotonic() - _ASK
+    ended = False
+    while True:
+        now = path.stat().st_size
+        size = size if now >= size else 0  # begun again: an earlier start's output is gone
+        if now > size:
+            with path.open("rb") as file:
+                file.seek(size)
+                more = file.read(now - size)
+            size += len(more)
+            yield more
+        elif ended:
+            return
+        else:
+            time.sleep(_LOOK)
+        if not ended and time.monotonic() - asked >= _ASK:
+            asked, ended = time.monotonic(), _has_ended(run)
+
+
+def _has_ended(run: Path) -> bool:
+    return all(status.ended for status in read_statuses([run]))

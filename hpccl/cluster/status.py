@@ -1,0 +1,298 @@
+"""What runs do at this moment, from their folders and what SLURM says of their jobs. No torch here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from hpccl.cluster.jobs import Job, find_jobs, find_runs, latest_job
+from hpccl.cluster.outcome import DONE, FAILED
+from hpccl.cluster.queue import UNKNOWN, JobState
+from hpccl.folder import RunFolder
+from hpccl.report.standing import Standing, read_standing
+
+__all__ = ["ENDED", "RunStatus", "State", "judge", "read_statuses", "wait_for"]
+
+State: TypeAlias = Literal[
+    "queued", "queued again", "starting", "running", "suspended", "ending",
+    "done", "failed", "stopped", "cancelled", "timed out", "lost", "not started", "unknown", "unreadable",
+]  # fmt: skip
+ENDED: Final = {"done", "failed", "stopped", "cancelled", "timed out", "lost", "not started", "unreadable"}
+
+_SILENCE = 600.0  # seconds without an event after which a running run is called silent
+_ENDING = 120.0  # seconds that a job needs to end after its run has stopped
+_CLOCKS = 60.0  # seconds by which the clocks of machines may differ
+_AGAIN = "the same command continues it"
+_PARTNER = ("WorldError", "StragglerError")  # errors whose cause is elsewhere: the job may be queued again
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """One run. None and empty stand for what is not known.
+
+    detail: more on the state, in words
+    job: SLURM's number, or that of a process
+    task: counted from 0
+    left: seconds until the run is done, at the pace of its last steps; of a run that trains now
+    limit_left: seconds until the job's time limit
+    error: first line of what ended the last start
+    silent: seconds since the last event
+    """
+
+    run: Path
+    state: State
+    detail: str = ""
+    job: str = ""
+    nodes: str = ""
+    restarts: int = 0
+    task: int | None = None
+    num_tasks: int | None = None
+    phase: str | None = None
+    step: int | None = None
+    num_steps: int | None = None
+    epoch: float | None = None
+    images_per_second: float | None = None
+    left: float | None = None
+    limit_left: float | None = None
+    error: str = ""
+    silent: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Nothing will happen unless somebody does something."""
+        return self.state in ENDED
+
+    def as_dict(self) -> dict[str, Any]:
+        """In types of JSON."""
+        return {**asdict(self), "run": str(self.run), "ended": self.ended}
+
+
+def read_statuses(folders: Sequence[Path]) -> list[RunStatus]:
+    """One for each run among and below the folders; never raises."""
+    runs = find_runs(folders)
+    standings = {run: read_standing(RunFolder(run).events) for run in runs}
+    jobs = find_jobs(standings)
+    now = time.time()
+    return [_status(run, standings[run], latest_job(jobs[run]), now) for run in runs]
+
+
+def wait_for(folders: Sequence[Path], *, interval: float = 5.0) -> int:
+    """Wait until all runs there have ended; exit code 1 if one of them did not finish."""
+    while True:
+        found = read_statuses(folders)
+        if all(status.ended for status in found):
+            return DONE if all(status.state == "done" for status in found) else FAILED
+        time.sleep(interval)
+
+
+def _status(run: Path, standing: Standing, job: Job | None, now: float) -> RunStatus:
+    absent = _absent(run, standing, job)
+    if absent:
+        return RunStatus(run=run, state="unreadable", detail=absent)
+    state, detail = judge(standing, job, now)
+    told = job.state if job is not None else None
+    live = state in ("running", "ending")
+    silent = None if standing.time is None else max(now - standing.time, 0.0)
+    left = max(standing.left - (silent or 0.0), 0.0) if standing.left is not None and state == "running" else None
+    return RunStatus(
+        run=run,
+        state=state,
+        detail=detail,
+        job=_name(job),
+        nodes=told.nodes if told is not None and told.alive else "",
+        restarts=told.restarts if told is not None and told.known else standing.restart,
+        task=standing.task,
+        num_tasks=standing.num_tasks,
+        phase=standing.phase,
+        step=standing.step,
+        num_steps=standing.num_steps,
+        epoch=standing.epoch,
+        images_per_second=standing.images_per_second if live else None,
+        left=left,
+        limit_left=told.left if told is not None and state in ("starting", "running", "suspended") else None,
+        error="" if state == "done" else _error(run, standing),
+        silent=silent,
+    )
+
+
+def _absent(run: Path, standing: Standing, job: Job | None) -> str:
+    """Why nothing can be said of a folder; empty if something can."""
+    if standing.problem or standing.time is not None or job is not None:
+        return ""
+    try:
+        if not run.is_dir():
+            return "no such folder"
+        if not any(path.exists() for path in (RunFolder(run).config, RunFolder(run).events, RunFolder(run).jobs)):
+            next(run.iterdir(), None)
+            return "not the folder of a run, and no run below it"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return ""
+
+
+def _name(job: Job | None) -> str:
+    if job is None:
+        return ""
+    return job.id if job.kind == "slurm" else f"process {job.id}"
+
+
+def _error(run: Path, standing: Standing) -> str:
+    """The first line of what ended the newest start badly: from an event, or from what a rank left."""
+    if standing.turn == "error":
+        return f"{standing.error_kind}: {_first_line(standing.message)}"
+    try:
+        found = json.loads(RunFolder(run).error.read_bytes())
+        later = standing.began is None or float(found["time"]) >= standing.began
+        line = _last_line(found["message"]) if found["kind"] == "crash" else _first_line(found["message"])
+        return f"rank {found['rank']}: {line}" if later else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")
+
+
+def _last_line(text: str) -> str:
+    """Of a traceback the one that says what."""
+    return next(iter(reversed(text.strip().splitlines())), "")
+
+
+# ---------------------------------------------------------------- from what is known to a word
+
+
+def judge(standing: Standing, job: Job | None, now: float) -> tuple[State, str]:
+    """The state of a run and more on it, from its events and its newest job. Where it is done, its events have it."""
+    if standing.turn == "done":
+        return "done", ""
+    if standing.problem:
+        return ("running" if job is not None and job.alive else "unreadable"), standing.problem
+    if job is None:
+        return _without_job(standing)
+    if job.alive is None:
+        own = standing.turn == "error" and standing.error_kind not in _PARTNER and standing.job == job.id
+        return ("failed", "") if own else ("unknown", _doubt(standing, job))
+    if not job.alive:
+        return _after_job(standing, job)
+    return _waiting(job.state) or _working(standing, job, now)
+
+
+def _without_job(standing: Standing) -> tuple[State, str]:
+    """No job, and nobody holds the folder's lock as far as can be seen."""
+    match standing.turn:
+        case None:
+            return "not started", ""
+        case "run":
+            return "lost", f"its process on {standing.host or 'another machine'} left no word; {_AGAIN}"
+        case _:
+            return _last_words(standing)
+
+
+def _last_words(standing: Standing) -> tuple[State, str]:
+    """Of a run that ended its last start by itself."""
+    if standing.turn == "error":
+        return "failed", ""
+    return "stopped", f"{standing.message}; {_AGAIN}"
+
+
+def _doubt(standing: Standing, job: Job) -> str:
+    said = {"run": "running", "stop": "stopped", "error": "failed"}.get(standing.turn or "", "nothing yet")
+    why = job.state.reason if job.state is not None else f"its process is on {job.host}"
+    return f"{why}; its events say: {said}"
+
+
+def _waiting(state: JobState | None) -> tuple[State, str] | None:
+    """Of a job that holds no machine; None if it does."""
+    if state is None or state.word in ("RUNNING", "COMPLETING", "SIGNALING", "RESIZING", "STAGE_OUT", UNKNOWN):
+        return None
+    if state.word == "CONFIGURING":
+        return "starting", "its nodes are made ready"
+    if state.word in ("SUSPENDED", "STOPPED"):
+        return "suspended", state.reason
+    why = state.reason if state.word == "PENDING" else f"{state.word} {state.reason}".strip()
+    if why == "DependencyNeverSatisfied":
+        why += ": a job that it waits for failed; cancel it"
+    return ("queued again" if state.restarts or state.word != "PENDING" else "queued"), why
+
+
+def _working(standing: Standing, job: Job, now: float) -> tuple[State, str]:
+    """Of a job that holds a machine, or a process that lives."""
+    since = _since(standing, job)
+    if standing.turn is None or standing.turn_time < since:
+        if job.state is not None and job.state.word == "COMPLETING":
+            return "ending", ""
+        return "starting", "" if job.kind == "slurm" else "or waiting for the runs before it"
+    match standing.turn:
+        case "error" if standing.error_kind not in _PARTNER:
+            return "failed", ""
+        case "error" | "stop" if job.kind == "local" or now - standing.turn_time > _ENDING:
+            return _last_words(standing)  # the job, or the process, goes on with something else
+        case "error":
+            return "ending", "a rank was lost"
+        case "stop":
+            return "ending", f"saved; {standing.message}"
+        case _:
+            pass
+    if job.state is not None and job.state.word == "COMPLETING":
+        return "ending", ""
+    silent = now - (standing.time or now)
+    return "running", f"no event for {silent / 60:.0f} min" if silent > _SILENCE else ""
+
+
+def _since(standing: Standing, job: Job) -> float:
+    """What the events said before this is of an earlier start."""
+    if job.state is None:
+        return job.submitted
+    if standing.job == job.id and standing.restart >= job.state.restarts:
+        return 0.0  # the clocks of machines may differ
+    return max(job.state.start or 0.0, standing.turn_time + 1.0 if standing.job == job.id else 0.0)
+
+
+def _after_job(standing: Standing, job: Job) -> tuple[State, str]:
+    """Of a job that has ended, or a process that has gone, without the run being done."""
+    if job.state is None:
+        if standing.turn in ("stop", "error") and standing.turn_time >= job.submitted:
+            return _last_words(standing)
+        return "lost", f"its process has gone without a word; {_AGAIN}"
+    if standing.job != job.id:
+        if job.state.end is not None and (standing.began or 0.0) > job.state.end + _CLOCKS:
+            return _without_job(standing)  # somebody started it otherwise since
+        if standing.turn_time < job.submitted - _CLOCKS:
+            standing = replace(standing, turn=None)  # the job did not come as far as that
+    if standing.turn == "error":
+        return _last_words(standing)
+    return _as_slurm_says(standing, job.state)
+
+
+def _as_slurm_says(standing: Standing, state: JobState) -> tuple[State, str]:
+    saved = standing.turn == "stop"
+    again = f"saved; {_AGAIN}" if saved else "" if standing.time is None else _AGAIN
+    match state.word:
+        case "CANCELLED":
+            return "cancelled", again
+        case "TIMEOUT" | "DEADLINE":
+            return "timed out", again
+        case "COMPLETED" | "FAILED" | "GONE" if saved:
+            return _last_words(standing)
+        case "FAILED" | "OUT_OF_MEMORY":
+            return "failed", _how(state)
+        case "COMPLETED":
+            return "lost", "its job ended well, but the run is not done"
+        case "GONE":
+            early = "it was cancelled while it waited, or " if standing.time is None else ""
+            return "lost", f"its job is gone: {early}{state.reason}"
+        case _:
+            return "lost", f"{state.word} {state.reason}".strip()
+
+
+def _how(state: JobState) -> str:
+    if state.word == "OUT_OF_MEMORY":
+        return "out of memory; raise cluster.mem"
+    if state.signal == 53:
+        return "could not be launched; is the folder of its log there on the node?"
+    end = f"signal {state.signal}" if state.signal else f"exit code {state.exit_code}"
+    return end if state.reason in ("", "NonZeroExitCode") else f"{end}, {state.reason}"

@@ -1,0 +1,105 @@
+"""What a user of a cluster does: submit, look, wait; and what a test does: kill a rank."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.run.command import environment
+
+__all__ = ["ENDED", "ask", "kill_rank", "rank_pid", "show", "state", "submit", "wait_for", "wait_for_state"]
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
+
+
+def ask(*command: str | Path, folder: Path | None = None, timeout: float = 60) -> str:
+    """What a command prints; it must succeed."""
+    done = subprocess.run(
+        [*map(str, command)], cwd=folder, text=True, capture_output=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, f"{command} failed with {done.returncode}: {done.stderr}{done.stdout}"
+    return done.stdout
+
+
+def submit(folder: Path, script: str | Path, *arguments: str | Path, options: Sequence[str] = ()) -> str:
+    """Number of the job that sbatch makes of a file, or of the text of a script; its log is `folder`/%j.log.
+
+    A text has what follows `#!/bin/bash`. Options of sbatch may name another --output.
+    """
+    if isinstance(script, str):
+        text, script = script, folder / f"script-{time.monotonic_ns()}.sh"
+        script.write_text(f"#!/bin/bash\n{text}\n")
+    output = f"--output={folder}/%A_%a.log" if any("--array" in option for option in options) else ""
+    return ask(
+        "sbatch",
+        "--parsable",
+        output or f"--output={folder}/%j.log",
+        "--open-mode=append",
+        *options,
+        script,
+        *arguments,
+        folder=folder,
+    ).strip()
+
+
+def show(job: str) -> dict[str, str]:
+    """What `scontrol show job` tells, field by field: JobState, Restarts, ExitCode, NodeList, Reason, ..."""
+    return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "-o", "show", "job", job)))
+
+
+def state(job: str) -> str:
+    """State of a job, or of a task of an array such as 7_0."""
+    return show(job)["JobState"]
+
+
+def wait_for(what: str, find: Callable[[], bool], timeout: float = 60) -> None:
+    """Wait until `find` is true."""
+    deadline = time.monotonic() + timeout
+    while not find():
+        assert time.monotonic() < deadline, f"waited {timeout:.0f} s in vain for {what}"
+        time.sleep(0.1)
+
+
+def wait_for_state(job: str, *wanted: str, timeout: float = 120) -> dict[str, str]:
+    """Wait until a job is in one of the wanted states (in any in which it has ended, by default), and show it."""
+    states = wanted or ENDED
+    deadline = time.monotonic() + timeout
+    while (shown := show(job))["JobState"] not in states:
+        assert time.monotonic() < deadline, f"job {job} is {shown['JobState']} ({shown['Reason']}), not one of {states}"
+        time.sleep(0.2)
+    return shown
+
+
+def rank_pid(job: str, rank: int) -> int:
+    """Process of a rank of a job's step, as this machine counts: it sees the processes of all nodes.
+
+    The job's raw number is meant, which for a task of an array is JobId of `show`.
+    """
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        variables = environment(int(entry.name))
+        if variables.get("SLURM_JOB_ID") != job or variables.get("SLURM_PROCID") != str(rank):
+            continue
+        if "SLURM_STEP_ID" in variables and _started_by_slurm(entry):
+            return int(entry.name)
+    raise AssertionError(f"rank {rank} of job {job} is not running")
+
+
+def _started_by_slurm(process: Path) -> bool:
+    """True for the rank itself, False for what it started."""
+    with contextlib.suppress(OSError):
+        parent = process.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+        return Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd")
+    return False
+
+
+def kill_rank(job: str, rank: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal to one rank."""
+    os.kill(rank_pid(job, rank), number)

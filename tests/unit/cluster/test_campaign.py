@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+from hpccl.errors import ConfigError
+from tests.run.command import SMALL, events
+
+
+def chosen(*arguments: str) -> argparse.Namespace:
+    return options(None).parse_args(arguments)
+
+
+def training(name: str, folder: Path, *settings: str, after: tuple[str, ...] = ()) -> Step:
+    return Step(name, ("train", *SMALL, "train.epochs=1", f"folder={folder / name}", *settings), after)
+
+
+def test_steps_run_after_those_they_wait_for_and_a_failure_skips_the_rest(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    steps = (
+        training("first", tmp_path),
+        training("wrong", tmp_path, "memory.size=100000"),
+        training("never", tmp_path, after=("wrong",)),
+        Step("report", ("report", str(tmp_path / "first"), "--out", str(tmp_path / "report")), after=("first",)),
+    )
+    code = carry_out(Campaign(tmp_path, steps), chosen("--jobs", "2"))
+    out, err = capfd.readouterr()
+    assert code == 2
+    assert "2 of 4 steps failed or could not begin: wrong, never" in err
+    assert (tmp_path / "report" / "comparison.html").exists()
+    assert not (tmp_path / "never").exists()
+    assert "memory.size=100000 is larger than task" in (tmp_path / "logs" / "wrong.txt").read_text()
+    assert "first: done" in out
+
+
+def test_settings_for_all_go_to_trainings_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = (Step("a", ("train", "x.yaml", "seed=1")), Step("b", ("report", "runs/a"), after=("a",)))
+    campaign = Campaign(Path("runs"), steps)
+    assert carry_out(campaign, chosen("--dry-run", "--with", "c.yaml", "seed=2", "train.epochs=[1, 2]")) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "+ hpccl train x.yaml c.yaml seed=2 'train.epochs=[1, 2]' seed=1",  # what the campaign itself says counts
+        "+ hpccl report runs/a",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((Step("a", ("report",)), Step("a", ("report",))), "is there twice"),
+        ((Step("a", ("report",), after=("b",)), Step("b", ("report",))), "waits for b, which does not come before"),
+    ],
+)
+def test_campaigns_that_cannot_be(steps: tuple[Step, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Campaign(Path("runs"), steps)
+
+
+def test_an_interrupted_campaign_saves_and_goes_on(tmp_path: Path) -> None:
+    script = tmp_path / "campaign.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from hpccl.cluster.campaign import *\n"
+        f"small = {(*SMALL, 'checkpoint.every=1000')}\n"
+        f"steps = (Step('a', ('train', *small, 'folder={tmp_path}/a')), Step('b', ('train', *small, "
+        f"'folder={tmp_path}/b'), ('a',)))\n"
+        f"sys.exit(carry_out(Campaign(Path('{tmp_path}'), steps), options(None).parse_args()))\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 100
+    while len(events(tmp_path / "a", "step")) < 5:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "start the same campaign again to continue" in err
+    assert not (tmp_path / "b").exists()
+    assert subprocess.run([sys.executable, str(script)], check=False, timeout=200).returncode == 0
+    assert events(tmp_path / "a", "run")[-1]["resumed"] is not None
+    assert events(tmp_path / "b", "done")

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpccl.cluster import step, worker
+from hpccl.cluster.records import JobRecord, birth, read_records, write_record
+from hpccl.config.load import load
+from hpccl.errors import FolderError
+from hpccl.folder import RunFolder
+from hpccl.machine import SlurmJob
+from hpccl.train.stop import Stop
+from tests.run.command import SMALL, events
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_RESTART_COUNT": "0"}
+
+
+def start(folder: Path, *settings: str, **environ: str) -> subprocess.Popen[str]:
+    """A task of a step of one, as a job of hpccl starts it, but without SLURM."""
+    code = (
+        "from pathlib import Path; from hpccl.cluster.job import TrainJob; from hpccl.cluster.prepare import prepare;"
+        "from hpccl.config.load import load; import sys;"
+        f"prepare(load([], sys.argv[1:]), ['test']); TrainJob({str(folder)!r}, ('test',))()"
+    )
+    blocked = ("env", "--block-signal=USR1", "--block-signal=USR2")
+    return subprocess.Popen(
+        [*blocked, sys.executable, "-c", code, *SMALL, f"folder={folder}", *settings],
+        env={**os.environ, **JOB, **environ},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_a_signal_that_came_while_python_started_is_kept(tmp_path: Path) -> None:
+    process = start(tmp_path / "run")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGUSR2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert events(tmp_path / "run", "stop")[-1]["reason"] == "signal SIGUSR2"
+    assert "continuing" not in output, "what a rank prints is in its own log"
+    assert "-- job 7, restart 0, rank 0" in (tmp_path / "run/logs/rank-0.txt").read_text()
+
+
+def test_an_error_of_the_users_has_a_code_above_all_others_and_is_written_down(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "optim.lr=1e30", "train.clip_norm=null", SLURM_RESTART_COUNT="3")
+    process.communicate(timeout=120)
+    assert process.returncode == 201
+    told = json.loads((tmp_path / "run/logs/error.json").read_text())
+    assert (told["job"], told["restart"], told["rank"], told["kind"]) == ("7", 3, 0, "DivergedError")
+
+
+def test_a_run_that_is_wrong_is_code_202(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "memory.size=100000")
+    process.communicate(timeout=120)
+    assert process.returncode == 202
+
+
+def test_the_sixth_start_at_one_place_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    for restart in range(5):
+        step._refuse_standstill(folder, SlurmJob("12", restart))
+    step._refuse_standstill(folder, SlurmJob("13", 0))  # another job begins anew
+    with pytest.raises(FolderError, match=r"5 times and the last 5 starts all stood at the beginning"):
+        step._refuse_standstill(folder, SlurmJob("12", 5))
+    (folder.checkpoints / "task-000-fit-00000007").mkdir()
+    step._refuse_standstill(folder, SlurmJob("12", 5))
+
+
+def test_blocked_signals_are_heard_and_stay_blocked_for_children() -> None:
+    stop = Stop()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        with worker._listening(stop):
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+            child.send_signal(signal.SIGUSR2)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            until = time.monotonic() + 10
+            while stop.reason is None and time.monotonic() < until:
+                time.sleep(0.01)
+            assert child.wait() == 0, "a child lives on"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert stop.reason == "signal SIGUSR2"
+
+
+def test_each_rank_prints_to_its_own_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path)
+    with step._own_log(folder, 3):
+        os.write(1, b"from a library\n")
+        subprocess.run(["echo", "from a child"], check=True)
+    os.write(1, b"outside\n")
+    assert (tmp_path / "logs/rank-3.txt").read_text() == "from a library\nfrom a child\n"
+    assert capfd.readouterr().out == "outside\n"
+
+
+def test_records_of_jobs_survive_a_torn_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    records = [JobRecord("slurm", "3_1", 1.5, "login"), JobRecord("local", "77", 2.5, "here", born=9, log="x")]
+    assert read_records(folder) == []
+    for record in records:
+        write_record(folder, record)
+    with folder.jobs.open("a") as file:
+        file.write('{"kind": "slurm", "id"')
+    assert read_records(folder) == records
+    assert birth(os.getpid()) > 0
+    assert birth(2**22 + 1) == 0
+
+
+def test_slurm_is_not_for_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hpccl.cluster.local import launch
+
+    assert launch(load([], ["cluster.kind=slurm", f"folder={tmp_path}"]), argv=["test"]) == 2
+    assert "queue it with `hpccl submit`" in capsys.readouterr().err

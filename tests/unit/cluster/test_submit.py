@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpccl.cluster.records import read_records
+from hpccl.cluster.submit import check, submit
+from hpccl.config.load import load, sweep
+from hpccl.errors import ConfigError, DataError, WorldError
+from hpccl.folder import RunFolder
+from tests.run.command import SMALL, events, hpccl
+
+
+@pytest.fixture
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without SLURM, wherever the tests run."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+
+
+def test_a_machine_without_slurm_says_so(no_slurm: None, tmp_path: Path) -> None:
+    with pytest.raises(WorldError, match=r"no sbatch, srun, scontrol, squeue on PATH"):
+        submit(sweep([], ["cluster.kind=slurm", f"folder={tmp_path / 'run'}"]), argv=["test"])
+    assert not (tmp_path / "run").exists(), "nothing is made before all is known to be well"
+
+
+def test_files_are_looked_for_before_a_job_waits_for_hours(tmp_path: Path) -> None:
+    shards = f"stream={{kind: shards, parts: [{{path: {tmp_path}/none}}]}}"
+    with pytest.raises(DataError, match="none/train"):
+        check([load([], [shards])])
+    with pytest.raises(DataError, match=r"model.checkpoint '.*w.pth' is not a file"):
+        check([load([], [f"model.checkpoint={tmp_path}/w.pth"])])
+    with pytest.raises(ConfigError, match=r"train.first_task_from = '.*' is no run folder"):
+        check([load([], [f"train.first_task_from={tmp_path}/other"])])
+
+
+def test_a_dependency_is_for_slurm() -> None:
+    with pytest.raises(ConfigError, match="dependency"):
+        check([load([], [])], "afterok:12")
+
+
+def test_dry_run_needs_no_slurm_and_touches_nothing(no_slurm: None, tmp_path: Path) -> None:
+    code, out = hpccl("submit", "cluster.kind=slurm", f"folder={tmp_path}/run", "--dry-run")
+    assert code == 0
+    assert out.startswith("#!/bin/bash")
+    assert not (tmp_path / "run").exists()
+
+
+def test_torch_is_not_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys; from hpccl.cluster.submit import submit, script; from hpccl.config.load import sweep;"
+        "list(script(sweep([], ['cluster.kind=slurm', 'seed=0,1'])));"
+        "import hpccl.cli, hpccl.cluster.campaign, hpccl.cluster.status; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 0
+
+
+def test_runs_in_the_background_of_this_machine(tmp_path: Path) -> None:
+    code, out = hpccl("submit", *SMALL, "train.epochs=1", f"folder={tmp_path}/sweep", "seed=0,1")
+    assert code == 0, out
+    runs = [tmp_path / "sweep" / f"seed={seed}" for seed in (0, 1)]
+    ((first,), (second,)) = (read_records(RunFolder(run)) for run in runs)
+    assert (first.kind, first.id) == ("local", second.id)
+    assert f"process {first.id}: {runs[0]}" in out
+    until = time.monotonic() + 120
+    while not all(events(run, "done") for run in runs):
+        assert time.monotonic() < until, Path(first.log).read_text()
+        time.sleep(0.1)
+    code, out = hpccl("submit", *SMALL, "train.epochs=1", f"folder={tmp_path}/sweep", "seed=0,1", "--wait")
+    assert (code, out.count("done already")) == (0, 2)
+
+
+def test_inline_trains_here(tmp_path: Path) -> None:
+    code, out = hpccl("submit", *SMALL, "train.epochs=1", "cluster.kind=inline", f"folder={tmp_path}/run")
+    assert code == 0, out
+    assert events(tmp_path / "run", "done")
+    assert not os.path.exists(tmp_path / "run" / "jobs.jsonl")
