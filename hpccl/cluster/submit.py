@@ -89,7 +89,9 @@ def submit(
                 ids = _queue(jobs, cluster, name=name, folder=folder, dependency=dependency)
             except WorldError as error:
                 before = [each.id for each in found.values() if each.kind == "slurm" and not each.kept]
-                raise WorldError(f"{error}; queued before that: {', '.join(before)}" if before else str(error)) from error
+                raise WorldError(
+                    f"{error}; queued before that: {', '.join(before)}" if before else str(error)
+                ) from error
             for run, number in zip(runs, ids, strict=True):
                 log = folder.absolute() / f"{number}_0_log.out"
                 write_record(run, JobRecord("slurm", number, time.time(), os.uname().nodename, log=str(log)))
@@ -131,8 +133,9 @@ def submit_command(
     """
     _check_site([cluster])
     record = RunFolder(folder)
-    live = _alive({name: each for each in read_records(record)[-1:]})
-    if name in live:
+    newest = read_records(record)[-1:]
+    live = _alive({name: newest[0]}) if newest else {}
+    if live:
         return live[name][0].id
     single = cluster.model_copy(update={"nodes": 1, "tasks": 1, "gpus": 0, "restarts": min(cluster.restarts, 50)})
     job = CommandJob(tuple(arguments))

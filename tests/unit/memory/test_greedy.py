@@ -1,7 +1,6 @@
 """Greedy choices against brute force and scipy; what they promise."""
 
 import itertools
-
 from typing import Any
 
 import numpy as np
