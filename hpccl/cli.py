@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,6 +37,8 @@ shards = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build an
 app.add_typer(shards, name="shards")
 curvature = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a run measured of its past.")
 app.add_typer(curvature, name="curvature")
+memory = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a run keeps of its past.")
+app.add_typer(memory, name="memory")
 
 _LISTED = 10  # jobs that `submit` names one by one
 
@@ -170,8 +173,20 @@ def _tell_submitted(submitted: Sequence[Submitted]) -> None:
         typer.echo(f"... and {len(submitted) - _LISTED} more, up to job {submitted[-1].id}: {submitted[-1].folder}")
     folders = [each.folder for each in submitted if each.kind != "done"]
     if folders:
-        where = folders[0] if len(folders) == 1 else os.path.commonpath(folders)
-        typer.echo(f"  hpccl status {where}\n  hpccl logs {folders[0]} --follow\n  hpccl cancel {where}", err=True)
+        where, one = _together(folders), shlex.quote(folders[0])
+        typer.echo(f"  hpccl status {where}\n  hpccl logs {one} --follow\n  hpccl cancel {where}", err=True)
+
+
+def _together(folders: Sequence[str]) -> str:
+    """The folder that holds these runs and no other, or all of their folders; as words of a shell."""
+    from hpccl.cluster.jobs import find_runs
+
+    above = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    if len(folders) > 1 and {os.path.abspath(run) for run in find_runs([Path(above)])} == set(
+        map(os.path.abspath, folders)
+    ):
+        return shlex.quote(above if os.path.isabs(folders[0]) else os.path.relpath(above))
+    return shlex.join(folders)
 
 
 Runs = Annotated[
@@ -369,6 +384,93 @@ def show_curvature(
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 200).print(render(shown))
+
+
+# ---------------------------------------------------------------- memory
+
+
+@memory.command("map")
+def map_memory(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    *,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; RUN/memory_map if not given.")] = None,
+    task: Annotated[
+        int | None, typer.Option(help="The network after this task, counted from 0; the newest if not given.")
+    ] = None,
+    posterior: Annotated[
+        Literal["last_layer", "kronecker", "diagonal"],
+        typer.Option(help="Of the last layer's weights, or of all of them."),
+    ] = "last_layer",
+    examples: Annotated[
+        int | None, typer.Option(help="A uniform sample of so many; all, or 2000 where all weights count.")
+    ] = None,
+    fraction: Annotated[float, typer.Option(help="Share of the data that gives the curvature of all weights.")] = 1.0,
+    prior_precision: Annotated[
+        float | None, typer.Option(help="Of the posterior; that with the largest evidence if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
+) -> None:
+    """Write the memory map of a run: what its training examples are worth, what each class and the memory hold."""
+    from hpccl.report.memory_map import summary, write_memory_map
+    from hpccl.train.memory_map import map_memory as find
+
+    found = find(
+        run,
+        task=task,
+        posterior=posterior,
+        examples=examples,
+        fraction=fraction,
+        prior_precision=prior_precision,
+    )
+    page = write_memory_map(found, out or run / "memory_map")
+    typer.echo(json.dumps(summary(found), indent=2, allow_nan=False) if as_json else str(page))
+
+
+@memory.command("reconstruct")
+def reconstruct_memory(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    *,
+    sizes: Annotated[str, typer.Option(help="Examples kept of each task, as in 50,100.")] = "50,100,200",
+    selectors: Annotated[
+        str | None, typer.Option(help="Kinds of memory.selector, as in uniform,gini+sampled; all if not given.")
+    ] = None,
+    task: Annotated[
+        int | None, typer.Option(help="Choose after this task, counted from 0; the last with a next one if not given.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="On the way to the weights after the next task.")] = 5,
+    past: Annotated[
+        float | None, typer.Option(help="Share of the past that gives the true gradient; as log.reconstruction, or 1.")
+    ] = None,
+    fraction: Annotated[
+        float, typer.Option(help="Measure curvature anew, without each memory, on so much of the rest; 0: the run's.")
+    ] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; RUN/reconstruction if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
+) -> None:
+    """How well each selector's memory would have reconstructed the gradient of the past on the way to the next task."""
+    from hpccl.report.reconstruction import markdown, write_reconstruction
+    from hpccl.train.memory_reconstruct import SELECTORS
+    from hpccl.train.memory_reconstruct import reconstruct_memory as find
+
+    found = find(
+        run,
+        sizes=_numbers(sizes),
+        selectors=SELECTORS if selectors is None else selectors.split(","),
+        task=task,
+        points=points,
+        past=past,
+        fraction=fraction,
+    )
+    page = write_reconstruction(found, out or run / "reconstruction")
+    typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False) if as_json else f"{markdown(found)}\n{page}")
+
+
+def _numbers(text: str) -> list[int]:
+    """Raises ConfigError."""
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--sizes {text}: whole numbers with commas between them, as in 50,100") from error
 
 
 # ---------------------------------------------------------------- shards

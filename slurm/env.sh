@@ -29,6 +29,6 @@ fi
 # that comes while Python still imports would kill it: blocked, it waits until hpccl has its handlers.
 read -r -a hpccl_launch <<<"${HPCCL_LAUNCH:-}"
 hpccl_srun=(srun --kill-on-bad-exit=1)
-hpccl_rank=("${hpccl_launch[@]}" env --block-signal=USR1 --block-signal=USR2)
+hpccl_rank=("${hpccl_launch[@]}" env --block-signal=USR1 --block-signal=USR2 HPCCL_STEP=1) # also one task is a rank
 
 echo "hpccl: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}, $(date '+%F %T')"

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, tell
 from hpccl.config.load import is_override, sweep
@@ -24,6 +24,9 @@ from hpccl.config.run import RunConfig
 from hpccl.config.sections import SlurmCluster
 from hpccl.errors import ConfigError, HpcclError
 from hpccl.machine import machine
+
+if TYPE_CHECKING:
+    from hpccl.cluster.submit import Submitted
 
 __all__ = ["Campaign", "Step", "carry_out", "options"]
 
@@ -130,8 +133,7 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
         if step.arguments[0] == "train":
             configs = _configs(step.arguments[1:])
             submitted = submit(configs, argv=["hpccl", *step.arguments], dependency=dependency, keep_live=True)
-            # Of an array's tasks, the array's own number stands for all.
-            jobs[step.name] = list(dict.fromkeys(each.id.partition("_")[0] for each in submitted if each.id))
+            jobs[step.name] = _numbers(submitted)
         else:
             folder = campaign.folder / "slurm" / step.name
             jobs[step.name] = [
@@ -140,6 +142,11 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
         print(f"{', '.join(jobs[step.name]) or 'done already'}: {_shown(step)}", flush=True)
     print(f"all is queued; hpccl status {campaign.folder}")
     return DONE
+
+
+def _numbers(submitted: Sequence[Submitted]) -> list[str]:
+    """Jobs to wait for. The number of an array stands for all of its tasks; of an older one, some may have failed."""
+    return list(dict.fromkeys(each.id if each.kept else each.id.partition("_")[0] for each in submitted if each.id))
 
 
 def _configs(arguments: Sequence[str]) -> list[RunConfig]:

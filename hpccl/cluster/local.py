@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from hpccl.cluster.environment import from_slurm
 from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_CONFIG, tell
 from hpccl.cluster.prepare import prepare
 from hpccl.cluster.step import in_step, run_step
@@ -39,7 +40,8 @@ def launch(config: RunConfig, *, argv: Sequence[str]) -> int:
         stopped hard.
     """
     try:
-        if in_step():
+        own = config.cluster.kind == "local" and config.cluster.nproc > 1 and not from_slurm()
+        if in_step() and not own:  # one task alone may have ranks of its own
             return _as_task(config, argv)
         if config.cluster.kind == "slurm":
             raise ConfigError(

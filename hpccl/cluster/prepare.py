@@ -20,7 +20,7 @@ from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import RunFolder, explain_os_error, replacing
 from hpccl.machine import commit, machine
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "refuse_another"]
 
 # Settings of libraries and of the scheduler that say how a run was carried out; nothing else, for secrets live there.
 _PREFIXES = ("CUDA_VISIBLE", "GLOO_", "HPCCL_", "MKL_NUM", "NCCL_", "OMP_", "SLURM_JOB", "SLURM_NTASKS", "TORCH_")
@@ -35,9 +35,7 @@ def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
         FolderError: the folder holds another run, or cannot be written.
     """
     folder = RunFolder(Path(config.path))
-    before = _earlier(folder)
-    if before is not None:
-        _refuse_another(before, config, folder)
+    before = refuse_another(config)
     folder.create()
     if before != config:
         _write(folder.config, dump(config))
@@ -46,6 +44,19 @@ def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
     if not folder.env.exists():
         _write(folder.env, _environment(argv))
     return folder
+
+
+def refuse_another(config: RunConfig) -> RunConfig | None:
+    """The configuration in the run's folder, which is that of the same run; None where there is none.
+
+    Raises:
+        FolderError: the folder holds another run, or cannot be read.
+    """
+    folder = RunFolder(Path(config.path))
+    before = _earlier(folder)
+    if before is not None:
+        _refuse_another(before, config, folder)
+    return before
 
 
 def _write(path: Path, text: str) -> None:

@@ -34,7 +34,7 @@ hpccl_finish() {
   if [ -z "$why" ] && [ "$restarts" -ge "$limit" ]; then why="restarted $restarts times, HPCCL_MAX_RESTARTS is $limit"; fi
   for try in 1 2 3 4 5 6; do # slurmctld may be restarting
     if [ -n "$why" ]; then break; fi
-    if ! state=$(squeue --noheader --jobs="$job" --format=%T); then
+    if ! state=$(squeue --all --states=all --noheader --jobs="$job" --format=%T); then
       sleep 5
     elif [ "$state" != RUNNING ]; then
       why="SLURM calls the job ${state:-unknown}"

@@ -17,6 +17,7 @@ __all__ = ["DEPENDENCY", "parameters", "python_command", "seconds", "setup_lines
 _JOB = r"[0-9]+(_[0-9]+)?(\+[0-9]+)?"
 DEPENDENCY = re.compile(rf"(after|afterany|afternotok|afterok|aftercorr):{_JOB}(:{_JOB})*")
 # Blocked until handlers are there: a signal that comes while python starts would kill it; children inherit the mask.
+_FINISH_COMMAND = "code=$?; if [ $code -eq 143 ]; then code=75; fi; hpccl_finish $code"  # 143 is SIGTERM
 _BLOCKING = ("env", "--block-signal=USR1", "--block-signal=USR2")
 
 
@@ -34,13 +35,16 @@ def seconds(time: str) -> int:
     return 86400 * int(days or "0") + 3600 * hours + 60 * minutes + rest_seconds
 
 
-def parameters(cluster: SlurmCluster, *, name: str, dependency: str | None = None) -> dict[str, Any]:
+def parameters(
+    cluster: SlurmCluster, *, name: str, dependency: str | None = None, command: bool = False
+) -> dict[str, Any]:
     """What submitit's SlurmExecutor is told.
 
     Args:
         cluster: nodes, limits and more.
         name: of the job.
         dependency: as of `sbatch --dependency`.
+        command: not a training: it saves nothing when asked to, but ends, and goes on in its next start.
 
     Raises:
         ConfigError: the dependency is none.
@@ -59,7 +63,7 @@ def parameters(cluster: SlurmCluster, *, name: str, dependency: str | None = Non
         "signal_delay_s": cluster.save,
         "stderr_to_stdout": True,
         "setup": setup_lines(cluster),
-        "teardown": ["hpccl_finish $?"],
+        "teardown": [_FINISH_COMMAND if command else "hpccl_finish $?"],
         "srun_args": srun_arguments(cluster),
     }
     if cluster.gpus:
@@ -69,6 +73,8 @@ def parameters(cluster: SlurmCluster, *, name: str, dependency: str | None = Non
         if value is not None:
             found[key] = value
     more: dict[str, Any] = {"time": cluster.time, "requeue": True}
+    if command:
+        more["signal"] = f"TERM@{cluster.save}"
     if cluster.mem is not None:
         more["mem"] = cluster.mem
     if dependency is not None:

@@ -24,6 +24,7 @@ from hpccl.config.run import RunConfig
 from hpccl.errors import FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder, explain_os_error, replacing
 from hpccl.machine import SlurmJob, slurm_job
+from hpccl.report.standing import read_standing
 
 __all__ = ["end", "fail_step", "in_step", "run_step"]
 
@@ -33,8 +34,9 @@ _STANDSTILLS = 5  # starts of a job at one place in the run; the next one is ref
 
 
 def in_step() -> bool:
-    """Whether this process is one of several tasks that SLURM started together, and not yet a rank of anything."""
-    return bool(from_slurm())
+    """Whether this process is a task that SLURM started to be a rank: one of several, or named so (HPCCL_STEP)."""
+    alone = os.environ.get("HPCCL_STEP") == "1" and "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ
+    return alone or bool(from_slurm())
 
 
 def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False) -> int:
@@ -146,6 +148,8 @@ def _refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:
     Raises:
         FolderError: the job was queued again and again without learning anything.
     """
+    if read_standing(folder.events).turn == "done":
+        return  # as each start of a sweep in one step finds the runs before the one that goes on
     from hpccl.checkpoint.store import latest  # loads torch
 
     found = latest(folder.checkpoints)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hpccl.cluster import background
 from hpccl.cluster.job import CommandJob, TrainJob
-from hpccl.cluster.prepare import prepare
+from hpccl.cluster.prepare import prepare, refuse_another
 from hpccl.cluster.queue import states
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.slurm import parameters, python_command, seconds
@@ -40,11 +41,13 @@ class Submitted:
 
     kind: `done` was there already and is not run again
     id: of the job; empty for `done`
+    kept: it was queued or running before
     """
 
     folder: str
     kind: Literal["slurm", "local", "done"]
     id: str = ""
+    kept: bool = False
 
 
 def submit(
@@ -68,13 +71,13 @@ def submit(
     todo = [config for config in configs if not _is_done(config)]
     live = _live(todo)
     if live and not keep_live:
-        path, (number, word) = next(iter(live.items()))
+        path, (there, word) = next(iter(live.items()))
         raise FolderError(
-            f"run '{path}' is job {number} already ({word}); wait for it (hpccl status {path}) or end it "
-            f"(hpccl cancel {path}) first"
+            f"run '{path}' is {'job' if there.kind == 'slurm' else 'process'} {there.id} already ({word}); wait for it "
+            f"(hpccl status {shlex.quote(path)}) or end it (hpccl cancel {shlex.quote(path)}) first"
         )
     found = {config.path: Submitted(config.path, "done") for config in configs}
-    found |= {path: Submitted(path, "slurm", number) for path, (number, _) in live.items()}
+    found |= {path: Submitted(path, there.kind, there.id, kept=True) for path, (there, _) in live.items()}
     todo = [config for config in todo if config.path not in live]
     folders = {config.path: prepare(config, argv) for config in todo}
     for cluster, group in _by_cluster(todo):
@@ -82,7 +85,13 @@ def submit(
         if isinstance(cluster, SlurmCluster):
             jobs: list[Any] = [TrainJob(str(run.path), tuple(argv)) for run in runs]
             name, folder = group[0].name, _submission_folder(runs)
-            ids = _queue(jobs, cluster, name=name, folder=folder, dependency=dependency)
+            try:
+                ids = _queue(jobs, cluster, name=name, folder=folder, dependency=dependency)
+            except WorldError as error:
+                before = [each.id for each in found.values() if each.kind == "slurm" and not each.kept]
+                raise WorldError(
+                    f"{error}; queued before that: {', '.join(before)}" if before else str(error)
+                ) from error
             for run, number in zip(runs, ids, strict=True):
                 log = folder.absolute() / f"{number}_0_log.out"
                 write_record(run, JobRecord("slurm", number, time.time(), os.uname().nodename, log=str(log)))
@@ -114,15 +123,25 @@ def script(configs: Sequence[RunConfig], *, dependency: str | None = None) -> It
 def submit_command(
     arguments: Sequence[str], cluster: SlurmCluster, *, name: str, folder: Path, dependency: str | None = None
 ) -> str:
-    """Queue another hpccl command, such as `report`, as a job of one process; its number.
+    """Queue another hpccl command, such as `report`, as a job of one process without GPUs; its number.
+
+    One that is queued or running already, from the same folder, stays.
 
     Raises:
         ConfigError: the dependency is none, or the cluster has no such partition.
         WorldError: this is no machine of a cluster, or SLURM refused.
     """
     _check_site([cluster])
-    single = cluster.model_copy(update={"nodes": 1, "tasks": 1, "gpus": 0})
-    (number,) = _queue([CommandJob(tuple(arguments))], single, name=name, folder=folder, dependency=dependency)
+    record = RunFolder(folder)
+    newest = read_records(record)[-1:]
+    live = _alive({name: newest[0]}) if newest else {}
+    if live:
+        return live[name][0].id
+    single = cluster.model_copy(update={"nodes": 1, "tasks": 1, "gpus": 0, "restarts": min(cluster.restarts, 50)})
+    job = CommandJob(tuple(arguments))
+    (number,) = _queue([job], single, name=name, folder=folder, dependency=dependency, command=True)
+    log = folder.absolute() / f"{number}_0_log.out"
+    write_record(record, JobRecord("slurm", number, time.time(), os.uname().nodename, log=str(log)))
     return number
 
 
@@ -151,6 +170,12 @@ def _check_words(configs: Sequence[RunConfig]) -> None:
         cluster = config.cluster
         if not isinstance(cluster, SlurmCluster):
             continue
+        where = str(Path(config.path).absolute())
+        if "%" in where or "\\" in where:
+            raise ConfigError(
+                f"folder '{where}': SLURM reads % and \\ in the names of logs as marks of its own, and the job "
+                "would end without a word; set folder=... without them"
+            )
         least = cluster.save + _START_UP
         if seconds(cluster.time) <= least:
             raise ConfigError(
@@ -218,20 +243,34 @@ def _partitions() -> set[str]:
 
 
 def _is_done(config: RunConfig) -> bool:
+    """Raises FolderError where the run that is done is another one."""
+    refuse_another(config)
     folder = RunFolder(Path(config.path))
     return folder.events.exists() and any(event["event"] == "done" for event in read_events(folder.events))
 
 
-def _live(configs: Sequence[RunConfig]) -> dict[str, tuple[str, str]]:
-    """Runs whose newest job is queued or running, for two jobs must not train in one folder: its number and state."""
+def _live(configs: Sequence[RunConfig]) -> dict[str, tuple[JobRecord, str]]:
+    """Runs whose newest job is queued or running, for two jobs must not train in one folder: the job and its state."""
     newest = {config.path: read_records(RunFolder(Path(config.path)))[-1:] for config in configs}
-    queued = {path: record.id for path, records in newest.items() for record in records if record.kind == "slurm"}
-    if not queued or shutil.which("squeue") is None:
-        return {}
-    told = states(list(queued.values()))
-    return {
-        path: (number, told[number].word) for path, number in queued.items() if number in told and told[number].alive
-    }
+    return _alive({path: record for path, found in newest.items() for record in found})
+
+
+def _alive(records: Mapping[str, JobRecord]) -> dict[str, tuple[JobRecord, str]]:
+    """Those whose job is queued or running, with its state."""
+    queued = [record.id for record in records.values() if record.kind == "slurm"]
+    told = states(queued) if queued and shutil.which("squeue") is not None else {}
+    live = {}
+    for path, record in records.items():
+        if record.kind == "slurm" and record.id in told and told[record.id].alive:
+            live[path] = record, told[record.id].word
+        if record.kind == "local" and _runs_here(record):
+            live[path] = record, "running"
+    return live
+
+
+def _runs_here(record: JobRecord) -> bool:
+    here = record.host == os.uname().nodename
+    return here and record.id.isdecimal() and birth(int(record.id)) == record.born > 0
 
 
 # ---------------------------------------------------------------- submitit
@@ -252,14 +291,24 @@ def _submission_folder(runs: Sequence[RunFolder]) -> Path:
     return Path(os.path.commonpath([str(run.path.absolute()) for run in runs])) / "slurm"
 
 
-def _queue(jobs: Sequence[Any], cluster: SlurmCluster, *, name: str, folder: Path, dependency: str | None) -> list[str]:
+def _queue(
+    jobs: Sequence[Any],
+    cluster: SlurmCluster,
+    *,
+    name: str,
+    folder: Path,
+    dependency: str | None,
+    command: bool = False,
+) -> list[str]:
     """Raises WorldError where SLURM refuses."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
 
-    executor = _executor(cluster, name, folder, dependency)
+    executor = _executor(cluster, parameters(cluster, name=name, dependency=dependency, command=command), folder)
+    # The variables of a job are not for another one; SBATCH_ACCOUNT and the like of a login shell are.
+    outside = clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext()
     try:
-        with clean_env(), executor.batch():  # also from within a job, whose variables are not for this one
+        with outside, executor.batch():
             handles = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         words = re.sub(r"\s+", " ", str(error)).strip()
@@ -269,11 +318,11 @@ def _queue(jobs: Sequence[Any], cluster: SlurmCluster, *, name: str, folder: Pat
     return [handle.job_id for handle in handles]
 
 
-def _executor(cluster: SlurmCluster, name: str, folder: Path, dependency: str | None) -> SlurmExecutor:
+def _executor(cluster: SlurmCluster, told: Mapping[str, Any], folder: Path) -> SlurmExecutor:
     from submitit import SlurmExecutor
 
     executor = SlurmExecutor(folder=folder, python=python_command(cluster))
-    executor.update_parameters(**parameters(cluster, name=name, dependency=dependency))
+    executor.update_parameters(**told)
     return executor
 
 

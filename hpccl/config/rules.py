@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -85,6 +86,10 @@ _OUR_SBATCH = {
     "requeue": "nothing: a run that saved is queued again, cluster.restarts limits how often",
     "no-requeue": "cluster.restarts",
     "wrap": "nothing: hpccl writes the script",
+    "chdir": "nothing: a job runs where it is submitted",
+    "wait": "hpccl submit --wait",
+    "test-only": "hpccl submit --dry-run",
+    **dict.fromkeys(("parsable", "quiet", "help", "usage", "version"), "nothing: hpccl reads what sbatch prints"),
 }
 
 
@@ -321,6 +326,11 @@ def _slurm(config: RunConfig) -> Iterator[Clash]:
     if cluster.gpus and cluster.tasks is not None and cluster.tasks != cluster.gpus and config.engine.device != "cpu":
         problem = "a process has one GPU; leave it out, or set engine.device=cpu"
         yield Clash(("cluster.tasks", "cluster.gpus"), problem)
+    for module in cluster.modules:
+        try:
+            shlex.split(module)
+        except ValueError:
+            yield Clash(("cluster.modules",), f"has a quotation that does not end: {module}")
     for key in cluster.extra:
         if key in _OUR_SBATCH:
             yield Clash((f"cluster.extra.{key}",), f"is set by hpccl; say it by {_OUR_SBATCH[key]}")

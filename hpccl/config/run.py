@@ -16,6 +16,7 @@ from hpccl.config.sections import (
     DigitsStream,
     EngineConfig,
     KroneckerCurvature,
+    Line,
     LocalCluster,
     LogConfig,
     MemoryConfig,
@@ -47,7 +48,7 @@ class RunConfig(Section):
 
     # of the run, in reports and in its folder; where no file gives one: the files' names, joined by '-'
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$")
-    folder: str | None = None  # null: runs/<name>
+    folder: Line | None = None  # null: runs/<name>
     seed: int = Field(default=0, ge=0)  # of everything random, but the order of classes
     stream: StreamConfig = DigitsStream()  # what is learned, task by task
     data: DataConfig = DataConfig()  # how examples become tensors

@@ -30,6 +30,7 @@ __all__ = [
     "Fsdp2Engine",
     "InlineCluster",
     "KroneckerCurvature",
+    "Line",
     "ListedTasks",
     "LocalCluster",
     "LogConfig",

@@ -108,6 +108,12 @@ class TopLayer:
         weights = 1 / (self.inputs[:, None] * self.outputs[None, :] + self.prior_precision)
         return squares @ weights
 
+    def solve(self, gradient: Tensor) -> Tensor:
+        """P^-1 of a gradient [K, d] by the layer's weights."""
+        inside = self.output_basis.T @ gradient.double() @ self.input_basis
+        inside = inside / (self.outputs[:, None] * self.inputs[None, :] + self.prior_precision)
+        return self.output_basis @ inside @ self.input_basis.T
+
     def covariance(self, x: Tensor) -> Tensor:
         """V of each example, [n, K, K], for inputs [n, d]."""
         return (self.output_basis * self.spread(x)[:, None, :]) @ self.output_basis.T

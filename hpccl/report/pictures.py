@@ -17,7 +17,7 @@ from PIL import Image
 
 from hpccl.folder import RunFolder
 
-__all__ = ["Grid", "memory_grids"]
+__all__ = ["Grid", "data_url", "memory_grids", "picture_sheet", "small_picture"]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 _MAX_PICTURES = 1200  # in a page
@@ -59,8 +59,8 @@ def _grid(task: int, path: Path, most: int) -> Grid:
     chosen = _spread(labels, most)
     if not len(chosen):
         return Grid(task, 0, 0, "", 0, 0)
-    sheet = _sheet([_small(images[index]) for index in chosen])
-    return Grid(task, len(chosen), len(images), _data_url(sheet), sheet.width, sheet.height)
+    sheet = picture_sheet([small_picture(images[index]) for index in chosen])
+    return Grid(task, len(chosen), len(images), data_url(sheet), sheet.width, sheet.height)
 
 
 def _spread(labels: npt.NDArray[Any], most: int) -> npt.NDArray[np.int64]:
@@ -73,14 +73,14 @@ def _spread(labels: npt.NDArray[Any], most: int) -> npt.NDArray[np.int64]:
     )
 
 
-def _small(image: Pixels) -> Image.Image:
+def small_picture(image: Pixels) -> Image.Image:
     """RGB, at most _SIDE pixels a side."""
     picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).convert("RGB")
     picture.thumbnail((_SIDE, _SIDE))
     return picture
 
 
-def _sheet(pictures: Sequence[Image.Image]) -> Image.Image:
+def picture_sheet(pictures: Sequence[Image.Image]) -> Image.Image:
     """All pictures, row by row, a pixel apart, on a transparent ground."""
     columns = min(_COLUMNS, len(pictures))
     width, height = (1 + max(sides) for sides in zip(*(picture.size for picture in pictures), strict=True))
@@ -90,7 +90,8 @@ def _sheet(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _data_url(sheet: Image.Image) -> str:
+def data_url(sheet: Image.Image) -> str:
+    """A picture as text for a page."""
     buffer = io.BytesIO()
     small = max(sheet.size) <= _COLUMNS * 40
     # PNG keeps small images exact; larger photographs are a tenth of the size as WebP.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,30 +14,43 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hpccl.folder import replacing
 from hpccl.report.events import latest, number
 
-__all__ = ["accuracy_over_tasks", "bars", "loss_curves", "reconstruction", "svg"]
+__all__ = [
+    "COLOURS",
+    "INK",
+    "STYLE",
+    "accuracy_over_tasks",
+    "bars",
+    "legend",
+    "loss_curves",
+    "new_axes",
+    "reconstruction",
+    "save_figure",
+    "svg",
+]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 # Wong 2011, "Points of view: color blindness", without black and yellow; legible on white and on near-black.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
-_STYLE: dict[Any, Any] = {
-    "axes.edgecolor": _INK,
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+INK = "#010203"  # stands for the page's text colour until the SVG is written
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": INK,
     "axes.facecolor": "none",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": "none",
     "font.size": 9,
     "grid.alpha": 0.15,
-    "grid.color": _INK,
+    "grid.color": INK,
     "legend.frameon": False,
     "svg.fonttype": "none",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 _TERMS = ("new", "soft", "replay", "quadratic")
 _MAX_POINTS = 600
@@ -47,15 +61,15 @@ def svg(figure: Figure, label: str) -> str:
     """The figure as an <svg> element with the page's ink and font, scaled to its container.
 
     Args:
-        figure: drawn with `_STYLE`.
+        figure: drawn with `STYLE`.
         label: what it shows, for those who do not see it.
     """
     buffer = io.StringIO()
     # The salt makes the ids of two figures in one page differ.
-    with rc_context({**_STYLE, "svg.hashsalt": label}):
+    with rc_context({**STYLE, "svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
     # Metadata says nothing, and a <style> inside would apply to the whole page.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     # Groups are numbered from 1 in every figure, but an id may occur once in a page.
@@ -64,8 +78,25 @@ def svg(figure: Figure, label: str) -> str:
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', text, count=1)
 
 
-def _axes(width: float = 6.4, height: float = 2.9, *, x: str, y: str) -> tuple[Figure, Axes]:
-    with rc_context(_STYLE):
+def save_figure(figure: Figure, path: Path) -> None:
+    """Black on white, as PNG or SVG by the path's suffix.
+
+    Raises:
+        FolderError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with rc_context({**STYLE, "svg.hashsalt": path.stem}):
+        figure.savefig(
+            buffer, format=path.suffix[1:], dpi=130, facecolor="white", bbox_inches="tight", metadata=metadata
+        )
+    with replacing(path) as beside:
+        beside.write_bytes(buffer.getvalue())
+
+
+def new_axes(width: float = 6.4, height: float = 2.9, *, x: str, y: str) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, in the page's style."""
+    with rc_context(STYLE):
         figure = Figure(figsize=(width, height))
         axes = figure.subplots()
     axes.set_xlabel(x)
@@ -74,8 +105,9 @@ def _axes(width: float = 6.4, height: float = 2.9, *, x: str, y: str) -> tuple[F
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
-    with rc_context(_STYLE):
+def legend(axes: Axes) -> None:
+    """Beside the axes."""
+    with rc_context(STYLE):
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
 
 
@@ -94,16 +126,16 @@ def accuracy_over_tasks(rows: Sequence[Sequence[float | None]], label: str) -> s
     if not a.size or np.isnan(a).all():
         return None
     num_tasks = len(a)
-    figure, axes = _axes(x="tasks learned", y="test accuracy / %")
+    figure, axes = new_axes(x="tasks learned", y="test accuracy / %")
     steps = np.arange(1, num_tasks + 1)
     for task in range(num_tasks):
-        axes.plot(steps[task:], a[task:, task], color=_COLOURS[task % len(_COLOURS)], lw=1, alpha=0.6, marker=".")
+        axes.plot(steps[task:], a[task:, task], color=COLOURS[task % len(COLOURS)], lw=1, alpha=0.6, marker=".")
     measured = [t for t in range(num_tasks) if not np.isnan(a[t, : t + 1]).any()]
     means = [a[t, : t + 1].mean() for t in measured]
-    axes.plot([t + 1 for t in measured], means, color=_INK, lw=2.2, marker="o", ms=4, label="mean")
+    axes.plot([t + 1 for t in measured], means, color=INK, lw=2.2, marker="o", ms=4, label="mean")
     for task in range(num_tasks) if num_tasks <= _MAX_LEGEND else ():
         axes.lines[task].set_label(f"task {task + 1}")
-    _legend(axes)
+    legend(axes)
     _task_ticks(axes, num_tasks)
     return svg(figure, label)
 
@@ -116,25 +148,25 @@ def loss_curves(events: Sequence[Mapping[str, Any]], label: str) -> str | None:
     lengths = {int(event["task"]): int(event["num_steps"]) for event in steps}
     starts = {task: sum(n for other, n in lengths.items() if other < task) for task in lengths}
     x = np.array([starts[event["task"]] + event["step"] for event in steps], dtype=np.float64)
-    figure, axes = _axes(width=10, x="step", y="nats per training example")
+    figure, axes = new_axes(width=10, x="step", y="nats per training example")
     curves = _curves(steps)
     for name, y in curves.items():
         axes.plot(*_thinned(x, y), label=name, **_line(name))
     for start in sorted(starts.values())[1:]:
-        axes.axvline(start, color=_INK, lw=0.6, alpha=0.35, ls=":")
+        axes.axvline(start, color=INK, lw=0.6, alpha=0.35, ls=":")
     positive = np.concatenate([y[np.isfinite(y) & (y > 0)] for y in curves.values()])
     if positive.size and positive.max() > 100 * np.median(positive):
         axes.set_yscale("log")
-    _legend(axes)
+    legend(axes)
     return svg(figure, label)
 
 
 def _line(term: str) -> dict[str, Any]:
     """One colour a term in every plot; the whole is the heavy line."""
     if term in {"loss", "total"}:
-        return {"color": _INK, "lw": 1.8}
+        return {"color": INK, "lw": 1.8}
     order = (*_TERMS, term)
-    return {"color": _COLOURS[order.index(term)], "lw": 1.1}
+    return {"color": COLOURS[order.index(term)], "lw": 1.1}
 
 
 def _curves(steps: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
@@ -163,7 +195,7 @@ def reconstruction(measured: Sequence[Mapping[str, Any]], label: str) -> str | N
     """Cosine and relative error of each term of the prior's gradient, by task. None if never measured."""
     if not measured:
         return None
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(10, 2.7))
         panels = figure.subplots(1, 2)
     names = list(dict.fromkeys(name for event in measured for name in event["terms"]))
@@ -178,7 +210,7 @@ def reconstruction(measured: Sequence[Mapping[str, Any]], label: str) -> str | N
         axes.set_ylabel(title)
         axes.set_xticks(tasks[:: max(1, len(tasks) // 8)])
         axes.grid(visible=True, axis="y")
-    _legend(panels[-1])
+    legend(panels[-1])
     figure.subplots_adjust(wspace=0.28)
     return svg(figure, label)
 
@@ -196,18 +228,18 @@ def bars(
     shown = {key: values for key, values in series.items() if any(mean is not None for mean, _ in values)}
     if not shown:
         return None
-    figure, axes = _axes(width=7.0, height=0.7 + len(names) * (0.16 + 0.17 * len(shown)), x="accuracy / %", y="")
+    figure, axes = new_axes(width=7.0, height=0.7 + len(names) * (0.16 + 0.17 * len(shown)), x="accuracy / %", y="")
     thickness = 0.8 / len(shown)
     for position, (key, values) in enumerate(shown.items()):
         y = np.arange(len(names)) - 0.4 + (position + 0.5) * thickness
         means = _series([None if mean is None else 100 * mean for mean, _ in values])
         spread = _series([None if std is None else 100 * std for _, std in values])
-        colour = _COLOURS[position % len(_COLOURS)]
-        axes.barh(y, means, thickness * 0.92, xerr=spread, color=colour, ecolor=_INK, capsize=2, label=key)
+        colour = COLOURS[position % len(COLOURS)]
+        axes.barh(y, means, thickness * 0.92, xerr=spread, color=colour, ecolor=INK, capsize=2, label=key)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.set_xlim(0, 100)
-    _legend(axes)
+    legend(axes)
     return svg(figure, label)

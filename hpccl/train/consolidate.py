@@ -34,7 +34,7 @@ from hpccl.train.score import competing
 from hpccl.train.selection import chosen
 from hpccl.train.state import RunState, World
 
-__all__ = ["consolidate"]
+__all__ = ["TaskPass", "consolidate", "thumbnail"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -127,7 +127,7 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
         estimator = build_estimator(world.config.curvature, world.config.seed, state.coverage)
         dense = isinstance(world.config.curvature, DenseCurvature)
         network = state.engine.whole_module() if dense else state.engine.module
-        batches = _Pass(task, rest, world)
+        batches = TaskPass(task, rest, world)
         precision = estimator.estimate(network, batches, world.comm).times(times)
         new = precision.totals(world.comm)
         if state.prior.quadratic is None:
@@ -206,7 +206,7 @@ def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class TaskPass:
     """This rank's share of the samples in the evaluation view, with the head they are judged by; may be repeated."""
 
     task: Task
@@ -240,7 +240,7 @@ class _Pass:
         return head
 
 
-def _thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """A small image as it is; the middle of a large one, shrunk to 64 pixels."""
     if max(picture.shape[:2]) <= _THUMBNAIL or picture.shape[2] != 3:
         return picture
@@ -254,7 +254,7 @@ def _keep_pictures(task: Task, sample: Ints, label: Ints, world: World) -> None:
     pictures: list[Any] = []
     for position in sample[few]:
         try:
-            pictures.append(_thumbnail(world.stream.raw(int(position))))
+            pictures.append(thumbnail(world.stream.raw(int(position))))
         except DataError:  # already reported; data.bad_images is `skip`
             continue
     names = world.stream.sample_names("train", sample[few])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,38 @@ from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
 from hpccl.train.evaluate import test
 from hpccl.train.run import fresh_state
-from hpccl.train.state import World
+from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
 
-__all__ = ["evaluate_run", "find_checkpoint"]
+__all__ = ["evaluate_run", "find_checkpoint", "reopened"]
 
 
 def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
     """Task- and class-incremental figures of the newest checkpoint, or of the one after `task`; writes nothing.
+
+    Raises:
+        FolderError: the folder is no run, or has no such checkpoint.
+    """
+    with reopened(path, task=task) as (state, world):
+        mark = state.mark
+        results = test(state, world, last=mark.task)
+    if world.config.method == "separate":  # the earlier tasks have networks of their own, tested when they were there
+        results = state.results[: mark.task] + results[mark.task :]
+    seen = results[: mark.task + 1]
+    return {
+        "run": str(path),
+        "checkpoint": mark.name,
+        "average_accuracy": float(np.mean([result["task_incremental"]["accuracy"] for result in seen])),
+        "average_accuracy_class_incremental": None
+        if any(result["class_incremental"] is None for result in seen)
+        else float(np.mean([result["class_incremental"]["accuracy"] for result in seen])),
+        "tasks": results,
+    }
+
+
+@contextlib.contextmanager
+def reopened(path: Path, *, task: int | None = None) -> Iterator[tuple[RunState, World]]:
+    """The newest checkpoint of a run, or the newest of `task`, on one process; what is done with it is not logged.
 
     Raises:
         FolderError: the folder is no run, or has no such checkpoint.
@@ -40,20 +66,7 @@ def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
     state = fresh_state(config, stream, comm, pretrained=False)
     state.load_state_dict(load(folder.checkpoints, mark), mark, open_shards(folder.checkpoints, mark), comm)
     with EventLog(folder.events, enabled=False) as log, make_progress(False) as progress:
-        world = World(config, comm, stream, folder, log, progress, Stop())
-        results = test(state, world, last=mark.task)
-    if config.method == "separate":  # the earlier tasks have networks of their own, tested when they were there
-        results = state.results[: mark.task] + results[mark.task :]
-    seen = results[: mark.task + 1]
-    return {
-        "run": str(path),
-        "checkpoint": mark.name,
-        "average_accuracy": float(np.mean([result["task_incremental"]["accuracy"] for result in seen])),
-        "average_accuracy_class_incremental": None
-        if any(result["class_incremental"] is None for result in seen)
-        else float(np.mean([result["class_incremental"]["accuracy"] for result in seen])),
-        "tasks": results,
-    }
+        yield state, World(config, comm, stream, folder, log, progress, Stop())
 
 
 def _in_one_process(config: RunConfig) -> RunConfig:

@@ -12,13 +12,15 @@ from torch import Tensor
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.engine.sharded import is_spread, parameters_of
+from hpccl.memory.store import Memory
+from hpccl.prior.prior import Prior
 from hpccl.prior.reconstruct import Losses, compare_gradients, local_parts, summed_gradients
 from hpccl.train.compose import Composer
 from hpccl.train.loss import row_nats
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
-__all__ = ["reconstruct"]
+__all__ = ["prior_gradients", "reconstruct", "true_gradient"]
 
 _SUBSAMPLE = 104
 
@@ -30,22 +32,12 @@ def reconstruct(task: Task, state: RunState, world: World) -> None:
     if fraction == 0 or task.index == 0 or (prior.quadratic is None and len(prior.memory) == 0):
         return
     with world.phase(task, "reconstruction") as phase:
-        engine, comm = state.engine, world.comm
-        composer = Composer.build(world.config, world.stream, task, prior.memory, teacher=None, device=engine.device)
-        past = np.arange(task.samples("train").start)
-        count = max(1, round(fraction * len(past)))
-        used = np.sort(past[np.argsort(mix(world.config.seed, _SUBSAMPLE, task.index, past), kind="stable")[:count]])
-        phase.images = len(used) + len(prior.memory)
-        (true,) = summed_gradients(engine.module, _true(used, composer, world), comm, num_terms=1)
-        true = {name: value * (len(past) / len(used)) for name, value in true.items()}
-        soft, replay = summed_gradients(engine.module, _memory(composer, world), comm, num_terms=2)
-        weights, copies = parameters_of(engine.module)
-        quadratic = {name: torch.zeros_like(value) for name, value in true.items()}
-        if prior.quadratic is not None:
-            quadratic = local_parts(prior.quadratic.force(weights, comm))
-        total = {name: soft[name] + replay[name] + quadratic[name] for name in true}
-        terms = {"soft": soft, "replay": replay, "quadratic": quadratic, "total": total}
-        errors, true_norm = compare_gradients(true, terms, comm, spread=is_spread(engine.module), copies=copies)
+        true = true_gradient(task, fraction, state, world)
+        terms = prior_gradients(task, prior, state, world)
+        phase.images = len(_used(task, fraction, world)) + len(prior.memory)
+        _, copies = parameters_of(state.engine.module)
+        spread = is_spread(state.engine.module)
+        errors, true_norm = compare_gradients(true, terms, world.comm, spread=spread, copies=copies)
     world.log.write(
         "reconstruction",
         task=task.index,
@@ -53,6 +45,37 @@ def reconstruct(task: Task, state: RunState, world: World) -> None:
         terms=errors,
         true_norm=true_norm,
     )
+
+
+def true_gradient(task: Task, fraction: float, state: RunState, world: World) -> dict[str, Tensor]:
+    """Of the nats of all earlier tasks' examples at the present weights, from a share of them; collective."""
+    composer = _composer(task, Memory.empty(), state, world)
+    past, used = task.samples("train").start, _used(task, fraction, world)
+    (true,) = summed_gradients(state.engine.module, _true(used, composer, world), world.comm, num_terms=1)
+    return {name: value * (past / len(used)) for name, value in true.items()}
+
+
+def prior_gradients(task: Task, prior: Prior, state: RunState, world: World) -> dict[str, dict[str, Tensor]]:
+    """By term, and in total, of what a prior says of the past while `task` is learned, at the present weights."""
+    composer = _composer(task, prior.memory, state, world)
+    soft, replay = summed_gradients(state.engine.module, _memory(composer, world), world.comm, num_terms=2)
+    weights, _ = parameters_of(state.engine.module)
+    quadratic = {name: torch.zeros_like(value) for name, value in soft.items()}
+    if prior.quadratic is not None:
+        quadratic = local_parts(prior.quadratic.force(weights, world.comm))
+    total = {name: soft[name] + replay[name] + quadratic[name] for name in soft}
+    return {"soft": soft, "replay": replay, "quadratic": quadratic, "total": total}
+
+
+def _composer(task: Task, memory: Memory, state: RunState, world: World) -> Composer:
+    return Composer.build(world.config, world.stream, task, memory, teacher=None, device=state.engine.device)
+
+
+def _used(task: Task, fraction: float, world: World) -> npt.NDArray[np.int64]:
+    """The examples of earlier tasks that stand for all of them."""
+    past = np.arange(task.samples("train").start)
+    count = max(1, round(fraction * len(past)))
+    return np.sort(past[np.argsort(mix(world.config.seed, _SUBSAMPLE, task.index, past), kind="stable")[:count]])
 
 
 def _true(used: npt.NDArray[np.int64], composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]:

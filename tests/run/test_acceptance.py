@@ -20,7 +20,7 @@ from hpccl.engine.protocols import trainable
 from hpccl.errors import CoverageError
 from hpccl.prior.prior import Prior
 from hpccl.train.compose import Composer, plan_task, split
-from hpccl.train.consolidate import _Pass, measure
+from hpccl.train.consolidate import TaskPass, measure
 from hpccl.train.loss import row_nats, weighted_nats
 from hpccl.train.run import run
 from hpccl.train.state import RunState, World
@@ -108,7 +108,7 @@ def test_4_curvature_is_measured_with_the_right_labels_and_head(tmp_path: Path, 
     assert float(rows[list(head.classes)].min()) > 0
     # The loss that the pass sees is the training loss: its labels are the right ones among the own head.
     samples = np.arange(head.samples("train").start, head.samples("train").stop)
-    batches = list(_Pass(head, samples, world))
+    batches = list(TaskPass(head, samples, world))
     nats = [
         row_nats(
             state.engine.predict(batch.pixels),

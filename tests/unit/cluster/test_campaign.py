@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+from hpccl.cluster.campaign import Campaign, Step, _numbers, carry_out, options
+from hpccl.cluster.submit import Submitted
 from hpccl.errors import ConfigError
 from tests.run.command import SMALL, events
 
@@ -86,3 +87,9 @@ def test_an_interrupted_campaign_saves_and_goes_on(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, str(script)], check=False, timeout=200).returncode == 0
     assert events(tmp_path / "a", "run")[-1]["resumed"] is not None
     assert events(tmp_path / "b", "done")
+
+
+def test_what_waits_for_a_part_of_an_older_array_does_not_wait_for_the_task_that_failed() -> None:
+    kept = [Submitted(f"runs/{task}", "slurm", f"12_{task}", kept=True) for task in (1, 2)]
+    new = [Submitted(f"runs/{task}", "slurm", f"20_{task}") for task in (0, 1)]
+    assert _numbers([*new, *kept, Submitted("runs/9", "done")]) == ["20", "12_1", "12_2"]

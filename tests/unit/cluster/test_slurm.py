@@ -134,3 +134,25 @@ def test_what_sbatch_knows_is_passed_on(dependency: str) -> None:
 def test_a_limit_that_leaves_no_time_to_train_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"cluster.save"):
         one("cluster.time=0:03:00", "cluster.save=150")
+
+
+@pytest.mark.parametrize("key", ["parsable", "quiet", "test-only", "wait", "chdir", "help", "version"])
+def test_what_would_hide_the_number_of_the_job_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"cluster.extra.{key}.*is set by hpccl"):
+        one(f"cluster.extra={{{key}: true}}")
+
+
+def test_a_quotation_that_does_not_end_is_a_mistake_in_the_configuration() -> None:
+    with pytest.raises(ConfigError, match=r"cluster.modules.*has a quotation that does not end: it's"):
+        one('cluster.modules=["it\'s"]')
+
+
+def test_no_line_of_the_script_comes_from_the_folder() -> None:
+    with pytest.raises(ConfigError, match="text of one line"):
+        one(r'folder="/tmp/a\ntouch /tmp/b"')
+
+
+@pytest.mark.parametrize("folder", ["runs/50%", "runs/%j", r"runs/a\b"])
+def test_names_that_slurm_reads_otherwise_are_refused(folder: str) -> None:
+    with pytest.raises(ConfigError, match="SLURM reads %"):
+        one(f"folder={folder}")

@@ -64,6 +64,14 @@ def test_a_run_that_is_wrong_is_code_202(tmp_path: Path) -> None:
     assert process.returncode == 202
 
 
+def test_a_run_that_is_done_is_started_again_as_often_as_a_later_one_of_its_sweep_needs(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    folder.events.write_text('{"event": "run", "time": 1}\n{"event": "done", "time": 2}\n')
+    for restart in range(8):
+        step._refuse_standstill(folder, SlurmJob("12", restart))
+
+
 def test_the_sixth_start_at_one_place_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.create()

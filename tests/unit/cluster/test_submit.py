@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hpccl.cluster.records import read_records
+from hpccl.cli import _together
+from hpccl.cluster.prepare import prepare
+from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.submit import check, submit
 from hpccl.config.load import load, sweep
-from hpccl.errors import ConfigError, DataError, WorldError
+from hpccl.errors import ConfigError, DataError, FolderError, WorldError
 from hpccl.folder import RunFolder
 from tests.run.command import SMALL, events, hpccl
 
@@ -79,3 +81,43 @@ def test_inline_trains_here(tmp_path: Path) -> None:
     assert code == 0, out
     assert events(tmp_path / "run", "done")
     assert not os.path.exists(tmp_path / "run" / "jobs.jsonl")
+
+
+def test_a_run_that_is_done_is_not_taken_for_another_one(tmp_path: Path) -> None:
+    folder = f"folder={tmp_path}/run"
+    prepare(load([], [folder]), ["test"])
+    (tmp_path / "run" / "events.jsonl").write_text('{"event": "done", "time": 0}\n')
+    assert [each.kind for each in submit([load([], [folder])], argv=["test"])] == ["done"]
+    with pytest.raises(FolderError, match="holds a run of another configuration"):
+        submit([load([], [folder, "train.epochs=77"])], argv=["test"])
+
+
+def test_a_process_is_not_started_twice(tmp_path: Path) -> None:
+    config = load([], [f"folder={tmp_path}/run"])
+    run, me = prepare(config, ["test"]), os.getpid()
+    write_record(run, JobRecord("local", str(me), time.time(), os.uname().nodename, born=birth(me)))
+    with pytest.raises(FolderError, match=rf"is process {me} already \(running\)"):
+        submit([config], argv=["test"])
+    (kept,) = submit([config], argv=["test"], keep_live=True)
+    assert (kept.kind, kept.id, kept.kept) == ("local", str(me), True)
+    assert len(read_records(run)) == 1
+
+
+@pytest.mark.parametrize(
+    ("folders", "others", "words"),
+    [
+        (["runs/it is"], [], "'runs/it is'"),
+        (["runs/s/seed=0", "runs/s/seed=1"], ["runs/other"], "runs/s"),
+        (["runs/a", "runs/b"], ["runs/c"], "runs/a runs/b"),  # or `hpccl cancel runs` would end others
+        (["a", "b"], ["c"], "a b"),
+        (["{root}/a", "b"], [], "{root}"),
+    ],
+)
+def test_what_is_said_to_be_cancelled_is_what_was_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: list[str], others: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [folder.format(root=tmp_path) for folder in folders]
+    for folder in (*folders, *others):
+        prepare(load([], [f'folder="{folder}"']), ["test"])
+    assert _together(folders) == words.format(root=tmp_path)

@@ -24,7 +24,7 @@ from hpccl.errors import DataError
 from tests.unit.data.tiny_images import tiny_set, write_folder
 
 
-class Flaky(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
+class Flaky(LocalFileSystem):  # type: ignore[misc] # fsspec has no types
     """A store that fails now and then: opening counts down `failures`, and is written down."""
 
     protocol = "flaky"

@@ -1,0 +1,107 @@
+"""Which memory is worth keeping: every selector on Split-CIFAR with `ewc+fr+replay`, m = 100 and 500, three seeds.
+
+    python launch/selection.py [--jobs 2] [--quick]
+
+Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
+is not repeated and one that was killed continues, so start it again at any time. Each seed's first task is trained once
+and shared. In the end: the comparison of all runs, and how well each selector reconstructs the gradient of the past on
+the trajectory of each seed's uniform run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+
+SELECTORS: dict[str, list[str]] = {
+    kind: [f"memory.selector.kind={kind}"]
+    for kind in (
+        "uniform",
+        "gini",
+        "error",
+        "residual",
+        "leverage",
+        "sensitivity",
+        "herding",
+        "k_center",
+        "reconstruction",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    folder: of the runs; out: of the comparison
+    """
+
+    folder: Path
+    out: Path
+    sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
+    arguments: tuple[str, ...]
+
+
+SPLIT_CIFAR = Setting(
+    folder=Path("runs/selection"),
+    out=Path("docs/results/selection"),
+    sizes=(100, 500),
+    seeds=(0, 1, 2),
+    arguments=(
+        "configs/split_cifar.yaml",
+        "configs/method/ewc+fr+replay.yaml",
+        "curvature.fraction=0.1",
+        "curvature.tasks.max_cost=5.0",
+        "prior.temperature=2.0",
+        "prior.weight=0.25",
+        "prior.quadratic.weight=2.0",
+    ),
+)
+DIGITS = Setting(
+    folder=Path("runs/selection_quick"),
+    out=Path("runs/selection_quick/comparison"),
+    sizes=(20,),
+    seeds=(0,),
+    arguments=("configs/quickstart.yaml", "configs/method/ewc+fr+replay.yaml", "train.epochs=3", "stream.tasks=5"),
+)
+
+
+def trainings(setting: Setting) -> Iterator[Step]:
+    """Those that train a first task before those that take it."""
+    for seed in setting.seeds:
+        first = f"uniform-{setting.sizes[0]}-{seed}"
+        for number in setting.sizes:
+            for selector, chosen in SELECTORS.items():
+                name = f"{selector}-{number}-{seed}"
+                after = () if name == first else (first,)
+                shared = [f"train.first_task_from={setting.folder}/{first}"] if after else []
+                names = [f"folder={setting.folder}/{name}", f"name={selector}-{number}", f"seed={seed}"]
+                kept = [f"memory.size={number}", "log.reconstruction=0.1", *chosen]
+                yield Step(name, ("train", *setting.arguments, *kept, *shared, *names), after)
+
+
+def campaign(setting: Setting) -> Campaign:
+    """All runs, their comparison, and the reconstruction along each seed's trajectory."""
+    steps = tuple(trainings(setting))
+    folders = [f"{setting.folder}/{step.name}" for step in steps]
+    report = Step("report", ("report", *folders, f"--out={setting.out}"), tuple(step.name for step in steps))
+    sizes = ",".join(map(str, setting.sizes))
+    along = []
+    for seed in setting.seeds:
+        run = f"uniform-{setting.sizes[0]}-{seed}"
+        command = ("memory", "reconstruct", f"{setting.folder}/{run}", "--sizes", sizes, "--past", "0.1")
+        out = ("--points", "5", "--out", f"{setting.out}/reconstruction-{seed}")
+        along.append(Step(f"reconstruct-{seed}", (*command, *out), (run,)))
+    return Campaign(setting.folder, (*steps, *along, report))
+
+
+if __name__ == "__main__":
+    parser = options(__doc__)
+    parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
+    chosen = parser.parse_args()
+    sys.exit(carry_out(campaign(DIGITS if chosen.quick else SPLIT_CIFAR), chosen))

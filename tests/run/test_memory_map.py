@@ -1,0 +1,153 @@
+"""`hpccl memory map` on whole runs of digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hpccl.cli import app
+from hpccl.errors import ConfigError, FolderError
+from hpccl.report.memory_map import MemoryMap, summary, write_memory_map
+from hpccl.train.evaluate_run import evaluate_run, reopened
+from hpccl.train.memory_map import map_memory
+from hpccl.train.score import looks
+from tests.run.command import events, finish, start
+
+SETTINGS = ("stream.tasks=2", "train.epochs=4", "memory.size=20", "prior.scale_to_task=true", "cluster.threads=1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "one"
+    code, said = finish(start(folder, *SETTINGS))
+    assert code == 0, said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(run: Path) -> MemoryMap:
+    return map_memory(run)
+
+
+def test_the_page_has_pictures_and_plots(found: MemoryMap, tmp_path: Path) -> None:
+    page = write_memory_map(found, tmp_path).read_text()
+    assert page.count("data:image/png;base64,") >= 2 * 10  # two of every class, and those in the plot
+    assert page.count("<svg") == 5
+    assert "prefers-color-scheme: dark" in page
+    assert "http-equiv" not in page
+    assert 'src="http' not in page
+    for name in ("error_variance", "error_leverage", "left_out", "classes", "memory"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+    lines = (tmp_path / "memory_map.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(found.table["sample"]) == 1 + 1438
+    assert lines[0].startswith("name,class,sample,task,label,in_memory,error,nats,variance,leverage,sensitivity")
+    content = json.loads((tmp_path / "memory_map.json").read_text())
+    assert content["num_seen"] == 1438
+    assert len(content["most_sensitive"]) == 20
+
+
+def test_figures_of_examples_by_brute_force(run: Path, found: MemoryMap) -> None:
+    """The second task's last layer as a dense matrix."""
+    with reopened(run) as (state, world):
+        task = world.stream.tasks[1]
+        samples = np.arange(task.samples("train").start, task.samples("train").stop)
+        seen = list(looks(samples, list(task.classes), state, world, inputs=True))
+        kept = set(state.prior.memory.sample.tolist())
+    logits, x = (torch.cat([getattr(look, name) for look in seen]).double() for name in ("logits", "x"))
+    p = logits.softmax(1)
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    f = torch.kron(curvature.sum(0), x.T @ x / len(x))
+    inverse = torch.linalg.inv(f + found.prior_precision * torch.eye(len(f), dtype=torch.float64))
+    inverse = inverse.view(p.shape[1], x.shape[1], p.shape[1], x.shape[1])
+    v = torch.einsum("kilj,ni,nj->nkl", inverse, x, x)
+    here = found.table["task"] == 1
+    assert found.table["sample"][here].tolist() == samples.tolist()
+    assert {int(sample) for sample in found.table["sample"][found.table["in_memory"]]} == kept
+    expected = torch.einsum("nkl,nlk->n", curvature, v)
+    torch.testing.assert_close(torch.from_numpy(found.table["leverage"][here]), expected, rtol=1e-4, atol=1e-7)
+    labels = torch.from_numpy(found.table["label"][here] - min(task.classes))
+    error = p - torch.nn.functional.one_hot(labels, p.shape[1])
+    torch.testing.assert_close(
+        torch.from_numpy(found.table["error"][here]), 1 - p.gather(1, labels[:, None])[:, 0], rtol=1e-4, atol=1e-7
+    )
+    moved = torch.einsum("nkl,nlm,nm->nk", curvature, v, error)
+    torch.testing.assert_close(
+        torch.from_numpy(found.table["sensitivity"][here]), moved.abs().sum(1), rtol=1e-3, atol=1e-7
+    )
+
+
+def test_estimates_stand_beside_the_measured_test_nll(run: Path, found: MemoryMap) -> None:
+    newest = found.tasks[1]
+    measured = evaluate_run(run)["tasks"][1]["task_incremental"]["nll"]
+    assert newest["test_nats"] == pytest.approx(measured)
+    assert newest["train_nats"] < newest["left_out"] < newest["left_out_newton"]
+    assert newest["left_out_newton"] == pytest.approx(measured, rel=0.1)
+
+
+def test_the_memory_over_tasks(run: Path, found: MemoryMap) -> None:
+    assert [row["per_task"] for row in found.memory] == [[20], [20, 20]]
+    assert [(row["smallest_class"], row["largest_class"]) for row in found.memory] == [(4, 4), (4, 4)]
+    written = [event["agreement"] for event in events(run, "memory")]
+    assert [row["agreement"] for row in found.memory] == [pytest.approx(each) for each in written]
+    assert found.memory[1]["chance"] == pytest.approx(40 / 1438)
+
+
+def test_a_class_is_missed(found: MemoryMap) -> None:
+    for row in found.classes:
+        if row["task"] == 1:
+            assert row["nats"] < row["left_out"] < row["removed"]
+
+
+@pytest.mark.parametrize("posterior", ["kronecker", "diagonal"])
+def test_all_weights(run: Path, found: MemoryMap, posterior: Any) -> None:
+    few = map_memory(run, posterior=posterior, examples=60, fraction=0.5)
+    assert len(few.table["sample"]) == 60
+    here = np.isin(found.table["sample"], few.table["sample"])
+    np.testing.assert_allclose(few.table["error"], found.table["error"][here], rtol=1e-3, atol=1e-5)
+    assert bool((few.table["leverage"] > 0).all())
+    assert bool(np.isfinite(few.table["left_out_newton"]).all())
+    assert all(row["removed"] is None for row in few.classes)
+
+
+def test_two_processes_give_the_same_map(found: MemoryMap, tmp_path: Path) -> None:
+    code, said = finish(start(tmp_path / "two", *SETTINGS, "cluster.nproc=2"))
+    assert code == 0, said
+    other = map_memory(tmp_path / "two")
+    for name in ("sample", "task", "label", "in_memory"):
+        assert np.array_equal(found.table[name], other.table[name])
+    for name in ("error", "variance", "leverage", "sensitivity", "left_out"):
+        np.testing.assert_allclose(other.table[name], found.table[name], rtol=2e-2, atol=1e-4, err_msg=name)
+
+
+def test_an_earlier_task_and_the_command(run: Path, tmp_path: Path) -> None:
+    said = CliRunner().invoke(app, ["memory", "map", str(run), "--task", "0", "--out", str(tmp_path / "map")])
+    assert said.exit_code == 0, said.output
+    assert said.output.strip() == str(tmp_path / "map" / "memory_map.html")
+    first = map_memory(run, task=0)
+    assert set(first.table["task"].tolist()) == {0}
+    told = CliRunner().invoke(
+        app, ["memory", "map", str(run), "--examples", "50", "--json", "--out", str(tmp_path / "few")]
+    )
+    assert json.loads(told.output) == json.loads(json.dumps(summary(map_memory(run, examples=50))))
+
+
+def test_what_cannot_be_mapped_says_why(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FolderError, match="is not a run folder"):
+        map_memory(tmp_path)
+    with pytest.raises(FolderError, match="has no checkpoint of task 7; tasks with checkpoints: "):
+        map_memory(run, task=7)
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    with pytest.raises(FolderError, match="has no checkpoint yet"):
+        map_memory(tmp_path)
+    with pytest.raises(ConfigError, match="--examples 0: at least 1"):
+        map_memory(run, examples=0)
+    monkeypatch.setattr("hpccl.train.memory_map._LARGEST", 10_000)
+    with pytest.raises(ConfigError, match=r"too large for --posterior kronecker.*use --posterior last_layer"):
+        map_memory(run, posterior="kronecker")
