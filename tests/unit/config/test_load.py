@@ -142,7 +142,7 @@ def test_dump_loads_back(tmp_path: Path) -> None:
 def test_dump_loads_back_whatever_it_holds(
     tmp_path_factory: pytest.TempPathFactory, text: str, number: float, options: dict[str, object]
 ) -> None:
-    config = RunConfig.model_validate({"folder": text, "optim": {"lr": number, "options": options}})
+    config = RunConfig.model_validate({"data": {"cache": text}, "optim": {"lr": number, "options": options}})
     path = tmp_path_factory.mktemp("dump") / "a.yaml"
     path.write_text(dump(config), encoding="utf-8", newline="")
     assert load([path], []) == config
