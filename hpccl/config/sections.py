@@ -111,7 +111,9 @@ TimeLimit = Annotated[
 class Section(BaseModel):
     """A part of a configuration: frozen, unknown keys refused, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
 
 # ---------------------------------------------------------------- stream
