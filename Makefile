@@ -39,7 +39,7 @@ test-slow: $(STAMP) ## the slow tests
 
 slurm-test: $(STAMP) ## the tests on a real SLURM in this machine; needs root, installs Debian's SLURM
 	$(BIN)/python slurm/testbed/testbed.py install
-	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+	$(BIN)/python -m pytest -m slurm tests/slurm --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## style, types and layers; changes nothing
 	$(BIN)/ruff check .

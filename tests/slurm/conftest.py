@@ -27,10 +27,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def _first_job() -> int:
+    """Each process of pytest has a cluster of its own, and a rank is found by the number of its job."""
+    return 1 + 10000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+
+
 @pytest.fixture(scope="session")
 def _testbed(request: pytest.FixtureRequest) -> Iterator[Testbed]:
     directory = Path(tempfile.mkdtemp(prefix="tb-", dir="/tmp"))  # short, for unix sockets
-    with pytest.MonkeyPatch.context() as patch, Testbed(directory, Settings(nodes=3)) as testbed:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Testbed(directory, Settings(nodes=3, overrides=(f"FirstJobId={_first_job()}",))) as testbed,
+    ):
         for name in os.environ:
             if name.startswith(("SLURM_", "SBATCH_", "SRUN_")):
                 patch.delenv(name)
