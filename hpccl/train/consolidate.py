@@ -6,9 +6,8 @@ Nothing is written before all of it is done, so a job may die anywhere and repea
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -251,18 +250,24 @@ def thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 def _keep_pictures(task: Task, sample: Ints, label: Ints, world: World) -> None:
     """Some of the chosen images, as stored, for the report's picture grid."""
     few = np.linspace(0, len(sample) - 1, num=min(len(sample), _PICTURES)).astype(np.int64)
-    pictures: list[Any] = []
-    for position in sample[few]:
+    pictures, shown = [], []
+    for number in few:
         try:
-            pictures.append(thumbnail(world.stream.raw(int(position))))
+            pictures.append(thumbnail(world.stream.raw(int(sample[number]))))
+            shown.append(number)
         except DataError:  # already reported; data.bad_images is `skip`
             continue
-    names = world.stream.sample_names("train", sample[few])
+    names = world.stream.sample_names("train", sample[shown])
     with replacing(world.folder.memory / f"task-{task.index}.npz") as path, open(path, "wb") as file:
-        np.savez(
-            file,
-            images=np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8),
-            labels=label[few],
-            names=np.array(names),
-            task=np.array(task.index),
-        )
+        np.savez(file, images=stacked(pictures), labels=label[shown], names=np.array(names), task=np.array(task.index))
+
+
+def stacked(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+    """[n, h, w, channels]; smaller ones have black margins at the right and below."""
+    if not pictures:
+        return np.zeros((0, 1, 1, 3), np.uint8)
+    height, width, channels = np.max([picture.shape for picture in pictures], axis=0)
+    found = np.zeros((len(pictures), height, width, channels), np.uint8)
+    for place, picture in zip(found, pictures, strict=True):
+        place[: picture.shape[0], : picture.shape[1]] = picture
+    return found
