@@ -156,3 +156,10 @@ def test_no_line_of_the_script_comes_from_the_folder() -> None:
 def test_names_that_slurm_reads_otherwise_are_refused(folder: str) -> None:
     with pytest.raises(ConfigError, match="SLURM reads %"):
         one(f"folder={folder}")
+
+
+def test_a_command_is_warned_by_sigterm_and_goes_on_in_its_next_start() -> None:
+    told = parameters(cluster("cluster.save=90"), name="shards", command=True)
+    assert told["additional_parameters"]["signal"] == "TERM@90"
+    ended = "hpccl_finish() { echo finish $1; }\n(exit 143)\n" + "\n".join(told["teardown"])
+    assert subprocess.run(["bash", "-c", ended], capture_output=True, text=True, check=True).stdout == "finish 75\n"

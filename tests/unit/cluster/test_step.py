@@ -129,3 +129,19 @@ def test_slurm_is_not_for_train(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     assert launch(load([], ["cluster.kind=slurm", f"folder={tmp_path}"]), argv=["test"]) == 2
     assert "queue it with `hpccl submit`" in capsys.readouterr().err
+
+
+def test_one_task_is_a_rank_where_a_template_says_so(tmp_path: Path) -> None:
+    code = "import sys; from hpccl.cli import main; sys.argv = ['hpccl', 'train', *sys.argv[1:]]; main()"
+    settings = [*SMALL, f"folder={tmp_path / 'run'}", "cluster.kind=slurm", "memory.size=100000"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *settings],
+        env={**os.environ, **JOB, "SLURM_STEP_NUM_TASKS": "1", "HPCCL_STEP": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 202, done.stderr
+    assert json.loads((tmp_path / "run/logs/error.json").read_text())["kind"] == "ConfigError"
+    assert (tmp_path / "run/logs/starts.jsonl").exists(), "it has the guard against standstills"
