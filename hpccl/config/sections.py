@@ -212,6 +212,8 @@ class DataConfig(Section):
     image_size: PositiveInt | None = None  # null: as stored (all images must then have one size)
     test_size: PositiveInt | None = None  # of test images; null: image_size
     progressive: Progressive | None = None  # training views that grow up to image_size; null: all have image_size
+    # share of each class's training images that is tested on in place of test images, and not trained on: to choose by
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: shorter side becomes its size / crop_pct
     mean: Floats = (0.5,)  # one for all channels, or one a channel; of pixels in [0, 1]
     std: Floats = (0.5,)  # as mean

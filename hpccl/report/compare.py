@@ -248,6 +248,10 @@ def _has_published(comparison: Comparison, key: str) -> bool:
 
 def _notes(comparison: Comparison) -> list[str]:
     notes = [_NOTE]
+    held = [run.name for run in comparison.runs if run.validation is not None]
+    notes += (
+        [f"Not on test images but on held-out training images (data.validation): {', '.join(held)}."] if held else []
+    )
     left_out = [name for group in comparison.groups for name in group.left_out]
     notes += [f"Not finished and left out: {', '.join(left_out)}."] if left_out else []
     early = [run.name for run in comparison.runs if run.status != "done" and run.name not in _names(left_out)]
