@@ -35,7 +35,7 @@ from hpccl.report.events import latest as latest_events
 from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
 from hpccl.train.compose import planned_steps
-from hpccl.train.consolidate import consolidate
+from hpccl.train.consolidate import admit_first, consolidate
 from hpccl.train.evaluate import evaluate, test
 from hpccl.train.fit import fit
 from hpccl.train.reconstruction import reconstruct
@@ -105,16 +105,17 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
 
 def _learn(task: Task, state: RunState, world: World) -> bool:
     """One task: train, measure, consolidate, evaluate. False if stopped; everything done so far is saved."""
-    if state.mark.phase == "fit":
-        if state.mark.step == 0:
-            _announce(task, world)
-        if not (_adopt_first_task(task, state, world) or fit(task, state, world)):
-            return False
-        if world.stop.requested(world.comm):
-            return False
     try:
+        if state.mark.phase == "fit":
+            if state.mark.step == 0:
+                _announce(task, world)
+                admit_first(task, state, world)
+            if not (_adopt_first_task(task, state, world) or fit(task, state, world)):
+                return False
+            if world.stop.requested(world.comm):
+                return False
         reconstruct(task, state, world)
-        if not world.config.train.restart:
+        if not world.config.train.restart or world.config.train.data == "memory":
             consolidate(task, state, world)
     except Stopped:
         return False
@@ -209,10 +210,12 @@ def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
 def _first_task_identity(config: RunConfig) -> dict[str, Any]:
     """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
     identity = config.identity()
-    train, optim = identity["train"], identity["optim"]
+    train, optim, correct = identity["train"], identity["optim"], identity["prior"]["correct"]
+    later = {"head_epochs": 0, "frozen": [], "first_task_from": None}  # say nothing of a first task
     return {
         **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
-        "train": {**train, "epochs": train["epochs"][0], "first_task_from": None},
+        "train": {**train, "epochs": train["epochs"][0], **later},
+        "held_out": [correct["share"], identity["memory"]["total"]] if correct["share"] else None,
         "optim": {**optim, "lr": optim["lr"][0]},
     }
 
