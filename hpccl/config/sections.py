@@ -459,7 +459,7 @@ class CorrectConfig(Section):
     """
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of memory.total that is held out for it; 0: no correction
-    penalty: NonNegativeFloat = 0.0  # of beta^2 / 2, beside the mean nats
+    penalty: NonNegativeFloat = 0.1  # of beta^2 / 2, beside the mean nats; 0: there may be no best beta
 
 
 class PriorConfig(Section):

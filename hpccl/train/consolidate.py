@@ -192,17 +192,13 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
     """All memory with the soft labels of the present model on the stored view; memory.labels=kept: the task's own."""
     if len(memory) == 0:
         return memory
-    stream, own = world.stream, world.config.train.head == "own"
-    seen = [sorted(n for other in stream.tasks[: index + 1] for n in other.classes) for index in range(task.index + 1)]
-    kept = world.config.memory.labels == "kept"
-    heads = [list(other.classes) if own else seen[index if kept else -1] for index, other in enumerate(stream.tasks)
-             if index <= task.index]  # fmt: skip
-    table = head_columns(heads)
+    table = head_columns(_labelled(task, world))
     with world.phase(task, "relabel") as phase:
-        if kept:
+        if world.config.memory.labels == "kept":
             new = memory.task == task.index
             phase.images = int(new.sum())
             soft = torch.nn.functional.pad(memory.soft, (0, table.shape[1] - memory.soft.shape[1]))
+            soft = soft.to(DTYPES[world.config.memory.dtype])
             soft[new] = soft_labels(memory.only(new), table, state, world)
         else:
             phase.images = len(memory)
@@ -220,6 +216,24 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
         largest_weight=float(memory.weight.max()),
     )
     return relabelled
+
+
+def _labelled(task: Task, world: World) -> list[list[int]]:
+    """By task so far, the classes that the soft labels of its examples speak of.
+
+    The own head; or the classes that were seen when they are made. Squared differences (DER) then hold all logits, also
+    those of classes to come: where nothing holds them, new classes take over old images.
+    """
+    config, tasks = world.config, world.stream.tasks[: task.index + 1]
+    if config.train.head == "own":
+        return [list(other.classes) for other in tasks]
+    if config.prior.loss == "squared":
+        return [list(range(len(world.stream.class_names)))] * len(tasks)
+    kept = config.memory.labels == "kept"
+    return [
+        sorted(number for seen in tasks[: index + 1 if kept else len(tasks)] for number in seen.classes)
+        for index in range(len(tasks))
+    ]
 
 
 def soft_labels(memory: Memory, heads: Tensor, state: RunState, world: World) -> Tensor:

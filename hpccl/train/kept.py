@@ -58,19 +58,13 @@ def validation(config: RunConfig, stream: Stream, task: Task) -> Ints:
 
 def _first_of_each_class(config: RunConfig, stream: Stream, task: Task, before: int) -> Ints:
     """The samples with the smallest hashes: those for more classes are among those for fewer."""
-    number = per_class(config.memory.total, config.prior.correct.share, before)[0]
+    number, _ = per_class(config.memory.total, config.prior.correct.share, before)
     samples = np.arange(task.samples("train").start, task.samples("train").stop)
-    labels = stream.labels("train")[samples]
-    counts = np.bincount(labels)[np.unique(labels)]
-    keep = int(np.minimum(number, counts // 2).sum())  # a class of few examples is learned from, too
-    words = (config.seed, _HELD)
-    if (counts // 2 >= number).all():
-        return samples[choose(labels, samples, keep=keep, balanced=True, words=words)]
-    found = []
-    for label, count in zip(np.unique(labels), counts, strict=True):
+    labels, found = stream.labels("train")[samples], [np.zeros(0, dtype=np.int64)]
+    for label in task.classes:
         own = samples[labels == label]
-        some = min(number, int(count) // 2)
-        found.append(own[choose(labels[labels == label], own, keep=some, balanced=False, words=words)])
+        keep = min(number, len(own) // 2)  # a class of few examples is learned from, too
+        found.append(own[choose(label + 0 * own, own, keep=keep, balanced=False, words=(config.seed, _HELD))])
     return np.sort(np.concatenate(found))
 
 
@@ -85,13 +79,9 @@ def admitted_greedily(config: RunConfig, stream: Stream, task: Task, memory: Int
         labels[memory] if total else np.zeros(0, dtype=np.int64),
         labels[arriving],
         capacity=total or min(own, len(samples)),
-        seen=sum(len(np.unique(labels[_range(other)])) for other in stream.tasks[: task.index]) if total else 0,
+        seen=sum(len(other.classes) for other in stream.tasks[: task.index]) if total else 0,
         draw=lambda event, count: int(mix(config.seed, _EVICTION, task.index, event) % np.uint64(count)),
     )
     known = memory if total else np.zeros(0, dtype=np.int64)
     found = np.concatenate([known, arriving])[kept]
     return found if total else np.concatenate([memory, found])
-
-
-def _range(task: Task) -> slice:
-    return slice(task.samples("train").start, task.samples("train").stop)

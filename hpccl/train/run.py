@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from hpccl.engine.build import build_engine, spreads_weights
 from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, slurm_job, versions
+from hpccl.memory.budget import per_class
 from hpccl.models.build import build_model
 from hpccl.models.pretrained import Start, start_from
 from hpccl.report.events import EventLog, read_events
@@ -154,10 +156,10 @@ def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -
 
 
 def check_memory(config: RunConfig, stream: Stream) -> None:
-    """The rule that only the data can settle.
+    """The rules that only the data can settle.
 
     Raises:
-        ConfigError: the memory is larger than a task.
+        ConfigError: the memory is larger than a task, or too small for a part that is held out.
     """
     sizes = {task.name: len(task.samples("train")) for task in stream.tasks}
     smallest = min(sizes, key=lambda name: sizes[name])
@@ -165,6 +167,13 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
         raise ConfigError(
             f"memory.size={config.memory.size} is larger than task '{smallest}', which has {sizes[smallest]} training "
             f"examples; allowed: 0 to {sizes[smallest]} (examples kept of each task)"
+        )
+    share, classes = config.prior.correct.share, len(stream.class_names)
+    if share > 0 and 0 in per_class(config.memory.total, share, classes):
+        raise ConfigError(
+            f"prior.correct.share={share} of memory.total={config.memory.total} leaves no example of each of {classes} "
+            f"classes to hold out, or none to learn from; allowed: memory.total of {math.ceil(classes / share)} or more, "
+            "and a share below 1/2"
         )
 
 

@@ -197,7 +197,7 @@ stream:
         ("optim.schedule=linear", "optim.schedule = linear: not allowed; expected one of constant, cosine, onecycle"),
         (
             "memory=3",
-            "memory = 3: not allowed; expected a mapping of size, total, fraction, selector, balanced, dtype, labels, mix",
+            "memory = 3: not allowed; expected a mapping of size, total, fraction, selector, balanced, dtype, labels",
         ),
         ("stream=null", "stream = null: not allowed; expected a mapping with a kind: digits, shards"),
         ("stream.kind=shards", "stream.parts is missing; expected a list, each a mapping of path, tasks, classes"),
