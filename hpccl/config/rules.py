@@ -230,6 +230,7 @@ def _memory_alone(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("train.only_last", "train.data"), "skips tasks whose examples the memory is made of")
     if not memory.kept:
         yield Clash(("train.data", "memory.total"), "needs a memory; set memory.total to the examples kept in all")
+        return
     if memory.selector.kind not in ("uniform", "reservoir", "greedy"):
         problem = (
             "looks at a network, but the memory is chosen before one is trained; allowed: uniform, reservoir, greedy"
@@ -237,10 +238,11 @@ def _memory_alone(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("memory.selector.kind", "train.data"), problem)
     if isinstance(memory.mix, StratifiedMix):
         yield Clash(("memory.mix.kind", "train.data"), "mixes memory with new data, of which there are none")
-    if config.prior.replay == 0:
-        yield Clash(
-            ("prior.replay", "train.data"), "all of the memory is learned by its true labels; set prior.replay=1"
-        )
+    if config.prior.replay < 1:
+        yield Clash(("prior.replay", "train.data"), "all of memory is learned by its true labels; set prior.replay=1")
+    if _differs(config.prior, PriorConfig(), "weight"):
+        problem = "weighs memory against new data, of which there are none; leave it 1"
+        yield Clash(("prior.weight", "train.data"), problem)
 
 
 def _distilled(config: RunConfig) -> Iterator[Clash]:

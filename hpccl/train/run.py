@@ -172,8 +172,8 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
     if share > 0 and 0 in per_class(config.memory.total, share, classes):
         raise ConfigError(
             f"prior.correct.share={share} of memory.total={config.memory.total} leaves no example of each of {classes} "
-            f"classes to hold out, or none to learn from; allowed: memory.total of {math.ceil(classes / share)} or more, "
-            "and a share below 1/2"
+            f"classes to hold out, or none to learn from; allowed: memory.total >= {math.ceil(classes / share)}, and a "
+            "share below 1/2"
         )
 
 

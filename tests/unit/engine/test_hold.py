@@ -16,7 +16,9 @@ from hpccl.engine.protocols import GradientHook
 def engine(optim: dict[str, Any]) -> DdpEngine:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5))
-    made = DdpEngine(net, RunConfig.model_validate({"optim": {"lr": 0.1, "schedule": "constant", **optim}}), Comm.solo())
+    made = DdpEngine(
+        net, RunConfig.model_validate({"optim": {"lr": 0.1, "schedule": "constant", **optim}}), Comm.solo()
+    )
     made.start(num_steps=10, task=0)
     return made
 
@@ -33,10 +35,12 @@ def steps(made: DdpEngine, number: int = 3) -> torch.Tensor:
 
 ROWS = torch.tensor([True, False, True, True, False])  # of the last layer; 1 and 4 learn
 HELD = {
-    **{name: torch.ones([1] * dims, dtype=torch.bool) for name, dims in (("0.weight", 4), ("0.bias", 1), ("1.weight", 1))},
+    "0.weight": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+    "0.bias": torch.ones(1, dtype=torch.bool),
+    "1.weight": torch.ones(1, dtype=torch.bool),
     "4.weight": ROWS[:, None],
     "4.bias": ROWS,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
