@@ -10,8 +10,10 @@ import hpccl.report.write
 from hpccl.config.load import dump, load
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
+from hpccl.errors import ConfigError
 from hpccl.folder import RunFolder
 from hpccl.report.summary import summarise
+from hpccl.train.export import export
 from hpccl.train.run import run
 from hpccl.train.stop import Stop
 from tests.run.command import events
@@ -82,3 +84,41 @@ def test_stopped_and_continued_to_the_same_weights(
     assert report.method == method
     assert report.average_accuracy is not None
     assert report.average_accuracy > 0.5
+
+
+class StopWhenAsked(Stop):
+    """Wants to stop as soon as a pass over images asks, in the task that is given."""
+
+    def __init__(self, folder: Path, task: int) -> None:
+        super().__init__()
+        self.folder, self.task, self.polls = folder, task, 0
+
+    def requested(self, comm: Comm) -> bool:
+        """See Stop."""
+        found = super().requested(comm)
+        if len(events(self.folder, "task")) == self.task and not found and self._ended():
+            self.request("test")  # heard by the next pass, which is that of the coming task
+        return found
+
+    def _ended(self) -> bool:
+        return len(events(self.folder, "evaluate")) == self.task + 1
+
+
+def test_stopped_while_the_old_network_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+    once = finished(config_of("lwf", tmp_path / "once"))
+    config = config_of("lwf", tmp_path / "again")
+    RunFolder(Path(config.path)).create()
+    RunFolder(Path(config.path)).config.write_text(dump(config))
+    assert run(config, Comm.solo(), StopWhenAsked(Path(config.path), 1), quiet=True) == "stopped"
+    (stop,) = events(Path(config.path), "stop")
+    assert (stop["task"], stop["phase"], stop["step"]) == (1, "fit", 0)
+    assert finished(config) == once
+
+
+@pytest.mark.parametrize("method", ["icarl", "bic"])
+def test_what_was_not_tested_is_not_exported(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+    finished(config_of(method, tmp_path / "run", "stream.tasks=2", "train.epochs=1"))
+    with pytest.raises(ConfigError, match="is no part of the network"):
+        export(tmp_path / "run", tmp_path / "out")

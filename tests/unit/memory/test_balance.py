@@ -1,5 +1,6 @@
 """GDumb's sampler: counts by hand, invariants, and a stream in parts."""
 
+import functools
 from collections import Counter
 
 import numpy as np
@@ -15,6 +16,10 @@ NONE = np.zeros(0, dtype=np.int64)
 
 def draw(event: int, count: int) -> int:
     return int(mix(3, event) % np.uint64(count))
+
+
+def drawn(seed: int, event: int, count: int) -> int:
+    return int(mix(seed, event) % np.uint64(count))
 
 
 def kept(stream: str, capacity: int) -> Counter[str]:
@@ -55,7 +60,7 @@ def test_who_stays_is_drawn_evenly() -> None:
     stream = np.array([0] * 8 + [1] * 8)
     stays = np.zeros(8)
     for seed in range(2000):
-        found = greedy_balance(NONE, stream, capacity=4, draw=lambda e, n, seed=seed: int(mix(seed, e) % np.uint64(n)))
+        found = greedy_balance(NONE, stream, capacity=4, draw=functools.partial(drawn, seed))
         stays[found[found < 8]] += 1
     # The first four fill the memory; two of these four are dropped.
     assert stays[4:].sum() == 0

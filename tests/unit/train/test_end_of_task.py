@@ -86,8 +86,9 @@ def test_the_nearest_mean_by_hand(tmp_path: Path) -> None:
     assert isinstance(net, torch.nn.Sequential)
 
     def feature(pixels: Tensor) -> Tensor:
-        found: Tensor = net[:-1](pixels).detach().double()
-        return found / found.norm(dim=1, keepdim=True)
+        found = net[:-1](pixels).detach().double()
+        unit: Tensor = found / found.norm(dim=1, keepdim=True)
+        return unit
 
     means = []
     for label in range(4):
