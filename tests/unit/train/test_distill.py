@@ -12,8 +12,8 @@ from hpccl.checkpoint.store import Mark
 from hpccl.data.rows import DISTILL, NEW, REPLAY, SIGMOID, Rows
 from hpccl.dist.spread import wholes
 from hpccl.train.compose import Composer, plan_task, split
-from hpccl.train.distill import Distilled, record
-from hpccl.train.fit import fit
+from hpccl.train.distill import Distilled
+from hpccl.train.fit import _recorded, fit
 from hpccl.train.loss import weighted_nats
 from hpccl.train.state import RunState, World
 from tests.run.method import learn, make_world, merged
@@ -43,8 +43,7 @@ def composed(state: RunState, world: World) -> tuple[Rows, Composer, Tensor]:
         distilled=distilled,
     )  # fmt: skip
     if distilled.config.view == "recorded":
-        found = record(composer.samples, distilled.columns, teacher, world)
-        composer = Composer(**{**vars(composer), "distilled": Distilled(**{**vars(distilled), "recorded": found})})
+        composer = _recorded(task, composer, distilled, state, world)
     plan = plan_task(world.config, world.stream, task, state.prior.memory)
     (part,) = split(plan.batch(0), world.comm, accumulate=1)
     (images,) = list(world.stream.load([composer.request(part)]))
@@ -66,13 +65,15 @@ def test_a_row_for_each_old_head(tmp_path: Path) -> None:
         assert float(rows.temperature[row]) == 2.0
 
 
-def test_memory_is_distilled_too_and_classes_are_weighed(tmp_path: Path) -> None:
-    """Four old classes and two new ones: lambda = 2/3 (Wu et al. 2019)."""
-    rows, composer, logits = composed(*third_task(tmp_path, ALL))
+@pytest.mark.parametrize("view", ["recorded", "same"])
+def test_memory_is_distilled_too_and_classes_are_weighed(tmp_path: Path, view: str) -> None:
+    """Four old classes and two new ones: lambda = 2/3 (Wu et al. 2019). Without augmentation both views are one."""
+    distill = {**ALL["prior"]["distill"], "view": view}
+    rows, composer, logits = composed(*third_task(tmp_path, {**ALL, "prior": {"replay": 1.0, "distill": distill}}))
     hard, old = rows.term != DISTILL, rows.term == DISTILL
     assert int(hard.sum()) == int(old.sum())
     assert set(rows.term.tolist()) == {NEW, REPLAY, DISTILL}
-    torch.testing.assert_close(rows.target[old][:, :4], (logits[:, :4] / 2).softmax(1))
+    torch.testing.assert_close(rows.target[old][:, :4], (logits[:, :4] / 2).softmax(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rows.weight[hard], torch.full((int(hard.sum()),), 1 / 3))
     torch.testing.assert_close(rows.weight[old], torch.full((int(old.sum()),), 2 / 3))
     assert bool(rows.head[hard][:, :6].all())
@@ -151,6 +152,7 @@ def test_the_teacher_is_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     anchor = {name: value.clone() for name, value in wholes(state.prior.anchor or {}).items()}
     pixels = torch.randn(3, *world.stream.image_shape, generator=torch.Generator().manual_seed(0))
     before = frozen(state.prior.anchor or {})(pixels)
+    torch.testing.assert_close(before, state.engine.module.eval()(pixels).detach())  # by the running statistics
     state.mark = Mark.at(1, "fit", 0)
     assert fit(world.stream.tasks[1], state, world)
     (teacher,) = asked

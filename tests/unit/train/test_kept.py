@@ -12,6 +12,7 @@ from hpccl.train.compose import new_samples, plan_task, planned_steps
 from hpccl.train.consolidate import admit_first
 from hpccl.train.end_of_task import correction
 from hpccl.train.kept import held_out, kept_of_tasks, validation
+from hpccl.train.plan.build import make_plan
 from hpccl.train.run import check_memory, weights_sha256
 from hpccl.train.state import World
 from tests.run.method import learn, make_world, merged
@@ -113,3 +114,9 @@ def test_a_memory_that_is_all_that_is_learned_from(tmp_path: Path, budget: dict[
         samples = new_samples(world.config, world.stream, task, memory)
         assert sorted(samples.tolist()) == sorted(memory.sample.tolist())
     assert len(state.prior.memory) <= (budget["total"] or 1000)
+
+
+@pytest.mark.parametrize("method", [BIC, GDUMB, {"train": {"head_epochs": 2}}], ids=["bic", "gdumb", "head epochs"])
+def test_a_plan_counts_the_steps_that_are_taken(tmp_path: Path, method: dict[str, Any]) -> None:
+    _, world = make_world(merged(method), tmp_path)
+    assert make_plan(world.config, nodes=1, nproc=1, measured=False).steps == sum(steps_of(world))
