@@ -139,12 +139,15 @@ def test_the_head_has_a_schedule_of_its_own(tmp_path: Path) -> None:
     assert (alone, plan.num_steps) == (plan.steps_per_epoch, 3 * plan.steps_per_epoch)
     assert planned_steps(world.config, world.stream)[:2] == [2 * plan.steps_per_epoch, plan.num_steps]
     rates.clear()
+    before = state.engine.module.state_dict()["1.weight"].clone()
     state.mark = Mark.at(1, "fit", 0)
     assert fit(world.stream.tasks[1], state, world)
+    assert not torch.equal(state.engine.module.state_dict()["1.weight"], before)
     # `lr` is that of the coming step: falling to the end of each part.
     assert rates[alone - 1] == pytest.approx(0.0, abs=1e-9)
     assert rates[-1] == pytest.approx(0.0, abs=1e-9)
-    assert max(rates[alone:]) > 0.9 * 3e-3
+    assert rates[alone] > 0.9 * 3e-3  # the second step of all weights: from the peak again
+    assert rates[alone:] == sorted(rates[alone:], reverse=True)
     assert rates[:alone] == sorted(rates[:alone], reverse=True)
 
 
