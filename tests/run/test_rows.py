@@ -120,7 +120,7 @@ def test_stopped_while_the_old_network_is_recorded(tmp_path: Path, monkeypatch: 
     assert finished(config) == once
 
 
-@pytest.mark.parametrize("method", ["icarl", "bic"])
+@pytest.mark.parametrize("method", ["icarl", pytest.param("bic", marks=pytest.mark.slow)])
 def test_what_was_not_tested_is_not_exported(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
     finished(config_of(method, tmp_path / "run", "stream.tasks=2", "train.epochs=1"))
