@@ -21,8 +21,8 @@ from tests.run.command import events
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
-    *("model.hidden=[24]", "train.epochs=2", "train.clip_norm=5", "train.accumulate=2", "checkpoint.every=0"),
-    *("log.every=1", "log.tensorboard=false", "log.reconstruction=0.1", "engine.device=cpu"),
+    *("model.hidden=[24]", "train.epochs=1", "train.clip_norm=5", "train.accumulate=2", "checkpoint.every=0"),
+    *("log.every=5", "log.tensorboard=false", "log.reconstruction=0.1", "engine.device=cpu"),
 )
 SETTINGS: dict[str, tuple[str, ...]] = {
     "lwf": ("train.head=own", "train.head_epochs=1"),
@@ -78,7 +78,7 @@ def test_stopped_and_continued_to_the_same_weights(
     """In the midst of the second task (of LwF, while its head learns alone), and of a later one."""
     monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)  # plots take longer than all else
     once = finished(config_of(method, tmp_path / "once"))
-    again = finished(config_of(method, tmp_path / "again"), stops=(5, 3))
+    again = finished(config_of(method, tmp_path / "again"), stops=(4, 3))
     assert again == once
     results = events(tmp_path / "once", "evaluate")[-1]["results"]
     assert events(tmp_path / "again", "evaluate")[-1]["results"] == results
@@ -120,7 +120,7 @@ def test_stopped_while_the_old_network_is_recorded(tmp_path: Path, monkeypatch: 
     assert finished(config) == once
 
 
-@pytest.mark.parametrize("method", ["icarl", "bic"])
+@pytest.mark.parametrize("method", ["icarl", pytest.param("bic", marks=pytest.mark.slow)])
 def test_what_was_not_tested_is_not_exported(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
     finished(config_of(method, tmp_path / "run", "stream.tasks=2", "train.epochs=1"))
