@@ -16,6 +16,7 @@ from hpccl.config.sections import (
     DistillConfig,
     GreedySelector,
     KroneckerCurvature,
+    Measured,
     MemoryConfig,
     PriorConfig,
     ReconstructionSelector,
@@ -416,7 +417,7 @@ def _schedule(config: RunConfig) -> Iterator[Clash]:
     if isinstance(curvature, KroneckerCurvature) and curvature.keep_trace < 1 and curvature.tasks.kind == "refit":
         keys = ("curvature.keep_trace", "curvature.tasks.kind")
         yield Clash(keys, "eigenbases are whole and cannot be of low rank; leave it 1, or sum tasks in another way")
-    if config.curvature.samples != 1 and config.curvature.fisher != "mc":
+    if isinstance(curvature, Measured) and curvature.samples != 1 and curvature.fisher != "mc":
         keys = ("curvature.samples", "curvature.fisher")
         yield Clash(keys, "labels are drawn only with curvature.fisher=mc")
 

@@ -20,6 +20,7 @@ from hpccl.config.sections import (
     Line,
     LocalCluster,
     LogConfig,
+    MasCurvature,
     MemoryConfig,
     MlpModel,
     ModelConfig,
@@ -82,11 +83,16 @@ class RunConfig(Section):
         """The method's name in the field: a reference, or what the past says and how, as a sum of names."""
         if self.train.restart:
             return {"seen": "joint", "task": "separate", "memory": "gdumb"}[self.train.data]
-        parts = ["ewc"] if self.prior.quadratic.weight > 0 else []
-        parts += [*self._distilled(), *self._remembered()]
+        parts = [*self._quadratic(), *self._distilled(), *self._remembered()]
         if parts:
             return "+".join(parts)
         return "cumulative" if self.train.data == "seen" else self._without_past()
+
+    def _quadratic(self) -> list[str]:
+        if self.prior.quadratic.weight == 0:
+            return []
+        name = "mas" if isinstance(self.curvature, MasCurvature) else "ewc"
+        return [f"online_{name}" if self.prior.quadratic.decay < 1 else name]
 
     def _distilled(self) -> list[str]:
         """Of methods that ask the previous network about new images."""

@@ -38,6 +38,8 @@ __all__ = [
     "ListedTasks",
     "LocalCluster",
     "LogConfig",
+    "MasCurvature",
+    "Measured",
     "MemoryConfig",
     "MlpModel",
     "ModelConfig",
@@ -434,6 +436,8 @@ class QuadraticConfig(Section):
     damping: NonNegativeFloat = 1e-3  # delta
     # newest: one quadratic around the newest weights; each: every task's own around the weights at its end
     anchor: Literal["newest", "each"] = "newest"
+    # what is left of all earlier tasks' curvature when one ends; below 1: online EWC (Schwarz et al. 2018)
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class DistillConfig(Section):
@@ -565,6 +569,18 @@ class DiagonalCurvature(Measured):
     kind: Literal["diagonal"] = "diagonal"
 
 
+class MasCurvature(Section):
+    """Memory Aware Synapses (Aljundi et al. 2018): how much a weight moves the squared norm of the own head's logits.
+
+    Omega = mean_i |d |z_i|^2 / dw|, no labels; the quadratic is then weight * sum Omega (w - a)^2 beside the mean loss
+    of a new task of as many examples. Exact per example, whatever the batch and the number of processes.
+    """
+
+    kind: Literal["mas"] = "mas"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the task's examples that is used
+    batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
+
+
 class DenseCurvature(Measured):
     """The whole matrix, for small networks and tests."""
 
@@ -573,7 +589,7 @@ class DenseCurvature(Measured):
 
 
 CurvatureConfig = Annotated[
-    KroneckerCurvature | EkfacCurvature | DiagonalCurvature | DenseCurvature, Field(discriminator="kind")
+    KroneckerCurvature | EkfacCurvature | DiagonalCurvature | MasCurvature | DenseCurvature, Field(discriminator="kind")
 ]
 
 # ---------------------------------------------------------------- machinery

@@ -12,6 +12,7 @@ from hpccl.config.sections import (
     EkfacCurvature,
     KroneckerCurvature,
     LayerMeasured,
+    MasCurvature,
 )
 from hpccl.curvature.coverage import Coverage
 from hpccl.curvature.dense import DenseEstimator, DensePrecision
@@ -36,6 +37,8 @@ def build_estimator(config: CurvatureConfig, seed: int, known: Coverage | None =
             return EkfacEstimator(_sweep(config, seed, known))
         case DiagonalCurvature():
             return DiagonalEstimator(config.fisher, config.samples, seed, known)
+        case MasCurvature():
+            return DiagonalEstimator("outputs", known=known)
         case DenseCurvature():
             return DenseEstimator(config.fisher, config.samples, seed, config.max_parameters)
         case _:

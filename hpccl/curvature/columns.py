@@ -5,6 +5,7 @@ For example i with own-head logits z, p = softmax(z) and weight w, columns v_1..
     ggn:        sum_j v_j v_j' = w (diag(p) - p p')        exactly, with c = K - 1 columns for K classes
     mc:         v_j = sqrt(w / c) (p - e_y), y ~ p         so that the expectation is the same
     empirical:  v_1 = sqrt(w) (p - e_label)
+    outputs:    v_1 = 2 w z, the gradient of w |z|^2: what Memory Aware Synapses pull back (Aljundi et al. 2018, eq. 2)
 
 and sum_j (J' v_j)^2, J = dz/dweights, is what example i adds to the diagonal. Logits of other heads get exactly 0.
 K - 1 columns suffice because diag(p) - p p' has the null vector 1; they are its Cholesky factor, known in closed form
@@ -28,27 +29,32 @@ from torch.nn import functional
 from hpccl.curvature.protocols import Examples
 from hpccl.errors import DataError
 
-__all__ = ["Fisher", "check_labels", "hessian_root", "num_columns", "output_columns", "uniform_draws"]
+__all__ = ["Fisher", "Wanted", "check_labels", "hessian_root", "num_columns", "output_columns", "uniform_draws"]
 
 Fisher = Literal["ggn", "mc", "empirical"]
+Wanted = Literal["ggn", "mc", "empirical", "outputs"]
 
 
-def num_columns(fisher: Fisher, num_classes: int, samples: int) -> int:
+def num_columns(fisher: Wanted, num_classes: int, samples: int) -> int:
     """c, for `num_classes` own-head classes."""
     match fisher:
         case "ggn":
             return num_classes - 1
         case "mc":
             return samples
-        case "empirical":
+        case "empirical" | "outputs":
             return 1
         case _:
             assert_never(fisher)
 
 
-def output_columns(logits: Tensor, examples: Examples, fisher: Fisher, *, samples: int, seed: int) -> Tensor:
+def output_columns(logits: Tensor, examples: Examples, fisher: Wanted, *, samples: int, seed: int) -> Tensor:
     """Columns [c, n, C] in the dtype of `logits` [n, C]; see the module."""
     classes = examples.head.nonzero().flatten()
+    if fisher == "outputs":
+        whole = torch.zeros_like(logits)[None]
+        whole[0][:, classes] = 2 * examples.weight.to(logits.dtype)[:, None] * logits.detach()[:, classes]
+        return whole
     own = logits.detach().double()[:, classes].softmax(dim=1)
     match fisher:
         case "ggn":

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from hpccl.curvature.capture import measuring
-from hpccl.curvature.columns import Fisher
+from hpccl.curvature.columns import Wanted
 from hpccl.curvature.coverage import Coverage, refuse_unfit, widen
-from hpccl.curvature.layers import squares
+from hpccl.curvature.layers import Power, squares
 from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights, strided_like
 from hpccl.curvature.pullback import Layers, layer_squares, looped_squares, mapped_squares, stream_gradients
 from hpccl.curvature.sweep import (
@@ -170,13 +170,14 @@ class DiagonalEstimator:
     """Measures a Diagonal in one pass over the examples.
 
     fisher: ggn: exact, K - 1 backward passes for K own-head classes; mc: `samples` labels drawn per example;
-        empirical: the true label
+        empirical: the true label; outputs: no Fisher matrix but 2 sum_i w_i |d |z_i|^2 / dw| for own-head logits z_i,
+        the importances of Memory Aware Synapses (see `hpccl.config.sections.MasCurvature`)
     samples: of mc
     seed: of mc; what is drawn depends on (seed, sample) only, not on batches, order or ranks
     known: see KroneckerPass
     """
 
-    fisher: Fisher = "ggn"
+    fisher: Wanted = "ggn"
     samples: int = 1
     seed: int = 0
     known: Coverage | None = None
@@ -205,7 +206,8 @@ class DiagonalEstimator:
 
         at_the_end(model, comm, add)
         comm.sum_([count])
-        return summed_diagonal(model, values, float(count), comm)
+        total = summed_diagonal(model, values, float(count), comm)
+        return total.times(2.0) if self.fisher == "outputs" else total
 
     def _measured(
         self, model: nn.Module, batches: Iterable[Examples], comm: Comm
@@ -236,14 +238,17 @@ class DiagonalEstimator:
         rows = widen(model, coverage.widened, len(part)) if is_spread(model) else {}
         found = self._sweep.forward(model, coverage.layers, part, widened=rows)
         columns = found.columns
+        power: Power = 1 if self.fisher == "outputs" else 2
         if is_spread(model):
-            by_layer = passing_squares(model, coverage.layers, found, rows)
+            by_layer = passing_squares(model, coverage.layers, found, rows, power=power)
         else:
             _, group = self._part(coverage, part)
-            by_layer = layer_squares(model, coverage.layers, found.calls, found.logits, columns, group=group)
+            by_layer = layer_squares(
+                model, coverage.layers, found.calls, found.logits, columns, group=group, power=power
+            )
         mapped = [name for name in coverage.mapped if name not in rows]
-        by_model = mapped_squares(model, mapped, part.pixels, columns, graph_bytes=coverage.graph_bytes)
-        by_example, _ = looped_squares(model, coverage.looped, part.pixels, columns)
+        by_model = mapped_squares(model, mapped, part.pixels, columns, graph_bytes=coverage.graph_bytes, power=power)
+        by_example, _ = looped_squares(model, coverage.looped, part.pixels, columns, power=power)
         total = {**by_layer, **by_model, **by_example}
         if total and not bool(torch.stack([value.sum() for value in total.values()]).isfinite().all()):
             raise self._sweep.blame(model, coverage.layers, part, {name: v.sum() for name, v in total.items()})
@@ -254,7 +259,9 @@ class DiagonalEstimator:
         return Sweep(self.fisher, self.samples, self.seed)
 
 
-def passing_squares(model: nn.Module, layers: Layers, found: Forward, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def passing_squares(
+    model: nn.Module, layers: Layers, found: Forward, rows: Mapping[str, Tensor], *, power: Power = 2
+) -> dict[str, Tensor]:
     """Squares by full name, each layer's while its weights are whole, and of parameters `rows` [n, ...]."""
     total: dict[str, Tensor] = {}
 
@@ -263,11 +270,11 @@ def passing_squares(model: nn.Module, layers: Layers, found: Forward, rows: Mapp
 
     def visit(name: str, grad: Tensor) -> None:
         if name in rows:
-            add(name, grad.square().sum(0, keepdim=True))
+            add(name, grad.abs().pow(power).sum(0, keepdim=True))
             return
         names = layers[name]
         module, inputs = model.get_submodule(name), found.calls[name][0].inputs
-        by_local = squares(module, inputs, grad[:, None], names, len(found.logits))
+        by_local = squares(module, inputs, grad[:, None], names, len(found.logits), power=power)
         for local, value in by_local.items():
             add(names[local], value)
 

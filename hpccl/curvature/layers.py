@@ -1,4 +1,4 @@
-"""What one layer's parameters add to the diagonal: exact squares of per-example gradients.
+"""What one layer's parameters add to the diagonal: exact squares (or sizes) of per-example gradients.
 
 For example i and column j, a layer with input a and output gradient g (a over rows and positions r) has the gradient
 
@@ -8,7 +8,7 @@ For example i and column j, a layer with input a and output gradient g (a over r
 
 and adds sum_ij (d.._ij)^2. Summing over positions comes before squaring; only without positions is the sum of squares
 of dW the product (G^2)'(A^2), and with few of them a sum of such products over pairs of positions. Every other layer
-takes the vector-Jacobian product of its own forward, per example.
+takes the vector-Jacobian product of its own forward, per example. With power 1 it is |d.._ij| that is added (MAS).
 
 Legend: n examples, f rows of the layer's batch dim per example (windows), c columns, d inputs, o outputs.
 Inputs are [n*f, ...], gradients [n*f, c, ...].
@@ -19,18 +19,32 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["acts_as_known", "has_formula", "output_size", "padded", "patches", "pieces", "rotated_squares", "squares"]
+__all__ = [
+    "Power",
+    "acts_as_known",
+    "has_formula",
+    "output_size",
+    "padded",
+    "patches",
+    "pieces",
+    "raised",
+    "rotated_squares",
+    "squares",
+]
+
+Power = Literal[1, 2]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 
 
 def squares(
-    module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, names: Collection[str], n: int
+    module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, names: Collection[str], n: int, *, power: Power = 2
 ) -> Mapping[str, Tensor]:
     """Sum over examples and columns of squared gradients, by local parameter name, shaped like the parameter.
 
@@ -40,22 +54,24 @@ def squares(
         grad: [n*f, c, ...] gradients of its output.
         names: which of its own parameters.
         n: examples in the batch.
+        power: 2 for squares, 1 for absolute values.
     """
     if not has_formula(module):
-        return _any_layer(module, inputs, grad, names, n)
+        return _any_layer(module, inputs, grad, names, n, power=power)
     (x,) = inputs
+    summed = partial(_summed, power=power)
     if isinstance(module, nn.Linear):
-        weight, bias = partial(_linear, x, grad, n), partial(_summed, grad, n, -1)
+        weight, bias = partial(_linear, x, grad, n, power), partial(summed, grad, n, -1)
     elif isinstance(module, nn.Conv2d):
-        weight, bias = partial(_conv2d, module, x, grad, n), partial(_summed, grad, n, 2)
+        weight, bias = partial(_conv2d, module, x, grad, n, power), partial(summed, grad, n, 2)
     elif isinstance(module, nn.LayerNorm):
         width = prod(module.normalized_shape)
         scaled = (grad * _normalised(module, x)[:, None]).reshape(*grad.shape[:2], -1, width)
-        weight = partial(_summed, scaled, n, -1)
-        bias = partial(_summed, grad.reshape(*grad.shape[:2], -1, width), n, -1)
+        weight = partial(summed, scaled, n, -1)
+        bias = partial(summed, grad.reshape(*grad.shape[:2], -1, width), n, -1)
     else:
-        weight = partial(_summed, grad * _normalised(module, x)[:, None], n, 2)
-        bias = partial(_summed, grad, n, 2)
+        weight = partial(summed, grad * _normalised(module, x)[:, None], n, 2)
+        bias = partial(summed, grad, n, 2)
     by_name: dict[str, Callable[[], Tensor]] = {"weight": weight, "bias": bias}
     return {name: by_name[name]().view_as(module.get_parameter(name)) for name in names}
 
@@ -128,13 +144,18 @@ def _computes_as_known(module: nn.Linear | nn.Conv2d, size: int) -> bool:
     return bool((found - known).abs().max() <= 1e-4 * known.abs().max())
 
 
-def _summed(terms: Tensor, n: int, dim: int) -> Tensor:
-    """Squares of `terms` [n*f, c, ...] summed within an example over all dims but `dim`: [size of dim]."""
+def raised(value: Tensor, power: Power) -> Tensor:
+    """Squared or made absolute. Not in place: a gradient may be one number seen at many places."""
+    return value.square() if power == 2 else value.abs()
+
+
+def _summed(terms: Tensor, n: int, dim: int, power: Power) -> Tensor:
+    """Squares (or sizes) of `terms` [n*f, c, ...] summed within an example over all dims but `dim`: [size of dim]."""
     dim = dim % terms.dim()
     positions = [other for other in range(2, terms.dim()) if other != dim]
     per_row = terms.sum(positions) if positions else terms
     per_example: Tensor = per_row.unflatten(0, (n, -1)).sum(1)
-    return per_example.square().sum((0, 1))
+    return raised(per_example, power).sum((0, 1))
 
 
 def _normalised(module: nn.Module, x: Tensor) -> Tensor:
@@ -146,21 +167,21 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
     return functional.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
 
 
-def _linear(x: Tensor, grad: Tensor, n: int) -> Tensor:
+def _linear(x: Tensor, grad: Tensor, n: int, power: Power) -> Tensor:
     """[o, d], for x [n*f, ..., d] and grad [n*f, c, ..., o]."""
     c, o, d = grad.shape[1], grad.shape[-1], x.shape[-1]
     rows = x.reshape(n, -1, d)
     positions = rows.shape[1]
     if positions == 1:
-        return grad.reshape(n, c, o).square().sum(1).T @ rows[:, 0].square()
+        return grad.reshape(n, c, o).abs().pow(power).sum(1).T @ rows[:, 0].abs().pow(power)
     outer = grad.reshape(n, -1, c, *grad.shape[2:]).movedim(2, 1).reshape(n, c, positions, o)
     total = x.new_zeros(o, d)
-    for some, columns in pieces(n, c, _temporaries(c, o, d, positions), x):
-        total += _outer_squares(outer[some, columns].mT[:, None], rows[some].mT[:, None])[0]
+    for some, columns in pieces(n, c, _temporaries(c, o, d, positions, power), x):
+        total += _outer_squares(outer[some, columns].mT[:, None], rows[some].mT[:, None], power)[0]
     return total
 
 
-def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int) -> Tensor:
+def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int, power: Power) -> Tensor:
     """[groups, o / groups, d], for x [n*f, channels, h, w] and grad [n*f, c, o, h', w']; d inputs in a patch."""
     groups, c, o = module.groups, grad.shape[1], grad.shape[2] // module.groups
     d, height, width = prod(module.weight.shape[1:]), grad.shape[3], grad.shape[4]
@@ -169,10 +190,10 @@ def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int) -> Tensor:
     outer = grad.unflatten(0, (n, -1)).unflatten(3, (groups, -1))  # [n, f, c, groups, o, h', w']
     positions = view.shape[1] * height * width
     total = x.new_zeros(groups, o, d)
-    for some, columns in pieces(n, c, groups * _temporaries(c, o, d, positions), x):
+    for some, columns in pieces(n, c, groups * _temporaries(c, o, d, positions, power), x):
         left = outer[some, :, columns].permute(0, 3, 2, 4, 1, 5, 6).flatten(4)
         right = view[some].permute(0, 2, 3, 4, 5, 1, 6, 7).reshape(-1, groups, d, positions)
-        total += _outer_squares(left, right)
+        total += _outer_squares(left, right, power)
     return total
 
 
@@ -199,7 +220,7 @@ def _example_inputs(module: nn.Module, x: Tensor, n: int) -> Callable[[slice], T
     return taken
 
 
-def _outer_squares(grad: Tensor, x: Tensor) -> Tensor:
+def _outer_squares(grad: Tensor, x: Tensor, power: Power = 2) -> Tensor:
     """Sum over examples and columns of (sum_r g_r x_r')^2: [groups, o, d].
 
     With few positions it is cheaper to sum over pairs of them, (g_r g_s summed over columns) (x_r x_s)': the columns
@@ -208,11 +229,13 @@ def _outer_squares(grad: Tensor, x: Tensor) -> Tensor:
     Args:
         grad: [m, groups, c, o, positions].
         x: [m, groups, d, positions].
+        power: 1 for absolute values, which no pairs can give.
     """
     m, groups, c, o, positions = grad.shape
-    if not _by_pairs(c, o, x.shape[2], positions):
+    if power == 1 or not _by_pairs(c, o, x.shape[2], positions):
         product = torch.bmm(grad.reshape(m * groups, c * o, positions), x.reshape(m * groups, -1, positions).mT)
-        return product.square_().view(m, groups, c, o, -1).sum((0, 2))
+        large = product.square_() if power == 2 else product.abs_()
+        return large.view(m, groups, c, o, -1).sum((0, 2))
     one, other = torch.triu_indices(positions, positions, device=x.device)
     twice = (2 - (one == other).long()).to(x.dtype)
     grads = (grad[..., one] * grad[..., other]).sum(2)
@@ -230,9 +253,9 @@ def _by_pairs(c: int, o: int, d: int, positions: int) -> bool:
     return pairs * (o * d + 200 * (c * o + 2 * d)) <= c * o * d * (positions + 40)
 
 
-def _temporaries(c: int, o: int, d: int, positions: int) -> int:
+def _temporaries(c: int, o: int, d: int, positions: int, power: Power) -> int:
     """Elements that `_outer_squares` holds, per example, group and column."""
-    if _by_pairs(c, o, d, positions):
+    if power == 2 and _by_pairs(c, o, d, positions):
         return positions * (positions + 1) // 2 * (2 * o + 2 * d // c + o // c + 1)
     return max(o * d, d * positions // c)
 
@@ -273,7 +296,7 @@ def patches(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _any_layer(
-    module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, names: Collection[str], n: int
+    module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, names: Collection[str], n: int, *, power: Power
 ) -> Mapping[str, Tensor]:
     """The same by per-example vector-Jacobian products of the layer's own forward."""
     own = {name: module.get_parameter(name).detach() for name in names}
@@ -295,7 +318,7 @@ def _any_layer(
     for some, group in pieces(n, grad.shape[1], size, grad):
         pulled = torch.vmap(one)(tuple(x[some] for x in folded), columns[some, group])
         for name, value in pulled.items():
-            total[name] += value.square().sum((0, 1))
+            total[name] += raised(value, power).sum((0, 1))
     return total
 
 

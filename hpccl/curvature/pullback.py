@@ -1,6 +1,6 @@
 """Squares of per-example gradients, summed: by hooked layers, and through the whole model.
 
-All give sum_i sum_j (J_i' v_ij)^2 by parameter name, for columns v [c, n, C] over the logits.
+All give sum_i sum_j (J_i' v_ij)^2 by parameter name, for columns v [c, n, C] over the logits; |J_i' v_ij| with power 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpccl.curvature.capture import Call
-from hpccl.curvature.layers import pieces, squares
+from hpccl.curvature.layers import Power, pieces, raised, squares
 from hpccl.engine.sharded import computes_on, is_spread, whole_parameters
 
 __all__ = ["Layers", "layer_gradients", "layer_squares", "looped_squares", "mapped_squares", "stream_gradients"]
@@ -23,7 +23,14 @@ Layers = Mapping[str, Mapping[str, str]]  # module -> local name -> full name
 
 
 def layer_squares(
-    model: nn.Module, layers: Layers, calls: Mapping[str, list[Call]], logits: Tensor, columns: Tensor, *, group: int
+    model: nn.Module,
+    layers: Layers,
+    calls: Mapping[str, list[Call]],
+    logits: Tensor,
+    columns: Tensor,
+    *,
+    group: int,
+    power: Power = 2,
 ) -> dict[str, Tensor]:
     """Squares by full name, for the parameters of hooked layers.
 
@@ -34,12 +41,13 @@ def layer_squares(
         columns: [c, n, C].
         logits: [n, C], with their graph.
         group: columns taken back at a time; bounds memory.
+        power: 2 for squares, 1 for absolute values.
     """
     total: dict[str, Tensor] = {}
     for some in columns.split(group):
         for name, grad in layer_gradients(layers, calls, logits, some):
             call, names = calls[name][0], layers[name]
-            found = squares(model.get_submodule(name), call.inputs, grad, names, len(logits))
+            found = squares(model.get_submodule(name), call.inputs, grad, names, len(logits), power=power)
             for local, value in found.items():
                 full = names[local]
                 total[full] = total[full] + value if full in total else value
@@ -97,7 +105,7 @@ def stream_gradients(
 
 
 def mapped_squares(
-    model: nn.Module, names: Sequence[str], pixels: Tensor, columns: Tensor, *, graph_bytes: int
+    model: nn.Module, names: Sequence[str], pixels: Tensor, columns: Tensor, *, graph_bytes: int, power: Power = 2
 ) -> dict[str, Tensor]:
     """Squares by full name, for parameters that only the whole model's forward pass can account for.
 
@@ -107,6 +115,7 @@ def mapped_squares(
         pixels: [n, channels, h, w].
         columns: [c, n, C].
         graph_bytes: held per example between forward and backward.
+        power: 2 for squares, 1 for absolute values.
     """
     fixed = {name: value.detach() for name, value in model.named_parameters()}
     own = {name: fixed.pop(name) for name in names}
@@ -128,12 +137,12 @@ def mapped_squares(
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be mapped
         for some, group in pieces(len(pixels), len(columns), size, pixels):
             for name, value in torch.vmap(one)(pixels[some], by_example[some, group]).items():
-                total[name] += value.square().sum((0, 1))
+                total[name] += raised(value, power).sum((0, 1))
     return total
 
 
 def looped_squares(
-    model: nn.Module, names: Collection[str] | None, pixels: Tensor, columns: Tensor
+    model: nn.Module, names: Collection[str] | None, pixels: Tensor, columns: Tensor, *, power: Power = 2
 ) -> tuple[dict[str, Tensor], set[str]]:
     """The same one example and column at a time, by the road that every training step takes.
 
@@ -155,7 +164,7 @@ def looped_squares(
             grads = torch.autograd.grad(logits, own, column, retain_graph=True, allow_unused=True)
             for name, grad in zip(named, grads, strict=True):
                 if grad is not None:
-                    total[name].addcmul_(grad, grad)
+                    total[name] += grad.abs().pow(power)
                     reached.add(name)
     return total, reached
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from hpccl.curvature.capture import Call, captured, first_not_finite, measuring
-from hpccl.curvature.columns import Fisher, check_labels, num_columns, output_columns
+from hpccl.curvature.columns import Wanted, check_labels, num_columns, output_columns
 from hpccl.curvature.coverage import Coverage, plan, refuse_unfit
 from hpccl.curvature.protocols import Examples
 from hpccl.curvature.pullback import Layers, layer_gradients
@@ -66,12 +66,12 @@ class Sweep:
     """What is asked of every example.
 
     fisher: ggn: exact, K - 1 columns for K own-head classes; mc: `samples` labels drawn per example; empirical: the
-        true label
+        true label; outputs: the gradient of its own-head logits' squared norm
     samples: of mc
     seed: of mc; what is drawn depends on (seed, sample) only, not on batches, order or ranks
     """
 
-    fisher: Fisher
+    fisher: Wanted
     samples: int
     seed: int
 

@@ -97,16 +97,28 @@ class Quadratic:
         scale = comm.size * self.weight / num_train
         return engine.on_gradient([_hook(piece, anchor, scale, self.damping) for piece in pieces])
 
-    def plus(self, precision: Precision, anchor: Leaves, comm: Comm, *, own_anchors: Collection[str] = ()) -> Quadratic:
+    def plus(
+        self,
+        precision: Precision,
+        anchor: Leaves,
+        comm: Comm,
+        *,
+        own_anchors: Collection[str] = (),
+        decay: float = 1.0,
+    ) -> Quadratic:
         """The quadratic after one more task; collective. Curvatures add up, the anchor moves to the newest weights.
 
         own_anchors: names of the parameters if every task goes on pulling to its own weights; otherwise none.
+        decay: gamma, what is left of all that earlier tasks said: F <- gamma F + F_t (Schwarz et al. 2018, eq. 9).
         """
+        past = (
+            self if decay == 1 else replace(self, precision=self.precision.times(decay), pull=_scaled(self.pull, decay))
+        )
         pull: Leaves | None = None
         if own_anchors:
             moved = {name: anchor[name] for name in own_anchors}
-            pull = replace(self, weight=1.0, damping=0.0).force(moved, comm)
-        return Quadratic(self.precision.plus(precision, comm), anchor, self.weight, self.damping, pull)
+            pull = replace(past, weight=1.0, damping=0.0).force(moved, comm)
+        return Quadratic(past.precision.plus(precision, comm), anchor, self.weight, self.damping, pull)
 
     def to(self, device: torch.device, anchor: Leaves) -> Quadratic:
         """The same with its tensors on a device, where `anchor` is already."""
@@ -144,6 +156,15 @@ class Quadratic:
             return {}
         owner = owners({name: float(math.prod(leaf.shape)) for name, leaf in self.pull.items()}, comm.size)
         return fetch(self.pull, [name for name in self.pull if name in weights and owner[name] == comm.rank], comm)
+
+
+def _scaled(leaves: Leaves | None, scale: float) -> Leaves | None:
+    if leaves is None:
+        return None
+    return {
+        name: replace(leaf, local=leaf.local * scale) if isinstance(leaf, Slab) else leaf * scale
+        for name, leaf in leaves.items()
+    }
 
 
 def _bare(leaves: Leaves) -> dict[str, Tensor]:

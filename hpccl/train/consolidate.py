@@ -170,7 +170,7 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
             quadratic = Quadratic(precision, anchor, config.weight, config.damping)
         else:
             own = state.engine.like if config.anchor == "each" else ()
-            quadratic = state.prior.quadratic.plus(precision, anchor, world.comm, own_anchors=own)
+            quadratic = state.prior.quadratic.plus(precision, anchor, world.comm, own_anchors=own, decay=config.decay)
     total = quadratic.precision.totals(world.comm)
     world.log.write(
         "curvature",

@@ -106,11 +106,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "EKFAC, each anchor": {
         "curvature": {"kind": "ekfac", "fisher": "ggn", "fraction": 0.2},
-        "prior": {"quadratic": {"weight": 3.0, "anchor": "each"}},
+        "prior": {"quadratic": {"weight": 3.0, "anchor": "each", "decay": 0.8}},
     },
     "dense": TINY,
     "Kronecker of low rank": {"curvature": {"kind": "kronecker", "fisher": "empirical", "keep_trace": 0.9}},
 }
+
+
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("zero-3", marks=pytest.mark.slow)])
+def test_importances_of_synapses_on_shards(tmp_path: Path, name: str) -> None:
+    changes = {"curvature": {"kind": "mas"}}
+    expected = run_in_world(two_tasks, 1, tmp_path / "ddp", str(tmp_path), {**changes, "engine": DDP})[0]
+    for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {**changes, "engine": ENGINES[name]}):
+        agree(found, expected, 1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

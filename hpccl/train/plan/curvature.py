@@ -18,6 +18,7 @@ from hpccl.config.sections import (
     EkfacCurvature,
     KroneckerCurvature,
     ListedTasks,
+    MasCurvature,
     RefitTasks,
     TasksConfig,
 )
@@ -75,7 +76,7 @@ def plan_curvature(
     """
     total = sum(map(math.prod, rest.values()))
     match config:
-        case DiagonalCurvature():
+        case DiagonalCurvature() | MasCurvature():
             sums, held, flops = FLOAT * total, FLOAT * rows(rest.values(), spread), float(2 * total)
             return _alike(sums, held, flops, _fetched((), rest, spread), spread.ranks)
         case DenseCurvature():

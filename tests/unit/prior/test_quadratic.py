@@ -128,3 +128,23 @@ def test_attached_force_enters_once_in_fp32(precision: str, accumulate: int) -> 
     with_quadratic, without, force = attached(precision, 1e6, accumulate)
     torch.testing.assert_close(with_quadratic, without + force, rtol=1e-6, atol=0)
     assert bool(torch.isfinite(with_quadratic).all())
+
+
+def test_decay_forgets_the_curvature_of_earlier_tasks() -> None:
+    """Online EWC: .9 * .5 + .2 = .65 (Schwarz et al. 2018)."""
+    anchor = {"a": torch.tensor([1.0])}
+    first = Quadratic(diagonal({"a": torch.tensor([0.5])}), anchor, weight=1.0, damping=0.0)
+    later = first.plus(diagonal({"a": torch.tensor([0.2])}), {"a": torch.tensor([3.0])}, SOLO, decay=0.9)
+    force = wholes(later.force({"a": torch.tensor([4.0])}, SOLO))["a"]
+    torch.testing.assert_close(force, torch.tensor([0.65]))
+
+
+def test_decay_with_own_anchors_is_the_decayed_sum_of_quadratics() -> None:
+    gamma, curvatures = 0.5, [torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor([1.0])]
+    anchors = [torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([4.0])]
+    quadratic = Quadratic(diagonal({"a": curvatures[0]}), {"a": anchors[0]}, weight=2.0, damping=0.0)
+    for curvature, anchor in zip(curvatures[1:], anchors[1:], strict=True):
+        quadratic = quadratic.plus(diagonal({"a": curvature}), {"a": anchor}, SOLO, own_anchors=["a"], decay=gamma)
+    w = torch.tensor([5.0])
+    terms = [gamma**age * f * (w - a) for age, f, a in zip((2, 1, 0), curvatures, anchors, strict=True)]
+    torch.testing.assert_close(wholes(quadratic.force({"a": w}, SOLO))["a"], 2.0 * sum(terms, torch.zeros(1)))
