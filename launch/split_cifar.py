@@ -38,7 +38,7 @@ def campaign(published: Path | None) -> Campaign:
         after = ("finetune",) if SHARED in settings else ()
         steps.append(Step(method, ("train", *files, *settings, *names), after))
     folders = [f"{FOLDER}/{method}" for method in RUNS]
-    beside = [f"--published={published}"] if published else []
+    beside = [f"--compare={published}"] if published else []
     report = Step("report", ("report", *folders, "--out", "docs/results/split_cifar", *beside), tuple(RUNS))
     return Campaign(FOLDER, (*steps, report))
 

@@ -51,7 +51,7 @@ def campaign(published: Path | None) -> Campaign:
     """Twelve runs and the comparison."""
     steps = tuple(trainings())
     folders = [f"{FOLDER}/{step.name}" for step in steps]
-    beside = [f"--published={published}"] if published else []
+    beside = [f"--compare={published}"] if published else []
     out = ["--out", "docs/results/split_cifar_curvature"]
     report = Step("report", ("report", *folders, *out, *beside), tuple(step.name for step in steps))
     return Campaign(FOLDER, (*steps, report))
