@@ -33,6 +33,7 @@ __all__ = [
     "group_table",
     "mean_reconstruction",
     "print_comparison",
+    "reconstruction_terms",
     "run_table",
     "statistic",
 ]
@@ -77,6 +78,7 @@ class Group:
     runs: list[str]
     members: list[int]  # where these are in the comparison's runs
     left_out: list[str]  # runs that are not finished, where others are
+    configuration: Flat  # all that decides the result but the seed, by dotted key
     statistics: dict[str, Statistic]
     published: Published | None
 
@@ -105,13 +107,24 @@ class Comparison:
         return [self.runs[position] for position in group.members]
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON types."""
+        """Strict JSON types; what all groups have in common of their configurations stands above them."""
+        common = _common([group.configuration for group in self.groups])
+        groups = [asdict(group) for group in self.groups]
+        for group in groups:
+            group["configuration"] = {k: valid_json(v) for k, v in group["configuration"].items() if k not in common}
         return {
             "format": 2,
             "dataset": self.dataset,
-            "groups": [asdict(group) for group in self.groups],
+            "configuration": valid_json(common),
+            "groups": groups,
             "runs": [_run_dict(run) for run in self.runs],
         }
+
+
+def _common(configurations: Sequence[Flat]) -> Flat:
+    """Keys that all have with one value."""
+    first, *others = configurations
+    return {key: value for key, value in first.items() if all(key in one and one[key] == value for one in others)}
 
 
 def _run_dict(run: RunReport) -> dict[str, Any]:
@@ -125,7 +138,10 @@ def _run_dict(run: RunReport) -> dict[str, Any]:
         "accuracy_after_last_class_incremental": (
             run.accuracy_matrix_class_incremental[last] if run.tasks_learned else []
         ),
-        "reconstruction": valid_json(run.reconstruction),
+        "reconstruction": {
+            term: {figure: mean_reconstruction(run, figure, term) for figure in ("cosine", "relative_error")}
+            for term in reconstruction_terms(run)
+        },
     }
 
 
@@ -188,7 +204,10 @@ def _groups(
         method, memory = _kind(identities[first], runs[first])
         found.append(
             _group(method, memory, _settings(identities[first], alike), {i: runs[i] for i in positions})
-            | {"published": published.get((method, memory))}
+            | {
+                "published": published.get((method, memory)),
+                "configuration": {k: v for k, v in identities[first].items() if k not in _IGNORED},
+            }
         )
     return [Group(**fields) for fields in found]
 
@@ -258,6 +277,12 @@ def mean_reconstruction(run: RunReport, figure: str, term: str = "total") -> flo
     found = [number((measured["terms"].get(term) or {}).get(figure)) for measured in run.reconstruction]
     values = np.array([np.nan if value is None else value for value in found], dtype=np.float64)
     return float(values.mean()) if values.size and np.isfinite(values).all() else None
+
+
+def reconstruction_terms(run: RunReport) -> list[str]:
+    """Terms of which an error was measured, in order of appearance."""
+    measured = [found["terms"] for found in run.reconstruction]
+    return list(dict.fromkeys(term for terms in measured for term, errors in terms.items() if errors is not None))
 
 
 def statistic(values: Sequence[float | None]) -> Statistic:

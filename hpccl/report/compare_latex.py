@@ -150,10 +150,15 @@ def _caption(comparison: Comparison, key: str) -> str:
     heading = FIGURES[key] if key == "bwt" else FIGURES[key].capitalize()
     seeded = f"{number} seed{'s' * (seeds != [1])}"
     unit = _UNITS.get(key, "percent")
+    references = sorted(_REFERENCES & {group.method for group in comparison.groups})
+    aside = " and ".join(
+        [*([", ".join(references)] if references else []), *(["published values"] if published else [])]
+    )
+    apart = f"; {aside} do not compete" if aside else ""
     return (
         f"{heading} after the last task, {unit}: mean $\\pm$ sample standard deviation over {seeded}; "
-        "$m$ examples of a task in memory. Bold: the best of a column; underlined: within one standard error of it; "
-        f"{', '.join(sorted(_REFERENCES))} and published values do not compete.{published}"
+        "$m$ examples of a task in memory. Bold: the best of a column; underlined: within one standard error of it"
+        f"{apart}.{published}"
     )
 
 

@@ -10,7 +10,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from hpccl.report.compare import FIGURES, Comparison, mean_reconstruction
@@ -21,8 +20,8 @@ __all__ = ["figures"]
 Curve: TypeAlias = tuple[str | None, str, "Points", bool]  # label, method, points, whether they are published
 Points: TypeAlias = list[tuple[int, float, float | None]]  # examples of a task, mean, standard deviation
 
-# One colour and marker a method in every plot of every comparison. The last four colours are of Tol's palettes.
-_COLOURS = (*COLOURS, "#999933", "#aa4499", "#44aa99", "#8a8a8a")
+# One colour and marker a method in every plot of every comparison.
+_COLOURS = (*COLOURS, "#999933", "#8b5cf6", INK, "#8a8a8a")
 _MARKERS = "os^vDP<>Xd"
 _METHODS = (
     "finetune",
@@ -81,7 +80,8 @@ def _against_memory(comparison: Comparison, key: str, y: str) -> Figure | None:
             _curve(axes, points, method, name, shift=1.02 ** (place - (len(curves) - 1) / 2), open_markers=beside)
         _log_ticks(axes, {size for _, _, points, _ in curves for size, _, _ in points})
         if published:
-            axes.add_line(Line2D([], [], color=INK, ls="--", marker="o", mfc="none", ms=5, lw=1, label="published"))
+            # Without points: for the legend alone.
+            axes.errorbar([], [], [], color=INK, ls="--", marker="o", mfc="none", ms=5, lw=0.9, label="published")
     legend(axes)
     return figure
 

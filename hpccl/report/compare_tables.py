@@ -12,6 +12,7 @@ from hpccl.report.compare import (
     group_cells,
     group_header,
     mean_reconstruction,
+    reconstruction_terms,
     statistic,
 )
 from hpccl.report.events import number
@@ -25,7 +26,9 @@ _COST_NOTE = (
     "than all where another run gave the first (train.first_task_from) or only the last was trained (train.only_last): "
     "then times and images are of these alone."
 )
-_PUBLISHED_NOTE = "Published minutes are of training, on another machine."
+_PUBLISHED_NOTE = (
+    "Published minutes are of training the tasks that the published runs trained themselves, on another machine."
+)
 _TASK_NOTE = "Test accuracy in percent, task-incremental, of the network after the last task."
 _RECONSTRUCTION_NOTE = (
     "Against the true gradient of all past tasks, at the weights at the end of each task; the mean is over tasks."
@@ -127,16 +130,7 @@ def _counted(comparison: Comparison) -> list[RunReport]:
 
 
 def _terms(runs: Sequence[RunReport]) -> list[str]:
-    """That were measured, in order of appearance."""
-    return list(
-        dict.fromkeys(
-            term
-            for run in runs
-            for measured in run.reconstruction
-            for term, errors in measured["terms"].items()
-            if errors is not None
-        )
-    )
+    return list(dict.fromkeys(term for run in runs for term in reconstruction_terms(run)))
 
 
 def _term_cells(runs: Sequence[RunReport], tasks: Sequence[int], term: str, figure: str) -> list[str]:

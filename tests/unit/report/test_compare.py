@@ -11,6 +11,7 @@ from rich.console import Console
 from hpccl.config.sections import DataConfig, MemoryConfig, OptimConfig, StratifiedMix, TrainConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.compare import Comparison, _settings, compare_runs, print_comparison
+from hpccl.report.compare_files import write_comparison
 from hpccl.report.events import EventLog
 from tests.unit.report import synthetic
 
@@ -147,10 +148,14 @@ def test_published_values_that_are_absent_are_an_error(seeds: list[Path], tmp_pa
         compare_runs(seeds, published=tmp_path / "absent.csv")
 
 
-def test_the_four_files(seeds: list[Path], tmp_path: Path, published: Path) -> None:
+def test_the_files(seeds: list[Path], tmp_path: Path, published: Path) -> None:
     out = tmp_path / "new" / "out"
-    comparison = compare_runs(seeds, out, published)
-    assert sorted(path.name for path in out.iterdir()) == [f"comparison.{s}" for s in ("csv", "html", "json", "md")]
+    comparison = compare_runs(seeds, published)
+    assert write_comparison(comparison, out) == out / "comparison.html"
+    plots = [f"comparison_{name}" for name in ("accuracy", "class_incremental", "forgetting", "reconstruction")]
+    expected = [f"comparison.{suffix}" for suffix in ("csv", "html", "json", "md", "tex")]
+    expected += [f"{name}.{suffix}" for name in plots for suffix in ("png", "svg")]
+    assert sorted(path.name for path in out.iterdir()) == sorted(expected)
     content = json.loads((out / "comparison.json").read_text())
     assert content == json.loads(json.dumps(comparison.to_dict()))
     assert content["runs"][1]["name"] == "b"
@@ -162,8 +167,18 @@ def test_the_four_files(seeds: list[Path], tmp_path: Path, published: Path) -> N
     assert "80.7 ± 2.2" in markdown
     assert "published" in markdown
     html = (out / "comparison.html").read_text()
-    assert html.count("<svg") == 1
+    assert html.count("<svg") == 5
     assert "80.7 ± 2.2" in html
+
+
+def test_configurations_are_kept_once(seeds: list[Path], tmp_path: Path) -> None:
+    other = write(tmp_path / "other", optim=OptimConfig(lr=(5e-3,)))
+    content = compare_runs([*seeds, other]).to_dict()
+    assert content["configuration"]["memory.size"] == 20
+    assert [group["configuration"] for group in content["groups"]] == [{"optim.lr": [1e-3]}, {"optim.lr": [5e-3]}]
+    assert "seed" not in content["configuration"]
+    (alone,) = compare_runs(seeds).to_dict()["groups"]
+    assert alone["configuration"] == {}
 
 
 def test_a_narrow_terminal_keeps_the_method_whole(seeds: list[Path]) -> None:
