@@ -24,10 +24,12 @@ from hpccl.report.text import TextTable, percent, signed, spread, time_span
 
 __all__ = [
     "FIGURES",
+    "IGNORED",
     "Comparison",
     "Group",
     "Statistic",
     "compare_runs",
+    "flat",
     "group_cells",
     "group_header",
     "group_table",
@@ -53,9 +55,10 @@ _NOTE = (
 )
 
 # Keys that change what a run costs, or which of several equal paths it took, but not what is compared.
-_IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
+IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
 
 Flat: TypeAlias = dict[str, Any]
+_MANY = 2  # settings, beyond which they are told against the first group's
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Group:
     method: str
     memory_size: int
     settings: str  # what tells it from other groups of the same method and memory; often empty
+    variant: str  # the same in short, for plots
     seeds: list[int]
     runs: list[str]
     members: list[int]  # where these are in the comparison's runs
@@ -85,7 +89,7 @@ class Group:
     @property
     def label(self) -> str:
         """A short name for plots."""
-        parts = [self.method, f"m={self.memory_size}" if self.memory_size else "", self.settings]
+        parts = [self.method, f"m={self.memory_size}" if self.memory_size else "", self.variant]
         return " ".join(part for part in parts if part)
 
 
@@ -166,7 +170,7 @@ def compare_runs(folders: Sequence[Path], published: Path | None = None, *, data
         for config, folder in zip(configs, distinct, strict=True)
     ]
     table = read_published(published, dataset=dataset, num_tasks=_num_tasks(runs)) if published is not None else None
-    groups = _groups([_flat(config.identity()) for config in configs], runs, table.values if table else {})
+    groups = _groups([flat(config.identity()) for config in configs], runs, table.values if table else {})
     return Comparison(groups, runs, table)
 
 
@@ -177,13 +181,13 @@ def _num_tasks(runs: Iterable[RunReport]) -> int:
 # ---------------------------------------------------------------- grouping
 
 
-def _flat(value: Any, prefix: str = "") -> Flat:
+def flat(value: Any, prefix: str = "") -> Flat:
     """Dotted keys of the leaves; a mapping's own key is kept where it is empty."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
     found: Flat = {}
     for key, item in value.items():
-        found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+        found |= flat(item, f"{prefix}.{key}" if prefix else str(key))
     return found
 
 
@@ -192,7 +196,7 @@ def _groups(
 ) -> list[Group]:
     members: dict[str, list[int]] = {}
     for position, identity in enumerate(identities):
-        key = json.dumps({k: v for k, v in identity.items() if k not in _IGNORED}, sort_keys=True)
+        key = json.dumps({k: v for k, v in identity.items() if k not in IGNORED}, sort_keys=True)
         members.setdefault(key, []).append(position)
     firsts = [positions[0] for positions in members.values()]
     found = []
@@ -206,10 +210,20 @@ def _groups(
             _group(method, memory, _settings(identities[first], alike), {i: runs[i] for i in positions})
             | {
                 "published": published.get((method, memory)),
-                "configuration": {k: v for k, v in identities[first].items() if k not in _IGNORED},
+                "configuration": {k: v for k, v in identities[first].items() if k not in IGNORED},
             }
         )
-    return [Group(**fields) for fields in found]
+    return [Group(**fields, variant=_variant(fields, found)) for fields in found]
+
+
+def _variant(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str:
+    """The settings, or of several settings the name of the group's runs where that tells it from others."""
+    alike = [
+        other for other in groups if (other["method"], other["memory_size"]) == (group["method"], group["memory_size"])
+    ]
+    names = [set(other["runs"]) for other in alike]
+    told = all(len(own) == 1 for own in names) and len(set.union(*names)) == len(names)
+    return str(group["runs"][0]) if told and any(other["settings"].count(" ") for other in alike) else group["settings"]
 
 
 def _kind(identity: Flat, run: RunReport) -> tuple[str, int]:
@@ -217,11 +231,16 @@ def _kind(identity: Flat, run: RunReport) -> tuple[str, int]:
 
 
 def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
-    """`key=value` of every setting in which groups of one method and memory differ."""
-    keys = dict.fromkeys(key for other in alike for key in other if key not in _IGNORED)
+    """`key=value` of every setting in which groups of one method and memory differ.
+
+    Where these are many, only the first group has all of them, the others those in which they differ from it.
+    """
+    keys = dict.fromkeys(key for other in alike for key in other if key not in IGNORED)
     differing = [key for key in keys if len({json.dumps(other.get(key), sort_keys=True) for other in alike}) > 1]
     kinds = {key.removesuffix("kind") for key in differing if key.endswith(".kind")}
     told = [key for key in differing if not _explained(key, kinds, alike)]
+    if len(told) > _MANY and identity is not alike[0]:
+        told = [key for key in told if identity.get(key) != alike[0].get(key)]
     return " ".join(f"{key}={_short(identity.get(key))}" for key in told if key in identity)
 
 
@@ -353,6 +372,10 @@ def _has_published(comparison: Comparison, key: str) -> bool:
 
 def _notes(comparison: Comparison) -> list[str]:
     notes = [_NOTE]
+    held = [run.name for run in comparison.runs if run.validation is not None]
+    notes += (
+        [f"Not on test images but on held-out training images (data.validation): {', '.join(held)}."] if held else []
+    )
     left_out = [name for group in comparison.groups for name in group.left_out]
     notes += [f"Not finished and left out: {', '.join(left_out)}."] if left_out else []
     early = [run.name for run in comparison.runs if run.status != "done" and run.name not in _names(left_out)]

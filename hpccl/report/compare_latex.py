@@ -74,15 +74,15 @@ def _table(comparison: Comparison, key: str) -> str:
 
 
 def _series(comparison: Comparison, key: str) -> dict[tuple[str, str], Cells]:
-    """By method and settings."""
+    """By method and variant."""
     found: dict[tuple[str, str], Cells] = {}
     for group in comparison.groups:
-        found.setdefault((group.method, group.settings), {})[group.memory_size] = group.statistics[key]
+        found.setdefault((group.method, group.variant), {})[group.memory_size] = group.statistics[key]
     return found
 
 
 def marks(column: Mapping[tuple[str, str], Statistic], key: str) -> dict[tuple[str, str], str]:
-    """`best` or `near` of each (method, settings) that is; references are left out.
+    """`best` or `near` of each (method, variant) that is; references are left out.
 
     Args:
         column: what is compared.

@@ -90,7 +90,7 @@ def _own(comparison: Comparison, key: str) -> dict[tuple[str, str], Points]:
     """By name and method, sorted by size; a level line has size 0 alone."""
     found: dict[tuple[str, str], Points] = {}
     for group in comparison.groups:
-        name = " ".join(part for part in (group.method, group.settings) if part)
+        name = " ".join(part for part in (group.method, group.variant) if part)
         statistic = group.statistics[key]
         if statistic.mean is not None:
             found.setdefault((name, group.method), []).append((group.memory_size, statistic.mean, statistic.std))

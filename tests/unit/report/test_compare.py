@@ -13,6 +13,7 @@ from hpccl.errors import ConfigError, FolderError
 from hpccl.report.compare import Comparison, _settings, compare_runs, print_comparison
 from hpccl.report.compare_files import write_comparison
 from hpccl.report.events import EventLog
+from hpccl.report.write import report_run
 from tests.unit.report import synthetic
 
 PUBLISHED = """dataset,method,memory_per_task,row,last_task_trained,final_avg_acc_pct,bwt_pct,forgetting_max_pct
@@ -65,6 +66,18 @@ def test_seeds_of_one_configuration_are_one_line(seeds: list[Path]) -> None:
     assert group.statistics["forgetting"].mean == pytest.approx(0.1875 - 0.03125 / 2)
 
 
+def test_runs_on_a_validation_split_are_named(seeds: list[Path], tmp_path: Path) -> None:
+    held = write(tmp_path / "held", data=DataConfig(validation=0.1))
+    comparison = compare_runs([*seeds, held])
+    assert [group.settings for group in comparison.groups] == ["data.validation=None", "data.validation=0.1"]
+    assert "Not on test images but on held-out training images (data.validation): held." in printed(comparison, 300)
+    assert "held-out" not in printed(compare_runs(seeds), 300)
+    report_run(held)
+    for name in ("report.md", "report.html"):
+        assert "measured on 10 % of the training images, held out" in (held / name).read_text(encoding="utf-8")
+    assert json.loads((held / "report.json").read_text(encoding="utf-8"))["validation"] == 0.1
+
+
 def test_one_run_has_no_deviation_and_counts_once(seeds: list[Path]) -> None:
     (group,) = compare_runs([seeds[0], seeds[0]]).groups
     assert group.statistics["average_accuracy"].std is None
@@ -81,6 +94,26 @@ def test_groups_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> 
     assert [group.settings for group in comparison.groups] == ["optim.lr=0.001", "optim.lr=0.01", ""]
     assert [group.method for group in comparison.groups] == ["ewc+fr+replay", "ewc+fr+replay", "ewc"]
     assert "optim.lr=0.01" in printed(comparison)
+
+
+def test_many_settings_are_told_against_the_first_group(tmp_path: Path) -> None:
+    changes: dict[str, dict[str, object]] = {
+        "base": {},
+        "fast": {"optim": OptimConfig(lr=(1e-2,))},
+        "long": {"train": TrainConfig(epochs=(7,))},
+        "weak": {"quadratic": 0.5},
+    }
+    runs = [write(tmp_path / f"{name}-{seed}", seed=seed, **more) for name, more in changes.items() for seed in (0, 1)]
+    for folder in runs:  # as campaigns name them
+        config = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(config.replace(f"name: {folder.name}", f"name: {folder.name[:-2]}"))
+    groups = compare_runs(runs).groups
+    base, *others = [group.settings for group in groups]
+    assert {text.partition("=")[0] for text in base.split()} == {"optim.lr", "train.epochs", "prior.quadratic.weight"}
+    assert others == ["optim.lr=0.01", "train.epochs=7", "prior.quadratic.weight=0.5"]
+    assert [group.variant for group in groups] == list(changes)
+    nameless = compare_runs(runs[::2]).groups[:1] + compare_runs([runs[0], runs[2]]).groups
+    assert [group.variant for group in nameless] == ["base", "optim.lr=0.001", "optim.lr=0.01"]
 
 
 def test_sections_of_different_kinds_are_told_apart(tmp_path: Path) -> None:
