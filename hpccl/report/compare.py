@@ -299,9 +299,11 @@ def mean_reconstruction(run: RunReport, figure: str, term: str = "total") -> flo
 
 
 def reconstruction_terms(run: RunReport) -> list[str]:
-    """Terms of which an error was measured, in order of appearance."""
+    """Terms whose gradient was measured and is not always zero, in order of appearance."""
     measured = [found["terms"] for found in run.reconstruction]
-    return list(dict.fromkeys(term for terms in measured for term, errors in terms.items() if errors is not None))
+    return list(
+        dict.fromkeys(term for terms in measured for term, errors in terms.items() if errors and number(errors["norm"]))
+    )
 
 
 def statistic(values: Sequence[float | None]) -> Statistic:

@@ -9,9 +9,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from hpccl.report import plots
-from hpccl.report.compare import FIGURES, Comparison, group_table, run_table
+from hpccl.report.compare import Comparison, group_table, run_table
 from hpccl.report.compare_latex import render_latex
-from hpccl.report.compare_plots import figures
+from hpccl.report.compare_plots import AGAINST_MEMORY, figures
 from hpccl.report.compare_tables import tables
 from hpccl.report.published import FIGURES as PUBLISHED
 from hpccl.report.write import page, write_json, write_text
@@ -19,6 +19,7 @@ from hpccl.report.write import page, write_json, write_text
 __all__ = ["render_markdown", "write_comparison"]
 
 _CAPTIONS = {
+    "configurations": "Average accuracy after the last task, by configuration",
     "accuracy": "Average accuracy after the last task, against memory",
     "class_incremental": "Class-incremental accuracy after the last task, against memory",
     "forgetting": "Forgetting, against memory",
@@ -68,7 +69,7 @@ def render_markdown(comparison: Comparison, shown: dict[str, Figure]) -> str:
 
 
 def _caption(comparison: Comparison, name: str) -> str:
-    return _CAPTIONS[name] + "." + (_BESIDE if comparison.dataset and name != "reconstruction" else "")
+    return _CAPTIONS[name] + "." + (_BESIDE if comparison.dataset and name in AGAINST_MEMORY else "")
 
 
 def _render_csv(comparison: Comparison) -> str:
@@ -89,21 +90,11 @@ def _render_csv(comparison: Comparison) -> str:
 
 
 def _render_html(comparison: Comparison, shown: dict[str, Figure]) -> str:
-    series = {
-        FIGURES[key]: [(group.statistics[key].mean, group.statistics[key].std) for group in comparison.groups]
-        for key in ("average_accuracy", "average_accuracy_class_incremental")
-    }
-    if comparison.dataset is not None:
-        series["published"] = [
-            group.published.figures["average_accuracy"] if group.published else (None, None)
-            for group in comparison.groups
-        ]
     return page(
         "comparison.html.j2",
         num_runs=len(comparison.runs),
         dataset=comparison.dataset,
         groups=group_table(comparison),
-        plot=plots.bars([group.label for group in comparison.groups], series, "average accuracy by configuration"),
         figures=[(_caption(comparison, name), plots.svg(figure, _CAPTIONS[name])) for name, figure in shown.items()],
         tables=tables(comparison),
         runs=run_table(comparison),

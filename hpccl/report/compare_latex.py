@@ -23,6 +23,7 @@ Cells: TypeAlias = dict[int, Statistic]  # by examples of a task
 
 _REFERENCES = frozenset({"joint", "separate", "cumulative"})
 _LOWER_IS_BETTER = frozenset({"forgetting"})
+_HEADINGS = {"average_accuracy_class_incremental": "Class-incremental accuracy", "bwt": "BWT"}
 _UNITS = {"forgetting": "percentage points", "bwt": "percentage points"}
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -147,7 +148,7 @@ def _caption(comparison: Comparison, key: str) -> str:
     seeds = sorted({len(group.seeds) for group in comparison.groups})
     number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     published = f" Published: {_escaped(comparison.dataset)}." if comparison.dataset and key in PUBLISHED else ""
-    heading = FIGURES[key] if key == "bwt" else FIGURES[key].capitalize()
+    heading = _HEADINGS.get(key, FIGURES[key].capitalize())
     seeded = f"{number} seed{'s' * (seeds != [1])}"
     unit = _UNITS.get(key, "percent")
     references = sorted(_REFERENCES & {group.method for group in comparison.groups})

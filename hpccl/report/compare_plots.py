@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from hpccl.report.compare import FIGURES, Comparison, mean_reconstruction
-from hpccl.report.plots import COLOURS, INK, STYLE, legend, new_axes
+from hpccl.report.plots import COLOURS, INK, STYLE, bars, legend, new_axes
 
-__all__ = ["figures"]
+__all__ = ["AGAINST_MEMORY", "figures"]
 
 Curve: TypeAlias = tuple[str | None, str, "Points", bool]  # label, method, points, whether they are published
 Points: TypeAlias = list[tuple[int, float, float | None]]  # examples of a task, mean, standard deviation
@@ -35,7 +35,7 @@ _METHODS = (
     "joint",
     "separate",
 )
-_AGAINST_MEMORY = {
+AGAINST_MEMORY = {
     "accuracy": ("average_accuracy", "average accuracy / %"),
     "class_incremental": ("average_accuracy_class_incremental", "class-incremental accuracy / %"),
     "forgetting": ("forgetting", "forgetting / percentage points"),
@@ -43,14 +43,29 @@ _AGAINST_MEMORY = {
 
 
 def figures(comparison: Comparison) -> dict[str, Figure | None]:
-    """By name: accuracy, class_incremental and forgetting against memory, and reconstruction; None has nothing to show.
+    """By name: configurations, accuracy, class_incremental and forgetting against memory, and reconstruction.
 
-    In each, a method is one colour and marker.
+    In all but the first, a method is one colour and marker. None has nothing to show.
     """
-    found: dict[str, Figure | None] = {
-        name: _against_memory(comparison, key, y) for name, (key, y) in _AGAINST_MEMORY.items()
+    return {
+        "configurations": _configurations(comparison),
+        **{name: _against_memory(comparison, key, y) for name, (key, y) in AGAINST_MEMORY.items()},
+        "reconstruction": _reconstruction(comparison),
     }
-    return found | {"reconstruction": _reconstruction(comparison)}
+
+
+def _configurations(comparison: Comparison) -> Figure | None:
+    """Bars of average accuracy in both settings, published values below."""
+    series: dict[str, list[tuple[float | None, float | None]]] = {
+        FIGURES[key]: [(group.statistics[key].mean, group.statistics[key].std) for group in comparison.groups]
+        for key in ("average_accuracy", "average_accuracy_class_incremental")
+    }
+    if comparison.published:
+        series["published"] = [
+            group.published.figures["average_accuracy"] if group.published else (None, None)
+            for group in comparison.groups
+        ]
+    return bars([group.label for group in comparison.groups], series)
 
 
 def _style(method: str) -> dict[str, Any]:
@@ -65,11 +80,12 @@ def _style(method: str) -> dict[str, Any]:
 def _against_memory(comparison: Comparison, key: str, y: str) -> Figure | None:
     """Mean and standard deviation by examples of a task; methods without memory are level lines.
 
-    Open markers and dashes are published values, all there are of the methods that were run.
+    Open markers and dashes are published values, all there are of the methods that were run. None without two sizes.
     """
     own = _own(comparison, key)
     published = _published(comparison, key)
-    if not any(size for points in own.values() for size, _, _ in points):
+    run = {size for points in own.values() for size, _, _ in points if size}
+    if not run or len(run | {size for points in published.values() for size, _, _ in points if size}) < 2:
         return None
     figure, axes = new_axes(width=7.0, height=4.4, x="memory / examples of a task", y=y)
     with rc_context(STYLE):

@@ -89,7 +89,11 @@ def test_error_bars_are_the_deviation_over_seeds(comparison: Comparison) -> None
 
 
 def test_settings_of_one_method_are_lines_of_one_colour(tmp_path: Path) -> None:
-    runs = [write(tmp_path / "slow"), write(tmp_path / "fast", optim=OptimConfig(lr=(1e-2,)), shift=-0.25)]
+    speeds: dict[str, dict[str, Any]] = {"slow": {}, "fast": {"optim": OptimConfig(lr=(1e-2,))}}
+    runs = [
+        write(tmp_path / f"{speed}-{size}", size=size, **more) for speed, more in speeds.items() for size in (10, 20)
+    ]
+    assert figures(compare_runs(runs[::2]))["accuracy"] is None, "one size is no line"
     (axes,) = drawn(compare_runs(runs), "accuracy").axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]  # type: ignore[union-attr]
     assert labels == ["ewc+fr+replay optim.lr=0.001", "ewc+fr+replay optim.lr=0.01"]
@@ -110,6 +114,15 @@ def test_one_dot_a_run_of_reconstruction_against_accuracy(comparison: Comparison
     assert colours[0] == colours[1], "one colour a method in both"
 
 
+def test_bars_by_configuration(comparison: Comparison) -> None:
+    (axes,) = drawn(comparison, "configurations").axes
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names == ["ewc+fr+replay m=20", "ewc+fr+replay m=10", "ewc", "joint"]
+    widths = {str(one.get_label()): [bar.get_width() for bar in one.patches] for one in axes.containers[1::2]}  # type: ignore[attr-defined]
+    assert widths["average accuracy"][0] == pytest.approx(100 * (2.375 / 3 + 0.03125 / 2))
+    assert widths["published"][::2] == pytest.approx([71.5, 55.0])
+
+
 def test_the_ten_methods_can_be_told_apart() -> None:
     from hpccl.report.compare_plots import _METHODS, _style
 
@@ -123,11 +136,12 @@ def test_nothing_to_show_is_left_out_and_removed(comparison: Comparison, tmp_pat
     write_comparison(comparison, out)
     assert (out / "comparison_accuracy.svg").exists()
     alone = compare_runs([write(tmp_path / "alone", size=0, replay=0.0)])
-    assert figures(alone) == dict.fromkeys(("accuracy", "class_incremental", "forgetting", "reconstruction"))
+    assert [name for name, figure in figures(alone).items() if figure] == ["configurations"]
     write_comparison(alone, out)
-    assert sorted(path.name for path in out.iterdir()) == [
-        f"comparison.{suffix}" for suffix in ("csv", "html", "json", "md", "tex")
-    ]
+    assert {path.name for path in out.glob("comparison_*")} == {
+        "comparison_configurations.png",
+        "comparison_configurations.svg",
+    }
 
 
 def test_files_are_the_same_every_time(comparison: Comparison, tmp_path: Path) -> None:
