@@ -234,7 +234,7 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[tuple[float | None,
         colour = COLOURS[position % len(COLOURS)]
         axes.barh(y, means, thickness * 0.92, xerr=spread, color=colour, ecolor=INK, capsize=2, label=key)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first name is on top
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.set_xlim(0, 100)
