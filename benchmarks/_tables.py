@@ -1,9 +1,10 @@
-"""Writes the tables of figures in the documentation from the JSON lines that benchmarks printed.
+"""Writes the tables of figures in the documentation from what benchmarks printed and `hpccl report --out` wrote.
 
     python -m benchmarks._tables
 
-In a page, `<!-- table: NAME -->` begins a table and `<!-- end -->` ends it. A table whose benchmark has left no file in
-docs/results/benchmarks/ stays as it is.
+In a page, `<!-- table: NAME -->` begins a table and `<!-- end -->` ends it. NAME is that of a benchmark, which leaves
+JSON lines in docs/results/benchmarks/, or FOLDER/TITLE: the table of that title, such as `wall-clock-and-images`, in
+docs/results/FOLDER/comparison.md. A table whose file is not there stays as it is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def filled(page: str, folder: Path) -> str:
     """The page with its tables made of the files in `folder`.
 
     Raises:
-        ValueError: a table has no end, or a name that is not known here.
+        ValueError: a table has no end, or a name that is not known here or in its comparison.
     """
     if page.count("<!-- table: ") != len(_TABLE.findall(page)):
         raise ValueError("a '<!-- table: NAME -->' has no '<!-- end -->'")
@@ -42,12 +43,33 @@ def filled(page: str, folder: Path) -> str:
 
 def _table(found: re.Match[str], folder: Path) -> str:
     name = found["name"]
+    made = _of_comparison(name, folder.parent) if "/" in name else _of_benchmark(name, folder)
+    rows = "".join(f"{row}\n" for row in made) or found["rows"]
+    return f"<!-- table: {name} -->\n{rows}<!-- end -->"
+
+
+def _of_benchmark(name: str, folder: Path) -> list[str]:
     if name not in _TABLES:
-        raise ValueError(f"unknown table '{name}'; allowed: {', '.join(_TABLES)}")
+        raise ValueError(f"unknown table '{name}'; allowed: {', '.join(_TABLES)}, and FOLDER/TITLE of a comparison")
     pattern, make = _TABLES[name]
     results = [json.loads(file.read_text()) for file in sorted(folder.glob(pattern))]
-    rows = "".join(f"{row}\n" for row in make(results)) if results else found["rows"]
-    return f"<!-- table: {name} -->\n{rows}<!-- end -->"
+    return make(results) if results else []
+
+
+def _of_comparison(name: str, results: Path) -> list[str]:
+    """The first rows below a title of results/FOLDER/comparison.md."""
+    where, _, title = name.partition("/")
+    file = results / where / "comparison.md"
+    if not file.exists():
+        return []
+    # Comparisons that were written before their first table had a title begin with it.
+    found = {"accuracy-and-forgetting": file.read_text(encoding="utf-8")}
+    for part in re.split(r"^## ", found["accuracy-and-forgetting"], flags=re.MULTILINE)[1:]:
+        heading, _, text = part.partition("\n")
+        found[re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")] = text
+    if title not in found:
+        raise ValueError(f"unknown table '{name}'; of {file} allowed: {', '.join(found)}")
+    return re.findall(r"^\|.*$", found[title].partition("\n## ")[0], flags=re.MULTILINE)
 
 
 def _rows(head: Sequence[str], cells: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:

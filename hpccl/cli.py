@@ -302,20 +302,24 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     *,
-    out: Annotated[Path | None, typer.Option(help="Folder for the comparison: md, html, csv and json.")] = None,
-    published: Annotated[Path | None, typer.Option(help="CSV file of published values to put beside.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the comparison: md, html, csv, json, tex and plots.")
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="CSV file of published values to put beside.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Which data set of that file, where several could be meant.")
     ] = None,
 ) -> None:
     """Write report.{json,md,html} in each run's folder, and compare the runs."""
     from hpccl.report.compare import compare_runs, print_comparison
+    from hpccl.report.compare_files import write_comparison
     from hpccl.report.write import report_run
 
     for folder in runs:
         report_run(folder)
-    print_comparison(compare_runs(runs, out=out, published=published, dataset=dataset))
-    pages = [out / "comparison.html"] if out is not None else [folder / "report.html" for folder in runs]
+    comparison = compare_runs(runs, published=compare, dataset=dataset)
+    print_comparison(comparison)
+    pages = [write_comparison(comparison, out)] if out is not None else [folder / "report.html" for folder in runs]
     for page in pages:
         typer.echo(str(page))
 

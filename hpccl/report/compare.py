@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,23 +16,28 @@ from rich.table import Table
 
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
-from hpccl.report import plots
-from hpccl.report.events import read_events
+from hpccl.report.events import number, read_events, valid_json
 from hpccl.report.published import FIGURES as PUBLISHED
-from hpccl.report.published import Published, read_published
+from hpccl.report.published import Published, PublishedTable, read_published
 from hpccl.report.summary import RunReport, read_config, summarise_events
-from hpccl.report.text import markdown_table, percent, signed, spread, time_span
-from hpccl.report.write import page, write_json, write_text
+from hpccl.report.text import TextTable, percent, signed, spread, time_span
 
 __all__ = [
+    "FIGURES",
     "IGNORED",
     "Comparison",
     "Group",
     "Statistic",
     "compare_runs",
     "flat",
+    "group_cells",
+    "group_header",
+    "group_table",
+    "mean_reconstruction",
     "print_comparison",
-    "render_markdown",
+    "reconstruction_terms",
+    "run_table",
+    "statistic",
 ]
 
 # Attribute of RunReport -> heading. Seconds are not percent and are printed apart.
@@ -55,6 +58,7 @@ _NOTE = (
 IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
 
 Flat: TypeAlias = dict[str, Any]
+_MANY = 2  # settings, beyond which they are told against the first group's
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,19 @@ class Group:
     method: str
     memory_size: int
     settings: str  # what tells it from other groups of the same method and memory; often empty
+    variant: str  # the same in short, for plots
     seeds: list[int]
     runs: list[str]
+    members: list[int]  # where these are in the comparison's runs
     left_out: list[str]  # runs that are not finished, where others are
+    configuration: Flat  # all that decides the result but the seed, by dotted key
     statistics: dict[str, Statistic]
     published: Published | None
 
     @property
     def label(self) -> str:
         """A short name for plots."""
-        parts = [self.method, f"m={self.memory_size}" if self.memory_size else "", self.settings]
+        parts = [self.method, f"m={self.memory_size}" if self.memory_size else "", self.variant]
         return " ".join(part for part in parts if part)
 
 
@@ -92,32 +99,66 @@ class Comparison:
 
     groups: list[Group]
     runs: list[RunReport]
-    dataset: str | None  # of the published values
+    published: PublishedTable | None
+
+    @property
+    def dataset(self) -> str | None:
+        """Of the published values."""
+        return self.published.dataset if self.published else None
+
+    def members(self, group: Group) -> list[RunReport]:
+        """The runs that count in a group."""
+        return [self.runs[position] for position in group.members]
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON types."""
-        keys = ("name", "method", "seed", "status", "tasks_learned", "wall_seconds", "weights_sha256", *FIGURES)
+        """Strict JSON types; what all groups have in common of their configurations stands above them."""
+        common = _common([group.configuration for group in self.groups])
+        groups = [asdict(group) for group in self.groups]
+        for group in groups:
+            group["configuration"] = {k: valid_json(v) for k, v in group["configuration"].items() if k not in common}
         return {
-            "format": 1,
+            "format": 2,
             "dataset": self.dataset,
-            "groups": [asdict(group) for group in self.groups],
-            "runs": [{key: getattr(run, key) for key in keys} for run in self.runs],
+            "configuration": valid_json(common),
+            "groups": groups,
+            "runs": [_run_dict(run) for run in self.runs],
         }
 
 
-def compare_runs(
-    folders: Sequence[Path], out: Path | None = None, published: Path | None = None, *, dataset: str | None = None
-) -> Comparison:
-    """Compare runs, and write comparison.{json,csv,md,html} if `out` is given.
+def _common(configurations: Sequence[Flat]) -> Flat:
+    """Keys that all have with one value."""
+    first, *others = configurations
+    return {key: value for key, value in first.items() if all(key in one and one[key] == value for one in others)}
+
+
+def _run_dict(run: RunReport) -> dict[str, Any]:
+    keys = ("name", "method", "seed", "status", "tasks_learned", "wall_seconds", "weights_sha256", *FIGURES)
+    last = run.tasks_learned - 1
+    return {key: getattr(run, key) for key in keys} | {
+        "training_seconds": _training_seconds(run),
+        "images_trained": _images_trained(run),
+        "images_per_second": run.images_per_second,
+        "accuracy_after_last": run.accuracy_matrix[last] if run.tasks_learned else [],
+        "accuracy_after_last_class_incremental": (
+            run.accuracy_matrix_class_incremental[last] if run.tasks_learned else []
+        ),
+        "reconstruction": {
+            term: {figure: mean_reconstruction(run, figure, term) for figure in ("cosine", "relative_error")}
+            for term in reconstruction_terms(run)
+        },
+    }
+
+
+def compare_runs(folders: Sequence[Path], published: Path | None = None, *, dataset: str | None = None) -> Comparison:
+    """Compare runs.
 
     Args:
         folders: of the runs.
-        out: folder for the files.
         published: a CSV file of published values to put beside.
         dataset: which data set of that file; None: the one with as many tasks as the runs.
 
     Raises:
-        FolderError: a folder is not one of a run, or a file cannot be read or written.
+        FolderError: a folder is not one of a run, or a file cannot be read.
         ConfigError: the published values do not fit, or it is not clear which data set is meant.
     """
     if not folders:
@@ -130,10 +171,7 @@ def compare_runs(
     ]
     table = read_published(published, dataset=dataset, num_tasks=_num_tasks(runs)) if published is not None else None
     groups = _groups([flat(config.identity()) for config in configs], runs, table.values if table else {})
-    comparison = Comparison(groups, runs, table.dataset if table else None)
-    if out is not None:
-        _write(comparison, out)
-    return comparison
+    return Comparison(groups, runs, table)
 
 
 def _num_tasks(runs: Iterable[RunReport]) -> int:
@@ -169,10 +207,23 @@ def _groups(
         ]
         method, memory = _kind(identities[first], runs[first])
         found.append(
-            _group(method, memory, _settings(identities[first], alike), [runs[i] for i in positions])
-            | {"published": published.get((method, memory))}
+            _group(method, memory, _settings(identities[first], alike), {i: runs[i] for i in positions})
+            | {
+                "published": published.get((method, memory)),
+                "configuration": {k: v for k, v in identities[first].items() if k not in IGNORED},
+            }
         )
-    return [Group(**fields) for fields in found]
+    return [Group(**fields, variant=_variant(fields, found)) for fields in found]
+
+
+def _variant(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str:
+    """The settings, or of several settings the name of the group's runs where that tells it from others."""
+    alike = [
+        other for other in groups if (other["method"], other["memory_size"]) == (group["method"], group["memory_size"])
+    ]
+    names = [set(other["runs"]) for other in alike]
+    told = all(len(own) == 1 for own in names) and len(set.union(*names)) == len(names)
+    return str(group["runs"][0]) if told and any(other["settings"].count(" ") for other in alike) else group["settings"]
 
 
 def _kind(identity: Flat, run: RunReport) -> tuple[str, int]:
@@ -180,11 +231,16 @@ def _kind(identity: Flat, run: RunReport) -> tuple[str, int]:
 
 
 def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
-    """`key=value` of every setting in which groups of one method and memory differ."""
+    """`key=value` of every setting in which groups of one method and memory differ.
+
+    Where these are many, only the first group has all of them, the others those in which they differ from it.
+    """
     keys = dict.fromkeys(key for other in alike for key in other if key not in IGNORED)
     differing = [key for key in keys if len({json.dumps(other.get(key), sort_keys=True) for other in alike}) > 1]
     kinds = {key.removesuffix("kind") for key in differing if key.endswith(".kind")}
     told = [key for key in differing if not _explained(key, kinds, alike)]
+    if len(told) > _MANY and identity is not alike[0]:
+        told = [key for key in told if identity.get(key) != alike[0].get(key)]
     return " ".join(f"{key}={_short(identity.get(key))}" for key in told if key in identity)
 
 
@@ -198,22 +254,60 @@ def _short(value: Any) -> str:
     return ",".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
-def _group(method: str, memory: int, settings: str, runs: Sequence[RunReport]) -> dict[str, Any]:
+def _group(method: str, memory: int, settings: str, runs: Mapping[int, RunReport]) -> dict[str, Any]:
     """The fields of a Group; only finished runs count, unless there is none."""
-    finished = [run for run in runs if run.status == "done"]
-    counted = finished or list(runs)
+    members = [position for position, run in runs.items() if run.status == "done"] or list(runs)
+    counted = [runs[position] for position in members]
     return {
         "method": method,
         "memory_size": memory,
         "settings": settings,
         "seeds": [run.seed for run in counted],
         "runs": [run.name for run in counted],
-        "left_out": [f"{run.name} ({run.status})" for run in runs if run not in counted],
-        "statistics": {key: _statistic([getattr(run, key) for run in counted]) for key in (*FIGURES, "wall_seconds")},
+        "members": members,
+        "left_out": [f"{run.name} ({run.status})" for position, run in runs.items() if position not in members],
+        "statistics": _statistics(counted),
     }
 
 
-def _statistic(values: Sequence[float | None]) -> Statistic:
+def _statistics(runs: Sequence[RunReport]) -> dict[str, Statistic]:
+    found = {key: statistic([getattr(run, key) for run in runs]) for key in (*FIGURES, "wall_seconds")}
+    return found | {
+        "training_seconds": statistic([_training_seconds(run) for run in runs]),
+        "images_trained": statistic([_images_trained(run) for run in runs]),
+        "images_per_second": statistic([run.images_per_second for run in runs]),
+        "reconstruction_cosine": statistic([mean_reconstruction(run, "cosine") for run in runs]),
+        "reconstruction_error": statistic([mean_reconstruction(run, "relative_error") for run in runs]),
+    }
+
+
+def _training_seconds(run: RunReport) -> float | None:
+    """Seconds spent on the steps of training, all tasks together; None before the first."""
+    return sum(phase.seconds for phase in run.phases if phase.phase == "fit") or None
+
+
+def _images_trained(run: RunReport) -> int | None:
+    """How many images were trained on, repeats and memory counted; None before the first."""
+    return sum(phase.images for phase in run.phases if phase.phase == "fit") or None
+
+
+def mean_reconstruction(run: RunReport, figure: str, term: str = "total") -> float | None:
+    """Mean over tasks of `cosine` or `relative_error` of a term; None if never measured or not finite."""
+    found = [number((measured["terms"].get(term) or {}).get(figure)) for measured in run.reconstruction]
+    values = np.array([np.nan if value is None else value for value in found], dtype=np.float64)
+    return float(values.mean()) if values.size and np.isfinite(values).all() else None
+
+
+def reconstruction_terms(run: RunReport) -> list[str]:
+    """Terms whose gradient was measured and is not always zero, in order of appearance."""
+    measured = [found["terms"] for found in run.reconstruction]
+    return list(
+        dict.fromkeys(term for terms in measured for term, errors in terms.items() if errors and number(errors["norm"]))
+    )
+
+
+def statistic(values: Sequence[float | None]) -> Statistic:
+    """Of the values that are known."""
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     if not known.size:
         return Statistic(None, None, 0)
@@ -223,8 +317,33 @@ def _statistic(values: Sequence[float | None]) -> Statistic:
 # ---------------------------------------------------------------- the table
 
 
+def group_table(comparison: Comparison) -> TextTable:
+    """A line a group: accuracy, forgetting and time, published values beside."""
+    left = _num_left(comparison)
+    return TextTable("Accuracy and forgetting", _header(comparison), _rows(comparison), left, _notes(comparison))
+
+
+def run_table(comparison: Comparison) -> TextTable:
+    """A line a run."""
+    return TextTable("Runs", _RUN_HEADER, _run_rows(comparison), left=3)
+
+
+def group_header(comparison: Comparison) -> list[str]:
+    """What `group_cells` are."""
+    return ["method", "m", *(["settings"] if _has_settings(comparison) else [])]
+
+
+def group_cells(comparison: Comparison, group: Group) -> list[str]:
+    """What tells a group from the others."""
+    return [
+        group.method,
+        str(group.memory_size or "–"),
+        *([group.settings or "–"] if _has_settings(comparison) else []),
+    ]
+
+
 def _header(comparison: Comparison) -> list[str]:
-    header = ["method", "m", *(["settings"] if _has_settings(comparison) else []), "seeds"]
+    header = [*group_header(comparison), "seeds"]
     for key, heading in FIGURES.items():
         header += [heading, *([f"{heading}, published"] if _has_published(comparison, key) else [])]
     return [*header, "time"]
@@ -235,9 +354,7 @@ def _rows(comparison: Comparison) -> list[list[str]]:
 
 
 def _row(comparison: Comparison, group: Group) -> list[str]:
-    row = [group.method, str(group.memory_size or "–")]
-    row += [group.settings or "–"] if _has_settings(comparison) else []
-    row += [str(len(group.seeds))]
+    row = [*group_cells(comparison, group), str(len(group.seeds))]
     for key in FIGURES:
         statistic = group.statistics[key]
         row.append(spread(statistic.mean, statistic.std))
@@ -308,67 +425,3 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 def _num_left(comparison: Comparison) -> int:
     return 3 if _has_settings(comparison) else 1
-
-
-# ---------------------------------------------------------------- files
-
-
-def _write(comparison: Comparison, out: Path) -> None:
-    write_json(out / "comparison.json", comparison.to_dict())
-    write_text(out / "comparison.csv", _render_csv(comparison))
-    write_text(out / "comparison.md", render_markdown(comparison))
-    write_text(out / "comparison.html", _render_html(comparison))
-
-
-def render_markdown(comparison: Comparison) -> str:
-    """Two tables: configurations and runs."""
-    published = f" Published values: {comparison.dataset}." if comparison.dataset else ""
-    parts = [
-        f"# Comparison of {len(comparison.runs)} runs\n",
-        f"Means over seeds, ± sample standard deviation.{published}\n",
-        markdown_table(_header(comparison), _rows(comparison), left=_num_left(comparison)),
-        *(f"{note}\n" for note in _notes(comparison)),
-        "## Runs\n",
-        markdown_table(_RUN_HEADER, _run_rows(comparison), left=3),
-    ]
-    return "\n".join(parts)
-
-
-def _render_csv(comparison: Comparison) -> str:
-    """One line a group, full precision, shares in [0, 1] and seconds."""
-    buffer = io.StringIO()
-    names = [f"{key}_{part}" for key in (*FIGURES, "wall_seconds") for part in ("mean", "std")]
-    published = [f"published_{key}_{part}" for key in PUBLISHED for part in ("mean", "std")]
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "memory_size", "settings", "num_seeds", "seeds", *names, *published])
-    for group in comparison.groups:
-        values = [value for found in group.statistics.values() for value in (found.mean, found.std)]
-        figures = group.published.figures if group.published else {}
-        beside = [value for key in PUBLISHED for value in figures.get(key, (None, None))]
-        seeds = " ".join(map(str, group.seeds))
-        writer.writerow([group.method, group.memory_size, group.settings, len(group.seeds), seeds, *values, *beside])
-    return buffer.getvalue()
-
-
-def _render_html(comparison: Comparison) -> str:
-    series = {
-        FIGURES[key]: [(group.statistics[key].mean, group.statistics[key].std) for group in comparison.groups]
-        for key in ("average_accuracy", "average_accuracy_class_incremental")
-    }
-    if comparison.dataset is not None:
-        series["published"] = [
-            group.published.figures["average_accuracy"] if group.published else (None, None)
-            for group in comparison.groups
-        ]
-    return page(
-        "comparison.html.j2",
-        num_runs=len(comparison.runs),
-        dataset=comparison.dataset,
-        header=_header(comparison),
-        rows=_rows(comparison),
-        left=_num_left(comparison),
-        notes=_notes(comparison),
-        plot=plots.bars([group.label for group in comparison.groups], series, "average accuracy by configuration"),
-        run_header=_RUN_HEADER,
-        run_rows=_run_rows(comparison),
-    )

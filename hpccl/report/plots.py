@@ -215,15 +215,12 @@ def reconstruction(measured: Sequence[Mapping[str, Any]], label: str) -> str | N
     return svg(figure, label)
 
 
-def bars(
-    names: Sequence[str], series: Mapping[str, Sequence[tuple[float | None, float | None]]], label: str
-) -> str | None:
+def bars(names: Sequence[str], series: Mapping[str, Sequence[tuple[float | None, float | None]]]) -> Figure | None:
     """Horizontal bars in percent with error bars, one group a name and one bar a series.
 
     Args:
         names: of the groups, from top to bottom.
         series: by legend entry, (share in [0, 1], its standard deviation or None) of every group; None is left out.
-        label: for those who do not see it.
     """
     shown = {key: values for key, values in series.items() if any(mean is not None for mean, _ in values)}
     if not shown:
@@ -237,9 +234,9 @@ def bars(
         colour = COLOURS[position % len(COLOURS)]
         axes.barh(y, means, thickness * 0.92, xerr=spread, color=colour, ecolor=INK, capsize=2, label=key)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first name is on top
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.set_xlim(0, 100)
     legend(axes)
-    return svg(figure, label)
+    return figure

@@ -5,29 +5,39 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import explain_os_error
 
-__all__ = ["FIGURES", "Published", "PublishedTable", "read_published"]
+__all__ = ["FIGURES", "Figure", "Published", "PublishedTable", "read_published"]
 
 # Attribute of RunReport -> column, in percent.
 FIGURES = {"average_accuracy": "final_avg_acc_pct", "forgetting": "forgetting_max_pct", "bwt": "bwt_pct"}
 _REQUIRED = ("dataset", "method", "memory_per_task", "row", "last_task_trained", *FIGURES.values())
 _METHODS = {"batch-joint": "joint", "batch-separate": "separate"}
+# Columns that a file may have: minutes of training, and the accuracy on each task after the last one, in percent.
+_MINUTES = "train_min_total"
+_TASK = "acc_task{}_pct"
 
 Row: TypeAlias = Mapping[str, str]
+Figure: TypeAlias = tuple[float | None, float | None]  # mean and standard deviation
 
 
 @dataclass(frozen=True)
 class Published:
-    """Published mean and standard deviation of each figure, as shares."""
+    """Published mean and standard deviation of each figure, as shares.
+
+    tasks: accuracy on each task after the last one; empty where it is not told
+    minutes: of training, all tasks that the row's runs trained together
+    """
 
     seeds: int
-    figures: dict[str, tuple[float | None, float | None]]
+    figures: dict[str, Figure]
+    tasks: list[Figure] = field(default_factory=list)
+    minutes: Figure = (None, None)
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def _table(rows: Sequence[Row], dataset: str | None, num_tasks: int, path: Path)
     chosen = _choose(tasks, dataset, num_tasks, path)
     # A run that was given up before the last task has no final figures.
     whole = [row for row in rows if row["dataset"] == chosen and _last_task(row) in {0, tasks[chosen]}]
-    return PublishedTable(chosen, _values(whole))
+    return PublishedTable(chosen, _values(whole, tasks[chosen]))
 
 
 def _last_task(row: Row) -> int:
@@ -104,20 +114,27 @@ def _choose(tasks: Mapping[str, int], dataset: str | None, num_tasks: int, path:
     return fitting[0]
 
 
-def _values(rows: Sequence[Row]) -> dict[tuple[str, int], Published]:
+def _values(rows: Sequence[Row], num_tasks: int) -> dict[tuple[str, int], Published]:
     stds = {_key(row): row for row in rows if row["row"].startswith("std(")}
     found = {}
     for row in rows:
         if match := re.fullmatch(r"mean\(n=(\d+)\)", row["row"]):
             std = stds.get(_key(row), {})
-            figures = {name: (_share(row[column]), _share(std.get(column, ""))) for name, column in FIGURES.items()}
-            found[_key(row)] = Published(int(match[1]), figures)
+            figures = {name: _figure(row, std, column) for name, column in FIGURES.items()}
+            tasks = [_figure(row, std, _TASK.format(task + 1)) for task in range(num_tasks)]
+            minutes = _figure(row, std, _MINUTES, unit=1.0)
+            known = tasks if any(mean is not None for mean, _ in tasks) else []
+            found[_key(row)] = Published(int(match[1]), figures, known, minutes)
     return found
+
+
+def _figure(mean: Row, std: Row, column: str, *, unit: float = 100.0) -> Figure:
+    return _number(mean.get(column), unit), _number(std.get(column), unit)
 
 
 def _key(row: Row) -> tuple[str, int]:
     return _METHODS.get(row["method"], row["method"]), int(float(row["memory_per_task"] or 0))
 
 
-def _share(percent: str) -> float | None:
-    return float(percent) / 100 if percent else None
+def _number(cell: str | None, unit: float) -> float | None:
+    return float(cell) / unit if cell else None

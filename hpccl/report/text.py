@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-__all__ = ["fixed", "markdown_table", "percent", "signed", "size", "spread", "time_span", "whole"]
+__all__ = ["TextTable", "fixed", "markdown_table", "percent", "signed", "size", "spread", "time_span", "whole"]
 
 _ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table as it is read; the first `left` columns are text."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    left: int = 1
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """The table and its notes, without the title."""
+        return "\n".join(
+            [markdown_table(self.header, self.rows, left=self.left), *(f"{note}\n" for note in self.notes)]
+        )
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -114,6 +114,44 @@ def test_another_figure_changes_the_table(tmp_path: Path, name: str) -> None:
     assert changed == ["0.988"]
 
 
+COMPARISON = """# Comparison of 2 runs
+
+| method | m |
+| ------ | - |
+| ewc    | – |
+
+A note.
+
+## Wall-clock and images
+
+| method | minutes |
+| ------ | ------: |
+| ewc    |     3.0 |
+| fr     |     4.5 |
+
+## Runs
+
+| run |
+| --- |
+| a   |
+"""
+
+
+def test_tables_of_a_comparison(tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks"
+    assert table("cifar/wall-clock-and-images", folder) == []  # the page's own row stays
+    (tmp_path / "cifar").mkdir()
+    (tmp_path / "cifar" / "comparison.md").write_text(COMPARISON, encoding="utf-8")
+    assert table("cifar/wall-clock-and-images", folder) == [["ewc", "3.0"], ["fr", "4.5"]]
+    assert table("cifar/runs", folder) == [["a"]]
+    assert table("cifar/accuracy-and-forgetting", folder) == [["ewc", "–"]]  # without a title, as it once was
+    titled = COMPARISON.replace("| method | m |", "## Accuracy and forgetting\n\n| method | m |").replace("–", "20")
+    (tmp_path / "cifar" / "comparison.md").write_text(titled, encoding="utf-8")
+    assert table("cifar/accuracy-and-forgetting", folder) == [["ewc", "20"]]
+    with pytest.raises(ValueError, match=r"unknown table 'cifar/runes'; of .* allowed: .*wall-clock-and-images, runs"):
+        table("cifar/runes", folder)
+
+
 def test_mistakes_in_a_page() -> None:
     with pytest.raises(ValueError, match="unknown table 'pul'; allowed: curvature, pull"):
         filled("<!-- table: pul -->\n<!-- end -->\n", FOLDER)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from hpccl.config.sections import DataConfig, MemoryConfig, OptimConfig, StratifiedMix, TrainConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.compare import Comparison, _settings, compare_runs, print_comparison
+from hpccl.report.compare_files import write_comparison
 from hpccl.report.events import EventLog
 from hpccl.report.write import report_run
 from tests.unit.report import synthetic
@@ -95,6 +97,26 @@ def test_groups_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> 
     assert "optim.lr=0.01" in printed(comparison)
 
 
+def test_many_settings_are_told_against_the_first_group(tmp_path: Path) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "base": {},
+        "fast": {"optim": OptimConfig(lr=(1e-2,))},
+        "long": {"train": TrainConfig(epochs=(7,))},
+        "weak": {"quadratic": 0.5},
+    }
+    runs = [write(tmp_path / f"{name}-{seed}", seed=seed, **more) for name, more in changes.items() for seed in (0, 1)]
+    for folder in runs:  # as campaigns name them
+        config = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(config.replace(f"name: {folder.name}", f"name: {folder.name[:-2]}"))
+    groups = compare_runs(runs).groups
+    base, *others = [group.settings for group in groups]
+    assert {text.partition("=")[0] for text in base.split()} == {"optim.lr", "train.epochs", "prior.quadratic.weight"}
+    assert others == ["optim.lr=0.01", "train.epochs=7", "prior.quadratic.weight=0.5"]
+    assert [group.variant for group in groups] == list(changes)
+    nameless = compare_runs(runs[::2]).groups[:1] + compare_runs([runs[0], runs[2]]).groups
+    assert [group.variant for group in nameless] == ["base", "optim.lr=0.001", "optim.lr=0.01"]
+
+
 def test_sections_of_different_kinds_are_told_apart(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain")
     other = tmp_path / "other"
@@ -160,10 +182,15 @@ def test_published_values_that_are_absent_are_an_error(seeds: list[Path], tmp_pa
         compare_runs(seeds, published=tmp_path / "absent.csv")
 
 
-def test_the_four_files(seeds: list[Path], tmp_path: Path, published: Path) -> None:
+def test_the_files(seeds: list[Path], tmp_path: Path, published: Path) -> None:
     out = tmp_path / "new" / "out"
-    comparison = compare_runs(seeds, out, published)
-    assert sorted(path.name for path in out.iterdir()) == [f"comparison.{s}" for s in ("csv", "html", "json", "md")]
+    comparison = compare_runs(seeds, published)
+    assert write_comparison(comparison, out) == out / "comparison.html"
+    # Of one size of memory there is only a plot beside published values, and class-incremental ones are not published.
+    plots = [f"comparison_{name}" for name in ("accuracy", "configurations", "forgetting", "reconstruction")]
+    expected = [f"comparison.{suffix}" for suffix in ("csv", "html", "json", "md", "tex")]
+    expected += [f"{name}.{suffix}" for name in plots for suffix in ("png", "svg")]
+    assert sorted(path.name for path in out.iterdir()) == sorted(expected)
     content = json.loads((out / "comparison.json").read_text())
     assert content == json.loads(json.dumps(comparison.to_dict()))
     assert content["runs"][1]["name"] == "b"
@@ -175,8 +202,18 @@ def test_the_four_files(seeds: list[Path], tmp_path: Path, published: Path) -> N
     assert "80.7 ± 2.2" in markdown
     assert "published" in markdown
     html = (out / "comparison.html").read_text()
-    assert html.count("<svg") == 1
+    assert html.count("<svg") == 4
     assert "80.7 ± 2.2" in html
+
+
+def test_configurations_are_kept_once(seeds: list[Path], tmp_path: Path) -> None:
+    other = write(tmp_path / "other", optim=OptimConfig(lr=(5e-3,)))
+    content = compare_runs([*seeds, other]).to_dict()
+    assert content["configuration"]["memory.size"] == 20
+    assert [group["configuration"] for group in content["groups"]] == [{"optim.lr": [1e-3]}, {"optim.lr": [5e-3]}]
+    assert "seed" not in content["configuration"]
+    (alone,) = compare_runs(seeds).to_dict()["groups"]
+    assert alone["configuration"] == {}
 
 
 def test_a_narrow_terminal_keeps_the_method_whole(seeds: list[Path]) -> None:

@@ -1,0 +1,167 @@
+r"""A comparison as LaTeX tables with booktabs: methods down, examples of a task across.
+
+In each column the best mean is bold, and means within one standard error of it, the best one's s / sqrt(n), are
+underlined. References (`joint`, `separate`, `cumulative`), which keep all data or a network for each task, and
+published values do not compete.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from hpccl.report.compare import FIGURES, Comparison, Statistic
+from hpccl.report.published import FIGURES as PUBLISHED
+from hpccl.report.published import Figure
+from hpccl.report.text import spread
+
+__all__ = ["marks", "render_latex"]
+
+Cells: TypeAlias = dict[int, Statistic]  # by examples of a task
+
+_REFERENCES = frozenset({"joint", "separate", "cumulative"})
+_LOWER_IS_BETTER = frozenset({"forgetting"})
+_HEADINGS = {"average_accuracy_class_incremental": "Class-incremental accuracy", "bwt": "BWT"}
+_UNITS = {"forgetting": "percentage points", "bwt": "percentage points"}
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "–": "--",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def render_latex(comparison: Comparison) -> str:
+    """One table a figure that was measured; they need the package booktabs."""
+    head = r"% Needs \usepackage{booktabs}."
+    made = [
+        _table(comparison, key) for key in FIGURES if any(_known(group.statistics[key]) for group in comparison.groups)
+    ]
+    return "\n\n".join([head, *made]) + "\n"
+
+
+def _known(statistic: Statistic) -> bool:
+    return statistic.mean is not None
+
+
+def _table(comparison: Comparison, key: str) -> str:
+    rows = _series(comparison, key)
+    sizes = sorted({group.memory_size for group in comparison.groups})
+    marked = {size: marks({name: cells[size] for name, cells in rows.items() if size in cells}, key) for size in sizes}
+    lines = [_line(_head(sizes)), r"\midrule"]
+    for name, cells in rows.items():
+        own = [_cell(cells.get(size), marked[size].get(name, "")) for size in sizes]
+        lines.append(_line([_escaped(" ".join(part for part in name if part)), *own]))
+        beside = _published(comparison, name[0], key)
+        if beside:
+            lines.append(_line([r"\quad published", *(_published_cell(beside.get(size)) for size in sizes)]))
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_caption(comparison, key)}}}",
+            rf"\label{{tab:{key.replace('_', '-')}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(sizes)}}}",
+            r"\toprule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _series(comparison: Comparison, key: str) -> dict[tuple[str, str], Cells]:
+    """By method and variant."""
+    found: dict[tuple[str, str], Cells] = {}
+    for group in comparison.groups:
+        found.setdefault((group.method, group.variant), {})[group.memory_size] = group.statistics[key]
+    return found
+
+
+def marks(column: Mapping[tuple[str, str], Statistic], key: str) -> dict[tuple[str, str], str]:
+    """`best` or `near` of each (method, variant) that is; references are left out.
+
+    Args:
+        column: what is compared.
+        key: the figure, which says whether more or less is better.
+    """
+    sign = -1.0 if key in _LOWER_IS_BETTER else 1.0
+    values = {
+        name: sign * statistic.mean
+        for name, statistic in column.items()
+        if statistic.mean is not None and name[0] not in _REFERENCES
+    }
+    if not values:
+        return {}
+    best = max(values.values())
+    winners = [column[name] for name, value in values.items() if value == best]
+    error = max((one.std / math.sqrt(one.n) for one in winners if one.std is not None), default=0.0)
+    return {name: "best" if value == best else "near" for name, value in values.items() if value >= best - error}
+
+
+def _head(sizes: Sequence[int]) -> list[str]:
+    return ["method", *(f"$m = {size}$" if size else "no memory" for size in sizes)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _cell(statistic: Statistic | None, mark: str) -> str:
+    if statistic is None or statistic.mean is None:
+        return ""
+    text = _number(statistic.mean, statistic.std)
+    match mark:
+        case "best":
+            return rf"$\mathbf{{{text}}}$"
+        case "near":
+            return rf"\underline{{${text}$}}"
+        case _:
+            return f"${text}$"
+
+
+def _published_cell(figure: Figure | None) -> str:
+    return "" if figure is None or figure[0] is None else f"${_number(*figure)}$"
+
+
+def _number(mean: float | None, std: float | None) -> str:
+    return spread(mean, std).replace("−", "-").replace("±", r"\pm")
+
+
+def _published(comparison: Comparison, method: str, key: str) -> dict[int, Figure]:
+    """By examples of a task, where a group of ours is beside it."""
+    if comparison.published is None or key not in PUBLISHED:
+        return {}
+    found = {
+        group.memory_size: group.published.figures[key]
+        for group in comparison.groups
+        if group.method == method and group.published
+    }
+    return found if any(mean is not None for mean, _ in found.values()) else {}
+
+
+def _caption(comparison: Comparison, key: str) -> str:
+    seeds = sorted({len(group.seeds) for group in comparison.groups})
+    number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    published = f" Published: {_escaped(comparison.dataset)}." if comparison.dataset and key in PUBLISHED else ""
+    heading = _HEADINGS.get(key, FIGURES[key].capitalize())
+    seeded = f"{number} seed{'s' * (seeds != [1])}"
+    unit = _UNITS.get(key, "percent")
+    references = sorted(_REFERENCES & {group.method for group in comparison.groups})
+    aside = " and ".join(
+        [*([", ".join(references)] if references else []), *(["published values"] if published else [])]
+    )
+    apart = f"; {aside} do not compete" if aside else ""
+    return (
+        f"{heading} after the last task, {unit}: mean $\\pm$ sample standard deviation over {seeded}; "
+        "$m$ examples of a task in memory. Bold: the best of a column; underlined: within one standard error of it"
+        f"{apart}.{published}"
+    )
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[\\~^–&%$#_{}]", lambda found: _SPECIAL[found[0]], text)

@@ -1,0 +1,172 @@
+"""Tables of a comparison beyond accuracy and forgetting: cost, accuracy of each task, gradient reconstruction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from hpccl.report.compare import (
+    Comparison,
+    Group,
+    Statistic,
+    group_cells,
+    group_header,
+    mean_reconstruction,
+    reconstruction_terms,
+    statistic,
+)
+from hpccl.report.events import number
+from hpccl.report.summary import RunReport
+from hpccl.report.text import TextTable, fixed, spread, whole
+
+__all__ = ["cost", "rank_correlation", "reconstruction", "tables", "task_accuracy"]
+
+_COST_NOTE = (
+    "Wall-clock is of everything, resumes counted, pauses not; training is the steps alone. Tasks trained are fewer "
+    "than all where another run gave the first (train.first_task_from) or only the last was trained (train.only_last): "
+    "then times and images are of these alone."
+)
+_PUBLISHED_NOTE = (
+    "Published minutes are of training the tasks that the published runs trained themselves, on another machine."
+)
+_TASK_NOTE = "Test accuracy in percent, task-incremental, of the network after the last task."
+_RECONSTRUCTION_NOTE = (
+    "Against the true gradient of all past tasks, at the weights at the end of each task; the mean is over tasks."
+)
+_FIGURES = {"cosine": "cosine", "relative_error": "relative error"}
+_TITLES = {"cosine": "Gradient reconstruction, cosine", "relative_error": "Gradient reconstruction, relative error"}
+
+
+def tables(comparison: Comparison) -> list[TextTable]:
+    """Those that have a line, in order."""
+    found = [cost(comparison), task_accuracy(comparison), *(reconstruction(comparison, key) for key in _FIGURES)]
+    return [table for table in found if table.rows]
+
+
+# ---------------------------------------------------------------- cost
+
+
+def cost(comparison: Comparison) -> TextTable:
+    """Wall-clock, speed and images by group, published minutes beside where there are any."""
+    published = any(group.published and group.published.minutes[0] is not None for group in comparison.groups)
+    header = [*group_header(comparison), "seeds", "wall-clock, minutes", "training, minutes"]
+    header += ["training, minutes, published"] if published else []
+    header += ["images/s while training", "images trained", "tasks trained"]
+    rows = [_cost_row(comparison, group, published=published) for group in comparison.groups]
+    notes = [_COST_NOTE, *([_PUBLISHED_NOTE] if published else [])]
+    return TextTable("Wall-clock and images", header, rows, len(group_header(comparison)), notes)
+
+
+def _cost_row(comparison: Comparison, group: Group, *, published: bool) -> list[str]:
+    row = [*group_cells(comparison, group), str(len(group.seeds))]
+    row += [_minutes(group.statistics["wall_seconds"]), _minutes(group.statistics["training_seconds"])]
+    if published:
+        row.append(spread(*(group.published.minutes if group.published else (None, None)), scale=1))
+    rate = group.statistics["images_per_second"]
+    trained = sorted({_tasks_trained(run) for run in comparison.members(group)})
+    return [
+        *row,
+        spread(rate.mean, rate.std, scale=1, digits=0),
+        whole(group.statistics["images_trained"].mean),
+        ", ".join(map(str, trained)),
+    ]
+
+
+def _minutes(seconds: Statistic) -> str:
+    return spread(seconds.mean, seconds.std, scale=1 / 60)
+
+
+def _tasks_trained(run: RunReport) -> int:
+    return len({phase.task for phase in run.phases if phase.phase == "fit"})
+
+
+# ---------------------------------------------------------------- accuracy of each task
+
+
+def task_accuracy(comparison: Comparison) -> TextTable:
+    """Accuracy on each task after the last one, published values on a line below."""
+    num_tasks = max(run.num_tasks for run in comparison.runs)
+    published = any(group.published and group.published.tasks for group in comparison.groups)
+    header = [*group_header(comparison), *(["of"] if published else [])]
+    rows: list[list[str]] = []
+    for group in comparison.groups:
+        cells, runs = group_cells(comparison, group), comparison.members(group)
+        own = [statistic([_after_last(run, task) for run in runs]) for task in range(num_tasks)]
+        rows.append([*cells, *(["here"] if published else []), *(spread(one.mean, one.std) for one in own)])
+        if group.published and group.published.tasks:
+            rows.append([*cells, "published", *(spread(*figure) for figure in group.published.tasks)])
+    left = len(header)
+    header += [f"t{task + 1}" for task in range(num_tasks)]
+    return TextTable("Accuracy of each task after the last one", header, rows, left, [_TASK_NOTE])
+
+
+def _after_last(run: RunReport, task: int) -> float | None:
+    """Only of tasks that were learned."""
+    return run.accuracy_matrix[run.tasks_learned - 1][task] if task < run.tasks_learned else None
+
+
+# ---------------------------------------------------------------- gradient reconstruction
+
+
+def reconstruction(comparison: Comparison, figure: str) -> TextTable:
+    """Of each term against the true gradient of all past tasks, after each task but the first.
+
+    figure: `cosine` or `relative_error`
+    """
+    tasks = sorted({measured["task"] for run in _counted(comparison) for measured in run.reconstruction})
+    header = [*group_header(comparison), "term"]
+    rows = [
+        [*group_cells(comparison, group), term, *_term_cells(comparison.members(group), tasks, term, figure)]
+        for group in comparison.groups
+        for term in _terms(comparison.members(group))
+    ]
+    notes = [_RECONSTRUCTION_NOTE, *_correlation_note(comparison, figure)]
+    left = len(header)
+    return TextTable(_TITLES[figure], [*header, *(f"after t{task + 1}" for task in tasks), "mean"], rows, left, notes)
+
+
+def _counted(comparison: Comparison) -> list[RunReport]:
+    return [run for group in comparison.groups for run in comparison.members(group)]
+
+
+def _terms(runs: Sequence[RunReport]) -> list[str]:
+    return list(dict.fromkeys(term for run in runs for term in reconstruction_terms(run)))
+
+
+def _term_cells(runs: Sequence[RunReport], tasks: Sequence[int], term: str, figure: str) -> list[str]:
+    digits = 2 if figure == "cosine" else 3
+    found = [statistic([_measured(run, task, term, figure) for run in runs]) for task in tasks]
+    found.append(statistic([mean_reconstruction(run, figure, term) for run in runs]))
+    return [spread(one.mean, one.std, scale=1, digits=digits) for one in found]
+
+
+def _measured(run: RunReport, task: int, term: str, figure: str) -> float | None:
+    """None where it is not finite."""
+    for measured in run.reconstruction:
+        if measured["task"] == task:
+            value = number((measured["terms"].get(term) or {}).get(figure))
+            return value if value is not None and math.isfinite(value) else None
+    return None
+
+
+def _correlation_note(comparison: Comparison, figure: str) -> list[str]:
+    found = rank_correlation(comparison, lambda run: mean_reconstruction(run, figure))
+    if found is None:
+        return []
+    value, num_runs = found
+    sides = f"a run's mean {_FIGURES[figure]} of the total with its average accuracy"
+    return [f"Rank correlation (Spearman) of {sides}: {fixed(value, 2)} over {num_runs} runs."]
+
+
+def rank_correlation(comparison: Comparison, figure: Callable[[RunReport], float | None]) -> tuple[float, int] | None:
+    """Spearman's rank correlation of a figure of the runs that count with their average accuracy, and their number.
+
+    None of fewer than three runs, or where all values of one side are equal.
+    """
+    from scipy.stats import spearmanr
+
+    pairs = [(figure(run), run.average_accuracy) for run in _counted(comparison)]
+    known = [(x, y) for x, y in pairs if x is not None and y is not None]
+    if len(known) < 3 or any(len(set(side)) == 1 for side in zip(*known, strict=True)):
+        return None
+    return float(spearmanr(*zip(*known, strict=True)).statistic), len(known)

@@ -1,0 +1,157 @@
+"""Cost, accuracy of each task and gradient reconstruction, by group; all figures from the events by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpccl.report.compare import Comparison, compare_runs, mean_reconstruction
+from hpccl.report.compare_files import write_comparison
+from hpccl.report.compare_tables import cost, rank_correlation, reconstruction, tables, task_accuracy
+from hpccl.report.events import EventLog
+from tests.unit.report import synthetic
+
+PUBLISHED = """dataset,method,memory_per_task,row,last_task_trained,final_avg_acc_pct,bwt_pct,forgetting_max_pct,\
+acc_task1_pct,acc_task2_pct,acc_task3_pct,train_min_total
+Toy,ewc+fr+replay,20,mean(n=2),3,71.5,-1.5,2.5,60,70,80,12.5
+Toy,ewc+fr+replay,20,"std(n=2,ddof=1)",,0.5,0.25,0.125,1,2,3,0.5
+"""
+
+
+def write(
+    folder: Path, *, cosines: list[float] | None = None, fit: float = 4.0, shift: float = 0.0, **more: Any
+) -> Path:
+    """A run of three tasks, with measured errors where cosines are given; `shift` is added to every accuracy."""
+    run = synthetic.config(name=folder.name, **more)
+    synthetic.write_config(folder, run)
+    with EventLog(folder / "events.jsonl", clock=synthetic.Clock()) as log:
+        log.write("run", **synthetic.run_fields())
+        for task in range(synthetic.NUM_TASKS):
+            for event, fields in synthetic.task_events(task):
+                if event == "phase" and fields["phase"] == "fit":
+                    log.write(event, **synthetic.phase("fit", task, seconds=fit, images=1600))
+                elif event == "reconstruction":
+                    if cosines:
+                        log.write(event, **errors(task, cosines[task - 1]))
+                elif event == "evaluate":
+                    log.write(event, **synthetic.evaluation(task, shift=shift))
+                else:
+                    log.write(event, **fields)
+        log.write("done", weights_sha256=folder.name, images_per_second=100.0)
+    return folder
+
+
+def errors(task: int, cosine: float) -> dict[str, Any]:
+    fields = synthetic.reconstruction(task)
+    fields["terms"]["total"] = {"cosine": cosine, "relative_error": 1 / cosine, "norm": 3.0}
+    return fields
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Comparison:
+    published = tmp_path / "published.csv"
+    published.write_text(PUBLISHED)
+    runs = [
+        write(tmp_path / "a", seed=0, cosines=[0.5, 0.25], fit=60.0),
+        write(tmp_path / "b", seed=1, cosines=[0.5, 0.75], fit=120.0, shift=0.03125),
+        write(tmp_path / "ewc", size=0, replay=0.0),
+    ]
+    return compare_runs(runs, published)
+
+
+def test_cost_is_mean_and_deviation_of_the_runs(comparison: Comparison) -> None:
+    found = cost(comparison)
+    kept, ewc = (dict(zip(found.header, row, strict=True)) for row in found.rows)
+    # Three tasks of one and of two minutes: 3 and 6, mean 4.5, deviation 3 / sqrt(2).
+    assert kept["training, minutes"] == "4.5 ± 2.1"
+    assert kept["training, minutes, published"] == "12.5 ± 0.5"
+    assert kept["images trained"] == "4,800"
+    assert kept["images/s while training"] == "20 ± 9"  # 4800 / 180 s and 4800 / 360 s
+    assert kept["tasks trained"] == "3"
+    assert ewc["training, minutes, published"] == "–"
+    assert ewc["training, minutes"] == "0.2"
+
+
+def test_tasks_that_another_run_trained_are_not_counted(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    kept = [line for line in lines if not ('"fit"' in line and '"task": 0' in line)]
+    (folder / "events.jsonl").write_text("\n".join(kept) + "\n")
+    (row,) = cost(compare_runs([folder])).rows
+    assert row[-2:] == ["3,200", "2"]
+
+
+def test_accuracy_of_each_task_is_the_last_row(comparison: Comparison) -> None:
+    found = task_accuracy(comparison)
+    assert found.header == ["method", "m", "of", "t1", "t2", "t3"]
+    kept, published, ewc = found.rows
+    # OWN's last row and the same + 1/32: means + 1/64, deviation 1/32 / sqrt(2) = 2.2 points.
+    assert kept == ["ewc+fr+replay", "20", "here", "64.1 ± 2.2", "76.6 ± 2.2", "101.6 ± 2.2"]
+    assert published == ["ewc+fr+replay", "20", "published", "60.0 ± 1.0", "70.0 ± 2.0", "80.0 ± 3.0"]
+    assert ewc == ["ewc", "–", "here", "62.5", "75.0", "100.0"]
+
+
+def test_a_run_under_way_has_the_tasks_that_it_learned(tmp_path: Path) -> None:
+    synthetic.write_run(tmp_path / "late", tasks=2, finished=False)
+    whole = write(tmp_path / "whole", size=0, replay=0.0)
+    assert task_accuracy(compare_runs([tmp_path / "late", whole])).rows[0][2:] == ["75.0", "87.5", "–"]
+
+
+def test_reconstruction_by_term_and_task(comparison: Comparison) -> None:
+    found = reconstruction(comparison, "cosine")
+    assert found.header == ["method", "m", "term", "after t2", "after t3", "mean"]
+    rows = {row[2]: row[3:] for row in found.rows}
+    assert list(rows) == ["soft", "replay", "total"], "the quadratic's gradient is zero"
+    assert rows["soft"] == ["0.50 ± 0.00", "0.50 ± 0.00", "0.50 ± 0.00"]
+    # After the third task 0.25 and 0.75; means over tasks 0.375 and 0.625.
+    assert rows["total"] == ["0.50 ± 0.00", "0.50 ± 0.35", "0.50 ± 0.18"]
+    error = {row[2]: row[3:] for row in reconstruction(comparison, "relative_error").rows}
+    assert error["total"] == ["2.000 ± 0.000", "2.667 ± 1.886", "2.333 ± 0.943"]
+
+
+def test_without_measurements_there_is_no_table_of_them(tmp_path: Path) -> None:
+    found = tables(compare_runs([write(tmp_path / "ewc", size=0, replay=0.0)]))
+    assert [table.title for table in found] == ["Wall-clock and images", "Accuracy of each task after the last one"]
+
+
+def test_rank_correlation_is_spearmans(tmp_path: Path) -> None:
+    cosines, shifts = [0.5, 0.25, 0.75, 0.125], [0.0, 0.03125, 0.0625, -0.03125]
+    runs = [
+        write(tmp_path / str(seed), seed=seed, cosines=[cosine, cosine], shift=shift)
+        for seed, (cosine, shift) in enumerate(zip(cosines, shifts, strict=True))
+    ]
+    comparison = compare_runs(runs)
+    found = rank_correlation(comparison, lambda run: mean_reconstruction(run, "cosine"))
+    # Ranks 3 2 4 1 and 2 3 4 1: 1 - 6 (1 + 1) / (4 (16 - 1)).
+    assert found is not None
+    assert found[0] == pytest.approx(0.8)
+    assert found[1] == 4
+    assert "0.80 over 4 runs" in reconstruction(comparison, "cosine").notes[-1]
+    assert "−0.80 over 4 runs" in reconstruction(comparison, "relative_error").notes[-1]
+    assert rank_correlation(compare_runs(runs[:2]), lambda run: mean_reconstruction(run, "cosine")) is None
+    assert rank_correlation(comparison, lambda _: 1.0) is None
+
+
+def test_files_have_the_same_figures(comparison: Comparison, tmp_path: Path) -> None:
+    write_comparison(comparison, tmp_path / "out")
+    with (tmp_path / "out" / "comparison.csv").open(newline="") as file:
+        first, _ = csv.DictReader(file)
+    assert float(first["training_seconds_mean"]) == 270.0
+    assert float(first["reconstruction_cosine_mean"]) == 0.5
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [content["runs"][member]["name"] for member in content["groups"][0]["members"]] == ["a", "b"]
+    assert content["runs"][1]["reconstruction"]["total"]["cosine"] == 0.625
+    assert content["runs"][0]["accuracy_after_last"] == [0.625, 0.75, 1.0]
+    markdown = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    html = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    for text in (markdown, html):
+        assert "Wall-clock and images" in text
+        assert "2.667 ± 1.886" in text
+        assert "101.6 ± 2.2" in text
+    for line in markdown.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / "out" / line.rpartition("(")[2].rstrip(")")).exists()
