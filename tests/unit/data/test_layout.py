@@ -3,9 +3,11 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from hpccl.data.layout import Collection, Layout, arrange, held_out, unique_titles
+from hpccl.data.protocols import Split
 from hpccl.errors import DataError
 
 
@@ -95,8 +97,8 @@ def test_titles_become_unique() -> None:
 
 def many(title: str, *, tasks: int, count: int = 40) -> Collection:
     """`count` training images of each of four classes, interleaved as stored, which are given as test images too."""
-    labels = np.tile(np.arange(4), count)
-    both = {"train": labels, "test": labels}
+    labels = np.tile(np.arange(4), count).astype(np.int64)
+    both: dict[Split, npt.NDArray[np.int64]] = {"train": labels, "test": labels}
     return Collection(title=title, class_names=tuple("abcd"), labels=both, groups=both, tasks=tasks)
 
 
