@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from hpccl.curvature.capture import measuring
 from hpccl.curvature.columns import Wanted
 from hpccl.curvature.coverage import Coverage, refuse_unfit, widen
-from hpccl.curvature.layers import Power, squares
+from hpccl.curvature.layers import Power, raised, squares
 from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights, strided_like
 from hpccl.curvature.pullback import Layers, layer_squares, looped_squares, mapped_squares, stream_gradients
 from hpccl.curvature.sweep import (
@@ -270,7 +270,7 @@ def passing_squares(
 
     def visit(name: str, grad: Tensor) -> None:
         if name in rows:
-            add(name, grad.abs().pow(power).sum(0, keepdim=True))
+            add(name, raised(grad, power).sum(0, keepdim=True))
             return
         names = layers[name]
         module, inputs = model.get_submodule(name), found.calls[name][0].inputs

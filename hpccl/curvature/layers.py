@@ -173,7 +173,7 @@ def _linear(x: Tensor, grad: Tensor, n: int, power: Power) -> Tensor:
     rows = x.reshape(n, -1, d)
     positions = rows.shape[1]
     if positions == 1:
-        return grad.reshape(n, c, o).abs().pow(power).sum(1).T @ rows[:, 0].abs().pow(power)
+        return raised(grad.reshape(n, c, o), power).sum(1).T @ raised(rows[:, 0], power)
     outer = grad.reshape(n, -1, c, *grad.shape[2:]).movedim(2, 1).reshape(n, c, positions, o)
     total = x.new_zeros(o, d)
     for some, columns in pieces(n, c, _temporaries(c, o, d, positions, power), x):

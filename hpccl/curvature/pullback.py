@@ -164,7 +164,7 @@ def looped_squares(
             grads = torch.autograd.grad(logits, own, column, retain_graph=True, allow_unused=True)
             for name, grad in zip(named, grads, strict=True):
                 if grad is not None:
-                    total[name] += grad.abs().pow(power)
+                    total[name] += raised(grad, power)
                     reached.add(name)
     return total, reached
 
