@@ -115,6 +115,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _one_budget,
         _selector,
         _needs_memory,
+        _copies,
         _needs_soft_labels,
         _fresh_network,
         _counted_twice,
@@ -160,6 +161,14 @@ def _needs_memory(config: RunConfig) -> Iterator[Clash]:
         ignored.append("memory.mix.kind")
     for key in ignored:
         yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
+
+
+def _copies(config: RunConfig) -> Iterator[Clash]:
+    if not config.memory.kept or config.memory.keep == "reference":
+        return
+    if isinstance(config.stream, DigitsStream):
+        problem = "the digits are a part of scikit-learn and cannot go missing; leave it reference"
+        yield Clash(("memory.keep", "stream.kind"), problem)
 
 
 def _differs(one: PriorConfig, other: PriorConfig, key: str) -> bool:

@@ -386,6 +386,9 @@ class MemoryConfig(Section):
     balanced: bool = True  # equally many of each class
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of stored soft labels
     mix: Annotated[NaturalMix | StratifiedMix, Field(discriminator="kind")] = NaturalMix()  # of new and memory rows
+    # of the images: reference: they stay in the stream's shards; copy: they are copied to the run folder, byte by byte,
+    # and the training shards of finished tasks may be removed
+    keep: Literal["reference", "copy"] = "reference"
 
     @property
     def kept(self) -> bool:

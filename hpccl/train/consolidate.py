@@ -28,6 +28,7 @@ from hpccl.memory.select import Candidates, choose
 from hpccl.memory.store import DTYPES, Memory, head_columns, stored
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
+from hpccl.train.copies import keep_images
 from hpccl.train.passes import ask, shared_images
 from hpccl.train.score import competing
 from hpccl.train.selection import chosen
@@ -50,6 +51,7 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
         Stopped: the run was asked to stop; nothing was changed.
     """
     memory = select(task, state.prior.memory, state, world)
+    keep_images(task, memory, world)
     anchor = state.engine.gather()
     quadratic = measure(task, memory, anchor, state, world)
     memory = relabel(task, memory, state, world)

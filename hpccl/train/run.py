@@ -20,7 +20,6 @@ from hpccl.config.run import RunConfig
 from hpccl.config.sections import DenseCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.coverage import plan_ahead
-from hpccl.data.build import open_stream
 from hpccl.data.protocols import Split, Stream, Task
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
@@ -36,6 +35,7 @@ from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
 from hpccl.train.compose import planned_steps
 from hpccl.train.consolidate import consolidate
+from hpccl.train.copies import check_images, drop_images, open_for, reopened_stream
 from hpccl.train.evaluate import evaluate, test
 from hpccl.train.fit import fit
 from hpccl.train.reconstruction import reconstruct
@@ -57,7 +57,7 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
     with EventLog(folder.events, enabled=comm.leader, sinks=sinks) as log:
         try:
             with make_progress(comm.leader and not quiet) as progress:
-                stream = open_stream(config.stream, config.data)
+                stream = open_for(config, folder)
                 world = World(config, comm, stream, folder, log, progress, stop)
                 outcome = _through_the_stream(world, command)
         except HpcclError as error:
@@ -88,7 +88,9 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
         tree = load(world.folder.checkpoints, found)
         _check_data(tree, world)
         state.load_state_dict(tree, found, open_shards(world.folder.checkpoints, found), world.comm)
+        world = _with_copies(state, world)
     else:
+        check_images(_first_task(config, stream, state.mark), state, world)
         world.log.write("evaluate", task=-1, results=test(state, world, last=-1))
     for task in stream.tasks[_first_task(config, stream, state.mark) :]:
         if state.mark.task < task.index:
@@ -99,8 +101,19 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
                 "stop", task=task.index, phase=state.mark.phase, step=state.mark.step, reason=world.stop.reason
             )
             return "stopped"
+        world = _with_copies(state, world)
     _finish(state, world, time.perf_counter() - begun)
     return "done"
+
+
+def _with_copies(state: RunState, world: World) -> World:
+    """Read the memory's images from its own copies, where it has some, and see that nothing else is gone."""
+    if world.config.memory.keep == "reference":
+        return world
+    drop_images(state.prior.memory, world)
+    world = reopened_stream(world)
+    check_images(_first_task(world.config, world.stream, state.mark), state, world)
+    return world
 
 
 def _learn(task: Task, state: RunState, world: World) -> bool:
