@@ -15,13 +15,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from hpccl.checkpoint.apart import Apart, read_apart, write_apart
 from hpccl.config.sections import DenseCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.protocols import Examples
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import Leaves
-from hpccl.errors import DataError
+from hpccl.errors import DataError, FolderError, WorldError
 from hpccl.folder import replacing
 from hpccl.memory.budget import kept_of, quotas
 from hpccl.memory.select import Candidates, choose
@@ -163,7 +164,8 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
         own = world.config.train.head == "own"
         heads = [list(other.classes) if own else seen for other in world.stream.tasks[: task.index + 1]]
         table = head_columns(heads)
-        relabelled = memory.with_soft(soft_labels(memory, table, state, world), table)
+        file, soft = in_a_file(task, soft_labels(memory, table, state, world), world)
+        relabelled = memory.mapped(soft, table, file)
     world.log.write(
         "memory",
         task=task.index,
@@ -179,7 +181,7 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
 
 
 def soft_labels(memory: Memory, heads: Tensor, state: RunState, world: World) -> Tensor:
-    """[M, K] logits of each task's classes in `heads` [T, K], as they are stored; each rank computes its share.
+    """[share, K] logits of this rank's share of the memory, of each task's classes in `heads` [T, K], as stored.
 
     On the CPU. Logits of other classes live no longer than their batch.
     """
@@ -191,7 +193,30 @@ def soft_labels(memory: Memory, heads: Tensor, state: RunState, world: World) ->
         logits = state.engine.predict(seen.pixels)[:number].cpu().gather(1, named.clamp(min=0))
         found.append(stored(logits, named, world.config.memory.dtype))
         start += number
-    return world.comm.gather(torch.cat(found))
+    return torch.cat(found)
+
+
+def in_a_file(task: Task, soft: Tensor, world: World) -> tuple[Apart, Tensor]:
+    """Where the soft labels [M, K] are after `task`, and themselves, mapped; from every rank's share. Collective.
+
+    The leader writes. Files of earlier tasks stay, for checkpoints name them.
+
+    Raises:
+        FolderError: the run folder cannot be written.
+        WorldError: ... by the leader.
+    """
+    comm, path, failure = world.comm, "", None
+    # As bytes, for not every backend knows half precision.
+    every = comm.exchange(soft.view(torch.uint8), [len(soft), *[0] * (comm.size - 1)]).view(soft.dtype)
+    if comm.leader:
+        try:
+            path = write_apart(world.folder.path, f"memory/soft/task-{task.index:03d}", every).path
+        except FolderError as error:
+            failure = error
+    if comm.any(failure is not None):
+        raise failure or WorldError("soft labels were not written: the first process could not; see its message")
+    found = Apart(comm.broadcast_text(path))
+    return found, read_apart(world.folder.path, found)
 
 
 def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:

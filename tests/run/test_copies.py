@@ -21,11 +21,10 @@ from hpccl.data.stream import ImageStream
 from hpccl.dist.comm import Comm
 from hpccl.errors import ConfigError, DataError
 from hpccl.folder import RunFolder
-from hpccl.report.events import read_events
 from hpccl.train.evaluate_run import evaluate_run, reopened
 from hpccl.train.run import run
-from hpccl.train.stop import Stop
 from tests.run.command import finish, kill_tree, start
+from tests.run.method import After, go_on, weights
 from tests.unit.data.tiny_images import tiny_set, write_folder
 
 NAMES = ("one", "two", "three")
@@ -58,30 +57,6 @@ def settings(shards: Path, *more: str, url: bool = False) -> list[str]:
 
 def config_of(shards: Path, folder: Path, *more: str, url: bool = False) -> RunConfig:
     return load([], [*settings(shards, *more, url=url), f"folder={folder}", f"data.cache={folder}-cache"])
-
-
-class After(Stop):
-    """A wish to stop that comes when so many tasks are done."""
-
-    def __init__(self, folder: Path, tasks: int) -> None:
-        super().__init__()
-        self.folder, self.tasks = folder, tasks
-
-    def requested(self, comm: Comm) -> bool:
-        if len(list((self.folder / "checkpoints").glob("task-*-done-*"))) >= self.tasks:
-            self.request("enough")
-        return super().requested(comm)
-
-
-def weights(folder: Path) -> str:
-    (done,) = (event for event in read_events(RunFolder(folder).events) if event["event"] == "done")
-    return str(done["weights_sha256"])
-
-
-def go_on(config: RunConfig, tasks: int = 3) -> str:
-    """Train until so many tasks are done."""
-    folder = prepare(config, []).path
-    return run(config, Comm.solo(), After(folder, tasks) if tasks < 3 else Stop(), quiet=True)
 
 
 def whole(shards: Path, tmp_path: Path, *more: str, url: bool = False) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpccl.checkpoint.store import Mark
+from hpccl.checkpoint.store import Mark, load
 from hpccl.errors import ConfigError
 from hpccl.memory.store import Memory
 from hpccl.train.compose import Composer
@@ -151,8 +151,9 @@ def test_half_precision_survives_a_checkpoint(tmp_path: Path, dtype: str) -> Non
     state, world = after(1, tmp_path, {"size": 20, "dtype": dtype})
     world.save(state, Mark.at(0, "done", 0))
     assert state.prior.memory.soft.element_size() == 2
-    again = Memory.from_state_dict(state.prior.memory.state_dict())
+    again = Memory.from_state_dict(load(world.folder.checkpoints, Mark.at(0, "done", 0))["prior"]["memory"])
     assert again.soft.dtype == state.prior.memory.soft.dtype
+    assert torch.equal(again.soft, state.prior.memory.soft)
 
 
 def test_the_run_can_be_stopped_while_it_looks(tmp_path: Path) -> None:

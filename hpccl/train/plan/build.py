@@ -13,6 +13,7 @@ from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
 from hpccl.dist.mesh import pick_device
 from hpccl.memory.budget import quotas
+from hpccl.report.text import size
 from hpccl.train.compose import new_samples
 from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
@@ -171,7 +172,7 @@ def make_plan(
         sent=tuple(case.sent()),
         spent=() if rates is None else tuple(case.spent(rates, gigabytes_per_second)),
         rates=rates,
-        notes=tuple(_notes(network, curvature, rates, gigabytes_per_second)),
+        notes=tuple(_notes(case, rates, gigabytes_per_second)),
     )
 
 
@@ -228,10 +229,15 @@ class _Case:
             yield Held("activations", min(self.config.curvature.batch_size, fitting) * graph, "measuring")
 
     def _memory_bytes(self) -> int:
-        """Kept examples of all tasks: numbers, labels and the logits of the widest head."""
+        """Kept examples of all tasks: numbers and labels."""
+        return sum(self._kept(len(self.stream.layout.tasks))) * _EXAMPLE
+
+    @property
+    def soft_bytes(self) -> int:
+        """Logits of the widest head of all kept examples, in a file that processes of a machine share."""
         tasks, names = self.stream.layout.tasks, self.stream.layout.class_names
         width = max(len(task.classes) for task in tasks) if self.config.train.head == "own" else len(names)
-        return sum(self._kept(len(tasks))) * (_EXAMPLE + _LABEL[self.config.memory.dtype] * width)
+        return sum(self._kept(len(tasks))) * _LABEL[self.config.memory.dtype] * width
 
     def _kept(self, tasks: int) -> list[int]:
         """Examples kept of each of the first tasks, when all of these have been learned."""
@@ -308,10 +314,11 @@ def _when(name: str, spread: Spread) -> tuple[When, bool]:
             return "always", False
 
 
-def _notes(
-    network: Network, curvature: CurvaturePlan | None, rates: Rates | None, gigabytes_per_second: float | None
-) -> Iterator[str]:
+def _notes(case: _Case, rates: Rates | None, gigabytes_per_second: float | None) -> Iterator[str]:
+    network, curvature = case.network, case.curvature
     yield "not counted: Python and its libraries, decoded images, checkpoints while they are written"
+    if case.config.memory.kept:
+        yield f"soft labels: a file of {size(case.soft_bytes)}, mapped once by all processes of a machine"
     if network.problem:
         yield f"activations could not be told ({network.problem})"
     if curvature is not None and curvature.terms < curvature.most_terms:
