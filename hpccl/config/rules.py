@@ -20,6 +20,7 @@ from hpccl.config.sections import (
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
+    TimmModel,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ _ELEMENTWISE = {
     *("sgd", "momentum", "sgdw", "adam", "adamw", "adamax", "nadam", "nadamw", "radam", "adabelief", "adan"),
     *("adopt", "adoptw", "laprop", "lion", "rmsprop", "rmsproptf", "adadelta"),
 }
+# Transformers of timm whose name says the one size that they take unless they are told otherwise. Whatever else does
+# not take several sizes is noticed when the network is built.
+_SIZED = re.compile(r"(vit|deit3?|swin|swinv2|eva|eva02)_(?!s?relpos|intern)\w*_\d{3}")
 # DeepSpeed's words for what hpccl's own sections say.
 _OURS = {
     "train_batch_size": "train.batch_size",
@@ -254,6 +258,15 @@ def _sizes(config: RunConfig) -> Iterator[Clash]:
             yield Clash(
                 ("data.progressive", cause), "needs the full images; use shards, and data.storage=auto or encoded"
             )
+    model = config.model
+    if (
+        isinstance(model, TimmModel)
+        and _SIZED.fullmatch(model.name)
+        and not model.options.get("dynamic_img_size", False)
+    ):
+        for key in several:
+            problem = f"gives images of several sizes, and {model.name} takes one; add dynamic_img_size: true"
+            yield Clash((key, "model.options"), problem)
     if config.model.kind != "timm":
         for key in several:
             problem = f"gives images of several sizes, but {config.model.kind} is built for one; use a model of timm"

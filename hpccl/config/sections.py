@@ -225,6 +225,13 @@ class DataConfig(Section):
     shuffle_window: NonNegativeInt = 0  # shuffle within so many shards at a time; 0: over all (random reads)
     bad_images: Literal["stop", "skip"] = "stop"  # what an undecodable image does; skips are counted in the report
 
+    def sides(self) -> tuple[int, ...]:
+        """All sides that views may have, ascending; none where images have their own size."""
+        if self.image_size is None:
+            return ()
+        training = (self.image_size,) if self.progressive is None else self.progressive.sides(self.image_size)
+        return tuple(sorted({*training, self.test_size or self.image_size}))
+
 
 # ---------------------------------------------------------------- model
 

@@ -27,7 +27,7 @@ from hpccl.engine.build import build_engine, spreads_weights
 from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, slurm_job, versions
-from hpccl.models.build import build_model
+from hpccl.models.build import build_model, refuse_sizes
 from hpccl.models.pretrained import Start, start_from
 from hpccl.report.events import EventLog, read_events
 from hpccl.report.events import latest as latest_events
@@ -42,7 +42,7 @@ from hpccl.train.reconstruction import reconstruct
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop, Stopped
 
-__all__ = ["fresh_model", "fresh_state", "run", "weights_sha256"]
+__all__ = ["check_sizes", "fresh_model", "fresh_state", "run", "weights_sha256"]
 
 
 def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (), quiet: bool = False) -> str:
@@ -74,6 +74,7 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
 def _through_the_stream(world: World, command: Sequence[str]) -> str:
     config, stream = world.config, world.stream
     check_memory(config, stream)
+    check_sizes(config, stream)
     begun = time.perf_counter()
     found = latest(world.folder.checkpoints)
     # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
@@ -178,6 +179,16 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
             f"memory.size={config.memory.size} is larger than task '{smallest}', which has {sizes[smallest]} training "
             f"examples; allowed: 0 to {sizes[smallest]} (examples kept of each task)"
         )
+
+
+def check_sizes(config: RunConfig, stream: Stream) -> None:
+    """See that the network takes views of all sizes, before anything is trained.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    shape, num_classes = stream.image_shape, len(stream.class_names)
+    refuse_sizes(config.model, image_shape=shape, num_classes=num_classes, sides=config.data.sides())
 
 
 def _check_data(tree: dict[str, Any], world: World) -> None:

@@ -202,7 +202,7 @@ def assert_same_result(folder: Path, other: Path) -> None:
 
 def test_a_run_folder_that_was_copied_elsewhere_goes_on(tmp_path: Path) -> None:
     """What checkpoints name beside themselves, the soft labels of the memory, is in the folder."""
-    sections = {"memory": {"size": 20}, "prior": {"replay": 0.5}, "stream": {"tasks": 2}}
+    sections = {"memory": {"size": 20}, "prior": {"replay": 0.5}, "stream": {"kind": "digits", "tasks": 2}}
     expected, begun, moved = (
         merged(sections, {"folder": str(tmp_path / name)}) for name in ("whole", "begun", "moved")
     )
