@@ -62,7 +62,8 @@ class Group:
     """Runs of one configuration that differ in their seed (and name, folder, machine) only."""
 
     method: str
-    memory_size: int
+    memory_size: int  # kept of each task; 0 also where a total or a share of each task says how much is kept
+    memory: str  # how much is kept in words: 20, 100 in all, or 10 % of each task; empty for nothing
     settings: str  # what tells it from other groups of the same method and memory; often empty
     seeds: list[int]
     runs: list[str]
@@ -73,7 +74,7 @@ class Group:
     @property
     def label(self) -> str:
         """A short name for plots."""
-        parts = [self.method, f"m={self.memory_size}" if self.memory_size else "", self.settings]
+        parts = [self.method, f"m={self.memory}" if self.memory else "", self.settings]
         return " ".join(part for part in parts if part)
 
 
@@ -159,15 +160,26 @@ def _groups(
             identities[i] for i in firsts if _kind(identities[i], runs[i]) == _kind(identities[first], runs[first])
         ]
         method, memory = _kind(identities[first], runs[first])
+        size = int(identities[first]["memory.size"])
         found.append(
-            _group(method, memory, _settings(identities[first], alike), [runs[i] for i in positions])
-            | {"published": published.get((method, memory))}
+            _group(method, _settings(identities[first], alike), [runs[i] for i in positions])
+            | {"memory_size": size, "memory": memory}
+            | {"published": published.get((method, size)) if size or not memory else None}
         )
     return [Group(**fields) for fields in found]
 
 
-def _kind(identity: Flat, run: RunReport) -> tuple[str, int]:
-    return run.method, int(identity["memory.size"])
+def _kind(identity: Flat, run: RunReport) -> tuple[str, str]:
+    return run.method, _budget(identity)
+
+
+def _budget(identity: Flat) -> str:
+    """How much memory is kept, in words; of each task, unless they say otherwise."""
+    if identity["memory.total"]:
+        return f"{identity['memory.total']} in all"
+    if identity["memory.fraction"]:
+        return f"{100 * identity['memory.fraction']:g} % of each task"
+    return str(identity["memory.size"] or "")
 
 
 def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
@@ -189,13 +201,12 @@ def _short(value: Any) -> str:
     return ",".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
-def _group(method: str, memory: int, settings: str, runs: Sequence[RunReport]) -> dict[str, Any]:
+def _group(method: str, settings: str, runs: Sequence[RunReport]) -> dict[str, Any]:
     """The fields of a Group; only finished runs count, unless there is none."""
     finished = [run for run in runs if run.status == "done"]
     counted = finished or list(runs)
     return {
         "method": method,
-        "memory_size": memory,
         "settings": settings,
         "seeds": [run.seed for run in counted],
         "runs": [run.name for run in counted],
@@ -226,7 +237,7 @@ def _rows(comparison: Comparison) -> list[list[str]]:
 
 
 def _row(comparison: Comparison, group: Group) -> list[str]:
-    row = [group.method, str(group.memory_size or "–")]
+    row = [group.method, group.memory or "–"]
     row += [group.settings or "–"] if _has_settings(comparison) else []
     row += [str(len(group.seeds))]
     for key in FIGURES:
@@ -327,13 +338,15 @@ def _render_csv(comparison: Comparison) -> str:
     names = [f"{key}_{part}" for key in (*FIGURES, "wall_seconds") for part in ("mean", "std")]
     published = [f"published_{key}_{part}" for key in PUBLISHED for part in ("mean", "std")]
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "memory_size", "settings", "num_seeds", "seeds", *names, *published])
+    writer.writerow(["method", "memory_size", "memory", "settings", "num_seeds", "seeds", *names, *published])
     for group in comparison.groups:
         values = [value for found in group.statistics.values() for value in (found.mean, found.std)]
         figures = group.published.figures if group.published else {}
         beside = [value for key in PUBLISHED for value in figures.get(key, (None, None))]
         seeds = " ".join(map(str, group.seeds))
-        writer.writerow([group.method, group.memory_size, group.settings, len(group.seeds), seeds, *values, *beside])
+        writer.writerow(
+            [group.method, group.memory_size, group.memory, group.settings, len(group.seeds), seeds, *values, *beside]
+        )
     return buffer.getvalue()
 
 

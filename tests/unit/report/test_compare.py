@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from hpccl.config.load import dump
 from hpccl.config.sections import DataConfig, MemoryConfig, OptimConfig, StratifiedMix, TrainConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.compare import Comparison, _settings, compare_runs, print_comparison
@@ -62,6 +63,26 @@ def test_seeds_of_one_configuration_are_one_line(seeds: list[Path]) -> None:
     assert accuracy.std == pytest.approx(0.03125 / 2**0.5), "the sample standard deviation"
     assert accuracy.n == 2
     assert group.statistics["forgetting"].mean == pytest.approx(0.1875 - 0.03125 / 2)
+
+
+def test_groups_say_how_much_memory_they_have_in_words(tmp_path: Path, published: Path) -> None:
+    """Published values are of so many examples a task, and stand beside nothing else."""
+    budgets = {"a": {"size": 20}, "b": {"total": 60}, "c": {"total": 60}, "d": {"total": 90}, "e": {"fraction": 0.125}}
+    folders = []
+    for number, (name, budget) in enumerate(budgets.items()):
+        folders.append(write(tmp_path / name))
+        run = synthetic.config(name=name, seed=number).model_copy(update={"memory": MemoryConfig(**budget)})
+        (tmp_path / name / "config.yaml").write_text(dump(run))
+    found = compare_runs(folders, published=published, dataset="Toy")
+    assert [(group.memory, group.settings, group.runs) for group in found.groups] == [
+        ("20", "", ["a"]),
+        ("60 in all", "", ["b", "c"]),
+        ("90 in all", "", ["d"]),
+        ("12.5 % of each task", "", ["e"]),
+    ]
+    assert [group.published is None for group in found.groups] == [False, True, True, True]
+    assert [group.label for group in found.groups][1:3] == ["ewc+fr+replay m=60 in all", "ewc+fr+replay m=90 in all"]
+    assert "12.5 % of each task" in printed(found)
 
 
 def test_one_run_has_no_deviation_and_counts_once(seeds: list[Path]) -> None:
