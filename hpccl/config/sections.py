@@ -5,11 +5,13 @@ Units: a weight multiplies nats; sizes are examples; lengths are optimiser steps
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 __all__ = [
+    "SAMPLED_SELECTORS",
+    "SELECTORS",
     "AnyCluster",
     "AnyEngine",
     "AnyModel",
@@ -381,6 +383,20 @@ SelectorConfig = Annotated[
     UniformSelector | ReservoirSelector | ScoreSelector | PosteriorSelector | FeatureSelector | ReconstructionSelector,
     Field(discriminator="kind"),
 ]
+
+
+# Kinds that choose within a task, in the order of the union above (a reservoir is a uniform sample there), and those of
+# them that can be drawn with chances.
+_SELECTORS = (UniformSelector, ScoreSelector, PosteriorSelector, FeatureSelector, ReconstructionSelector)
+SELECTORS: tuple[str, ...] = tuple(
+    kind for each in _SELECTORS for kind in get_args(each.model_fields["kind"].annotation)
+)
+SAMPLED_SELECTORS: tuple[str, ...] = tuple(
+    kind
+    for each in _SELECTORS
+    if "sampled" in each.model_fields
+    for kind in get_args(each.model_fields["kind"].annotation)
+)
 
 
 class MemoryConfig(Section):

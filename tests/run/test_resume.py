@@ -13,17 +13,14 @@ from hpccl.dist.spread import wholes
 from hpccl.train.fit import fit
 from hpccl.train.run import fresh_state, weights_sha256
 from hpccl.train.state import RunState
-from tests.run.command import events, finish, kill_tree, report, start, wait_for_steps
+from tests.run.command import events, finish, kill_tree, report, start, trained, wait_for_steps
 from tests.run.method import go_on, learn, make_world, merged, weights
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, output = finish(start(folder))
-    assert code == 0, output
-    return folder
+    return trained(tmp_path_factory.mktemp("undisturbed") / "run")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -67,7 +68,13 @@ def test_seeds_of_one_configuration_are_one_line(seeds: list[Path]) -> None:
 
 def test_groups_say_how_much_memory_they_have_in_words(tmp_path: Path, published: Path) -> None:
     """Published values are of so many examples a task, and stand beside nothing else."""
-    budgets = {"a": {"size": 20}, "b": {"total": 60}, "c": {"total": 60}, "d": {"total": 90}, "e": {"fraction": 0.125}}
+    budgets: dict[str, dict[str, Any]] = {
+        "a": {"size": 20},
+        "b": {"total": 60},
+        "c": {"total": 60},
+        "d": {"total": 90},
+        "e": {"fraction": 0.125},
+    }
     folders = []
     for number, (name, budget) in enumerate(budgets.items()):
         folders.append(write(tmp_path / name))
