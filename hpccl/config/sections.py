@@ -344,7 +344,7 @@ class ScoreSelector(Section):
 
 
 class PosteriorSelector(Section):
-    """The largest scores of the Laplace posterior of the last layer, as one Kronecker product, on the task.
+    """The largest scores of the Laplace posterior on the task: of the last layer, as one Kronecker product, or of all.
 
     leverage: tr(Lambda_i v_i), v_i the variance of the logits; sensitivity: sum_c |lambda_ic v_ic e_ic|, e = p - y
     (memory perturbation).
@@ -353,6 +353,9 @@ class PosteriorSelector(Section):
     kind: Literal["leverage", "sensitivity"]
     sampled: bool = False  # draw with probabilities that grow with the score, and weigh by them
     prior_precision: PositiveFloat = 1.0  # of the weights' normal prior
+    # whose weights are uncertain: last_layer: those of the last; all: a Kronecker product a layer, and as many backward
+    # passes for every example of the task as classes compete
+    network: Literal["last_layer", "all"] = "last_layer"
 
 
 class FeatureSelector(Section):

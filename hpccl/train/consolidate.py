@@ -5,9 +5,8 @@ Nothing is written before all of it is done, so a job may die anywhere and repea
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,6 @@ from torch import Tensor
 from hpccl.checkpoint.apart import Apart, read_apart, write_apart
 from hpccl.config.sections import DenseCurvature
 from hpccl.curvature.build import build_estimator
-from hpccl.curvature.protocols import Examples
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import Leaves
@@ -30,12 +28,12 @@ from hpccl.memory.store import DTYPES, Memory, head_columns, stored
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
 from hpccl.train.copies import keep_images
-from hpccl.train.passes import ask, shared_images
-from hpccl.train.score import competing
+from hpccl.train.passes import shared_images
 from hpccl.train.selection import chosen
 from hpccl.train.state import RunState, World
+from hpccl.train.task_pass import TaskPass
 
-__all__ = ["TaskPass", "consolidate", "thumbnail"]
+__all__ = ["consolidate", "thumbnail"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -229,41 +227,6 @@ def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:
     count = max(1, round(fraction * len(rest)))
     priority = mix(world.config.seed, _SUBSAMPLE, task.index, rest)
     return np.sort(rest[np.argsort(priority, kind="stable")[:count]]), len(rest) / count
-
-
-@dataclass(frozen=True)
-class TaskPass:
-    """This rank's share of the samples in the evaluation view, with the head they are judged by; may be repeated."""
-
-    task: Task
-    samples: Ints
-    world: World
-
-    def __iter__(self) -> Iterator[Examples]:
-        device, head = self.world.comm.device, self._head().to(self.world.comm.device)
-        labels = torch.from_numpy(self.world.stream.labels("train"))
-        size = self.world.config.curvature.batch_size
-        with contextlib.closing(shared_images(self.samples, self.world, size=size)) as images:
-            while True:
-                # This pass may take minutes: all ranks ask equally often, and have a batch equally often.
-                ask(self.world)
-                seen = next(images, None)
-                if seen is None:
-                    return
-                blank = np.resize(self.samples, 1)  # stands for nothing: its weight is 0
-                positions = torch.from_numpy(seen.sample if len(seen.sample) else blank)
-                yield Examples(
-                    pixels=seen.pixels,
-                    labels=labels[positions].to(device),
-                    head=head,
-                    sample=positions.to(device),
-                    weight=seen.valid.float().to(device),
-                )
-
-    def _head(self) -> Tensor:
-        head = torch.zeros(len(self.world.stream.class_names), dtype=torch.bool)
-        head[competing(self.task, self.world)] = True
-        return head
 
 
 def thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -65,6 +65,7 @@ def keep_images(task: Task, memory: Memory, world: World) -> None:
 
 def drop_images(memory: Memory, world: World) -> None:
     """Delete the copies that the newest checkpoint, which has this memory, does not need; collective."""
+    world.comm.barrier()  # nobody is opening them
     if world.comm.leader:
         counts = [(number, int((memory.task == number).sum())) for number in memory.task.unique().tolist()]
         drop_copies(world.folder.copies, [copied_name(number, count) for number, count in counts])

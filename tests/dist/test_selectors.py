@@ -22,6 +22,7 @@ SELECTORS: list[dict[str, Any]] = [
     {"kind": "error", "sampled": True},
     {"kind": "leverage"},
     {"kind": "sensitivity", "sampled": True},
+    {"kind": "leverage", "network": "all"},
     {"kind": "herding"},
     {"kind": "k_center"},
     {"kind": "reconstruction"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,11 +20,12 @@ from hpccl.engine.protocols import trainable
 from hpccl.errors import ConfigError, DataError
 from hpccl.memory.perturbation import Variance, perturbed
 from hpccl.report.text import size
-from hpccl.train.consolidate import TaskPass
 from hpccl.train.memory_map.found import Found, Group, joined
 from hpccl.train.passes import shared_images
 from hpccl.train.score import competing
 from hpccl.train.state import RunState, World
+from hpccl.train.task_pass import TaskPass
+from hpccl.train.variance import only_classes
 
 __all__ = ["by_all_weights"]
 
@@ -99,7 +99,7 @@ def _by_jacobians(group: Group, posterior: Posterior, state: RunState, world: Wo
             continue
         sample = seen.sample[good]
         labels = torch.from_numpy(np.searchsorted(classes, world.stream.labels("train")[sample]))
-        with _only(state.engine.module, classes):
+        with only_classes(state.engine.module, classes):
             logits = state.engine.predict(pixels).cpu()
             full = posterior.logit_variance(state.engine.module, pixels).cpu()
         columns.append(perturbed(logits, labels, Variance.of(full)).columns())
@@ -107,13 +107,3 @@ def _by_jacobians(group: Group, posterior: Posterior, state: RunState, world: Wo
     if not kept:
         raise DataError(f"no image of task {group.task.index} that was to be in the map can be decoded")
     return Found(np.concatenate(kept), joined(columns), {})
-
-
-@contextlib.contextmanager
-def _only(module: nn.Module, classes: Sequence[int]) -> Iterator[None]:
-    """The network makes the logits of these classes only: the Jacobians of others would be for nothing."""
-    handle = module.register_forward_hook(lambda _module, _arguments, out: out[:, list(classes)])
-    try:
-        yield
-    finally:
-        handle.remove()
