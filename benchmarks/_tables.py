@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from hpccl.folder import replacing
@@ -21,7 +22,7 @@ __all__ = ["FOLDER", "PAGES", "filled"]
 
 _DOCS = Path(__file__).parent.parent / "docs"
 FOLDER = _DOCS / "results" / "benchmarks"
-PAGES = (_DOCS / "results.md", _DOCS / "curvature.md")
+PAGES = (_DOCS / "results.md", _DOCS / "curvature.md", _DOCS / "memory.md")
 
 _TABLE = re.compile(r"<!-- table: (?P<name>[^ ]*) -->\n(?P<rows>.*?)<!-- end -->", re.DOTALL)
 _MIB = 2**20
@@ -275,6 +276,24 @@ def _selection(results: Sequence[Details]) -> list[str]:
     return _rows(head, [(name, *(cell(cases[each][name]) for each in columns)) for name in cases["numpy"]])
 
 
+def _memory_selectors(results: Sequence[Details]) -> list[str]:
+    (result,) = results
+    rows = result["details"]["rows"]
+    errors = {(row["prior"], row["selector"]): mean(row["errors"]) for row in rows}
+    right = {(row["prior"], row["selector"]): mean(row["accuracies"]) for row in rows}
+    priors, selectors = (list(dict.fromkeys(row[key] for row in rows)) for key in ("prior", "selector"))
+    head = ["selector", *(f"{prior}: {what}" for prior in priors for what in ("error", "accuracy, %"))]
+    cells = [
+        (selector, *(
+            cell
+            for prior in priors
+            for cell in (f"{errors[prior, selector]:.2f}", f"{100 * right[prior, selector]:.1f}")
+        ))
+        for selector in selectors
+    ]  # fmt: skip
+    return _rows(head, cells)
+
+
 _TABLES: dict[str, tuple[str, Callable[[Sequence[Details]], list[str]]]] = {
     "curvature": ("curvature_*.json", _curvature),
     "pull": ("pull_*.json", _pull),
@@ -285,6 +304,7 @@ _TABLES: dict[str, tuple[str, Callable[[Sequence[Details]], list[str]]]] = {
     "task_sum": ("task_sum.json", _task_sum),
     "data_loading": ("data_loading.json", _headline),
     "selection": ("selection.json", _selection),
+    "memory_selectors": ("memory_selectors.json", _memory_selectors),
     "submit": ("submit.json", _headline),
     "step_overhead": ("step_overhead.json", _headline),
     "task_growth": ("task_growth.json", _headline),

@@ -214,7 +214,7 @@ def prepare(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     weights = {name: value.detach() for name, value in trainable(engine.module).items()}
     pulls = {form: force(factors, weights, anchor) for form, factors in forms.items()}
     states = {form: [factors.state_dict(), factors.shard_dict()] for form, factors in forms.items()}
-    saved = {"weights": engine.gather(), "anchor": anchor, "memory": memory.state_dict(), **states}
+    saved = {"weights": engine.gather(), "anchor": anchor, "memory": memory.tensors(), **states}
     torch.save(saved, run.folder / f"{case.name}.pt")
     return {
         "parameters": sum(value.numel() for value in weights.values()),

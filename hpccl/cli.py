@@ -438,7 +438,7 @@ def map_memory(
 ) -> None:
     """Write the memory map of a run: what its training examples are worth, what each class and the memory hold."""
     from hpccl.report.memory_map import summary, write_memory_map
-    from hpccl.train.memory_map import map_memory as find
+    from hpccl.train.memory_map.build import map_memory as find
 
     found = find(
         run,
@@ -474,8 +474,8 @@ def reconstruct_memory(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
 ) -> None:
     """How well each selector's memory would have reconstructed the gradient of the past on the way to the next task."""
+    from hpccl.config.sections import SELECTORS
     from hpccl.report.reconstruction import markdown, write_reconstruction
-    from hpccl.train.memory_reconstruct import SELECTORS
     from hpccl.train.memory_reconstruct import reconstruct_memory as find
 
     found = find(

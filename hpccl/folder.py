@@ -50,8 +50,13 @@ class RunFolder:
 
     @property
     def memory(self) -> Path:
-        """Pictures of the memory, one file a task."""
+        """Of the memory: pictures for reports, one file a task, and what `copies` says."""
         return self.path / "memory"
+
+    @property
+    def copies(self) -> Path:
+        """Shards of the memory's images, one folder a task; only with memory.keep=copy."""
+        return self.memory / "shards"
 
     @property
     def logs(self) -> Path:

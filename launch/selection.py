@@ -16,21 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
-
-SELECTORS: dict[str, list[str]] = {
-    kind: [f"memory.selector.kind={kind}"]
-    for kind in (
-        "uniform",
-        "gini",
-        "error",
-        "residual",
-        "leverage",
-        "sensitivity",
-        "herding",
-        "k_center",
-        "reconstruction",
-    )
-}
+from hpccl.config.sections import SELECTORS
 
 
 @dataclass(frozen=True)
@@ -76,12 +62,12 @@ def trainings(setting: Setting) -> Iterator[Step]:
     for seed in setting.seeds:
         first = f"uniform-{setting.sizes[0]}-{seed}"
         for number in setting.sizes:
-            for selector, chosen in SELECTORS.items():
+            for selector in SELECTORS:
                 name = f"{selector}-{number}-{seed}"
                 after = () if name == first else (first,)
                 shared = [f"train.first_task_from={setting.folder}/{first}"] if after else []
                 names = [f"folder={setting.folder}/{name}", f"name={selector}-{number}", f"seed={seed}"]
-                kept = [f"memory.size={number}", "log.reconstruction=0.1", *chosen]
+                kept = [f"memory.size={number}", "log.reconstruction=0.1", f"memory.selector.kind={selector}"]
                 yield Step(name, ("train", *setting.arguments, *kept, *shared, *names), after)
 
 

@@ -1,7 +1,7 @@
 """A nest of dicts and lists with tensors as leaves, as one safetensors file and one JSON file. Never a pickle.
 
 Tensors that are spread over ranks (dist.spread.Slab) are in files of their own, one a rank, with a table of which
-elements each file has; they are read in any other division.
+elements each file has; they are read in any other division. Tensors that are in a file apart (apart.Apart) are named.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hpccl.checkpoint.apart import Apart, read_apart
 from hpccl.dist.spread import Slab
 from hpccl.errors import CheckpointError
 
@@ -27,6 +28,7 @@ __all__ = ["has_slabs", "read_header", "read_tree", "write_slabs", "write_tree"]
 
 _TENSOR = "__tensor__"
 _SPREAD = "__spread__"
+_APART = "__apart__"
 
 
 def write_tree(folder: Path, tree: dict[str, Any], *, header: dict[str, Any], stem: str = "state") -> int:
@@ -97,7 +99,8 @@ def read_tree(
         with safetensors.safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
             # A copy begins where any other tensor may; a place in the file may not, and products of matrices that begin
             # elsewhere are rounded otherwise: a resumed run would not be the undisturbed one.
-            tree = _fill(skeleton, lambda name: file.get_tensor(name).clone(), spread)
+            run = folder.parent.parent
+            tree = _fill(skeleton, lambda name: file.get_tensor(name).clone(), spread, run)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint '{folder}' cannot be read ({stem}: {error}); delete it to continue from the one before"
@@ -190,6 +193,8 @@ def _strip(node: Any, path: str, tensors: dict[str, Tensor | Slab]) -> Any:
     if isinstance(node, Slab):
         tensors[path] = node
         return {_SPREAD: path, "shape": list(node.shape), "dtype": str(node.local.dtype).removeprefix("torch.")}
+    if isinstance(node, Apart):
+        return {_APART: node.path}
     if isinstance(node, dict):
         assert all(isinstance(key, str) for key in node), f"keys must be text at '{path}'"
         return {key: _strip(value, f"{path}/{key}", tensors) for key, value in node.items()}
@@ -199,13 +204,15 @@ def _strip(node: Any, path: str, tensors: dict[str, Tensor | Slab]) -> Any:
     return node
 
 
-def _fill(node: Any, tensor: Callable[[str], Tensor], spread: _Spread) -> Any:
+def _fill(node: Any, tensor: Callable[[str], Tensor], spread: _Spread, run: Path) -> Any:
     if isinstance(node, dict):
         if _TENSOR in node:
             return tensor(node[_TENSOR])
         if _SPREAD in node:
             return spread.stored(node[_SPREAD], node["shape"], node["dtype"])
-        return {key: _fill(value, tensor, spread) for key, value in node.items()}
+        if _APART in node:
+            return read_apart(run, Apart(node[_APART]))
+        return {key: _fill(value, tensor, spread, run) for key, value in node.items()}
     if isinstance(node, list):
-        return [_fill(value, tensor, spread) for value in node]
+        return [_fill(value, tensor, spread, run) for value in node]
     return node

@@ -23,6 +23,7 @@ from hpccl.config.sections import (
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
+    TimmModel,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ _ELEMENTWISE = {
     *("sgd", "momentum", "sgdw", "adam", "adamw", "adamax", "nadam", "nadamw", "radam", "adabelief", "adan"),
     *("adopt", "adoptw", "laprop", "lion", "rmsprop", "rmsproptf", "adadelta"),
 }
+# Transformers of timm whose name says the one size that they take unless they are told otherwise. Whatever else does
+# not take several sizes is noticed when the network is built.
+_SIZED = re.compile(r"(vit|deit3?|swin|swinv2|eva|eva02)_(?!s?relpos|intern)\w*_\d{3}")
 # DeepSpeed's words for what hpccl's own sections say.
 _OURS = {
     "train_batch_size": "train.batch_size",
@@ -118,6 +122,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _one_budget,
         _selector,
         _needs_memory,
+        _copies,
         _needs_soft_labels,
         _fresh_network,
         _counted_twice,
@@ -171,6 +176,14 @@ def _needs_memory(config: RunConfig) -> Iterator[Clash]:
         ignored.append("memory.mix.kind")
     for key in ignored:
         yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
+
+
+def _copies(config: RunConfig) -> Iterator[Clash]:
+    if not config.memory.kept or config.memory.keep == "reference":
+        return
+    if isinstance(config.stream, DigitsStream):
+        problem = "the digits are a part of scikit-learn and cannot go missing; leave it reference"
+        yield Clash(("memory.keep", "stream.kind"), problem)
 
 
 def _differs(one: PriorConfig, other: PriorConfig, key: str) -> bool:
@@ -399,6 +412,15 @@ def _sizes(config: RunConfig) -> Iterator[Clash]:
             yield Clash(
                 ("data.progressive", cause), "needs the full images; use shards, and data.storage=auto or encoded"
             )
+    model = config.model
+    if (
+        isinstance(model, TimmModel)
+        and _SIZED.fullmatch(model.name)
+        and not model.options.get("dynamic_img_size", False)
+    ):
+        for key in several:
+            problem = f"gives images of several sizes, and {model.name} takes one; add dynamic_img_size: true"
+            yield Clash((key, "model.options"), problem)
     if config.model.kind != "timm":
         for key in several:
             problem = f"gives images of several sizes, but {config.model.kind} is built for one; use a model of timm"

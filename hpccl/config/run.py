@@ -124,6 +124,7 @@ class RunConfig(Section):
         decided = self.model_dump(mode="json", exclude=set(_MACHINERY))
         for key in _READING:
             del decided["data"][key]
+        del decided["memory"]["keep"]
         for key in _LIMITS:
             decided["curvature"].pop(key, None)
         decided["engine"] = {"precision": self.engine.precision}  # a run may go on elsewhere, on another engine

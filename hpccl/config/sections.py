@@ -5,11 +5,13 @@ Units: a weight multiplies nats; sizes are examples; lengths are optimiser steps
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 __all__ = [
+    "SAMPLED_SELECTORS",
+    "SELECTORS",
     "AnyCluster",
     "AnyEngine",
     "AnyModel",
@@ -233,6 +235,13 @@ class DataConfig(Section):
     shuffle_window: NonNegativeInt = 0  # shuffle within so many shards at a time; 0: over all (random reads)
     bad_images: Literal["stop", "skip"] = "stop"  # what an undecodable image does; skips are counted in the report
 
+    def sides(self) -> tuple[int, ...]:
+        """All sides that views may have, ascending; none where images have their own size."""
+        if self.image_size is None:
+            return ()
+        training = (self.image_size,) if self.progressive is None else self.progressive.sides(self.image_size)
+        return tuple(sorted({*training, self.test_size or self.image_size}))
+
 
 # ---------------------------------------------------------------- model
 
@@ -363,7 +372,7 @@ class ScoreSelector(Section):
 
 
 class PosteriorSelector(Section):
-    """The largest scores of the Laplace posterior of the last layer, as one Kronecker product, on the task.
+    """The largest scores of the Laplace posterior on the task: of the last layer, as one Kronecker product, or of all.
 
     leverage: tr(Lambda_i v_i), v_i the variance of the logits; sensitivity: sum_c |lambda_ic v_ic e_ic|, e = p - y
     (memory perturbation).
@@ -372,6 +381,9 @@ class PosteriorSelector(Section):
     kind: Literal["leverage", "sensitivity"]
     sampled: bool = False  # draw with probabilities that grow with the score, and weigh by them
     prior_precision: PositiveFloat = 1.0  # of the weights' normal prior
+    # whose weights are uncertain: last_layer: those of the last; all: a Kronecker product a layer, and as many backward
+    # passes for every example of the task as classes compete
+    network: Literal["last_layer", "all"] = "last_layer"
 
 
 class FeatureSelector(Section):
@@ -410,6 +422,20 @@ SelectorConfig = Annotated[
 ]
 
 
+# Kinds that choose within a task, in the order of the union above (a reservoir is a uniform sample there), and those of
+# them that can be drawn with chances.
+_SELECTORS = (UniformSelector, ScoreSelector, PosteriorSelector, FeatureSelector, ReconstructionSelector)
+SELECTORS: tuple[str, ...] = tuple(
+    kind for each in _SELECTORS for kind in get_args(each.model_fields["kind"].annotation)
+)
+SAMPLED_SELECTORS: tuple[str, ...] = tuple(
+    kind
+    for each in _SELECTORS
+    if "sampled" in each.model_fields
+    for kind in get_args(each.model_fields["kind"].annotation)
+)
+
+
 class MemoryConfig(Section):
     """Examples of past tasks that are kept. Their number is `size`, `total` or `fraction`."""
 
@@ -422,6 +448,9 @@ class MemoryConfig(Section):
     # renewed: soft labels are the newest network's; kept: those of the network that ended the example's own task (DER)
     labels: Literal["renewed", "kept"] = "renewed"
     mix: Annotated[NaturalMix | StratifiedMix, Field(discriminator="kind")] = NaturalMix()  # of new and memory rows
+    # of the images: reference: they stay in the stream's shards; copy: they are copied to the run folder, byte by byte,
+    # and the training shards of finished tasks may be removed
+    keep: Literal["reference", "copy"] = "reference"
 
     @property
     def kept(self) -> bool:

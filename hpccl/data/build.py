@@ -30,6 +30,7 @@ from hpccl.data.digits import TITLE, digits
 from hpccl.data.encoded import EncodedImages, Maker
 from hpccl.data.layout import SPLITS, Collection, Layout, arrange, held_out, unique_titles
 from hpccl.data.protocols import Split
+from hpccl.data.shards.copies import open_with_copies
 from hpccl.data.shards.decode import decode
 from hpccl.data.shards.reader import ShardSet
 from hpccl.data.shards.remote import ShardCache, is_url
@@ -46,8 +47,11 @@ _SMALL = 64  # pixels a side up to which storage=auto decodes once
 _DISK_SHARE = 0.5  # of what is free, at most, for what storage=auto decodes
 
 
-def open_stream(stream: StreamConfig, data: DataConfig) -> ImageStream:
+def open_stream(stream: StreamConfig, data: DataConfig, *, copies: Path | None = None) -> ImageStream:
     """Open a stream of tasks. Every process of a run calls this; the first one on a machine decodes for all.
+
+    copies: folder of the images that memory keeps for itself; where it has some of a part whose training shards are
+        gone, the stream is opened all the same, and `absent` says what cannot be read.
 
     Raises:
         DataError: shards are missing or damaged, classes of the splits differ or cannot be cut into so many tasks,
@@ -58,7 +62,7 @@ def open_stream(stream: StreamConfig, data: DataConfig) -> ImageStream:
         case DigitsStream():
             return _open_digits(stream, data)
         case ShardStream():
-            return _open_shards(stream, data)
+            return _open_shards(stream, data, copies)
         case _:
             assert_never(stream)
 
@@ -80,7 +84,7 @@ class Outline:
     as_stored: bool
 
 
-def outline(stream: StreamConfig, data: DataConfig) -> Outline:
+def outline(stream: StreamConfig, data: DataConfig, *, copies: Path | None = None) -> Outline:
     """The outline of the stream that `open_stream` would open; of shards, it reads the indices alone.
 
     Raises:
@@ -96,7 +100,7 @@ def outline(stream: StreamConfig, data: DataConfig) -> Outline:
             as_stored = view.size in (None, DIGITS_SIZE)
             return Outline(layout, shapes["train"], view, shapes["test"], as_stored)
         case ShardStream():
-            parts = _open_parts(stream, data)
+            parts = _open_parts(stream, data, copies)
             layout = _arranged([_collection(part) for part in parts], stream, data)
             views = _view_shapes(parts, data)
             sizes = np.concatenate([part.sizes for part in parts])
@@ -169,8 +173,8 @@ class _Opened:
         return known.compress(known.min(axis=1) > 0, axis=0)
 
 
-def _open_shards(stream: ShardStream, data: DataConfig) -> ImageStream:
-    parts = _open_parts(stream, data)
+def _open_shards(stream: ShardStream, data: DataConfig, copies: Path | None) -> ImageStream:
+    parts = _open_parts(stream, data, copies)
     layout = _arranged([_collection(part) for part in parts], stream, data)
     shapes = _view_shapes(parts, data)
     decoded = _storage(parts, data, shapes) == "decoded"
@@ -183,6 +187,7 @@ def _open_shards(stream: ShardStream, data: DataConfig) -> ImageStream:
         partial(_name_of, parts, layout),
         _fingerprint(parts),
         test_shape=(3, *shapes["test"]),
+        shards=[part.splits["train"] for part in parts],
     )
     if decoded and data.bad_images == "stop" and opened.skipped():
         raise DataError(_explain_bad(opened))
@@ -194,18 +199,31 @@ def _fingerprint(parts: Sequence[_Opened]) -> str:
     return hashlib.sha256(together.encode()).hexdigest()
 
 
-def _open_parts(stream: ShardStream, data: DataConfig) -> list[_Opened]:
+def _open_parts(stream: ShardStream, data: DataConfig, copies: Path | None) -> list[_Opened]:
     stored: dict[Split, str] = {"train": stream.train_split, "test": stream.test_split}
     names: dict[Split, str] = {"train": stream.train_split, "test": stored[_test_split(data)]}
     titles = unique_titles([_title(part.path) for part in stream.parts])
     cache = ShardCache.of(data.shard_cache, data.shard_gib, data.retries)
     opened = []
-    for part, title in zip(stream.parts, titles, strict=True):
+    for number, (part, title) in enumerate(zip(stream.parts, titles, strict=True)):
         place = part.path if is_url(part.path) else Path(part.path).expanduser()
-        splits: dict[Split, ShardSet] = {split: ShardSet.open(place, names[split], cache) for split in SPLITS}
+        train = open_with_copies(place, names["train"], cache, folder=copies, part=number)
+        splits: dict[Split, ShardSet] = {"train": train, "test": _open_test(place, names["test"], cache, train)}
         _check_classes(part, splits, names)
         opened.append(_Opened(part, title, splits))
     return opened
+
+
+def _open_test(place: Path | str, split: str, cache: ShardCache, train: ShardSet) -> ShardSet:
+    try:
+        return ShardSet.open(place, split, cache)
+    except DataError as error:
+        if train.copies is None:
+            raise
+        raise DataError(
+            f"{error}. memory.keep=copy keeps training images alone: the test images of every task are needed to the "
+            "end, for the accuracy on all tasks is measured after each"
+        ) from error
 
 
 def _title(path: str) -> str:
@@ -302,14 +320,28 @@ def _decoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, 
     kept: dict[Split, list[Kept]] = {split: [] for split in SPLITS}
     for part, paths in zip(parts, _kept_paths(parts, data), strict=True):
         for split, shards in part.splits.items():
-            full_shape, view = (len(shards.labels), *shapes[split], 3), _evaluation_view(data, split)
-            kept[split].append(keep_decoded(paths[split], shape=full_shape, decode=partial(_view_of, shards, view)))
+            view, path, shape = _evaluation_view(data, split), paths[split], (*shapes[split], 3)
+            if shards.missing and not path.exists():
+                kept[split].append(_decoded_rest(path, shards, view, shape))
+                continue
+            whole = (len(shards.labels), *shape)
+            kept[split].append(keep_decoded(path, shape=whole, decode=partial(_view_of, shards, view)))
     return DecodedImages(
         parts=kept,
         index=layout.index,
         augment=_batch_augment(data, where="decoded images"),
         normalise=Normaliser.of(data.mean, data.std, 3),
     )
+
+
+def _decoded_rest(path: Path, shards: ShardSet, view: EvaluationView, shape: tuple[int, int, int]) -> Kept:
+    """The images that are still there."""
+    every = np.arange(len(shards))
+    rest = np.setdiff1d(every, shards.gone(every))
+    digest = hashlib.sha256(rest.tobytes()).hexdigest()[:16]
+    beside = path.with_stem(f"{path.stem}-{digest}")
+    found = keep_decoded(beside, shape=(len(rest), *shape), decode=lambda row: _view_of(shards, view, int(rest[row])))
+    return Kept(found.pixels, {int(rest[row]): reason for row, reason in found.bad.items()}, rest)
 
 
 def _view_of(shards: ShardSet, view: EvaluationView, number: int) -> npt.NDArray[np.uint8]:

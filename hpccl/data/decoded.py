@@ -38,10 +38,29 @@ _CHUNK = 1024  # images decoded between two writes
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """pixels: [num, h, w, channels] uint8; bad: why an image could not be decoded, by number."""
+    """Decoded images of a split.
+
+    pixels: [num, h, w, channels] uint8
+    bad: why an image could not be decoded, by number
+    numbers: [num] ascending, whose the pixels are where some are gone; None: of all, in order
+    """
 
     pixels: Pixels
     bad: Mapping[int, str] = field(default_factory=dict)
+    numbers: npt.NDArray[np.int64] | None = None
+
+    def take(self, numbers: npt.NDArray[np.int64]) -> Pixels:
+        """[n, h, w, channels] of some images.
+
+        Raises:
+            DataError: one is gone.
+        """
+        if self.numbers is None:
+            return self.pixels[numbers]
+        gone = numbers[~np.isin(numbers, self.numbers)]
+        if len(gone):
+            raise DataError(f"image {int(gone[0])} of its split is gone with its shard, and memory has no copy of it")
+        return self.pixels[np.searchsorted(self.numbers, numbers)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +93,7 @@ class DecodedImages:
         valid = np.ones(len(samples), dtype=bool)
         for which in np.unique(part):
             mine = part == which
-            pixels[mine] = parts[which].pixels[local[mine]]
+            pixels[mine] = parts[which].take(local[mine])
             if parts[which].bad:
                 valid[mine] = ~np.isin(local[mine], list(parts[which].bad))
         return pixels, valid

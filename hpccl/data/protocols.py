@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -87,3 +88,9 @@ class Stream(Protocol):
 
     def raw(self, sample: int, split: Split = "train") -> npt.NDArray[np.uint8]:
         """[h, w, channels] uint8 pixels of one image as stored, for pictures in reports."""
+
+    def copy(self, task: int, samples: npt.NDArray[np.int64], folder: Path) -> str:
+        """Copy training images of a task, as stored, into a folder that `open_stream` can read them from; its name."""
+
+    def absent(self, samples: npt.NDArray[np.int64]) -> str | None:
+        """What is wrong if some of the training images are gone; None: all can be read, as far as is known."""

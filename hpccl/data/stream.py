@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from hpccl.data.layout import ClassTask, Layout
 from hpccl.data.protocols import Split
 from hpccl.data.rows import Images, Request
+from hpccl.data.shards.copies import copied_name, copy_images
+from hpccl.data.shards.reader import ShardSet
 from hpccl.data.transfer import CPU
 
 __all__ = ["ImageSource", "ImageStream"]
@@ -40,6 +43,7 @@ class ImageStream:
     name_of: (split, sample) -> `<data set>/<key>`
     fingerprint: changes with the images
     test_shape: of test images; None if it is image_shape
+    shards: of training images, by part; empty where images are in no shards
     """
 
     layout: Layout
@@ -48,6 +52,7 @@ class ImageStream:
     name_of: Callable[[Split, int], str]
     fingerprint: str
     test_shape: tuple[int, int, int] | None = None
+    shards: Sequence[ShardSet] = ()
 
     @property
     def tasks(self) -> tuple[ClassTask, ...]:
@@ -88,6 +93,28 @@ class ImageStream:
     def raw(self, sample: int, split: Split = "train") -> npt.NDArray[np.uint8]:
         """[h, w, channels] uint8 pixels of one image as stored."""
         return self.source.raw(sample, split)
+
+    def copy(self, task: int, samples: npt.NDArray[np.int64], folder: Path) -> str:
+        """Copy training images of a task as they are stored; the name of their folder in `folder`.
+
+        Raises:
+            DataError: an image cannot be read.
+            FolderError: the folder cannot be written.
+        """
+        index, name = self.layout.index["train"], copied_name(task, len(samples))
+        (part,) = np.unique(index.part[samples]).tolist()  # a task is of one part
+        copy_images(folder, name, self.shards[part], index.local[samples], part=part)
+        return name
+
+    def absent(self, samples: npt.NDArray[np.int64]) -> str | None:
+        """What is wrong if some of the training images cannot be read, because their shards are gone."""
+        index = self.layout.index["train"]
+        for number, shards in enumerate(self.shards):
+            mine = samples[index.part[samples] == number]
+            gone = shards.gone(index.local[mine])
+            if len(gone):
+                return f"{len(gone)} images, such as '{shards.name(int(gone[0]))}', are gone: {shards.trouble}"
+        return None
 
     def skipped(self) -> list[tuple[Split, int, str, str]]:
         """(split, sample, name, reason) of the undecodable images known up to now, each once, in a stable order."""

@@ -13,9 +13,10 @@ appended for the bias),
     F = A (x) G,  A = 1/n sum x x',  G = sum Lambda,     P = F + delta I     (delta: precision of the prior)
     v = Qb diag_l( sum_k (qa_k' x)^2 / (a_k g_l + delta) ) Qb',     A = Qa diag(a) Qa', G = Qb diag(g) Qb'
 
-exact for that block, damping included; the layers below are taken as fixed. All logits are those of the classes that
-compete. Sources: Pan et al. 2020, "Continual deep learning by functional regularisation of memorable past", NeurIPS
-(gini); Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS (residual); Nickl et al. 2023, "The
+exact for that block, damping included; the layers below are taken as fixed. `whole_leverage` and `whole_sensitivity`
+take v as it is, such as that of the whole network (`hpccl.curvature.posterior`). All logits are those of the classes
+that compete. Sources: Pan et al. 2020, "Continual deep learning by functional regularisation of memorable past",
+NeurIPS (gini); Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS (residual); Nickl et al. 2023, "The
 memory-perturbation equation", NeurIPS, eqs. 12 to 14 (sensitivity; leverage as in its memory maps); Ritter, Botev and
 Barber 2018, "A scalable Laplace approximation for neural networks", ICLR; Pham and Pagh 2013, "Fast and scalable
 polynomial kernels via explicit feature maps", KDD (projections of products of vectors).
@@ -49,6 +50,8 @@ __all__ = [
     "sensitivity",
     "signs",
     "step_size",
+    "whole_leverage",
+    "whole_sensitivity",
 ]
 
 
@@ -131,6 +134,20 @@ def sensitivity(logits: Tensor, x: Tensor, labels: Tensor, layer: TopLayer) -> T
     p = logits.double().softmax(dim=1)
     variance = layer.spread(x) @ layer.output_basis.square().T
     return (p * (1 - p) * variance * _residuals(logits, labels).abs()).sum(dim=1)
+
+
+def whole_leverage(logits: Tensor, variance: Tensor) -> Tensor:
+    """[n] float64 leverage from any variance [n, K, K] of the logits."""
+    p, variance = logits.double().softmax(dim=1), variance.double()
+    own = (p * variance.diagonal(dim1=1, dim2=2)).sum(dim=1)
+    return own - torch.einsum("nk,nkl,nl->n", p, variance, p)
+
+
+def whole_sensitivity(logits: Tensor, variance: Tensor, labels: Tensor) -> Tensor:
+    """[n] float64 sensitivity from any variance [n, K, K] of the logits."""
+    p = logits.double().softmax(dim=1)
+    own = variance.double().diagonal(dim1=1, dim2=2)
+    return (p * (1 - p) * own * _residuals(logits, labels).abs()).sum(dim=1)
 
 
 @final

@@ -1,7 +1,8 @@
 """The memory: which examples of past tasks are kept, and what the newest old model says of them.
 
-Images stay where they are (shards or the decoded cache) and are named by sample position; the memory itself is a few
-tensors, whole on every rank. M examples, T tasks, K the widest head that labelled them.
+Images stay where they are (shards, copies of some, or the decoded cache) and are named by sample position; the memory
+itself is a few tensors. The soft labels, which are most of it, are in a file that all ranks of a machine map; the rest
+is whole on every rank. M examples, T tasks, K the widest head that labelled them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hpccl.checkpoint.apart import Apart
+
 __all__ = ["DTYPES", "Memory", "head_columns", "scattered", "spread", "stored"]
 
+_TOGETHER = 8192  # examples whose soft labels are looked at together
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -30,6 +34,7 @@ class Memory:
     heads:   [T, K] int64, by task the class number of each soft logit, -1 where a head is narrower than K
     weight:  [M] fp32 >= 0, how much an example counts beside a uniform choice of as many, whose weights are 1
     rank:    [M] int64, place in the order of value of its task's examples: the largest are dropped first
+    file:    where in the run folder `soft` is, which then is mapped; None: in this process alone
     """
 
     sample: Tensor
@@ -40,6 +45,7 @@ class Memory:
     heads: Tensor
     weight: Tensor
     rank: Tensor
+    file: Apart | None = None
 
     @classmethod
     def empty(cls) -> Memory:
@@ -51,10 +57,14 @@ class Memory:
     def __len__(self) -> int:
         return len(self.sample)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return {name: value for name, value in vars(self).items() if name != "file"}
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors (images are stored elsewhere)."""
-        return sum(value.numel() * value.element_size() for value in vars(self).values())
+        return sum(value.numel() * value.element_size() for value in self.tensors().values())
 
     @property
     def soft_bytes(self) -> int:
@@ -71,18 +81,18 @@ class Memory:
         weight: Tensor | None = None,
         rank: Tensor | None = None,
     ) -> Memory:
-        """This memory and the chosen examples of a task; soft labels are those of `relabelled`, to be called next.
+        """This memory and the chosen examples of a task, without soft labels: `relabelled` is to be called next.
 
         weight: None: 1 each; rank: None: the order in which they are given.
         """
-        width = self.soft.shape[1]
+        heads = max(len(self.heads), task + 1)
         return Memory(
             sample=torch.cat([self.sample, sample]),
             task=torch.cat([self.task, torch.full_like(sample, task)]),
             label=torch.cat([self.label, label]),
             replay=torch.cat([self.replay, replay]),
-            soft=torch.cat([self.soft, self.soft.new_zeros(len(sample), width)]),
-            heads=torch.cat([self.heads, torch.full((max(0, task + 1 - len(self.heads)), width), -1)]),
+            soft=self.soft.new_zeros(len(self) + len(sample), 0),
+            heads=torch.zeros(heads, 0, dtype=torch.int64),
             weight=torch.cat([self.weight, torch.ones(len(sample)) if weight is None else weight.float()]),
             rank=torch.cat([self.rank, torch.arange(len(sample)) if rank is None else rank]),
         )
@@ -103,8 +113,8 @@ class Memory:
         _, group = torch.stack([self.task, self.label]).unique(dim=1, return_inverse=True)
         before, after = _means(self.weight, group), _means(self.weight[kept], group[kept], like=group)
         scale = torch.where((after > 0) & (before != after), before / after.clamp_min(1e-30), 1.0)
-        rows = {name: value[kept] for name, value in vars(self).items() if name != "heads"}
-        few = Memory(**rows, heads=self.heads)
+        rows = {name: value[kept] for name, value in self.tensors().items() if name != "heads"}
+        few = replace(self, **rows, file=None)
         return replace(few, weight=few.weight * scale[group[kept]].float(), rank=_places(few.task, few.rank))
 
     def relabelled(
@@ -121,7 +131,11 @@ class Memory:
 
     def with_soft(self, soft: Tensor, heads: Tensor) -> Memory:
         """The same examples with other soft labels: [M, K] as `stored` makes them, of the classes in `heads` [T, K]."""
-        return replace(self, soft=soft, heads=heads)
+        return replace(self, soft=soft, heads=heads, file=None)
+
+    def mapped(self, soft: Tensor, heads: Tensor, file: Apart) -> Memory:
+        """The same examples with the soft labels of a file in the run folder."""
+        return replace(self, soft=soft, heads=heads, file=file)
 
     def columns(self, slots: Tensor) -> Tensor:
         """[r, K] class number of each soft logit of some examples, -1 where there is none."""
@@ -133,10 +147,12 @@ class Memory:
 
     def agreement(self, tasks: int) -> list[float]:
         """By past task, the share of soft labels whose largest class is the true one."""
-        columns = self.heads[self.task]
-        logits = self.soft.float().masked_fill(columns < 0, -torch.inf)
-        best = columns.gather(1, logits.argmax(1, keepdim=True))
-        right = (best.squeeze(1) == self.label).float()
+        right = torch.zeros(len(self))
+        for slots in torch.arange(len(self)).split(_TOGETHER):
+            columns = self.columns(slots)
+            logits = self.soft[slots].float().masked_fill(columns < 0, -torch.inf)
+            best = columns.gather(1, logits.argmax(1, keepdim=True))
+            right[slots] = (best.squeeze(1) == self.label[slots]).float()
         return [float(right[self.task == task].mean()) for task in range(tasks) if bool((self.task == task).any())]
 
     def per_task(self, tasks: int) -> list[int]:
@@ -144,12 +160,16 @@ class Memory:
         return [int((self.task == task).sum()) for task in range(tasks)]
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return dict(vars(self))
+        """For a checkpoint, which only names a file of soft labels."""
+        if self.file is None:
+            return dict(self.tensors())
+        return {**self.tensors(), "soft": self.file, "file": self.file.path}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Memory:
         """The inverse; of checkpoints that know no weights and ranks, too, whose memory was a uniform choice."""
+        if "file" in state:
+            return cls(**{**state, "file": Apart(state["file"])})
         if "weight" in state:
             return cls(**state)
         old = dict(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import assert_never
 
 import torch
@@ -13,7 +14,7 @@ from hpccl.errors import ConfigError
 from hpccl.models.dropout import replace_dropout
 from hpccl.models.small import cifarnet, mlp, vgg_small
 
-__all__ = ["build_model", "skeleton"]
+__all__ = ["build_model", "refuse_sizes", "skeleton"]
 
 
 def build_model(config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int, seed: int) -> nn.Module:
@@ -43,6 +44,41 @@ def skeleton(config: ModelConfig, *, image_shape: tuple[int, int, int], num_clas
     """The network without memory for its weights (torch's meta device): names, shapes and types."""
     with torch.device("meta"):
         return build_model(config, image_shape=image_shape, num_classes=num_classes, seed=0)
+
+
+def refuse_sizes(
+    config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int, sides: Sequence[int]
+) -> None:
+    """See that the network takes views of several sizes; tried without memory or arithmetic.
+
+    Raises:
+        ConfigError: it takes views of `image_shape`, but not of another of the `sides`.
+    """
+    others = [side for side in sides if image_shape[1:] != (side, side)]
+    if not others:
+        return
+    network = skeleton(config, image_shape=image_shape, num_classes=num_classes).eval()
+    if _refused(network, image_shape) is not None:
+        return  # it does not work without memory at all
+    for side in others:
+        error = _refused(network, (image_shape[0], side, side))
+        if error is not None:
+            name = config.name if isinstance(config, TimmModel) else config.kind
+            raise ConfigError(
+                f"data.progressive or data.test_size gives views of {side} pixels, which '{name}' does not take "
+                f"({error}); leave them out, or let it take any size: of most of timm's transformers with "
+                "model.options={dynamic_img_size: true}"
+            )
+
+
+def _refused(network: nn.Module, shape: tuple[int, int, int]) -> str | None:
+    """Why a network does not take an image of a shape."""
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, *shape, device="meta"))
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None
 
 
 def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:

@@ -75,7 +75,8 @@ class Group:
     """Runs of one configuration that differ in their seed (and name, folder, machine) only."""
 
     method: str
-    memory_size: int
+    memory_size: int  # kept of each task; 0 also where a total or a share of each task says how much is kept
+    memory: str  # how much is kept in words: 20, 100 in all, or 10 % of each task; empty for nothing
     settings: str  # what tells it from other groups of the same method and memory; often empty
     variant: str  # the same in short, for plots
     seeds: list[int]
@@ -87,9 +88,15 @@ class Group:
     published: Published | None
 
     @property
+    def series(self) -> str:
+        """What tells it from others than those with more or fewer examples of each task."""
+        parts = [self.method, self.memory if not self.memory_size else "", self.variant]
+        return " ".join(part for part in parts if part)
+
+    @property
     def label(self) -> str:
         """A short name for plots."""
-        parts = [self.method, f"m={self.memory_size}" if self.memory_size else "", self.variant]
+        parts = [self.method, f"m={self.memory}" if self.memory else "", self.variant]
         return " ".join(part for part in parts if part)
 
 
@@ -206,28 +213,35 @@ def _groups(
             identities[i] for i in firsts if _kind(identities[i], runs[i]) == _kind(identities[first], runs[first])
         ]
         method, memory = _kind(identities[first], runs[first])
+        size = int(identities[first]["memory.size"])
         found.append(
-            _group(method, memory, _settings(identities[first], alike), {i: runs[i] for i in positions})
-            | {
-                "published": published.get((method, memory)),
-                "configuration": {k: v for k, v in identities[first].items() if k not in IGNORED},
-            }
+            _group(method, _settings(identities[first], alike), {i: runs[i] for i in positions})
+            | {"memory_size": size, "memory": memory}
+            | {"published": published.get((method, size)) if size or not memory else None}
+            | {"configuration": {k: v for k, v in identities[first].items() if k not in IGNORED}}
         )
     return [Group(**fields, variant=_variant(fields, found)) for fields in found]
 
 
 def _variant(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str:
     """The settings, or of several settings the name of the group's runs where that tells it from others."""
-    alike = [
-        other for other in groups if (other["method"], other["memory_size"]) == (group["method"], group["memory_size"])
-    ]
+    alike = [other for other in groups if (other["method"], other["memory"]) == (group["method"], group["memory"])]
     names = [set(other["runs"]) for other in alike]
     told = all(len(own) == 1 for own in names) and len(set.union(*names)) == len(names)
     return str(group["runs"][0]) if told and any(other["settings"].count(" ") for other in alike) else group["settings"]
 
 
-def _kind(identity: Flat, run: RunReport) -> tuple[str, int]:
-    return run.method, int(identity["memory.size"])
+def _kind(identity: Flat, run: RunReport) -> tuple[str, str]:
+    return run.method, _budget(identity)
+
+
+def _budget(identity: Flat) -> str:
+    """How much memory is kept, in words; of each task, unless they say otherwise."""
+    if identity["memory.total"]:
+        return f"{identity['memory.total']} in all"
+    if identity["memory.fraction"]:
+        return f"{100 * identity['memory.fraction']:g} % of each task"
+    return str(identity["memory.size"] or "")
 
 
 def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
@@ -254,13 +268,12 @@ def _short(value: Any) -> str:
     return ",".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
-def _group(method: str, memory: int, settings: str, runs: Mapping[int, RunReport]) -> dict[str, Any]:
+def _group(method: str, settings: str, runs: Mapping[int, RunReport]) -> dict[str, Any]:
     """The fields of a Group; only finished runs count, unless there is none."""
     members = [position for position, run in runs.items() if run.status == "done"] or list(runs)
     counted = [runs[position] for position in members]
     return {
         "method": method,
-        "memory_size": memory,
         "settings": settings,
         "seeds": [run.seed for run in counted],
         "runs": [run.name for run in counted],
@@ -337,7 +350,7 @@ def group_cells(comparison: Comparison, group: Group) -> list[str]:
     """What tells a group from the others."""
     return [
         group.method,
-        str(group.memory_size or "–"),
+        group.memory or "–",
         *([group.settings or "–"] if _has_settings(comparison) else []),
     ]
 

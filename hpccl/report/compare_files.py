@@ -78,14 +78,16 @@ def _render_csv(comparison: Comparison) -> str:
     names = [f"{key}_{part}" for key in comparison.groups[0].statistics for part in ("mean", "std")]
     published = [f"published_{key}_{part}" for key in PUBLISHED for part in ("mean", "std")]
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "memory_size", "settings", "num_seeds", "seeds", *names, *published])
+    writer.writerow(["method", "memory_size", "memory", "settings", "num_seeds", "seeds", *names, *published])
     for group in comparison.groups:
         values = [value for found in group.statistics.values() for value in (found.mean, found.std)]
         beside = [
             value for key in PUBLISHED for value in (group.published.figures[key] if group.published else ("", ""))
         ]
         seeds = " ".join(map(str, group.seeds))
-        writer.writerow([group.method, group.memory_size, group.settings, len(group.seeds), seeds, *values, *beside])
+        writer.writerow(
+            [group.method, group.memory_size, group.memory, group.settings, len(group.seeds), seeds, *values, *beside]
+        )
     return buffer.getvalue()
 
 

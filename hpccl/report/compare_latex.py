@@ -12,14 +12,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from hpccl.report.compare import FIGURES, Comparison, Statistic
+from hpccl.report.compare import FIGURES, Comparison, Group, Statistic
 from hpccl.report.published import FIGURES as PUBLISHED
 from hpccl.report.published import Figure
 from hpccl.report.text import spread
 
 __all__ = ["marks", "render_latex"]
 
-Cells: TypeAlias = dict[int, Statistic]  # by examples of a task
+Column: TypeAlias = tuple[int, str]  # examples of a task, and all that is kept in words
+Cells: TypeAlias = dict[Column, Statistic]
 
 _REFERENCES = frozenset({"joint", "separate", "cumulative"})
 _LOWER_IS_BETTER = frozenset({"forgetting"})
@@ -49,22 +50,22 @@ def _known(statistic: Statistic) -> bool:
 
 def _table(comparison: Comparison, key: str) -> str:
     rows = _series(comparison, key)
-    sizes = sorted({group.memory_size for group in comparison.groups})
-    marked = {size: marks({name: cells[size] for name, cells in rows.items() if size in cells}, key) for size in sizes}
-    lines = [_line(_head(sizes)), r"\midrule"]
+    columns = sorted({_column(group) for group in comparison.groups})
+    marked = {one: marks({name: cells[one] for name, cells in rows.items() if one in cells}, key) for one in columns}
+    lines = [_line(_head(columns)), r"\midrule"]
     for name, cells in rows.items():
-        own = [_cell(cells.get(size), marked[size].get(name, "")) for size in sizes]
+        own = [_cell(cells.get(column), marked[column].get(name, "")) for column in columns]
         lines.append(_line([_escaped(" ".join(part for part in name if part)), *own]))
         beside = _published(comparison, name[0], key)
         if beside:
-            lines.append(_line([r"\quad published", *(_published_cell(beside.get(size)) for size in sizes)]))
+            lines.append(_line([r"\quad published", *(_published_cell(beside.get(column)) for column in columns)]))
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_caption(comparison, key)}}}",
             rf"\label{{tab:{key.replace('_', '-')}}}",
-            rf"\begin{{tabular}}{{l{'r' * len(sizes)}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
             r"\toprule",
             *lines,
             r"\bottomrule",
@@ -78,7 +79,7 @@ def _series(comparison: Comparison, key: str) -> dict[tuple[str, str], Cells]:
     """By method and variant."""
     found: dict[tuple[str, str], Cells] = {}
     for group in comparison.groups:
-        found.setdefault((group.method, group.variant), {})[group.memory_size] = group.statistics[key]
+        found.setdefault((group.method, group.variant), {})[_column(group)] = group.statistics[key]
     return found
 
 
@@ -103,8 +104,12 @@ def marks(column: Mapping[tuple[str, str], Statistic], key: str) -> dict[tuple[s
     return {name: "best" if value == best else "near" for name, value in values.items() if value >= best - error}
 
 
-def _head(sizes: Sequence[int]) -> list[str]:
-    return ["method", *(f"$m = {size}$" if size else "no memory" for size in sizes)]
+def _column(group: Group) -> Column:
+    return group.memory_size, group.memory
+
+
+def _head(columns: Sequence[Column]) -> list[str]:
+    return ["method", *(f"$m = {size}$" if size else _escaped(words) or "no memory" for size, words in columns)]
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -132,12 +137,12 @@ def _number(mean: float | None, std: float | None) -> str:
     return spread(mean, std).replace("−", "-").replace("±", r"\pm")
 
 
-def _published(comparison: Comparison, method: str, key: str) -> dict[int, Figure]:
+def _published(comparison: Comparison, method: str, key: str) -> dict[Column, Figure]:
     """By examples of a task, where a group of ours is beside it."""
     if comparison.published is None or key not in PUBLISHED:
         return {}
     found = {
-        group.memory_size: group.published.figures[key]
+        _column(group): group.published.figures[key]
         for group in comparison.groups
         if group.method == method and group.published
     }

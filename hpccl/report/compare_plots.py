@@ -103,13 +103,13 @@ def _against_memory(comparison: Comparison, key: str, y: str) -> Figure | None:
 
 
 def _own(comparison: Comparison, key: str) -> dict[tuple[str, str], Points]:
-    """By name and method, sorted by size; a level line has size 0 alone."""
+    """By name and method, sorted by size; a level line (no memory, or one not so large a task) has size 0 alone."""
     found: dict[tuple[str, str], Points] = {}
     for group in comparison.groups:
-        name = " ".join(part for part in (group.method, group.variant) if part)
         statistic = group.statistics[key]
         if statistic.mean is not None:
-            found.setdefault((name, group.method), []).append((group.memory_size, statistic.mean, statistic.std))
+            points = found.setdefault((group.series, group.method), [])
+            points.append((group.memory_size, statistic.mean, statistic.std))
     return {name: sorted(points) for name, points in found.items()}
 
 

@@ -5,9 +5,9 @@ Nothing is written before all of it is done, so a job may die anywhere and repea
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,27 +15,28 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from hpccl.checkpoint.apart import Apart, read_apart, write_apart
 from hpccl.config.sections import DenseCurvature, GreedySelector
 from hpccl.curvature.build import build_estimator
-from hpccl.curvature.protocols import Examples
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import Leaves
-from hpccl.errors import DataError
+from hpccl.errors import DataError, FolderError, WorldError
 from hpccl.folder import replacing
 from hpccl.memory.budget import kept_of
 from hpccl.memory.select import Candidates, choose
 from hpccl.memory.store import DTYPES, Memory, head_columns, stored
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
+from hpccl.train.copies import keep_images
 from hpccl.train.end_of_task import class_means, correction
 from hpccl.train.kept import admitted_greedily, held_out, kept_of_tasks
-from hpccl.train.passes import ask, shared_images
-from hpccl.train.score import competing
+from hpccl.train.passes import shared_images
 from hpccl.train.selection import chosen
 from hpccl.train.state import RunState, World
+from hpccl.train.task_pass import TaskPass
 
-__all__ = ["TaskPass", "admit_first", "consolidate", "thumbnail"]
+__all__ = ["admit_first", "consolidate", "thumbnail"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -57,6 +58,7 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
         return
     corrected = correction(task, state, world)
     memory = select(task, state.prior.memory, state, world)
+    keep_images(task, memory, world)
     anchor = state.engine.gather()
     quadratic = measure(task, memory, anchor, state, world)
     memory = relabel(task, memory, state, world)
@@ -197,13 +199,12 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
         if world.config.memory.labels == "kept":
             new = memory.task == task.index
             phase.images = int(new.sum())
-            soft = torch.nn.functional.pad(memory.soft, (0, table.shape[1] - memory.soft.shape[1]))
-            soft = soft.to(DTYPES[world.config.memory.dtype])
-            soft[new] = soft_labels(memory.only(new), table, state, world)
+            share, whole = memory.only(new), partial(_with_kept, task=task, memory=memory, before=state.prior.memory)
+            file, soft = in_a_file(task, soft_labels(share, table, state, world), world, whole=whole)
         else:
             phase.images = len(memory)
-            soft = soft_labels(memory, table, state, world)
-        relabelled = memory.with_soft(soft, table)
+            file, soft = in_a_file(task, soft_labels(memory, table, state, world), world)
+        relabelled = memory.mapped(soft, table, file)
     world.log.write(
         "memory",
         task=task.index,
@@ -237,7 +238,7 @@ def _labelled(task: Task, world: World) -> list[list[int]]:
 
 
 def soft_labels(memory: Memory, heads: Tensor, state: RunState, world: World) -> Tensor:
-    """[M, K] logits of each task's classes in `heads` [T, K], as they are stored; each rank computes its share.
+    """[share, K] logits of this rank's share of the memory, of each task's classes in `heads` [T, K], as stored.
 
     On the CPU. Logits of other classes live no longer than their batch.
     """
@@ -249,7 +250,49 @@ def soft_labels(memory: Memory, heads: Tensor, state: RunState, world: World) ->
         logits = state.engine.predict(seen.pixels)[:number].cpu().gather(1, named.clamp(min=0))
         found.append(stored(logits, named, world.config.memory.dtype))
         start += number
-    return world.comm.gather(torch.cat(found))
+    return torch.cat(found)
+
+
+def _with_kept(own: Tensor, task: Task, memory: Memory, before: Memory) -> Tensor:
+    """[M, K] soft labels: `own` of the task's examples, and of all others those they had in the memory `before`."""
+    new = memory.task == task.index
+    soft = own.new_zeros(len(memory), own.shape[1])
+    order = before.sample.argsort()
+    old = order[torch.searchsorted(before.sample[order], memory.sample[~new])]
+    soft[~new, : before.soft.shape[1]] = before.soft[old].to(soft.dtype)
+    soft[new] = own
+    return soft
+
+
+def in_a_file(
+    task: Task, soft: Tensor, world: World, whole: Callable[[Tensor], Tensor] = lambda every: every
+) -> tuple[Apart, Tensor]:
+    """Where the soft labels [M, K] are after `task`, and themselves, mapped; from every rank's share. Collective.
+
+    The leader writes. Files of earlier tasks stay, for checkpoints name them.
+
+    Args:
+        task: the last one.
+        soft: this rank's share.
+        world: of the run.
+        whole: what is written, of all shares together.
+
+    Raises:
+        FolderError: the run folder cannot be written.
+        WorldError: ... by the leader.
+    """
+    comm, path, failure = world.comm, "", None
+    # As bytes, for not every backend knows half precision.
+    every = comm.exchange(soft.view(torch.uint8), [len(soft), *[0] * (comm.size - 1)]).view(soft.dtype)
+    if comm.leader:
+        try:
+            path = write_apart(world.folder.path, f"memory/soft/task-{task.index:03d}", whole(every)).path
+        except FolderError as error:
+            failure = error
+    if comm.any(failure is not None):
+        raise failure or WorldError("soft labels were not written: the first process could not; see its message")
+    found = Apart(comm.broadcast_text(path))
+    return found, read_apart(world.folder.path, found)
 
 
 def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:
@@ -262,41 +305,6 @@ def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:
     count = max(1, round(fraction * len(rest)))
     priority = mix(world.config.seed, _SUBSAMPLE, task.index, rest)
     return np.sort(rest[np.argsort(priority, kind="stable")[:count]]), len(rest) / count
-
-
-@dataclass(frozen=True)
-class TaskPass:
-    """This rank's share of the samples in the evaluation view, with the head they are judged by; may be repeated."""
-
-    task: Task
-    samples: Ints
-    world: World
-
-    def __iter__(self) -> Iterator[Examples]:
-        device, head = self.world.comm.device, self._head().to(self.world.comm.device)
-        labels = torch.from_numpy(self.world.stream.labels("train"))
-        size = self.world.config.curvature.batch_size
-        with contextlib.closing(shared_images(self.samples, self.world, size=size)) as images:
-            while True:
-                # This pass may take minutes: all ranks ask equally often, and have a batch equally often.
-                ask(self.world)
-                seen = next(images, None)
-                if seen is None:
-                    return
-                blank = np.resize(self.samples, 1)  # stands for nothing: its weight is 0
-                positions = torch.from_numpy(seen.sample if len(seen.sample) else blank)
-                yield Examples(
-                    pixels=seen.pixels,
-                    labels=labels[positions].to(device),
-                    head=head,
-                    sample=positions.to(device),
-                    weight=seen.valid.float().to(device),
-                )
-
-    def _head(self) -> Tensor:
-        head = torch.zeros(len(self.world.stream.class_names), dtype=torch.bool)
-        head[competing(self.task, self.world)] = True
-        return head
 
 
 def thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -13,13 +13,13 @@ from hpccl.checkpoint.store import Mark, load, marks, open_shards
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
 from hpccl.config.sections import DdpEngine
-from hpccl.data.build import open_stream
 from hpccl.dist.comm import Comm
 from hpccl.dist.mesh import pick_device
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
+from hpccl.train.copies import open_for
 from hpccl.train.evaluate import test
 from hpccl.train.run import fresh_state
 from hpccl.train.state import RunState, World
@@ -62,7 +62,7 @@ def reopened(path: Path, *, task: int | None = None) -> Iterator[tuple[RunState,
     mark = find_checkpoint(folder, task)
     config = _in_one_process(load_config([folder.config], []))
     comm = Comm.solo(pick_device(config.engine.device))
-    stream = open_stream(config.stream, config.data)
+    stream = open_for(config, folder)
     state = fresh_state(config, stream, comm, pretrained=False)
     state.load_state_dict(load(folder.checkpoints, mark), mark, open_shards(folder.checkpoints, mark), comm)
     with EventLog(folder.events, enabled=False) as log, make_progress(False) as progress:

@@ -26,6 +26,7 @@ from hpccl.errors import CheckpointError, ConfigError, FolderError
 from hpccl.folder import RunFolder, explain_os_error
 from hpccl.models.build import skeleton
 from hpccl.models.exported import CONFIG, WEIGHTS
+from hpccl.train.copies import copies_of
 
 __all__ = ["Exported", "export", "find_finished", "weights_of"]
 
@@ -76,7 +77,7 @@ def export(path: Path, out: Path, *, task: int | None = None, force: bool = Fals
                 "the network's own logits (take the weights of a checkpoint if these are what you want)"
             )
     _refuse_what_is_there(out, force=force)
-    content = _Content(run, config, mark, outline(config.stream, config.data))
+    content = _Content(run, config, mark, outline(config.stream, config.data, copies=copies_of(config, run)))
     model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)
     weights = _checked(dict(weights_of(run, mark)), model, run.checkpoints / mark.name)
     with _folder_beside(out) as beside:

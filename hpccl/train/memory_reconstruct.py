@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hpccl.checkpoint.store import Mark, load, marks
 from hpccl.config.run import RunConfig
+from hpccl.config.sections import SAMPLED_SELECTORS, SELECTORS
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import placed_whole, wholes
 from hpccl.errors import ConfigError, FolderError
@@ -36,23 +37,11 @@ from hpccl.train.evaluate_run import find_checkpoint, reopened
 from hpccl.train.reconstruction import prior_gradients, true_gradient
 from hpccl.train.state import RunState, World
 
-__all__ = ["SELECTORS", "reconstruct_memory"]
+__all__ = ["reconstruct_memory"]
 
 Gradient: TypeAlias = dict[str, Tensor]
 Weights: TypeAlias = Mapping[str, Tensor]
 
-SELECTORS = (
-    "uniform",
-    "gini",
-    "error",
-    "residual",
-    "leverage",
-    "sensitivity",
-    "herding",
-    "k_center",
-    "reconstruction",
-)
-_SAMPLED = ("gini", "error", "residual", "leverage", "sensitivity")
 OWN = "run"  # the memory that the run trained with
 
 
@@ -126,7 +115,7 @@ def reconstruct_memory(
 def _check(sizes: Sequence[int], selectors: Sequence[str], *, points: int, past: float | None, fraction: float) -> None:
     if not sizes or min(sizes) < 1:
         raise ConfigError(f"--sizes {' '.join(map(str, sizes))}: at least one number, each at least 1")
-    allowed = [*SELECTORS, *(f"{kind}+sampled" for kind in _SAMPLED)]
+    allowed = [*SELECTORS, *(f"{kind}+sampled" for kind in SAMPLED_SELECTORS)]
     unknown = [each for each in selectors if each not in allowed]
     if unknown or not selectors:
         raise ConfigError(f"--selectors {' '.join(unknown)}: allowed are {', '.join(allowed)}")

@@ -21,7 +21,6 @@ from hpccl.config.run import RunConfig
 from hpccl.config.sections import DenseCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.coverage import plan_ahead
-from hpccl.data.build import open_stream
 from hpccl.data.protocols import Split, Stream, Task
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
@@ -30,7 +29,7 @@ from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, slurm_job, versions
 from hpccl.memory.budget import per_class
-from hpccl.models.build import build_model
+from hpccl.models.build import build_model, refuse_sizes
 from hpccl.models.pretrained import Start, start_from
 from hpccl.report.events import EventLog, read_events
 from hpccl.report.events import latest as latest_events
@@ -38,13 +37,14 @@ from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
 from hpccl.train.compose import planned_steps
 from hpccl.train.consolidate import admit_first, consolidate
+from hpccl.train.copies import check_images, drop_images, open_for, reopened_stream
 from hpccl.train.evaluate import evaluate, test
 from hpccl.train.fit import fit
 from hpccl.train.reconstruction import reconstruct
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop, Stopped
 
-__all__ = ["fresh_model", "fresh_state", "run", "weights_sha256"]
+__all__ = ["check_sizes", "fresh_model", "fresh_state", "run", "weights_sha256"]
 
 
 def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (), quiet: bool = False) -> str:
@@ -59,7 +59,7 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
     with EventLog(folder.events, enabled=comm.leader, sinks=sinks) as log:
         try:
             with make_progress(comm.leader and not quiet) as progress:
-                stream = open_stream(config.stream, config.data)
+                stream = open_for(config, folder)
                 world = World(config, comm, stream, folder, log, progress, stop)
                 outcome = _through_the_stream(world, command)
         except HpcclError as error:
@@ -76,6 +76,7 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
 def _through_the_stream(world: World, command: Sequence[str]) -> str:
     config, stream = world.config, world.stream
     check_memory(config, stream)
+    check_sizes(config, stream)
     begun = time.perf_counter()
     found = latest(world.folder.checkpoints)
     # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
@@ -90,7 +91,9 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
         tree = load(world.folder.checkpoints, found)
         _check_data(tree, world)
         state.load_state_dict(tree, found, open_shards(world.folder.checkpoints, found), world.comm)
+        world = _with_copies(state, world)
     else:
+        check_images(_first_task(config, stream, state.mark), state, world)
         world.log.write("evaluate", task=-1, results=test(state, world, last=-1))
     for task in stream.tasks[_first_task(config, stream, state.mark) :]:
         if state.mark.task < task.index:
@@ -101,8 +104,19 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
                 "stop", task=task.index, phase=state.mark.phase, step=state.mark.step, reason=world.stop.reason
             )
             return "stopped"
+        world = _with_copies(state, world)
     _finish(state, world, time.perf_counter() - begun)
     return "done"
+
+
+def _with_copies(state: RunState, world: World) -> World:
+    """Read the memory's images from its own copies, where it has some, and see that nothing else is gone."""
+    if world.config.memory.keep == "reference":
+        return world
+    drop_images(state.prior.memory, world)
+    world = reopened_stream(world)
+    check_images(_first_task(world.config, world.stream, state.mark), state, world)
+    return world
 
 
 def _learn(task: Task, state: RunState, world: World) -> bool:
@@ -175,6 +189,16 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
             f"classes to hold out, or none to learn from; allowed: memory.total >= {math.ceil(classes / share)}, and a "
             "share below 1/2"
         )
+
+
+def check_sizes(config: RunConfig, stream: Stream) -> None:
+    """See that the network takes views of all sizes, before anything is trained.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    shape, num_classes = stream.image_shape, len(stream.class_names)
+    refuse_sizes(config.model, image_shape=shape, num_classes=num_classes, sides=config.data.sides())
 
 
 def _check_data(tree: dict[str, Any], world: World) -> None:

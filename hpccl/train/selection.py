@@ -34,11 +34,14 @@ from hpccl.memory.score import (
     residual,
     sensitivity,
     step_size,
+    whole_leverage,
+    whole_sensitivity,
 )
 from hpccl.memory.select import Candidates, Choice, scored, uniform
 from hpccl.train.kept import admitted_greedily
 from hpccl.train.score import Look, competing, looks
 from hpccl.train.state import RunState, World
+from hpccl.train.variance import logit_variances
 
 __all__ = ["chosen"]
 
@@ -73,6 +76,9 @@ def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choi
                 "residual": lambda look, labels: residual(look.logits, labels),
             }
             score, sample = _scores(task, given, state, world, of_kind[config.kind], inputs=False)
+            return scored(score, sample, given, world.comm, sampled=config.sampled)
+        case PosteriorSelector(network="all"):
+            score, sample = _whole_scores(config, task, given, state, world)
             return scored(score, sample, given, world.comm, sampled=config.sampled)
         case PosteriorSelector():
             layer = _top_layer(task, given, state, world, prior_precision=config.prior_precision)
@@ -112,6 +118,23 @@ def _scores(
         labels = _labels(look.sample, classes, world).to(look.logits.device)
         found.append(np.where(look.valid, score(look, labels).double().cpu().numpy(), -np.inf))
         samples.append(look.sample)
+    return np.concatenate(found), np.concatenate(samples)
+
+
+def _whole_scores(
+    config: PosteriorSelector, task: Task, given: Candidates, state: RunState, world: World
+) -> tuple[npt.NDArray[np.float64], Ints]:
+    """As `_scores`, from the variance of the logits under the posterior of all layers."""
+    classes = competing(task, world)
+    found, samples = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
+    for each in logit_variances(task, given.samples, state, world, prior_precision=config.prior_precision):
+        labels = _labels(each.sample, classes, world).to(each.logits.device)
+        if config.kind == "leverage":
+            score = whole_leverage(each.logits, each.variance)
+        else:
+            score = whole_sensitivity(each.logits, each.variance, labels)
+        found.append(np.where(each.valid, score.cpu().numpy(), -np.inf))
+        samples.append(each.sample)
     return np.concatenate(found), np.concatenate(samples)
 
 

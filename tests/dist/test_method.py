@@ -34,7 +34,7 @@ def two_tasks(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
     assert prior.quadratic is not None
     precision = prior.quadratic.precision
     found: Result = {
-        "memory": dict(vars(prior.memory)),
+        "memory": prior.memory.tensors(),
         "trace": torch.tensor(precision.totals(comm).trace),
         "curvature": dict(precision.values) if isinstance(precision, Diagonal) else {},
         "anchor": dict(prior.anchor or {}),

@@ -101,7 +101,7 @@ def two_tasks(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
         "optimizer": num_bytes(saved["optimizer"]["moments"]) + num_bytes(copies(engine)),
         "old weights": num_bytes(state.prior.anchor),
         "curvature": held_bytes(quadratic.precision),
-        "memory": state.prior.memory.num_bytes,
+        "memory": state.prior.memory.num_bytes - state.prior.memory.soft_bytes,
     }
     if changes["engine"]["kind"] == "deepspeed" and changes["engine"].get("stage", 3) == 3:
         second = engine.module.parameters()

@@ -22,6 +22,7 @@ SELECTORS: list[dict[str, Any]] = [
     {"kind": "error", "sampled": True},
     {"kind": "leverage"},
     {"kind": "sensitivity", "sampled": True},
+    {"kind": "leverage", "network": "all"},
     {"kind": "herding"},
     {"kind": "k_center"},
     {"kind": "reconstruction"},
@@ -37,7 +38,7 @@ def selections(comm: Comm, folder: str, engine: dict[str, Any]) -> Result:
         state, world = make_world(config, Path(folder) / f"{number}", comm)
         task = world.stream.tasks[0]
         kept = relabel(task, select(task, Memory.empty(), state, world), state, world)
-        found[" ".join(map(str, selector.values()))] = dict(vars(kept))
+        found[" ".join(map(str, selector.values()))] = kept.tensors()
     return found
 
 

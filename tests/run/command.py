@@ -23,6 +23,7 @@ __all__ = [
     "ranks",
     "report",
     "start",
+    "trained",
     "wait_for_steps",
 ]
 
@@ -74,6 +75,13 @@ def finish(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, s
     finally:
         kill_tree(process)
     return process.returncode, output
+
+
+def trained(folder: Path, *settings: str) -> Path:
+    """The folder of a run that was trained to its end."""
+    code, said = finish(start(folder, *settings))
+    assert code == 0, said
+    return folder
 
 
 def hpccl(*arguments: str, timeout: float = 200) -> tuple[int, str]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hpccl.cluster.prepare import prepare
 from hpccl.config.run import RunConfig
 from hpccl.data.build import open_stream
 from hpccl.dist.comm import Comm
 from hpccl.folder import RunFolder
-from hpccl.report.events import EventLog
+from hpccl.report.events import EventLog, read_events
 from hpccl.report.progress import make_progress
 from hpccl.train.consolidate import consolidate
 from hpccl.train.fit import fit
-from hpccl.train.run import fresh_state
+from hpccl.train.run import fresh_state, run
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
 
-__all__ = ["DIGITS", "learn", "make_world", "merged"]
+__all__ = ["DIGITS", "After", "go_on", "learn", "make_world", "merged", "weights"]
 
 DIGITS: dict[str, Any] = {
     "model": {"kind": "mlp", "hidden": [16]},
@@ -56,3 +57,27 @@ def learn(state: RunState, world: World, tasks: int) -> None:
         state.mark = type(state.mark).at(task.index, "fit", 0)
         assert fit(task, state, world)
         consolidate(task, state, world)
+
+
+class After(Stop):
+    """A wish to stop that comes when so many tasks are done."""
+
+    def __init__(self, folder: Path, tasks: int) -> None:
+        super().__init__()
+        self.folder, self.tasks = folder, tasks
+
+    def requested(self, comm: Comm) -> bool:
+        if len(list((self.folder / "checkpoints").glob("task-*-done-*"))) >= self.tasks:
+            self.request("enough")
+        return super().requested(comm)
+
+
+def weights(folder: Path) -> str:
+    """The digest of a finished run's weights."""
+    (done,) = (event for event in read_events(RunFolder(folder).events) if event["event"] == "done")
+    return str(done["weights_sha256"])
+
+
+def go_on(config: RunConfig, tasks: int = 1000) -> str:
+    """A whole run, or until so many tasks are done; `done` or `stopped`."""
+    return run(config, Comm.solo(), After(prepare(config, []).path, tasks), quiet=True)

@@ -20,11 +20,12 @@ from hpccl.engine.protocols import trainable
 from hpccl.errors import CoverageError
 from hpccl.prior.prior import Prior
 from hpccl.train.compose import Composer, plan_task, split
-from hpccl.train.consolidate import TaskPass, measure
+from hpccl.train.consolidate import measure
 from hpccl.train.loss import row_nats, weighted_nats
 from hpccl.train.run import run
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
+from hpccl.train.task_pass import TaskPass
 from tests.run.method import learn, make_world, merged
 
 

@@ -15,19 +15,16 @@ from hpccl.cli import app
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.memory_map import MemoryMap, summary, write_memory_map
 from hpccl.train.evaluate_run import evaluate_run, reopened
-from hpccl.train.memory_map import map_memory
+from hpccl.train.memory_map.build import map_memory
 from hpccl.train.score import looks
-from tests.run.command import events, finish, start
+from tests.run.command import events, finish, start, trained
 
 SETTINGS = ("stream.tasks=2", "train.epochs=4", "memory.size=20", "prior.scale_to_task=true", "cluster.threads=1")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "one"
-    code, said = finish(start(folder, *SETTINGS))
-    assert code == 0, said
-    return folder
+    return trained(tmp_path_factory.mktemp("run") / "one", *SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +145,6 @@ def test_what_cannot_be_mapped_says_why(run: Path, tmp_path: Path, monkeypatch: 
         map_memory(tmp_path)
     with pytest.raises(ConfigError, match="--examples 0: at least 1"):
         map_memory(run, examples=0)
-    monkeypatch.setattr("hpccl.train.memory_map._LARGEST", 10_000)
+    monkeypatch.setattr("hpccl.train.memory_map.all_weights._LARGEST", 10_000)
     with pytest.raises(ConfigError, match=r"too large for --posterior kronecker.*use --posterior last_layer"):
         map_memory(run, posterior="kronecker")

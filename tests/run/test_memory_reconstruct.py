@@ -15,7 +15,7 @@ from hpccl.errors import ConfigError, FolderError
 from hpccl.report.reconstruction import FIGURES
 from hpccl.train.fit import fit
 from hpccl.train.memory_reconstruct import OWN, reconstruct_memory
-from tests.run.command import events, finish, start
+from tests.run.command import events, trained
 from tests.run.method import learn, make_world, merged
 
 SETTINGS = ("train.epochs=3", "log.reconstruction=0.5", "cluster.threads=1")
@@ -24,20 +24,14 @@ SETTINGS = ("train.epochs=3", "log.reconstruction=0.5", "cluster.threads=1")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a memory and a quadratic, and checkpoints within tasks."""
-    folder = tmp_path_factory.mktemp("run") / "one"
-    code, said = finish(start(folder, *SETTINGS))
-    assert code == 0, said
-    return folder
+    return trained(tmp_path_factory.mktemp("run") / "one", *SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def replayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Replay alone, everything counting once; no checkpoints within tasks."""
-    folder = tmp_path_factory.mktemp("run") / "replay"
     settings = ("memory.size=40", "prior.replay=1.0", "prior.quadratic.weight=0", "prior.temperature=1.0")
-    code, said = finish(start(folder, *SETTINGS, *settings))
-    assert code == 0, said
-    return folder
+    return trained(tmp_path_factory.mktemp("run") / "replay", *SETTINGS, *settings)
 
 
 @pytest.mark.parametrize("task", [0, 1])

@@ -8,22 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from hpccl.checkpoint.store import Mark, load, open_shards
+from hpccl.checkpoint.store import Mark, load, marks, open_shards
 from hpccl.dist.spread import wholes
 from hpccl.train.fit import fit
 from hpccl.train.run import fresh_state, weights_sha256
 from hpccl.train.state import RunState
-from tests.run.command import events, finish, kill_tree, report, start, wait_for_steps
-from tests.run.method import learn, make_world, merged
+from tests.run.command import events, finish, kill_tree, report, start, trained, wait_for_steps
+from tests.run.method import go_on, learn, make_world, merged, weights
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, output = finish(start(folder))
-    assert code == 0, output
-    return folder
+    return trained(tmp_path_factory.mktemp("undisturbed") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +195,21 @@ def assert_same_result(folder: Path, other: Path) -> None:
     assert losses.keys() == losses_there.keys()
     for key, loss in losses.items():
         assert loss == pytest.approx(losses_there[key], rel=1e-2, abs=1e-3), key
+
+
+def test_a_run_folder_that_was_copied_elsewhere_goes_on(tmp_path: Path) -> None:
+    """What checkpoints name beside themselves, the soft labels of the memory, is in the folder."""
+    sections = {"memory": {"size": 20}, "prior": {"replay": 0.5}, "stream": {"kind": "digits", "tasks": 2}}
+    expected, begun, moved = (
+        merged(sections, {"folder": str(tmp_path / name)}) for name in ("whole", "begun", "moved")
+    )
+    assert go_on(expected) == "done"
+    assert go_on(begun, 1) == "stopped"
+    Path(begun.path).rename(moved.path)
+    assert go_on(moved) == "done"
+    assert weights(tmp_path / "moved") == weights(tmp_path / "whole")
+    assert [path.name[:8] for path in sorted((tmp_path / "moved" / "memory" / "soft").iterdir())] == [
+        *("task-000", "task-001")
+    ]
+    for mark in marks(tmp_path / "moved" / "checkpoints"):
+        load(tmp_path / "moved" / "checkpoints", mark)

@@ -1,14 +1,18 @@
 """Whole tasks with every selector: what is kept is what its definition says, and trains."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
-from hpccl.checkpoint.store import Mark
+from hpccl.checkpoint.store import Mark, load
+from hpccl.data.rows import Request
 from hpccl.errors import ConfigError
+from hpccl.memory.score import whole_leverage, whole_sensitivity
 from hpccl.memory.store import Memory
 from hpccl.train.compose import Composer
 from hpccl.train.consolidate import select
@@ -16,6 +20,7 @@ from hpccl.train.fit import fit
 from hpccl.train.score import looks
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stopped
+from hpccl.train.variance import logit_variances
 from tests.run.method import learn, make_world, merged
 
 SELECTORS: list[dict[str, Any]] = [
@@ -27,6 +32,8 @@ SELECTORS: list[dict[str, Any]] = [
     {"kind": "residual", "sampled": True},
     {"kind": "leverage"},
     {"kind": "sensitivity", "sampled": True},
+    {"kind": "leverage", "network": "all"},
+    {"kind": "sensitivity", "network": "all", "sampled": True},
     {"kind": "herding"},
     {"kind": "k_center"},
     {"kind": "reconstruction"},
@@ -34,6 +41,7 @@ SELECTORS: list[dict[str, Any]] = [
 ]
 
 
+ONE_LAYER = {"kind": "mlp", "hidden": []}
 KEPT = [31, 56, 64, 71, 78, 81, 142, 148, 159, 171, 176, 236]
 REPLAYED = [56, 71, 81, 148, 176, 236]
 
@@ -151,8 +159,9 @@ def test_half_precision_survives_a_checkpoint(tmp_path: Path, dtype: str) -> Non
     state, world = after(1, tmp_path, {"size": 20, "dtype": dtype})
     world.save(state, Mark.at(0, "done", 0))
     assert state.prior.memory.soft.element_size() == 2
-    again = Memory.from_state_dict(state.prior.memory.state_dict())
+    again = Memory.from_state_dict(load(world.folder.checkpoints, Mark.at(0, "done", 0))["prior"]["memory"])
     assert again.soft.dtype == state.prior.memory.soft.dtype
+    assert torch.equal(again.soft, state.prior.memory.soft)
 
 
 def test_the_run_can_be_stopped_while_it_looks(tmp_path: Path) -> None:
@@ -169,3 +178,57 @@ def test_a_network_without_a_linear_last_layer_is_refused(tmp_path: Path) -> Non
     state.engine.module.register_forward_hook(lambda *arguments: arguments[2][:, :, 0])
     with pytest.raises(ConfigError, match=r"looks at what goes into the last layer, which must be an nn\.Linear"):
         select(world.stream.tasks[0], Memory.empty(), state, world)
+
+
+@pytest.mark.parametrize("kind", ["leverage", "sensitivity"])
+def test_a_network_of_one_layer_has_no_other_layers(tmp_path: Path, kind: str) -> None:
+    """Whole is then the last layer, and both make the same choice."""
+    kept = [
+        after(1, tmp_path / network, {"size": 20, "selector": {"kind": kind, "network": network}}, model=ONE_LAYER)
+        for network in ("last_layer", "all")
+    ]
+    one, other = (state.prior.memory for state, _ in kept)
+    assert torch.equal(one.sample, other.sample)
+    assert torch.equal(one.rank, other.rank)
+
+
+def test_variance_of_a_whole_network_against_dense_matrices(tmp_path: Path) -> None:
+    """J P^-1 J' by hand, P a Kronecker product a layer of sums that are made example by example, in float64."""
+    state, world = make_world(merged({"memory": {"size": 20}, "model": {"hidden": [5]}}), tmp_path)
+    task = world.stream.tasks[0]
+    samples, classes, delta = np.arange(task.samples("train").stop), [0, 1], 0.7
+    (images,) = world.stream.load([Request(samples, np.zeros(len(samples), dtype=np.uint64))])
+    network = copy.deepcopy(state.engine.module).double().eval()
+    layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear)]
+    inner = functional.relu(layers[0](images.pixels.double().flatten(1))).detach()
+    inputs = [with_one(images.pixels.double().flatten(1)), with_one(inner)]
+    p = network(images.pixels.double())[:, classes].softmax(1).detach()
+    output = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    last = layers[1].weight.detach()[classes]
+    passes = [last[None] * (inner > 0)[:, None, :], torch.eye(10, dtype=torch.float64)[classes].expand(len(p), -1, -1)]
+    expected = torch.zeros_like(output)
+    for x, backward in zip(inputs, passes, strict=True):  # backward: [n, K, outputs of the layer]
+        a, g = x.T @ x / len(x), torch.einsum("nko,nkl,nlp->op", backward, output, backward)
+        precision = torch.kron(g.contiguous(), a.contiguous()) + delta * torch.eye(len(g) * len(a), dtype=torch.float64)
+        jacobian = torch.einsum("nko,ni->nkoi", backward, x).flatten(2)
+        expected += jacobian @ torch.linalg.solve(precision, jacobian.flatten(0, 1).T).T.view_as(jacobian).mT
+    found = list(logit_variances(task, samples, state, world, prior_precision=delta))
+    variance = torch.cat([each.variance for each in found]).double()
+    torch.testing.assert_close(variance, expected, rtol=1e-3, atol=1e-5)
+    logits = torch.cat([each.logits for each in found])
+    leverages = torch.einsum("nkl,nlk->n", output, expected)
+    torch.testing.assert_close(whole_leverage(logits, variance), leverages, rtol=1e-3, atol=1e-6)
+    labels = torch.from_numpy(world.stream.labels("train")[samples])
+    error = (p - functional.one_hot(labels, 2)).abs()
+    sensitivities = (output.diagonal(dim1=1, dim2=2) * expected.diagonal(dim1=1, dim2=2) * error).sum(1)
+    torch.testing.assert_close(whole_sensitivity(logits, variance, labels), sensitivities, rtol=1e-3, atol=1e-6)
+
+
+def with_one(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+
+
+def test_a_network_that_is_too_large_for_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpccl.train.variance._LARGEST", 1000)
+    with pytest.raises(ConfigError, match=r"memory\.selector\.network=all: the Jacobian of one image by '.*last_layer"):
+        after(1, tmp_path, {"size": 20, "selector": {"kind": "leverage", "network": "all"}})

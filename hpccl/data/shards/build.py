@@ -20,15 +20,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, NamedTuple
-
-from webdataset.writer import TarWriter
+from typing import Any, Literal, NamedTuple
 
 from hpccl.data.shards.checksum import check_source
-from hpccl.data.shards.encodings import Encoded, Encoding, Original, describe, encode
+from hpccl.data.shards.encodings import Encoding, Original, describe, encode
 from hpccl.data.shards.labels import Labels
 from hpccl.data.shards.manifest import (
     FORMAT,
@@ -41,6 +40,7 @@ from hpccl.data.shards.manifest import (
     splits,
 )
 from hpccl.data.shards.sources import SPLITS, Listing, Member, SourceReader, scan
+from hpccl.data.shards.write import ShardWriter
 from hpccl.errors import DataError, FolderError
 from hpccl.folder import explain_os_error, replacing
 
@@ -48,7 +48,6 @@ __all__ = ["Progress", "build"]
 
 BadImages = Literal["stop", "skip"]
 
-_BLOCK = 512  # bytes of a tar header, and what contents are padded to
 _MAX_KEY = 80  # characters; a plain tar header holds names of 100 bytes
 _PLAN = "plan.json"
 
@@ -436,20 +435,6 @@ def _start_worker() -> None:
 _BAD_IMAGE_ADVICE = "Mend or remove it, or build with bad images skipped (--skip-bad)"
 
 
-class _HashingFile:
-    """Counts and hashes what is written through it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-
 def _write_shard(unit: _Unit) -> None:
     """Write the tar, then the note about it.
 
@@ -457,27 +442,19 @@ def _write_shard(unit: _Unit) -> None:
         DataError: an image cannot be read or decoded.
         FolderError: the disk is full, or the folder cannot be written.
     """
-    with replacing(unit.file) as path, path.open("wb") as file:
-        hashing = _HashingFile(file)
-        rows, skipped = _write_samples(unit, hashing)
-    if not rows:
+    with replacing(unit.file) as path, path.open("wb") as file, closing(ShardWriter(file, unit.label)) as writer:
+        skipped = _write_samples(unit, writer)
+    if not writer.rows:
         unit.file.unlink()
-    shard = ShardEntry(unit.file.name, unit.class_name, len(rows), hashing.bytes, hashing.digest.hexdigest())
+    shard = writer.entry(unit.file.name, unit.class_name)
     with replacing(unit.note) as path:
-        path.write_text(json.dumps({"shard": vars(shard), "rows": rows, "skipped": skipped}))
+        path.write_text(json.dumps({"shard": vars(shard), "rows": writer.rows, "skipped": skipped}))
 
 
-Row = tuple[str, str, int, int, int, int]
-
-
-def _write_samples(unit: _Unit, file: _HashingFile) -> tuple[list[Row], list[tuple[str, str]]]:
-    rows: list[Row] = []
+def _write_samples(unit: _Unit, writer: ShardWriter) -> list[tuple[str, str]]:
+    """The images that were left out, and why."""
     skipped = []
-    label = str(unit.label).encode()
-    with (
-        contextlib.closing(SourceReader(unit.source)) as reader,
-        TarWriter(file, user="hpccl", group="hpccl", mtime=0, encoder=False) as writer,
-    ):
+    with closing(SourceReader(unit.source)) as reader:
         for key, member in zip(unit.keys, unit.members, strict=True):
             data = reader.read(member)
             try:
@@ -487,17 +464,8 @@ def _write_samples(unit: _Unit, file: _HashingFile) -> tuple[list[Row], list[tup
                     raise DataError(f"{error}, in '{unit.source}'. {_BAD_IMAGE_ADVICE}") from error
                 skipped.append((member.name, str(error)))
                 continue
-            offset = _image_offset(writer.tarstream.offset, image, label)
-            writer.write({"__key__": key, image.extension: image.data, "cls": label})
-            rows.append((key, image.extension, offset, len(image.data), image.width, image.height))
-    return rows, skipped
-
-
-def _image_offset(start: int, image: Encoded, label: bytes) -> int:
-    """First byte of the image in the tar; TarWriter sorts a sample's parts by extension."""
-    padded = -(-len(label) // _BLOCK) * _BLOCK
-    before = _BLOCK + padded if image.extension > "cls" else 0
-    return start + before + _BLOCK
+            writer.add(key, image.extension, image.data, width=image.width, height=image.height)
+    return skipped
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccl.data.shards.manifest import Index, Manifest, ShardEntry, splits
+from hpccl.data.shards.manifest import INDEX, Index, Manifest, ShardEntry, splits
 from hpccl.data.shards.remote import ShardCache, is_url
 from hpccl.errors import DataError
 
-__all__ = ["ShardSet"]
+__all__ = ["Copies", "ShardSet", "missing_files"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -31,6 +31,8 @@ class ShardSet:
     labels:   [N] int64, index into `classes`
     shard_of: [N] int64, non-decreasing
     sizes:    [N, 2] int32, width and height
+    copies:   of some images, which are read instead; None: there are none
+    missing:  numbers of shards that are gone; trouble: what is wrong with them, for messages
     """
 
     path: str
@@ -39,6 +41,9 @@ class ShardSet:
     labels: Ints
     shard_of: Ints
     files: _Files
+    copies: Copies | None = None
+    missing: tuple[int, ...] = ()
+    trouble: str = ""
 
     @classmethod
     def open(cls, path: Path | str, split: str, cache: ShardCache | None = None) -> ShardSet:
@@ -65,6 +70,21 @@ class ShardSet:
         manifest = Manifest.load(folder)
         _check_files(folder, manifest, path)
         return cls._of(str(path), manifest, Index.load(folder, manifest), _Files(str(folder), manifest.shards))
+
+    @classmethod
+    def listed(cls, path: Path | str, split: str, listing: Path, trouble: str) -> ShardSet:
+        """What is left of a split of which `listing` has the manifest and index; `trouble`: why it cannot be opened.
+
+        Raises:
+            DataError: the listing is damaged.
+        """
+        manifest = Manifest.load(listing)
+        index = Index.load(listing, manifest)
+        folder = Path(path) / split
+        # Nothing that an object store no longer lists is taken for there.
+        gone = range(len(manifest.shards)) if is_url(str(path)) else missing_files(folder, manifest)
+        found = cls._of(str(path), manifest, index, _Files(str(folder), manifest.shards))
+        return replace(found, missing=tuple(gone), trouble=trouble)
 
     @classmethod
     def _of(cls, path: str, manifest: Manifest, index: Index, files: _Files) -> ShardSet:
@@ -119,10 +139,42 @@ class ShardSet:
         """The stored image file's bytes.
 
         Raises:
-            DataError: the shard became unreadable.
+            DataError: the shard became unreadable, or is gone and there is no copy of the image.
         """
+        copy = None if self.copies is None else self.copies.find(sample)
+        if copy is not None:
+            return copy[0].read(copy[1])
         shard, offset = int(self.shard_of[sample]), int(self.index.offset[sample])
+        if shard in self.missing:
+            raise DataError(f"image '{self.name(sample)}' is gone, and memory has no copy of it: {self.trouble}")
         return self.files.read(shard, offset, int(self.index.length[sample]))
+
+    def gone(self, samples: Ints) -> Ints:
+        """Those of some samples that are neither in a shard that is there nor in a copy."""
+        lost = np.isin(self.shard_of[samples], np.asarray(self.missing, dtype=np.int64))
+        copied = np.zeros(0, np.int64) if self.copies is None else self.copies.sample
+        return samples[lost & ~np.isin(samples, copied)]
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Images of a split that other shards have, too.
+
+    sets: the other shards
+    sample: [m] int64, ascending: numbers within the split; which, number: [m] where each is among the sets
+    """
+
+    sets: Sequence[ShardSet]
+    sample: Ints
+    which: Ints
+    number: Ints
+
+    def find(self, sample: int) -> tuple[ShardSet, int] | None:
+        """The shards that have a copy of an image, and its number there."""
+        place = int(np.searchsorted(self.sample, sample))
+        if place == len(self.sample) or self.sample[place] != sample:
+            return None
+        return self.sets[int(self.which[place])], int(self.number[place])
 
 
 class _Descriptor:
@@ -168,6 +220,17 @@ class _Files:
             "the shards that all processes of this machine read at a time; raise it, or set data.shuffle_window"
         )
 
+    def index(self, manifest: Manifest) -> bytes:
+        """The file of the index, as it was built.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self.cache is None:
+            return Path(self.place, INDEX).read_bytes()
+        where = f"{self.place}/{INDEX}"
+        return self.cache.fetch(where, manifest.index_bytes, manifest.index_sha256).read_bytes()
+
     def read(self, number: int, offset: int, length: int) -> bytes:
         """`length` bytes of file `number`.
 
@@ -188,16 +251,22 @@ class _Files:
         return data
 
 
-def _check_files(folder: Path, manifest: Manifest, path: Path) -> None:
-    bad = []
-    for shard in manifest.shards:
+def missing_files(folder: Path, manifest: Manifest) -> dict[int, str]:
+    """What is wrong with the shards, by number, that are not there or not as long as the manifest says."""
+    bad = {}
+    for number, shard in enumerate(manifest.shards):
         try:
             size = (folder / shard.file).stat().st_size
         except OSError:
-            bad.append(f"{shard.file} is missing")
+            bad[number] = f"{shard.file} is missing"
             continue
         if size != shard.bytes:
-            bad.append(f"{shard.file} has {size} bytes instead of {shard.bytes}")
+            bad[number] = f"{shard.file} has {size} bytes instead of {shard.bytes}"
+    return bad
+
+
+def _check_files(folder: Path, manifest: Manifest, path: Path) -> None:
+    bad = list(missing_files(folder, manifest).values())
     if bad:
         listed = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, assert_never
@@ -14,13 +15,15 @@ from hpccl.data.order import BatchPlan
 from hpccl.data.protocols import Task
 from hpccl.dist.mesh import pick_device
 from hpccl.memory.budget import per_class, quotas, split_quotas
+from hpccl.models.build import refuse_sizes
+from hpccl.report.text import size
 from hpccl.train.compose import task_epochs
 from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
-from hpccl.train.plan.network import Network, look, moments
+from hpccl.train.plan.network import Network, forward_flops, look, moments
 from hpccl.train.plan.spread import FLOAT, Spread, elements, held, rows, sent
 
-__all__ = ["Held", "Plan", "Sent", "Spent", "make_plan"]
+__all__ = ["Held", "Plan", "Sent", "Spent", "Views", "make_plan"]
 
 _PASS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of activations at most while the curvature is measured
 _LABEL = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a soft label's logit
@@ -50,20 +53,34 @@ class Sent:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a step."""
+    """Seconds of a step with the largest views; `views`: less of smaller ones."""
 
     name: str
     seconds: float
+    views: bool = False
+
+
+@dataclass(frozen=True)
+class Views:
+    """Steps of the whole run whose training views have a side of `side` pixels.
+
+    cost: of a pass, as a share of one with the largest views
+    """
+
+    side: int
+    steps: int
+    cost: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take at its last task, which takes most.
+    """What a run will take at its last task, which takes most, with the largest views.
 
     rows: images of a micro-batch on a rank
     steps: of the whole run
     terms, most_terms: of a layer's curvature, and if no merge is within its tolerance; 0 without a quadratic
     spent: if nothing overlaps; empty if nothing was measured
+    views: by their size, where it grows; empty where it does not
     """
 
     run: str
@@ -85,6 +102,7 @@ class Plan:
     spent: tuple[Spent, ...]
     rates: Rates | None
     notes: tuple[str, ...]
+    views: tuple[Views, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -109,6 +127,14 @@ class Plan:
         """None if nothing was measured."""
         return sum(each.seconds for each in self.spent) if self.spent else None
 
+    @property
+    def run_seconds(self) -> float | None:
+        """Of all steps, each with views of its own size; None if nothing was measured."""
+        if self.step_seconds is None:
+            return None
+        saved = sum(each.steps * (1 - each.cost) for each in self.views)
+        return self.steps * self.step_seconds - saved * sum(each.seconds for each in self.spent if each.views)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON values: the fields, and their sums."""
         sums = {
@@ -119,6 +145,7 @@ class Plan:
             "step_wire_bytes": self.wire("step"),
             "task_wire_bytes": self.wire("task"),
             "step_seconds": self.step_seconds,
+            "run_seconds": self.run_seconds,
         }
         return {**asdict(self), "sums": sums}
 
@@ -144,6 +171,7 @@ def make_plan(
     spread = Spread.of(config.engine, ranks)
     stream = outline(config.stream, config.data)
     num_classes, num_tasks = len(stream.layout.class_names), len(stream.layout.tasks)
+    refuse_sizes(config.model, image_shape=stream.image_shape, num_classes=num_classes, sides=config.data.sides())
     rows = math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.accumulate)
     network = look(config, image_shape=stream.image_shape, num_classes=num_classes, rows=max(rows, 2))
     curvature = None
@@ -172,7 +200,8 @@ def make_plan(
         sent=tuple(case.sent()),
         spent=() if rates is None else tuple(case.spent(rates, gigabytes_per_second)),
         rates=rates,
-        notes=tuple(_notes(network, curvature, rates, gigabytes_per_second)),
+        notes=tuple(_notes(case, rates, gigabytes_per_second)),
+        views=tuple(case.views()),
     )
 
 
@@ -233,10 +262,15 @@ class _Case:
             yield Held("activations", min(self.config.curvature.batch_size, fitting) * graph, "measuring")
 
     def _memory_bytes(self) -> int:
-        """Kept examples of all tasks: numbers, labels and the logits of the widest head."""
+        """Kept examples of all tasks: numbers and labels."""
+        return sum(self._kept(len(self.stream.layout.tasks))) * _EXAMPLE
+
+    @property
+    def soft_bytes(self) -> int:
+        """Logits of the widest head of all kept examples, in a file that processes of a machine share."""
         tasks, names = self.stream.layout.tasks, self.stream.layout.class_names
         width = max(len(task.classes) for task in tasks) if self.config.train.head == "own" else len(names)
-        return sum(self._kept(len(tasks))) * (_EXAMPLE + _LABEL[self.config.memory.dtype] * width)
+        return sum(self._kept(len(tasks))) * _LABEL[self.config.memory.dtype] * width
 
     def _recorded_bytes(self) -> int:
         """What the old network says of the last task's images, and of memory's if these are distilled, too."""
@@ -289,9 +323,9 @@ class _Case:
     def spent(self, rates: Rates, gigabytes_per_second: float | None) -> Iterator[Spent]:
         """In a step of the last task."""
         rows = self.config.train.batch_size / self.spread.ranks
-        yield Spent("forward and backward pass", rows * rates.row_seconds)
+        yield Spent("forward and backward pass", rows * rates.row_seconds, views=True)
         if self._has_teacher:
-            yield Spent("teacher", rows * self._soft_share() * rates.predict_seconds)
+            yield Spent("teacher", rows * self._soft_share() * rates.predict_seconds, views=True)
         updated = elements(self.network.shapes, self.spread, what="moments") / self.network.num_weights
         yield Spent("optimizer", rates.optimizer_seconds * updated)
         if self.curvature is not None:
@@ -299,6 +333,21 @@ class _Case:
         if gigabytes_per_second is not None:
             total = sum(each.num_bytes for each in self.sent() if each.when == "step")
             yield Spent("wire", total / (gigabytes_per_second * 1e9))
+
+    def views(self) -> Iterator[Views]:
+        """Ascending by size; a pass over views costs what its linear maps do, or its pixels where that is unknown."""
+        grows, last = self.config.data.progressive, self.config.data.image_size
+        if grows is None or last is None:
+            return
+        steps: Counter[int] = Counter()
+        for plan in self.batch_plans():
+            for epoch in range(plan.epochs):
+                steps[grows.side(epoch, plan.epochs, last)] += plan.steps_per_epoch
+        num_classes = len(self.stream.layout.class_names)
+        shape = self.stream.image_shape
+        flops = forward_flops(self.config, image_shape=shape, num_classes=num_classes, sides=[*steps, last])
+        for side in sorted(steps):
+            yield Views(side, steps[side], flops[side] / flops[last] if flops else (side / last) ** 2)
 
     def _soft_share(self) -> float:
         """Of a step's images in the last task, those that a teacher is asked about."""
@@ -351,10 +400,11 @@ def _when(name: str, spread: Spread) -> tuple[When, bool]:
             return "always", False
 
 
-def _notes(
-    network: Network, curvature: CurvaturePlan | None, rates: Rates | None, gigabytes_per_second: float | None
-) -> Iterator[str]:
+def _notes(case: _Case, rates: Rates | None, gigabytes_per_second: float | None) -> Iterator[str]:
+    network, curvature = case.network, case.curvature
     yield "not counted: Python and its libraries, decoded images, checkpoints while they are written"
+    if case.config.memory.kept:
+        yield f"soft labels: a file of {size(case.soft_bytes)}, mapped once by all processes of a machine"
     if network.problem:
         yield f"activations could not be told ({network.problem})"
     if curvature is not None and curvature.terms < curvature.most_terms:
@@ -362,6 +412,8 @@ def _notes(
             f"curvature: {curvature.terms} terms a layer fit curvature.tasks; where no merge is within its tolerance, "
             f"up to {curvature.most_terms}"
         )
+    if case.config.data.progressive is not None:
+        yield "of all steps, passes over smaller views are counted by their linear maps, convolutions and attention"
     if rates is not None and gigabytes_per_second is None:
         yield "time on the wire is left out; give --bandwidth"
     if rates is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from hpccl.config.run import RunConfig
 from hpccl.config.sections import LayerMeasured
@@ -26,7 +27,7 @@ from hpccl.engine.sharded import units
 from hpccl.models.build import skeleton
 from hpccl.models.dropout import set_noise
 
-__all__ = ["Network", "look", "moments"]
+__all__ = ["Network", "forward_flops", "look", "moments"]
 
 _SIDE = 256  # of the matrix whose optimiser state is counted
 
@@ -58,6 +59,25 @@ class Network:
     def num_weights(self) -> int:
         """Elements of all parameters."""
         return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def forward_flops(
+    config: RunConfig, *, image_shape: tuple[int, int, int], num_classes: int, sides: Iterable[int]
+) -> dict[int, int]:
+    """Additions and multiplications of one image's forward pass, by the side of its view.
+
+    Those of linear maps, convolutions and attention; empty where the network does not work without memory.
+    """
+    model = skeleton(config.model, image_shape=image_shape, num_classes=num_classes).eval()
+    found = {}
+    try:
+        for side in sides:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(torch.zeros(1, image_shape[0], side, side, device="meta"))
+            found[side] = counter.get_total_flops()
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError):  # as in `look`, which says so
+        return {}
+    return found
 
 
 def look(config: RunConfig, *, image_shape: tuple[int, int, int], num_classes: int, rows: int) -> Network:

@@ -65,7 +65,10 @@ def _spent(plan: Plan) -> Table:
         table.add_row(each.name, f"{1e3 * each.seconds:.1f}", percent(each.seconds / total))
     table.add_section()
     table.add_row("all", f"{1e3 * total:.1f}", f"{whole(plan.batch_size / total)} images/s")
-    table.add_row("all steps", duration(plan.steps * total), "")
+    for views in plan.views:
+        share = f"{whole(views.steps)} steps, passes {percent(views.cost)} %"
+        table.add_row(f"of views of {views.side} pixels", "", share)
+    table.add_row("all steps", duration(plan.run_seconds), "")
     return table
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpccl.config.load import load
-from hpccl.config.sections import CropFlip, DataConfig, NoAugment, Part, Progressive, ShardStream, TimmAugment
+from hpccl.config.sections import (
+    CropFlip,
+    DataConfig,
+    NoAugment,
+    Part,
+    Progressive,
+    ShardStream,
+    TimmAugment,
+    TimmModel,
+)
 from hpccl.data.build import open_stream, outline
 from hpccl.data.decoded import DecodedImages
 from hpccl.data.rows import Request
@@ -20,7 +30,11 @@ from hpccl.data.stream import ImageStream
 from hpccl.dist.comm import Comm
 from hpccl.errors import ConfigError
 from hpccl.memory.store import Memory
+from hpccl.models.build import build_model, refuse_sizes
 from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.plan.build import make_plan
+from hpccl.train.run import run
+from hpccl.train.stop import Stop
 from tests.unit.data.tiny_images import hash_of, image_bytes, pixels, write_folder
 
 GROWS = Progressive(first=16, begin=0.25, end=0.75, multiple=4)
@@ -142,6 +156,20 @@ def test_every_kind_of_row_has_the_epochs_size_on_any_number_of_ranks(shards: Pa
         (["data.image_size=32", "data.progressive={first: 16, begin: 0.9}"], "is above 0.85; views only grow"),
         (["data.image_size=32", "data.progressive.first=16", "data.storage=decoded"], "needs the full images"),
         (["data.image_size=32", "data.test_size=40", "model={kind: mlp}"], "mlp is built for one"),
+        (
+            [
+                "data={image_size: 32, test_size: 40}",
+                "model={kind: timm, name: vit_tiny_patch16_224, options: {img_size: 32}}",
+            ],
+            "gives images of several sizes, and vit_tiny_patch16_224 takes one; add dynamic_img_size: true",
+        ),
+        (
+            [
+                "data={image_size: 32, progressive: {first: 16}}",
+                "model={kind: timm, name: swin_tiny_patch4_window7_224}",
+            ],
+            "add dynamic_img_size: true",
+        ),
     ],
 )
 def test_what_cannot_be(shards: Path, settings: list[str], words: str) -> None:
@@ -149,3 +177,108 @@ def test_what_cannot_be(shards: Path, settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load([], [stream, "model={kind: timm, name: resnet18}", *settings])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("resnet18", {}), ("test_vit", {"img_size": 32, "dynamic_img_size": True}), ("test_convnext", {})],
+)
+def test_networks_that_take_several_sizes(name: str, options: dict[str, Any]) -> None:
+    model = TimmModel(kind="timm", name=name, options=options)
+    refuse_sizes(model, image_shape=(3, 32, 32), num_classes=4, sides=(32, 48, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [("test_vit", {"img_size": 32, "dynamic_img_size": False}, 48), ("mixer_s32_224", {"img_size": 64}, 96)],
+)
+def test_networks_that_do_not_are_refused_before_anything_is_trained(
+    name: str, options: dict[str, Any], side: int
+) -> None:
+    model, shape = TimmModel(kind="timm", name=name, options=options), (3, options["img_size"], options["img_size"])
+    refuse_sizes(model, image_shape=shape, num_classes=4, sides=(options["img_size"],))
+    with pytest.raises(ConfigError, match=rf"views of {side} pixels, which '{name}' does not take .*dynamic_img_size"):
+        refuse_sizes(model, image_shape=shape, num_classes=4, sides=(options["img_size"], side))
+
+
+def test_a_run_asks_its_network_first(shards: Path, tmp_path: Path) -> None:
+    config = load(
+        [],
+        [
+            f"stream={{kind: shards, parts: [{{path: {shards}, tasks: 2}}]}}",
+            "data={image_size: 64, test_size: 96, workers: 0}",
+            "model={kind: timm, name: mixer_s32_224, options: {img_size: 64}}",
+            f"folder={tmp_path / 'run'}",
+        ],
+    )
+    with pytest.raises(ConfigError, match="'mixer_s32_224' does not take"):
+        run(config, Comm.solo(), Stop(), quiet=True)
+    with pytest.raises(ConfigError, match="'mixer_s32_224' does not take"):
+        make_plan(config, nodes=1, nproc=1, measured=False)
+
+
+@pytest.mark.parametrize("mix", ["{kind: natural}", "{kind: stratified, share: 0.25}"])
+def test_a_plan_counts_each_epoch_at_its_own_size(shards: Path, mix: str) -> None:
+    """Against the images that the steps of a run ask for, and the arithmetic of their convolutions one by one."""
+    config = load(
+        [],
+        [
+            f"stream={{kind: shards, parts: [{{path: {shards}, tasks: 2}}]}}",
+            "data={image_size: 32, workers: 0, progressive: {first: 16, begin: 0.25, end: 0.75, multiple: 8}}",
+            "model={kind: timm, name: test_resnet}",
+            "train={epochs: [5, 3], batch_size: 6}",
+            f"memory={{size: 8, mix: {mix}}}",
+        ],
+    )
+    plan = make_plan(config, nodes=1, nproc=1)
+    expected = steps_by_side(config)
+    assert {each.side: each.steps for each in plan.views} == expected
+    network = build_model(config.model, image_shape=(3, 32, 32), num_classes=4, seed=0).eval()
+    for each in plan.views:
+        assert each.cost == pytest.approx(arithmetic(network, each.side) / arithmetic(network, 32), rel=1e-6)
+    assert plan.views[0].cost == pytest.approx(1 / 4, rel=0.25)  # half the side, and a last layer of one size
+    assert plan.steps == sum(expected.values())
+    assert plan.step_seconds is not None
+    (passes,) = (each.seconds for each in plan.spent if each.name == "forward and backward pass")
+    by_hand = sum(each.steps * (plan.step_seconds - passes * (1 - each.cost)) for each in plan.views)
+    assert plan.run_seconds == pytest.approx(by_hand)
+    same = make_plan(load([], ["train.epochs=2"]), nodes=1, nproc=1)
+    assert same.step_seconds is not None
+    assert (same.views, same.run_seconds) == ((), same.steps * same.step_seconds)
+
+
+def steps_by_side(config: Any) -> dict[int, int]:
+    """What the composer asks for in every step of every task."""
+    stream, memory = open_stream(config.stream, config.data), Memory.empty()
+    found: Counter[int] = Counter()
+    for task in stream.tasks:
+        plan = plan_task(config, stream, task, memory)
+        composer = Composer.build(config, stream, task, memory, teacher=None, device=torch.device("cpu"))
+        for step in range(plan.num_steps):
+            (part,) = split(plan.batch(step), Comm.solo(), accumulate=1)
+            found[composer.request(part).size or 0] += 1
+        samples = torch.arange(task.samples("train").start, task.samples("train").stop)[
+            :: len(task.samples("train")) // 8
+        ]
+        labels = torch.from_numpy(stream.labels("train"))[samples]
+        memory = memory.admit(task=task.index, sample=samples, label=labels, replay=torch.zeros(len(samples)).bool())
+    return dict(found)
+
+
+def arithmetic(network: nn.Module, side: int) -> int:
+    """Two for every weight and place that it is used at."""
+    total = 0
+
+    def count(layer: nn.Module, _: Any, out: Tensor) -> None:
+        nonlocal total
+        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        total += 2 * layer.weight.numel() * (out[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1)
+
+    handles = [
+        each.register_forward_hook(count) for each in network.modules() if isinstance(each, (nn.Conv2d, nn.Linear))
+    ]
+    with torch.no_grad():
+        network(torch.zeros(1, 3, side, side))
+    for handle in handles:
+        handle.remove()
+    return total

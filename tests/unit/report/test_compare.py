@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hpccl.config.load import dump
 from hpccl.config.sections import DataConfig, MemoryConfig, OptimConfig, StratifiedMix, TrainConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.compare import Comparison, _settings, compare_runs, print_comparison
 from hpccl.report.compare_files import write_comparison
+from hpccl.report.compare_latex import render_latex
 from hpccl.report.events import EventLog
 from hpccl.report.write import report_run
 from tests.unit.report import synthetic
@@ -77,6 +79,33 @@ def test_runs_on_a_validation_split_are_named(seeds: list[Path], tmp_path: Path)
     for name in ("report.md", "report.html"):
         assert "measured on 10 % of the training images, held out" in (held / name).read_text(encoding="utf-8")
     assert json.loads((held / "report.json").read_text(encoding="utf-8"))["validation"] == 0.1
+
+
+def test_groups_say_how_much_memory_they_have_in_words(tmp_path: Path, published: Path) -> None:
+    """Published values are of so many examples a task, and stand beside nothing else."""
+    budgets: dict[str, dict[str, Any]] = {
+        "a": {"size": 20},
+        "b": {"total": 60},
+        "c": {"total": 60},
+        "d": {"total": 90},
+        "e": {"fraction": 0.125},
+    }
+    folders = []
+    for number, (name, budget) in enumerate(budgets.items()):
+        folders.append(write(tmp_path / name))
+        run = synthetic.config(name=name, seed=number).model_copy(update={"memory": MemoryConfig(**budget)})
+        (tmp_path / name / "config.yaml").write_text(dump(run))
+    found = compare_runs(folders, published=published, dataset="Toy")
+    assert [(group.memory, group.settings, group.runs) for group in found.groups] == [
+        ("20", "", ["a"]),
+        ("60 in all", "", ["b", "c"]),
+        ("90 in all", "", ["d"]),
+        ("12.5 % of each task", "", ["e"]),
+    ]
+    assert [group.published is None for group in found.groups] == [False, True, True, True]
+    assert [group.label for group in found.groups][1:3] == ["ewc+fr+replay m=60 in all", "ewc+fr+replay m=90 in all"]
+    assert "12.5 % of each task" in printed(found)
+    assert "method & 12.5 \\% of each task & 60 in all & 90 in all & $m = 20$" in render_latex(found)
 
 
 def test_one_run_has_no_deviation_and_counts_once(seeds: list[Path]) -> None:

@@ -1,0 +1,92 @@
+"""How well each selector's memory stands for the gradient of the past, on scikit-learn's digits.
+
+A small network learns the first two of five tasks, m = 20 examples kept of the first; at the end of the second, the
+gradient that the prior stands for is compared with the true gradient of the first task: |total - true| / |true|, the
+mean over seeds. Either all memory has its true labels and stands for the whole task, or it stands for itself beside a
+quadratic (Kronecker) of the rest. The accuracy on the first task is said as well.
+
+    python -m benchmarks.memory_selectors            two minutes on one core
+    python -m benchmarks.memory_selectors --quick    one seed, two selectors
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks._common import print_result
+from benchmarks._steps import make_world
+from hpccl.checkpoint.store import Mark
+from hpccl.config.load import load
+from hpccl.data.build import open_stream
+from hpccl.dist.comm import Comm
+from hpccl.prior.reconstruct import compare_gradients
+from hpccl.train.consolidate import consolidate
+from hpccl.train.evaluate import test
+from hpccl.train.fit import fit
+from hpccl.train.reconstruction import prior_gradients, true_gradient
+from hpccl.train.run import fresh_state
+
+SELECTORS = ("uniform", "herding", "sensitivity+sampled", "sensitivity", "reconstruction")
+PRIORS = {
+    "replay": ("prior.replay=1.0", "prior.scale_to_task=true"),
+    "replay + quadratic": ("prior.replay=1.0", "prior.quadratic.weight=1.0"),
+}
+SETTINGS = (
+    "model={kind: mlp, hidden: [16]}",
+    "train={epochs: 3, batch_size: 64}",
+    "optim={name: adamw, lr: 0.003}",
+    "memory.size=20",
+    "log.tensorboard=false",
+    "checkpoint.every=0",
+)
+
+
+def learned(prior: Sequence[str], selector: str, seed: int, folder: Path) -> tuple[float, float]:
+    """(error of the prior's gradient, accuracy on the first task) at the end of the second task."""
+    kind, _, drawn = selector.partition("+")
+    chosen = f"memory.selector={{kind: {kind}{', sampled: true' if drawn else ''}}}"
+    config = load([], [*SETTINGS, *prior, chosen, f"seed={seed}"])
+    comm = Comm.solo()
+    stream = open_stream(config.stream, config.data)
+    world, state = make_world(config, comm, stream, folder), fresh_state(config, stream, comm)
+    first, second = stream.tasks[:2]
+    for task in (first, second):
+        state.mark = Mark.at(task.index, "fit", 0)
+        fit(task, state, world)
+        if task is first:
+            consolidate(task, state, world)
+    true = true_gradient(second, 1.0, state, world)
+    errors, _ = compare_gradients(true, {"total": prior_gradients(second, state.prior, state, world)["total"]}, comm)
+    return errors["total"]["relative_error"], test(state, world, last=1)[0]["task_incremental"]["accuracy"]
+
+
+def main(*, quick: bool) -> None:
+    """Train all, and print."""
+    seeds, selectors = (range(1), ("uniform", "reconstruction")) if quick else (range(4), SELECTORS)
+    rows: list[dict[str, Any]] = []
+    for prior, settings in PRIORS.items():
+        for selector in selectors:
+            with tempfile.TemporaryDirectory() as scratch:
+                found = [learned(settings, selector, seed, Path(scratch) / str(seed)) for seed in seeds]
+            errors, accuracies = zip(*found, strict=True)
+            rows.append({"prior": prior, "selector": selector, "errors": errors, "accuracies": accuracies})
+            print(f"{prior}, {selector}: {mean(errors):.2f}", flush=True)
+    best = {
+        f"{prior.replace(' + ', '_')}_{selector}": mean(row["errors"])
+        for prior in PRIORS
+        for selector in ("uniform", "reconstruction")
+        for row in rows
+        if (row["prior"], row["selector"]) == (prior, selector)
+    }
+    print_result("memory_selectors", best, seeds=len(seeds), size=20, rows=rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="some seconds")
+    main(quick=parser.parse_args().quick)

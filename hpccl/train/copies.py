@@ -1,0 +1,94 @@
+"""The memory's own images (memory.keep=copy): written when a task ends, then read, and dropped with the examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from hpccl.config.run import RunConfig
+from hpccl.data.build import open_stream
+from hpccl.data.protocols import Stream, Task
+from hpccl.data.shards.copies import copied_name, drop_copies
+from hpccl.errors import DataError, HpcclError, WorldError
+from hpccl.folder import RunFolder
+from hpccl.memory.store import Memory
+from hpccl.train.state import RunState, World
+
+__all__ = ["check_images", "copies_of", "drop_images", "keep_images", "open_for", "reopened_stream"]
+
+
+def copies_of(config: RunConfig, folder: RunFolder) -> Path | None:
+    """Where the run's memory has images of its own; None: nowhere."""
+    return folder.copies if config.memory.keep == "copy" else None
+
+
+def open_for(config: RunConfig, folder: RunFolder) -> Stream:
+    """The run's stream; a part whose training shards are gone is opened if the run has copies of its memory.
+
+    Raises:
+        DataError: see open_stream.
+    """
+    return open_stream(config.stream, config.data, copies=copies_of(config, folder))
+
+
+def reopened_stream(world: World) -> World:
+    """The same world, whose stream reads what was copied since it was opened: as a resumed run does."""
+    return replace(world, stream=open_for(world.config, world.folder))
+
+
+def keep_images(task: Task, memory: Memory, world: World) -> None:
+    """Copy the images of all memory that are not copied yet, if the configuration says so; collective.
+
+    The leader writes. Nothing that an earlier checkpoint needs is touched.
+
+    Raises:
+        DataError: an image cannot be read.
+        FolderError: the run folder cannot be written.
+        WorldError: ... by the leader.
+    """
+    if world.config.memory.keep == "reference" or len(memory) == 0:
+        return
+    with world.phase(task, "copy") as phase:
+        phase.images = len(memory)
+        failure: HpcclError | None = None
+        if world.comm.leader:
+            try:
+                for number in memory.task.unique().tolist():
+                    world.stream.copy(number, memory.sample[memory.task == number].numpy(), world.folder.copies)
+            except HpcclError as error:
+                failure = error
+        if world.comm.any(failure is not None):
+            raise failure or WorldError("memory's images were not copied: the first process could not; see its message")
+
+
+def drop_images(memory: Memory, world: World) -> None:
+    """Delete the copies that the newest checkpoint, which has this memory, does not need; collective."""
+    world.comm.barrier()  # nobody is opening them
+    if world.comm.leader:
+        counts = [(number, int((memory.task == number).sum())) for number in memory.task.unique().tolist()]
+        drop_copies(world.folder.copies, [copied_name(number, count) for number, count in counts])
+    world.comm.barrier()
+
+
+def check_images(first: int, state: RunState, world: World) -> None:
+    """See that all training images that the run still needs are there: those of tasks `first` on, and the memory's.
+
+    Raises:
+        DataError: some are in shards that are gone, and not copied.
+    """
+    config, tasks = world.config, world.stream.tasks
+    needed = [state.prior.memory.sample.numpy()]
+    past = first < len(tasks) and (config.log.reconstruction > 0 or config.train.data == "seen")
+    if first < len(tasks):
+        start = 0 if past else tasks[first].samples("train").start
+        needed.append(np.arange(start, tasks[-1].samples("train").stop))
+    wrong = world.stream.absent(np.unique(np.concatenate(needed)))
+    if wrong is None:
+        return
+    advice = "; log.reconstruction > 0 compares with all earlier examples: set it to 0" if past else ""
+    raise DataError(
+        f"training images that the run still needs are missing: {wrong}. What may be removed are shards of tasks that "
+        f"are finished, with memory.keep=copy{advice}"
+    )

@@ -1,0 +1,117 @@
+"""The memory map of a run: every training example's error, variance and sensitivity, and what follows from them.
+
+All are of one checkpoint's network and a Laplace posterior at its weights; the formulas are in
+`hpccl.memory.perturbation`. Examples are judged among the classes that competed when they were learned: those of their
+own task, or all that were seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeAlias, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccl.data.order import mix
+from hpccl.errors import ConfigError
+from hpccl.report.memory_map import MemoryMap, worth_showing
+from hpccl.train.evaluate_run import reopened
+from hpccl.train.memory_map.all_weights import by_all_weights
+from hpccl.train.memory_map.found import Group
+from hpccl.train.memory_map.last_layer import by_last_layer
+from hpccl.train.memory_map.tables import classes_of, memory_over_tasks, pictures, table_of, tasks_of
+from hpccl.train.state import RunState, World
+
+__all__ = ["Kind", "map_memory"]
+
+Ints = npt.NDArray[np.int64]
+Kind: TypeAlias = Literal["last_layer", "kronecker", "diagonal"]
+
+_FEW = 2000  # examples of the map, unless told otherwise, where each needs the Jacobian of the whole network
+_SUBSAMPLE, _CURVATURE = 105, 106
+
+
+def map_memory(
+    path: Path,
+    *,
+    task: int | None = None,
+    posterior: Kind = "last_layer",
+    examples: int | None = None,
+    fraction: float = 1.0,
+    prior_precision: float | None = None,
+) -> MemoryMap:
+    """The map of the newest checkpoint, or of the newest of `task`; writes nothing.
+
+    Args:
+        path: the run's folder.
+        task: counted from 0.
+        posterior: of the last layer, or of all weights with Kronecker-factored or diagonal curvature.
+        examples: of the map, drawn uniformly; None: all for `last_layer`, 2000 otherwise.
+        fraction: share of the training examples on which the curvature of all weights is measured.
+        prior_precision: delta; None: that with the largest evidence.
+
+    Raises:
+        FolderError: the folder is no run, or has no such checkpoint.
+        ConfigError: an argument is out of range, or the network does not suit the posterior.
+    """
+    _check(examples=examples, fraction=fraction, prior_precision=prior_precision)
+    with reopened(path, task=task) as (state, world):
+        groups = _groups(state, world, examples=examples, fraction=fraction, posterior=posterior)
+        match posterior:
+            case "last_layer":
+                found, delta = by_last_layer(groups, state, world, prior_precision)
+            case "kronecker" | "diagonal":
+                found, delta = by_all_weights(posterior, groups, state, world, prior_precision)
+            case _:
+                assert_never(posterior)
+        table = table_of(found, state, world)
+        shown = worth_showing(table)
+        return MemoryMap(
+            run=str(path),
+            checkpoint=state.mark.name,
+            task=state.mark.task,
+            posterior=posterior,
+            prior_precision=delta,
+            num_seen=sum(group.total for group in groups),
+            class_names=world.stream.class_names,
+            names=world.stream.sample_names("train", table["sample"]),
+            table=table,
+            tasks=tasks_of(table, state, world),
+            classes=classes_of(table, found, world),
+            memory=memory_over_tasks(table, state, world),
+            pictures=pictures(table["sample"][shown], world),
+        )
+
+
+def _check(*, examples: int | None, fraction: float, prior_precision: float | None) -> None:
+    if examples is not None and examples < 1:
+        raise ConfigError(f"--examples {examples}: at least 1")
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"--fraction {fraction:g}: above 0 and at most 1")
+    if prior_precision is not None and not (0 < prior_precision < float("inf")):
+        raise ConfigError(f"--prior-precision {prior_precision:g}: a finite number above 0")
+
+
+def _groups(state: RunState, world: World, *, examples: int | None, fraction: float, posterior: Kind) -> list[Group]:
+    last = world.stream.tasks[state.mark.task]
+    learned = [last] if world.config.method == "separate" else list(world.stream.tasks[: last.index + 1])
+    spans = [np.arange(each.samples("train").start, each.samples("train").stop) for each in learned]
+    seen = np.concatenate(spans)
+    most = examples if examples is not None else len(seen) if posterior == "last_layer" else _FEW
+    mapped = _drawn(seen, min(most, len(seen)), _SUBSAMPLE, world)
+    measured = _drawn(seen, max(1, round(fraction * len(seen))), _CURVATURE, world)
+    if world.config.train.head == "seen":
+        return [Group(last, mapped, measured, len(seen))]
+    groups = [
+        Group(each, np.intersect1d(span, mapped), np.intersect1d(span, measured), len(span))
+        for each, span in zip(learned, spans, strict=True)
+    ]
+    return [group for group in groups if len(group.samples)]
+
+
+def _drawn(samples: Ints, count: int, purpose: int, world: World) -> Ints:
+    if count >= len(samples):
+        return samples
+    order = np.argsort(mix(world.config.seed, purpose, samples), kind="stable")
+    return np.sort(samples[order[:count]])

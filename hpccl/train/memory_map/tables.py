@@ -1,0 +1,121 @@
+"""What follows from the figures of examples: tables by example, task, class and memory, and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccl.checkpoint.store import load, marks
+from hpccl.errors import DataError
+from hpccl.memory.store import Memory
+from hpccl.train.consolidate import thumbnail
+from hpccl.train.evaluate import test
+from hpccl.train.memory_map.found import Found
+from hpccl.train.state import RunState, World
+
+__all__ = ["classes_of", "memory_over_tasks", "pictures", "table_of", "tasks_of"]
+
+Ints = npt.NDArray[np.int64]
+
+
+def table_of(found: Sequence[Found], state: RunState, world: World) -> dict[str, npt.NDArray[Any]]:
+    """All groups' examples, by sample."""
+    sample = np.concatenate([each.sample for each in found])
+    order = np.argsort(sample)
+    sample = sample[order]
+    bounds = [each.samples("train").stop for each in world.stream.tasks]
+    names = [name for name in found[0].columns if all(name in each.columns for each in found)]
+    return {
+        "sample": sample,
+        "task": np.searchsorted(bounds, sample, side="right"),
+        "label": world.stream.labels("train")[sample],
+        "in_memory": np.isin(sample, state.prior.memory.sample.numpy()),
+        **{name: np.concatenate([each.columns[name] for each in found])[order] for name in names},
+    }
+
+
+def tasks_of(table: dict[str, npt.NDArray[Any]], state: RunState, world: World) -> list[dict[str, Any]]:
+    """Mean nats of every task's examples, as learned and as if each had been left out, and those of the test data."""
+    own = world.config.train.head == "own"
+    results = state.results if state.mark.phase == "done" else test(state, world, last=state.mark.task)
+    tested = {result["task"]: result["task_incremental" if own else "class_incremental"] for result in results}
+    rows = []
+    for number in np.unique(table["task"]).tolist():
+        here = table["task"] == number
+        newton = table.get("left_out_newton")
+        rows.append(
+            {
+                "task": number,
+                "name": world.stream.tasks[number].name,
+                "examples": int(here.sum()),
+                "train_nats": float(table["nats"][here].mean()),
+                "left_out": float(table["left_out"][here].mean()),
+                "left_out_newton": None if newton is None else float(newton[here].mean()),
+                "test_nats": None if tested.get(number) is None else float(tested[number]["nll"]),
+            }
+        )
+    return rows
+
+
+def classes_of(table: dict[str, npt.NDArray[Any]], found: Sequence[Found], world: World) -> list[dict[str, Any]]:
+    """Means over every class's examples, and what they would lose with all of it, where that is known."""
+    removed = {number: value for each in found for number, value in each.removed.items()}
+    rows = []
+    for number in np.unique(table["label"]).tolist():
+        here = table["label"] == number
+        rows.append(
+            {
+                "class": number,
+                "name": world.stream.class_names[number],
+                "task": int(table["task"][here][0]),
+                "examples": int(here.sum()),
+                "nats": float(table["nats"][here].mean()),
+                "left_out": float(table["left_out"][here].mean()),
+                "removed": removed.get(number),
+                "sensitivity": float(table["sensitivity"][here].mean()),
+                "leverage": float(table["leverage"][here].sum()),
+            }
+        )
+    return rows
+
+
+def memory_over_tasks(table: dict[str, npt.NDArray[Any]], state: RunState, world: World) -> list[dict[str, Any]]:
+    """The memory at the end of every task that this checkpoint has behind it."""
+    checkpoints, rows = world.folder.checkpoints, []
+    for mark in marks(checkpoints):
+        if mark.phase != "done" or mark > state.mark:
+            continue
+        memory = Memory.from_state_dict(load(checkpoints, mark)["prior"]["memory"])
+        if not len(memory):
+            continue
+        past = table["task"] <= mark.task
+        kept = np.isin(table["sample"][past], memory.sample.numpy())
+        count = int(kept.sum())
+        top = np.argsort(-table["sensitivity"][past], kind="stable")[:count]
+        of_class = np.bincount(memory.label.numpy())[np.unique(memory.label.numpy())]
+        rows.append(
+            {
+                "task": mark.task,
+                "size": len(memory),
+                "per_task": memory.per_task(mark.task + 1),
+                "smallest_class": int(of_class.min()),
+                "largest_class": int(of_class.max()),
+                "agreement": memory.agreement(mark.task + 1),
+                "sensitive_share": float(kept[top].mean()) if count else None,
+                "chance": float(kept.mean()) if count else None,
+            }
+        )
+    return rows
+
+
+def pictures(samples: Ints, world: World) -> dict[int, npt.NDArray[np.uint8]]:
+    """By sample, small."""
+    found = {}
+    for sample in samples.tolist():
+        with contextlib.suppress(DataError):  # data.bad_images is `skip`, and it is no longer there
+            found[sample] = thumbnail(world.stream.raw(sample))
+    return found

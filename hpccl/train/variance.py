@@ -1,0 +1,103 @@
+"""The variance of every example's logits under the posterior of the whole network, J P^-1 J': all layers, linearised.
+
+P = F + delta I, F the Kronecker-factored curvature of the task, exact over labels, measured in passes of their own. An
+example costs one backward pass for each class of the head that its weights serve, and with several ranks every rank
+makes those of all examples, each for its own layers (`hpccl.curvature.posterior`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from hpccl.config.sections import KroneckerCurvature
+from hpccl.curvature.build import build_estimator
+from hpccl.curvature.posterior import Posterior
+from hpccl.data.protocols import Task
+from hpccl.engine.protocols import trainable
+from hpccl.errors import ConfigError
+from hpccl.report.text import size
+from hpccl.train.passes import ask, shared_images
+from hpccl.train.score import competing
+from hpccl.train.state import RunState, World
+from hpccl.train.task_pass import TaskPass
+
+__all__ = ["Spread", "logit_variances", "only_classes"]
+
+Ints = npt.NDArray[np.int64]
+
+_LARGEST = 4 << 30  # bytes of one image's Jacobian by one layer, with the copies that are made of it
+_TOGETHER = 64  # images of a rank
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Some of this rank's examples; n may be 0.
+
+    sample: [n]; valid: [n] bool, could be decoded
+    logits: [n, K] of the competing classes; variance: [n, K, K] of them
+    """
+
+    sample: Ints
+    valid: npt.NDArray[np.bool_]
+    logits: Tensor
+    variance: Tensor
+
+
+def logit_variances(
+    task: Task, samples: Ints, state: RunState, world: World, *, prior_precision: float
+) -> Iterator[Spread]:
+    """This rank's share of the task's `samples`, a few at a time; collective, and whole weights on every rank.
+
+    Raises:
+        ConfigError: the network is too large.
+        CoverageError: its curvature cannot be measured.
+        Stopped: the run was asked to stop.
+    """
+    comm, classes = world.comm, competing(task, world)
+    network = state.engine.whole_module()
+    _refuse_large(network, len(classes))
+    estimator = build_estimator(KroneckerCurvature(fisher="ggn"), world.config.seed)
+    precision = estimator.estimate(network, TaskPass(task, samples, world), comm)
+    weights = {name: value.detach() for name, value in (*network.named_parameters(), *network.named_buffers())}
+    posterior = Posterior.of(precision, weights, prior_precision=prior_precision, comm=comm)
+    with contextlib.closing(shared_images(samples, world, size=min(world.stream_batch, _TOGETHER))) as images:
+        while True:
+            ask(world)
+            seen = next(images, None)
+            if seen is None:
+                return
+            number = len(seen.sample)
+            counts = comm.gather(torch.tensor([number])).tolist()
+            first = sum(counts[: comm.rank])
+            pixels = comm.gather(seen.pixels[:number])  # every rank has some layers, and needs all images for them
+            logits = state.engine.predict(seen.pixels)[:number, classes]
+            with only_classes(network, classes):
+                variance = posterior.logit_variance(network, pixels)[first : first + number]
+            yield Spread(seen.sample, seen.valid.numpy()[:number], logits, variance)
+
+
+@contextlib.contextmanager
+def only_classes(module: nn.Module, classes: Sequence[int]) -> Iterator[None]:
+    """The network makes the logits of these classes only: the Jacobians of others would be for nothing."""
+    handle = module.register_forward_hook(lambda _module, _arguments, out: out[:, list(classes)])
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_large(module: nn.Module, num_classes: int) -> None:
+    name, largest = max(trainable(module).items(), key=lambda item: item[1].numel())
+    needed = 4 * 4 * num_classes * largest.numel()
+    if needed > _LARGEST:
+        raise ConfigError(
+            f"memory.selector.network=all: the Jacobian of one image by '{name}' takes {size(needed)} with its copies; "
+            f"allowed: {size(_LARGEST)}; set memory.selector.network=last_layer"
+        )
