@@ -328,14 +328,62 @@ def export(
     task: Annotated[
         int | None, typer.Option(help="The network after this task, counted from 0; the newest if not given.")
     ] = None,
+    with_curvature: Annotated[
+        bool, typer.Option("--curvature", help="Write the run's curvature too, for hpccl merge.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a run's network for timm and others: model.safetensors, config.json and README.md."""
     from hpccl.report.text import size, whole
     from hpccl.train.export import export as write
 
-    done = write(run, out, task=task, force=force)
+    done = write(run, out, task=task, curvature=with_curvature, force=force)
     typer.echo(f"{done.folder}: {done.checkpoint}, {whole(done.num_weights)} weights, {size(done.num_bytes)}")
+
+
+@app.command()
+def merge(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODELS...", help="Runs, or folders of `hpccl export --curvature`.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option(help="A new folder, as hpccl export writes it.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="What all of them began with: a run, an export or a .safetensors file of weights."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of each network, as in 1,0.5,-1; negative removes; 1 each if not given.")
+    ] = None,
+    method: Annotated[
+        Literal["matching", "fisher", "arithmetic", "average"],
+        typer.Option(help="Gradient matching by curvature, Fisher averaging, task arithmetic, or the mean."),
+    ] = "matching",
+    prior_precision: Annotated[
+        float, typer.Option(help="Added to the curvature: of the base (matching) or of each network (fisher).")
+    ] = 1e-3,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Merge networks that began with the same weights into one, without data."""
+    from hpccl.report.text import percent, whole
+    from hpccl.train.merge import merge as write
+
+    scales = None if weights is None else _real_numbers("--weights", weights)
+    done = write(models, out, base=base, weights=scales, method=method, prior_precision=prior_precision, force=force)
+    known = f", {percent(done.num_measured / done.num_weights)} % by curvature" if done.num_measured else ""
+    typer.echo(f"{done.folder}: {len(models)} networks by {method}, {whole(done.num_weights)} weights{known}")
+    if done.averaged:
+        typer.echo(
+            f"running statistics are means, {done.averaged[0]} and others: see {done.folder}/README.md", err=True
+        )
+
+
+def _real_numbers(option: str, text: str) -> list[float]:
+    """Raises ConfigError."""
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: numbers with commas between them, as in 1,0.5,-1") from error
 
 
 @app.command()
