@@ -291,11 +291,53 @@ def evaluate(
     task: Annotated[
         int | None, typer.Option(help="The state after this task, counted from 0; the newest if not given.")
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Test these in the place of the run's: of hpccl export or merge, or a .safetensors file."),
+    ] = None,
+    posterior: Annotated[
+        Literal["sampled", "probit", "monte_carlo"] | None,
+        typer.Option(help="Uncertain weights: draw them, or linearise the network (probit approximation or draws)."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="With --posterior: draws of weights, or of logits.")] = 32,
+    examples: Annotated[
+        int | None, typer.Option(help="With --posterior: so many test images; all, or 2000 if linearised.")
+    ] = None,
+    prior_precision: Annotated[
+        float | None, typer.Option(help="With --posterior: that with the largest evidence if not given.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --posterior: folder for the files; RUN/uncertainty if not given.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --posterior: print JSON instead of a table; otherwise it always is.")
+    ] = False,
 ) -> None:
-    """Test a run's checkpoint on all tasks and print the figures as JSON."""
-    from hpccl.train.evaluate_run import evaluate_run
+    """Test a run's checkpoint on all tasks and print the figures as JSON; with --posterior, also how certain it is."""
+    if posterior is None:
+        from hpccl.train.evaluate_run import evaluate_run
 
-    typer.echo(json.dumps(evaluate_run(run, task=task), indent=2))
+        given = {"--examples": examples, "--prior-precision": prior_precision, "--out": out}
+        lost = [name for name, value in given.items() if value is not None]
+        if lost:
+            raise ConfigError(f"{lost[0]} without --posterior: it is about uncertain weights; add --posterior sampled")
+        typer.echo(json.dumps(evaluate_run(run, task=task, weights=weights), indent=2))
+        return
+    from hpccl.report.uncertainty import markdown, summary, write_uncertainty
+    from hpccl.train.uncertainty import evaluate_posterior
+
+    if weights is not None:
+        raise ConfigError("--weights with --posterior: the posterior is around the run's own weights; give one of them")
+    found = evaluate_posterior(
+        run,
+        approximation=posterior,
+        task=task,
+        samples=samples,
+        examples=examples,
+        prior_precision=prior_precision,
+    )
+    page = write_uncertainty(found, out or run / "uncertainty")
+    typer.echo(json.dumps(summary(found), indent=2, allow_nan=False) if as_json else f"{markdown(found)}\n{page}")
 
 
 @app.command()
