@@ -197,16 +197,16 @@ def _rows(found: Uncertainty) -> list[list[str]]:
 def _notes(found: Uncertainty) -> list[str]:
     drawn = f", {found.samples} draws" if found.samples else ""
     by = "the largest evidence" if found.chosen else "choice"
+    determined = f"{whole(found.effective_parameters)} of {whole(found.num_weights)}"
     notes = [
         f"{found.run}, checkpoint {found.checkpoint}: {_WORDS[found.approximation]}{drawn}.",
-        f"Prior precision {found.prior_precision:.3g} by {by}: the data determine {whole(found.effective_parameters)} of "
-        f"{whole(found.num_weights)} weights.",
+        f"Prior precision {found.prior_precision:.3g} by {by}: the data determine {determined} weights.",
     ]
     unseen = _unseen(found.table, found.table["task"] <= found.task)
     if unseen is not None:
         areas = "; ".join(
-            f"{word}: {fixed(unseen[which]['auroc_entropy'])} by entropy, {fixed(unseen[which]['auroc_confidence'])} by "
-            "the largest probability"
+            f"{word}: {fixed(unseen[which]['auroc_entropy'])} by entropy, "
+            f"{fixed(unseen[which]['auroc_confidence'])} by the largest probability"
             for which, word in _WHICH.items()
         )
         notes.append(

@@ -49,7 +49,7 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
         results = test(state, world, last=mark.task)
     if (
         weights is None and world.config.method == "separate"
-    ):  # the earlier tasks have networks of their own, tested when they were there
+    ):  # earlier tasks' networks were tested when they were there
         results = state.results[: mark.task] + results[mark.task :]
     seen = results[: mark.task + 1]
     return {

@@ -143,9 +143,10 @@ def predictions(
     state.engine.put(posterior.mean)
     try:
         if approximation == "sampled":
-            rows = _by_samples(chosen, judge, state, world, posterior, samples)
+            rows = _by_samples(chosen, judge, state, world, posterior=posterior, samples=samples)
         else:
-            rows = _linearised(chosen, judge, state, world, posterior, samples, approximation)
+            draws = 0 if approximation == "probit" else samples
+            rows = _linearised(chosen, judge, state, world, posterior=posterior, samples=draws)
     finally:
         state.engine.put(posterior.mean)
     if not len(rows):
@@ -226,7 +227,7 @@ def _batches(chosen: Ints, state: RunState, world: World, size: int) -> Iterator
 
 
 def _by_samples(
-    chosen: Ints, judge: _Judge, state: RunState, world: World, posterior: Posterior, samples: int
+    chosen: Ints, judge: _Judge, state: RunState, world: World, *, posterior: Posterior, samples: int
 ) -> npt.NDArray[np.float64]:
     """A pass for the mean and one for every draw, which is put into the engine."""
     known: list[Tensor] = []
@@ -253,15 +254,9 @@ def _by_samples(
 
 
 def _linearised(
-    chosen: Ints,
-    judge: _Judge,
-    state: RunState,
-    world: World,
-    posterior: Posterior,
-    samples: int,
-    approximation: Approximation,
+    chosen: Ints, judge: _Judge, state: RunState, world: World, *, posterior: Posterior, samples: int
 ) -> npt.NDArray[np.float64]:
-    """One pass, in which every rank takes all images: each has a part of the posterior."""
+    """One pass, in which every rank takes all images: each has a part of the posterior. Without samples: probit."""
     _refuse_unfit(state, world)
     alone = replace(world, comm=Comm.solo(world.comm.device))
     rows = [torch.zeros(0, 1 + 4 * len(MERITS), dtype=torch.float64, device=world.comm.device)]
@@ -270,7 +265,7 @@ def _linearised(
             continue
         variance = posterior.logit_variance(state.engine.module, batch.pixels).to(batch.logits.device)
         heads = judge.both(batch.labels)
-        if approximation == "probit":
+        if samples == 0:
             found = [probit(batch.logits, variance, head) for head in heads]
         else:
             noise = _noise(batch, samples, world.config.seed)

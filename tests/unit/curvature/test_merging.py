@@ -103,7 +103,8 @@ def curves(kind: str, generator: torch.Generator, layout: Layout) -> list[Curve]
                 DiagonalCurve(name, torch.rand(shape, generator=generator, dtype=torch.float64))
                 for name, shape in found.items()
             ]
-    return []
+        case _:
+            return []
 
 
 def dense(own: Sequence[Curve], shapes: dict[str, tuple[int, ...]]) -> Tensor:
@@ -197,7 +198,8 @@ def fitted(inputs: Sequence[Tensor], targets: Sequence[Tensor], begin: Tensor, d
     """argmin of 1/2 sum |x W' - y|^2 + delta / 2 |W - begin|^2, [outputs, inputs]."""
     x, y = torch.cat(list(inputs)), torch.cat(list(targets))
     hessian = x.T @ x + delta * torch.eye(x.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(hessian, x.T @ y + delta * begin.T).T
+    found: Tensor = torch.linalg.solve(hessian, x.T @ y + delta * begin.T).T
+    return found
 
 
 def curve_of(x: Tensor) -> Curve:

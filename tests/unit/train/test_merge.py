@@ -149,7 +149,7 @@ def test_the_merged_network_knows_both_tasks_and_can_be_evaluated(trained: Train
     command = ["evaluate", str(base), "--weights", str(tmp_path / "merged")]
     result = CliRunner().invoke(app, command)
     assert json.loads(result.output)["tasks"] == found["tasks"]
-    with pytest.raises(ConfigError, match="is of another network: .* differ in name or shape"):
+    with pytest.raises(ConfigError, match=r"is of another network: .* differ in name or shape"):
         evaluate_run(trained("none", 0, model={"kind": "mlp", "hidden": [12]}), weights=tmp_path / "merged")
 
 
@@ -216,7 +216,7 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
     run = trained("none", 0)
     wide = trained("none", 0, model={"kind": "mlp", "hidden": [12]})
     export(run, tmp_path / "plain")
-    for arguments, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"models": [run, wide]}, r"'1.weight' is 12x64 there and 4x64 here \(3 of 4 weights differ\)"),
         ({"models": [run], "weights": [1, 2]}, "2 numbers for 1 networks"),
         ({"models": [run], "base": run}, "--method average has no --base"),
@@ -224,11 +224,12 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
         ({"models": [run], "weights": [-1]}, "averages: weights above 0"),
         ({"models": [run], "prior_precision": 0.0}, "--prior-precision 0.0: a finite number above 0"),
         ({"models": []}, "nothing to merge"),
-    ):
+    ]
+    for arguments, message in wrong:
         with pytest.raises(ConfigError, match=message):
             merge(**{"out": tmp_path / "out", "method": "average", **arguments})
     turned = trained("none", 0, stream={"kind": "digits", "tasks": 5, "order": "random"})
-    with pytest.raises(ConfigError, match="the classes differ .number 0 is "):
+    with pytest.raises(ConfigError, match=r"the classes differ .number 0 is "):
         merge([run, turned], tmp_path / "out", method="average")
     with pytest.raises(FolderError, match="is not a run folder"):
         merge([tmp_path], tmp_path / "out", method="average")
@@ -269,8 +270,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_memory_is_that_of_a_layer_however_many_there_are(tmp_path: Path) -> None:
-    """Three networks of 20 layers with their curvature are 252 MB; twenty of one layer's numbers 42 MB."""
-    side, layers = 724, 20
+    """Three networks of 16 layers with their curvature are 101 MB, a layer of all of them 6 MB."""
+    side, layers = 512, 16
     config = {
         "architecture": "hpccl.mlp",
         "label_names": [str(number) for number in range(side)],
@@ -284,7 +285,9 @@ def test_memory_is_that_of_a_layer_however_many_there_are(tmp_path: Path) -> Non
     tensor = torch.rand(side, side)
     bias = torch.rand(side)
     names = [str(1 + 2 * number) for number in range(layers)]
-    shapes = {f"{n}.weight": (torch.float32, (side, side)) for n in names}
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{n}.weight": (torch.float32, (side, side)) for n in names
+    }
     shapes |= {f"{n}.bias": (torch.float32, (side,)) for n in names}
     for which in ("base", "a", "b"):
         folder = tmp_path / which
@@ -307,7 +310,7 @@ def test_memory_is_that_of_a_layer_however_many_there_are(tmp_path: Path) -> Non
     command = [sys.executable, "-c", _PEAK, str(tmp_path)]
     said = subprocess.run(command, check=True, capture_output=True, text=True)
     kib = int(said.stdout)
-    assert kib < 60_000, f"{kib} KiB"
+    assert kib < 40_000, f"{kib} KiB"
     stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     torch.testing.assert_close(stored["1.weight"], tensor)
     assert len(stored) == 2 * layers
