@@ -47,9 +47,8 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
         if weights is not None:
             put_weights(state, weights)
         results = test(state, world, last=mark.task)
-    if (
-        weights is None and world.config.method == "separate"
-    ):  # earlier tasks' networks were tested when they were there
+    # Where every task has a network of its own, those of earlier tasks were tested when they were there.
+    if weights is None and world.config.method == "separate":
         results = state.results[: mark.task] + results[mark.task :]
     seen = results[: mark.task + 1]
     return {

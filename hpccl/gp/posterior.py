@@ -1,0 +1,153 @@
+"""A sparse Gaussian process in dual form: what examples say, in the coordinates of a few inducing inputs.
+
+    lambda1 = sum_i alpha_i k_zi        Lambda2 = sum_i beta_i k_zi k_zi'         one of each for a latent function
+    mean(x)     = k_xz (K + Lambda2)^-1 lambda1
+    variance(x) = k_xx - k_xz K^-1 k_zx + k_xz (K + Lambda2)^-1 k_zx
+    q(u)        = N(K (K + Lambda2)^-1 lambda1, K (K + Lambda2)^-1 K)             u the functions' values at Z
+
+Sums of examples are sums of duals, so ranks add theirs up, and a task is added to the tasks before it. New inducing
+inputs n in the place of old ones o: P = K_oo^-1 K_on, lambda1 <- P' lambda1, Lambda2 <- P' Lambda2 P.
+
+Legend: n examples, m inducing inputs Z [m, d], K = k(Z, Z) + jitter, C latent functions.
+Source: Chang et al. 2023, "Memory-based dual Gaussian processes for sequential learning", ICML, sec. 3; Adam et al.
+2021, "Dual parameterization of sparse variational Gaussian processes", NeurIPS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hpccl.dist.comm import Comm
+from hpccl.errors import DivergedError
+from hpccl.gp.kernel import Kernel
+from hpccl.gp.likelihood import Sites
+
+__all__ = ["DualPosterior", "Duals", "contribution"]
+
+_ROWS = 4096  # examples at a time
+
+
+@final
+@dataclass(frozen=True)
+class Duals:
+    """lambda1 [C, m] and Lambda2 [C, m, m] of some examples."""
+
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def zeros(cls, num_latent: int, size: int, device: torch.device | str = "cpu") -> Duals:
+        """Of no example."""
+        first = torch.zeros(num_latent, size, dtype=torch.float64, device=device)
+        return cls(first, first.new_zeros(num_latent, size, size))
+
+    def plus(self, other: Duals, scale: float = 1.0) -> Duals:
+        """Self + scale * other."""
+        return Duals(self.first + scale * other.first, self.second + scale * other.second)
+
+    def times(self, scale: float) -> Duals:
+        """Scaled."""
+        return Duals(self.first * scale, self.second * scale)
+
+    def turned(self, projection: Tensor) -> Duals:
+        """In the coordinates of other inducing inputs, by P [m, m new]."""
+        return Duals(self.first @ projection, projection.T @ self.second @ projection)
+
+
+@final
+@dataclass(frozen=True)
+class DualPosterior:
+    """A sparse Gaussian process; equal on all ranks.
+
+    inducing: Z [m, d]
+    jitter: on the diagonal of K, relative to its mean
+    """
+
+    kernel: Kernel
+    inducing: Tensor
+    duals: Duals
+    jitter: float = 1e-9
+
+    def gram(self) -> Tensor:
+        """K [m, m]."""
+        return gram(self.kernel, self.inducing, self.jitter)
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance [n, C] of the latent functions at rows x [n, d]; may be differentiated by the kernel.
+
+        Raises:
+            DivergedError: a matrix has no Cholesky factor.
+        """
+        prior, _ = _cholesky(self.gram()[None], "K")
+        both, _ = _cholesky(self.gram() + self.duals.second, "K + Lambda2")
+        solved = torch.cholesky_solve(self.duals.first[..., None], both)
+        means, variances = [], []
+        for rows in x.split(_ROWS) if len(x) else ():
+            cross = self.kernel(self.inducing, rows)  # [m, n]
+            means.append((cross.T @ solved)[..., 0].T)
+            known = torch.linalg.solve_triangular(prior[0], cross, upper=False).square().sum(0)
+            left = torch.linalg.solve_triangular(both, cross.expand(len(both), -1, -1), upper=False).square().sum(1)
+            variances.append((self.kernel.diagonal(rows) - known + left).T.clamp_min(0))
+        empty = self.inducing.new_zeros(0, len(self.duals.first), dtype=torch.float64)
+        return torch.cat([empty, *means]), torch.cat([empty, *variances])
+
+    def divergence(self) -> Tensor:
+        """KL(q(u) || p(u)) in nats, summed over latent functions."""
+        prior = self.gram()
+        first, log_prior = _cholesky(prior[None], "K")
+        both, log_both = _cholesky(prior + self.duals.second, "K + Lambda2")
+        solved = torch.cholesky_solve(self.duals.first[..., None], both)[..., 0]  # (K + Lambda2)^-1 lambda1
+        traces = torch.linalg.solve_triangular(both, first.expand_as(both), upper=False).square().sum((1, 2))
+        squares = torch.einsum("cm,mk,ck->c", solved, prior, solved)
+        return 0.5 * (traces + squares - len(prior) + log_both - log_prior).sum()
+
+    def moved(self, inducing: Tensor) -> tuple[DualPosterior, Tensor]:
+        """The same with other inducing inputs, and P."""
+        factor, _ = _cholesky(self.gram()[None], "K")
+        projection = torch.cholesky_solve(self.kernel(self.inducing, inducing), factor[0])
+        return replace(self, inducing=inducing, duals=self.duals.turned(projection)), projection
+
+
+def contribution(kernel: Kernel, inducing: Tensor, x: Tensor, sites: Sites, comm: Comm) -> Duals:
+    """Duals of the examples of all ranks: x [n, d] and sites [n, C] of this rank's, perhaps none; collective."""
+    alpha, beta = sites
+    total = Duals.zeros(alpha.shape[1], len(inducing), inducing.device)
+    for start in range(0, len(x), _ROWS):
+        part = slice(start, start + _ROWS)
+        cross = kernel(inducing, x[part])  # [m, n]
+        total.first.add_((cross @ alpha[part]).T)
+        for latent in range(alpha.shape[1]):
+            total.second[latent].addmm_(cross * beta[part, latent], cross.T)
+    comm.sum_([total.first, total.second])
+    return total
+
+
+def gram(kernel: Kernel, inducing: Tensor, jitter: float) -> Tensor:
+    """K [m, m]."""
+    found = kernel(inducing, inducing)
+    found = (found + found.T) / 2
+    scale = found.diagonal().mean() if len(found) else found.new_ones(())
+    return found + jitter * scale * torch.eye(len(found), dtype=found.dtype, device=found.device)
+
+
+def _cholesky(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Lower factors [C, m, m] and log determinants [C].
+
+    Raises:
+        DivergedError: there is none.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if bool(failed.any()):
+        smallest = (
+            float(torch.linalg.eigvalsh(matrix.detach()).min()) if bool(matrix.isfinite().all()) else float("nan")
+        )
+        raise DivergedError(
+            f"{name} of the Gaussian process is not positive definite (smallest eigenvalue {smallest:.3g} of "
+            f"{matrix.shape[-1]}): inducing inputs are nearly the same or not finite; take fewer of them, a shorter length "
+            "scale or a larger jitter"
+        )
+    return factor, 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)

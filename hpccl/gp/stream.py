@@ -1,0 +1,380 @@
+"""Learning task by task with a Gaussian process that forgets the data and keeps their duals and a small memory.
+
+For the examples D of a task, in this order (Chang et al. 2023, algorithm 1):
+
+    inducing inputs   the pivots among the old ones and D; old duals move to them (`DualPosterior.moved`)
+    sites             of D from 0 and of the memory from where they were: alpha, beta <- (1 - r) alpha, beta + r (new at
+                      the present marginals), some steps; the memory's old part of the duals is taken out first, since
+                      it is known better now
+    hyperparameters   perhaps, by the evidence bound  sum_D E + N/M sum_memory E - KL(q(u) || p(u)),  N examples seen
+                      before, M of them in memory; then sites once more
+    memory            a draw of D in proportion to leverage b_i = sum_c beta_ic v_ic joins it
+
+For a Gaussian likelihood one step with r = 1 is exact. Every rank has rows of its own and the whole memory; sums over
+rows are sums over ranks, so that results do not depend on their number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from hpccl.dist.comm import Comm
+from hpccl.errors import ConfigError, DataError
+from hpccl.gp.inducing import drawn_by_leverage, pivots
+from hpccl.gp.kernel import Kernel
+from hpccl.gp.likelihood import Gaussian, Likelihood, Sites
+from hpccl.gp.posterior import DualPosterior, Duals, contribution
+
+__all__ = ["Memory", "Settings", "State", "begin", "bound", "learn", "leverage", "typical_distance"]
+
+_LARGEST = 4 << 30  # bytes of the duals
+
+
+@final
+@dataclass(frozen=True)
+class Settings:
+    """How a task is learned.
+
+    inducing: most inducing inputs
+    steps, rate: of the sites, r in (0, 1]; a Gaussian likelihood needs one step with rate 1, and gets it
+    memory: examples of a task that are kept
+    tune, tune_rate: steps of Adam on the logarithms of the hyperparameters, and their size; 0: leave them
+    seed: of what is drawn
+    jitter: on the diagonal of K, relative
+    """
+
+    inducing: int = 100
+    steps: int = 12
+    rate: float = 0.5
+    memory: int = 0
+    tune: int = 0
+    tune_rate: float = 0.05
+    seed: int = 0
+    jitter: float = 1e-9
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        for name, low in (("inducing", 1), ("steps", 1), ("memory", 0), ("tune", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name}={getattr(self, name)} of a Gaussian process; allowed: at least {low}")
+        for name in ("rate", "tune_rate", "jitter"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} of a Gaussian process; allowed: above 0 and at most 1")
+
+
+@final
+@dataclass(frozen=True)
+class Memory:
+    """Examples that are kept, the same on all ranks.
+
+    x: [k, d]; y: [k] or [k, C]; number: [k] int64, ascending within a task
+    alpha, beta: [k, C] their sites
+    duals: their part of the posterior's
+    """
+
+    x: Tensor
+    y: Tensor
+    number: Tensor
+    alpha: Tensor
+    beta: Tensor
+    duals: Duals
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@final
+@dataclass(frozen=True)
+class State:
+    """After some tasks.
+
+    posterior: None before the first
+    num_seen: examples of all ranks
+    """
+
+    kernel: Kernel
+    likelihood: Likelihood
+    posterior: DualPosterior | None = None
+    memory: Memory | None = None
+    num_seen: int = 0
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance [n, C] of the latent functions at rows x [n, d].
+
+        Raises:
+            DivergedError: a matrix has no Cholesky factor.
+        """
+        if self.posterior is None:
+            zeros = torch.zeros(len(x), self.likelihood.num_latent, dtype=torch.float64, device=x.device)
+            return zeros, self.kernel.diagonal(x)[:, None].expand_as(zeros)
+        return self.posterior.predict(x.double())
+
+
+def begin(kernel: Kernel, likelihood: Likelihood) -> State:
+    """The state before the first task."""
+    return State(kernel, likelihood)
+
+
+def learn(state: State, x: Tensor, y: Tensor, number: Tensor, settings: Settings, comm: Comm) -> State:
+    """The state after one more task; collective.
+
+    Args:
+        state: equal on all ranks.
+        x: [n, d] this rank's rows, perhaps none (then d and the dtypes are as on other ranks).
+        y: [n] labels, or [n, C] targets.
+        number: [n] int64 of each example, all different over ranks and tasks.
+        settings: equal on all ranks.
+        comm: the ranks.
+
+    Raises:
+        ConfigError: there would be too many duals.
+        DataError: x or y are not finite or out of range, or there are no examples.
+        DivergedError: a matrix has no Cholesky factor.
+        WorldError: data were refused on another rank.
+    """
+    x, y = x.double(), y if y.dim() == 1 else y.double()
+    total = _checked(state, x, y, comm, settings)
+    posterior, memory = _moved(state, x, number, settings, comm)
+    fresh = torch.zeros(len(x), state.likelihood.num_latent, dtype=torch.float64, device=x.device)
+    task = _Task(x, y, (fresh, fresh))
+    posterior, task, memory = _sites(posterior, state.likelihood, task, memory, settings, comm)
+    likelihood = state.likelihood
+    if settings.tune:
+        kept = _without(posterior, task, memory, comm)
+        kernel, likelihood = _tuned(posterior, likelihood, task, memory, state.num_seen, settings=settings, comm=comm)
+        # What was forgotten keeps its duals; what is here gets new ones, by the new kernel.
+        posterior = replace(posterior, kernel=kernel, duals=kept)
+        if memory is not None:
+            own = _duals(posterior, memory.x, (memory.alpha, memory.beta), comm, shared=True)
+            posterior, memory = replace(posterior, duals=kept.plus(own)), replace(memory, duals=own)
+        task = replace(task, sites=(fresh, fresh))
+        posterior, task, memory = _sites(posterior, likelihood, task, memory, settings, comm)
+    memory = _grown(posterior, task, memory, number, settings, comm)
+    return State(posterior.kernel, likelihood, posterior, memory, state.num_seen + total)
+
+
+def leverage(posterior: DualPosterior, x: Tensor, beta: Tensor) -> Tensor:
+    """[n] b_i = sum_c beta_ic v_ic at rows x [n, d] with sites beta [n, C]: what an example holds of the posterior.
+
+    For a Gaussian likelihood and Z = X the sum over examples is tr K (K + s^2 I)^-1, the effective number of
+    parameters.
+    """
+    _, variance = posterior.predict(x)
+    return (beta * variance).sum(1)
+
+
+def bound(
+    posterior: DualPosterior,
+    likelihood: Likelihood,
+    x: Tensor,
+    y: Tensor,
+    comm: Comm,
+    *,
+    memory: Memory | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """This rank's share of the evidence bound in nats; the sum over ranks is the bound. Not collective.
+
+    Args:
+        posterior: q.
+        likelihood: of the examples.
+        x: [n, d] this rank's rows; y: their labels or targets.
+        comm: says which share of the memory is this rank's.
+        memory: examples of the past.
+        scale: of their expected log likelihoods.
+    """
+    total = likelihood.expected_log(y, *posterior.predict(x)).sum() - posterior.divergence() / comm.size
+    if memory is not None and len(memory):
+        part = comm.share(len(memory))
+        own = slice(part.start, part.stop)
+        total = total + scale * likelihood.expected_log(memory.y[own], *posterior.predict(memory.x[own])).sum()
+    return total
+
+
+# ---------------------------------------------------------------- parts of a task
+
+
+@dataclass(frozen=True)
+class _Task:
+    """This rank's rows with their sites."""
+
+    x: Tensor
+    y: Tensor
+    sites: Sites
+
+
+def _checked(state: State, x: Tensor, y: Tensor, comm: Comm, settings: Settings) -> int:
+    """The number of examples of all ranks."""
+    failure: DataError | None = None
+    try:
+        if len(x) != len(y):
+            raise DataError(f"{len(x)} rows and {len(y)} labels for a Gaussian process; give one label a row")
+        state.likelihood.check(y)
+        bad = ~x.isfinite().all(1)
+        if bool(bad.any()):
+            raise DataError(
+                f"row {int(bad.nonzero()[0])} of {len(x)} for a Gaussian process is not finite; the network that made "
+                "its features has diverged, or its input is damaged"
+            )
+    except DataError as error:
+        failure = error
+    if comm.any(failure is not None):
+        raise failure or DataError("another rank has data that a Gaussian process cannot learn; see its message")
+    counts = torch.tensor([len(x)], dtype=torch.int64, device=comm.device)
+    comm.sum_([counts])
+    if not int(counts):
+        raise DataError("a task without examples for a Gaussian process; leave it out")
+    needed = 8 * state.likelihood.num_latent * settings.inducing**2
+    if needed > _LARGEST:
+        raise ConfigError(
+            f"{state.likelihood.num_latent} latent functions with {settings.inducing} inducing inputs have duals of "
+            f"{needed / 2**30:.1f} GiB; allowed: {_LARGEST / 2**30:.0f} GiB; take fewer inducing inputs"
+        )
+    return int(counts)
+
+
+def _moved(
+    state: State, x: Tensor, number: Tensor, settings: Settings, comm: Comm
+) -> tuple[DualPosterior, Memory | None]:
+    """With new inducing inputs."""
+    old = state.posterior
+    candidates, names = x, number
+    if old is not None:
+        size = len(old.inducing)
+        part = comm.share(size)
+        # Negative numbers are free, and let old inducing inputs win a tie: what stays is exact.
+        own = torch.arange(part.start, part.stop, device=number.device) - size
+        candidates = torch.cat([old.inducing[part.start : part.stop], x])
+        names = torch.cat([own, number])
+    inducing = pivots(state.kernel, candidates, names, settings.inducing, comm)
+    if old is None:
+        duals = Duals.zeros(state.likelihood.num_latent, len(inducing), x.device)
+        return DualPosterior(state.kernel, inducing, duals, settings.jitter), None
+    posterior, projection = replace(old, jitter=settings.jitter).moved(inducing)
+    memory = state.memory
+    return posterior, None if memory is None else replace(memory, duals=memory.duals.turned(projection))
+
+
+def _sites(
+    posterior: DualPosterior,
+    likelihood: Likelihood,
+    task: _Task,
+    memory: Memory | None,
+    settings: Settings,
+    comm: Comm,
+) -> tuple[DualPosterior, _Task, Memory | None]:
+    """Some steps of the sites of the task and of the memory, towards a fixed point of both together."""
+    exact = isinstance(likelihood, Gaussian)
+    rate, steps = (1.0, 1) if exact else (settings.rate, settings.steps)
+    own = _duals(posterior, task.x, task.sites, comm)
+    for _ in range(steps):
+        task = replace(task, sites=_step(posterior, likelihood, task.x, task.y, task.sites, rate=rate))
+        fresh = memory
+        if memory is not None:
+            sites = _step(posterior, likelihood, memory.x, memory.y, (memory.alpha, memory.beta), rate=rate)
+            duals = _duals(posterior, memory.x, sites, comm, shared=True)
+            fresh = replace(memory, alpha=sites[0], beta=sites[1], duals=duals)
+        new = _duals(posterior, task.x, task.sites, comm)
+        changed = posterior.duals.plus(own, -1.0).plus(new)
+        if memory is not None and fresh is not None:
+            changed = changed.plus(memory.duals, -1.0).plus(fresh.duals)
+        posterior, own, memory = replace(posterior, duals=changed), new, fresh
+    return posterior, task, memory
+
+
+def _step(
+    posterior: DualPosterior, likelihood: Likelihood, x: Tensor, y: Tensor, sites: Sites, *, rate: float
+) -> Sites:
+    alpha, beta = likelihood.sites(y, *posterior.predict(x))
+    return torch.lerp(sites[0], alpha, rate), torch.lerp(sites[1], beta, rate)
+
+
+def _duals(posterior: DualPosterior, x: Tensor, sites: Sites, comm: Comm, *, shared: bool = False) -> Duals:
+    """Of all ranks' rows, or of rows that all ranks have."""
+    if shared:
+        part = comm.share(len(x))
+        own = slice(part.start, part.stop)
+        x, sites = x[own], (sites[0][own], sites[1][own])
+    return contribution(posterior.kernel, posterior.inducing, x, sites, comm)
+
+
+def _without(posterior: DualPosterior, task: _Task, memory: Memory | None, comm: Comm) -> Duals:
+    """The duals of what is neither of the task nor in memory."""
+    kept = posterior.duals.plus(_duals(posterior, task.x, task.sites, comm), -1.0)
+    return kept if memory is None else kept.plus(memory.duals, -1.0)
+
+
+def _tuned(
+    posterior: DualPosterior,
+    likelihood: Likelihood,
+    task: _Task,
+    memory: Memory | None,
+    num_seen: int,
+    *,
+    settings: Settings,
+    comm: Comm,
+) -> tuple[Kernel, Likelihood]:
+    """Hyperparameters with a larger evidence bound, at fixed duals; collective."""
+    kernel = posterior.kernel
+    values = [kernel.lengthscale, kernel.variance, *([likelihood.noise] if isinstance(likelihood, Gaussian) else [])]
+    logs = [value.detach().log().clone().requires_grad_() for value in values]
+    if kernel.kind == "linear":
+        logs[0].requires_grad_(False)  # the variance says the same
+    free = [log for log in logs if log.requires_grad]
+    optimiser = torch.optim.Adam(free, lr=settings.tune_rate, maximize=True)
+    scale = num_seen / len(memory) if memory is not None and len(memory) else 1.0
+
+    def at(numbers: list[Tensor]) -> tuple[DualPosterior, Likelihood]:
+        own = Kernel(kernel.kind, numbers[0].exp(), numbers[1].exp())
+        by = replace(likelihood, noise=numbers[2].exp()) if isinstance(likelihood, Gaussian) else likelihood
+        return replace(posterior, kernel=own), by
+
+    for _ in range(settings.tune):
+        optimiser.zero_grad()
+        present, by = at(logs)
+        value = bound(present, by, task.x, task.y, comm, memory=memory, scale=scale)
+        gradients = list(torch.autograd.grad(value, free))
+        comm.sum_(gradients)
+        for log, gradient in zip(free, gradients, strict=True):
+            log.grad = gradient
+        optimiser.step()
+    present, by = at([log.detach() for log in logs])
+    return present.kernel, by
+
+
+def _grown(
+    posterior: DualPosterior, task: _Task, memory: Memory | None, number: Tensor, settings: Settings, comm: Comm
+) -> Memory | None:
+    """The memory with some of the task's examples."""
+    if not settings.memory:
+        return memory
+    alpha, beta = task.sites
+    size = leverage(posterior, task.x, beta)
+    chosen = drawn_by_leverage(size, number, settings.memory, comm, seed=settings.seed)
+    mine = torch.isin(number, chosen)
+    x, y, sites, names = task.x[mine], task.y[mine], (alpha[mine], beta[mine]), number[mine]
+    duals = _duals(posterior, x, sites, comm)
+    order = comm.gather(names).argsort()
+    new = Memory(*(comm.gather(part)[order] for part in (x, y, names, *sites)), duals)
+    if memory is None:
+        return new
+    both = [torch.cat([getattr(memory, name), getattr(new, name)]) for name in ("x", "y", "number", "alpha", "beta")]
+    return Memory(*both, memory.duals.plus(new.duals))
+
+
+def typical_distance(x: Tensor, comm: Comm) -> float:
+    """The root of the mean square distance of two rows of all ranks: a length scale to begin with; collective.
+
+    1 where all rows are equal.
+    """
+    x = x.double()
+    sums = torch.cat([x.sum(0), x.square().sum().reshape(1), x.new_tensor([float(len(x))])])
+    comm.sum_([sums])
+    count = float(sums[-1])
+    square = 2 * (float(sums[-2]) / count - float((sums[:-2] / count).square().sum()))
+    return math.sqrt(square) if square > 0 else 1.0
