@@ -103,7 +103,8 @@ class DualPosterior:
         solved = torch.cholesky_solve(self.duals.first[..., None], both)[..., 0]  # (K + Lambda2)^-1 lambda1
         traces = torch.linalg.solve_triangular(both, first.expand_as(both), upper=False).square().sum((1, 2))
         squares = torch.einsum("cm,mk,ck->c", solved, prior, solved)
-        return 0.5 * (traces + squares - len(prior) + log_both - log_prior).sum()
+        found: Tensor = 0.5 * (traces + squares - len(prior) + log_both - log_prior).sum()
+        return found
 
     def moved(self, inducing: Tensor) -> tuple[DualPosterior, Tensor]:
         """The same with other inducing inputs, and P."""
@@ -142,12 +143,11 @@ def _cholesky(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed.any()):
-        smallest = (
-            float(torch.linalg.eigvalsh(matrix.detach()).min()) if bool(matrix.isfinite().all()) else float("nan")
-        )
+        finite = bool(matrix.isfinite().all())
+        smallest = float(torch.linalg.eigvalsh(matrix.detach()).min()) if finite else float("nan")
         raise DivergedError(
             f"{name} of the Gaussian process is not positive definite (smallest eigenvalue {smallest:.3g} of "
-            f"{matrix.shape[-1]}): inducing inputs are nearly the same or not finite; take fewer of them, a shorter length "
-            "scale or a larger jitter"
+            f"{matrix.shape[-1]}): inducing inputs are nearly the same or not finite; take fewer of them, a shorter "
+            "length scale or a larger jitter"
         )
     return factor, 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)

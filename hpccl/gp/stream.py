@@ -87,6 +87,12 @@ class Memory:
     def __len__(self) -> int:
         return len(self.x)
 
+    def plus(self, other: Memory) -> Memory:
+        """Both."""
+        names = ("x", "y", "number", "alpha", "beta")
+        x, y, number, alpha, beta = (torch.cat([getattr(self, name), getattr(other, name)]) for name in names)
+        return Memory(x, y, number, alpha, beta, self.duals.plus(other.duals))
+
 
 @final
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def begin(kernel: Kernel, likelihood: Likelihood) -> State:
     return State(kernel, likelihood)
 
 
-def learn(state: State, x: Tensor, y: Tensor, number: Tensor, settings: Settings, comm: Comm) -> State:
+def learn(state: State, x: Tensor, y: Tensor, number: Tensor, *, settings: Settings, comm: Comm) -> State:
     """The state after one more task; collective.
 
     Args:
@@ -142,7 +148,7 @@ def learn(state: State, x: Tensor, y: Tensor, number: Tensor, settings: Settings
     posterior, memory = _moved(state, x, number, settings, comm)
     fresh = torch.zeros(len(x), state.likelihood.num_latent, dtype=torch.float64, device=x.device)
     task = _Task(x, y, (fresh, fresh))
-    posterior, task, memory = _sites(posterior, state.likelihood, task, memory, settings, comm)
+    posterior, task, memory = _sites(posterior, state.likelihood, task, memory, settings=settings, comm=comm)
     likelihood = state.likelihood
     if settings.tune:
         kept = _without(posterior, task, memory, comm)
@@ -153,8 +159,8 @@ def learn(state: State, x: Tensor, y: Tensor, number: Tensor, settings: Settings
             own = _duals(posterior, memory.x, (memory.alpha, memory.beta), comm, shared=True)
             posterior, memory = replace(posterior, duals=kept.plus(own)), replace(memory, duals=own)
         task = replace(task, sites=(fresh, fresh))
-        posterior, task, memory = _sites(posterior, likelihood, task, memory, settings, comm)
-    memory = _grown(posterior, task, memory, number, settings, comm)
+        posterior, task, memory = _sites(posterior, likelihood, task, memory, settings=settings, comm=comm)
+    memory = _grown(posterior, task, memory, number, settings=settings, comm=comm)
     return State(posterior.kernel, likelihood, posterior, memory, state.num_seen + total)
 
 
@@ -183,7 +189,8 @@ def bound(
     Args:
         posterior: q.
         likelihood: of the examples.
-        x: [n, d] this rank's rows; y: their labels or targets.
+        x: [n, d] this rank's rows.
+        y: their labels or targets.
         comm: says which share of the memory is this rank's.
         memory: examples of the past.
         scale: of their expected log likelihoods.
@@ -265,6 +272,7 @@ def _sites(
     likelihood: Likelihood,
     task: _Task,
     memory: Memory | None,
+    *,
     settings: Settings,
     comm: Comm,
 ) -> tuple[DualPosterior, _Task, Memory | None]:
@@ -348,7 +356,7 @@ def _tuned(
 
 
 def _grown(
-    posterior: DualPosterior, task: _Task, memory: Memory | None, number: Tensor, settings: Settings, comm: Comm
+    posterior: DualPosterior, task: _Task, memory: Memory | None, number: Tensor, *, settings: Settings, comm: Comm
 ) -> Memory | None:
     """The memory with some of the task's examples."""
     if not settings.memory:
@@ -360,11 +368,9 @@ def _grown(
     x, y, sites, names = task.x[mine], task.y[mine], (alpha[mine], beta[mine]), number[mine]
     duals = _duals(posterior, x, sites, comm)
     order = comm.gather(names).argsort()
-    new = Memory(*(comm.gather(part)[order] for part in (x, y, names, *sites)), duals)
-    if memory is None:
-        return new
-    both = [torch.cat([getattr(memory, name), getattr(new, name)]) for name in ("x", "y", "number", "alpha", "beta")]
-    return Memory(*both, memory.duals.plus(new.duals))
+    x, y, names, alpha, beta = (comm.gather(part)[order] for part in (x, y, names, *sites))
+    new = Memory(x, y, names, alpha, beta, duals)
+    return new if memory is None else memory.plus(new)
 
 
 def typical_distance(x: Tensor, comm: Comm) -> float:
