@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from hpccl.errors import ConfigError, DataError
 
-__all__ = ["Bernoulli", "Gaussian", "Likelihood", "Sites", "Softmax"]
+__all__ = ["Bernoulli", "Gaussian", "Likelihood", "Sites", "Softmax", "likelihood_of"]
 
 _HERMITE = 32
 _SOBOL = 256
@@ -176,6 +176,23 @@ class Softmax:
 
     def _at(self, point: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         return mean + variance.clamp_min(1e-30).sqrt() * point
+
+
+def likelihood_of(kind: str, num_latent: int, noise: Tensor | None = None) -> Likelihood:
+    """By its name, gaussian, bernoulli or softmax.
+
+    Raises:
+        ValueError: there is none of that name, or a noise is missing.
+    """
+    match kind:
+        case "gaussian" if noise is not None:
+            return Gaussian(noise, num_latent)
+        case "bernoulli":
+            return Bernoulli()
+        case "softmax":
+            return Softmax(num_latent)
+        case _:
+            raise ValueError(f"likelihood {kind!r}")
 
 
 def _refuse_labels(y: Tensor, count: int) -> None:

@@ -26,7 +26,7 @@ from hpccl.errors import DivergedError
 from hpccl.gp.kernel import Kernel
 from hpccl.gp.likelihood import Sites
 
-__all__ = ["DualPosterior", "Duals", "contribution"]
+__all__ = ["DualPosterior", "Duals", "contribution", "own_contribution"]
 
 _ROWS = 4096  # examples at a time
 
@@ -115,15 +115,20 @@ class DualPosterior:
 
 def contribution(kernel: Kernel, inducing: Tensor, x: Tensor, sites: Sites, comm: Comm) -> Duals:
     """Duals of the examples of all ranks: x [n, d] and sites [n, C] of this rank's, perhaps none; collective."""
+    total = own_contribution(kernel, inducing, x, sites)
+    comm.sum_([total.first, total.second])
+    return total
+
+
+def own_contribution(kernel: Kernel, inducing: Tensor, x: Tensor, sites: Sites) -> Duals:
+    """Of this rank's examples alone; may be differentiated by the kernel and the sites."""
     alpha, beta = sites
     total = Duals.zeros(alpha.shape[1], len(inducing), inducing.device)
     for start in range(0, len(x), _ROWS):
         part = slice(start, start + _ROWS)
         cross = kernel(inducing, x[part])  # [m, n]
-        total.first.add_((cross @ alpha[part]).T)
-        for latent in range(alpha.shape[1]):
-            total.second[latent].addmm_(cross * beta[part, latent], cross.T)
-    comm.sum_([total.first, total.second])
+        second = torch.stack([cross * weight @ cross.T for weight in beta[part].T])
+        total = total.plus(Duals((cross @ alpha[part]).T, second))
     return total
 
 
