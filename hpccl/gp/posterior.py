@@ -20,6 +20,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hpccl.dist.comm import Comm
 from hpccl.errors import DivergedError
@@ -52,6 +53,10 @@ class Duals:
     def times(self, scale: float) -> Duals:
         """Scaled."""
         return Duals(self.first * scale, self.second * scale)
+
+    def widened(self, more: int) -> Duals:
+        """With `more` latent functions, of which nothing is known."""
+        return Duals(functional.pad(self.first, (0, 0, 0, more)), functional.pad(self.second, (0, 0, 0, 0, 0, more)))
 
     def turned(self, projection: Tensor) -> Duals:
         """In the coordinates of other inducing inputs, by P [m, m new]."""
@@ -95,15 +100,22 @@ class DualPosterior:
         empty = self.inducing.new_zeros(0, len(self.duals.first), dtype=torch.float64)
         return torch.cat([empty, *means]), torch.cat([empty, *variances])
 
-    def divergence(self) -> Tensor:
-        """KL(q(u) || p(u)) in nats, summed over latent functions."""
+    def divergence(self, before: Duals | None = None) -> Tensor:
+        """KL(q(u) || p(u)) in nats, summed over latent functions; p the prior, or the process with the duals `before`.
+
+        With B = K + Lambda2 of each:  1/2 [tr(B_p B_q^-1) + d' B_p d - m + log|B_q| - log|B_p|],
+        d = B_q^-1 lambda1_q - B_p^-1 lambda1_p.
+        """
         prior = self.gram()
-        first, log_prior = _cholesky(prior[None], "K")
+        against = prior[None] if before is None else prior + before.second
+        root, log_before = _cholesky(against, "K" if before is None else "K + Lambda2")
         both, log_both = _cholesky(prior + self.duals.second, "K + Lambda2")
-        solved = torch.cholesky_solve(self.duals.first[..., None], both)[..., 0]  # (K + Lambda2)^-1 lambda1
-        traces = torch.linalg.solve_triangular(both, first.expand_as(both), upper=False).square().sum((1, 2))
-        squares = torch.einsum("cm,mk,ck->c", solved, prior, solved)
-        found: Tensor = 0.5 * (traces + squares - len(prior) + log_both - log_prior).sum()
+        solved = torch.cholesky_solve(self.duals.first[..., None], both)
+        if before is not None:
+            solved = solved - torch.cholesky_solve(before.first[..., None], root)
+        traces = torch.linalg.solve_triangular(both, root.expand_as(both), upper=False).square().sum((1, 2))
+        squares = (root.mT @ solved).square().sum((1, 2))
+        found: Tensor = 0.5 * (traces + squares - len(prior) + log_both - log_before).sum()
         return found
 
     def moved(self, inducing: Tensor) -> tuple[DualPosterior, Tensor]:

@@ -23,12 +23,13 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, ConfigError, DataError
 from hpccl.gp.inducing import drawn_by_leverage, pivots
 from hpccl.gp.kernel import Kernel
-from hpccl.gp.likelihood import Gaussian, Likelihood, Sites, likelihood_of
+from hpccl.gp.likelihood import Gaussian, Likelihood, Sites, Softmax, likelihood_of
 from hpccl.gp.posterior import DualPosterior, Duals, contribution, own_contribution
 
 __all__ = ["Memory", "Settings", "State", "begin", "bound", "learn", "leverage", "typical_distance"]
@@ -42,7 +43,7 @@ class Settings:
     """How a task is learned.
 
     inducing: most inducing inputs
-    steps, rate: of the sites, r in (0, 1]; a Gaussian likelihood needs one step with rate 1, and gets it
+    steps, rate: of the sites, r in (0, 1] at most; a Gaussian likelihood needs one step with rate 1, and gets it
     memory: examples of a task that are kept
     tune, tune_rate: steps of Adam on the logarithms of the hyperparameters, and their size; 0: leave them
     seed: of what is drawn
@@ -50,7 +51,7 @@ class Settings:
     """
 
     inducing: int = 100
-    steps: int = 12
+    steps: int = 20
     rate: float = 0.5
     memory: int = 0
     tune: int = 0
@@ -120,6 +121,23 @@ class State:
             zeros = torch.zeros(len(x), self.likelihood.num_latent, dtype=torch.float64, device=x.device)
             return zeros, self.kernel.diagonal(x)[:, None].expand_as(zeros)
         return self.posterior.predict(x.double())
+
+    def widened(self, number: int) -> State:
+        """Of classes, with `number` of them: those that are new have had no say so far.
+
+        Raises:
+            ConfigError: there are fewer classes than before, or none at all.
+        """
+        if not isinstance(self.likelihood, Softmax) or number < self.likelihood.num_latent:
+            raise ConfigError(f"{number} classes of a Gaussian process; allowed: at least as many as before")
+        more = number - self.likelihood.num_latent
+        posterior, memory = self.posterior, self.memory
+        if posterior is not None:
+            posterior = replace(posterior, duals=posterior.duals.widened(more))
+        if memory is not None:
+            alpha, beta = (functional.pad(part, (0, more)) for part in (memory.alpha, memory.beta))
+            memory = replace(memory, alpha=alpha, beta=beta, duals=memory.duals.widened(more))
+        return replace(self, likelihood=Softmax(number), posterior=posterior, memory=memory)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values; `from_state_dict` is the inverse."""
@@ -314,30 +332,78 @@ def _sites(
     settings: Settings,
     comm: Comm,
 ) -> tuple[DualPosterior, _Task, Memory | None]:
-    """Some steps of the sites of the task and of the memory, towards a fixed point of both together."""
-    exact = isinstance(likelihood, Gaussian)
-    rate, steps = (1.0, 1) if exact else (settings.rate, settings.steps)
-    own = _duals(posterior, task.x, task.sites, comm)
-    for _ in range(steps):
-        task = replace(task, sites=_step(posterior, likelihood, task.x, task.y, task.sites, rate=rate))
-        fresh = memory
+    """Some steps of the sites of the task and of the memory, towards a fixed point of both together.
+
+    A step is a natural gradient of  sum_D E + sum_memory E - KL(q || what is forgotten);  one that lowers it is taken
+    back, and the next is half as long.
+    """
+    present = _Present.of(posterior, likelihood, task, memory, forgotten=None, comm=comm)
+    if isinstance(likelihood, Gaussian):
+        present = present.stepped(likelihood, 1.0, comm)
+        return present.posterior, present.task, present.memory
+    rate = settings.rate
+    for _ in range(settings.steps):
+        tried = present.stepped(likelihood, rate, comm)
+        better = tried.value >= present.value - 1e-9 * abs(present.value)
+        present, rate = (tried, min(settings.rate, 1.5 * rate)) if better else (present, rate / 2)
+    return present.posterior, present.task, present.memory
+
+
+@dataclass(frozen=True)
+class _Present:
+    """Where the sites stand.
+
+    forgotten: duals of what is neither of the task nor in memory
+    new, old: marginals of the task's rows of this rank, and of the memory
+    value: of the objective, over all ranks
+    """
+
+    posterior: DualPosterior
+    task: _Task
+    memory: Memory | None
+    forgotten: Duals
+    new: tuple[Tensor, Tensor]
+    old: tuple[Tensor, Tensor] | None
+    value: float
+
+    @classmethod
+    def of(
+        cls,
+        posterior: DualPosterior,
+        likelihood: Likelihood,
+        task: _Task,
+        memory: Memory | None,
+        *,
+        forgotten: Duals | None,
+        comm: Comm,
+    ) -> _Present:
+        forgotten = _without(posterior, task, memory, comm) if forgotten is None else forgotten
+        new = posterior.predict(task.x)
+        total = likelihood.expected_log(task.y, *new).sum().reshape(1)
+        old = None
         if memory is not None:
-            sites = _step(posterior, likelihood, memory.x, memory.y, (memory.alpha, memory.beta), rate=rate)
-            duals = _duals(posterior, memory.x, sites, comm, shared=True)
-            fresh = replace(memory, alpha=sites[0], beta=sites[1], duals=duals)
-        new = _duals(posterior, task.x, task.sites, comm)
-        changed = posterior.duals.plus(own, -1.0).plus(new)
-        if memory is not None and fresh is not None:
-            changed = changed.plus(memory.duals, -1.0).plus(fresh.duals)
-        posterior, own, memory = replace(posterior, duals=changed), new, fresh
-    return posterior, task, memory
+            old = posterior.predict(memory.x)
+            part = comm.share(len(memory))
+            total = total + likelihood.expected_log(memory.y, *old)[part.start : part.stop].sum()
+        comm.sum_([total])
+        value = float(total - posterior.divergence(forgotten))
+        return cls(posterior, task, memory, forgotten, new, old, value)
+
+    def stepped(self, likelihood: Likelihood, rate: float, comm: Comm) -> _Present:
+        """After one step; collective."""
+        task = replace(self.task, sites=_mixed(self.task.sites, likelihood.sites(self.task.y, *self.new), rate))
+        duals = self.forgotten.plus(_duals(self.posterior, task.x, task.sites, comm))
+        memory = self.memory
+        if memory is not None and self.old is not None:
+            alpha, beta = _mixed((memory.alpha, memory.beta), likelihood.sites(memory.y, *self.old), rate)
+            own = _duals(self.posterior, memory.x, (alpha, beta), comm, shared=True)
+            memory, duals = replace(memory, alpha=alpha, beta=beta, duals=own), duals.plus(own)
+        posterior = replace(self.posterior, duals=duals)
+        return _Present.of(posterior, likelihood, task, memory, forgotten=self.forgotten, comm=comm)
 
 
-def _step(
-    posterior: DualPosterior, likelihood: Likelihood, x: Tensor, y: Tensor, sites: Sites, *, rate: float
-) -> Sites:
-    alpha, beta = likelihood.sites(y, *posterior.predict(x))
-    return torch.lerp(sites[0], alpha, rate), torch.lerp(sites[1], beta, rate)
+def _mixed(sites: Sites, new: Sites, rate: float) -> Sites:
+    return torch.lerp(sites[0], new[0], rate), torch.lerp(sites[1], new[1], rate)
 
 
 def _duals(posterior: DualPosterior, x: Tensor, sites: Sites, comm: Comm, *, shared: bool = False) -> Duals:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hpccl.checkpoint.tree import write_tree
+from hpccl.data.protocols import Split
 from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.folder import RunFolder, explain_os_error
 from hpccl.gp.kernel import Kernel, Kind
@@ -149,25 +150,25 @@ def fit_features(
     """
     _refuse_other_layers(state, world)
     tasks = world.stream.tasks[: state.mark.task + 1]
-    classes = sorted(number for task in tasks for number in task.classes)
-    labels = np.searchsorted(classes, world.stream.labels("test"))
-    likelihood, gp = Softmax(len(classes)), None
+    classes: list[int] = []  # in the order in which they come, which is that of the latent functions
+    gp: State | None = None
     after: list[list[dict[str, Any]]] = []
     tests: list[tuple[Tensor, Ints]] = []
     for task in tasks:
-        x, sample = _features(task.samples("train"), classes, state, world, split="train")
+        classes += task.classes
+        place = np.full(len(world.stream.class_names), -1)
+        place[classes] = np.arange(len(classes))
+        x, sample = _features(task.samples("train"), state, world, split="train")
         if gp is None:
             scale = typical_distance(x, world.comm) if typical else float(kernel.lengthscale)
             chosen = Kernel.of(kernel.kind, lengthscale=scale, variance=float(kernel.variance))
-            gp = begin(chosen.to(x.device), likelihood)
-        y = torch.from_numpy(np.searchsorted(classes, world.stream.labels("train")[sample])).to(x.device)
+            gp = begin(chosen.to(x.device), Softmax(len(classes)))
+        y = torch.from_numpy(place[world.stream.labels("train")[sample]]).to(x.device)
         number = torch.from_numpy(sample).to(x.device)
-        gp = learn(gp, x, y, number, settings=settings, comm=world.comm)
-        tests.append(_features(task.samples("test"), classes, state, world, split="test"))
-        seen = [
-            place for place, number in enumerate(classes) if any(number in each.classes for each in tasks[: len(tests)])
-        ]
-        after.append([_tested(gp, x, sample, seen, labels=labels, world=world) for x, sample in tests])
+        gp = learn(gp.widened(len(classes)), x, y, number, settings=settings, comm=world.comm)
+        tests.append(_features(task.samples("test"), state, world, split="test"))
+        labels = place[world.stream.labels("test")]
+        after.append([_tested(gp, x, sample, labels=labels, world=world) for x, sample in tests])
     assert gp is not None, "a run has a task"
     return gp, after
 
@@ -182,10 +183,10 @@ def _refuse_other_layers(state: RunState, world: World) -> None:
         ) from error
 
 
-def _features(span: range, classes: list[int], state: RunState, world: World, *, split: Any) -> tuple[Tensor, Ints]:
+def _features(span: range, state: RunState, world: World, *, split: Split) -> tuple[Tensor, Ints]:
     """This rank's share: [n, d] fp32 and positions [n], of images that can be decoded."""
     rows, samples = [], [np.zeros(0, dtype=np.int64)]
-    passed = looks(np.arange(span.start, span.stop), classes, state, world, inputs=True, split=split)
+    passed = looks(np.arange(span.start, span.stop), [], state, world, inputs=True, split=split)
     with contextlib.closing(passed) as found:
         for look in found:
             good = torch.from_numpy(look.valid).to(look.x.device)
@@ -194,17 +195,16 @@ def _features(span: range, classes: list[int], state: RunState, world: World, *,
     return torch.cat(rows), np.concatenate(samples)
 
 
-def _tested(gp: State, x: Tensor, sample: Ints, seen: list[int], *, labels: Ints, world: World) -> dict[str, Any]:
-    """Figures of one task's test data of all ranks, among some of the latent functions.
+def _tested(gp: State, x: Tensor, sample: Ints, *, labels: Ints, world: World) -> dict[str, Any]:
+    """Figures of one task's test data of all ranks, among the classes so far.
 
     labels: [num_test] the latent function of every test image's class
     """
-    mean, variance = gp.predict(x)
-    p = Softmax(len(seen)).predict(mean[:, seen], variance[:, seen])
+    p = gp.likelihood.predict(*gp.predict(x))
     p, names = world.comm.gather(p).cpu(), world.comm.gather(torch.from_numpy(sample).to(p.device)).cpu().numpy()
     if not len(names):
         raise DataError("no test image of a task can be decoded")
-    place = np.searchsorted(seen, labels[names])
+    place = labels[names]
     return {
         "num": len(names),
         "accuracy": accuracy(p.numpy(), place),

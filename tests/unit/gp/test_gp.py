@@ -364,3 +364,34 @@ def test_a_state_is_saved_and_read(tmp_path: Path) -> None:
         assert more.num_seen == state.num_seen + 2
     with pytest.raises(CheckpointError, match="state of a Gaussian process is damaged"):
         State.from_state_dict({"kernel": {}})
+
+
+def test_steps_that_are_too_long_are_taken_back() -> None:
+    """With a wide prior, whole steps of the sites overshoot; the objective must not fall."""
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64)[:, None]
+    y = (x[:, 0] > 0).long()
+    kernel, likelihood = Kernel.of("linear", variance=400.0), Softmax(2)
+    values = []
+    for steps in (1, 2, 4, 8, 16, 40):
+        settings = Settings(inducing=2, steps=steps, rate=1.0)
+        state = stream(begin(kernel, likelihood), x, y, [list(range(12))], settings)
+        values.append(float(bound(posterior_of(state), likelihood, x, y, SOLO)))
+    assert values == sorted(values)
+    assert values[0] < values[-1] < 0
+    assert likelihood.predict(*state.predict(x)).argmax(1).tolist() == y.tolist()
+
+
+def test_new_classes_have_had_no_say() -> None:
+    x, y = X, torch.tensor([0, 1, 1, 0, 0])
+    state = stream(begin(Kernel.of("rbf"), Softmax(2)), x, y, [[0, 1, 2]], Settings(inducing=3, memory=2))
+    wide = state.widened(4)
+    for old, new in zip(state.predict(x), wide.predict(x), strict=True):
+        torch.testing.assert_close(new[:, :2], old)
+    mean, variance = wide.predict(x)
+    assert bool((mean[:, 2:] == 0).all())
+    torch.testing.assert_close(variance[:, 2:], torch.ones(5, 2, dtype=torch.float64))
+    more = stream(wide, x, torch.tensor([0, 0, 0, 3, 2]), [[3, 4]], Settings(inducing=5, memory=1))
+    assert more.memory is not None
+    assert more.memory.alpha.shape == (3, 4)
+    with pytest.raises(ConfigError, match="1 classes of a Gaussian process; allowed: at least as many as before"):
+        state.widened(1)
