@@ -19,6 +19,7 @@ Verma, John, Solin and Khan 2023, "Memory-based dual Gaussian processes for sequ
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol, TypeAlias, final
@@ -34,6 +35,7 @@ __all__ = ["Bernoulli", "Gaussian", "Likelihood", "Sites", "Softmax", "likelihoo
 
 _HERMITE = 32
 _SOBOL = 256
+_TOGETHER = 1 << 20  # values of latent functions at a time
 _LEAST = 1e-9  # of beta
 
 Sites: TypeAlias = tuple[Tensor, Tensor]  # alpha and beta, each [n, C]
@@ -149,33 +151,34 @@ class Softmax:
     def sites(self, y: Tensor, mean: Tensor, variance: Tensor) -> Sites:
         """See Likelihood."""
         total, square = torch.zeros_like(mean), torch.zeros_like(mean)
-        points = _normal(self.num_latent, mean.device)
-        for point in points:
-            p = self._at(point, mean, variance).softmax(1)
-            total += p / len(points)
-            square += p * (1 - p) / len(points)
+        for f in self._points(mean, variance):
+            p = f.softmax(2)
+            total += p.sum(0) / _SOBOL
+            square += (p * (1 - p)).sum(0) / _SOBOL
         beta = square.clamp_min(_LEAST)
         target = functional.one_hot(y.long(), self.num_latent).to(mean)
         return target - total + beta * mean, beta
 
     def expected_log(self, y: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """See Likelihood."""
-        points, own = _normal(self.num_latent, mean.device), y.long()[:, None]
         total = torch.zeros(len(mean), dtype=mean.dtype, device=mean.device)
-        for point in points:
-            total = total + self._at(point, mean, variance).log_softmax(1).gather(1, own)[:, 0] / len(points)
+        for f in self._points(mean, variance):
+            own = y.long().expand(len(f), len(y))[..., None]
+            total = total + f.log_softmax(2).gather(2, own)[..., 0].sum(0) / _SOBOL
         return total
 
     def predict(self, mean: Tensor, variance: Tensor) -> Tensor:
         """See Likelihood."""
-        points = _normal(self.num_latent, mean.device)
         total = torch.zeros_like(mean)
-        for point in points:
-            total += self._at(point, mean, variance).softmax(1) / len(points)
+        for f in self._points(mean, variance):
+            total += f.softmax(2).sum(0) / _SOBOL
         return total
 
-    def _at(self, point: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        return mean + variance.clamp_min(1e-30).sqrt() * point
+    def _points(self, mean: Tensor, variance: Tensor) -> Iterator[Tensor]:
+        """[s, n, C] values of the latent functions, a few of the S points at a time."""
+        root = variance.clamp_min(1e-30).sqrt()
+        for points in _normal(self.num_latent, mean.device).split(max(1, _TOGETHER // max(1, mean.numel()))):
+            yield mean + root * points[:, None]
 
 
 def likelihood_of(kind: str, num_latent: int, noise: Tensor | None = None) -> Likelihood:

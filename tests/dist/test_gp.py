@@ -56,7 +56,7 @@ def figures(comm: Comm) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_number_of_ranks_does_not_matter(size: int, tmp_path: Path) -> None:
     (alone,) = run_in_world(figures, 1, tmp_path)
     ranks = run_in_world(figures, size, tmp_path)

@@ -43,7 +43,7 @@ def saved(comm: Comm, folder: str, engine: str) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("diagonal fsdp2", marks=pytest.mark.slow)])
 def test_any_number_of_processes_may_have_written_what_is_merged(engine: str, tmp_path: Path) -> None:
     found = {}
     for size, kind in ((1, engine.replace("fsdp2", "").strip() or "ddp"), (2, engine)):

@@ -40,11 +40,25 @@ def trained(folder: Path, *changes: dict[str, Any], tasks: int) -> Path:
 def test_the_process_remembers_what_its_network_forgot(run: Path, tmp_path: Path) -> None:
     """What is written is read again."""
     out = tmp_path / "out"
-    arguments = ["gp", "fit", str(run), "--inducing", "60", "--keep", "20", "--variance", "30", "--out", str(out)]
+    arguments = [
+        "gp",
+        "fit",
+        str(run),
+        "--inducing",
+        "40",
+        "--keep",
+        "20",
+        "--steps",
+        "10",
+        "--variance",
+        "30",
+        "--out",
+        str(out),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     said = json.loads((out / "gp.json").read_text())
-    assert (said["inducing"], said["memory"], said["features"]) == (60, 60, 32)
+    assert (said["inducing"], said["memory"], said["features"]) == (40, 60, 32)
     assert [len(rows) for rows in said["after"]] == [1, 2, 3]
     assert said["average_accuracy"] > 0.85
     network = sum(row["accuracy"] for row in said["network"]) / 3
@@ -54,7 +68,7 @@ def test_the_process_remembers_what_its_network_forgot(run: Path, tmp_path: Path
     state = State.from_state_dict(read_tree(out)[1])
     assert state.num_seen == said["num_seen"]
     assert bool(state.predict(torch.zeros(2, 32))[0].isfinite().all())
-    bare = fit_gp(run, settings=Settings(inducing=60, memory=0), variance=30.0)
+    bare = fit_gp(run, settings=Settings(inducing=40, memory=0, steps=10), variance=30.0)
     assert bare.state.memory is None
     assert bare.as_dict()["average_accuracy"] < said["average_accuracy"]
 

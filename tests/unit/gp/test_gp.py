@@ -218,21 +218,21 @@ def test_classification_finds_the_largest_bound_at_once_and_by_parts() -> None:
 def test_softmax_by_parts_with_memory_is_nearer_to_all_at_once() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0], [3.0, 3.0]], dtype=torch.float64)
-    y = torch.arange(4).repeat_interleave(15)
-    x = centres[y] + torch.randn(60, 2, generator=generator, dtype=torch.float64)
-    parts = [list(range(30)), list(range(30, 60))]
+    y = torch.arange(4).repeat_interleave(10)
+    x = centres[y] + torch.randn(40, 2, generator=generator, dtype=torch.float64)
+    parts = [list(range(20)), list(range(20, 40))]
     kernel = Kernel.of("matern52", lengthscale=2.0, variance=4.0)
     errors = {}
-    settings = Settings(inducing=30, steps=25)
-    target = stream(begin(kernel, Softmax(4)), x, y, [list(range(60))], settings)
+    settings = Settings(inducing=20, steps=20)
+    target = stream(begin(kernel, Softmax(4)), x, y, [list(range(40))], settings)
     at = centres.mean(0) + 4 * torch.randn(50, 2, generator=generator, dtype=torch.float64)
     expected = target.likelihood.predict(*target.predict(at))
-    for memory in (0, 10, 30):
+    for memory in (0, 8, 20):
         state = stream(begin(kernel, Softmax(4)), x, y, parts, replace(settings, memory=memory))
         p = state.likelihood.predict(*state.predict(at))
         errors[memory] = float((p - expected).abs().mean())
-    assert errors[30] < 1e-3 < errors[0], errors
-    assert errors[30] < errors[10] < errors[0], errors
+    assert errors[20] < 1e-3 < errors[0], errors
+    assert errors[20] < errors[8] < errors[0], errors
     right = target.likelihood.predict(*target.predict(x)).argmax(1) == y
     assert float(right.double().mean()) > 0.85
 
@@ -371,13 +371,13 @@ def test_steps_that_are_too_long_are_taken_back() -> None:
     x = torch.linspace(-1, 1, 12, dtype=torch.float64)[:, None]
     y = (x[:, 0] > 0).long()
     kernel, likelihood = Kernel.of("linear", variance=400.0), Softmax(2)
-    values = []
-    for steps in (1, 2, 4, 8, 16, 40):
+    state, values = begin(kernel, likelihood), [-math.inf]
+    for steps in (1, 2, 4, 8, 16):
         settings = Settings(inducing=2, steps=steps, rate=1.0)
         state = stream(begin(kernel, likelihood), x, y, [list(range(12))], settings)
         values.append(float(bound(posterior_of(state), likelihood, x, y, SOLO)))
-    assert values == sorted(values)
-    assert values[0] < values[-1] < 0
+        assert values[-1] > values[-2] - 1e-6
+    assert values[1] < values[-1] - 1 < 0
     assert likelihood.predict(*state.predict(x)).argmax(1).tolist() == y.tolist()
 
 
