@@ -44,7 +44,7 @@ __all__ = ["BlockCurve", "Curve", "DenseCurve", "DiagonalCurve", "Model", "Solve
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 _DENSE = 768  # unknowns up to which a matrix is made and factored
-_TOLERANCE = 1e-10  # of the residual, relative to the right side, in the norm of the preconditioner's inverse
+_TOLERANCE = 1e-8  # of the residual, relative to the right side, in the norm of the preconditioner's inverse
 _STEPS = 5000
 _CHUNK = 1 << 20  # elements of a diagonal that are in float64 at a time
 
@@ -204,8 +204,8 @@ def matched(group: str, base: Model | None, models: Sequence[Model], *, damping:
         for model in models:
             own = _System(group, shapes, [(1.0, curve) for curve in model.curves], damping)
             right += model.scale * own.product(system.flat(model.weights))
-        start, steps = system.solve(right)
-        return Solved(_split(start, shapes), steps)
+        found, steps = system.solve(right, system.flat(average(models).weights))
+        return Solved(_split(found, shapes), steps)
     prior = [(1.0, curve) for curve in base.curves]
     system = _System(group, shapes, [*prior, *terms], damping)
     begin = system.flat(base.weights)
@@ -213,7 +213,7 @@ def matched(group: str, base: Model | None, models: Sequence[Model], *, damping:
     for model in models:
         own = _System(group, shapes, [*prior, *((1.0, curve) for curve in model.curves)], damping)
         right += model.scale * own.product(system.flat(model.weights) - begin)
-    moved, steps = system.solve(right)
+    moved, steps = system.solve(right, system.flat(arithmetic(base.weights, models).weights) - begin)
     return Solved(_split(begin + moved, shapes), steps)
 
 
@@ -285,15 +285,15 @@ class _System:
                 places[name].add_(value, alpha=scale)
         return total
 
-    def solve(self, right: Tensor) -> tuple[Tensor, int]:
-        """H^-1 r and the steps it took."""
+    def solve(self, right: Tensor, guess: Tensor) -> tuple[Tensor, int]:
+        """H^-1 r and the steps it took, from a guess that is right where nothing is known."""
         whole = any(isinstance(curve, DenseCurve) for _, curve in self.terms)
         if whole or self.size <= _DENSE:
             return self._factored(right), 0
         root = self._preconditioner()
         if any(scale < 0 for scale, _ in self.terms):
             self._refuse_indefinite(root)
-        return self._conjugate_gradients(right, root)
+        return self._conjugate_gradients(right, guess, root)
 
     def _factored(self, right: Tensor) -> Tensor:
         matrix = torch.stack([self.product(row) for row in torch.eye(self.size, dtype=torch.float64)])
@@ -350,12 +350,14 @@ class _System:
         if not smallest > 0:
             raise _not_positive(self.group, smallest)
 
-    def _conjugate_gradients(self, right: Tensor, root: Callable[[Tensor, float], Tensor]) -> tuple[Tensor, int]:
+    def _conjugate_gradients(
+        self, right: Tensor, guess: Tensor, root: Callable[[Tensor, float], Tensor]
+    ) -> tuple[Tensor, int]:
         """Hestenes and Stiefel 1952, preconditioned."""
-        found, residual = torch.zeros_like(right), right.clone()
+        found, residual = guess.clone(), right - self.product(guess)
         solved = root(residual, -1.0)
         direction, size = solved.clone(), float(residual @ solved)
-        goal = _TOLERANCE**2 * size
+        goal = _TOLERANCE**2 * float(right @ root(right, -1.0))
         for step in range(_STEPS):
             if size <= goal:
                 return found, step

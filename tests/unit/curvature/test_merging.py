@@ -156,7 +156,7 @@ def test_any_mixture_of_curvatures_is_solved(name: str, kinds: tuple[str, str, s
         total += model.scale * own
         right += model.scale * (prior + own) @ (torch.cat([v.flatten() for v in model.weights.values()]) - begin)
     expected = begin + torch.linalg.solve(total, right)
-    torch.testing.assert_close(torch.cat([found.weights[k].flatten() for k in shapes]), expected, atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(torch.cat([found.weights[k].flatten() for k in shapes]), expected, atol=1e-6, rtol=1e-6)
     assert (found.steps > 0) == (name in ("large", "channels last"))
 
 
@@ -173,7 +173,7 @@ def test_a_layout_of_another_order_is_another_matrix_of_the_same_weights() -> No
         base = Model(1.0, weights[0], [BlockCurve(first, (plain,))])
         models = [Model(1.0, weights[1], [BlockCurve(first, (plain,))]), Model(0.5, weights[2], [other])]
         results.append(matched("l", base, models, damping=0.1).weights["w"])
-    torch.testing.assert_close(results[0], results[1], atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-6)
 
 
 def test_proportional_curvature_scales_task_arithmetic() -> None:
