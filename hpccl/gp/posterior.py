@@ -60,7 +60,11 @@ class Duals:
 
     def turned(self, projection: Tensor) -> Duals:
         """In the coordinates of other inducing inputs, by P [m, m new]."""
-        return Duals(self.first @ projection, projection.T @ self.second @ projection)
+        # P may be large where new inputs lie far from old ones, while P'k is not: by roots nothing cancels, and Lambda2
+        # stays positive semi-definite.
+        values, vectors = torch.linalg.eigh((self.second + self.second.mT) / 2)
+        root = projection.T @ (vectors * values.clamp_min(0).sqrt()[:, None, :])
+        return Duals(self.first @ projection, root @ root.mT)
 
 
 @final

@@ -318,9 +318,15 @@ def _moved(
     if old is None:
         duals = Duals.zeros(state.likelihood.num_latent, len(inducing), x.device)
         return DualPosterior(state.kernel, inducing, duals, settings.jitter), None
-    posterior, projection = replace(old, jitter=settings.jitter).moved(inducing)
     memory = state.memory
-    return posterior, None if memory is None else replace(memory, duals=memory.duals.turned(projection))
+    if memory is None:
+        posterior, _ = replace(old, jitter=settings.jitter).moved(inducing)
+        return posterior, None
+    # Apart, for a difference of what was moved is not as accurate as what is moved of a difference.
+    forgotten = replace(old, jitter=settings.jitter, duals=old.duals.plus(memory.duals, -1.0))
+    posterior, projection = forgotten.moved(inducing)
+    kept = memory.duals.turned(projection)
+    return replace(posterior, duals=posterior.duals.plus(kept)), replace(memory, duals=kept)
 
 
 def _sites(

@@ -395,3 +395,16 @@ def test_new_classes_have_had_no_say() -> None:
     assert more.memory.alpha.shape == (3, 4)
     with pytest.raises(ConfigError, match="1 classes of a Gaussian process; allowed: at least as many as before"):
         state.widened(1)
+
+
+def test_tasks_far_from_each_other_are_learned_by_a_smooth_kernel() -> None:
+    """Old inducing inputs hardly tell the function at new ones: the projection is large, and must not break Lambda2."""
+    x = torch.linspace(-2, 2, 40)[:, None]
+    y = torch.sin(3 * x)
+    parts = [list(range(start, start + 10)) for start in range(0, 40, 10)]
+    kernel = Kernel.of("rbf", lengthscale=0.5)
+    state = stream(begin(kernel, Gaussian.of(0.01)), x, y, parts, Settings(inducing=30, memory=5))
+    mean, variance, _ = exact(kernel, x.double(), y.double(), 0.01, x.double())
+    found = state.predict(x)
+    torch.testing.assert_close(found[0], mean, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found[1][:, 0], variance, atol=1e-3, rtol=0)
