@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ import torch
 from hpccl.curvature.protocols import Shards
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves, Place
+from hpccl.memory.means import ClassMeans
 from hpccl.memory.store import Memory
+from hpccl.prior.correction import Correction
 from hpccl.prior.quadratic import Quadratic
 
 __all__ = ["Prior"]
@@ -23,11 +25,15 @@ class Prior:
     memory:    kept examples (may be empty)
     quadratic: curvature of the past that is not in memory, or None
     anchor:    weights and buffers of the newest old model (whole or spread), or None before the first task ends
+    correction: of the logits of its newest classes, or None
+    means:     of the features of each class's memory, as it sees them, or None
     """
 
     memory: Memory
     quadratic: Quadratic | None = None
     anchor: Leaves | None = None
+    correction: Correction | None = None
+    means: ClassMeans | None = None
 
     def to(self, device: torch.device) -> Prior:
         """The same prior with what a step needs on a device (the memory's few tensors stay on the CPU)."""
@@ -35,7 +41,7 @@ class Prior:
         quadratic = None
         if self.quadratic is not None and anchor is not None:
             quadratic = self.quadratic.to(device, anchor)
-        return Prior(self.memory, quadratic, anchor)
+        return replace(self, quadratic=quadratic, anchor=anchor)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: what all ranks hold."""
@@ -43,6 +49,8 @@ class Prior:
             "memory": self.memory.state_dict(),
             "quadratic": None if self.quadratic is None else self.quadratic.state_dict(),
             "anchor": self.anchor,
+            "correction": None if self.correction is None else self.correction.state_dict(),
+            "means": None if self.means is None else self.means.state_dict(),
         }
 
     @property
@@ -58,4 +66,11 @@ class Prior:
         restored = None
         if quadratic is not None and placed is not None:
             restored = Quadratic.from_state_dict(quadratic, placed, shards, comm, place)
-        return cls(Memory.from_state_dict(state["memory"]), restored, placed)
+        correction, means = state.get("correction"), state.get("means")  # earlier checkpoints have neither
+        return cls(
+            memory=Memory.from_state_dict(state["memory"]),
+            quadratic=restored,
+            anchor=placed,
+            correction=None if correction is None else Correction.from_state_dict(correction),
+            means=None if means is None else ClassMeans(**means),
+        )

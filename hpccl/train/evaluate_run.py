@@ -21,6 +21,7 @@ from hpccl.folder import RunFolder
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
 from hpccl.train.evaluate import test
+from hpccl.train.export import refuse_other_logits
 from hpccl.train.merge_sources import open_weights
 from hpccl.train.run import fresh_state
 from hpccl.train.state import RunState, World
@@ -45,6 +46,7 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
     with reopened(path, task=task) as (state, world):
         mark = state.mark
         if weights is not None:
+            refuse_other_logits(world.config, path)
             put_weights(state, weights)
         results = test(state, world, last=mark.task)
     # Where every task has a network of its own, those of earlier tasks were tested when they were there.

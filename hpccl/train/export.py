@@ -40,6 +40,7 @@ __all__ = [
     "folder_beside",
     "layer_key",
     "no_curvature",
+    "refuse_other_logits",
     "refuse_what_is_there",
     "weights_of",
     "write_text",
@@ -73,7 +74,8 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
         FolderError: the folder is no run or has no such checkpoint, or no curvature in it, or `out` is in the way or
             cannot be written.
         CheckpointError: the checkpoint is damaged.
-        ConfigError: every task has a network of its own, and `task` does not say which.
+        ConfigError: every task has a network of its own, and `task` does not say which; or tests do not go by the
+            network's logits alone.
         DataError: the data that the run learned from is not there; it knows the names of the classes.
     """
     run = RunFolder(path)
@@ -84,6 +86,7 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
             f"'{path}' trained a network of its own for every task (method separate); "
             f"say whose to export with --task N, 0 to {mark.task}"
         )
+    refuse_other_logits(config, path)
     refuse_what_is_there(out, force=force)
     content = _Content(run, config, mark, outline(config.stream, config.data))
     model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)
@@ -97,6 +100,23 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
         write_text(beside / README, content.readme(out))
     num_bytes = sum(value.nbytes for value in weights.values())
     return Exported(out, mark.name, sum(value.numel() for value in weights.values()), num_bytes)
+
+
+def refuse_other_logits(config: RunConfig, path: Path) -> None:
+    """What looks at the network alone would see another classifier than the run was tested with.
+
+    Raises:
+        ConfigError: tests of the run do not go by the network's logits alone.
+    """
+    for key, used in (
+        ("prior.correct.share", config.prior.correct.share > 0),
+        ("evaluate.classifier", config.evaluate.classifier != "head"),
+    ):
+        if used:
+            raise ConfigError(
+                f"'{path}' was tested with {key}, which is no part of the network; allowed: runs that are tested by "
+                "the network's own logits (take the weights of a checkpoint if these are what you want)"
+            )
 
 
 def find_finished(run: RunFolder, task: int | None) -> Mark:

@@ -21,7 +21,7 @@ from hpccl.dist.spread import Stored, whole
 from hpccl.errors import CheckpointError, ConfigError, DataError
 from hpccl.folder import RunFolder
 from hpccl.models.exported import CONFIG, WEIGHTS
-from hpccl.train.export import CURVATURE, described, find_finished, layer_key
+from hpccl.train.export import CURVATURE, described, find_finished, layer_key, refuse_other_logits
 
 __all__ = ["Curvature", "Source", "groups_of", "open_source", "open_weights", "refuse_other"]
 
@@ -134,7 +134,9 @@ def open_weights(path: Path) -> Source:
 def _run(path: Path) -> Source:
     run = RunFolder(path)
     mark = find_finished(run, None)
-    if load_config([run.config], []).method == "separate":
+    settings = load_config([run.config], [])
+    refuse_other_logits(settings, path)
+    if settings.method == "separate":
         raise ConfigError(
             f"'{path}' trained a network of its own for every task (method separate); export the one that is meant "
             f"(hpccl export {path} OUT --task N) and merge that"

@@ -14,12 +14,12 @@ from hpccl.train.loss import weighted_nats
 
 __all__ = ["TERM_NAMES", "StepStats", "train_step"]
 
-TERM_NAMES = ("new", "soft", "replay")  # of NEW, SOFT and REPLAY
+TERM_NAMES = ("new", "soft", "replay", "distill")  # of NEW, SOFT, REPLAY and DISTILL
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """terms: [3] this rank's share of the loss by term (NEW, SOFT, REPLAY); gradient_norm: [] over all ranks."""
+    """terms: [4] this rank's share of the loss, in the order of TERM_NAMES; gradient_norm: [] over all ranks."""
 
     terms: Tensor
     gradient_norm: Tensor
@@ -31,7 +31,7 @@ def train_step(engine: Engine, batches: Sequence[Rows], *, num_rows: int) -> Ste
     batches: this rank's micro-batches; num_rows: rows of the step over all ranks and micro-batches.
     The quadratic was attached to the engine when the task began and enters the gradient there.
     """
-    terms = torch.zeros(3, device=engine.device)
+    terms = torch.zeros(len(TERM_NAMES), device=engine.device)
     for number, rows in enumerate(batches, start=1):
         logits = engine.forward(rows.pixels, rows.noise, last=number == len(batches))
         nats = weighted_nats(logits, rows) / num_rows

@@ -29,7 +29,7 @@ from hpccl.report.text import size
 from hpccl.report.uncertainty import Uncertainty, worth_showing
 from hpccl.train.consolidate import thumbnail
 from hpccl.train.evaluate_run import reopened
-from hpccl.train.export import find_finished, no_curvature
+from hpccl.train.export import find_finished, no_curvature, refuse_other_logits
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
@@ -70,6 +70,7 @@ def evaluate_posterior(
     _check(samples=samples, examples=examples, prior_precision=prior_precision)
     mark = find_finished(RunFolder(path), task)
     with reopened(path, task=mark.task) as (state, world):
+        refuse_other_logits(world.config, path)
         posterior = posterior_of(state, world, prior_precision)
         table = predictions(state, world, posterior, approximation, samples=samples, examples=examples)
         head = world.config.train.head
