@@ -39,6 +39,8 @@ curvature = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look 
 app.add_typer(curvature, name="curvature")
 memory = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a run keeps of its past.")
 app.add_typer(memory, name="memory")
+gp = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Gaussian processes on what a run's network sees.")
+app.add_typer(gp, name="gp")
 
 _LISTED = 10  # jobs that `submit` names one by one
 
@@ -291,11 +293,53 @@ def evaluate(
     task: Annotated[
         int | None, typer.Option(help="The state after this task, counted from 0; the newest if not given.")
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Test these in the place of the run's: of hpccl export or merge, or a .safetensors file."),
+    ] = None,
+    posterior: Annotated[
+        Literal["sampled", "probit", "monte_carlo"] | None,
+        typer.Option(help="Uncertain weights: draw them, or linearise the network (probit approximation or draws)."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="With --posterior: draws of weights, or of logits.")] = 32,
+    examples: Annotated[
+        int | None, typer.Option(help="With --posterior: so many test images; all, or 2000 if linearised.")
+    ] = None,
+    prior_precision: Annotated[
+        float | None, typer.Option(help="With --posterior: that with the largest evidence if not given.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --posterior: folder for the files; RUN/uncertainty if not given.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --posterior: print JSON instead of a table; otherwise it always is.")
+    ] = False,
 ) -> None:
-    """Test a run's checkpoint on all tasks and print the figures as JSON."""
-    from hpccl.train.evaluate_run import evaluate_run
+    """Test a run's checkpoint on all tasks and print the figures as JSON; with --posterior, also how certain it is."""
+    if posterior is None:
+        from hpccl.train.evaluate_run import evaluate_run
 
-    typer.echo(json.dumps(evaluate_run(run, task=task), indent=2))
+        given = {"--examples": examples, "--prior-precision": prior_precision, "--out": out}
+        lost = [name for name, value in given.items() if value is not None]
+        if lost:
+            raise ConfigError(f"{lost[0]} without --posterior: it is about uncertain weights; add --posterior sampled")
+        typer.echo(json.dumps(evaluate_run(run, task=task, weights=weights), indent=2))
+        return
+    from hpccl.report.uncertainty import markdown, summary, write_uncertainty
+    from hpccl.train.uncertainty import evaluate_posterior
+
+    if weights is not None:
+        raise ConfigError("--weights with --posterior: the posterior is around the run's own weights; give one of them")
+    found = evaluate_posterior(
+        run,
+        approximation=posterior,
+        task=task,
+        samples=samples,
+        examples=examples,
+        prior_precision=prior_precision,
+    )
+    page = write_uncertainty(found, out or run / "uncertainty")
+    typer.echo(json.dumps(summary(found), indent=2, allow_nan=False) if as_json else f"{markdown(found)}\n{page}")
 
 
 @app.command()
@@ -354,14 +398,62 @@ def export(
     task: Annotated[
         int | None, typer.Option(help="The network after this task, counted from 0; the newest if not given.")
     ] = None,
+    with_curvature: Annotated[
+        bool, typer.Option("--curvature", help="Write the run's curvature too, for hpccl merge.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a run's network for timm and others: model.safetensors, config.json and README.md."""
     from hpccl.report.text import size, whole
     from hpccl.train.export import export as write
 
-    done = write(run, out, task=task, force=force)
+    done = write(run, out, task=task, curvature=with_curvature, force=force)
     typer.echo(f"{done.folder}: {done.checkpoint}, {whole(done.num_weights)} weights, {size(done.num_bytes)}")
+
+
+@app.command()
+def merge(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODELS...", help="Runs, or folders of `hpccl export --curvature`.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option(help="A new folder, as hpccl export writes it.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="What all of them began with: a run, an export or a .safetensors file of weights."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of each network, as in 1,0.5,-1; negative removes; 1 each if not given.")
+    ] = None,
+    method: Annotated[
+        Literal["matching", "fisher", "arithmetic", "average"],
+        typer.Option(help="Gradient matching by curvature, Fisher averaging, task arithmetic, or the mean."),
+    ] = "matching",
+    prior_precision: Annotated[
+        float, typer.Option(help="Added to the curvature: of the base (matching) or of each network (fisher).")
+    ] = 1e-3,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Merge networks that began with the same weights into one, without data."""
+    from hpccl.report.text import percent, whole
+    from hpccl.train.merge import merge as write
+
+    scales = None if weights is None else _real_numbers("--weights", weights)
+    done = write(models, out, base=base, weights=scales, method=method, prior_precision=prior_precision, force=force)
+    known = f", {percent(done.num_measured / done.num_weights)} % by curvature" if done.num_measured else ""
+    typer.echo(f"{done.folder}: {len(models)} networks by {method}, {whole(done.num_weights)} weights{known}")
+    if done.averaged:
+        typer.echo(
+            f"running statistics are means, {done.averaged[0]} and others: see {done.folder}/README.md", err=True
+        )
+
+
+def _real_numbers(option: str, text: str) -> list[float]:
+    """Raises ConfigError."""
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: numbers with commas between them, as in 1,0.5,-1") from error
 
 
 @app.command()
@@ -497,6 +589,45 @@ def _numbers(text: str) -> list[int]:
         return [int(each) for each in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"--sizes {text}: whole numbers with commas between them, as in 50,100") from error
+
+
+# ---------------------------------------------------------------- Gaussian processes
+
+
+@gp.callback()
+def _gp_options() -> None:
+    """Keeps `fit` a word of its own while it is the only command."""
+
+
+@gp.command("fit")
+def fit_gp(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    *,
+    task: Annotated[
+        int | None, typer.Option(help="The network after this task, counted from 0; the newest if not given.")
+    ] = None,
+    kernel: Annotated[Literal["rbf", "matern52", "linear"], typer.Option(help="Of the process.")] = "rbf",
+    lengthscale: Annotated[
+        float | None, typer.Option(help="To begin with; the typical distance of features if not given.")
+    ] = None,
+    variance: Annotated[float, typer.Option(help="Of the kernel, to begin with.")] = 10.0,
+    inducing: Annotated[int, typer.Option(help="Most inducing inputs.")] = 200,
+    keep: Annotated[int, typer.Option(help="Examples of a task that are kept.")] = 50,
+    steps: Annotated[int, typer.Option(help="Of the sites of a task.")] = 20,
+    rate: Annotated[float, typer.Option(help="Longest step of the sites, above 0 and at most 1.")] = 0.5,
+    tune: Annotated[int, typer.Option(help="Steps of hyperparameters by the evidence, at each task.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; RUN/gp if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
+) -> None:
+    """Learn the tasks of a run with a Gaussian process on its network's features, keeping a few examples of each."""
+    from hpccl.gp.stream import Settings
+    from hpccl.train.gp_fit import fit_gp as find
+    from hpccl.train.gp_fit import markdown, write_gp
+
+    settings = Settings(inducing=inducing, steps=steps, rate=rate, memory=keep, tune=tune)
+    found = find(run, settings=settings, task=task, kernel=kernel, lengthscale=lengthscale, variance=variance)
+    folder = write_gp(found, out or run / "gp")
+    typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False) if as_json else f"{markdown(found)}\n{folder}")
 
 
 # ---------------------------------------------------------------- shards

@@ -59,8 +59,10 @@ def read_apart(root: Path, where: Apart) -> Tensor:
     """The tensor, mapped: it must not be written to.
 
     Raises:
-        CheckpointError: the file is missing or torn.
+        CheckpointError: the file is missing or torn, or not in the run folder.
     """
+    if not (root / where.path).resolve().is_relative_to(root.resolve()):
+        raise CheckpointError(f"a checkpoint of '{root}' names a file outside of it, '{where.path}': do not use this run")
     try:
         with safetensors.safe_open(root / where.path, framework="pt") as file:
             found: Tensor = file.get_tensor(_NAME)

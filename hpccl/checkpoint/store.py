@@ -313,13 +313,13 @@ def latest(checkpoints: Path) -> Mark | None:
     return max(marks(checkpoints), default=None)
 
 
-def load(checkpoints: Path, mark: Mark) -> dict[str, Any]:
-    """The nest that was saved; what was spread over ranks stays in its files (dist.spread.Stored).
+def load(checkpoints: Path, mark: Mark, *, lazy: bool = False) -> dict[str, Any]:
+    """The nest that was saved; what was spread over ranks, or if `lazy` every tensor, stays in its files (Stored).
 
     Raises:
         CheckpointError: it is damaged, or of a format this version does not know.
     """
-    header, tree = read_tree(checkpoints / mark.name, slabs=_weight_stems)
+    header, tree = read_tree(checkpoints / mark.name, slabs=_weight_stems, lazy=lazy)
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint '{checkpoints / mark.name}' has format {header.get('format')!r}, this version reads {FORMAT}; "

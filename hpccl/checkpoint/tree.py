@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hpccl.checkpoint.apart import Apart, read_apart
-from hpccl.dist.spread import Slab
+from hpccl.dist.spread import Slab, Stored
 from hpccl.errors import CheckpointError
 
-__all__ = ["has_slabs", "read_header", "read_tree", "write_slabs", "write_tree"]
+__all__ = ["StoredWhole", "has_slabs", "read_header", "read_tree", "write_slabs", "write_tree"]
 
 _TENSOR = "__tensor__"
 _SPREAD = "__spread__"
@@ -80,11 +80,13 @@ def read_tree(
     *,
     stem: str = "state",
     wanted: Callable[[str], bool] | None = None,
+    lazy: bool = False,
     slabs: Callable[[dict[str, Any]], list[str]] = lambda header: [],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(header, tree) of what write_tree wrote; tensors are on the CPU, spread ones stay in their files (Stored).
 
     wanted: of the tree's first keys, which are read; the tensors of others never leave the file.
+    lazy: all tensors stay in their files.
     slabs: the stems of what all ranks' write_slabs wrote, by the header.
 
     Raises:
@@ -99,8 +101,14 @@ def read_tree(
         with safetensors.safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
             # A copy begins where any other tensor may; a place in the file may not, and products of matrices that begin
             # elsewhere are rounded otherwise: a resumed run would not be the undisturbed one.
-            run = folder.parent.parent
-            tree = _fill(skeleton, lambda name: file.get_tensor(name).clone(), spread, run)
+
+            def read(name: str) -> Tensor | Stored:
+                if not lazy:
+                    found: Tensor = file.get_tensor(name).clone()
+                    return found
+                return StoredWhole(folder / f"{stem}.safetensors", name, tuple(file.get_slice(name).get_shape()))
+
+            tree = _fill(skeleton, read, spread, run=folder.parent.parent)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint '{folder}' cannot be read ({stem}: {error}); delete it to continue from the one before"
@@ -182,6 +190,32 @@ class _StoredTensor:
         return found
 
 
+@final
+@dataclass(frozen=True)
+class StoredWhole:
+    """A tensor of a safetensors file, opened for every read and closed again: see dist.spread.Stored.
+
+    What is read is a copy. A file that stays open would count as memory, all of it in the end.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """See Stored.read.
+
+        Raises:
+            CheckpointError: the file is missing or torn.
+        """
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                found: Tensor = file.get_tensor(self.name).reshape(-1)[start:stop].clone()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"'{self.path}' cannot be read: {error}") from error
+        return found
+
+
 _BEFORE = "delete '{}' to continue from the one before"
 
 
@@ -204,7 +238,7 @@ def _strip(node: Any, path: str, tensors: dict[str, Tensor | Slab]) -> Any:
     return node
 
 
-def _fill(node: Any, tensor: Callable[[str], Tensor], spread: _Spread, run: Path) -> Any:
+def _fill(node: Any, tensor: Callable[[str], Tensor | Stored], spread: _Spread, run: Path) -> Any:
     if isinstance(node, dict):
         if _TENSOR in node:
             return tensor(node[_TENSOR])

@@ -15,40 +15,74 @@ from hpccl.config.run import RunConfig
 from hpccl.config.sections import DdpEngine
 from hpccl.dist.comm import Comm
 from hpccl.dist.mesh import pick_device
-from hpccl.errors import FolderError
+from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate import test
+from hpccl.train.export import refuse_other_logits
+from hpccl.train.merge_sources import open_weights
 from hpccl.train.run import fresh_state
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
 
-__all__ = ["evaluate_run", "find_checkpoint", "reopened"]
+__all__ = ["evaluate_run", "find_checkpoint", "put_weights", "reopened"]
 
 
-def evaluate_run(path: Path, *, task: int | None = None) -> dict[str, Any]:
+def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = None) -> dict[str, Any]:
     """Task- and class-incremental figures of the newest checkpoint, or of the one after `task`; writes nothing.
 
+    Args:
+        path: the run's folder.
+        task: counted from 0.
+        weights: of `hpccl export` or `hpccl merge` (or a .safetensors file), to be tested in the place of the run's.
+
     Raises:
+        ConfigError: `weights` are of another network.
+        DataError: `weights` cannot be read.
         FolderError: the folder is no run, or has no such checkpoint.
     """
     with reopened(path, task=task) as (state, world):
         mark = state.mark
+        if weights is not None:
+            refuse_other_logits(world.config, path)
+            put_weights(state, weights)
         results = test(state, world, last=mark.task)
-    if world.config.method == "separate":  # the earlier tasks have networks of their own, tested when they were there
+    # Where every task has a network of its own, those of earlier tasks were tested when they were there.
+    if weights is None and world.config.method == "separate":
         results = state.results[: mark.task] + results[mark.task :]
     seen = results[: mark.task + 1]
     return {
         "run": str(path),
         "checkpoint": mark.name,
+        **({} if weights is None else {"weights": str(weights)}),
         "average_accuracy": float(np.mean([result["task_incremental"]["accuracy"] for result in seen])),
         "average_accuracy_class_incremental": None
         if any(result["class_incremental"] is None for result in seen)
         else float(np.mean([result["class_incremental"]["accuracy"] for result in seen])),
         "tasks": results,
     }
+
+
+def put_weights(state: RunState, path: Path) -> None:
+    """The network's parameters and buffers from an export, a merger, another run or a .safetensors file.
+
+    Raises:
+        ConfigError: they are of another network.
+        DataError: they cannot be read.
+    """
+    given, own = open_weights(path), state.engine.gather()
+    theirs = {name: tuple(value.shape) for name, value in given.weights.items()}
+    differing = sorted(
+        name for name in {*theirs, *own} if name not in own or theirs.get(name) != tuple(own[name].shape)
+    )
+    if differing:
+        raise ConfigError(
+            f"--weights '{path}' is of another network: {', '.join(differing[:3])} differ in name or shape "
+            f"({len(differing)} of {len(own)}); give weights of the network in config.yaml"
+        )
+    state.engine.put(given.weights)
 
 
 @contextlib.contextmanager

@@ -14,13 +14,16 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from hpccl.checkpoint.store import Mark, load, marks
+from hpccl.checkpoint.store import FORMAT, Mark, load, marks, open_shards
+from hpccl.checkpoint.tree import write_tree
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
 from hpccl.config.sections import ModelConfig, TimmModel
+from hpccl.curvature.build import precision_from_state
 from hpccl.data.augment import Normaliser
 from hpccl.data.build import Outline, outline
 from hpccl.data.protocols import Task
+from hpccl.dist.comm import Comm
 from hpccl.dist.spread import whole
 from hpccl.errors import CheckpointError, ConfigError, FolderError
 from hpccl.folder import RunFolder, explain_os_error
@@ -28,9 +31,24 @@ from hpccl.models.build import skeleton
 from hpccl.models.exported import CONFIG, WEIGHTS
 from hpccl.train.copies import copies_of
 
-__all__ = ["Exported", "export", "find_finished", "weights_of"]
+__all__ = [
+    "CURVATURE",
+    "README",
+    "Exported",
+    "described",
+    "export",
+    "find_finished",
+    "folder_beside",
+    "layer_key",
+    "no_curvature",
+    "refuse_other_logits",
+    "refuse_what_is_there",
+    "weights_of",
+    "write_text",
+]
 
 README = "README.md"
+CURVATURE = "curvature"  # the stem of two files: what `hpccl merge` needs to know besides the weights
 
 
 @dataclass(frozen=True)
@@ -43,17 +61,19 @@ class Exported:
     num_bytes: int
 
 
-def export(path: Path, out: Path, *, task: int | None = None, force: bool = False) -> Exported:
+def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = False, force: bool = False) -> Exported:
     """Write the network after the newest finished task of a run, or after `task`, to the folder `out`.
 
     Args:
         path: the run's folder.
         out: the folder to write; it appears whole or not at all.
         task: counted from 0; None: the newest that is finished.
+        curvature: write what the run measured of its past, too; `hpccl merge` reads it.
         force: replace an earlier export in `out`.
 
     Raises:
-        FolderError: the folder is no run or has no such checkpoint, or `out` is in the way or cannot be written.
+        FolderError: the folder is no run or has no such checkpoint, or no curvature in it, or `out` is in the way or
+            cannot be written.
         CheckpointError: the checkpoint is damaged.
         ConfigError: every task has a network of its own, and `task` does not say which; or tests do not go by the
             network's logits alone.
@@ -67,6 +87,28 @@ def export(path: Path, out: Path, *, task: int | None = None, force: bool = Fals
             f"'{path}' trained a network of its own for every task (method separate); "
             f"say whose to export with --task N, 0 to {mark.task}"
         )
+    refuse_other_logits(config, path)
+    refuse_what_is_there(out, force=force)
+    content = _Content(run, config, mark, outline(config.stream, config.data, copies=copies_of(config, run)))
+    model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)
+    weights = _checked(dict(weights_of(run, mark)), model, run.checkpoints / mark.name)
+    measured = curvature_tree(run, mark) if curvature else None
+    with folder_beside(out) as beside:
+        safetensors.torch.save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
+        if measured is not None:
+            write_tree(beside, measured, header={"format": FORMAT, "checkpoint": mark.name}, stem=CURVATURE)
+        write_text(beside / CONFIG, json.dumps(content.config_json(model), indent=2) + "\n")
+        write_text(beside / README, content.readme(out))
+    num_bytes = sum(value.nbytes for value in weights.values())
+    return Exported(out, mark.name, sum(value.numel() for value in weights.values()), num_bytes)
+
+
+def refuse_other_logits(config: RunConfig, path: Path) -> None:
+    """What looks at the network alone would see another classifier than the run was tested with.
+
+    Raises:
+        ConfigError: tests of the run do not go by the network's logits alone.
+    """
     for key, used in (
         ("prior.correct.share", config.prior.correct.share > 0),
         ("evaluate.classifier", config.evaluate.classifier != "head"),
@@ -76,16 +118,6 @@ def export(path: Path, out: Path, *, task: int | None = None, force: bool = Fals
                 f"'{path}' was tested with {key}, which is no part of the network; allowed: runs that are tested by "
                 "the network's own logits (take the weights of a checkpoint if these are what you want)"
             )
-    _refuse_what_is_there(out, force=force)
-    content = _Content(run, config, mark, outline(config.stream, config.data, copies=copies_of(config, run)))
-    model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)
-    weights = _checked(dict(weights_of(run, mark)), model, run.checkpoints / mark.name)
-    with _folder_beside(out) as beside:
-        safetensors.torch.save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
-        _write(beside / CONFIG, json.dumps(content.config_json(model), indent=2) + "\n")
-        _write(beside / README, content.readme(out))
-    num_bytes = sum(value.nbytes for value in weights.values())
-    return Exported(out, mark.name, sum(value.numel() for value in weights.values()), num_bytes)
 
 
 def find_finished(run: RunFolder, task: int | None) -> Mark:
@@ -115,6 +147,47 @@ def weights_of(run: RunFolder, mark: Mark) -> Iterator[tuple[str, Tensor]]:
         yield name, whole(value)
 
 
+def described(run: RunFolder, mark: Mark) -> tuple[dict[str, Any], nn.Module]:
+    """What config.json of an export says, and the network without memory for its weights.
+
+    Raises:
+        DataError: the data that the run learned from is not there; it knows the names of the classes.
+    """
+    config = load_config([run.config], [])
+    content = _Content(run, config, mark, outline(config.stream, config.data, copies=copies_of(config, run)))
+    model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)
+    return content.config_json(model), model
+
+
+def curvature_tree(run: RunFolder, mark: Mark) -> dict[str, Any]:
+    """The curvature of a checkpoint, every layer whole under a key of its own and the rest under `precision`.
+
+    Raises:
+        CheckpointError: it is damaged.
+        FolderError: there is none.
+    """
+    state = load(run.checkpoints, mark)["prior"]["quadratic"]
+    if state is None:
+        raise FolderError(no_curvature(str(run.path), mark.name))
+    shards = open_shards(run.checkpoints, mark)
+    precision = precision_from_state(state["precision"], shards, Comm.solo())
+    layers = {layer_key(name): states for name, states in precision.shard_dict().items()}
+    return {"precision": precision.state_dict(), **layers}
+
+
+def layer_key(layer: str) -> str:
+    """Where `curvature_tree` has a layer's blocks."""
+    return f"layer {layer}"
+
+
+def no_curvature(where: str, checkpoint: str) -> str:
+    """An error message."""
+    return (
+        f"'{where}' has no curvature in checkpoint {checkpoint}: the run was configured with prior.quadratic.weight=0, "
+        "which measures none; train in another folder=... with prior.quadratic.weight=1"
+    )
+
+
 def _checked(weights: dict[str, Tensor], model: nn.Module, checkpoint: Path) -> dict[str, Tensor]:
     """In the network's order and in fp32; integers stay."""
     own = model.state_dict()
@@ -135,13 +208,14 @@ def _plain(value: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the folder
 
 
-def _refuse_what_is_there(out: Path, *, force: bool) -> None:
+def refuse_what_is_there(out: Path, *, force: bool) -> None:
     """Only an earlier export may be replaced, so that a slip of the pen deletes nothing else."""
     if not out.exists():
         return
     if not force:
         raise FolderError(f"'{out}' exists; choose another folder, or replace an earlier export with --force")
-    others = sorted({entry.name for entry in out.iterdir()} - {WEIGHTS, CONFIG, README}) if out.is_dir() else [out.name]
+    ours = {WEIGHTS, CONFIG, README, f"{CURVATURE}.json", f"{CURVATURE}.safetensors"}
+    others = sorted({entry.name for entry in out.iterdir()} - ours) if out.is_dir() else [out.name]
     if others:
         raise FolderError(
             f"'{out}' holds more than an export ({', '.join(others[:3])}), which --force would delete; "
@@ -150,7 +224,7 @@ def _refuse_what_is_there(out: Path, *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _folder_beside(out: Path) -> Iterator[Path]:
+def folder_beside(out: Path) -> Iterator[Path]:
     """Yield a new folder; at the end it becomes `out`, in the place of what was there."""
     beside, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
     try:
@@ -166,7 +240,8 @@ def _folder_beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, on the disk when it returns."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hpccl.data.protocols import Task
+from hpccl.data.protocols import Split, Task
 from hpccl.errors import ConfigError
 from hpccl.train.passes import ask, shared_images
 from hpccl.train.state import RunState, World
@@ -46,11 +46,12 @@ def competing(task: Task, world: World) -> list[int]:
 
 
 def looks(
-    samples: Ints, classes: list[int], state: RunState, world: World, *, inputs: bool
+    samples: Ints, classes: list[int], state: RunState, world: World, *, inputs: bool, split: Split = "train"
 ) -> Generator[Look, None, None]:
     """This rank's share of `samples`, a few at a time; as many times as every other rank, for passes are collective.
 
     inputs: find and record what goes into the last layer, too.
+    split: whose positions the samples are.
 
     Raises:
         ConfigError: the last layer is no nn.Linear.
@@ -62,7 +63,8 @@ def looks(
         if inputs:
             layer = last_layer(engine.module, world, state)
             cleanup.enter_context(_catching(layer, caught))
-        images = cleanup.enter_context(contextlib.closing(shared_images(samples, world, size=world.stream_batch)))
+        passed = shared_images(samples, world, size=world.stream_batch, split=split)
+        images = cleanup.enter_context(contextlib.closing(passed))
         while True:
             ask(world)
             seen = next(images, None)

@@ -59,3 +59,9 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path, damage: str) -> None:
         path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=r"task-000-[0-9a-f]{16}\.safetensors', which a checkpoint of this run"):
         read_apart(tmp_path, Apart(where.path))
+
+
+def test_a_checkpoint_reads_nothing_outside_of_its_run(tmp_path: Path) -> None:
+    where = write_apart(tmp_path, "other/soft", VALUES)
+    with pytest.raises(CheckpointError, match="names a file outside of it"):
+        read_apart(tmp_path / "run", Apart(f"../{where.path}"))

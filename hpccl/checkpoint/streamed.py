@@ -1,0 +1,87 @@
+"""A safetensors file that is written tensor by tensor, in any order, with no more than one of them in memory.
+
+The format is a length (8 bytes), a JSON table of dtypes, shapes and places, and the numbers themselves. The library
+writes files from memory only; what it reads back is checked by the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, final
+
+import torch
+from torch import Tensor
+
+__all__ = ["Writer", "writing"]
+
+# Names of the format; of what networks are made of.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Writer:
+    """An open file with room for all tensors.
+
+    places: by name, dtype, shape and first byte
+    """
+
+    file: BinaryIO
+    places: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]
+    written: set[str]
+
+    def write(self, name: str, value: Tensor) -> None:
+        """One tensor, of the dtype and shape that were announced."""
+        dtype, shape, first = self.places[name]
+        assert (value.dtype, tuple(value.shape)) == (dtype, shape), f"'{name}' is not as announced"
+        assert name not in self.written, f"'{name}' is there"
+        self.written.add(name)
+        self.file.seek(first)
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        self.file.write(flat.view(torch.uint8).numpy().data)
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, metadata: Mapping[str, str]
+) -> Iterator[Writer]:
+    """A new file at `path`; every tensor must have been written when the block ends.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    offsets, position = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+        offsets[name] = position
+        position += size
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin where any of them may
+    start = 8 + len(text)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(start + position)
+        writer = Writer(file, {name: (*kind, start + offsets[name]) for name, kind in tensors.items()}, set())
+        yield writer
+        assert writer.written == tensors.keys(), "every tensor is written"
+        file.flush()
+        os.fsync(file.fileno())

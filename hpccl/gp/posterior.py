@@ -1,0 +1,174 @@
+"""A sparse Gaussian process in dual form: what examples say, in the coordinates of a few inducing inputs.
+
+    lambda1 = sum_i alpha_i k_zi        Lambda2 = sum_i beta_i k_zi k_zi'         one of each for a latent function
+    mean(x)     = k_xz (K + Lambda2)^-1 lambda1
+    variance(x) = k_xx - k_xz K^-1 k_zx + k_xz (K + Lambda2)^-1 k_zx
+    q(u)        = N(K (K + Lambda2)^-1 lambda1, K (K + Lambda2)^-1 K)             u the functions' values at Z
+
+Sums of examples are sums of duals, so ranks add theirs up, and a task is added to the tasks before it. New inducing
+inputs n in the place of old ones o: P = K_oo^-1 K_on, lambda1 <- P' lambda1, Lambda2 <- P' Lambda2 P.
+
+Legend: n examples, m inducing inputs Z [m, d], K = k(Z, Z) + jitter, C latent functions.
+Source: Chang et al. 2023, "Memory-based dual Gaussian processes for sequential learning", ICML, sec. 3; Adam et al.
+2021, "Dual parameterization of sparse variational Gaussian processes", NeurIPS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hpccl.dist.comm import Comm
+from hpccl.errors import DivergedError
+from hpccl.gp.kernel import Kernel
+from hpccl.gp.likelihood import Sites
+
+__all__ = ["DualPosterior", "Duals", "contribution", "own_contribution"]
+
+_ROWS = 4096  # examples at a time
+
+
+@final
+@dataclass(frozen=True)
+class Duals:
+    """lambda1 [C, m] and Lambda2 [C, m, m] of some examples."""
+
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def zeros(cls, num_latent: int, size: int, device: torch.device | str = "cpu") -> Duals:
+        """Of no example."""
+        first = torch.zeros(num_latent, size, dtype=torch.float64, device=device)
+        return cls(first, first.new_zeros(num_latent, size, size))
+
+    def plus(self, other: Duals, scale: float = 1.0) -> Duals:
+        """Self + scale * other."""
+        return Duals(self.first + scale * other.first, self.second + scale * other.second)
+
+    def times(self, scale: float) -> Duals:
+        """Scaled."""
+        return Duals(self.first * scale, self.second * scale)
+
+    def widened(self, more: int) -> Duals:
+        """With `more` latent functions, of which nothing is known."""
+        return Duals(functional.pad(self.first, (0, 0, 0, more)), functional.pad(self.second, (0, 0, 0, 0, 0, more)))
+
+    def turned(self, projection: Tensor) -> Duals:
+        """In the coordinates of other inducing inputs, by P [m, m new]."""
+        # P may be large where new inputs lie far from old ones, while P'k is not: by roots nothing cancels, and Lambda2
+        # stays positive semi-definite.
+        values, vectors = torch.linalg.eigh((self.second + self.second.mT) / 2)
+        root = projection.T @ (vectors * values.clamp_min(0).sqrt()[:, None, :])
+        return Duals(self.first @ projection, root @ root.mT)
+
+
+@final
+@dataclass(frozen=True)
+class DualPosterior:
+    """A sparse Gaussian process; equal on all ranks.
+
+    inducing: Z [m, d]
+    jitter: on the diagonal of K, relative to its mean
+    """
+
+    kernel: Kernel
+    inducing: Tensor
+    duals: Duals
+    jitter: float = 1e-9
+
+    def gram(self) -> Tensor:
+        """K [m, m]."""
+        return gram(self.kernel, self.inducing, self.jitter)
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance [n, C] of the latent functions at rows x [n, d]; may be differentiated by the kernel.
+
+        Raises:
+            DivergedError: a matrix has no Cholesky factor.
+        """
+        prior, _ = _cholesky(self.gram()[None], "K")
+        both, _ = _cholesky(self.gram() + self.duals.second, "K + Lambda2")
+        solved = torch.cholesky_solve(self.duals.first[..., None], both)
+        means, variances = [], []
+        for rows in x.split(_ROWS) if len(x) else ():
+            cross = self.kernel(self.inducing, rows)  # [m, n]
+            means.append((cross.T @ solved)[..., 0].T)
+            known = torch.linalg.solve_triangular(prior[0], cross, upper=False).square().sum(0)
+            left = torch.linalg.solve_triangular(both, cross.expand(len(both), -1, -1), upper=False).square().sum(1)
+            variances.append((self.kernel.diagonal(rows) - known + left).T.clamp_min(0))
+        empty = self.inducing.new_zeros(0, len(self.duals.first), dtype=torch.float64)
+        return torch.cat([empty, *means]), torch.cat([empty, *variances])
+
+    def divergence(self, before: Duals | None = None) -> Tensor:
+        """KL(q(u) || p(u)) in nats, summed over latent functions; p the prior, or the process with the duals `before`.
+
+        With B = K + Lambda2 of each:  1/2 [tr(B_p B_q^-1) + d' B_p d - m + log|B_q| - log|B_p|],
+        d = B_q^-1 lambda1_q - B_p^-1 lambda1_p.
+        """
+        prior = self.gram()
+        against = prior[None] if before is None else prior + before.second
+        root, log_before = _cholesky(against, "K" if before is None else "K + Lambda2")
+        both, log_both = _cholesky(prior + self.duals.second, "K + Lambda2")
+        solved = torch.cholesky_solve(self.duals.first[..., None], both)
+        if before is not None:
+            solved = solved - torch.cholesky_solve(before.first[..., None], root)
+        traces = torch.linalg.solve_triangular(both, root.expand_as(both), upper=False).square().sum((1, 2))
+        squares = (root.mT @ solved).square().sum((1, 2))
+        found: Tensor = 0.5 * (traces + squares - len(prior) + log_both - log_before).sum()
+        return found
+
+    def moved(self, inducing: Tensor) -> tuple[DualPosterior, Tensor]:
+        """The same with other inducing inputs, and P."""
+        factor, _ = _cholesky(self.gram()[None], "K")
+        projection = torch.cholesky_solve(self.kernel(self.inducing, inducing), factor[0])
+        return replace(self, inducing=inducing, duals=self.duals.turned(projection)), projection
+
+
+def contribution(kernel: Kernel, inducing: Tensor, x: Tensor, sites: Sites, comm: Comm) -> Duals:
+    """Duals of the examples of all ranks: x [n, d] and sites [n, C] of this rank's, perhaps none; collective."""
+    total = own_contribution(kernel, inducing, x, sites)
+    comm.sum_([total.first, total.second])
+    return total
+
+
+def own_contribution(kernel: Kernel, inducing: Tensor, x: Tensor, sites: Sites) -> Duals:
+    """Of this rank's examples alone; may be differentiated by the kernel and the sites."""
+    alpha, beta = sites
+    total = Duals.zeros(alpha.shape[1], len(inducing), inducing.device)
+    for start in range(0, len(x), _ROWS):
+        part = slice(start, start + _ROWS)
+        cross = kernel(inducing, x[part])  # [m, n]
+        second = torch.stack([cross * weight @ cross.T for weight in beta[part].T])
+        total = total.plus(Duals((cross @ alpha[part]).T, second))
+    return total
+
+
+def gram(kernel: Kernel, inducing: Tensor, jitter: float) -> Tensor:
+    """K [m, m]."""
+    found = kernel(inducing, inducing)
+    found = (found + found.T) / 2
+    scale = found.diagonal().mean() if len(found) else found.new_ones(())
+    return found + jitter * scale * torch.eye(len(found), dtype=found.dtype, device=found.device)
+
+
+def _cholesky(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Lower factors [C, m, m] and log determinants [C].
+
+    Raises:
+        DivergedError: there is none.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if bool(failed.any()):
+        finite = bool(matrix.isfinite().all())
+        smallest = float(torch.linalg.eigvalsh(matrix.detach()).min()) if finite else float("nan")
+        raise DivergedError(
+            f"{name} of the Gaussian process is not positive definite (smallest eigenvalue {smallest:.3g} of "
+            f"{matrix.shape[-1]}): inducing inputs are nearly the same or not finite; take fewer of them, a shorter "
+            "length scale or a larger jitter"
+        )
+    return factor, 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)

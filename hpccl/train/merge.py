@@ -1,0 +1,325 @@
+"""Merge networks of one architecture into one, without data: `hpccl merge`.
+
+The mathematics is in hpccl.curvature.merging. Weights and curvature are read, merged and written a layer at a time, so
+that memory is that of the largest layer of all networks, however many layers there are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, assert_never, final
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from hpccl.checkpoint.streamed import Writer, writing
+from hpccl.config.sections import ModelConfig
+from hpccl.curvature import merging
+from hpccl.curvature.merging import Model, Solved
+from hpccl.errors import ConfigError, DataError
+from hpccl.models.build import skeleton
+from hpccl.models.exported import CONFIG, WEIGHTS
+from hpccl.train.export import README, folder_beside, refuse_what_is_there, write_text
+from hpccl.train.merge_sources import Curvature, Source, groups_of, open_source, open_weights, refuse_other
+
+__all__ = ["Merged", "Method", "merge"]
+
+Method: TypeAlias = Literal["matching", "fisher", "arithmetic", "average"]
+
+_ModelConfig: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+
+
+@final
+@dataclass(frozen=True)
+class Merged:
+    """What was written.
+
+    num_weights: parameters and buffers
+    num_measured: parameters whose curvature is known of all networks that were merged
+    steps: of conjugate gradients, in the layer that took most
+    averaged: names of buffers that are numbers, such as running statistics
+    """
+
+    folder: Path
+    num_weights: int
+    num_measured: int
+    steps: int
+    averaged: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True)
+class _Plan:
+    """What is merged, how.
+
+    shapes: of parameters and buffers, in the network's order; dtypes likewise, as they are written
+    parameters: names of those that can be averaged
+    """
+
+    sources: Sequence[Source]
+    scales: Sequence[float]
+    base: Source | None
+    method: Method
+    prior_precision: float
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    parameters: Sequence[str]
+
+    @property
+    def curvatures(self) -> list[Curvature]:
+        if self.method in ("arithmetic", "average"):
+            return []
+        every = [*self.sources, *([self.base] if self.base else [])]
+        return [source.curvature for source in every if source.curvature is not None]
+
+
+def merge(
+    models: Sequence[Path],
+    out: Path,
+    *,
+    base: Path | None = None,
+    weights: Sequence[float] | None = None,
+    method: Method = "matching",
+    prior_precision: float = 1e-3,
+    force: bool = False,
+) -> Merged:
+    """Merge networks and write the result to the folder `out`, as `hpccl export` writes one.
+
+    Args:
+        models: folders of runs (their newest finished task), or of `hpccl export --curvature`.
+        out: the folder to write; it appears whole or not at all.
+        base: what all of them began with, likewise, or a .safetensors file of the network's weights.
+        weights: a_t of every network; None: 1 each. Negative ones remove.
+        method: `matching` (uncertainty-based gradient matching) and `arithmetic` (task arithmetic) need a base,
+            `fisher` (Fisher averaging) and `average` have none.
+        prior_precision: delta > 0, in nats per squared weight: added to the base's curvature (`matching`) or to every
+            network's (`fisher`).
+        force: replace an earlier export in `out`.
+
+    Raises:
+        CheckpointError: a network is damaged.
+        ConfigError: networks or arguments do not go together, or the merged precision is not positive.
+        DataError: an export is damaged.
+        DivergedError: weights or curvature are not finite.
+        FolderError: `out` is in the way, or one of the folders is no network.
+    """
+    scales = _checked_scales(models, weights, method, base, prior_precision)
+    refuse_what_is_there(out, force=force)
+    sources = [open_source(path) for path in models]
+    plan = _plan(sources, scales, None if base is None else open_weights(base), method, prior_precision)
+    with folder_beside(out) as beside:
+        tensors = {name: (plan.dtypes[name], shape) for name, shape in plan.shapes.items()}
+        with writing(beside / WEIGHTS, tensors, metadata={"format": "pt"}) as writer:
+            measured, steps = _merge_parameters(plan, writer)
+            averaged = _merge_buffers(plan, writer)
+        write_text(beside / CONFIG, json.dumps(_config(plan), indent=2) + "\n")
+        write_text(beside / README, _readme(plan, out, averaged))
+    return Merged(out, sum(math.prod(shape) for shape in plan.shapes.values()), measured, steps, averaged)
+
+
+def _checked_scales(
+    models: Sequence[Path],
+    weights: Sequence[float] | None,
+    method: Method,
+    base: Path | None,
+    prior_precision: float,
+) -> list[float]:
+    """Raises ConfigError."""
+    if not models:
+        raise ConfigError("nothing to merge: give at least one run or export")
+    scales = [1.0] * len(models) if weights is None else list(weights)
+    if len(scales) != len(models):
+        raise ConfigError(f"--weights has {len(scales)} numbers for {len(models)} networks; give one each, in order")
+    if not all(math.isfinite(scale) for scale in scales):
+        raise ConfigError(f"--weights {','.join(map(str, scales))}: finite numbers")
+    if not (math.isfinite(prior_precision) and prior_precision > 0):
+        raise ConfigError(f"--prior-precision {prior_precision}: a finite number above 0")
+    with_base = method in ("matching", "arithmetic")
+    if with_base and base is None:
+        raise ConfigError(
+            f"--method {method} merges what networks learned since a common beginning: give it with --base (a run, an "
+            "export or a .safetensors file); without one: --method fisher or average"
+        )
+    if not with_base and base is not None:
+        raise ConfigError(f"--method {method} has no --base; leave it out, or take --method matching or arithmetic")
+    if not with_base and min(scales) <= 0:
+        raise ConfigError(
+            f"--weights {min(scales):g} with --method {method}, which averages: weights above 0; to remove what a "
+            "network learned, take --method matching or arithmetic with a --base"
+        )
+    return scales
+
+
+def _plan(
+    sources: Sequence[Source], scales: Sequence[float], base: Source | None, method: Method, prior_precision: float
+) -> _Plan:
+    """Raises ConfigError, DataError."""
+    model = _network(sources[0])
+    own = model.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    refuse_other(sources, base, shapes)
+    if method in ("matching", "fisher"):
+        for source in sources:
+            if source.curvature is None:
+                raise ConfigError(
+                    f"'{source.label}' has no curvature, which --method {method} weighs networks by: train with "
+                    "prior.quadratic.weight=1 and, of an export, write it with `hpccl export --curvature`; without "
+                    f"curvature: --method {'arithmetic' if base else 'average'}"
+                )
+    learned = {name for name, value in model.named_parameters() if value.is_floating_point()}
+    return _Plan(
+        sources,
+        scales,
+        base,
+        method,
+        prior_precision,
+        shapes,
+        {name: torch.float32 if value.is_floating_point() else value.dtype for name, value in own.items()},
+        [name for name in shapes if name in learned],
+    )
+
+
+def _network(source: Source) -> torch.nn.Module:
+    assert source.config is not None
+    ours = source.config["hpccl"]
+    try:
+        return skeleton(
+            _ModelConfig.validate_python(ours["model"]),
+            image_shape=tuple(ours["image_shape"]),
+            num_classes=ours["num_classes"],
+        )
+    except (ValidationError, KeyError, TypeError) as error:
+        raise DataError(f"the export in '{source.label}' is damaged: {error}; write it again") from error
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _merge_parameters(plan: _Plan, writer: Writer) -> tuple[int, int]:
+    """Number of parameters whose curvature all merged networks know, and the most steps of a solver."""
+    measured, steps = 0, 0
+    for group, names in groups_of(plan.curvatures, plan.parameters):
+        models = [_model(source, scale, names, plan) for source, scale in zip(plan.sources, plan.scales, strict=True)]
+        base = None if plan.base is None else _model(plan.base, 1.0, names, plan)
+        solved = _solved(group, base, models, plan)
+        for name, value in solved.weights.items():
+            writer.write(name, value.view(plan.shapes[name]).float())
+        steps = max(steps, solved.steps)
+        known = [{name for curve in model.curves for name in curve.names} for model in models]
+        measured += sum(math.prod(plan.shapes[name]) for name in names if all(name in each for each in known))
+    return measured, steps
+
+
+def _model(source: Source, scale: float, names: Sequence[str], plan: _Plan) -> Model:
+    """One network's share of a group of parameters."""
+    curvature = source.curvature if plan.curvatures else None
+    found = {} if curvature is None else curvature.groups
+    curves = [curvature.read(group) for group, own in found.items() if curvature and set(own) & set(names)]
+    return Model(scale, {name: source.weight(name) for name in names}, curves)
+
+
+def _solved(group: str, base: Model | None, models: Sequence[Model], plan: _Plan) -> Solved:
+    match plan.method:
+        case "matching":
+            return merging.matched(group, base, models, damping=plan.prior_precision)
+        case "fisher":
+            return merging.matched(group, None, models, damping=plan.prior_precision)
+        case "arithmetic":
+            assert base is not None
+            return merging.arithmetic(base.weights, models)
+        case "average":
+            return merging.average(models)
+        case _:
+            assert_never(plan.method)
+
+
+def _merge_buffers(plan: _Plan, writer: Writer) -> tuple[str, ...]:
+    """Numbers that no gradient moved: the mean over what is added. Whole ones are the first network's."""
+    averaged = []
+    for name in plan.shapes:
+        if name in plan.parameters:
+            continue
+        kept = [(source, scale) for source, scale in zip(plan.sources, plan.scales, strict=True) if scale > 0]
+        if not plan.dtypes[name].is_floating_point or not kept:
+            writer.write(name, _first(plan, name))
+            continue
+        averaged.append(name)
+        models = [Model(scale, {name: source.weight(name)}, ()) for source, scale in kept]
+        writer.write(name, merging.average(models).weights[name].view(plan.shapes[name]).float())
+    return tuple(averaged)
+
+
+def _first(plan: _Plan, name: str) -> Tensor:
+    return plan.sources[0].weight(name).view(plan.shapes[name]).to(plan.dtypes[name])
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def _config(plan: _Plan) -> dict[str, Any]:
+    """The first network's, of the tasks of all that were added."""
+    first = plan.sources[0].config
+    assert first is not None
+    tasks: list[dict[str, Any]] = []
+    for source, scale in zip(plan.sources, plan.scales, strict=True):
+        assert source.config is not None
+        tasks += [task for task in source.config["hpccl"]["tasks"] if scale > 0 and task not in tasks]
+    ours = {key: value for key, value in first["hpccl"].items() if key not in ("run", "checkpoint")}
+    merged = {
+        "method": plan.method,
+        "models": [
+            {"path": source.label, "weight": scale} for source, scale in zip(plan.sources, plan.scales, strict=True)
+        ],
+        "base": None if plan.base is None else plan.base.label,
+        "prior_precision": plan.prior_precision,
+    }
+    return {**first, "hpccl": {**ours, "tasks": tasks, "merged": merged}}
+
+
+def _readme(plan: _Plan, out: Path, averaged: Sequence[str]) -> str:
+    rows = "\n".join(
+        f"| `{source.label}` | {scale:g} |" for source, scale in zip(plan.sources, plan.scales, strict=True)
+    )
+    base = "" if plan.base is None else f", beginning with `{plan.base.label}`"
+    statistics = (
+        f"\nIts {len(averaged)} running statistics (such as `{averaged[0]}`) are means of those of the networks. "
+        "Normalisation by batch statistics does not suit merged weights exactly: pass some training images through it "
+        "in training mode before use.\n"
+        if averaged
+        else ""
+    )
+    return _README.format(method=_WORDS[plan.method], base=base, rows=rows, out=out, statistics=statistics)
+
+
+_WORDS: Mapping[Method, str] = {
+    "matching": "uncertainty-based gradient matching",
+    "fisher": "Fisher averaging",
+    "arithmetic": "task arithmetic",
+    "average": "averaging weights",
+}
+
+_README = """# Merged network
+
+`hpccl merge` made this network of others by {method}{base}; weights are fp32.
+
+| network | weight |
+|---|---:|
+{rows}
+
+## Load
+
+Input, normalisation and names of the classes are those of the first network, and in `config.json`.
+
+```python
+from hpccl.models.exported import load_exported
+
+model = load_exported("{out}")
+```
+
+A network of timm is also loaded by `timm.create_model("local-dir:{out}", pretrained=True)`.
+{statistics}"""

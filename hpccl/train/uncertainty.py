@@ -1,0 +1,310 @@
+"""What a run's network predicts when its weights are uncertain: `hpccl evaluate --posterior`.
+
+The Laplace posterior is that of the curvature in the checkpoint, around the weights at its end. It knows what the
+curvature knows: the examples that are not in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpccl.curvature.posterior import Posterior
+from hpccl.curvature.predictive import MERITS, merits, monte_carlo, probabilities, probit
+from hpccl.data.order import mix
+from hpccl.dist.comm import Comm
+from hpccl.dist.spread import wholes
+from hpccl.engine.protocols import trainable
+from hpccl.errors import ConfigError, DataError, FolderError
+from hpccl.folder import RunFolder
+from hpccl.report.text import size
+from hpccl.report.uncertainty import Uncertainty, worth_showing
+from hpccl.train.consolidate import thumbnail
+from hpccl.train.evaluate_run import reopened
+from hpccl.train.export import find_finished, no_curvature, refuse_other_logits
+from hpccl.train.passes import shared_images
+from hpccl.train.state import RunState, World
+
+__all__ = ["Approximation", "evaluate_posterior", "predictions"]
+
+Ints = npt.NDArray[np.int64]
+Approximation: TypeAlias = Literal["sampled", "probit", "monte_carlo"]
+
+_FEW = 2000  # test images, unless told otherwise, where each needs the Jacobian of the whole network
+_LARGEST = 4 << 30  # bytes of one image's Jacobian by one layer, with the copies that are made of it
+_SUBSAMPLE, _NOISE = 107, 108
+
+
+def evaluate_posterior(
+    path: Path,
+    *,
+    approximation: Approximation = "sampled",
+    task: int | None = None,
+    samples: int = 32,
+    examples: int | None = None,
+    prior_precision: float | None = None,
+) -> Uncertainty:
+    """Figures of the predictive distribution after the newest finished task, or after `task`; writes nothing.
+
+    Args:
+        path: the run's folder.
+        approximation: weights drawn from the posterior; or the network linearised at the mean, with the probit
+            approximation or with logits drawn.
+        task: counted from 0.
+        samples: drawn weights, or logits an image.
+        examples: test images, drawn uniformly; None: all for `sampled`, 2000 otherwise.
+        prior_precision: delta; None: that with the largest evidence.
+
+    Raises:
+        FolderError: the folder is no run, or has no such checkpoint, or no curvature in it.
+        ConfigError: an argument is out of range, or the network does not suit the approximation.
+    """
+    _check(samples=samples, examples=examples, prior_precision=prior_precision)
+    mark = find_finished(RunFolder(path), task)
+    with reopened(path, task=mark.task) as (state, world):
+        refuse_other_logits(world.config, path)
+        posterior = posterior_of(state, world, prior_precision)
+        table = predictions(state, world, posterior, approximation, samples=samples, examples=examples)
+        head = world.config.train.head
+        shown = worth_showing(table, head, last=mark.task)
+        return Uncertainty(
+            run=str(path),
+            checkpoint=state.mark.name,
+            task=state.mark.task,
+            approximation=approximation,
+            samples=0 if approximation == "probit" else samples,
+            prior_precision=posterior.prior_precision,
+            chosen=prior_precision is None,
+            effective_parameters=posterior.effective_parameters(),
+            num_weights=posterior.num_weights,
+            head=head,
+            class_names=world.stream.class_names,
+            task_names=[each.name for each in world.stream.tasks],
+            table=table,
+            pictures=_pictures(table["sample"][shown], world),
+        )
+
+
+def _check(*, samples: int, examples: int | None, prior_precision: float | None) -> None:
+    if samples < 1:
+        raise ConfigError(f"--samples {samples}: at least 1")
+    if examples is not None and examples < 1:
+        raise ConfigError(f"--examples {examples}: at least 1")
+    if prior_precision is not None and not (0 < prior_precision < float("inf")):
+        raise ConfigError(f"--prior-precision {prior_precision:g}: a finite number above 0")
+
+
+def posterior_of(state: RunState, world: World, prior_precision: float | None) -> Posterior:
+    """Of the curvature in the state, around its anchor; collective.
+
+    Raises:
+        FolderError: there is no curvature.
+        ConfigError: the evidence has no maximum.
+    """
+    quadratic = state.prior.quadratic
+    if quadratic is None:
+        raise FolderError(no_curvature(str(world.folder.path), state.mark.name))
+    posterior = Posterior.of(
+        quadratic.precision, wholes(quadratic.anchor), prior_precision=prior_precision or 1.0, comm=world.comm
+    )
+    if prior_precision is None:
+        posterior = posterior.with_prior_precision(posterior.best_prior_precision())
+    return posterior
+
+
+def predictions(
+    state: RunState,
+    world: World,
+    posterior: Posterior,
+    approximation: Approximation,
+    *,
+    samples: int,
+    examples: int | None,
+) -> dict[str, npt.NDArray[Any]]:
+    """What is predicted for every test image, by name of the column, the same on all ranks; collective.
+
+    `sample`, `task`, `label`, and `<which>_<head>_<merit>` for the network at the mean (`mean`) and the predictive
+    distribution (`posterior`), among the image's own classes (`own`) and all seen so far (`seen`); merits are those of
+    `curvature.predictive.merits`. Images of tasks that were not learned have no such classes: their nats are infinite.
+
+    Raises:
+        ConfigError: the network does not suit the approximation.
+        DataError: no test image can be decoded.
+    """
+    chosen = _chosen(world, examples, everything=approximation == "sampled")
+    judge = _Judge.of(world, state.mark.task)
+    state.engine.put(posterior.mean)
+    try:
+        if approximation == "sampled":
+            rows = _by_samples(chosen, judge, state, world, posterior=posterior, samples=samples)
+        else:
+            draws = 0 if approximation == "probit" else samples
+            rows = _linearised(chosen, judge, state, world, posterior=posterior, samples=draws)
+    finally:
+        state.engine.put(posterior.mean)
+    if not len(rows):
+        raise DataError("no test image can be decoded")
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    sample = rows[:, 0].astype(np.int64)
+    names = [
+        f"{which}_{head}_{merit}" for which in ("mean", "posterior") for head in ("own", "seen") for merit in MERITS
+    ]
+    bounds = [each.samples("test").stop for each in world.stream.tasks]
+    return {
+        "sample": sample,
+        "task": np.searchsorted(bounds, sample, side="right"),
+        "label": world.stream.labels("test")[sample],
+        **dict(zip(names, rows[:, 1:].T, strict=True)),
+    }
+
+
+def _chosen(world: World, examples: int | None, *, everything: bool) -> Ints:
+    count = world.stream.tasks[-1].samples("test").stop
+    most = examples if examples is not None else count if everything else _FEW
+    if most >= count:
+        return np.arange(count)
+    priority = mix(world.config.seed, _SUBSAMPLE, np.arange(count))
+    return np.sort(np.argsort(priority, kind="stable")[:most]).astype(np.int64)
+
+
+@final
+@dataclass(frozen=True)
+class _Judge:
+    """Which classes compete for an image.
+
+    owner: [C] each class's task; heads: [T, C] bool, each task's classes; seen: [C] bool
+    """
+
+    owner: Tensor
+    heads: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, world: World, last: int) -> _Judge:
+        device, number = world.comm.device, len(world.stream.class_names)
+        heads = torch.zeros(len(world.stream.tasks), number, dtype=torch.bool, device=device)
+        owner = torch.zeros(number, dtype=torch.int64, device=device)
+        for task in world.stream.tasks:
+            heads[task.index, list(task.classes)] = True
+            owner[list(task.classes)] = task.index
+        return cls(owner, heads, heads[: last + 1].any(dim=0))
+
+    def both(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Own and seen classes, each [n, C]."""
+        own = self.heads[self.owner[labels]]
+        return own, self.seen.expand_as(own)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Test images that could be decoded: positions, labels, pixels and logits at the present weights."""
+
+    sample: Ints
+    labels: Tensor
+    pixels: Tensor
+    logits: Tensor
+
+
+def _batches(chosen: Ints, state: RunState, world: World, size: int) -> Iterator[_Batch]:
+    """This rank's share; as many times as every other rank."""
+    labels = torch.from_numpy(world.stream.labels("test"))
+    with contextlib.closing(shared_images(chosen, world, size=size, split="test")) as images:
+        for seen in images:
+            logits = state.engine.predict(seen.pixels)
+            if world.config.train.flip_test:
+                logits = (logits + state.engine.predict(seen.pixels.flip(-1))) / 2
+            good = seen.valid[: len(seen.sample)]
+            sample = seen.sample[good.numpy()]
+            here = good.nonzero()[:, 0].to(logits.device)
+            yield _Batch(sample, labels[torch.from_numpy(sample)].to(logits.device), seen.pixels[here], logits[here])
+
+
+def _by_samples(
+    chosen: Ints, judge: _Judge, state: RunState, world: World, *, posterior: Posterior, samples: int
+) -> npt.NDArray[np.float64]:
+    """A pass for the mean and one for every draw, which is put into the engine."""
+    known: list[Tensor] = []
+    sums: list[list[Tensor]] = []
+    for number in range(-1, samples):
+        if number >= 0:
+            state.engine.put(posterior.sample(world.config.seed, number))
+        for place, batch in enumerate(_batches(chosen, state, world, world.stream_batch)):
+            both = [probabilities(batch.logits, head) for head in judge.both(batch.labels)]
+            if number < 0:
+                position = torch.from_numpy(batch.sample).to(batch.logits.device).double()[:, None]
+                known.append(torch.cat([position, *(merits(p, batch.labels) for p in both)], dim=1))
+                sums.append([torch.zeros_like(p) for p in both])
+            else:
+                for total, p in zip(sums[place], both, strict=True):
+                    total.add_(p, alpha=1 / samples)
+    labels = torch.from_numpy(world.stream.labels("test"))
+    rows = [torch.zeros(0, 1 + 4 * len(MERITS), dtype=torch.float64, device=world.comm.device)]
+    for own, totals in zip(known, sums, strict=True):
+        true = labels[own[:, 0].long().cpu()].to(own.device)
+        rows.append(torch.cat([own, *(merits(total, true) for total in totals)], dim=1))
+    found: npt.NDArray[np.float64] = world.comm.gather(torch.cat(rows)).cpu().numpy()
+    return found
+
+
+def _linearised(
+    chosen: Ints, judge: _Judge, state: RunState, world: World, *, posterior: Posterior, samples: int
+) -> npt.NDArray[np.float64]:
+    """One pass, in which every rank takes all images: each has a part of the posterior. Without samples: probit."""
+    _refuse_unfit(state, world)
+    alone = replace(world, comm=Comm.solo(world.comm.device))
+    rows = [torch.zeros(0, 1 + 4 * len(MERITS), dtype=torch.float64, device=world.comm.device)]
+    for batch in _batches(chosen, state, alone, min(world.stream_batch, 64)):
+        if not len(batch.sample):
+            continue
+        variance = posterior.logit_variance(state.engine.module, batch.pixels).to(batch.logits.device)
+        heads = judge.both(batch.labels)
+        if samples == 0:
+            found = [probit(batch.logits, variance, head) for head in heads]
+        else:
+            noise = _noise(batch, samples, world.config.seed)
+            found = [monte_carlo(batch.logits, variance, head, noise) for head in heads]
+        both = [*(probabilities(batch.logits, head) for head in heads), *found]
+        position = torch.from_numpy(batch.sample).to(batch.logits.device).double()[:, None]
+        rows.append(torch.cat([position, *(merits(p, batch.labels) for p in both)], dim=1))
+    return torch.cat(rows).cpu().numpy()
+
+
+def _noise(batch: _Batch, samples: int, seed: int) -> Tensor:
+    """[S, n, C], a function of (seed, test image) alone."""
+    classes = batch.logits.shape[1]
+    keys = mix(seed, _NOISE, batch.sample)
+    draws = [np.random.Generator(np.random.Philox(key=int(key))).standard_normal((samples, classes)) for key in keys]
+    return torch.from_numpy(np.stack(draws, axis=1)).to(batch.logits.device)
+
+
+def _refuse_unfit(state: RunState, world: World) -> None:
+    """Raises ConfigError."""
+    if world.config.train.flip_test:
+        raise ConfigError(
+            "train.flip_test=true averages the logits of an image and its mirror image, which the linearised network "
+            "does not; use --posterior sampled"
+        )
+    module = state.engine.module
+    name, largest = max(trainable(module).items(), key=lambda item: item[1].numel())
+    needed = 4 * 4 * len(world.stream.class_names) * largest.numel()
+    if needed > _LARGEST:
+        raise ConfigError(
+            f"the network is too large to be linearised: the Jacobian of one image by '{name}' takes {size(needed)} "
+            f"with its copies; allowed: {size(_LARGEST)}; use --posterior sampled"
+        )
+
+
+def _pictures(samples: Sequence[int] | Ints, world: World) -> Mapping[int, npt.NDArray[np.uint8]]:
+    found = {}
+    for sample in map(int, samples):
+        with contextlib.suppress(DataError):  # data.bad_images is `skip`, and it is no longer there
+            found[sample] = thumbnail(world.stream.raw(sample, "test"))
+    return found

@@ -1,0 +1,86 @@
+"""`hpccl gp fit` on whole runs of digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hpccl.checkpoint.store import Mark
+from hpccl.checkpoint.tree import read_tree
+from hpccl.cli import app
+from hpccl.config.load import dump
+from hpccl.errors import ConfigError
+from hpccl.gp.stream import Settings, State
+from hpccl.train.evaluate import evaluate
+from hpccl.train.gp_fit import fit_gp
+from tests.run.method import learn, make_world, merged
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("run"), {"train": {"epochs": 5, "batch_size": 64, "head": "seen"}}, tasks=3)
+
+
+def trained(folder: Path, *changes: dict[str, Any], tasks: int) -> Path:
+    """Of a network that forgets: it has no prior."""
+    config = merged({"model": {"kind": "mlp", "hidden": [32]}}, *changes)
+    state, world = make_world(config, folder)
+    learn(state, world, tasks)
+    evaluate(world.stream.tasks[tasks - 1], state, world)
+    world.save(state, Mark.at(tasks - 1, "done", 9))
+    (folder / "config.yaml").write_text(dump(config))
+    return folder
+
+
+def test_the_process_remembers_what_its_network_forgot(run: Path, tmp_path: Path) -> None:
+    """What is written is read again."""
+    out = tmp_path / "out"
+    arguments = [
+        "gp",
+        "fit",
+        str(run),
+        "--inducing",
+        "40",
+        "--keep",
+        "20",
+        "--steps",
+        "10",
+        "--variance",
+        "30",
+        "--out",
+        str(out),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    said = json.loads((out / "gp.json").read_text())
+    assert (said["inducing"], said["memory"], said["features"]) == (40, 60, 32)
+    assert [len(rows) for rows in said["after"]] == [1, 2, 3]
+    assert said["average_accuracy"] > 0.85
+    network = sum(row["accuracy"] for row in said["network"]) / 3
+    assert network < 0.5 < said["average_accuracy"]
+    assert "| task |" in result.output
+    assert result.output.rstrip().endswith(str(out))
+    state = State.from_state_dict(read_tree(out)[1])
+    assert state.num_seen == said["num_seen"]
+    assert bool(state.predict(torch.zeros(2, 32))[0].isfinite().all())
+    bare = fit_gp(run, settings=Settings(inducing=40, memory=0, steps=10), variance=30.0)
+    assert bare.state.memory is None
+    assert bare.as_dict()["average_accuracy"] < said["average_accuracy"]
+
+
+def test_arguments_that_are_out_of_range(run: Path) -> None:
+    with pytest.raises(ConfigError, match="inducing=0 of a Gaussian process"):
+        fit_gp(run, settings=Settings(inducing=0))
+    with pytest.raises(ConfigError, match=r"lengthscale=-1.0 of a kernel"):
+        fit_gp(run, settings=Settings(), lengthscale=-1.0)
+
+
+def test_networks_of_their_own_are_refused(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "separate", {"train": {"epochs": 1, "restart": True}}, tasks=1)
+    with pytest.raises(ConfigError, match="network of its own for every task"):
+        fit_gp(folder, settings=Settings())
