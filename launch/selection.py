@@ -1,6 +1,7 @@
 """Which memory is worth keeping: every selector on Split-CIFAR with `ewc+fr+replay`, m = 100 and 500, three seeds.
 
     python launch/selection.py [--jobs 2] [--quick]
+    python launch/selection.py --selectors uniform hinge --sizes 100 --seeds 0
 
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
 is not repeated and one that was killed continues, so start it again at any time. Each seed's first task is trained once
@@ -11,7 +12,7 @@ the trajectory of each seed's uniform run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,23 +58,23 @@ DIGITS = Setting(
 )
 
 
-def trainings(setting: Setting) -> Iterator[Step]:
+def trainings(setting: Setting, selectors: Sequence[str]) -> Iterator[Step]:
     """Those that train a first task before those that take it."""
     for seed in setting.seeds:
         first = f"uniform-{setting.sizes[0]}-{seed}"
         for number in setting.sizes:
-            for selector in SELECTORS:
+            for selector in ("uniform", *(selector for selector in selectors if selector != "uniform")):
                 name = f"{selector}-{number}-{seed}"
                 after = () if name == first else (first,)
                 shared = [f"train.first_task_from={setting.folder}/{first}"] if after else []
                 names = [f"folder={setting.folder}/{name}", f"name={selector}-{number}", f"seed={seed}"]
-                kept = [f"memory.size={number}", "log.reconstruction=0.1", f"memory.selector.kind={selector}"]
+                kept = [f"memory.size={number}", f"memory.selector.kind={selector}"]
                 yield Step(name, ("train", *setting.arguments, *kept, *shared, *names), after)
 
 
-def campaign(setting: Setting) -> Campaign:
+def campaign(setting: Setting, selectors: Sequence[str]) -> Campaign:
     """All runs, their comparison, and the reconstruction along each seed's trajectory."""
-    steps = tuple(trainings(setting))
+    steps = tuple(trainings(setting, selectors))
     folders = [f"{setting.folder}/{step.name}" for step in steps]
     report = Step("report", ("report", *folders, f"--out={setting.out}"), tuple(step.name for step in steps))
     sizes = ",".join(map(str, setting.sizes))
@@ -89,5 +90,10 @@ def campaign(setting: Setting) -> Campaign:
 if __name__ == "__main__":
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
+    parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=SELECTORS, metavar="KIND", help="all")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="examples a task in memory")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="0 1 2")
     chosen = parser.parse_args()
-    sys.exit(carry_out(campaign(DIGITS if chosen.quick else SPLIT_CIFAR), chosen))
+    setting = DIGITS if chosen.quick else SPLIT_CIFAR
+    narrowed = {key: tuple(value) for key in ("sizes", "seeds") if (value := getattr(chosen, key))}
+    sys.exit(carry_out(campaign(Setting(**{**vars(setting), **narrowed}), chosen.selectors), chosen))

@@ -35,7 +35,7 @@ def campaign_of(name: str, setting: str) -> Campaign:
         "split_cifar": [getattr(module, "METHODS", ()), None],
         "tune": [list(getattr(module, "GRID", {}))],
         "ablation": [list(getattr(module, "ROWS", {}))],
-        "selection": [],
+        "selection": [getattr(module, "SELECTORS", ())],
     }
     made = module.campaign(getattr(module, setting), *more[name])
     assert isinstance(made, Campaign)
