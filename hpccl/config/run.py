@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from hpccl.config.rules import ClashError, clashes
 from hpccl.config.sections import (
+    AdaptConfig,
+    AnyAdaptation,
     CheckpointConfig,
     ClusterConfig,
     CurvatureConfig,
@@ -22,6 +24,7 @@ from hpccl.config.sections import (
     MemoryConfig,
     MlpModel,
     ModelConfig,
+    NoAdaptation,
     OptimConfig,
     PriorConfig,
     Section,
@@ -58,6 +61,7 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()  # examples of past tasks that are kept
     prior: PriorConfig = PriorConfig()  # what the past says while a new task is learned
     curvature: CurvatureConfig = KroneckerCurvature()  # of the quadratic
+    adapt: AdaptConfig = NoAdaptation()  # of a trained network to something new
     engine: EngineConfig = DdpEngine()  # where the weights live
     checkpoint: CheckpointConfig = CheckpointConfig()  # when to save
     log: LogConfig = LogConfig()  # what is written while running
@@ -77,14 +81,24 @@ class RunConfig(Section):
 
     @property
     def method(self) -> str:
-        """The method's name in the field: finetune, joint, separate, or a sum of ewc, fr and replay."""
+        """The method's name in the field: finetune, joint, separate, or a sum of ewc, fr (or kpriors) and replay."""
+        if isinstance(self.adapt, AnyAdaptation):
+            return "retrain" if self.adapt.retrain else f"adapt-{self.adapt.kind}"
         if self.train.restart:
             return "joint" if self.train.data == "seen" else "separate"
         parts = ["ewc"] if self.prior.quadratic.weight > 0 else []
         if self.memory.kept:
-            parts += ["fr"] if self.prior.replay < 1 else []
+            soft = "kpriors" if self.prior.normal.precision > 0 else "fr"
+            soft = "fromp" if self.prior.fromp.weight > 0 else soft
+            parts += [soft] if self.prior.replay < 1 else []
             parts += ["replay"] if self.prior.replay > 0 else []
         return "+".join(parts) or ("cumulative" if self.train.data == "seen" else "finetune")
+
+    @property
+    def measures(self) -> bool:
+        """Whether curvature is measured when a task ends."""
+        fromp = self.prior.fromp
+        return self.prior.quadratic.weight > 0 or (fromp.weight > 0 and fromp.kernel == "posterior")
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: two runs with equal identity give equal weights."""

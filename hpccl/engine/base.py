@@ -108,9 +108,9 @@ class BaseEngine(ABC):
         """Remember the weights at this moment, if anything ever goes back to them."""
         self._initial = self.gather() if self._train.restart else {}
 
-    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True) -> Tensor:
-        """Logits in training mode, fp32; autocast ends here, before any loss or prior."""
-        self._model.train()
+    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True, training: bool = True) -> Tensor:
+        """Logits with a gradient, fp32; autocast ends here, before any loss or prior."""
+        self._model.train(training)
         set_noise(self._model, noise)
         self._last = last
         with self._recomputing(), self._autocast():

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from hpccl.curvature.protocols import Shards
+from hpccl.curvature.protocols import Precision, Shards
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves, Place
 from hpccl.memory.store import Memory
+from hpccl.prior.fromp import Fromp
 from hpccl.prior.quadratic import Quadratic
 
 __all__ = ["Prior"]
@@ -23,11 +24,13 @@ class Prior:
     memory:    kept examples (may be empty)
     quadratic: curvature of the past that is not in memory, or None
     anchor:    weights and buffers of the newest old model (whole or spread), or None before the first task ends
+    fromp:     coupled predictions on the memory, which then says nothing else, or None
     """
 
     memory: Memory
     quadratic: Quadratic | None = None
     anchor: Leaves | None = None
+    fromp: Fromp | None = None
 
     def to(self, device: torch.device) -> Prior:
         """The same prior with what a step needs on a device (the memory's few tensors stay on the CPU)."""
@@ -35,7 +38,8 @@ class Prior:
         quadratic = None
         if self.quadratic is not None and anchor is not None:
             quadratic = self.quadratic.to(device, anchor)
-        return Prior(self.memory, quadratic, anchor)
+        fromp = None if self.fromp is None else self.fromp.to(device)
+        return replace(self, quadratic=quadratic, anchor=anchor, fromp=fromp)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: what all ranks hold."""
@@ -43,12 +47,20 @@ class Prior:
             "memory": self.memory.state_dict(),
             "quadratic": None if self.quadratic is None else self.quadratic.state_dict(),
             "anchor": self.anchor,
+            "fromp": None if self.fromp is None else self.fromp.state_dict(),
         }
+
+    @property
+    def precision(self) -> Precision | None:
+        """The curvature of the past, for whatever it is used."""
+        if self.quadratic is not None:
+            return self.quadratic.precision
+        return None if self.fromp is None else self.fromp.precision
 
     @property
     def curvature_shard(self) -> dict[str, Any]:
         """What this rank alone holds of the curvature."""
-        return {} if self.quadratic is None else self.quadratic.precision.shard_dict()
+        return {} if self.precision is None else self.precision.shard_dict()
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], shards: Shards, comm: Comm, place: Place) -> Prior:
@@ -58,4 +70,10 @@ class Prior:
         restored = None
         if quadratic is not None and placed is not None:
             restored = Quadratic.from_state_dict(quadratic, placed, shards, comm, place)
-        return cls(Memory.from_state_dict(state["memory"]), restored, placed)
+        fromp = state.get("fromp")  # earlier checkpoints know none
+        return cls(
+            memory=Memory.from_state_dict(state["memory"]),
+            quadratic=restored,
+            anchor=placed,
+            fromp=None if fromp is None else Fromp.from_state_dict(fromp, shards, comm, place),
+        )

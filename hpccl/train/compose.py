@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import per_task
+from hpccl.config.sections import RemoveData, per_task
 from hpccl.data.order import Batch, BatchPlan
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.rows import NEW, REPLAY, SOFT, Images, Request, Rows
 from hpccl.dist.comm import Comm
 from hpccl.memory.budget import quotas
 from hpccl.memory.store import Memory, spread
+from hpccl.train.removal import less, removed_samples, removed_slots
 
 __all__ = ["Composer", "Part", "plan_task", "planned_steps", "split"]
+
+Ints = npt.NDArray[np.int64]
 
 
 def plan_task(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> BatchPlan:
     """The steps of a task: its own examples (or all seen ones) and the memory."""
-    new = new_samples(config, task)
-    groups = stream.groups("train")[new.start : new.stop]
-    return replace(_plan(config, task, len(memory)), groups=groups)
+    new = new_samples(config, stream, task)
+    return replace(_plan(config, task, len(new), len(memory)), groups=stream.groups("train")[new])
 
 
 def planned_steps(config: RunConfig, stream: Stream) -> list[int]:
@@ -36,28 +38,34 @@ def planned_steps(config: RunConfig, stream: Stream) -> list[int]:
     skipped = len(tasks) - 1 if config.train.only_last else 0
     sizes = [len(task.samples("train")) for task in tasks]
     kept = [sum(quotas(config.memory, sizes[: task.index])) for task in tasks]
-    steps = [_plan(config, task, kept[task.index]).num_steps for task in tasks[skipped:]]
+    if config.prior.fromp.weight > 0:
+        kept = [0] * len(tasks)  # recalled beside the rows of a step
+    steps = [
+        _plan(config, task, len(new_samples(config, stream, task)), kept[task.index]).num_steps
+        for task in tasks[skipped:]
+    ]
     return [0] * skipped + steps
 
 
-def _plan(config: RunConfig, task: Task, num_memory: int) -> BatchPlan:
+def _plan(config: RunConfig, task: Task, num_new: int, num_memory: int) -> BatchPlan:
     mix = config.memory.mix
     return BatchPlan(
-        num_new=len(new_samples(config, task)),
+        num_new=num_new,
         num_memory=num_memory,
         batch_size=config.train.batch_size,
         epochs=per_task(config.train.epochs, task.index),
         seed=config.seed,
         task=task.index,
-        share=mix.share if mix.kind == "stratified" else None,
-        window=config.data.shuffle_window,
+        share=mix.share if mix.kind == "stratified" and num_new else None,
+        window=config.data.shuffle_window if num_new else 0,
     )
 
 
-def new_samples(config: RunConfig, task: Task) -> range:
-    """Sample positions of the data that a task trains on."""
+def new_samples(config: RunConfig, stream: Stream, task: Task) -> Ints:
+    """[n] sample positions of the data that a task trains on, ascending."""
     own = task.samples("train")
-    return range(own.stop) if config.train.data == "seen" else own
+    samples = np.arange(0 if config.train.data == "seen" else own.start, own.stop)
+    return np.setdiff1d(samples, removed_samples(config.adapt, stream)) if isinstance(config.adapt, RemoveData) else samples
 
 
 @dataclass(frozen=True)
@@ -90,14 +98,15 @@ def split(batch: Batch, comm: Comm, *, accumulate: int) -> list[Part]:
 class Composer:
     """Turns parts and their images into rows during one task.
 
-    labels: [N] class number of every training example; task_of_class: [C]; heads: [T + 1, C] bool, row t is task t's
-    own head, the last row all classes seen so far; tau: [T] weight of a memory example by the task it comes from, to
-    which the selector's comes; teacher: the frozen old model on pixels, where soft labels belong to the student's view;
-    epochs: of the task.
+    samples: [n] the data that the task trains on; labels: [N] class number of every training example; task_of_class:
+    [C]; heads: [T + 1, C] bool, row t is task t's own head, the last row all classes seen so far; tau: [T] weight of a
+    memory example by the task it comes from, to which the selector's comes; teacher: the frozen old model on pixels,
+    where soft labels belong to the student's view; epochs: of the task; removed: [M] bool, memory examples that are to
+    be forgotten, or None.
     """
 
     config: RunConfig
-    first: int
+    samples: Ints
     labels: Tensor
     task_of_class: Tensor
     heads: Tensor
@@ -106,6 +115,7 @@ class Composer:
     teacher: Callable[[Tensor], Tensor] | None
     device: torch.device
     epochs: int
+    removed: Tensor | None = None
 
     @classmethod
     def build(
@@ -120,6 +130,7 @@ class Composer:
     ) -> Composer:
         """For one task."""
         num_classes = len(stream.class_names)
+        removed = removed_slots(config, stream, memory)
         task_of_class = torch.zeros(num_classes, dtype=torch.int64)
         heads = torch.zeros(len(stream.tasks) + 1, num_classes, dtype=torch.bool)
         for other in stream.tasks:
@@ -128,15 +139,16 @@ class Composer:
             heads[-1, list(other.classes)] = other.index <= task.index
         return cls(
             config=config,
-            first=new_samples(config, task).start,
+            samples=new_samples(config, stream, task),
             labels=torch.from_numpy(stream.labels("train")),
             task_of_class=task_of_class,
             heads=heads,
-            tau=_memory_weights(config, stream, memory),
+            tau=_memory_weights(config, stream, memory, removed),
             memory=memory,
             teacher=teacher,
             device=device,
             epochs=per_task(config.train.epochs, task.index),
+            removed=removed,
         )
 
     def request(self, part: Part) -> Request:
@@ -147,7 +159,7 @@ class Composer:
         """
         new, slot = part.batch.new[part.rows], part.batch.slot[part.rows]
         from_memory = slot >= 0
-        sample = self.first + new
+        sample = self.samples[new] if len(self.samples) else new.copy()
         sample[from_memory] = self.memory.sample.numpy()[slot[from_memory]]
         key = part.batch.view[part.rows].copy()
         if self.config.prior.view == "stored":
@@ -162,7 +174,7 @@ class Composer:
         return None if grows is None or last is None else grows.side(epoch, self.epochs, last)
 
     def rows(self, part: Part, images: Images) -> Rows:
-        """Rows [p], one an image, on the device."""
+        """Rows on the device: one for each image, then those that take back what was learned of some."""
         slot = torch.from_numpy(part.batch.slot[part.rows])
         sample = torch.from_numpy(self.request(part).sample)
         from_memory = slot >= 0
@@ -183,7 +195,7 @@ class Composer:
         weight = weight * images.valid
         if part.absent:
             weight = torch.zeros_like(weight)
-        return Rows(
+        rows = Rows(
             pixels=images.pixels,
             noise=torch.from_numpy(part.batch.noise[part.rows]),
             image=torch.arange(len(slot)),
@@ -192,11 +204,20 @@ class Composer:
             head=head,
             temperature=temperature,
             term=term,
-        ).to(self.device)
+        )
+        if self.removed is not None:
+            taken = from_memory & self.removed[slot.clamp(min=0)]
+            target, head = self.hard_targets(self.labels[sample])
+            rows = less(rows, taken, target, head, counted=images.valid & (not part.absent))
+        return rows.to(self.device)
 
     def memory_weights(self, slots: Tensor) -> Tensor:
-        """[r] what the examples in some slots of the memory count: tau, times what the selector says."""
-        return self.tau[self.memory.task[slots]] * self.memory.weight[slots]
+        """[r] what the examples in some slots of the memory count: tau, times what the selector says.
+
+        Of examples to be forgotten, what is taken back of their soft labels.
+        """
+        weight = self.tau[self.memory.task[slots]] * self.memory.weight[slots]
+        return weight if self.removed is None else self.memory.weight[slots].where(self.removed[slots], weight)
 
     def hard_targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Smoothed one-hot targets and competing classes of true labels."""
@@ -217,10 +238,13 @@ class Composer:
         return spread(logits, columns, temperature=temperature, num_classes=num_classes)
 
 
-def _memory_weights(config: RunConfig, stream: Stream, memory: Memory) -> Tensor:
-    """[T] tau, times N_s / m where memory stands for its whole task."""
+def _memory_weights(config: RunConfig, stream: Stream, memory: Memory, removed: Tensor | None) -> Tensor:
+    """[T] tau, times N_s / m where memory stands for its whole task, less what is removed."""
     weights = []
-    for task, kept in zip(stream.tasks, memory.per_task(len(stream.tasks)), strict=True):
-        stands_for = len(task.samples("train")) / max(kept, 1) if config.prior.scale_to_task else 1.0
+    count = len(stream.tasks)
+    gone = [0] * count if removed is None else torch.bincount(memory.task[removed], minlength=count).tolist()
+    for task, kept in zip(stream.tasks, memory.per_task(count), strict=True):
+        less = gone[task.index]
+        stands_for = (len(task.samples("train")) - less) / max(kept - less, 1) if config.prior.scale_to_task else 1.0
         weights.append(per_task(config.prior.weight, task.index) * stands_for)
     return torch.tensor(weights)

@@ -79,7 +79,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
     model, start = fresh_model(config, stream, pretrained=found is None or config.train.restart)
     state = _state_of(model, config, stream, world.comm)
-    if config.prior.quadratic.weight > 0:
+    if config.measures:
         build_estimator(config.curvature, config.seed, state.coverage).check(state.engine.module)
     _introduce(world, command, found)
     if start is not None:
@@ -147,7 +147,7 @@ def fresh_model(config: RunConfig, stream: Stream, *, pretrained: bool) -> tuple
 
 def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -> RunState:
     """The engine around a model; what needs whole weights is done before it spreads them."""
-    measured = config.prior.quadratic.weight > 0 and not isinstance(config.curvature, DenseCurvature)
+    measured = config.measures and not isinstance(config.curvature, DenseCurvature)
     coverage = plan_ahead(model, stream.image_shape) if measured and spreads_weights(config) else None
     return RunState(build_engine(config, model, comm), coverage=coverage)
 
@@ -209,11 +209,12 @@ def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
 def _first_task_identity(config: RunConfig) -> dict[str, Any]:
     """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
     identity = config.identity()
-    train, optim = identity["train"], identity["optim"]
+    train, optim, prior = identity["train"], identity["optim"], identity["prior"]
     return {
         **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
         "train": {**train, "epochs": train["epochs"][0], "first_task_from": None},
         "optim": {**optim, "lr": optim["lr"][0]},
+        "prior": {"normal": {"precision": prior["normal"]["precision"]}},
     }
 
 
