@@ -248,7 +248,9 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
             problem = f"is about rows of memory, of which {key} makes none; leave it out"
             yield Clash((f"prior.{name}", key), problem)
     if isinstance(config.memory.mix, StratifiedMix):
-        yield Clash(("memory.mix.kind", key), "mixes rows of memory, but it is recalled beside a step's rows; set natural")
+        yield Clash(
+            ("memory.mix.kind", key), "mixes rows of memory, but it is recalled beside a step's rows; set natural"
+        )
     if config.memory.total > 0:
         problem = "examples would leave memory whose predictions are coupled; set memory.size or memory.fraction"
         yield Clash(("memory.total", key), problem)

@@ -425,8 +425,8 @@ class NormalConfig(Section):
 class FrompConfig(Section):
     """weight/2 sum over past tasks and classes of (m - m_old)' K^-1 (m - m_old), m the probabilities of memory.
 
-    The functional regularisation of FROMP (Pan et al. 2020). It takes the place of soft labels and replay; `curvature` is
-    then measured on all examples of a task, memory included.
+    The functional regularisation of FROMP (Pan et al. 2020). It takes the place of soft labels and replay; `curvature`
+    is then measured on all examples of a task, memory included.
     """
 
     weight: NonNegativeFloat = 0.0  # the published code's 1 / tau, times the task's examples; 0: no such term
@@ -582,9 +582,7 @@ class NewModel(AnyAdaptation):
     kind: Literal["model"] = "model"
 
 
-AdaptConfig = Annotated[
-    NoAdaptation | AddData | RemoveData | NewPrecision | NewModel, Field(discriminator="kind")
-]
+AdaptConfig = Annotated[NoAdaptation | AddData | RemoveData | NewPrecision | NewModel, Field(discriminator="kind")]
 
 # ---------------------------------------------------------------- machinery
 

@@ -2,8 +2,8 @@
 
     K_c = J_c P^-1 J_c',    J_c [n, W] = d p_c / d w at the posterior's mean,  p = softmax of the competing classes
 
-in nats^-1. Row i of J_c is row c of Lambda_i J_i, with Lambda_i = diag(p_i) - p_i p_i' and J_i the Jacobian of the logits.
-Classes are taken as independent of each other.
+in nats^-1. Row i of J_c is row c of Lambda_i J_i, with Lambda_i = diag(p_i) - p_i p_i' and J_i the Jacobian of the
+logits. Classes are taken as independent of each other.
 
 Source: Pan et al. 2020, "Continual deep learning by functional regularisation of memorable past", NeurIPS, section 3.2.
 
@@ -71,15 +71,13 @@ def probability_kernel(posterior: Posterior, model: nn.Module, pixels: Tensor, h
     posterior.comm.sum_([total])
     if not bool(total.isfinite().all()):
         raise DivergedError(
-            "the derivative of a probability of a kept example is not finite, so there is no kernel of predictions; the "
-            "network has diverged: lower optim.lr, or set train.clip_norm"
+            "the derivative of a probability of a kept example is not finite, so there is no kernel of predictions; "
+            "the network has diverged: lower optim.lr, or set train.clip_norm"
         )
     return total
 
 
-def _half(
-    posterior: Posterior, spectrum: Spectrum, model: _Probabilities, weights: Weights, pixels: Tensor
-) -> Tensor:
+def _half(posterior: Posterior, spectrum: Spectrum, model: _Probabilities, weights: Weights, pixels: Tensor) -> Tensor:
     """[classes, n, values]: rows of J Q (s values + delta)^-1/2."""
     names = [f"model.{name}" for name in spectrum.names]
     scale = (posterior.scale * spectrum.values + posterior.prior_precision).rsqrt()

@@ -207,9 +207,7 @@ def _open_parts(stream: ShardStream, data: DataConfig) -> list[_Opened]:
     return opened
 
 
-def _open_added(
-    stream: ShardStream, data: DataConfig, parts: Sequence[_Opened], added: Sequence[str]
-) -> list[_Opened]:
+def _open_added(stream: ShardStream, data: DataConfig, parts: Sequence[_Opened], added: Sequence[str]) -> list[_Opened]:
     """Further training images, of one size with the stream's where that is all that says their size."""
     titles = unique_titles([*(part.title for part in parts), *map(_title, added)])[len(parts) :]
     cache = ShardCache.of(data.shard_cache, data.shard_gib, data.retries)

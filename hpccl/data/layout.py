@@ -124,9 +124,9 @@ def extended(layout: Layout, more: Sequence[Collection], *, parts: int) -> Layou
         unknown = [part.class_names[number] for number in used if part.class_names[number] not in known]
         if unknown:
             raise DataError(
-                f"'{part.title}' has images of class '{unknown[0]}' ({len(unknown)} such classes), which the run has not "
-                f"learned; allowed: {', '.join(layout.class_names[:5])}{', ...' if len(known) > 5 else ''}. New classes "
-                "are new tasks: give them in stream.parts"
+                f"'{part.title}' has images of class '{unknown[0]}' ({len(unknown)} such classes), which the run has "
+                f"not learned; allowed: {', '.join(layout.class_names[:5])}{', ...' if len(known) > 5 else ''}. "
+                "New classes are new tasks: give them in stream.parts"
             )
         number_of = np.array([known.get(name, -1) for name in part.class_names], dtype=np.int64)
         label = number_of[part.labels["train"]]

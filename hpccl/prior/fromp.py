@@ -3,9 +3,9 @@
     R(w) = weight sum_s sum_c 1/2 d' K_sc^-1 d,    d = m_sc(w) - m_sc(w_old)                     nats in total
     dR/dw = weight sum_s sum_c J_sc(w)' K_sc^-1 d
 
-m_sc [b] are the probabilities of class c for the memory of past task s, K_sc their kernel under the Laplace posterior of
-the old weights, or 1. K^-1 d is a constant in the gradient, so that of the sum of (K^-1 d) m is the same: one backward
-pass, no Jacobian. K is kept as its Cholesky factor.
+m_sc [b] are the probabilities of class c for the memory of past task s, K_sc their kernel under the Laplace posterior
+of the old weights, or 1. K^-1 d is a constant in the gradient, so that of the sum of (K^-1 d) m is the same: one
+backward pass, no Jacobian. K is kept as its Cholesky factor.
 
 Where blocks are smaller than a task's memory, K is taken as block-diagonal, a step has one block of each task, in turn,
 and R of the step is times the number of blocks: the mean over a round of them is the R of all blocks.

@@ -3,7 +3,8 @@
     R(w) = 1/2 precision |w|^2 - pull <a, w> + 1/2 pull |a|^2                 nats in total
     dR/dw = precision w - pull a
 
-With precision delta: before anything is learned, pull = 0. For w* that minimises sum_i CE(y_i, f_w(x_i)) + delta/2 |w|^2,
+With precision delta: before anything is learned, pull = 0. For w* that minimises
+sum_i CE(y_i, f_w(x_i)) + delta/2 |w|^2,
 
     sum_i J_i' (p_i - y_i) + delta w  =  sum_i J_i' (p_i - p*_i) + delta (w - w*)
 

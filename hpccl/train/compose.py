@@ -65,7 +65,11 @@ def new_samples(config: RunConfig, stream: Stream, task: Task) -> Ints:
     """[n] sample positions of the data that a task trains on, ascending."""
     own = task.samples("train")
     samples = np.arange(0 if config.train.data == "seen" else own.start, own.stop)
-    return np.setdiff1d(samples, removed_samples(config.adapt, stream)) if isinstance(config.adapt, RemoveData) else samples
+    return (
+        np.setdiff1d(samples, removed_samples(config.adapt, stream))
+        if isinstance(config.adapt, RemoveData)
+        else samples
+    )
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
         else:
             own = state.engine.like if config.anchor == "each" else ()
             quadratic = state.prior.quadratic.plus(precision, anchor, world.comm, own_anchors=own)
-    _write_curvature(task, new, quadratic.precision, len(rest), state, world)
+    _write_curvature(task, new, quadratic.precision, world, num_examples=len(rest), state=state)
     return quadratic
 
 
@@ -146,7 +146,7 @@ def functional(task: Task, memory: Memory, state: RunState, world: World) -> Fro
             new = precision.totals(world.comm)
             before = state.prior.precision
             precision = precision if before is None else before.plus(precision, world.comm)
-        _write_curvature(task, new, precision, len(samples), state, world)
+        _write_curvature(task, new, precision, world, num_examples=len(samples), state=state)
     return functional_prior(task, memory, precision, state, world)
 
 
@@ -160,7 +160,7 @@ def _measured(task: Task, memory: Memory, state: RunState, world: World) -> tupl
 
 
 def _write_curvature(
-    task: Task, new: Totals, precision: Precision, num_examples: int, state: RunState, world: World
+    task: Task, new: Totals, precision: Precision, world: World, *, num_examples: int, state: RunState
 ) -> None:
     total = precision.totals(world.comm)
     world.log.write(

@@ -42,9 +42,7 @@ def fit(task: Task, state: RunState, world: World) -> bool:
         if config.train.restart:
             engine.reset()
         engine.start(num_steps=plan.num_steps, task=task.index)
-    composer = Composer.build(
-        config, world.stream, task, memory, teacher=_teacher(state, world), device=engine.device
-    )
+    composer = Composer.build(config, world.stream, task, memory, teacher=_teacher(state, world), device=engine.device)
     detach = _attach(state, world, plan)
     world.progress.begin(task.name, "fit", plan.num_steps, first)
     try:
@@ -66,11 +64,11 @@ def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer:
         contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches,
         contextlib.closing(_recalled(plan, state, world)) as past,
     ):
-        return _run_steps(task, state, world, plan, batches, past)
+        return _run_steps(task, state, world, plan, batches=batches, past=past)
 
 
 def _run_steps(
-    task: Task, state: RunState, world: World, plan: BatchPlan, batches: Batches, past: Iterator[Recalled | None]
+    task: Task, state: RunState, world: World, plan: BatchPlan, *, batches: Batches, past: Iterator[Recalled | None]
 ) -> int:
     first = state.mark.step
     every = world.config.checkpoint.every

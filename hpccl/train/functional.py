@@ -150,15 +150,16 @@ class Recalled:
 
     def _pull(self, now: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """[b, K] of all blocks K^-1 d, and the sum of 1/2 d' K^-1 d; images that cannot be read stay as they were."""
-        pulls, value, start = torch.zeros(now.shape, dtype=torch.float64, device=now.device), 0.0, 0
+        pulls = torch.zeros(now.shape, dtype=torch.float64, device=now.device)
+        value, start = torch.zeros((), dtype=torch.float64, device=now.device), 0
         for block, stands_for in self.blocks:
             rows, width = slice(start, start + len(block.slots)), len(block.classes)
             change = now[rows, :width].double().where(valid[rows], block.old)
             pull = stands_for * block.pull(change)
             pulls[rows, :width] = pull
-            value = value + 0.5 * ((change - block.old) * pull).sum()
+            value += 0.5 * ((change - block.old) * pull).sum()
             start = rows.stop
-        return pulls, torch.as_tensor(value, device=now.device).float()
+        return pulls, value.float()
 
 
 def recalled(

@@ -4,9 +4,9 @@ For examples k in R, removed, the gradient of the past without them is
 
     sum_i J_i' (p_i - y_i) - sum_k J_k' (p_k - y_k)
 
-and with old predictions p* for the first sum, soft labels, what an example in R contributes is the difference of its soft
-and its true row, J_k' (p_k - p*_k) - J_k' (p_k - y_k) = J_k' (y_k - p*_k): two rows of one image, with weights 1 and -1.
-Where a quadratic already stands for the soft row, the weights are 0 and -1.
+and with old predictions p* for the first sum, soft labels, what an example in R contributes is the difference of its
+soft and its true row, J_k' (p_k - p*_k) - J_k' (p_k - y_k) = J_k' (y_k - p*_k): two rows of one image, with weights 1
+and -1. Where a quadratic already stands for the soft row, the weights are 0 and -1.
 
 Source: Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS, section 4 (remove data).
 """

@@ -13,7 +13,6 @@ from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
 from hpccl.dist.mesh import pick_device
 from hpccl.memory.budget import quotas
-from hpccl.train.compose import new_samples
 from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
 from hpccl.train.plan.network import Network, look, moments
@@ -276,10 +275,12 @@ class _Case:
     def batch_plans(self) -> Iterator[BatchPlan]:
         """Of the tasks that are trained."""
         config, tasks, mix = self.config, self.stream.layout.tasks, self.config.memory.mix
+        coupled = config.prior.fromp.weight > 0  # recalled beside the rows of a step
         for task in tasks[-1:] if config.train.only_last else tasks:
+            own = task.samples("train")
             yield BatchPlan(
-                num_new=len(new_samples(config, task)),
-                num_memory=sum(self._kept(task.index)),
+                num_new=own.stop if config.train.data == "seen" else len(own),
+                num_memory=0 if coupled else sum(self._kept(task.index)),
                 batch_size=config.train.batch_size,
                 epochs=per_task(config.train.epochs, task.index),
                 seed=config.seed,
