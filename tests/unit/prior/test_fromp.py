@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hpccl.config.sections import CurvatureConfig, DenseCurvature, DiagonalCurvature, KroneckerCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.kernel import probability_kernel
 from hpccl.curvature.posterior import Posterior
 from hpccl.curvature.protocols import Examples, Precision
 from hpccl.curvature.spectrum import DiagonalSpectrum
-from hpccl.config.sections import CurvatureConfig, DenseCurvature, DiagonalCurvature, KroneckerCurvature
 from hpccl.dist.comm import Comm
 from hpccl.errors import DivergedError
 from hpccl.prior.fromp import Block, Fromp, cholesky, equal_blocks, probabilities
@@ -55,7 +55,9 @@ def test_golden_numbers() -> None:
     for number in range(2):  # the other class's is the same
         torch.testing.assert_close(root[number] @ root[number].T, golden, atol=1e-8, rtol=0)
     before = old(kept).detach().softmax(1)
-    torch.testing.assert_close(before[:, 1], torch.tensor([0.549834, 0.66818777], dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(
+        before[:, 1], torch.tensor([0.549834, 0.66818777], dtype=torch.float64), atol=1e-8, rtol=0
+    )
     block = Block(torch.arange(2), torch.tensor([0, 1]), before, root)
     now = Logistic([0.3, 0.4])
     m = now(kept).softmax(1)
@@ -85,7 +87,9 @@ def test_as_many_independent_memories_as_weights_are_the_quadratic() -> None:
 
 def small() -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Flatten(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5)).double()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5))
+    network.double()
+    return network
 
 
 def flat_jacobian(model: nn.Module, pixels: Tensor, head: list[int]) -> Tensor:

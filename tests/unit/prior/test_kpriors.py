@@ -9,7 +9,7 @@ from torch import Tensor
 from hpccl.config.run import RunConfig
 from hpccl.data.rows import SOFT, Rows
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import Span, Slab
+from hpccl.dist.spread import Slab, Span
 from hpccl.engine.ddp import DdpEngine
 from hpccl.models.small import mlp
 from hpccl.prior.fromp import Block
@@ -94,15 +94,15 @@ def test_a_part_of_memory_errs_by_the_examples_that_are_not_in_it(exact_map: Ten
     found = soft + NormalPrior(1.0, 1.0).force(THETA, exact_map)
     torch.testing.assert_close(found, torch.tensor([-0.46101306, -1.67402493], dtype=torch.float64), atol=1e-8, rtol=0)
     full = torch.tensor([0.16508962, -2.68381406], dtype=torch.float64)
-    torch.testing.assert_close(full - found, torch.tensor([0.62610268, -1.00978913], dtype=torch.float64), atol=2e-8, rtol=0)
+    torch.testing.assert_close(
+        full - found, torch.tensor([0.62610268, -1.00978913], dtype=torch.float64), atol=2e-8, rtol=0
+    )
 
 
 def test_removing_an_example_gives_the_gradient_of_the_others(exact_map: Tensor) -> None:
     taken = torch.arange(5) == 1
     target = hard(BINARY, 2)
-    said = less(
-        rows(binary(exact_map).softmax(1)), taken, target, target > -1, counted=torch.ones(5, dtype=torch.bool)
-    )
+    said = less(rows(binary(exact_map).softmax(1)), taken, target, target > -1, counted=torch.ones(5, dtype=torch.bool))
     found = gradient(nats(binary, said), THETA) + NormalPrior(1.0, 1.0).force(THETA, exact_map)
     others = ~taken
     alone = gradient(nats(lambda t: binary(t, X[others]), rows(target[others])), THETA) + THETA
@@ -188,7 +188,9 @@ def test_the_value_of_weights_in_parts_is_that_of_the_whole() -> None:
 
 
 def test_attached_it_enters_the_gradient_once_divided_by_the_examples() -> None:
-    config = RunConfig.model_validate({"optim": {"name": "momentum", "lr": 1.0, "schedule": "constant", "momentum": 0.0}})
+    config = RunConfig.model_validate(
+        {"optim": {"name": "momentum", "lr": 1.0, "schedule": "constant", "momentum": 0.0}}
+    )
     engine = DdpEngine(mlp((1, 2, 2), 2, hidden=[3]), config, SOLO)
     before = {name: value.clone() for name, value in engine.gather().items() if isinstance(value, Tensor)}
     anchor = {name: value + 1 for name, value in before.items()}
