@@ -98,8 +98,8 @@ def _refuse_fixed(setting: str, model: str | None) -> None:
     root = key.split(".", 1)[0]
     if root in _FIXED or key.startswith(_FIXED_PRIOR):
         raise ConfigError(
-            f"{setting}: an adaptation keeps {key if root == 'prior' else root} as its run has it; allowed: settings of "
-            "train, optim, engine, cluster, checkpoint, log and prior.weight, and the options of hpccl adapt"
+            f"{setting}: an adaptation keeps {key if root == 'prior' else root} as its run has it; allowed: settings "
+            "of train, optim, engine, cluster, checkpoint, log and prior.weight, and the options of hpccl adapt"
         )
     if root == "model" and model is None:
         raise ConfigError(f"{setting}: the network stays what it is; give its kind with --model to adapt another one")

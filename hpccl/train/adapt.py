@@ -86,6 +86,8 @@ def last_mark(run: Path) -> Mark:
     Raises:
         FolderError: there is none.
     """
+    if not RunFolder(run).config.is_file():
+        raise FolderError(f"'{run}' is not a run folder (it has no config.yaml); give the folder of a run")
     mark = latest(RunFolder(run).checkpoints)
     if mark is None or mark.phase != "done":
         where = "no checkpoint yet" if mark is None else f"only come to {mark.name}"
@@ -125,8 +127,8 @@ def _source_tree(config: RunConfig, stream: Stream) -> tuple[dict[str, Any], Mar
         raise FolderError(f"the data changed since '{run}' was trained; restore the shards it was trained with")
     if len(tree["prior"]["memory"]["sample"]) == 0:
         raise FolderError(
-            f"'{run}' kept no examples (memory.size=0), and soft labels of kept ones are what an adaptation learns from; "
-            "train it with a memory, as in configs/method/kpriors.yaml"
+            f"'{run}' kept no examples (memory.size=0), and soft labels of kept ones are what an adaptation learns "
+            "from; train it with a memory, as in configs/method/kpriors.yaml"
         )
     return tree, mark
 
