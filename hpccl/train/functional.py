@@ -95,7 +95,7 @@ def _blocks(
             if posterior is not None:
                 kernel = probability_kernel(posterior, model, seen.pixels, classes.tolist())
                 root, used = cholesky(kernel, config.jitter)
-            found.append((Block(torch.tensor(part), classes, old, root), used))
+            found.append((Block(torch.tensor(part), classes.clone(), old, root), used))  # saved one by one
     return found
 
 

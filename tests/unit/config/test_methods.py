@@ -12,10 +12,10 @@ from hpccl.config.schema import keys
 
 ROOT = Path(__file__).parents[3]
 METHODS = sorted((ROOT / "configs" / "method").glob("*.yaml"))
-NAMES = "finetune joint separate ewc replay fr fr+replay ewc+fr ewc+replay ewc+fr+replay"
+NAMES = "finetune joint separate ewc replay fr fr+replay ewc+fr ewc+replay ewc+fr+replay kpriors fromp"
 
 
-def test_the_ten_methods_are_there() -> None:
+def test_all_methods_are_there() -> None:
     assert sorted(path.stem for path in METHODS) == sorted(NAMES.split())
 
 
