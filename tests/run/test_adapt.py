@@ -1,6 +1,6 @@
 """hpccl adapt: the four adaptations come close to training anew, exactly so for a linear network with full memory."""
 
-from collections.abc import Iterator
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of digits: 20 training images a class to learn first, 40 others to add, and tests."""
     folder = tmp_path_factory.mktemp("images")
     data, taken = load_digits(), dict.fromkeys(range(10), 0)
@@ -106,7 +106,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         Image.fromarray(np.round(picture * (255 / 16)).astype(np.uint8)).convert("RGB").save(path)
     for name in ("base", "more"):
         build(folder / name, folder / "shards" / name, encoding=Lossless(), workers=1)
-    yield folder
+    return folder
 
 
 def shards(images: Path, cache: Path) -> dict[str, Any]:
@@ -153,6 +153,7 @@ def test_added_images_help_and_the_past_stays(images: Path, tmp_path: Path) -> N
     assert found.adapted.distance < distance(tuned, tmp_path / "out" / "reference")
 
 
+@pytest.mark.slow
 def test_another_network_learns_more_of_soft_labels_than_of_true_ones(digits: Path, tmp_path: Path) -> None:
     settings = ("model.hidden=[24,24]", "train.epochs=60")
     found = adapt(digits, tmp_path / "out", MODEL, *settings)
@@ -186,7 +187,8 @@ def distance(state: RunState, reference: Path) -> float:
     own = wholes(state.engine.gather())
     with reopened(reference) as (other, _):
         theirs = wholes(other.engine.gather())
-    return float(sum((own[name] - theirs[name]).square().sum() for name in own)) ** 0.5
+    squares = [float((value - theirs[name]).square().sum()) for name, value in own.items()]
+    return math.sqrt(sum(squares))
 
 
 def accuracy(state: RunState, config: RunConfig, folder: Path) -> float:
@@ -245,7 +247,10 @@ def test_the_gradient_is_that_of_retraining_up_to_what_the_run_left_undone(
 ) -> None:
     """Both objectives differ by a linear function of the weights: the run's own gradient where it ended."""
     configs = both(linear, tmp_path / "out", change, "train.batch_size=4000")
-    configs = (configs[0], configs[1].model_copy(update={"train": configs[0].train.model_copy(update={"data": "seen"})}))
+    configs = (
+        configs[0],
+        configs[1].model_copy(update={"train": configs[0].train.model_copy(update={"data": "seen"})}),
+    )
     past = both(linear, tmp_path / "past", {"kind": "precision", "precision": 1.0}, "train.batch_size=4000")[1]
     past = past.model_copy(update={"train": configs[1].train})
     with reopened(linear) as (state, _):
@@ -290,7 +295,9 @@ def test_two_processes_remove_as_one_does(digits: Path, tmp_path: Path) -> None:
             assert float((rank["weights"][name] - value).norm()) <= 1e-4 * float(value.norm())
 
 
-@pytest.mark.parametrize("change", [REMOVE, MODEL], ids=lambda change: change["kind"])
+@pytest.mark.parametrize(
+    "change", [REMOVE, pytest.param(MODEL, marks=pytest.mark.slow)], ids=lambda change: change["kind"]
+)
 def test_stopped_and_again_gives_the_same_weights(digits: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     once, _ = both(digits, tmp_path / "once", change, "train.epochs=5")
     again, _ = both(digits, tmp_path / "again", change, "train.epochs=5")
