@@ -408,6 +408,28 @@ def report(
 
 
 @app.command()
+def choose(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    *,
+    out: Annotated[Path | None, typer.Option(help="Folder for METHOD.yaml files with what was chosen.")] = None,
+) -> None:
+    """For each method, choose the settings that did best on a validation split (data.validation)."""
+    from hpccl.report.choose import choose_runs, write_choices
+    from hpccl.report.text import percent
+
+    choices = choose_runs(runs)
+    for choice in choices:
+        for candidate in choice.candidates:
+            settings = " ".join(f"{key}={value}" for key, value in candidate.settings.items()) or "(nothing differs)"
+            mark = "*" if candidate is choice.best else " "
+            typer.echo(
+                f"{mark} {percent(candidate.accuracy)} %  {choice.method}  {settings}  runs: {len(candidate.runs)}"
+            )
+    for path in write_choices(choices, out) if out is not None else []:
+        typer.echo(str(path))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],

@@ -1,50 +1,104 @@
-"""Split-CIFAR with the short recipe of configs/split_cifar.yaml: six methods at 1,000 memory examples a task.
+"""Split-CIFAR in full: ten methods, six sizes of memory, three seeds, beside the published table.
 
-    python launch/split_cifar.py [--published CSV] [--jobs 2]
+    python launch/split_cifar.py [--compare CSV] [--jobs 2]
+    python launch/split_cifar.py --methods ewc+fr+replay joint --sizes 100 1000 --seeds 0
     python launch/split_cifar.py --cluster slurm --with configs/cluster/slurm_cpu.yaml cluster.partition=NAME
+    python launch/split_cifar.py --quick
 
-Needs the shards that README.md builds. A run that is done is not repeated and one that was killed continues, so start
-it again at any time. The first task is trained once, by finetune, and shared: it does not depend on the method. Weights
-of the terms are those of the published configurations (Daxberger et al. 2023), not tuned here.
+Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
+is not repeated and one that was killed continues, so start it again at any time. One seed after the other, so that a
+campaign that is cut short has whole tables of fewer seeds. A seed's first task is trained once, by finetune, and
+shared: it does not depend on the method. The weights of the terms are those of configs/split_cifar/METHOD.yaml, or what
+launch/tune.py chose.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
 
-FOLDER = Path("runs/split_cifar")
-SHARED = f"train.first_task_from={FOLDER}/finetune"
-SOFT = ["memory.size=1000", "prior.temperature=2.0"]
-DIAGONAL = "curvature.kind=diagonal"  # as published; launch/split_cifar_curvature.py compares
-RUNS: dict[str, list[str]] = {
-    "finetune": [],
-    "fr+replay": [SHARED, *SOFT, "prior.weight=[0.1, 1.0]"],
-    "ewc+fr+replay": [SHARED, DIAGONAL, *SOFT, "prior.weight=0.25", "prior.quadratic.weight=2.0"],
-    "ewc": [SHARED, DIAGONAL, "prior.quadratic.weight=10.0"],
-    "fr": [SHARED, *SOFT, "prior.weight=[0.1, 1.0]"],
-    "joint": ["train.only_last=true"],
-}
+ALONE = ("finetune", "joint", "separate", "ewc")  # methods without a memory
+METHODS = (*ALONE, "replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+replay")
 
 
-def campaign(published: Path | None) -> Campaign:
-    """Six runs and the comparison."""
-    steps = []
-    for method, settings in RUNS.items():
-        files = ["configs/split_cifar.yaml", f"configs/method/{method}.yaml"]
-        names = [f"folder={FOLDER}/{method}", f"name={method}"]
-        after = ("finetune",) if SHARED in settings else ()
-        steps.append(Step(method, ("train", *files, *settings, *names), after))
-    folders = [f"{FOLDER}/{method}" for method in RUNS]
-    beside = [f"--published={published}"] if published else []
-    report = Step("report", ("report", *folders, "--out", "docs/results/split_cifar", *beside), tuple(RUNS))
-    return Campaign(FOLDER, (*steps, report))
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    folder: of the runs; out: of the comparison; base: files and settings of every run; weights: folders of files by
+    method that set the weights of the terms; sizes: of the memory, examples a task
+    """
+
+    folder: Path
+    out: Path
+    base: tuple[str, ...]
+    weights: tuple[Path, ...]
+    sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+SPLIT_CIFAR = Setting(
+    folder=Path("runs/split_cifar"),
+    out=Path("docs/results/split_cifar"),
+    base=("configs/split_cifar.yaml",),
+    weights=(Path("configs/split_cifar"), Path("configs/split_cifar/chosen")),
+    sizes=(100, 200, 500, 1000, 2000, 5000),
+    seeds=(0, 1, 2),
+)
+DIGITS = Setting(
+    folder=Path("runs/split_cifar_quick"),
+    out=Path("runs/split_cifar_quick/comparison"),
+    base=("configs/quickstart.yaml", "train.epochs=2", "stream.tasks=2"),
+    weights=(),
+    sizes=(10, 20),
+    seeds=(0,),
+)
+
+
+def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
+    """All runs of a seed before those of the next; finetune, whose first task the others take, is the first."""
+    for seed in setting.seeds:
+        first = f"finetune-{seed}"
+        for method in ("finetune", *(method for method in methods if method != "finetune")):
+            for number in (0,) if method in ALONE else setting.sizes:
+                name = f"{method}-{number}-{seed}" if number else f"{method}-{seed}"
+                yield _training(setting, method, number, seed, name=name, first=first)
+
+
+def _training(setting: Setting, method: str, number: int, seed: int, *, name: str, first: str) -> Step:
+    arguments = [*setting.base, f"configs/method/{method}.yaml"]
+    arguments += [str(path) for folder in setting.weights if (path := folder / f"{method}.yaml").exists()]
+    arguments += [f"memory.size={number}"] if number else []
+    arguments += ["train.only_last=true"] if method == "joint" else []  # earlier tasks do not change its last row
+    shared = method not in ("finetune", "joint", "separate")
+    arguments += [f"train.first_task_from={setting.folder}/{first}"] if shared else []
+    label = f"{method}-{number}" if number else method
+    arguments += [f"folder={setting.folder}/{name}", f"name={label}", f"seed={seed}"]
+    return Step(name, ("train", *arguments), (first,) if shared else ())
+
+
+def campaign(setting: Setting, methods: Sequence[str], published: Path | None) -> Campaign:
+    """All runs and their comparison, which takes those that are done."""
+    steps = tuple(trainings(setting, methods))
+    folders = [f"{setting.folder}/{step.name}" for step in steps]
+    beside = [f"--compare={published}"] if published else []
+    report = Step("report", ("report", *folders, f"--out={setting.out}", *beside), tuple(step.name for step in steps))
+    return Campaign(setting.folder, (*steps, report))
 
 
 if __name__ == "__main__":
     parser = options(__doc__)
-    parser.add_argument("--published", type=Path, help="CSV file of published values to put beside")
+    parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="all ten")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="examples a task in memory")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="0 1 2")
+    parser.add_argument("--compare", type=Path, metavar="CSV", help="file of published values to put beside")
     chosen = parser.parse_args()
-    sys.exit(carry_out(campaign(chosen.published), chosen))
+    setting = DIGITS if chosen.quick else SPLIT_CIFAR
+    narrowed = {key: tuple(value) for key in ("sizes", "seeds") if (value := getattr(chosen, key))}
+    setting = Setting(**{**vars(setting), **narrowed})
+    sys.exit(carry_out(campaign(setting, chosen.methods, chosen.compare), chosen))

@@ -14,7 +14,9 @@ from hpccl.config.sections import (
     DdpEngine,
     DeepspeedEngine,
     DigitsStream,
+    DistillConfig,
     FrompConfig,
+    GreedySelector,
     KroneckerCurvature,
     MemoryConfig,
     NewModel,
@@ -126,6 +128,14 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _normal,
         _fromp,
         _adapted,
+        _memory_alone,
+        _distilled,
+        _sigmoids,
+        _logits_kept,
+        _scaled,
+        _corrected,
+        _frozen,
+        _tested,
         _pictures,
         _sizes,
         _schedule,
@@ -196,9 +206,11 @@ def _fresh_network(config: RunConfig) -> Iterator[Clash]:
     if train.only_last and train.data == "task":
         keys = ("train.only_last", "train.data")
         yield Clash(keys, "leaves the earlier tasks without a network of their own; set train.data=seen (joint)")
-    past = _budgets(config.memory)
+    past = [] if train.data == "memory" else _budgets(config.memory)
     if config.prior.quadratic.weight > 0:
         past.append("prior.quadratic.weight")
+    past += ["prior.distill.weight"] if config.prior.distill.weight > 0 else []
+    past += [f"train.{key}" for key in ("head_epochs", "frozen") if getattr(train, key)]
     if train.first_task_from is not None:
         past.append("train.first_task_from")
     for key in past:
@@ -243,8 +255,8 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
     if prior.normal.precision > 0:
         problem = f"after the first task it stands for the past, as does {key}; set one of them to 0"
         yield Clash(("prior.normal.precision", key), problem)
-    for name, value in (("weight", (1.0,)), ("temperature", 1.0), ("view", "stored"), ("scale_to_task", False)):
-        if getattr(prior, name) != value:
+    for name in ("weight", "temperature", "view", "loss", "label_weight", "scale_to_task", "scale_to_new"):
+        if _differs(prior, PriorConfig(), name):
             problem = f"is about rows of memory, of which {key} makes none; leave it out"
             yield Clash((f"prior.{name}", key), problem)
     if isinstance(config.memory.mix, StratifiedMix):
@@ -273,8 +285,28 @@ def _adapted(config: RunConfig) -> Iterator[Clash]:
     if (config.train.data == "seen") != adapt.retrain:
         problem = "the reference trains on all data, an adaptation on what is new; leave it as hpccl adapt set it"
         yield Clash(("train.data", "adapt.retrain"), problem)
+    if config.train.loss == "sigmoid":
+        problem = (
+            "soft labels and what is taken back of them are a softmax's; adapt a run with train.loss=cross_entropy"
+        )
+        yield Clash(("train.loss", "adapt.kind"), problem)
+    if config.train.head_epochs > 0:
+        yield Clash(("train.head_epochs", "adapt.kind"), "is for new classes' rows, and there are none; set it to 0")
+    if config.evaluate.classifier != "head":
+        yield Clash(
+            ("evaluate.classifier", "adapt.kind"), "is made of a task's end, which is not there; set it to head"
+        )
     if adapt.retrain:
         return
+    usual = PriorConfig()
+    for name in ("loss", "label_weight", "scale_to_new", "distill", "correct"):
+        if _differs(config.prior, usual, name):
+            key = f"prior.{name}" + {"distill": ".weight", "correct": ".share"}.get(name, "")
+            problem = "says of the past what an adaptation does not; adapt a run of soft labels, replay or a quadratic"
+            yield Clash((key, "adapt.kind"), problem)
+    if config.memory.labels == "kept":
+        problem = "keeps what older networks said, and adapting asks what the last one did; adapt a run that relabels"
+        yield Clash(("memory.labels", "adapt.kind"), problem)
     if config.prior.fromp.weight > 0:
         problem = "couples predictions on memory, of which adaptation takes soft labels; adapt a run with soft labels"
         yield Clash(("prior.fromp.weight", "adapt.kind"), problem)
@@ -287,6 +319,147 @@ def _adapted(config: RunConfig) -> Iterator[Clash]:
     if config.prior.quadratic.weight > 0 and isinstance(adapt, NewModel):
         problem = "is about the weights of the old network; set it to 0"
         yield Clash(("prior.quadratic.weight", "adapt.kind"), problem)
+
+
+def _memory_alone(config: RunConfig) -> Iterator[Clash]:
+    """Of train.data=memory, and of the selectors that can choose before there is a network."""
+    train, memory = config.train, config.memory
+    if train.data != "memory":
+        return
+    if not train.restart:
+        problem = "trains on the memory alone, which holds the past already; set train.restart=true"
+        yield Clash(("train.data", "train.restart"), problem)
+    if train.only_last:
+        yield Clash(("train.only_last", "train.data"), "skips tasks whose examples the memory is made of")
+    if not memory.kept:
+        yield Clash(("train.data", "memory.total"), "needs a memory; set memory.total to the examples kept in all")
+        return
+    if memory.selector.kind not in ("uniform", "reservoir", "greedy"):
+        problem = (
+            "looks at a network, but the memory is chosen before one is trained; allowed: uniform, reservoir, greedy"
+        )
+        yield Clash(("memory.selector.kind", "train.data"), problem)
+    if isinstance(memory.mix, StratifiedMix):
+        yield Clash(("memory.mix.kind", "train.data"), "mixes memory with new data, of which there are none")
+    if config.prior.replay < 1:
+        yield Clash(("prior.replay", "train.data"), "all of memory is learned by its true labels; set prior.replay=1")
+    if _differs(config.prior, PriorConfig(), "weight"):
+        problem = "weighs memory against new data, of which there are none; leave it 1"
+        yield Clash(("prior.weight", "train.data"), problem)
+
+
+def _distilled(config: RunConfig) -> Iterator[Clash]:
+    distill, usual, prior = config.prior.distill, DistillConfig(), config.prior
+    if distill.weight == 0:
+        return
+    if config.train.data == "seen" and not config.train.restart:
+        yield Clash(("prior.distill.weight", "train.data"), "train.data=seen already trains on the past; unset one")
+    if distill.images == "all" and not config.memory.kept:
+        yield Clash(("prior.distill.images", "memory.size"), "is about memory's images, but there is no memory")
+    elif distill.images == "all" and prior.replay < 1:
+        problem = "memory's soft labels say the same already; set prior.replay=1, or leave it new"
+        yield Clash(("prior.distill.images", "prior.replay"), problem)
+    if distill.balance == "classes" and config.train.head == "own":
+        problem = "weighs old classes against new ones, which do not compete; set train.head=seen, or leave it fixed"
+        yield Clash(("prior.distill.balance", "train.head"), problem)
+    if distill.scale_t2 and distill.temperature == 1:
+        yield Clash(("prior.distill.scale_t2", "prior.distill.temperature"), f"1^2 is 1; {usual.temperature} is usual")
+
+
+def _sigmoids(config: RunConfig) -> Iterator[Clash]:
+    train, prior = config.train, config.prior
+    if train.loss != "sigmoid":
+        return
+    because = "train.loss=sigmoid has no softmax"
+    if prior.quadratic.weight > 0:
+        yield Clash(("prior.quadratic.weight", "train.loss"), f"curvature is that of a softmax, and {because}")
+    if config.memory.kept and prior.replay < 1:
+        yield Clash(("prior.replay", "train.loss"), f"soft labels are a softmax's, and {because}; set prior.replay=1")
+    if train.label_smoothing > 0:
+        yield Clash(("train.label_smoothing", "train.loss"), f"spreads a label over a softmax, and {because}")
+    if prior.distill.weight > 0:
+        if train.head == "own":
+            problem = "the old network answers for the old classes of every image; set train.head=seen"
+            yield Clash(("train.head", "train.loss"), problem)
+        if config.memory.kept and prior.distill.images == "new":
+            problem = "nothing would be said of the old classes of memory's images; set it to all"
+            yield Clash(("prior.distill.images", "train.loss"), problem)
+        if config.memory.dtype != "fp32" and prior.distill.view == "recorded":
+            problem = "keeps differences of logits, of which a softmax is made, but not a sigmoid; set it to fp32"
+            yield Clash(("memory.dtype", "train.loss"), problem)
+
+
+def _logits_kept(config: RunConfig) -> Iterator[Clash]:
+    """Of what is said of memory by logits (DER) and by two rows (DER++)."""
+    prior, usual = config.prior, PriorConfig()
+    soft = config.memory.kept and prior.replay < 1
+    if not soft:
+        keys = [f"prior.{key}" for key in ("loss", "label_weight") if _differs(prior, usual, key)]
+        keys += ["memory.labels"] if config.memory.labels == "kept" else []
+        for key in keys:
+            yield Clash((key, "prior.replay"), "is about soft-labelled memory, and there is none; set prior.replay < 1")
+        return
+    if config.memory.labels == "kept" and prior.view == "teacher":
+        problem = "asks the newest network; with kept labels, set it to stored or recorded"
+        yield Clash(("prior.view", "memory.labels"), problem)
+    if prior.label_weight > 0 and prior.replay > 0:
+        problem = "every example speaks by its soft and its true label already; set prior.replay=0"
+        yield Clash(("prior.replay", "prior.label_weight"), problem)
+    if prior.loss == "squared":
+        if prior.temperature != 1:
+            yield Clash(
+                ("prior.temperature", "prior.loss"), "squared differences are of logits as they are; set it to 1"
+            )
+        if config.memory.dtype != "fp32":
+            problem = "keeps differences of logits only; squared differences need the logits: set it to fp32"
+            yield Clash(("memory.dtype", "prior.loss"), problem)
+
+
+def _scaled(config: RunConfig) -> Iterator[Clash]:
+    if not config.prior.scale_to_new:
+        return
+    if config.prior.scale_to_task:
+        yield Clash(("prior.scale_to_new", "prior.scale_to_task"), "both say what memory stands for; unset one")
+    if not config.memory.kept:
+        yield Clash(("prior.scale_to_new", "memory.size"), "needs a memory; set memory.size, or memory.total")
+
+
+def _corrected(config: RunConfig) -> Iterator[Clash]:
+    memory, prior = config.memory, config.prior
+    if prior.correct.share == 0:
+        return
+    key = "prior.correct.share"
+    if memory.total == 0:
+        yield Clash((key, "memory.total"), "is a share of memory.total, which is 0; set it to the examples kept in all")
+    if not memory.balanced:
+        yield Clash(
+            ("memory.balanced", key), "held-out and kept examples are equally many of each class; set it to true"
+        )
+    if isinstance(memory.selector, GreedySelector) or memory.selector.kind == "reservoir":
+        problem = "keeps what it chooses from the whole past, without a part that is held out; choose another selector"
+        yield Clash(("memory.selector.kind", key), problem)
+    if config.train.head == "own":
+        yield Clash(("train.head", key), "corrects new classes against old ones, which do not compete; set it to seen")
+    if config.train.data != "task" or config.train.restart:
+        yield Clash(("train.data", key), "holds examples out of a task; set train.data=task and train.restart=false")
+    if config.evaluate.classifier != "head":
+        yield Clash(("evaluate.classifier", key), "corrects logits, which nearest means do not have; set it to head")
+    if prior.quadratic.weight > 0:
+        problem = "curvature would be measured on held-out examples, too; set it to 0"
+        yield Clash(("prior.quadratic.weight", key), problem)
+
+
+def _frozen(config: RunConfig) -> Iterator[Clash]:
+    train = config.train
+    if "features" in train.frozen and train.head_epochs > 0:
+        problem = "the last layer learns alone all the time; leave it 0, and set train.epochs"
+        yield Clash(("train.head_epochs", "train.frozen"), problem)
+
+
+def _tested(config: RunConfig) -> Iterator[Clash]:
+    if config.evaluate.classifier == "nearest_mean" and not config.memory.kept:
+        problem = "means are of memory's examples; set memory.size or memory.total"
+        yield Clash(("evaluate.classifier", "memory.size"), problem)
 
 
 def _pictures(config: RunConfig) -> Iterator[Clash]:

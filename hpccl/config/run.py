@@ -17,6 +17,7 @@ from hpccl.config.sections import (
     DdpEngine,
     DigitsStream,
     EngineConfig,
+    EvaluateConfig,
     KroneckerCurvature,
     Line,
     LocalCluster,
@@ -62,6 +63,7 @@ class RunConfig(Section):
     prior: PriorConfig = PriorConfig()  # what the past says while a new task is learned
     curvature: CurvatureConfig = KroneckerCurvature()  # of the quadratic
     adapt: AdaptConfig = NoAdaptation()  # of a trained network to something new
+    evaluate: EvaluateConfig = EvaluateConfig()  # tests
     engine: EngineConfig = DdpEngine()  # where the weights live
     checkpoint: CheckpointConfig = CheckpointConfig()  # when to save
     log: LogConfig = LogConfig()  # what is written while running
@@ -81,18 +83,45 @@ class RunConfig(Section):
 
     @property
     def method(self) -> str:
-        """The method's name in the field: finetune, joint, separate, or a sum of ewc, fr (or kpriors) and replay."""
+        """The method's name in the field: a reference, or what the past says and how, as a sum of names."""
         if isinstance(self.adapt, AnyAdaptation):
             return "retrain" if self.adapt.retrain else f"adapt-{self.adapt.kind}"
         if self.train.restart:
-            return "joint" if self.train.data == "seen" else "separate"
+            return {"seen": "joint", "task": "separate", "memory": "gdumb"}[self.train.data]
         parts = ["ewc"] if self.prior.quadratic.weight > 0 else []
-        if self.memory.kept:
-            soft = "kpriors" if self.prior.normal.precision > 0 else "fr"
-            soft = "fromp" if self.prior.fromp.weight > 0 else soft
-            parts += [soft] if self.prior.replay < 1 else []
-            parts += ["replay"] if self.prior.replay > 0 else []
-        return "+".join(parts) or ("cumulative" if self.train.data == "seen" else "finetune")
+        parts += [*self._distilled(), *self._remembered()]
+        if parts:
+            return "+".join(parts)
+        return "cumulative" if self.train.data == "seen" else self._without_past()
+
+    def _distilled(self) -> list[str]:
+        """Of methods that ask the previous network about new images."""
+        if self.prior.distill.weight == 0:
+            return ["bic"] if self.prior.correct.share > 0 else []
+        if self.train.loss == "sigmoid":
+            return ["icarl"] if self.evaluate.classifier == "nearest_mean" else ["lwf.mc"]
+        return ["bic"] if self.prior.correct.share > 0 else ["lwf"]
+
+    def _remembered(self) -> list[str]:
+        """Of methods that keep examples; those that are named with their memory say nothing here."""
+        prior, names = self.prior, self._distilled()
+        if not self.memory.kept or (prior.replay == 1 and names in (["icarl"], ["bic"])):
+            return []
+        soft, replay = ["kpriors" if prior.normal.precision > 0 else "fr"], []
+        if prior.loss == "squared":
+            soft = ["der++" if prior.label_weight else "der"]
+        elif prior.fromp.weight > 0:
+            soft = ["fromp"]
+        soft = soft if prior.replay < 1 else []
+        if prior.replay > 0:
+            replay = ["er"] if prior.scale_to_new and not soft else ["replay"]
+        return soft + replay
+
+    def _without_past(self) -> str:
+        if not self.train.frozen:
+            return "finetune"
+        named = {"features": "feature_extraction", "convolutions": "finetune_head"}
+        return named.get("+".join(self.train.frozen), "finetune+frozen")
 
     @property
     def measures(self) -> bool:

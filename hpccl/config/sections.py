@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "Container",
+    "CorrectConfig",
     "CropFlip",
     "CurvatureConfig",
     "DataConfig",
@@ -27,11 +28,14 @@ __all__ = [
     "DenseCurvature",
     "DiagonalCurvature",
     "DigitsStream",
+    "DistillConfig",
     "EkfacCurvature",
     "EngineConfig",
+    "EvaluateConfig",
     "FeatureSelector",
     "FrompConfig",
     "Fsdp2Engine",
+    "GreedySelector",
     "InlineCluster",
     "KroneckerCurvature",
     "Line",
@@ -221,6 +225,8 @@ class DataConfig(Section):
     image_size: PositiveInt | None = None  # null: as stored (all images must then have one size)
     test_size: PositiveInt | None = None  # of test images; null: image_size
     progressive: Progressive | None = None  # training views that grow up to image_size; null: all have image_size
+    # share of each class's training images that is tested on in place of test images, and not trained on: to choose by
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: shorter side becomes its size / crop_pct
     mean: Floats = (0.5,)  # one for all channels, or one a channel; of pixels in [0, 1]
     std: Floats = (0.5,)  # as mean
@@ -275,19 +281,29 @@ ModelConfig = Annotated[PaperModel | MlpModel | TimmModel, Field(discriminator="
 class TrainConfig(Section):
     """One task's training.
 
-    `restart` and `data` make the references: joint = seen + restart, separate = task + restart.
+    `restart` and `data` make the references: joint = seen + restart, separate = task + restart; and GDumb, which is
+    memory + restart.
     """
 
     epochs: IntPerTask = (10,)  # one value, or one a task
     batch_size: PositiveInt = 256  # rows a step, over all ranks, memory included
     head: Literal["own", "seen"] = "own"  # which classes compete: a row's own task, or all seen so far
-    data: Literal["task", "seen"] = "task"  # seen: all tasks up to now (joint)
+    # of true labels: a softmax over the classes that compete, or a sigmoid for each of them, summed (iCaRL)
+    loss: Literal["cross_entropy", "sigmoid"] = "cross_entropy"
+    # seen: all tasks up to now (joint); memory: the memory alone, into which the task's examples come first (GDumb)
+    data: Literal["task", "seen", "memory"] = "task"
     restart: bool = False  # a fresh network for every task
     only_last: bool = False  # train the last task alone; only with restart, where earlier tasks change nothing
     accumulate: PositiveInt = 1  # micro-batches a step
     clip_norm: PositiveFloat | None = None  # largest norm of the gradient; null: no limit
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of true labels: of new and of replayed examples
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the averaged weights that end a task
+    # epochs before the others of every later task, with a schedule of their own: only the new classes' rows of the last
+    # layer learn
+    head_epochs: NonNegativeInt = 0
+    # names of parameters and buffers (with * and ?) that stay as the first task left them; `features`: all but those of
+    # the last layer, `convolutions`: those of convolutions and normalisations
+    frozen: Annotated[tuple[str, ...], Strict(False)] = ()
     flip_test: bool = False  # evaluate on the mean of logits of an image and its mirror image
     first_task_from: str | None = None  # run folder with the same first task: take its weights, do not train it again
 
@@ -331,6 +347,16 @@ class ReservoirSelector(Section):
     """The smallest hashes of (seed, example). With memory.total: a uniform sample of all that was ever seen."""
 
     kind: Literal["reservoir"] = "reservoir"
+
+
+class GreedySelector(Section):
+    """One example after the other: kept if its class has fewer than its share, in place of one of the largest class.
+
+    GDumb's sampler (Prabhu et al. 2020), over the task's examples in a random order. With memory.total: over all that
+    was ever seen.
+    """
+
+    kind: Literal["greedy"] = "greedy"
 
 
 class ScoreSelector(Section):
@@ -380,7 +406,13 @@ class ReconstructionSelector(Section):
 
 
 SelectorConfig = Annotated[
-    UniformSelector | ReservoirSelector | ScoreSelector | PosteriorSelector | FeatureSelector | ReconstructionSelector,
+    UniformSelector
+    | ReservoirSelector
+    | GreedySelector
+    | ScoreSelector
+    | PosteriorSelector
+    | FeatureSelector
+    | ReconstructionSelector,
     Field(discriminator="kind"),
 ]
 
@@ -394,6 +426,8 @@ class MemoryConfig(Section):
     selector: SelectorConfig = UniformSelector()  # which examples are kept
     balanced: bool = True  # equally many of each class
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of stored soft labels
+    # renewed: soft labels are the newest network's; kept: those of the network that ended the example's own task (DER)
+    labels: Literal["renewed", "kept"] = "renewed"
     mix: Annotated[NaturalMix | StratifiedMix, Field(discriminator="kind")] = NaturalMix()  # of new and memory rows
 
     @property
@@ -438,6 +472,34 @@ class FrompConfig(Section):
     block: PositiveInt | None = None
 
 
+class DistillConfig(Section):
+    """What the previous network says of a task's images, beside their labels (LwF; Li and Hoiem 2016).
+
+    One row for each old head (train.head=own), or one over all old classes (seen); a sigmoid a class where train.loss
+    says so.
+    """
+
+    weight: NonNegativeFloat = 0.0  # lambda_o, of every old head's row; 0: off
+    temperature: PositiveFloat = 2.0  # divides the logits of both networks
+    scale_t2: bool = False  # multiply by temperature^2, so that gradients do not shrink with it
+    # recorded: of the evaluation view, once as the task begins; same: of the student's view, in every step
+    view: Literal["recorded", "same"] = "recorded"
+    images: Literal["new", "all"] = "new"  # all: of memory's images, too
+    # fixed: labels count 1 beside it; classes: weight * n / (n + m) and m / (n + m), of n old and m new classes (BiC)
+    balance: Literal["fixed", "classes"] = "fixed"
+
+
+class CorrectConfig(Section):
+    """Two numbers that take back what the newest classes' logits have too much of (BiC; Wu et al. 2019).
+
+    They are fitted, when training on a task has ended, to examples that no network ever learned from: equally many of
+    every class, out of memory.total, and held out of the task.
+    """
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of memory.total that is held out for it; 0: no correction
+    penalty: NonNegativeFloat = 0.1  # of beta^2 / 2, beside the mean nats; 0: there may be no best beta
+
+
 class PriorConfig(Section):
     """What the past says while a new task is learned."""
 
@@ -446,11 +508,25 @@ class PriorConfig(Section):
     fromp: FrompConfig = FrompConfig()  # coupled predictions on memory
     weight: FloatPerTask = (1.0,)  # tau of a memory example, by the task it comes from
     scale_to_task: bool = False  # tau * N_s / m: memory stands for its whole task
+    scale_to_new: bool = False  # tau * N_t / M: all memory together counts as much as the new task (ER, DER)
     replay: Fraction = 0.0  # share of memory with true labels; the rest has the old model's soft labels
+    # beta, in tau's place: soft-labelled memory also speaks by its true labels, with this weight (DER++)
+    label_weight: NonNegativeFloat = 0.0
+    # of soft labels: of probabilities; or squared differences of logits, their mean over classes (DER)
+    loss: Literal["cross_entropy", "squared"] = "cross_entropy"
     temperature: PositiveFloat = 1.0  # of the soft labels
     # stored: student and label on one stored view; teacher: the old model labels the student's view;
     # recorded: label of the stored view, student on a fresh view (the published code)
     view: Literal["stored", "teacher", "recorded"] = "stored"
+    distill: DistillConfig = DistillConfig()  # the previous network on the task's own images
+    correct: CorrectConfig = CorrectConfig()  # of the logits of the newest classes
+
+
+class EvaluateConfig(Section):
+    """How the network is tested."""
+
+    # nearest_mean: the class whose mean of normalised features, over memory and its mirror images, is closest (iCaRL)
+    classifier: Literal["head", "nearest_mean"] = "head"
 
 
 class ListedTasks(Section):

@@ -28,7 +28,7 @@ from hpccl.data.decoded import DecodedImages, Kept, cache_folder, keep_decoded, 
 from hpccl.data.digits import SIZE as DIGITS_SIZE
 from hpccl.data.digits import TITLE, digits
 from hpccl.data.encoded import EncodedImages, Maker
-from hpccl.data.layout import SPLITS, Collection, Layout, arrange, extended, unique_titles
+from hpccl.data.layout import SPLITS, Collection, Layout, arrange, extended, held_out, unique_titles
 from hpccl.data.protocols import Split
 from hpccl.data.shards.decode import decode
 from hpccl.data.shards.reader import ShardSet
@@ -98,16 +98,14 @@ def outline(stream: StreamConfig, data: DataConfig) -> Outline:
     view = _evaluation_view(data, "test")
     match stream:
         case DigitsStream():
-            collection, kept, _ = digits(
-                tasks=stream.tasks, views={split: _evaluation_view(data, split) for split in SPLITS}
-            )
-            layout = arrange([collection], order=stream.order, seed=stream.order_seed)
+            collection, kept, _ = _digits(stream, data)
+            layout = _arranged([collection], stream, data)
             shapes = {split: _channels_first(kept[split].pixels.shape[1:]) for split in SPLITS}
             as_stored = view.size in (None, DIGITS_SIZE)
             return Outline(layout, shapes["train"], view, shapes["test"], as_stored)
         case ShardStream():
             parts = _open_parts(stream, data)
-            layout = arrange([_collection(part) for part in parts], order=stream.order, seed=stream.order_seed)
+            layout = _arranged([_collection(part) for part in parts], stream, data)
             views = _view_shapes(parts, data)
             sizes = np.concatenate([part.sizes for part in parts])
             as_stored = bool((sizes == views["test"][::-1]).all())
@@ -116,14 +114,28 @@ def outline(stream: StreamConfig, data: DataConfig) -> Outline:
             assert_never(stream)
 
 
+def _arranged(collections: Sequence[Collection], stream: StreamConfig, data: DataConfig) -> Layout:
+    """The tasks; with data.validation, tests are on held-out training images (both splits are then the same one)."""
+    layout = arrange(collections, order=stream.order, seed=stream.order_seed)
+    return layout if data.validation is None else held_out(layout, data.validation)
+
+
 # ---------------------------------------------------------------- digits
 
 
-def _open_digits(stream: DigitsStream, data: DataConfig) -> ImageStream:
-    collection, kept, numbers = digits(
-        tasks=stream.tasks, views={split: _evaluation_view(data, split) for split in SPLITS}
+def _digits(
+    stream: DigitsStream, data: DataConfig
+) -> tuple[Collection, dict[Split, Kept], dict[Split, npt.NDArray[np.int64]]]:
+    return digits(
+        tasks=stream.tasks,
+        views={split: _evaluation_view(data, split) for split in SPLITS},
+        test_split=_test_split(data),
     )
-    layout = arrange([collection], order=stream.order, seed=stream.order_seed)
+
+
+def _open_digits(stream: DigitsStream, data: DataConfig) -> ImageStream:
+    collection, kept, numbers = _digits(stream, data)
+    layout = _arranged([collection], stream, data)
     shapes = {split: _channels_first(kept[split].pixels.shape[1:]) for split in SPLITS}
     channels = shapes["train"][0]
     source = DecodedImages(
@@ -167,7 +179,7 @@ class _Opened:
 
 def _open_shards(stream: ShardStream, data: DataConfig, added: Sequence[str]) -> ImageStream:
     parts = _open_parts(stream, data)
-    layout = arrange([_collection(part) for part in parts], order=stream.order, seed=stream.order_seed)
+    layout = _arranged([_collection(part) for part in parts], stream, data)
     if added:
         more = _open_added(stream, data, parts, added)
         layout = extended(layout, [_collection(part) for part in more], parts=len(parts))
@@ -195,7 +207,8 @@ def _fingerprint(parts: Sequence[_Opened]) -> str:
 
 
 def _open_parts(stream: ShardStream, data: DataConfig) -> list[_Opened]:
-    names: dict[Split, str] = {"train": stream.train_split, "test": stream.test_split}
+    stored: dict[Split, str] = {"train": stream.train_split, "test": stream.test_split}
+    names: dict[Split, str] = {"train": stream.train_split, "test": stored[_test_split(data)]}
     titles = unique_titles([_title(part.path) for part in stream.parts])
     cache = ShardCache.of(data.shard_cache, data.shard_gib, data.retries)
     opened = []
@@ -365,6 +378,11 @@ def _explain_bad(stream: ImageStream) -> str:
 
 
 # ---------------------------------------------------------------- both
+
+
+def _test_split(data: DataConfig) -> Split:
+    """Which stored split the images of tests are taken from."""
+    return "test" if data.validation is None else "train"
 
 
 def _evaluation_view(data: DataConfig, split: Split) -> EvaluationView:

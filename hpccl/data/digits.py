@@ -22,16 +22,20 @@ _SEED = 0  # of the split; fixed, because scikit-learn names no test set
 
 
 def digits(
-    *, tasks: int, views: Mapping[Split, EvaluationView]
+    *, tasks: int, views: Mapping[Split, EvaluationView], test_split: Split = "test"
 ) -> tuple[Collection, dict[Split, Kept], dict[Split, npt.NDArray[np.int64]]]:
-    """The data set, its pixels uint8 [num, h, w, 1], and the number in scikit-learn's data, by split."""
+    """The data set, its pixels uint8 [num, h, w, 1], and the number in scikit-learn's data, by split.
+
+    test_split: which of the two splits is tested on; `train` for a caller that will hold some of it out.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
     # 0 to 16 in the data.
     images = np.round(data.images * (255 / 16)).astype(np.uint8)[:, :, :, None]
     labels = data.target.astype(np.int64)
-    numbers = digits_split(labels)
+    cut = digits_split(labels)
+    numbers: dict[Split, npt.NDArray[np.int64]] = {"train": cut["train"], "test": cut[test_split]}
     kept: dict[Split, Kept] = {
         split: Kept(np.stack([views[split](images[number]) for number in mine])) for split, mine in numbers.items()
     }

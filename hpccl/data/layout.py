@@ -14,14 +14,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from hpccl.data.order import permutation
+from hpccl.data.order import mix, permutation
 from hpccl.data.protocols import Split
 from hpccl.errors import DataError
 
-__all__ = ["ClassTask", "Collection", "Index", "Layout", "arrange", "extended", "unique_titles"]
+__all__ = ["ClassTask", "Collection", "Index", "Layout", "arrange", "extended", "held_out", "unique_titles"]
 
 Ints = npt.NDArray[np.int64]
 SPLITS: tuple[Split, Split] = ("train", "test")
+# What a hash is for (apart from those of hpccl.data.order): which examples are held out, the same for every seed.
+_HELD_OUT = 401
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def only(self, kept: npt.NDArray[np.bool_]) -> Index:
+        """The samples where `kept` [num_samples] is True, in the same order."""
+        return Index(self.part[kept], self.local[kept], self.label[kept], self.group[kept])
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +142,40 @@ def extended(layout: Layout, more: Sequence[Collection], *, parts: int) -> Layou
         pieces.append(Index(np.full(len(local), which), local, label[local], group))
     index: dict[Split, Index] = {**layout.index, "train": _joined(pieces)}
     return replace(layout, index=index, added=range(len(pieces[0]), len(index["train"])))
+
+
+def held_out(layout: Layout, share: float) -> Layout:
+    """Test on a share of each class's training examples, which are then trained on no more.
+
+    The choice is a hash of where an example is stored: the same for every seed, order of classes and cut into tasks.
+
+    Args:
+        layout: its test index is replaced.
+        share: of each class, in (0, 1); rounded to a whole number, at least one example.
+
+    Raises:
+        DataError: a class would have no example left.
+    """
+    index = layout.index["train"]
+    held = np.zeros(len(index), dtype=bool)
+    for number, name in enumerate(layout.class_names):
+        mine = np.flatnonzero(index.label == number)
+        count = max(1, round(share * len(mine)))
+        if count >= len(mine):
+            raise DataError(
+                f"class '{name}' has {len(mine)} training images; data.validation={share:g} would leave none of them "
+                "to train on; make it smaller, or leave such classes out"
+            )
+        priority = mix(_HELD_OUT, index.part[mine], index.local[mine])
+        held[mine[np.argsort(priority, kind="stable")[:count]]] = True
+    before = np.concatenate([[0], np.cumsum(held)])  # [n + 1] held examples before each position
+
+    def cut(task: ClassTask) -> ClassTask:
+        start, stop = int(before[task.train.start]), int(before[task.train.stop])
+        return replace(task, train=range(task.train.start - start, task.train.stop - stop), test=range(start, stop))
+
+    kept: dict[Split, Index] = {"train": index.only(~held), "test": index.only(held)}
+    return replace(layout, tasks=tuple(cut(task) for task in layout.tasks), index=kept)
 
 
 def _class_order(part: Collection, which: int, order: Literal["given", "random"], seed: int) -> Ints:

@@ -12,10 +12,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["NEW", "REPLAY", "SOFT", "Images", "Request", "Rows", "Views"]
+__all__ = [
+    "CROSS_ENTROPY",
+    "DISTILL",
+    "NEW",
+    "REPLAY",
+    "SIGMOID",
+    "SOFT",
+    "SQUARED",
+    "Images",
+    "Request",
+    "Rows",
+    "Views",
+]
 
 # The term of the objective that a row belongs to.
-NEW, SOFT, REPLAY = 0, 1, 2
+NEW, SOFT, REPLAY, DISTILL = 0, 1, 2, 3
+# What a row's target is, and so how it is compared with the logits: see hpccl.train.loss.
+CROSS_ENTROPY, SQUARED, SIGMOID = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -60,16 +74,17 @@ class Images:
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples and what to say about them: the rows of one weighted cross-entropy.
+    """Examples and what to say about them: the rows of one weighted loss, nearly always a cross-entropy.
 
     pixels:      [n, channels, h, w]
     noise:       [n] int64, seeds what is random inside the network (dropout) for one image
     image:       [r] int64, which image a row speaks of
-    target:      [r, C] probabilities
+    target:      [r, C] probabilities of the competing classes, 0 elsewhere; logits where `kind` is SQUARED
     weight:      [r]; sum over a global batch of weight * nats / batch_size estimates the objective per training example
     head:        [r, C] bool, the classes that compete
     temperature: [r], divides the logits
-    term:        [r] int64, NEW, SOFT or REPLAY
+    term:        [r] int64, NEW, SOFT, REPLAY or DISTILL
+    kind:        [r] int64, CROSS_ENTROPY, SQUARED or SIGMOID; None: all are CROSS_ENTROPY
     """
 
     pixels: Tensor
@@ -80,7 +95,9 @@ class Rows:
     head: Tensor
     temperature: Tensor
     term: Tensor
+    kind: Tensor | None = None
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on a device."""
-        return Rows(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        there = vars(self).items()
+        return Rows(**{name: value.to(device, non_blocking=True) for name, value in there if value is not None})

@@ -43,6 +43,9 @@ class BaseEngine(ABC):
         self._average: dict[str, Tensor] | None = None
         self._task = self._step = self._num_steps = 0
         self._last = False
+        self._held: dict[str, Tensor] = {}
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self._still: list[nn.Module] = []
         self._far: set[str] | None = None
         self._far_weights: dict[str, Tensor] = {}
         refuse_recompute(model, config)
@@ -111,6 +114,8 @@ class BaseEngine(ABC):
     def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True, training: bool = True) -> Tensor:
         """Logits with a gradient, fp32; autocast ends here, before any loss or prior."""
         self._model.train(training)
+        for norm in self._still:
+            norm.eval()
         set_noise(self._model, noise)
         self._last = last
         with self._recomputing(), self._autocast():
@@ -132,6 +137,10 @@ class BaseEngine(ABC):
         """Clip, update, clear."""
         self._refuse_silent_hooks()
         norm = self._update(self.lr)
+        if self._kept:
+            # An optimiser moves also what has no gradient: by weight decay, or by the sign of nothing.
+            own = self._locals()
+            self._put_locals({name: kept.where(mask, own[name]) for name, (mask, kept) in self._kept.items()})
         if self._average is not None and self._train.ema is not None and bool(torch.isfinite(norm)):
             with torch.no_grad():
                 torch._foreach_lerp_(list(self._average.values()), list(self._locals().values()), 1 - self._train.ema)
@@ -149,6 +158,24 @@ class BaseEngine(ABC):
             self._put_locals(self._average)
             self._average = None
         self._comm.broadcast_([buffer for _, buffer in self._model.named_buffers()])
+
+    # ---------------------------------------------------------------- what does not learn
+
+    def hold(self, held: Mapping[str, Tensor], norms: frozenset[str]) -> None:
+        """See the protocol; masks stay small, but for this rank's elements of parameters that are spread."""
+        own = self._locals()
+        self._held = {name: mask.to(self.device) for name, mask in held.items()}
+        self._kept = {}
+        for name, mask in held.items():
+            part = mask.to(own[name].device)
+            span = self._spans.get(name)
+            if span is not None and mask.numel() > 1:
+                whole_mask = mask.expand(span.shape).reshape(-1)
+                part = whole_mask[span.start : span.stop].to(own[name].device).view_as(own[name])
+            elif span is not None:
+                part = part.reshape(1)
+            self._kept[name] = (part, own[name].clone())
+        self._still = [module for name, module in self._model.named_modules() if name in norms]
 
     # ---------------------------------------------------------------- gradient hooks
 
@@ -175,14 +202,18 @@ class BaseEngine(ABC):
             self._far_weights = fetch(self.gather(), self._far, self._comm)
 
     def _relay(self, name: str) -> Callable[[Tensor], Tensor]:
-        """A tensor hook for one parameter, for good: calls what `on_gradient` has for it, on the last micro-batch."""
+        """A tensor hook for one parameter, for good: calls what `on_gradient` has for it, on the last micro-batch.
+
+        What is held has no gradient, whatever the loss or a prior says.
+        """
 
         def call(gradient: Tensor) -> Tensor:
             hook = self._hooks.get(name)
-            if hook is None or not self._last:
-                return gradient
-            self._called.add(name)
-            return hook.call(gradient, {needed: self._whole_now(needed) for needed in hook.needs})
+            if hook is not None and self._last:
+                self._called.add(name)
+                gradient = hook.call(gradient, {needed: self._whole_now(needed) for needed in hook.needs})
+            held = self._held.get(name)
+            return gradient if held is None else gradient.masked_fill(held, 0.0)
 
         return call
 

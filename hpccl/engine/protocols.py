@@ -78,6 +78,15 @@ class Engine(Protocol):
     def on_gradient(self, hooks: Sequence[tuple[str, GradientHook]]) -> Callable[[], None]:
         """Call each hook once a step on a parameter's gradient, before ranks average it. Returns what removes them."""
 
+    def hold(self, held: Mapping[str, Tensor], norms: frozenset[str]) -> None:
+        """Keep some weights as they are now, in every step until it is called again.
+
+        They get no gradient, no weight decay and no part in the gradient's norm, and end bit for bit as they were.
+
+        held: by parameter, a mask (bool, broadcast against the whole parameter) of what is held
+        norms: modules whose running statistics are used, not changed
+        """
+
     def step(self) -> Tensor:
         """Clip, update, clear. Returns the gradient's norm before clipping (scalar, equal on all ranks)."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from hpccl.config.sections import MemoryConfig
 
-__all__ = ["kept_of", "quotas"]
+__all__ = ["kept_of", "per_class", "quotas", "split_quotas"]
 
 
 def quotas(config: MemoryConfig, sizes: Sequence[int]) -> list[int]:
@@ -39,3 +40,24 @@ def kept_of(config: MemoryConfig, size: int) -> int:
     if config.fraction > 0:
         return min(size, max(1, round(config.fraction * size)))
     return config.size
+
+
+def per_class(total: int, share: float, classes: int) -> tuple[int, int]:
+    """(held out, kept) of each of `classes` classes, of which `total` examples are kept in all.
+
+    floor(share K / s) and ceil(K / s) - ceil(share K / s): the book-keeping of BiC's authors (Wu et al. 2019).
+    """
+    each, part = total / classes, share * total / classes
+    rounding = 1e-9  # 0.1 * 2000 / 10 may be a little more or less than 20
+    return math.floor(part + rounding), math.ceil(each - rounding) - math.ceil(part - rounding)
+
+
+def split_quotas(total: int, share: float, *, sizes: Sequence[int], classes: Sequence[int]) -> list[int]:
+    """Examples kept of each of the tasks so far, where a share of `total` is held out.
+
+    sizes: examples of each task that are not held out; classes: of each task
+    """
+    if not classes:
+        return []
+    _, kept = per_class(total, share, sum(classes))
+    return [min(kept * number, size) for number, size in zip(classes, sizes, strict=True)]

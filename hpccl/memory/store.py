@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Memory", "head_columns", "spread", "stored"]
+__all__ = ["DTYPES", "Memory", "head_columns", "scattered", "spread", "stored"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -186,13 +186,18 @@ def stored(logits: Tensor, columns: Tensor, dtype: Literal["fp32", "fp16", "bf16
 
 def spread(soft: Tensor, columns: Tensor, *, temperature: float, num_classes: int) -> tuple[Tensor, Tensor]:
     """Soft logits [r, K] of classes `columns` [r, K] as (probabilities [r, C], competing classes [r, C] bool)."""
+    probabilities = (soft.float() / temperature).masked_fill(columns < 0, -torch.inf).softmax(dim=1)
+    return scattered(probabilities, columns, num_classes=num_classes)
+
+
+def scattered(values: Tensor, columns: Tensor, *, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Numbers [r, K] of classes `columns` [r, K] as (numbers [r, C], 0 elsewhere; which classes these are, bool)."""
     named = columns >= 0
-    probabilities = (soft.float() / temperature).masked_fill(~named, -torch.inf).softmax(dim=1)
     # Unused columns are sent to an extra class that is cut off, so that they cannot touch class 0.
     where = columns.where(named, torch.full_like(columns, num_classes))
-    target = probabilities.new_zeros(len(soft), num_classes + 1).scatter_(1, where, probabilities)
-    head = torch.zeros(len(soft), num_classes + 1, dtype=torch.bool, device=soft.device).scatter_(1, where, named)
-    return target[:, :num_classes], head[:, :num_classes]
+    found = values.new_zeros(len(values), num_classes + 1).scatter_(1, where, values)
+    head = torch.zeros(len(values), num_classes + 1, dtype=torch.bool, device=values.device).scatter_(1, where, named)
+    return found[:, :num_classes], head[:, :num_classes]
 
 
 def _means(values: Tensor, group: Tensor, like: Tensor | None = None) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 from hpccl.curvature.protocols import Precision, Shards
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves, Place
+from hpccl.memory.means import ClassMeans
 from hpccl.memory.store import Memory
+from hpccl.prior.correction import Correction
 from hpccl.prior.fromp import Fromp
 from hpccl.prior.quadratic import Quadratic
 
@@ -24,12 +26,16 @@ class Prior:
     memory:    kept examples (may be empty)
     quadratic: curvature of the past that is not in memory, or None
     anchor:    weights and buffers of the newest old model (whole or spread), or None before the first task ends
+    correction: of the logits of its newest classes, or None
+    means:     of the features of each class's memory, as it sees them, or None
     fromp:     coupled predictions on the memory, which then says nothing else, or None
     """
 
     memory: Memory
     quadratic: Quadratic | None = None
     anchor: Leaves | None = None
+    correction: Correction | None = None
+    means: ClassMeans | None = None
     fromp: Fromp | None = None
 
     def to(self, device: torch.device) -> Prior:
@@ -47,6 +53,8 @@ class Prior:
             "memory": self.memory.state_dict(),
             "quadratic": None if self.quadratic is None else self.quadratic.state_dict(),
             "anchor": self.anchor,
+            "correction": None if self.correction is None else self.correction.state_dict(),
+            "means": None if self.means is None else self.means.state_dict(),
             "fromp": None if self.fromp is None else self.fromp.state_dict(),
         }
 
@@ -70,10 +78,13 @@ class Prior:
         restored = None
         if quadratic is not None and placed is not None:
             restored = Quadratic.from_state_dict(quadratic, placed, shards, comm, place)
-        fromp = state.get("fromp")  # earlier checkpoints know none
+        # Earlier checkpoints have none of these.
+        correction, means, fromp = (state.get(name) for name in ("correction", "means", "fromp"))
         return cls(
             memory=Memory.from_state_dict(state["memory"]),
             quadratic=restored,
             anchor=placed,
+            correction=None if correction is None else Correction.from_state_dict(correction),
+            means=None if means is None else ClassMeans(**means),
             fromp=None if fromp is None else Fromp.from_state_dict(fromp, shards, comm, place),
         )

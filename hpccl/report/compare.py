@@ -26,7 +26,16 @@ from hpccl.report.summary import RunReport, read_config, summarise_events
 from hpccl.report.text import markdown_table, percent, signed, spread, time_span
 from hpccl.report.write import page, write_json, write_text
 
-__all__ = ["Comparison", "Group", "Statistic", "compare_runs", "print_comparison", "render_markdown"]
+__all__ = [
+    "IGNORED",
+    "Comparison",
+    "Group",
+    "Statistic",
+    "compare_runs",
+    "flat",
+    "print_comparison",
+    "render_markdown",
+]
 
 # Attribute of RunReport -> heading. Seconds are not percent and are printed apart.
 FIGURES: dict[str, str] = {
@@ -43,7 +52,7 @@ _NOTE = (
 )
 
 # Keys that change what a run costs, or which of several equal paths it took, but not what is compared.
-_IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
+IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
 
 Flat: TypeAlias = dict[str, Any]
 
@@ -120,7 +129,7 @@ def compare_runs(
         for config, folder in zip(configs, distinct, strict=True)
     ]
     table = read_published(published, dataset=dataset, num_tasks=_num_tasks(runs)) if published is not None else None
-    groups = _groups([_flat(config.identity()) for config in configs], runs, table.values if table else {})
+    groups = _groups([flat(config.identity()) for config in configs], runs, table.values if table else {})
     comparison = Comparison(groups, runs, table.dataset if table else None)
     if out is not None:
         _write(comparison, out)
@@ -134,13 +143,13 @@ def _num_tasks(runs: Iterable[RunReport]) -> int:
 # ---------------------------------------------------------------- grouping
 
 
-def _flat(value: Any, prefix: str = "") -> Flat:
+def flat(value: Any, prefix: str = "") -> Flat:
     """Dotted keys of the leaves; a mapping's own key is kept where it is empty."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
     found: Flat = {}
     for key, item in value.items():
-        found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+        found |= flat(item, f"{prefix}.{key}" if prefix else str(key))
     return found
 
 
@@ -149,7 +158,7 @@ def _groups(
 ) -> list[Group]:
     members: dict[str, list[int]] = {}
     for position, identity in enumerate(identities):
-        key = json.dumps({k: v for k, v in identity.items() if k not in _IGNORED}, sort_keys=True)
+        key = json.dumps({k: v for k, v in identity.items() if k not in IGNORED}, sort_keys=True)
         members.setdefault(key, []).append(position)
     firsts = [positions[0] for positions in members.values()]
     found = []
@@ -172,7 +181,7 @@ def _kind(identity: Flat, run: RunReport) -> tuple[str, int]:
 
 def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
     """`key=value` of every setting in which groups of one method and memory differ."""
-    keys = dict.fromkeys(key for other in alike for key in other if key not in _IGNORED)
+    keys = dict.fromkeys(key for other in alike for key in other if key not in IGNORED)
     differing = [key for key in keys if len({json.dumps(other.get(key), sort_keys=True) for other in alike}) > 1]
     kinds = {key.removesuffix("kind") for key in differing if key.endswith(".kind")}
     told = [key for key in differing if not _explained(key, kinds, alike)]
@@ -248,6 +257,10 @@ def _has_published(comparison: Comparison, key: str) -> bool:
 
 def _notes(comparison: Comparison) -> list[str]:
     notes = [_NOTE]
+    held = [run.name for run in comparison.runs if run.validation is not None]
+    notes += (
+        [f"Not on test images but on held-out training images (data.validation): {', '.join(held)}."] if held else []
+    )
     left_out = [name for group in comparison.groups for name in group.left_out]
     notes += [f"Not finished and left out: {', '.join(left_out)}."] if left_out else []
     early = [run.name for run in comparison.runs if run.status != "done" and run.name not in _names(left_out)]

@@ -45,6 +45,7 @@ class RunReport:
     Accuracies and transfers are shares in [0, 1], NLL is nats per example. Figures without a suffix are
     task-incremental (only a task's own classes compete), `_class_incremental` lets all seen classes compete.
     `average_accuracy`, `nll` and `ece` are means over the tasks learned so far, by the network after the last of them.
+    `validation`: the share of the training images that all of these are on, if they are not on test images.
     """
 
     format: int = 1
@@ -53,6 +54,7 @@ class RunReport:
     seed: int
     status: Status
     message: str | None
+    validation: float | None
     num_tasks: int
     tasks_learned: int
     average_accuracy: float | None
@@ -148,6 +150,7 @@ def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
         seed=config.seed,
         status=status,
         message=message,
+        validation=config.data.validation,
         **_accuracies(events, len(tasks)),
         # An earlier `done` says nothing about a run that was started again since.
         weights_sha256=done.get("weights_sha256") if status == "done" else None,

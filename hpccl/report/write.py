@@ -107,6 +107,10 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
     ]
 
 
+def _on_validation(share: float) -> str:
+    return f"Not on test images: measured on {100 * share:g} % of the training images, held out of training."
+
+
 def _task_rows(report: RunReport) -> Rows:
     return [
         [
@@ -223,6 +227,7 @@ def render_markdown(report: RunReport) -> str:
     """The report as a text that reads well with and without rendering."""
     facts = f"{report.method}, seed {report.seed}, {report.tasks_learned} of {report.num_tasks} tasks, {report.status}"
     sections = [f"# {report.name}\n\n{facts}\n"]
+    sections += [f"> {_on_validation(report.validation)}\n"] if report.validation else []
     sections += [f"> {report.message}\n"] if report.message else []
     sections += [markdown_table(["figure", "value"], [[label, value] for value, label in _figures(report)])]
     tables = [
@@ -265,6 +270,7 @@ def render_html(report: RunReport, events: Sequence[Mapping[str, Any]], folder: 
     return page(
         "run.html.j2",
         report=report,
+        measured_on=_on_validation(report.validation) if report.validation else "",
         tiles=[tile for tile in _figures(report) if not tile[0].startswith("–")],
         accuracy_plot=plots.accuracy_over_tasks(report.accuracy_matrix, "task-incremental accuracy over tasks"),
         class_accuracy_plot=plots.accuracy_over_tasks(

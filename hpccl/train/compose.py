@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -15,36 +16,49 @@ from hpccl.config.run import RunConfig
 from hpccl.config.sections import RemoveData, per_task
 from hpccl.data.order import Batch, BatchPlan
 from hpccl.data.protocols import Stream, Task
-from hpccl.data.rows import NEW, REPLAY, SOFT, Images, Request, Rows
+from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, SQUARED, Images, Request, Rows
 from hpccl.dist.comm import Comm
-from hpccl.memory.budget import quotas
-from hpccl.memory.store import Memory, spread
+from hpccl.memory.store import Memory, scattered, spread
+from hpccl.train.distill import Distilled
+from hpccl.train.kept import held_out, kept_of_tasks
 from hpccl.train.removal import less, removed_samples, removed_slots
 
-__all__ = ["Composer", "Part", "plan_task", "planned_steps", "split"]
+__all__ = ["Composer", "Part", "head_steps", "new_samples", "plan_task", "planned_steps", "split", "task_epochs"]
 
 Ints = npt.NDArray[np.int64]
 
 
 def plan_task(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> BatchPlan:
-    """The steps of a task: its own examples (or all seen ones) and the memory."""
-    new = new_samples(config, stream, task)
-    return replace(_plan(config, task, len(new), len(memory)), groups=stream.groups("train")[new])
+    """The steps of a task: its own examples (or all seen ones, or the memory's) and the memory."""
+    new = new_samples(config, stream, task, memory)
+    num_memory = 0 if config.train.data == "memory" else len(memory)
+    return replace(_plan(config, task, len(new), num_memory), groups=stream.groups("train")[new])
 
 
 def planned_steps(config: RunConfig, stream: Stream) -> list[int]:
     """How many steps each task will take; 0 for those that are not trained."""
     tasks = stream.tasks
     skipped = len(tasks) - 1 if config.train.only_last else 0
-    sizes = [len(task.samples("train")) for task in tasks]
-    kept = [sum(quotas(config.memory, sizes[: task.index])) for task in tasks]
-    if config.prior.fromp.weight > 0:
-        kept = [0] * len(tasks)  # recalled beside the rows of a step
-    steps = [
-        _plan(config, task, len(new_samples(config, stream, task)), kept[task.index]).num_steps
-        for task in tasks[skipped:]
-    ]
+    steps = []
+    for task in tasks[skipped:]:
+        kept = sum(kept_of_tasks(config, stream, task.index))
+        kept = 0 if config.prior.fromp.weight > 0 else kept  # recalled beside the rows of a step
+        if config.train.data == "memory":
+            new, kept = sum(kept_of_tasks(config, stream, task.index + 1)), 0
+        else:
+            new = len(new_samples(config, stream, task, Memory.empty()))
+        steps.append(_plan(config, task, new, kept).num_steps)
     return [0] * skipped + steps
+
+
+def task_epochs(config: RunConfig, task: int) -> int:
+    """Epochs of a task (from 0), with those in which the last layer learns alone."""
+    return per_task(config.train.epochs, task) + (config.train.head_epochs if task > 0 else 0)
+
+
+def head_steps(config: RunConfig, plan: BatchPlan) -> int:
+    """The first steps of a task, in which only the new classes' rows of the last layer learn."""
+    return config.train.head_epochs * plan.steps_per_epoch if plan.task > 0 else 0
 
 
 def _plan(config: RunConfig, task: Task, num_new: int, num_memory: int) -> BatchPlan:
@@ -53,7 +67,7 @@ def _plan(config: RunConfig, task: Task, num_new: int, num_memory: int) -> Batch
         num_new=num_new,
         num_memory=num_memory,
         batch_size=config.train.batch_size,
-        epochs=per_task(config.train.epochs, task.index),
+        epochs=task_epochs(config, task.index),
         seed=config.seed,
         task=task.index,
         share=mix.share if mix.kind == "stratified" and num_new else None,
@@ -61,15 +75,21 @@ def _plan(config: RunConfig, task: Task, num_new: int, num_memory: int) -> Batch
     )
 
 
-def new_samples(config: RunConfig, stream: Stream, task: Task) -> Ints:
-    """[n] sample positions of the data that a task trains on, ascending."""
-    own = task.samples("train")
-    samples = np.arange(0 if config.train.data == "seen" else own.start, own.stop)
-    return (
-        np.setdiff1d(samples, removed_samples(config.adapt, stream))
-        if isinstance(config.adapt, RemoveData)
-        else samples
-    )
+def new_samples(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> Ints:
+    """[n] sample positions of the data that a task trains on beside the memory, ascending."""
+    own = np.arange(task.samples("train").start, task.samples("train").stop)
+    match config.train.data:
+        case "task":
+            held = held_out(config, stream, task)
+            return own if len(held) == 0 else np.setdiff1d(own, held)
+        case "seen":
+            seen = np.arange(task.samples("train").stop)
+            adapt = config.adapt
+            return np.setdiff1d(seen, removed_samples(adapt, stream)) if isinstance(adapt, RemoveData) else seen
+        case "memory":
+            return np.sort(memory.sample.numpy())
+        case _ as never:
+            assert_never(never)
 
 
 @dataclass(frozen=True)
@@ -103,10 +123,11 @@ class Composer:
     """Turns parts and their images into rows during one task.
 
     samples: [n] the data that the task trains on; labels: [N] class number of every training example; task_of_class:
-    [C]; heads: [T + 1, C] bool, row t is task t's own head, the last row all classes seen so far; tau: [T] weight of a
-    memory example by the task it comes from, to which the selector's comes; teacher: the frozen old model on pixels,
-    where soft labels belong to the student's view; epochs: of the task; removed: [M] bool, memory examples that are to
-    be forgotten, or None.
+    [C]; heads: [T + 1, C] bool, row t is task t's own head, the last row all classes seen so far; tau, beta: [T] weight
+    of a memory example, and of the true label of a soft-labelled one, by the task it comes from, to which the
+    selector's comes; teacher: the frozen old model on pixels, where what it says belongs to the student's view;
+    epochs: of the task; distilled: what the old model says of images beside their labels, or None; removed: [M] bool,
+    memory examples that are to be forgotten, or None.
     """
 
     config: RunConfig
@@ -115,10 +136,12 @@ class Composer:
     task_of_class: Tensor
     heads: Tensor
     tau: Tensor
+    beta: Tensor
     memory: Memory
     teacher: Callable[[Tensor], Tensor] | None
     device: torch.device
     epochs: int
+    distilled: Distilled | None = None
     removed: Tensor | None = None
 
     @classmethod
@@ -131,6 +154,7 @@ class Composer:
         *,
         teacher: Callable[[Tensor], Tensor] | None,
         device: torch.device,
+        distilled: Distilled | None = None,
     ) -> Composer:
         """For one task."""
         num_classes = len(stream.class_names)
@@ -143,15 +167,17 @@ class Composer:
             heads[-1, list(other.classes)] = other.index <= task.index
         return cls(
             config=config,
-            samples=new_samples(config, stream, task),
+            samples=new_samples(config, stream, task, memory),
             labels=torch.from_numpy(stream.labels("train")),
             task_of_class=task_of_class,
             heads=heads,
-            tau=_memory_weights(config, stream, memory, removed),
+            tau=_memory_weights(config, stream, task, memory, config.prior.weight, removed=removed),
+            beta=_memory_weights(config, stream, task, memory, (config.prior.label_weight,)),
             memory=memory,
             teacher=teacher,
             device=device,
-            epochs=per_task(config.train.epochs, task.index),
+            epochs=task_epochs(config, task.index),
+            distilled=distilled,
             removed=removed,
         )
 
@@ -178,7 +204,7 @@ class Composer:
         return None if grows is None or last is None else grows.side(epoch, self.epochs, last)
 
     def rows(self, part: Part, images: Images) -> Rows:
-        """Rows on the device: one for each image, then those that take back what was learned of some."""
+        """Rows on the device: one for each image, then those that say a second thing about some of them."""
         slot = torch.from_numpy(part.batch.slot[part.rows])
         sample = torch.from_numpy(self.request(part).sample)
         from_memory = slot >= 0
@@ -190,15 +216,12 @@ class Composer:
             kept = slot[from_memory]
             weight[from_memory] = part.batch.weight_memory * self.memory_weights(kept)
             term[from_memory] = torch.where(self.memory.replay[kept], REPLAY, SOFT)
-            soft = term == SOFT
-            if bool(soft.any()):
-                temperature[soft] = self.config.prior.temperature
-                target[soft], head[soft] = self._soft(slot[soft], images.pixels[soft])
-        if self.teacher is not None and not bool((term == SOFT).any()):
-            self.teacher(images.pixels[:0].to(self.device))  # its passes may be collective: all ranks run equally many
-        weight = weight * images.valid
-        if part.absent:
-            weight = torch.zeros_like(weight)
+        soft = term == SOFT
+        said = self._ask(images.pixels, soft, from_memory)
+        true_target, true_head = target[soft], head[soft]
+        if bool(soft.any()):
+            temperature[soft] = self.config.prior.temperature
+            target[soft], head[soft] = self.soft_targets(slot[soft], said[soft])
         rows = Rows(
             pixels=images.pixels,
             noise=torch.from_numpy(part.batch.noise[part.rows]),
@@ -208,47 +231,144 @@ class Composer:
             head=head,
             temperature=temperature,
             term=term,
+            kind=torch.where(soft, self.soft_kind, self.hard_kind),
         )
+        if self.config.prior.label_weight > 0 and bool(soft.any()):
+            beta = part.batch.weight_memory * self.memory_weights(slot[soft], self.beta)
+            rows = _with(rows, soft, true_target, true_head, weight=beta, temperature=1.0, term=REPLAY, kind=0)
+        if self.distilled is not None:
+            rows = self._with_distilled(rows, self.distilled, part, said)
         if self.removed is not None:
             taken = from_memory & self.removed[slot.clamp(min=0)]
-            target, head = self.hard_targets(self.labels[sample])
-            rows = less(rows, taken, target, head, counted=images.valid & (not part.absent))
-        return rows.to(self.device)
+            rows = less(rows, taken, *self.hard_targets(self.labels[sample]))
+        weight = rows.weight * images.valid[rows.image]
+        if part.absent:
+            weight = torch.zeros_like(weight)
+        plain = self.hard_kind == CROSS_ENTROPY and self.soft_kind == CROSS_ENTROPY
+        return replace(rows, weight=weight, kind=None if plain else rows.kind).to(self.device)
 
-    def memory_weights(self, slots: Tensor) -> Tensor:
-        """[r] what the examples in some slots of the memory count: tau, times what the selector says.
+    def _ask(self, pixels: Tensor, soft: Tensor, from_memory: Tensor) -> Tensor:
+        """[p, C] the teacher's logits of the images whose rows need them, 0 of others; one pass, on every rank.
+
+        Its passes may be collective: it is asked about no image rather than not asked.
+        """
+        said = torch.zeros(len(pixels), self.heads.shape[1])
+        if self.teacher is None:
+            return said
+        asked = soft if self.config.prior.view == "teacher" else torch.zeros_like(soft)
+        if self.distilled is not None:
+            asked = asked | self.distilled.asks(from_memory)
+        said[asked] = self.teacher(pixels[asked].to(self.device)).cpu()
+        return said
+
+    def _with_distilled(self, rows: Rows, distilled: Distilled, part: Part, said: Tensor) -> Rows:
+        """With a row for every old head about every image that is distilled."""
+        slot = torch.from_numpy(part.batch.slot[part.rows])
+        from_memory = slot >= 0
+        applies = distilled.applies(from_memory)
+        if distilled.recorded is not None:
+            place = torch.from_numpy(part.batch.new[part.rows]).where(~from_memory, len(self.samples) + slot)
+            said = torch.zeros_like(said).index_put_((applies,), distilled.logits(place[applies]))
+        target, head = distilled.targets(said[applies])
+        counted = rows.weight[: len(slot)]  # an image's first row: what it counts before labels and old heads share it
+        weight = (distilled.weight * counted[applies]).repeat_interleave(len(distilled.heads))
+        by_label = torch.where(applies, distilled.labels, 1.0)[rows.image]
+        image = applies.nonzero().squeeze(1).repeat_interleave(len(distilled.heads))
+        return _with(
+            replace(rows, weight=rows.weight * by_label), image, target, head,
+            weight=weight, temperature=distilled.config.temperature, term=DISTILL, kind=distilled.kind,
+        )  # fmt: skip
+
+    @property
+    def hard_kind(self) -> int:
+        """Of rows with true labels."""
+        return SIGMOID if self.config.train.loss == "sigmoid" else CROSS_ENTROPY
+
+    @property
+    def soft_kind(self) -> int:
+        """Of memory's soft-labelled rows."""
+        return SQUARED if self.config.prior.loss == "squared" else CROSS_ENTROPY
+
+    def memory_weights(self, slots: Tensor, by_task: Tensor | None = None) -> Tensor:
+        """[r] what examples in some slots of the memory count: tau (or `by_task` [T]) times the selector's weight.
 
         Of examples to be forgotten, what is taken back of their soft labels.
         """
-        weight = self.tau[self.memory.task[slots]] * self.memory.weight[slots]
-        return weight if self.removed is None else self.memory.weight[slots].where(self.removed[slots], weight)
+        alone = self.memory.weight[slots]
+        weight = (self.tau if by_task is None else by_task)[self.memory.task[slots]] * alone
+        return weight if self.removed is None else alone.where(self.removed[slots], weight)
 
     def hard_targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Smoothed one-hot targets and competing classes of true labels."""
+        """Smoothed one-hot targets and competing classes of true labels.
+
+        With a sigmoid for each class, the old ones are left to the old network where it speaks of the same images.
+        """
         own = self.config.train.head == "own"
         head = self.heads[self.task_of_class[labels]] if own else self.heads[-1].expand(len(labels), -1)
         smoothing = self.config.train.label_smoothing
         target = head * (smoothing / head.sum(dim=1, keepdim=True))
         target[torch.arange(len(labels)), labels] += 1 - smoothing
+        if self.distilled is not None and self.hard_kind == SIGMOID:
+            head = head & ~self.distilled.heads.any(dim=0)
+            target = target * head
         return target, head.clone()
 
-    def _soft(self, slots: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets and competing classes that the old model gives."""
+    def soft_targets(self, slots: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets and competing classes of soft labels: the memory's, or what a teacher said [r, C] of other views."""
         num_classes, temperature = self.heads.shape[1], self.config.prior.temperature
-        if self.teacher is None:
-            return self.memory.soft_targets(slots, temperature=temperature, num_classes=num_classes)
         columns = self.memory.columns(slots)
-        logits = self.teacher(pixels.to(self.device)).cpu().gather(1, columns.clamp(min=0))
+        renewed = self.teacher is not None and self.config.prior.view == "teacher"
+        logits = said.gather(1, columns.clamp(min=0)) if renewed else self.memory.soft[slots]
+        if self.soft_kind == SQUARED:
+            return scattered(logits.float(), columns, num_classes=num_classes)
         return spread(logits, columns, temperature=temperature, num_classes=num_classes)
 
 
-def _memory_weights(config: RunConfig, stream: Stream, memory: Memory, removed: Tensor | None) -> Tensor:
-    """[T] tau, times N_s / m where memory stands for its whole task, less what is removed."""
+def _with(
+    rows: Rows,
+    image: Tensor,
+    target: Tensor,
+    head: Tensor,
+    *,
+    weight: Tensor,
+    temperature: float,
+    term: int,
+    kind: int,
+) -> Rows:
+    """More rows, of images by number or by mask [n] bool."""
+    assert rows.kind is not None, "it is left out at the end"
+    image = image.nonzero().squeeze(1) if image.dtype == torch.bool else image
+    return replace(
+        rows,
+        image=torch.cat([rows.image, image]),
+        target=torch.cat([rows.target, target]),
+        weight=torch.cat([rows.weight, weight]),
+        head=torch.cat([rows.head, head]),
+        temperature=torch.cat([rows.temperature, torch.full((len(image),), temperature)]),
+        term=torch.cat([rows.term, torch.full((len(image),), term)]),
+        kind=torch.cat([rows.kind, torch.full((len(image),), kind)]),
+    )
+
+
+def _memory_weights(
+    config: RunConfig,
+    stream: Stream,
+    task: Task,
+    memory: Memory,
+    values: tuple[float, ...],
+    *,
+    removed: Tensor | None = None,
+) -> Tensor:
+    """[T] `values` by task, times N_s / m where memory stands for its whole task, or N_t / M where for the new one.
+
+    removed: [M] bool, examples that count in neither N_s nor m
+    """
     weights = []
     count = len(stream.tasks)
     gone = [0] * count if removed is None else torch.bincount(memory.task[removed], minlength=count).tolist()
-    for task, kept in zip(stream.tasks, memory.per_task(count), strict=True):
-        less = gone[task.index]
-        stands_for = (len(task.samples("train")) - less) / max(kept - less, 1) if config.prior.scale_to_task else 1.0
-        weights.append(per_task(config.prior.weight, task.index) * stands_for)
+    for other, kept, out in zip(stream.tasks, memory.per_task(count), gone, strict=True):
+        stands_for = (len(other.samples("train")) - out) / max(kept - out, 1) if config.prior.scale_to_task else 1.0
+        if config.prior.scale_to_new:
+            stands_for = len(task.samples("train")) / max(len(memory), 1)
+        weights.append(per_task(values, other.index) * stands_for)
     return torch.tensor(weights)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hpccl.config.sections import DenseCurvature
+from hpccl.config.sections import DenseCurvature, GreedySelector
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.protocols import Examples, Precision, Totals
 from hpccl.data.order import mix
@@ -23,19 +23,21 @@ from hpccl.data.protocols import Task
 from hpccl.dist.spread import Leaves
 from hpccl.errors import DataError
 from hpccl.folder import replacing
-from hpccl.memory.budget import kept_of, quotas
+from hpccl.memory.budget import kept_of
 from hpccl.memory.select import Candidates, choose
 from hpccl.memory.store import DTYPES, Memory, head_columns, stored
 from hpccl.prior.fromp import Fromp
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
+from hpccl.train.end_of_task import class_means, correction
 from hpccl.train.functional import functional_prior
+from hpccl.train.kept import admitted_greedily, held_out, kept_of_tasks
 from hpccl.train.passes import ask, shared_images
 from hpccl.train.score import competing
 from hpccl.train.selection import chosen
 from hpccl.train.state import RunState, World
 
-__all__ = ["TaskPass", "consolidate", "thumbnail"]
+__all__ = ["TaskPass", "admit_first", "consolidate", "thumbnail"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -51,12 +53,24 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
     Raises:
         Stopped: the run was asked to stop; nothing was changed.
     """
+    if world.config.train.data == "memory":
+        memory = relabel(task, state.prior.memory, state, world)
+        state.prior = Prior(memory, means=class_means(task, memory, state, world))
+        return
+    corrected = correction(task, state, world)
     memory = select(task, state.prior.memory, state, world)
     anchor = state.engine.gather()
     quadratic = measure(task, memory, anchor, state, world)
     memory = relabel(task, memory, state, world)
     fromp = functional(task, memory, state, world)
-    state.prior = Prior(memory, quadratic, anchor, fromp)
+    means = class_means(task, memory, state, world)
+    state.prior = Prior(memory, quadratic, anchor, corrected, means, fromp)
+
+
+def admit_first(task: Task, state: RunState, world: World) -> None:
+    """Choose the task's memory before it is trained on, where the memory is all that is trained on."""
+    if world.config.train.data == "memory":
+        state.prior = replace(state.prior, memory=select(task, state.prior.memory, state, world))
 
 
 def select(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
@@ -66,32 +80,55 @@ def select(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
         return memory
     with world.phase(task, "select") as phase:
         samples = np.arange(task.samples("train").start, task.samples("train").stop)
+        samples = np.setdiff1d(samples, held_out(config, world.stream, task))
         phase.images = len(samples)
-        sizes = [len(other.samples("train")) for other in world.stream.tasks[: task.index + 1]]
-        reservoir = config.memory.total > 0 and config.memory.selector.kind == "reservoir"
-        share = quotas(config.memory, sizes)
-        given = Candidates(
-            samples=samples,
-            labels=world.stream.labels("train")[samples],
-            keep=kept_of(config.memory, len(samples)) if reservoir else share[-1],
-            balanced=config.memory.balanced,
-            words=(config.seed, _SELECT) if reservoir else (config.seed, _SELECT, task.index),
-        )
-        choice = chosen(task, given, state, world)
-        admitted = memory.admit(
-            task=task.index,
-            sample=torch.from_numpy(choice.sample),
-            label=torch.from_numpy(world.stream.labels("train")[choice.sample]),
-            replay=torch.zeros(len(choice.sample), dtype=torch.bool),
-            weight=torch.from_numpy(choice.weight),
-            rank=torch.from_numpy(choice.rank),
-        )
-        admitted = _drained(admitted, world) if reservoir else admitted.shrunk(share)
+        if isinstance(config.memory.selector, GreedySelector):
+            admitted = _balanced(task, memory, world)
+        else:
+            admitted = _selected(task, samples, memory, state, world)
         admitted = _replayed(memory, admitted, world)
     if world.comm.leader:
         own = admitted.task == task.index
         _keep_pictures(task, admitted.sample[own].numpy(), admitted.label[own].numpy(), world)
     return admitted
+
+
+def _selected(task: Task, samples: Ints, memory: Memory, state: RunState, world: World) -> Memory:
+    """With what the selector keeps of the task's samples, cut down to the budget."""
+    config = world.config
+    reservoir = config.memory.total > 0 and config.memory.selector.kind == "reservoir"
+    share = kept_of_tasks(config, world.stream, task.index + 1)
+    given = Candidates(
+        samples=samples,
+        labels=world.stream.labels("train")[samples],
+        keep=kept_of(config.memory, len(samples)) if reservoir else share[-1],
+        balanced=config.memory.balanced,
+        words=(config.seed, _SELECT) if reservoir else (config.seed, _SELECT, task.index),
+    )
+    choice = chosen(task, given, state, world)
+    admitted = memory.admit(
+        task=task.index,
+        sample=torch.from_numpy(choice.sample),
+        label=torch.from_numpy(world.stream.labels("train")[choice.sample]),
+        replay=torch.zeros(len(choice.sample), dtype=torch.bool),
+        weight=torch.from_numpy(choice.weight),
+        rank=torch.from_numpy(choice.rank),
+    )
+    return _drained(admitted, world) if reservoir else admitted.shrunk(share)
+
+
+def _balanced(task: Task, memory: Memory, world: World) -> Memory:
+    """What GDumb's sampler leaves when the task's examples have gone by; in the order of their arrival."""
+    before = memory.sample.numpy()
+    kept = admitted_greedily(world.config, world.stream, task, before)
+    new = kept[~np.isin(kept, before)]
+    admitted = memory.admit(
+        task=task.index,
+        sample=torch.from_numpy(new),
+        label=torch.from_numpy(world.stream.labels("train")[new]),
+        replay=torch.zeros(len(new), dtype=torch.bool),
+    )
+    return admitted.only(torch.from_numpy(np.isin(admitted.sample.numpy(), kept)))
 
 
 def _drained(memory: Memory, world: World) -> Memory:
@@ -179,16 +216,21 @@ def _write_curvature(
 
 
 def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
-    """All memory with the soft labels of the present model on the stored view."""
+    """All memory with the soft labels of the present model on the stored view; memory.labels=kept: the task's own."""
     if len(memory) == 0:
         return memory
+    table = head_columns(_labelled(task, world))
     with world.phase(task, "relabel") as phase:
-        phase.images = len(memory)
-        seen = sorted(number for other in world.stream.tasks[: task.index + 1] for number in other.classes)
-        own = world.config.train.head == "own"
-        heads = [list(other.classes) if own else seen for other in world.stream.tasks[: task.index + 1]]
-        table = head_columns(heads)
-        relabelled = memory.with_soft(soft_labels(memory, table, state, world), table)
+        if world.config.memory.labels == "kept":
+            new = memory.task == task.index
+            phase.images = int(new.sum())
+            soft = torch.nn.functional.pad(memory.soft, (0, table.shape[1] - memory.soft.shape[1]))
+            soft = soft.to(DTYPES[world.config.memory.dtype])
+            soft[new] = soft_labels(memory.only(new), table, state, world)
+        else:
+            phase.images = len(memory)
+            soft = soft_labels(memory, table, state, world)
+        relabelled = memory.with_soft(soft, table)
     world.log.write(
         "memory",
         task=task.index,
@@ -201,6 +243,24 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
         largest_weight=float(memory.weight.max()),
     )
     return relabelled
+
+
+def _labelled(task: Task, world: World) -> list[list[int]]:
+    """By task so far, the classes that the soft labels of its examples speak of.
+
+    The own head; or the classes that were seen when they are made. Squared differences (DER) then hold all logits, also
+    those of classes to come: where nothing holds them, new classes take over old images.
+    """
+    config, tasks = world.config, world.stream.tasks[: task.index + 1]
+    if config.train.head == "own":
+        return [list(other.classes) for other in tasks]
+    if config.prior.loss == "squared":
+        return [list(range(len(world.stream.class_names)))] * len(tasks)
+    kept = config.memory.labels == "kept"
+    return [
+        sorted(number for seen in tasks[: index + 1 if kept else len(tasks)] for number in seen.classes)
+        for index in range(len(tasks))
+    ]
 
 
 def soft_labels(memory: Memory, heads: Tensor, state: RunState, world: World) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hpccl.data.protocols import Task
 from hpccl.report.metrics import calibration_bins, calibration_error
+from hpccl.train.end_of_task import featuring
 from hpccl.train.loss import row_nats
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
@@ -37,21 +39,39 @@ def test(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
     0..last compete class-incrementally, and it is None for later tasks and where every task has its own network.
     """
     count = world.stream.tasks[-1].samples("test").stop
-    scores = [_scores(logits, labels, world, last) for logits, labels in _logits(count, state, world)]
+    scores = [_scores(logits, labels, world, last) for logits, labels in _logits(count, state, world, last)]
     empty = torch.zeros(0, 7, device=state.engine.device)
     everything = world.comm.gather(torch.cat([empty, *scores])).cpu().numpy()
     return [_result(task, everything, last, world) for task in world.stream.tasks]
 
 
-def _logits(count: int, state: RunState, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tuple[Tensor, Tensor]]:
     labels = torch.from_numpy(world.stream.labels("test"))
-    for seen in shared_images(np.arange(count), world, size=world.stream_batch, split="test"):
-        logits = state.engine.predict(seen.pixels)
-        if world.config.train.flip_test:
-            logits = (logits + state.engine.predict(seen.pixels.flip(-1))) / 2
-        known = len(seen.sample)
-        shown = torch.where(seen.valid[:known], labels[torch.from_numpy(seen.sample)], -1)
-        yield logits[:known], shown.to(logits.device)
+    with _classifier(state, world, last) as classify:
+        for seen in shared_images(np.arange(count), world, size=world.stream_batch, split="test"):
+            logits = classify(seen.pixels)
+            if world.config.train.flip_test:
+                logits = (logits + classify(seen.pixels.flip(-1))) / 2
+            known = len(seen.sample)
+            shown = torch.where(seen.valid[:known], labels[torch.from_numpy(seen.sample)], -1)
+            yield logits[:known], shown.to(logits.device)
+
+
+@contextlib.contextmanager
+def _classifier(state: RunState, world: World, last: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """From pixels to logits [n, C]: the network's, corrected if they are to be, or scores of the nearest means.
+
+    Corrections and means belong to the network that ended a task. In the middle of one, and before the first, the head
+    answers as it is.
+    """
+    correction, means = state.prior.correction, state.prior.means
+    if means is not None and means.task == last:
+        with featuring(state, world) as features:
+            yield lambda pixels: means.scores(features(pixels))
+    elif correction is not None and correction.task == last:
+        yield lambda pixels: correction(state.engine.predict(pixels))
+    else:
+        yield state.engine.predict
 
 
 def _scores(logits: Tensor, labels: Tensor, world: World, last: int) -> Tensor:

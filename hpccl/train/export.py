@@ -54,7 +54,8 @@ def export(path: Path, out: Path, *, task: int | None = None, force: bool = Fals
     Raises:
         FolderError: the folder is no run or has no such checkpoint, or `out` is in the way or cannot be written.
         CheckpointError: the checkpoint is damaged.
-        ConfigError: every task has a network of its own, and `task` does not say which.
+        ConfigError: every task has a network of its own, and `task` does not say which; or tests do not go by the
+            network's logits alone.
         DataError: the data that the run learned from is not there; it knows the names of the classes.
     """
     run = RunFolder(path)
@@ -65,6 +66,15 @@ def export(path: Path, out: Path, *, task: int | None = None, force: bool = Fals
             f"'{path}' trained a network of its own for every task (method separate); "
             f"say whose to export with --task N, 0 to {mark.task}"
         )
+    for key, used in (
+        ("prior.correct.share", config.prior.correct.share > 0),
+        ("evaluate.classifier", config.evaluate.classifier != "head"),
+    ):
+        if used:
+            raise ConfigError(
+                f"'{path}' was tested with {key}, which is no part of the network; allowed: runs that are tested by "
+                "the network's own logits (take the weights of a checkpoint if these are what you want)"
+            )
     _refuse_what_is_there(out, force=force)
     content = _Content(run, config, mark, outline(config.stream, config.data))
     model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)

@@ -6,9 +6,10 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +19,11 @@ from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
 from hpccl.prior.normal import NormalPrior
 from hpccl.prior.quadratic import Quadratic
-from hpccl.train.compose import Composer, Part, plan_task, split
+from hpccl.train.compose import Composer, Part, head_steps, plan_task, split
+from hpccl.train.distill import Distilled, record
 from hpccl.train.diverged import Failure, diagnose
 from hpccl.train.functional import Recalled, recalled, rows_memory
+from hpccl.train.hold import hold
 from hpccl.train.state import RunState, World
 from hpccl.train.step import TERM_NAMES, StepStats, train_step
 
@@ -37,12 +40,19 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     config, engine = world.config, state.engine
     memory = rows_memory(config, state.prior.memory)
     plan = plan_task(config, world.stream, task, memory)
-    first = state.mark.step
+    first, alone = state.mark.step, head_steps(config, plan)
     if first == 0:
         if config.train.restart:
             engine.reset()
-        engine.start(num_steps=plan.num_steps, task=task.index)
-    composer = Composer.build(config, world.stream, task, memory, teacher=_teacher(state, world), device=engine.device)
+        engine.start(num_steps=alone or plan.num_steps, task=task.index)
+    hold(task, state, world, head_only=first < alone)
+    distilled = Distilled.of(config, world.stream, task)
+    teacher = _teacher(state, world, distilled)
+    composer = Composer.build(
+        config, world.stream, task, memory, teacher=teacher, device=engine.device, distilled=distilled
+    )
+    if distilled is not None and distilled.config.view == "recorded":
+        composer = _recorded(task, composer, distilled, state, world)
     detach = _attach(state, world, plan)
     world.progress.begin(task.name, "fit", plan.num_steps, first)
     try:
@@ -54,6 +64,7 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     if last < plan.num_steps:
         return False
     engine.finish()
+    engine.hold({}, frozenset())
     world.save(state, Mark.at(task.index, "fitted", plan.num_steps))
     return True
 
@@ -73,7 +84,10 @@ def _run_steps(
     first = state.mark.step
     every = world.config.checkpoint.every
     meter = Meter(task, world, plan, state)
+    alone = head_steps(world.config, plan)
     for step in range(first, plan.num_steps):
+        if step == alone > 0:
+            _learn_all(task, state, world, num_steps=plan.num_steps - alone)
         parts, rows = next(batches)
         torch.manual_seed(int(mix(plan.seed, plan.task, step, world.comm.rank)) >> 1)
         stats = train_step(state.engine, rows, num_rows=len(parts[0].batch), recalled=next(past))
@@ -118,12 +132,37 @@ def _recalled(plan: BatchPlan, state: RunState, world: World) -> Generator[Recal
     yield from recalled(prior.fromp, prior.memory, world, num_train=plan.num_train, first=first, stop=stop)
 
 
-def _teacher(state: RunState, world: World) -> Callable[[Tensor], Tensor] | None:
-    """The frozen old model, where soft labels belong to the student's view."""
+def _learn_all(task: Task, state: RunState, world: World, *, num_steps: int) -> None:
+    """The last layer has learned alone: everything learns now, with a schedule and an optimiser of its own."""
+    state.engine.start(num_steps=num_steps, task=task.index)
+    hold(task, state, world, head_only=False)
+
+
+def _teacher(state: RunState, world: World, distilled: Distilled | None) -> Callable[[Tensor], Tensor] | None:
+    """The frozen old model, where what it says belongs to the student's view."""
     prior = state.prior
-    if world.config.prior.view != "teacher" or prior.anchor is None or bool(prior.memory.replay.all()):
-        return None
-    return state.engine.frozen(prior.anchor)
+    soft = world.config.prior.view == "teacher" and not bool(prior.memory.replay.all())
+    same = distilled is not None and distilled.config.view == "same"
+    return _old_network(state) if prior.anchor is not None and (soft or same) else None
+
+
+def _old_network(state: RunState) -> Callable[[Tensor], Tensor]:
+    """The network that ended the last task, with the correction of its logits if there is one."""
+    prior = state.prior
+    assert prior.anchor is not None, "a task has ended"
+    network, correction = state.engine.frozen(prior.anchor), prior.correction
+    return network if correction is None else lambda pixels: correction(network(pixels))
+
+
+def _recorded(task: Task, composer: Composer, distilled: Distilled, state: RunState, world: World) -> Composer:
+    """With what the old network says of the evaluation views: of the task's data, and of memory if it is distilled."""
+    samples = composer.samples
+    if distilled.config.images == "all":
+        samples = np.concatenate([samples, composer.memory.sample.numpy()])
+    with world.phase(task, "record") as phase:
+        phase.images = len(samples)
+        found = record(samples, distilled.columns, _old_network(state), world)
+    return replace(composer, distilled=replace(distilled, recorded=found))
 
 
 def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None]:
@@ -153,7 +192,7 @@ class Meter:
     since: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.terms = torch.zeros(4, device=self.state.engine.device)
+        self.terms = torch.zeros(len(TERM_NAMES) + 1, device=self.state.engine.device)
 
     def update(self, done: int, images: int, stats: StepStats) -> None:
         """After `done` steps of the task."""
@@ -176,6 +215,8 @@ class Meter:
         for name, part in (("functional", prior.fromp), ("quadratic", prior.quadratic), ("normal", normal)):
             if part is None:
                 del named[name]
+        if self.world.config.prior.distill.weight == 0:
+            del named["distill"]
         speed = self.images / (time.perf_counter() - self.since)
         left = (self.plan.num_steps - done) * self.plan.batch_size / speed
         epoch = done / self.plan.steps_per_epoch

@@ -1,8 +1,10 @@
-"""The one loss: weighted cross-entropy over new, soft-labelled and replayed rows.
+"""The one loss: weighted cross-entropy over new, soft-labelled, replayed and distilled rows.
 
 With logits z, competing classes H, target q, temperature T and weight v of a row:
 
-    v * CE(q, z / T),   CE(q, z) = logsumexp_{c in H} z_c - sum_c q_c z_c
+    CROSS_ENTROPY:  v * CE(q, z / T),   CE(q, z) = logsumexp_{c in H} z_c - sum_c q_c z_c
+    SIGMOID:        v * sum_{c in H} [log(1 + exp(z_c / T)) - q_c z_c / T],  one yes-or-no question a class (iCaRL)
+    SQUARED:        v * mean_{c in H} (z_c / T - q_c)^2,  q are logits (DER: Buzzega et al. 2020, eq. 4)
 
 Functional regularisation with its error correction, CE(p_old, z) + <p_old - e_y, z>, is CE(e_y, z): exactly replay
 (Daxberger et al. 2023; checked in tests/unit/train/test_loss.py). So every method is a choice of targets and weights.
@@ -13,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpccl.data.rows import Rows
+from hpccl.data.rows import SIGMOID, SQUARED, Rows
 
-__all__ = ["row_nats", "weighted_nats"]
+__all__ = ["row_loss", "row_nats", "row_questions", "row_squares", "weighted_nats"]
 
 
 def row_nats(logits: Tensor, target: Tensor, head: Tensor) -> Tensor:
@@ -24,7 +26,29 @@ def row_nats(logits: Tensor, target: Tensor, head: Tensor) -> Tensor:
     return competing.logsumexp(dim=1) - (target * logits).sum(dim=1)
 
 
+def row_questions(logits: Tensor, target: Tensor, head: Tensor) -> Tensor:
+    """[r] nats of one sigmoid a class of the head [r, C], summed over these; target [r, C] in [0, 1]."""
+    nats = torch.nn.functional.softplus(logits) - target * logits
+    return nats.masked_fill(~head, 0.0).sum(dim=1)
+
+
+def row_squares(logits: Tensor, target: Tensor, head: Tensor) -> Tensor:
+    """[r] squared differences of logits [r, C] from target [r, C], their mean over the classes in head [r, C]."""
+    return (logits - target).square().masked_fill(~head, 0.0).sum(dim=1) / head.sum(dim=1)
+
+
+def row_loss(logits: Tensor, target: Tensor, head: Tensor, kind: int) -> Tensor:
+    """[r] of rows that are all of one kind, at temperature 1."""
+    if kind == SIGMOID:
+        return row_questions(logits, target, head)
+    return row_squares(logits, target, head) if kind == SQUARED else row_nats(logits, target, head)
+
+
 def weighted_nats(logits: Tensor, rows: Rows) -> Tensor:
     """[r] weight * nats of each row; logits are [n, C], one an image."""
     scaled = logits[rows.image] / rows.temperature[:, None]
-    return rows.weight * row_nats(scaled, rows.target, rows.head)
+    nats = row_nats(scaled, rows.target, rows.head)
+    if rows.kind is not None:
+        nats = torch.where(rows.kind == SIGMOID, row_questions(scaled, rows.target, rows.head), nats)
+        nats = torch.where(rows.kind == SQUARED, row_squares(scaled, rows.target, rows.head), nats)
+    return rows.weight * nats

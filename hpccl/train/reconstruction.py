@@ -17,7 +17,7 @@ from hpccl.prior.normal import NormalPrior
 from hpccl.prior.prior import Prior
 from hpccl.prior.reconstruct import Losses, compare_gradients, local_parts, summed_gradients
 from hpccl.train.compose import Composer
-from hpccl.train.loss import row_nats
+from hpccl.train.loss import row_loss
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
@@ -30,7 +30,8 @@ def reconstruct(task: Task, state: RunState, world: World) -> None:
     """Write the error of every term at the present weights, for the prior that the task was trained with."""
     fraction = world.config.log.reconstruction
     prior = state.prior
-    if fraction == 0 or task.index == 0 or (prior.quadratic is None and len(prior.memory) == 0):
+    past = prior.quadratic is not None or (len(prior.memory) > 0 and world.config.train.data != "memory")
+    if fraction == 0 or task.index == 0 or not past:
         return
     with world.phase(task, "reconstruction") as phase:
         true = true_gradient(task, fraction, state, world)
@@ -94,7 +95,8 @@ def _true(used: npt.NDArray[np.int64], composer: Composer, world: World) -> Iter
     for seen in shared_images(used, world, size=world.stream_batch):
         samples = seen.sample if len(seen.sample) else used[:1]  # one that counts for nothing
         target, head = composer.hard_targets(composer.labels[torch.from_numpy(samples)])
-        yield seen.pixels, _losses(target, head, [seen.valid], 1.0, world.comm.device)
+        nats = _losses(target, head, [seen.valid], temperature=1.0, kind=composer.hard_kind, device=world.comm.device)
+        yield seen.pixels, nats
 
 
 def _memory(composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]:
@@ -105,24 +107,27 @@ def _memory(composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]
         start += len(seen.sample)
         replayed = memory.replay[slots]
         hard, hard_head = composer.hard_targets(memory.label[slots])
-        temperature = world.config.prior.temperature
-        soft, soft_head = memory.soft_targets(slots, temperature=temperature, num_classes=hard.shape[1])
-        tau = composer.memory_weights(slots) * seen.valid
+        soft, soft_head = composer.soft_targets(slots, hard)
+        tau, beta = (composer.memory_weights(slots, of) * seen.valid for of in (composer.tau, composer.beta))
+        temperature, device = world.config.prior.temperature, world.comm.device
+        soft_kind, hard_kind = composer.soft_kind, composer.hard_kind
         yield (
             seen.pixels,
             _pair(
-                _losses(soft, soft_head, [tau * ~replayed], temperature, world.comm.device),
-                _losses(hard, hard_head, [tau * replayed], 1.0, world.comm.device),
+                _losses(soft, soft_head, [tau * ~replayed], temperature=temperature, kind=soft_kind, device=device),
+                _losses(hard, hard_head, [tau.where(replayed, beta)], temperature=1.0, kind=hard_kind, device=device),
             ),
         )
 
 
-def _losses(target: Tensor, head: Tensor, weights: list[Tensor], temperature: float, device: torch.device) -> Losses:
+def _losses(
+    target: Tensor, head: Tensor, weights: list[Tensor], *, temperature: float, kind: int, device: torch.device
+) -> Losses:
     target, head = target.to(device), head.to(device)
     weights = [weight.to(device) for weight in weights]
 
     def nats(logits: Tensor) -> list[Tensor]:
-        rows = row_nats(logits / temperature, target, head)
+        rows = row_loss(logits / temperature, target, head, kind)
         return [(weight * rows).sum() for weight in weights]
 
     return nats

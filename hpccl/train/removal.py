@@ -23,7 +23,7 @@ from torch import Tensor
 from hpccl.config.run import RunConfig
 from hpccl.config.sections import RemoveData
 from hpccl.data.protocols import Stream
-from hpccl.data.rows import REPLAY, Rows
+from hpccl.data.rows import CROSS_ENTROPY, REPLAY, Rows
 from hpccl.errors import DataError
 from hpccl.memory.store import Memory
 
@@ -68,20 +68,19 @@ def removed_slots(config: RunConfig, stream: Stream, memory: Memory) -> Tensor |
     return torch.from_numpy(np.isin(memory.sample.numpy(), removed_samples(config.adapt, stream)))
 
 
-def less(rows: Rows, taken: Tensor, target: Tensor, head: Tensor, *, counted: Tensor) -> Rows:
+def less(rows: Rows, taken: Tensor, target: Tensor, head: Tensor) -> Rows:
     """The rows and, of the images where `taken` [n] is True, a true label each with weight -1.
 
-    rows: one an image.
     target, head: [n, C] of the images' true labels.
-    counted: [n] bool; an image that is not counts for nothing.
     """
     image = taken.nonzero().squeeze(1)
     return replace(
         rows,
         image=torch.cat([rows.image, image]),
         target=torch.cat([rows.target, target[image]]),
-        weight=torch.cat([rows.weight, -counted[image].to(rows.weight)]),
+        weight=torch.cat([rows.weight, rows.weight.new_full((len(image),), -1.0)]),
         head=torch.cat([rows.head, head[image]]),
         temperature=torch.cat([rows.temperature, torch.ones(len(image))]),
         term=torch.cat([rows.term, torch.full((len(image),), REPLAY)]),
+        kind=None if rows.kind is None else torch.cat([rows.kind, torch.full((len(image),), CROSS_ENTROPY)]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from hpccl.engine.build import build_engine, spreads_weights
 from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, slurm_job, versions
+from hpccl.memory.budget import per_class
 from hpccl.memory.store import Memory
 from hpccl.models.build import build_model
 from hpccl.models.pretrained import Start, start_from
@@ -37,7 +39,7 @@ from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
 from hpccl.train.adapt import adaptation_steps, adaptation_task, added_data, begin_adapting, continues
 from hpccl.train.compose import planned_steps
-from hpccl.train.consolidate import consolidate
+from hpccl.train.consolidate import admit_first, consolidate
 from hpccl.train.evaluate import evaluate, test
 from hpccl.train.fit import fit
 from hpccl.train.reconstruction import reconstruct
@@ -110,16 +112,18 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
 
 def _learn(task: Task, state: RunState, world: World) -> bool:
     """One task: train, measure, consolidate, evaluate. False if stopped; everything done so far is saved."""
-    if state.mark.phase == "fit":
-        if state.mark.step == 0:
-            _announce(task, world)
-        if not (_adopt_first_task(task, state, world) or fit(task, state, world)):
-            return False
-        if world.stop.requested(world.comm):
-            return False
     try:
+        if state.mark.phase == "fit":
+            if state.mark.step == 0:
+                _announce(task, world)
+                admit_first(task, state, world)
+            if not (_adopt_first_task(task, state, world) or fit(task, state, world)):
+                return False
+            if world.stop.requested(world.comm):
+                return False
         reconstruct(task, state, world)
-        if not (world.config.train.restart or _adapts(world.config)):
+        fresh = world.config.train.restart and world.config.train.data != "memory"
+        if not (fresh or _adapts(world.config)):
             consolidate(task, state, world)
     except Stopped:
         return False
@@ -158,10 +162,10 @@ def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -
 
 
 def check_memory(config: RunConfig, stream: Stream) -> None:
-    """The rule that only the data can settle.
+    """The rules that only the data can settle.
 
     Raises:
-        ConfigError: the memory is larger than a task.
+        ConfigError: the memory is larger than a task, or too small for a part that is held out.
     """
     sizes = {task.name: len(task.samples("train")) for task in stream.tasks}
     smallest = min(sizes, key=lambda name: sizes[name])
@@ -169,6 +173,13 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
         raise ConfigError(
             f"memory.size={config.memory.size} is larger than task '{smallest}', which has {sizes[smallest]} training "
             f"examples; allowed: 0 to {sizes[smallest]} (examples kept of each task)"
+        )
+    share, classes = config.prior.correct.share, len(stream.class_names)
+    if share > 0 and 0 in per_class(config.memory.total, share, classes):
+        raise ConfigError(
+            f"prior.correct.share={share} of memory.total={config.memory.total} leaves no example of each of {classes} "
+            f"classes to hold out, or none to learn from; allowed: memory.total >= {math.ceil(classes / share)}, and a "
+            "share below 1/2"
         )
 
 
@@ -227,9 +238,12 @@ def _first_task_identity(config: RunConfig) -> dict[str, Any]:
     """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
     identity = config.identity()
     train, optim, prior = identity["train"], identity["optim"], identity["prior"]
+    correct = prior["correct"]
+    later = {"head_epochs": 0, "frozen": [], "first_task_from": None}  # say nothing of a first task
     return {
         **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
-        "train": {**train, "epochs": train["epochs"][0], "first_task_from": None},
+        "train": {**train, "epochs": train["epochs"][0], **later},
+        "held_out": [correct["share"], identity["memory"]["total"]] if correct["share"] else None,
         "optim": {**optim, "lr": optim["lr"][0]},
         "prior": {"normal": {"precision": prior["normal"]["precision"]}},
     }

@@ -77,8 +77,10 @@ def looks(
             yield Look(seen.sample, seen.valid.numpy()[:number], logits, x)
 
 
-def last_layer(module: nn.Module, world: World, state: RunState) -> nn.Linear:
+def last_layer(module: nn.Module, world: World, state: RunState, *, asked_by: str | None = None) -> nn.Linear:
     """The linear layer that makes the logits; found by a pass over a blank image, collective.
+
+    asked_by: the setting that wants it; None: the selector.
 
     Raises:
         ConfigError: another kind of layer makes them.
@@ -98,11 +100,12 @@ def last_layer(module: nn.Module, world: World, state: RunState) -> nn.Linear:
             handle.remove()
     found = [layer for layer, shape in called if shape == logits.shape]
     if not found:
-        kind = world.config.memory.selector.kind
+        by = asked_by or f"memory.selector.kind={world.config.memory.selector.kind}"
+        instead = "leave it out" if asked_by else "allowed for it: uniform, reservoir, greedy, gini, error, residual"
+        looks_at = "has to know the last layer" if asked_by else "looks at what goes into the last layer"
         raise ConfigError(
-            f"memory.selector.kind={kind} looks at what goes into the last layer, which must be an nn.Linear; "
-            f"{type(module).__name__} has none that makes its {logits.shape[1]} logits; allowed for it: uniform, "
-            "reservoir, gini, error, residual"
+            f"{by} {looks_at}, which must be an nn.Linear; {type(module).__name__} has none that makes its "
+            f"{logits.shape[1]} logits; {instead}"
         )
     return found[-1]
 

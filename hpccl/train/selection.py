@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hpccl.config.sections import (
     FeatureSelector,
+    GreedySelector,
     PosteriorSelector,
     ReconstructionSelector,
     ReservoirSelector,
@@ -35,6 +36,7 @@ from hpccl.memory.score import (
     step_size,
 )
 from hpccl.memory.select import Candidates, Choice, scored, uniform
+from hpccl.train.kept import admitted_greedily
 from hpccl.train.score import Look, competing, looks
 from hpccl.train.state import RunState, World
 
@@ -62,6 +64,8 @@ def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choi
     match config:
         case UniformSelector() | ReservoirSelector():
             return uniform(given)
+        case GreedySelector():
+            return _in_order_of_arrival(admitted_greedily(world.config, world.stream, task, np.zeros(0, np.int64)))
         case ScoreSelector():
             of_kind: dict[str, Scores] = {
                 "gini": lambda look, _: gini(look.logits),
@@ -91,6 +95,11 @@ def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choi
             return _reconstruction(config, task, given, state, world)
         case _:
             assert_never(config)
+
+
+def _in_order_of_arrival(sample: Ints) -> Choice:
+    order = np.argsort(sample)
+    return Choice(sample[order], order.astype(np.int64), np.ones(len(sample)))
 
 
 def _scores(

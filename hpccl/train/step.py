@@ -15,12 +15,12 @@ from hpccl.train.loss import weighted_nats
 
 __all__ = ["TERM_NAMES", "StepStats", "train_step"]
 
-TERM_NAMES = ("new", "soft", "replay")  # of NEW, SOFT and REPLAY
+TERM_NAMES = ("new", "soft", "replay", "distill")  # of NEW, SOFT, REPLAY and DISTILL
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """terms: [3] this rank's share of the loss by term (NEW, SOFT, REPLAY); gradient_norm: [] over all ranks.
+    """terms: [4] this rank's share of the loss, in the order of TERM_NAMES; gradient_norm: [] over all ranks.
 
     functional: [] this rank's share of the functional prior, per training example
     """
@@ -40,7 +40,7 @@ def train_step(
     pass of its own, the step's first.
     """
     functional = torch.zeros((), device=engine.device) if recalled is None else recalled.learn(engine)
-    terms = torch.zeros(3, device=engine.device)
+    terms = torch.zeros(len(TERM_NAMES), device=engine.device)
     for number, rows in enumerate(batches, start=1):
         logits = engine.forward(rows.pixels, rows.noise, last=number == len(batches))
         nats = weighted_nats(logits, rows) / num_rows

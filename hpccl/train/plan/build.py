@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import StratifiedMix, per_task
+from hpccl.config.sections import StratifiedMix
 from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
+from hpccl.data.protocols import Task
 from hpccl.dist.mesh import pick_device
-from hpccl.memory.budget import quotas
+from hpccl.memory.budget import per_class, quotas, split_quotas
+from hpccl.train.compose import task_epochs
 from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
 from hpccl.train.plan.network import Network, look, moments
@@ -197,6 +199,8 @@ class _Case:
         weights = FLOAT * elements(network.shapes, spread, what="weights")
         if config.train.ema is not None:
             yield Held("averaged weights", weights, "training")
+        if len(self.stream.layout.tasks) > 1 and (config.train.frozen or config.train.head_epochs):
+            yield Held("weights that do not learn", weights, "training")
         if config.train.restart:
             yield Held("first weights", weights + network.buffer_bytes)
         elif len(self.stream.layout.tasks) > 1:
@@ -210,6 +214,8 @@ class _Case:
         yield from self._held_curvature()
         if config.memory.kept:
             yield Held("memory", self._memory_bytes(), host=True)
+        if config.prior.distill.weight > 0 and config.prior.distill.view == "recorded":
+            yield Held("recorded logits", self._recorded_bytes(), host=True)
 
     def _held_curvature(self) -> Iterator[Held]:
         if self.curvature is None:
@@ -232,9 +238,42 @@ class _Case:
         width = max(len(task.classes) for task in tasks) if self.config.train.head == "own" else len(names)
         return sum(self._kept(len(tasks))) * (_EXAMPLE + _LABEL[self.config.memory.dtype] * width)
 
+    def _recorded_bytes(self) -> int:
+        """What the old network says of the last task's images, and of memory's if these are distilled, too."""
+        *before, last = self.stream.layout.tasks
+        memory = sum(self._kept(last.index)) if self.config.prior.distill.images == "all" else 0
+        old = sum(len(task.classes) for task in before)
+        return (self._num_new(last) + memory) * old * _LABEL[self.config.memory.dtype]
+
     def _kept(self, tasks: int) -> list[int]:
         """Examples kept of each of the first tasks, when all of these have been learned."""
-        return quotas(self.config.memory, [len(task.samples("train")) for task in self.stream.layout.tasks[:tasks]])
+        memory, share = self.config.memory, self.config.prior.correct.share
+        known = self.stream.layout.tasks[:tasks]
+        if share == 0:
+            return quotas(memory, [len(task.samples("train")) for task in known])
+        sizes = [self._learned_from(task) for task in known]
+        return split_quotas(memory.total, share, sizes=sizes, classes=[len(task.classes) for task in known])
+
+    def _learned_from(self, task: Task) -> int:
+        """The task's examples that are not held out."""
+        share, tasks = self.config.prior.correct.share, self.stream.layout.tasks
+        if share == 0:
+            return len(task.samples("train"))
+        before = sum(len(other.classes) for other in tasks[: max(task.index, 1)])
+        held, _ = per_class(self.config.memory.total, share, before)
+        return len(task.samples("train")) - held * len(task.classes)
+
+    def _num_new(self, task: Task) -> int:
+        """Examples that a task trains on, beside memory."""
+        match self.config.train.data:
+            case "task":
+                return self._learned_from(task)
+            case "seen":
+                return task.samples("train").stop
+            case "memory":
+                return sum(self._kept(task.index + 1))
+            case _ as never:
+                assert_never(never)
 
     def sent(self) -> Iterator[Sent]:
         """By a rank."""
@@ -262,27 +301,31 @@ class _Case:
             yield Spent("wire", total / (gigabytes_per_second * 1e9))
 
     def _soft_share(self) -> float:
-        """Of a step's rows in the last task, those with soft labels."""
+        """Of a step's images in the last task, those that a teacher is asked about."""
         *_, last = self.batch_plans()
         mixed = last.memory_rows / last.batch_size if last.memory_rows else last.num_memory / last.num_train
-        return mixed * (1 - self.config.prior.replay)
+        distill = self.config.prior.distill
+        soft = mixed * (1 - self.config.prior.replay) if self.config.prior.view == "teacher" else 0.0
+        if distill.weight == 0 or distill.view == "recorded":
+            return soft
+        return 1.0 if distill.images == "all" else 1 - mixed + soft
 
     @property
     def _has_teacher(self) -> bool:
         config = self.config
-        return config.memory.kept and config.prior.view == "teacher" and config.prior.replay < 1
+        soft = config.memory.kept and config.prior.view == "teacher" and config.prior.replay < 1
+        return soft or (config.prior.distill.weight > 0 and config.prior.distill.view == "same")
 
     def batch_plans(self) -> Iterator[BatchPlan]:
         """Of the tasks that are trained."""
         config, tasks, mix = self.config, self.stream.layout.tasks, self.config.memory.mix
         coupled = config.prior.fromp.weight > 0  # recalled beside the rows of a step
         for task in tasks[-1:] if config.train.only_last else tasks:
-            own = task.samples("train")
             yield BatchPlan(
-                num_new=own.stop if config.train.data == "seen" else len(own),
-                num_memory=0 if coupled else sum(self._kept(task.index)),
+                num_new=self._num_new(task),
+                num_memory=0 if coupled or config.train.data == "memory" else sum(self._kept(task.index)),
                 batch_size=config.train.batch_size,
-                epochs=per_task(config.train.epochs, task.index),
+                epochs=task_epochs(config, task.index),
                 seed=config.seed,
                 task=task.index,
                 share=mix.share if isinstance(mix, StratifiedMix) else None,

@@ -197,7 +197,7 @@ stream:
         ("optim.schedule=linear", "optim.schedule = linear: not allowed; expected one of constant, cosine, onecycle"),
         (
             "memory=3",
-            "memory = 3: not allowed; expected a mapping of size, total, fraction, selector, balanced, dtype, mix",
+            "memory = 3: not allowed; expected a mapping of size, total, fraction, selector, balanced, dtype, labels",
         ),
         ("stream=null", "stream = null: not allowed; expected a mapping with a kind: digits, shards"),
         ("stream.kind=shards", "stream.parts is missing; expected a list, each a mapping of path, tasks, classes"),
@@ -343,4 +343,4 @@ def test_a_kind_alone_stands_for_its_section(tmp_path: Path) -> None:
         assert load([path], order).memory.selector == ScoreSelector(kind="gini", sampled=True)
     assert load([path], ["memory.selector.kind=gini"]) == load([path], ["memory.selector=gini"])
     (line,) = mistakes([path], "memory.selector=ginni")
-    assert line.startswith("memory.selector = ginni: not allowed; expected a mapping with a kind: error, gini, herding")
+    assert line.startswith("memory.selector = ginni: not allowed; expected a mapping with a kind: error, gini, greedy")

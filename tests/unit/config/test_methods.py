@@ -12,7 +12,10 @@ from hpccl.config.schema import keys
 
 ROOT = Path(__file__).parents[3]
 METHODS = sorted((ROOT / "configs" / "method").glob("*.yaml"))
-NAMES = "finetune joint separate ewc replay fr fr+replay ewc+fr ewc+replay ewc+fr+replay kpriors fromp"
+NAMES = (
+    "finetune joint separate ewc replay fr fr+replay ewc+fr ewc+replay ewc+fr+replay "
+    "kpriors fromp lwf lwf.mc feature_extraction finetune_head er der der++ gdumb icarl bic"
+)
 
 
 def test_all_methods_are_there() -> None:

@@ -13,6 +13,10 @@ from hpccl.errors import ConfigError
 
 MEMORY = "memory.size=10"
 FSDP2, ZERO = "engine.kind=fsdp2", "engine.kind=deepspeed"
+KD = "prior.distill.weight=1"
+GDUMB = ("train.data=memory", "train.restart=true", "memory.total=20", "prior.replay=1")
+ICARL = ("train.loss=sigmoid", "train.head=seen", KD, "prior.distill.images=all", MEMORY, "prior.replay=1")
+BIC = ("train.head=seen", "memory.total=100", "prior.replay=1", "prior.correct.share=0.1")
 SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
 
 
@@ -36,6 +40,45 @@ SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
         (["train.restart=true", "train.first_task_from=runs/a"], "train.first_task_from"),
         (["train.data=seen", MEMORY], "memory.size"),
         (["train.data=seen", "prior.quadratic.weight=1"], "prior.quadratic.weight"),
+        (["train.data=memory", MEMORY, "prior.replay=1"], "train.data"),
+        ([*GDUMB, "train.only_last=true"], "train.only_last"),
+        (["train.data=memory", "train.restart=true"], "train.data"),
+        ([*GDUMB, "memory.selector.kind=herding"], "memory.selector.kind"),
+        ([*GDUMB, "memory.mix.kind=stratified"], "memory.mix.kind"),
+        ([*GDUMB[:3], "prior.replay=0.5"], "prior.replay"),
+        ([*GDUMB, "prior.weight=2"], "prior.weight"),
+        ([*GDUMB, "train.head_epochs=1"], "train.head_epochs"),
+        (["train.restart=true", "train.frozen=[features]"], "train.frozen"),
+        (["train.restart=true", KD], "prior.distill.weight"),
+        (["train.data=seen", KD], "prior.distill.weight"),
+        ([KD, "prior.distill.images=all"], "prior.distill.images"),
+        ([KD, "prior.distill.images=all", MEMORY, "prior.replay=0.5"], "prior.distill.images"),
+        ([KD, "prior.distill.balance=classes"], "prior.distill.balance"),
+        ([KD, "prior.distill.scale_t2=true", "prior.distill.temperature=1"], "prior.distill.scale_t2"),
+        (["train.loss=sigmoid", "prior.quadratic.weight=1"], "prior.quadratic.weight"),
+        (["train.loss=sigmoid", MEMORY], "prior.replay"),
+        (["train.loss=sigmoid", "train.label_smoothing=0.1"], "train.label_smoothing"),
+        (["train.loss=sigmoid", KD], "train.head"),
+        (["train.loss=sigmoid", "train.head=seen", KD, MEMORY, "prior.replay=1"], "prior.distill.images"),
+        ([*ICARL, "memory.dtype=fp16"], "memory.dtype"),
+        (["prior.loss=squared"], "prior.loss"),
+        (["prior.label_weight=0.5", MEMORY, "prior.replay=1"], "prior.label_weight"),
+        (["memory.labels=kept", MEMORY, "prior.replay=1"], "memory.labels"),
+        ([MEMORY, "memory.labels=kept", "prior.view=teacher"], "prior.view"),
+        ([MEMORY, "prior.label_weight=1", "prior.replay=0.5"], "prior.replay"),
+        ([MEMORY, "prior.loss=squared", "prior.temperature=2"], "prior.temperature"),
+        ([MEMORY, "prior.loss=squared", "memory.dtype=bf16"], "memory.dtype"),
+        ([MEMORY, "prior.scale_to_new=true", "prior.scale_to_task=true"], "prior.scale_to_new"),
+        (["prior.scale_to_new=true"], "prior.scale_to_new"),
+        ([*BIC, "memory.total=0", MEMORY], "prior.correct.share"),
+        ([*BIC, "memory.balanced=false"], "memory.balanced"),
+        ([*BIC, "memory.selector.kind=reservoir"], "memory.selector.kind"),
+        ([*BIC, "memory.selector.kind=greedy"], "memory.selector.kind"),
+        ([*BIC, "train.head=own"], "train.head"),
+        ([*BIC, "evaluate.classifier=nearest_mean"], "evaluate.classifier"),
+        ([*BIC, "prior.quadratic.weight=1"], "prior.quadratic.weight"),
+        (["train.frozen=[features]", "train.head_epochs=2"], "train.head_epochs"),
+        (["evaluate.classifier=nearest_mean"], "evaluate.classifier"),
         (["data.augment.kind=timm"], "data.augment.kind"),
         (["data.crop_pct=1"], "data.crop_pct"),
         (["data.std=0"], "data.std"),

@@ -77,3 +77,15 @@ def test_another_size_and_augmentation() -> None:
 def test_is_what_the_trainer_asks_for() -> None:
     stream: Stream = open_stream(DigitsStream(tasks=2), DataConfig())  # checked by mypy
     assert len(stream.tasks) == 2
+
+
+def test_a_held_out_share_of_the_training_digits() -> None:
+    plain = open_stream(DigitsStream(), DataConfig())
+    stream = open_stream(DigitsStream(), DataConfig(validation=0.2))
+    names = [stream.sample_names(split, np.arange(len(stream.labels(split)))) for split in ("train", "test")]
+    assert sorted(names[0] + names[1]) == sorted(plain.sample_names("train", np.arange(len(plain.labels("train")))))
+    (shown,) = stream.load([evaluation(range(5))], "test")
+    for pixels, name in zip(shown.pixels, names[1], strict=False):
+        position = plain.sample_names("train", np.arange(len(plain.labels("train")))).index(name)
+        (same,) = plain.load([evaluation(range(position, position + 1))])
+        torch.testing.assert_close(pixels, same.pixels[0], rtol=0, atol=0)

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from hpccl.data.layout import Collection, arrange, unique_titles
+from hpccl.data.layout import Collection, Layout, arrange, held_out, unique_titles
 from hpccl.errors import DataError
 
 
@@ -91,3 +91,49 @@ def test_a_task_without_images_is_named() -> None:
 
 def test_titles_become_unique() -> None:
     assert unique_titles(["a", "b", "a", "a"]) == ("a", "b", "a#2", "a#3")
+
+
+def many(title: str, *, tasks: int, count: int = 40) -> Collection:
+    """`count` training images of each of four classes, interleaved as stored, which are given as test images too."""
+    labels = np.tile(np.arange(4), count)
+    both = {"train": labels, "test": labels}
+    return Collection(title=title, class_names=tuple("abcd"), labels=both, groups=both, tasks=tasks)
+
+
+def test_held_out_examples_are_tested_on_and_not_trained_on() -> None:
+    whole = arrange([many("s", tasks=2), many("t", tasks=1)], order="given", seed=0)
+    layout = held_out(whole, 0.1)
+    train, test = layout.index["train"], layout.index["test"]
+    stored = [set(zip(index.part.tolist(), index.local.tolist(), strict=True)) for index in (train, test)]
+    assert not stored[0] & stored[1]
+    both = whole.index["train"]
+    assert stored[0] | stored[1] == set(zip(both.part.tolist(), both.local.tolist(), strict=True))
+    np.testing.assert_array_equal(np.bincount(test.label), 4)  # a tenth of each class
+    np.testing.assert_array_equal(np.bincount(train.label), 36)
+    assert [task.samples("train") for task in layout.tasks] == [range(72), range(72, 144), range(144, 288)]
+    assert [task.samples("test") for task in layout.tasks] == [range(8), range(8, 16), range(16, 32)]
+    for task in layout.tasks:
+        for split in ("train", "test"):
+            span = task.samples(split)
+            assert set(layout.index[split].label[span.start : span.stop]) == set(task.classes)
+
+
+def test_what_is_held_out_depends_on_where_it_is_stored_alone() -> None:
+    def chosen(layout: Layout) -> set[int]:
+        return set(layout.index["test"].local.tolist())
+
+    one = held_out(arrange([many("s", tasks=2)], order="given", seed=0), 0.25)
+    other = held_out(arrange([many("renamed", tasks=4)], order="random", seed=7), 0.25)
+    assert other.class_names != one.class_names
+    assert chosen(one) == chosen(other)
+    more = held_out(arrange([many("s", tasks=2)], order="given", seed=0), 0.5)
+    assert chosen(one) < chosen(more)
+    # Not the first of each class, nor every fourth.
+    assert len({local // 4 % 4 for local in chosen(one)}) == 4
+
+
+def test_at_least_one_example_is_held_out_and_one_is_left() -> None:
+    few = held_out(arrange([many("s", tasks=1, count=3)], order="given", seed=0), 0.01)
+    np.testing.assert_array_equal(np.bincount(few.index["test"].label), 1)
+    with pytest.raises(DataError, match=r"class .a. has 1 training images; data\.validation=0\.1 would leave none"):
+        held_out(arrange([many("s", tasks=1, count=1)], order="given", seed=0), 0.1)

@@ -14,7 +14,7 @@ import textwrap
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -383,3 +383,22 @@ def test_processes_that_race_decode_once(tmp_path: Path) -> None:
         assert process.exitcode == 0
     assert len(list(folder.iterdir())) == 30
     assert not list(path.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize("storage", ["decoded", "encoded"])
+def test_held_out_training_images_stand_in_for_the_test_images(
+    root: Path, cache: str, storage: Literal["decoded", "encoded"]
+) -> None:
+    plain = stream_of(root, DataConfig(cache=cache, storage=storage, workers=0), "small", "other")
+    data = DataConfig(cache=cache, storage=storage, workers=0, validation=0.34)
+    stream = stream_of(root, data, "small", "other")
+    assert stream.fingerprint != plain.fingerprint  # a run of one cannot go on with the other
+    names = {split: stream.sample_names(split, np.arange(len(stream.labels(split)))) for split in ("train", "test")}
+    known = plain.sample_names("train", np.arange(len(plain.labels("train"))))
+    assert sorted(names["train"] + names["test"]) == sorted(known)
+    assert len(names["test"]) == 4 * 2 + 2 * 2  # a third of 6 and of 5 images
+    for split in ("train", "test"):
+        shown = all_pixels(stream.load([request(range(len(names[split])))], split))
+        places = [known.index(name) for name in names[split]]
+        torch.testing.assert_close(shown, all_pixels(plain.load([request(places)])), rtol=0, atol=0)
+        np.testing.assert_array_equal(stream.labels(split), plain.labels("train")[places])

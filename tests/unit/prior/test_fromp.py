@@ -99,7 +99,8 @@ def flat_jacobian(model: nn.Module, pixels: Tensor, head: list[int]) -> Tensor:
         for probability in model(image)[:, head].softmax(1)[0]:
             grads = torch.autograd.grad(probability, list(model.parameters()), retain_graph=True)
             rows.append(torch.cat([grad.reshape(-1) for grad in grads]))
-    return torch.stack(rows).unflatten(0, (len(pixels), len(head)))
+    found: Tensor = torch.stack(rows).unflatten(0, (len(pixels), len(head)))
+    return found
 
 
 def dense(precision: Precision, model: nn.Module, delta: float) -> Tensor:

@@ -102,7 +102,7 @@ def test_a_part_of_memory_errs_by_the_examples_that_are_not_in_it(exact_map: Ten
 def test_removing_an_example_gives_the_gradient_of_the_others(exact_map: Tensor) -> None:
     taken = torch.arange(5) == 1
     target = hard(BINARY, 2)
-    said = less(rows(binary(exact_map).softmax(1)), taken, target, target > -1, counted=torch.ones(5, dtype=torch.bool))
+    said = less(rows(binary(exact_map).softmax(1)), taken, target, target > -1)
     found = gradient(nats(binary, said), THETA) + NormalPrior(1.0, 1.0).force(THETA, exact_map)
     others = ~taken
     alone = gradient(nats(lambda t: binary(t, X[others]), rows(target[others])), THETA) + THETA

@@ -12,6 +12,7 @@ from hpccl.config.sections import DataConfig, MemoryConfig, OptimConfig, Stratif
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.compare import Comparison, _settings, compare_runs, print_comparison
 from hpccl.report.events import EventLog
+from hpccl.report.write import report_run
 from tests.unit.report import synthetic
 
 PUBLISHED = """dataset,method,memory_per_task,row,last_task_trained,final_avg_acc_pct,bwt_pct,forgetting_max_pct
@@ -62,6 +63,18 @@ def test_seeds_of_one_configuration_are_one_line(seeds: list[Path]) -> None:
     assert accuracy.std == pytest.approx(0.03125 / 2**0.5), "the sample standard deviation"
     assert accuracy.n == 2
     assert group.statistics["forgetting"].mean == pytest.approx(0.1875 - 0.03125 / 2)
+
+
+def test_runs_on_a_validation_split_are_named(seeds: list[Path], tmp_path: Path) -> None:
+    held = write(tmp_path / "held", data=DataConfig(validation=0.1))
+    comparison = compare_runs([*seeds, held])
+    assert [group.settings for group in comparison.groups] == ["data.validation=None", "data.validation=0.1"]
+    assert "Not on test images but on held-out training images (data.validation): held." in printed(comparison, 300)
+    assert "held-out" not in printed(compare_runs(seeds), 300)
+    report_run(held)
+    for name in ("report.md", "report.html"):
+        assert "measured on 10 % of the training images, held out" in (held / name).read_text(encoding="utf-8")
+    assert json.loads((held / "report.json").read_text(encoding="utf-8"))["validation"] == 0.1
 
 
 def test_one_run_has_no_deviation_and_counts_once(seeds: list[Path]) -> None:

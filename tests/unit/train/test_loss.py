@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpccl.data.rows import Rows
-from hpccl.train.loss import row_nats, weighted_nats
+from hpccl.data.rows import CROSS_ENTROPY, SIGMOID, SQUARED, Rows
+from hpccl.train.loss import row_nats, row_questions, row_squares, weighted_nats
 
 
 def random_case(seed: int, classes: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,3 +65,86 @@ def test_two_rows_may_speak_of_one_image() -> None:
     nats = weighted_nats(logits, both)
     torch.testing.assert_close(nats[0], row_nats(logits[:1], soft[:1], head[:1])[0])
     torch.testing.assert_close(nats[1], 2 * row_nats(logits[:1], hard[:1], head[:1])[0])
+
+
+def rows_of(*rows: tuple[int, list[float], float, float, int]) -> Rows:
+    """Of (image, target of all classes, -1e9 where a class does not compete; weight; temperature; kind)."""
+    target = torch.tensor([row[1] for row in rows], dtype=torch.float64)
+    head = target > -1e8
+    return Rows(
+        pixels=torch.zeros(1, 1), noise=torch.zeros(1), image=torch.tensor([row[0] for row in rows]),
+        target=target * head, head=head, weight=torch.tensor([row[2] for row in rows], dtype=torch.float64),
+        temperature=torch.tensor([row[3] for row in rows], dtype=torch.float64), term=torch.zeros(len(rows)),
+        kind=torch.tensor([row[4] for row in rows]),
+    )  # fmt: skip
+
+
+def softened(logits: list[float], temperature: float) -> list[float]:
+    return (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(0).tolist()
+
+
+OUT = -1e9
+KD = {
+    1.0: (0.877871, [-0.444495, 0.305008, 0.139486]),
+    2.0: (1.003035, [-0.140795, 0.069462, 0.071333]),
+    4.0: (1.068600, [-0.036653, 0.013168, 0.023485]),
+}
+
+
+@pytest.mark.parametrize("temperature", KD)
+def test_distillation_by_hand(temperature: float) -> None:
+    """Hinton et al. 2015: teacher (2, 0, -2), student (1, 1, 0)."""
+    logits = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    nats = weighted_nats(logits, rows_of((0, softened([2, 0, -2], temperature), 1.0, temperature, CROSS_ENTROPY)))
+    (gradient,) = torch.autograd.grad(nats.sum(), logits)
+    assert float(nats.detach()) == pytest.approx(KD[temperature][0], abs=1e-6)
+    assert gradient[0].tolist() == pytest.approx(KD[temperature][1], abs=1e-6)
+    assert float(gradient.sum()) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_learning_without_forgetting_by_hand() -> None:
+    """Li and Hoiem 2016, eq. 1 to 3: an old head of three classes, a new one of two."""
+    logits = torch.tensor([[1.0, 1.0, 0.0, 0.5, -0.5]], dtype=torch.float64)
+    old, new = [*softened([2, 0, -2], 2.0), OUT, OUT], [OUT, OUT, OUT, 1.0, 0.0]
+    nats = weighted_nats(logits, rows_of((0, new, 1.0, 1.0, CROSS_ENTROPY), (0, old, 1.0, 2.0, CROSS_ENTROPY)))
+    assert nats.tolist() == pytest.approx([0.313262, 1.003035], abs=1e-6)
+
+
+def test_first_stage_of_bias_correction_by_hand() -> None:
+    """Wu et al. 2019, eq. 1 to 3: two old and two new classes, so lambda = 1/2."""
+    logits = torch.tensor([[1.0, 0.0, 2.0, -1.0]], dtype=torch.float64)
+    old, new = [*softened([2, 0], 2.0), OUT, OUT], [0.0, 0.0, 1.0, 0.0]
+    nats = weighted_nats(logits, rows_of((0, new, 0.5, 1.0, CROSS_ENTROPY), (0, old, 0.5, 2.0, CROSS_ENTROPY)))
+    assert (2 * nats).tolist() == pytest.approx([0.440190, 0.608548], abs=1e-6)
+    assert float(nats.sum()) == pytest.approx(0.524369, abs=1e-6)
+
+
+def test_a_sigmoid_for_each_class_by_hand() -> None:
+    """Rebuffi et al. 2017: logits (.5, -1, 2), the old network's (0, 1) of the first two classes, label 2."""
+    logits = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64)
+    old = [*torch.tensor([0.0, 1.0], dtype=torch.float64).sigmoid().tolist(), OUT]
+    nats = weighted_nats(logits, rows_of((0, [OUT, OUT, 1.0], 1.0, 1.0, SIGMOID), (0, old, 1.0, 1.0, SIGMOID)))
+    assert float(nats.sum()) == pytest.approx(1.895325, abs=1e-6)
+    target = torch.tensor([[0.5, 0.731059, 1.0]], dtype=torch.float64)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    torch.testing.assert_close(row_questions(logits, target, torch.ones(1, 3, dtype=torch.bool))[0], expected)
+
+
+def test_dark_experience_by_hand() -> None:
+    """Buzzega et al. 2020, eq. 6: alpha .2, beta .5; one new example, one of memory that speaks twice."""
+    logits = torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.5, 0.0]], dtype=torch.float64)
+    first, kept = [1.0, 0.0, 0.0], [1.0, 0.0, -1.0]
+    rows = rows_of((0, first, 1.0, 1.0, 0), (1, kept, 0.2, 1.0, SQUARED), (1, first, 0.5, 1.0, 0))
+    nats = weighted_nats(logits, rows)
+    assert nats.tolist() == pytest.approx([0.407606, 0.2 * 0.5, 0.5 * 0.958020], abs=1e-6)
+    assert float(nats.sum()) == pytest.approx(0.986616, abs=1e-6)
+
+
+@given(st.integers(0, 10**6))
+def test_kinds_of_rows_do_not_touch_classes_that_do_not_compete(seed: int) -> None:
+    logits, head, soft, _ = random_case(seed)
+    for row in (row_questions, row_squares):
+        (gradient,) = torch.autograd.grad(row(logits, soft, head).sum(), logits)
+        assert float(gradient[:, [0, 1, 6]].abs().max()) == 0
+    inside = torch.nn.functional.mse_loss(logits[:, 2:6], soft[:, 2:6], reduction="none").mean(1)
+    torch.testing.assert_close(row_squares(logits, soft, head), inside)

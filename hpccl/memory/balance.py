@@ -1,0 +1,46 @@
+"""GDumb's sampler: a memory of balanced classes from a stream of labels (Prabhu et al. 2020, alg. 1).
+
+    an example of class y is kept if y is new, or has fewer than capacity / (classes seen so far);
+    if the memory is full, a random one of a largest class goes.
+
+No class then has more than one example more than another that has had enough of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["greedy_balance"]
+
+Ints = npt.NDArray[np.int64]
+
+
+def greedy_balance(
+    before: Ints, arriving: Ints, *, capacity: int, seen: int = 0, draw: Callable[[int, int], int]
+) -> Ints:
+    """[kept] positions in the concatenation of `before` and `arriving` (labels), in the order of arrival.
+
+    seen: classes that came before these arrive, whose examples `before` are
+    draw: (number of the arriving example, n) -> one of 0, ..., n - 1, at random: which of a largest class goes. Of
+        several largest classes, that of the lowest number.
+    """
+    held: dict[int, list[int]] = {}
+    for position, label in enumerate(before.tolist()):
+        held.setdefault(label, []).append(position)
+    classes = max(seen, len(held))
+    size = len(before)
+    for event, label in enumerate(arriving.tolist()):
+        classes += label not in held
+        own = held.setdefault(label, [])
+        if len(own) * classes >= capacity:
+            continue
+        if size == capacity:
+            largest = max(held, key=lambda each: (len(held[each]), -each))  # another: this one is below the mean
+            held[largest].pop(draw(event, len(held[largest])))
+            size -= 1
+        own.append(len(before) + event)
+        size += 1
+    return np.sort(np.array([position for own in held.values() for position in own], dtype=np.int64))

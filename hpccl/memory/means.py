@@ -1,0 +1,50 @@
+"""Nearest mean of exemplars (iCaRL: Rebuffi et al. 2017, alg. 1).
+
+With features phi(x) of norm 1, kept examples P_c of class c, and x' the mirror image of x:
+
+    mu_c = m_c / |m_c|,   m_c = sum_{x in P_c} phi(x) + phi(x');     the class of x is argmin_c |phi(x) - mu_c|
+
+Scores are -|phi - mu_c|^2, so that the largest is the nearest. n examples, C classes, d features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ClassMeans", "normalised"]
+
+
+@dataclass(frozen=True)
+class ClassMeans:
+    """For the network that ended one task and no other.
+
+    task: index; means: [C, d] fp32 of norm 1, 0 of classes without examples
+    """
+
+    task: int
+    means: Tensor
+
+    @classmethod
+    def of_sums(cls, task: int, sums: Tensor) -> ClassMeans:
+        """From each class's sum of features [C, d] float64."""
+        return cls(task, normalised(sums).float())
+
+    def scores(self, features: Tensor) -> Tensor:
+        """[n, C] from features [n, d], of any norm; -1 for classes without examples."""
+        means = self.means.to(features.device)
+        return -torch.cdist(normalised(features.double()), means.double()).square().float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return dict(vars(self))
+
+
+def normalised(vectors: Tensor) -> Tensor:
+    """Vectors [n, d] at norm 1; 0 stays 0."""
+    length = vectors.norm(dim=1, keepdim=True)
+    found: Tensor = vectors / length.where(length > 0, torch.ones_like(length))
+    return found

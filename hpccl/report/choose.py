@@ -1,0 +1,193 @@
+"""Which settings are best on a validation split: a pure choice among finished runs, written as configuration files.
+
+Candidates of a method are its runs that differ in more than seed and size of the memory. The best has the highest mean
+of the average accuracy (task-incremental, after the last task) over all its sizes and seeds; of equals, the one whose
+runs were given first. Nothing here looks at test images: runs without data.validation are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from ruamel.yaml import YAML
+
+from hpccl.errors import ConfigError
+from hpccl.folder import RunFolder
+from hpccl.report.compare import IGNORED, flat
+from hpccl.report.events import read_events
+from hpccl.report.summary import RunReport, read_config, summarise_events
+from hpccl.report.write import write_text
+
+__all__ = ["Candidate", "Choice", "choose", "choose_runs", "write_choices"]
+
+Flat: TypeAlias = dict[str, Any]
+_SIZES = ("memory.size", "memory.total", "memory.fraction")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to set a method.
+
+    settings: by dotted key, where the method's candidates differ; accuracies: one a run, shares; runs: their names
+    """
+
+    settings: Flat
+    accuracies: tuple[float, ...]
+    runs: tuple[str, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over its runs."""
+        return float(np.mean(self.accuracies))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidates of a method, the best one first, and on how much of the training images they were judged."""
+
+    method: str
+    candidates: tuple[Candidate, ...]
+    validation: float
+
+    @property
+    def best(self) -> Candidate:
+        """What was chosen."""
+        return self.candidates[0]
+
+    @property
+    def lead(self) -> float | None:
+        """Share by which it is ahead of the next; None if it had no rival."""
+        return self.best.accuracy - self.candidates[1].accuracy if len(self.candidates) > 1 else None
+
+    @property
+    def lead_error(self) -> float | None:
+        """Standard error of the lead, from the differences at each size and seed; None with fewer than two."""
+        if len(self.candidates) < 2 or len(self.best.accuracies) < 2:
+            return None
+        differences = np.subtract(self.best.accuracies, self.candidates[1].accuracies)
+        return float(differences.std(ddof=1) / len(differences) ** 0.5)
+
+
+def choose_runs(folders: Sequence[Path]) -> list[Choice]:
+    """The choice for each method that has runs in `folders`, in the order in which they come.
+
+    Raises:
+        FolderError: a folder is not one of a run.
+        ConfigError: a run is not finished or was measured on test images, or candidates do not have the same sizes and
+            seeds.
+    """
+    distinct = list(dict.fromkeys(folder.resolve() for folder in folders))
+    configs = [read_config(folder) for folder in distinct]
+    runs = [
+        summarise_events(config, read_events(RunFolder(folder).events))
+        for config, folder in zip(configs, distinct, strict=True)
+    ]
+    return choose([flat(config.identity()) for config in configs], runs)
+
+
+def choose(identities: Sequence[Flat], runs: Sequence[RunReport]) -> list[Choice]:
+    """As `choose_runs`, from the settings and reports of runs."""
+    if not runs:
+        raise ConfigError("there is nothing to choose from: give the folders of finished runs with data.validation")
+    for run in runs:
+        _check(run)
+    found = []
+    for method in dict.fromkeys(run.method for run in runs):
+        mine = [(one, run) for one, run in zip(identities, runs, strict=True) if run.method == method]
+        found.append(Choice(method, _candidates(method, mine), float(mine[0][1].validation or 0.0)))
+    return found
+
+
+def write_choices(choices: Iterable[Choice], out: Path) -> list[Path]:
+    """One file a method, METHOD.yaml in `out`, with the settings that were chosen; the files' paths.
+
+    Raises:
+        FolderError: one cannot be written.
+    """
+    paths = []
+    for choice in choices:
+        path = out / f"{choice.method}.yaml"
+        write_text(path, _render(choice))
+        paths.append(path)
+    return paths
+
+
+def _check(run: RunReport) -> None:
+    if run.validation is None:
+        raise ConfigError(
+            f"run '{run.name}' was measured on test images; settings are chosen on a validation split: "
+            "train it with data.validation=0.1"
+        )
+    if run.status != "done" or run.average_accuracy is None:
+        raise ConfigError(f"run '{run.name}' is not finished ({run.status}); finish it, or leave it out")
+
+
+def _candidates(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> tuple[Candidate, ...]:
+    """Those of one method, the best first."""
+    groups: dict[str, list[tuple[Flat, RunReport]]] = {}
+    for identity, run in mine:
+        groups.setdefault(_text({k: v for k, v in identity.items() if k not in (*IGNORED, *_SIZES)}), []).append(
+            (identity, run)
+        )
+    places = [sorted(_place(*each) for each in group) for group in groups.values()]
+    if any(place != places[0] for place in places):
+        raise ConfigError(
+            f"candidates of '{method}' were not tried with the same sizes of memory and seeds, once each: "
+            f"{' against '.join(dict.fromkeys(map(str, places)))} (size, seed); finish all of them, or leave some out"
+        )
+    firsts = [group[0][0] for group in groups.values()]
+    keys = [key for key in dict.fromkeys(key for one in firsts for key in one) if _differs(key, firsts)]
+    found = []
+    for group in groups.values():
+        ordered = sorted(group, key=lambda each: _place(*each))
+        settings = {key: group[0][0][key] for key in keys if key in group[0][0]}
+        accuracies = tuple(float(run.average_accuracy or 0.0) for _, run in ordered)
+        found.append(Candidate(settings, accuracies, tuple(run.name for _, run in ordered)))
+    return tuple(sorted(found, key=lambda candidate: -candidate.accuracy))  # stable: of equals, the first given
+
+
+def _place(identity: Flat, run: RunReport) -> tuple[str, int]:
+    return " ".join(str(identity[key]) for key in _SIZES if identity.get(key)), run.seed
+
+
+def _differs(key: str, identities: Sequence[Flat]) -> bool:
+    if key in (*IGNORED, *_SIZES):
+        return False
+    return len({_text(one.get(key, "absent")) for one in identities}) > 1
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _render(choice: Choice) -> str:
+    best, lead = choice.best, choice.lead
+    ahead = "without a rival"
+    if lead is not None:
+        error = f" ± {100 * choice.lead_error:.2f}" if choice.lead_error is not None else ""
+        ahead = f"{100 * lead:.2f}{error} points ahead of the next of {len(choice.candidates)}"
+    lines = [
+        f"# {choice.method}: chosen by `hpccl choose` on {100 * choice.validation:g} % of the training images.",
+        f"# Average accuracy {100 * best.accuracy:.1f} % over {len(best.runs)} runs, {ahead}.",
+    ]
+    nested: dict[str, Any] = {}
+    for key, value in best.settings.items():
+        _put(nested, key.split("."), value)
+    text = StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = None
+    if nested:
+        yaml.dump(nested, text)
+    return "\n".join(lines) + "\n" + text.getvalue()
+
+
+def _put(nested: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        nested = nested.setdefault(key, {})
+    nested[keys[-1]] = value if not isinstance(value, Mapping) else dict(value)

@@ -1,0 +1,125 @@
+"""Distillation: what the previous network says of images while a new task is learned, as rows of the one loss.
+
+With the previous network's logits z*, the present ones z, old heads H_1, H_2, ... and temperature T:
+
+    lambda sum_h CE(softmax_{H_h}(z* / T), z / T)        (Hinton et al. 2015; Li and Hoiem 2016, eq. 2 and 3)
+
+times T^2 if asked for. With train.loss=sigmoid, a sigmoid of z*_c / T for each class instead (Rebuffi et al. 2017).
+The gradient by z is lambda / T (softmax(z / T) - softmax(z* / T)): zero where both networks agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import DistillConfig
+from hpccl.data.protocols import Stream, Task
+from hpccl.data.rows import CROSS_ENTROPY, SIGMOID
+from hpccl.memory.store import DTYPES, stored
+from hpccl.train.passes import ask, shared_images
+from hpccl.train.state import World
+
+__all__ = ["Distilled", "old_heads", "record"]
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Distillation during one task.
+
+    heads:    [H, C] bool, the classes of each old head, or of all of them together
+    kind:     of its rows, CROSS_ENTROPY or SIGMOID
+    weight:   lambda of a row, T^2 in it
+    labels:   what a row of true labels counts beside it
+    recorded: [n, K] logits of the old classes in ascending order, of the evaluation view; by place among the task's
+        samples, after which come memory's slots; None: the teacher is asked in every step
+    """
+
+    config: DistillConfig
+    heads: Tensor
+    kind: int
+    weight: float
+    labels: float
+    recorded: Tensor | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, stream: Stream, task: Task) -> Distilled | None:
+        """Of a task; None where nothing is distilled."""
+        distill = config.prior.distill
+        if distill.weight == 0 or task.index == 0:
+            return None
+        heads = old_heads(config, stream, task)
+        old, new = int(heads.any(dim=0).sum()), len(task.classes)
+        share = old / (old + new) if distill.balance == "classes" else 1.0
+        scale = distill.temperature**2 if distill.scale_t2 else 1.0
+        return cls(
+            config=distill,
+            heads=heads,
+            kind=SIGMOID if config.train.loss == "sigmoid" else CROSS_ENTROPY,
+            weight=distill.weight * share * scale,
+            labels=new / (old + new) if distill.balance == "classes" else 1.0,
+        )
+
+    @property
+    def columns(self) -> Tensor:
+        """[K] the old classes, ascending."""
+        return self.heads.any(dim=0).nonzero().squeeze(1)
+
+    def asks(self, from_memory: Tensor) -> Tensor:
+        """[p] which images the teacher is asked about, by whether they are memory's."""
+        if self.config.view == "recorded":
+            return torch.zeros_like(from_memory)
+        return self.applies(from_memory)
+
+    def applies(self, from_memory: Tensor) -> Tensor:
+        """[p] which images are distilled."""
+        return torch.ones_like(from_memory) if self.config.images == "all" else ~from_memory
+
+    def logits(self, place: Tensor) -> Tensor:
+        """[p, C] what was recorded of samples and slots at `place` [p]; 0 of classes that are not old."""
+        assert self.recorded is not None, "the teacher was asked instead"
+        found = torch.zeros(len(place), self.heads.shape[1])
+        found[:, self.columns] = self.recorded[place].float()
+        return found
+
+    def targets(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """From the old network's logits [p, C] to (targets, competing classes), [p H, C] each: image after image."""
+        scaled = (logits / self.config.temperature).repeat_interleave(len(self.heads), dim=0)
+        head = self.heads.repeat(len(logits), 1)
+        if self.kind == SIGMOID:
+            return scaled.sigmoid() * head, head
+        return scaled.masked_fill(~head, -torch.inf).softmax(dim=1), head
+
+
+def old_heads(config: RunConfig, stream: Stream, task: Task) -> Tensor:
+    """[H, C] the classes of each earlier task; one row for all of them where all seen classes compete."""
+    heads = torch.zeros(task.index, len(stream.class_names), dtype=torch.bool)
+    for other in stream.tasks[: task.index]:
+        heads[other.index, list(other.classes)] = True
+    return heads if config.train.head == "own" else heads.any(dim=0, keepdim=True)
+
+
+def record(samples: Ints, columns: Tensor, teacher: Callable[[Tensor], Tensor], world: World) -> Tensor:
+    """[n, K] the teacher's logits of classes `columns` [K] on the evaluation view, on every rank's CPU; collective.
+
+    Each rank makes its share. They are not saved: from the same weights a resumed run makes the same.
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
+    dtype = world.config.memory.dtype
+    found = [torch.zeros(0, len(columns), dtype=DTYPES[dtype])]
+    for seen in shared_images(samples, world, size=world.stream_batch):
+        ask(world)
+        number = len(seen.sample)
+        logits = teacher(seen.pixels)[:number].cpu()[:, columns]
+        found.append(stored(logits, columns.expand(number, -1), dtype))
+    return world.comm.gather(torch.cat(found))

@@ -1,0 +1,129 @@
+"""What some methods measure when a task ends, beside memory and curvature: a correction of logits, means of classes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpccl.data.protocols import Task
+from hpccl.memory.means import ClassMeans, normalised
+from hpccl.memory.store import Memory
+from hpccl.prior.correction import Correction
+from hpccl.train.kept import validation
+from hpccl.train.passes import Seen, ask, shared_images
+from hpccl.train.score import last_layer
+from hpccl.train.state import RunState, World
+
+__all__ = ["class_means", "correction", "featuring"]
+
+
+def correction(task: Task, state: RunState, world: World) -> Correction | None:
+    """Fitted to held-out examples of all classes seen; None for a first task, or if none is wanted. Collective.
+
+    The network is asked in evaluation mode and stays as it is; every rank solves the same problem.
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
+    config = world.config.prior.correct
+    if config.share == 0 or task.index == 0:
+        return None
+    samples = validation(world.config, world.stream, task)
+    num_classes = len(world.stream.class_names)
+    with world.phase(task, "correct") as phase:
+        phase.images = len(samples)
+        found = [torch.zeros(0, num_classes)]
+        usable = [torch.zeros(0, dtype=torch.bool)]
+        with contextlib.closing(_asking(shared_images(samples, world, size=world.stream_batch), world)) as images:
+            for seen in images:
+                number = len(seen.sample)
+                found.append(state.engine.predict(seen.pixels)[:number].cpu())
+                usable.append(seen.valid[:number])
+        logits, valid = world.comm.gather(torch.cat(found)), world.comm.gather(torch.cat(usable).long()) > 0
+        labels = torch.from_numpy(world.stream.labels("train")[samples])
+        fitted = Correction.fitted(
+            logits[valid],
+            labels[valid],
+            task=task.index,
+            classes=task.classes,
+            seen=_seen(task, world),
+            penalty=config.penalty,
+        )
+    world.log.write("correction", task=task.index, alpha=fitted.alpha, beta=fitted.beta, num=fitted.num)
+    return fitted
+
+
+def class_means(task: Task, memory: Memory, state: RunState, world: World) -> ClassMeans | None:
+    """Over all memory and its mirror images, by the present network; None if tests do not ask for them. Collective.
+
+    Raises:
+        ConfigError: the network has no last layer that the features could be taken from.
+        Stopped: the run was asked to stop.
+    """
+    if world.config.evaluate.classifier != "nearest_mean":
+        return None
+    with world.phase(task, "means") as phase, featuring(state, world) as features:
+        phase.images = 2 * len(memory)
+        sums: Tensor | None = None
+        start = world.comm.share(len(memory)).start
+        with contextlib.closing(
+            _asking(shared_images(memory.sample.numpy(), world, size=world.stream_batch), world)
+        ) as images:
+            for seen in images:
+                number = len(seen.sample)
+                both = normalised(features(seen.pixels).double()) + normalised(features(seen.pixels.flip(-1)).double())
+                both = (both[:number] * seen.valid[:number, None].to(both.device)).cpu()
+                if sums is None:
+                    sums = torch.zeros(len(world.stream.class_names), both.shape[1], dtype=torch.float64)
+                sums.index_add_(0, memory.label[start : start + number], both)
+                start += number
+        assert sums is not None, "there is a memory, and every rank has a pass"
+        world.comm.sum_([sums])
+    return ClassMeans.of_sums(task.index, sums)
+
+
+@contextlib.contextmanager
+def featuring(state: RunState, world: World) -> Iterator[Callable[[Tensor], Tensor]]:
+    """From pixels to what goes into the last layer [n, d] fp32, in evaluation mode; collective.
+
+    Raises:
+        ConfigError: the last layer is no nn.Linear.
+    """
+    caught: list[Tensor] = []
+
+    def keep(_: Any, arguments: tuple[Any, ...]) -> None:
+        caught[:] = [arguments[0].detach()]
+
+    layer = last_layer(state.engine.module, world, state, asked_by="evaluate.classifier=nearest_mean")
+    handle = layer.register_forward_pre_hook(keep)
+
+    def features(pixels: Tensor) -> Tensor:
+        state.engine.predict(pixels)
+        return caught.pop().float()
+
+    try:
+        yield features
+    finally:
+        handle.remove()
+
+
+def _asking(images: Generator[Seen, None, None], world: World) -> Generator[Seen, None, None]:
+    """The same, with a question before each whether to stop."""
+    with contextlib.closing(images):
+        while True:
+            ask(world)
+            seen = next(images, None)
+            if seen is None:
+                return
+            yield seen
+
+
+def _seen(task: Task, world: World) -> Tensor:
+    head = torch.zeros(len(world.stream.class_names), dtype=torch.bool)
+    for other in world.stream.tasks[: task.index + 1]:
+        head[list(other.classes)] = True
+    return head

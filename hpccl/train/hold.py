@@ -1,0 +1,88 @@
+"""Which weights stay as they are while the rest learns: frozen parts, and all but the new classes' rows at first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from hpccl.data.protocols import Task
+from hpccl.engine.protocols import trainable
+from hpccl.errors import ConfigError
+from hpccl.train.score import last_layer
+from hpccl.train.state import RunState, World
+
+__all__ = ["hold"]
+
+_LAYERS = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
+    """Tell the engine what is held from now on: what is frozen, or all but the new classes' rows; collective.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or the network has no last layer that could be told from the rest.
+    """
+    frozen = world.config.train.frozen if task.index > 0 else ()
+    if not head_only and not frozen:
+        state.engine.hold({}, frozenset())
+        return
+    # FSDP2 and ZeRO keep a parameter's shape beside its shards.
+    shapes = {name: value.shape for name, value in state.engine.like.items()}
+    if head_only:
+        last = _last(state, world, "train.head_epochs")
+        held = {name: _without_rows(shape, task.classes, name.startswith(f"{last}.")) for name, shape in shapes.items()}
+        state.engine.hold(held, frozenset(_norms(state.engine.module)))
+        return
+    names = set().union(*(_matching(pattern, state, world) for pattern in frozen))
+    held = {name: torch.ones([1] * len(shape), dtype=torch.bool) for name, shape in shapes.items() if name in names}
+    norms = (name for name in _norms(state.engine.module) if f"{name}.running_mean" in names)
+    state.engine.hold(held, frozenset(norms))
+
+
+def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Tensor:
+    """True where a parameter is held; broadcast against it. Of the last layer, rows of `classes` are not."""
+    if not last:
+        return torch.ones([1] * len(shape), dtype=torch.bool)
+    held = torch.ones(shape[0], *[1] * (len(shape) - 1), dtype=torch.bool)
+    held[list(classes)] = False
+    return held
+
+
+def _last(state: RunState, world: World, asked_by: str) -> str:
+    module = state.engine.module
+    layer = last_layer(module, world, state, asked_by=asked_by)
+    (found,) = (name for name, each in module.named_modules() if each is layer)
+    return str(found)
+
+
+def _norms(module: nn.Module) -> Iterator[str]:
+    """Those with running statistics."""
+    yield from (
+        name for name, each in module.named_modules() if isinstance(each, _NormBase) and each.track_running_stats
+    )
+
+
+def _matching(pattern: str, state: RunState, world: World) -> set[str]:
+    """Parameters and buffers."""
+    module = state.engine.module
+    every = {*trainable(module), *(name for name, _ in module.named_buffers())}
+    if pattern == "features":
+        last = _last(state, world, "train.frozen=features")
+        found = {name for name in every if name.rpartition(".")[0] != last}
+    elif pattern == "convolutions":
+        layers = {name for name, each in module.named_modules() if isinstance(each, _LAYERS)}
+        found = {name for name in every if name.rpartition(".")[0] in layers}
+    else:
+        found = {name for name in every if fnmatchcase(name, pattern)}
+    if not found:
+        some = ", ".join(sorted(every)[:4])
+        raise ConfigError(
+            f"train.frozen: '{pattern}' matches no parameter or buffer of {type(module).__name__}; allowed: features, "
+            f"convolutions (where there are some), or names with * and ?, such as {some}"
+        )
+    return found

@@ -1,0 +1,87 @@
+"""Which examples are kept or held out, as functions of configuration and labels alone: the same on every rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import GreedySelector
+from hpccl.data.order import mix, permutation
+from hpccl.data.protocols import Stream, Task
+from hpccl.memory.balance import greedy_balance
+from hpccl.memory.budget import per_class, quotas, split_quotas
+from hpccl.memory.select import choose
+
+__all__ = ["admitted_greedily", "held_out", "kept_of_tasks", "validation"]
+
+Ints = npt.NDArray[np.int64]
+
+# What a hash is for (apart from those of hpccl.data.order and of consolidate).
+_HELD, _ARRIVAL, _EVICTION = 105, 106, 107
+
+
+def kept_of_tasks(config: RunConfig, stream: Stream, tasks: int) -> list[int]:
+    """How many examples of each of the first `tasks` tasks are in memory when all of these have been learned."""
+    if isinstance(config.memory.selector, GreedySelector):
+        sample = np.zeros(0, dtype=np.int64)
+        for task in stream.tasks[:tasks]:
+            sample = admitted_greedily(config, stream, task, sample)
+        ends = [task.samples("train").stop for task in stream.tasks[:tasks]]
+        return np.diff(np.searchsorted(np.sort(sample), [0, *ends])).tolist() if tasks else []
+    sizes = [len(task.samples("train")) for task in stream.tasks[:tasks]]
+    if config.prior.correct.share == 0:
+        return quotas(config.memory, sizes)
+    return split_quotas(
+        config.memory.total,
+        config.prior.correct.share,
+        sizes=[size - len(held_out(config, stream, stream.tasks[number])) for number, size in enumerate(sizes)],
+        classes=[len(task.classes) for task in stream.tasks[:tasks]],
+    )
+
+
+def held_out(config: RunConfig, stream: Stream, task: Task) -> Ints:
+    """Samples of the task that no network learns from, ascending: equally many of each class (prior.correct)."""
+    if config.prior.correct.share == 0:
+        return np.zeros(0, dtype=np.int64)
+    # As many as will ever be asked for: when the task itself is corrected, or the next one if it is the first.
+    before = sum(len(other.classes) for other in stream.tasks[: max(task.index, 1)])
+    return _first_of_each_class(config, stream, task, before)
+
+
+def validation(config: RunConfig, stream: Stream, task: Task) -> Ints:
+    """Held-out samples that the correction of the task is fitted to: equally many of each class seen, ascending."""
+    before = sum(len(other.classes) for other in stream.tasks[: task.index])
+    parts = [_first_of_each_class(config, stream, other, before) for other in stream.tasks[: task.index + 1]]
+    return np.concatenate(parts)
+
+
+def _first_of_each_class(config: RunConfig, stream: Stream, task: Task, before: int) -> Ints:
+    """The samples with the smallest hashes: those for more classes are among those for fewer."""
+    number, _ = per_class(config.memory.total, config.prior.correct.share, before)
+    samples = np.arange(task.samples("train").start, task.samples("train").stop)
+    labels, found = stream.labels("train")[samples], [np.zeros(0, dtype=np.int64)]
+    for label in task.classes:
+        own = samples[labels == label]
+        keep = min(number, len(own) // 2)  # a class of few examples is learned from, too
+        found.append(own[choose(label + 0 * own, own, keep=keep, balanced=False, words=(config.seed, _HELD))])
+    return np.sort(np.concatenate(found))
+
+
+def admitted_greedily(config: RunConfig, stream: Stream, task: Task, memory: Ints) -> Ints:
+    """Samples in memory, in the order of their arrival, when a task has gone by (GDumb's sampler)."""
+    samples = np.arange(task.samples("train").start, task.samples("train").stop)
+    arriving = samples[permutation(len(samples), config.seed, _ARRIVAL, task.index)]
+    total = config.memory.total
+    own = config.memory.size or max(1, round(config.memory.fraction * len(samples)))
+    labels = stream.labels("train")
+    kept = greedy_balance(
+        labels[memory] if total else np.zeros(0, dtype=np.int64),
+        labels[arriving],
+        capacity=total or min(own, len(samples)),
+        seen=sum(len(other.classes) for other in stream.tasks[: task.index]) if total else 0,
+        draw=lambda event, count: int(mix(config.seed, _EVICTION, task.index, event) % np.uint64(count)),
+    )
+    known = memory if total else np.zeros(0, dtype=np.int64)
+    found = np.concatenate([known, arriving])[kept]
+    return found if total else np.concatenate([memory, found])

@@ -1,0 +1,96 @@
+"""What each part of the method is worth: `ewc+fr+replay` on Split-CIFAR, every row one change against the first.
+
+    python launch/ablation.py [--rows base diagonal ekfac] [--seeds 0 1 2] [--jobs 2] [--quick]
+
+Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
+is not repeated and one that was killed continues, so start it again at any time. One seed after the other; the first
+task of each is trained once, by the base, and shared.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+
+METHOD = "ewc+fr+replay"
+ROWS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "diagonal": ("curvature.kind=diagonal",),
+    "ekfac": ("curvature.kind=ekfac",),
+    "teacher": ("prior.view=teacher",),
+    "stratified": ("memory.mix.kind=stratified",),
+    "reconstruction": ("memory.selector.kind=reconstruction",),
+    "leverage": ("memory.selector.kind=leverage",),
+    "pooled": ("curvature.tasks.kind=pooled",),
+    "nearest": ("curvature.tasks.kind=nearest",),
+    "own_anchors": ("prior.quadratic.anchor=each",),
+    "untempered": ("prior.weight=1.0", "prior.temperature=1.0", "prior.quadratic.weight=1.0"),
+    "ewc": ("memory.size=0", "prior.replay=0.0", "prior.weight=1.0", "prior.temperature=1.0"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    folder: of the runs; out: of the comparison; base: files and settings of every run; weights: folders of files by
+    method that set the weights of the terms
+    """
+
+    folder: Path
+    out: Path
+    base: tuple[str, ...]
+    weights: tuple[Path, ...]
+    seeds: tuple[int, ...]
+
+
+SPLIT_CIFAR = Setting(
+    folder=Path("runs/ablation"),
+    out=Path("docs/results/ablation"),
+    base=("configs/split_cifar.yaml", "memory.size=1000"),
+    weights=(Path("configs/split_cifar"), Path("configs/split_cifar/chosen")),
+    seeds=(0, 1, 2),
+)
+DIGITS = Setting(
+    folder=Path("runs/ablation_quick"),
+    out=Path("runs/ablation_quick/comparison"),
+    base=("configs/quickstart.yaml", "train.epochs=2", "stream.tasks=2", "memory.size=20"),
+    weights=(),
+    seeds=(0,),
+)
+
+
+def trainings(setting: Setting, rows: Sequence[str]) -> Iterator[Step]:
+    """All rows of a seed before those of the next; the base, whose first task the others take, is the first."""
+    for seed in setting.seeds:
+        first = f"base-{seed}"
+        for row in ("base", *(row for row in rows if row != "base")):
+            name = f"{row}-{seed}"
+            files = [path for folder in setting.weights if (path := folder / f"{METHOD}.yaml").exists()]
+            shared = [f"train.first_task_from={setting.folder}/{first}"] if row != "base" else []
+            own = [*ROWS[row], *shared, f"folder={setting.folder}/{name}", f"name={row}", f"seed={seed}"]
+            method = [f"configs/method/{METHOD}.yaml", *map(str, files)]
+            yield Step(name, ("train", *setting.base, *method, *own), (first,) if shared else ())
+
+
+def campaign(setting: Setting, rows: Sequence[str]) -> Campaign:
+    """All runs and their comparison."""
+    steps = tuple(trainings(setting, rows))
+    folders = [f"{setting.folder}/{step.name}" for step in steps]
+    report = Step("report", ("report", *folders, f"--out={setting.out}"), tuple(step.name for step in steps))
+    return Campaign(setting.folder, (*steps, report))
+
+
+if __name__ == "__main__":
+    parser = options(__doc__)
+    parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="all")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="0 1 2")
+    chosen = parser.parse_args()
+    setting = DIGITS if chosen.quick else SPLIT_CIFAR
+    setting = Setting(**{**vars(setting), "seeds": tuple(chosen.seeds or setting.seeds)})
+    sys.exit(carry_out(campaign(setting, chosen.rows), chosen))

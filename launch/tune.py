@@ -1,0 +1,108 @@
+"""Choose the weights of each method's terms on Split-CIFAR, on a validation split, with a seed that no table has.
+
+    python launch/tune.py [--methods ewc+fr+replay ewc] [--jobs 2] [--quick]
+
+Every candidate of GRID is trained with a tenth of the training images held out (data.validation) at two sizes of
+memory; `hpccl choose` then takes each method's best mean and writes configs/split_cifar/chosen/METHOD.yaml, which
+launch/split_cifar.py and launch/ablation.py read. Needs the shards that README.md builds; `--quick` learns
+scikit-learn's digits in a minute instead. A run that is done is not repeated, so start it again at any time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+
+Grid = Mapping[str, Sequence[str]]
+
+LAMBDA = "prior.quadratic.weight"
+TAU = "prior.weight"
+_MEMORY: Grid = {TAU: ("0.1", "0.25", "1.0", "4.0")}
+_BOTH: Grid = {TAU: ("0.25", "1.0"), LAMBDA: ("0.5", "1.0", "2.0", "4.0")}
+GRID: dict[str, Grid] = {
+    "ewc": {LAMBDA: ("1.0", "3.0", "10.0", "30.0")},
+    "replay": _MEMORY,
+    "fr": _MEMORY,
+    "fr+replay": _MEMORY,
+    "ewc+fr": _BOTH,
+    "ewc+replay": _BOTH,
+    "ewc+fr+replay": _BOTH,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    folder: of the runs; out: of the files that are written; base: files and settings of every run; fixed: folder of
+    files by method, or None; sizes: of the memory, examples a task
+    """
+
+    folder: Path
+    out: Path
+    base: tuple[str, ...]
+    fixed: Path | None
+    sizes: tuple[int, ...]
+    seed: int = 100
+
+
+SPLIT_CIFAR = Setting(
+    folder=Path("runs/tune"),
+    out=Path("configs/split_cifar/chosen"),
+    base=("configs/split_cifar.yaml",),
+    fixed=Path("configs/split_cifar"),
+    sizes=(200, 1000),
+)
+DIGITS = Setting(
+    folder=Path("runs/tune_quick"),
+    out=Path("runs/tune_quick/chosen"),
+    base=("configs/quickstart.yaml", "train.epochs=2", "stream.tasks=2"),
+    fixed=None,
+    sizes=(20,),
+)
+
+
+def candidates(grid: Grid) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """A short name and the settings of each point of a grid."""
+    for values in itertools.product(*grid.values()):
+        yield "-".join(values), tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))
+
+
+def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
+    """One first task, then every candidate of every method, which take it."""
+    held = (*setting.base, "data.validation=0.1")
+    seed = f"seed={setting.seed}"
+    first = f"{setting.folder}/first"
+    yield Step("first", ("train", *held, "configs/method/finetune.yaml", f"folder={first}", "name=first", seed))
+    for method in methods:
+        files = [f"configs/method/{method}.yaml"]
+        fixed = setting.fixed / f"{method}.yaml" if setting.fixed else None
+        files += [str(fixed)] if fixed and fixed.exists() else []
+        for number in (0,) if method == "ewc" else setting.sizes:
+            for label, settings in candidates(GRID[method]):
+                name = f"{method}-{number}-{label}" if number else f"{method}-{label}"
+                memory = [f"memory.size={number}"] if number else []
+                own = [f"train.first_task_from={first}", f"folder={setting.folder}/{name}", f"name={name}", seed]
+                yield Step(name, ("train", *held, *files, *memory, *settings, *own), ("first",))
+
+
+def campaign(setting: Setting, methods: Sequence[str]) -> Campaign:
+    """All candidates, and the choice."""
+    steps = tuple(trainings(setting, methods))
+    tried = [step.name for step in steps if step.name != "first"]
+    folders = [f"{setting.folder}/{name}" for name in tried]
+    choice = Step("choose", ("choose", *folders, f"--out={setting.out}"), tuple(tried))
+    return Campaign(setting.folder, (*steps, choice))
+
+
+if __name__ == "__main__":
+    parser = options(__doc__)
+    parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
+    parser.add_argument("--methods", nargs="+", choices=list(GRID), default=list(GRID), metavar="METHOD", help="all")
+    chosen = parser.parse_args()
+    sys.exit(carry_out(campaign(DIGITS if chosen.quick else SPLIT_CIFAR, chosen.methods), chosen))

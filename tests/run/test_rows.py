@@ -1,0 +1,128 @@
+"""The methods that are made of rows, end to end: each file on the digits, stopped and continued to the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import hpccl.report.write
+from hpccl.config.load import dump, load
+from hpccl.config.run import RunConfig
+from hpccl.dist.comm import Comm
+from hpccl.errors import ConfigError
+from hpccl.folder import RunFolder
+from hpccl.report.summary import summarise
+from hpccl.train.evaluate_run import evaluate_run
+from hpccl.train.export import export
+from hpccl.train.run import run
+from hpccl.train.stop import Stop
+from tests.run.command import events
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    *("model.hidden=[24]", "train.epochs=2", "train.clip_norm=5", "train.accumulate=2", "checkpoint.every=0"),
+    *("log.every=1", "log.tensorboard=false", "log.reconstruction=0.1", "engine.device=cpu"),
+)
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "lwf": ("train.head=own", "train.head_epochs=1"),
+    "lwf.mc": (),
+    "feature_extraction": ("train.ema=0.9", "optim.weight_decay=0.1"),
+    "er": ("memory.total=60",),
+    "der": ("memory.total=60",),
+    "der++": ("memory.total=60", "train.head=own"),
+    "gdumb": ("memory.total=60", "train.epochs=9"),
+    "icarl": ("memory.total=60",),
+    "bic": ("memory.total=120",),
+}
+
+
+class StopAt(Stop):
+    """Asks to stop when it is asked for the n-th time: every five steps, and between phases."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.asked = number, 0
+
+    def requested(self, comm: Comm) -> bool:
+        """See Stop."""
+        self.asked += 1
+        if self.asked == self.number:
+            self.request("test")
+        return super().requested(comm)
+
+
+def config_of(method: str, folder: Path, *arguments: str) -> RunConfig:
+    files = [ROOT / "configs" / "quickstart.yaml", ROOT / "configs" / "method" / f"{method}.yaml"]
+    return load(files, [*SMALL, *SETTINGS[method], *arguments, f"folder={folder}"])
+
+
+def weights(folder: Path) -> str:
+    return str(events(folder, "done")[-1]["weights_sha256"])
+
+
+def finished(config: RunConfig, *, stops: tuple[int, ...] = ()) -> str:
+    """Run to the end, stopping on the way."""
+    RunFolder(Path(config.path)).create()
+    RunFolder(Path(config.path)).config.write_text(dump(config))
+    for number in stops:
+        assert run(config, Comm.solo(), StopAt(number), quiet=True) == "stopped"
+    assert run(config, Comm.solo(), Stop(), quiet=True) == "done"
+    return weights(Path(config.path))
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_stopped_and_continued_to_the_same_weights(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of the second task (of LwF, while its head learns alone), and of a later one."""
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)  # plots take longer than all else
+    once = finished(config_of(method, tmp_path / "once"))
+    again = finished(config_of(method, tmp_path / "again"), stops=(5, 3))
+    assert again == once
+    results = events(tmp_path / "once", "evaluate")[-1]["results"]
+    assert events(tmp_path / "again", "evaluate")[-1]["results"] == results
+    # What a checkpoint holds is tested as the run tested it: corrected, or by nearest means.
+    assert evaluate_run(tmp_path / "once")["tasks"] == results
+    report = summarise(tmp_path / "once")
+    assert report.method == method
+    assert report.average_accuracy is not None
+    assert report.average_accuracy > 0.5
+
+
+class StopWhenAsked(Stop):
+    """Wants to stop as soon as a pass over images asks, in the task that is given."""
+
+    def __init__(self, folder: Path, task: int) -> None:
+        super().__init__()
+        self.folder, self.task, self.polls = folder, task, 0
+
+    def requested(self, comm: Comm) -> bool:
+        """See Stop."""
+        found = super().requested(comm)
+        if len(events(self.folder, "task")) == self.task and not found and self._ended():
+            self.request("test")  # heard by the next pass, which is that of the coming task
+        return found
+
+    def _ended(self) -> bool:
+        return len(events(self.folder, "evaluate")) == self.task + 1
+
+
+def test_stopped_while_the_old_network_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+    once = finished(config_of("lwf", tmp_path / "once"))
+    config = config_of("lwf", tmp_path / "again")
+    RunFolder(Path(config.path)).create()
+    RunFolder(Path(config.path)).config.write_text(dump(config))
+    assert run(config, Comm.solo(), StopWhenAsked(Path(config.path), 1), quiet=True) == "stopped"
+    (stop,) = events(Path(config.path), "stop")
+    assert (stop["task"], stop["phase"], stop["step"]) == (1, "fit", 0)
+    assert finished(config) == once
+
+
+@pytest.mark.parametrize("method", ["icarl", "bic"])
+def test_what_was_not_tested_is_not_exported(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+    finished(config_of(method, tmp_path / "run", "stream.tasks=2", "train.epochs=1"))
+    with pytest.raises(ConfigError, match="is no part of the network"):
+        export(tmp_path / "run", tmp_path / "out")

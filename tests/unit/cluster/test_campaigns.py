@@ -1,0 +1,82 @@
+"""Every training that the scripts of launch/ would start is a valid configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from hpccl.cluster.campaign import Campaign
+from hpccl.config.load import is_override, sweep
+from hpccl.report.summary import summarise
+
+ROOT = Path(__file__).parents[3]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def campaign_of(name: str, setting: str) -> Campaign:
+    module = script(name)
+    more: dict[str, Sequence[Any]] = {
+        "split_cifar": [getattr(module, "METHODS", ()), None],
+        "tune": [list(getattr(module, "GRID", {}))],
+        "ablation": [list(getattr(module, "ROWS", {}))],
+        "selection": [],
+    }
+    made = module.campaign(getattr(module, setting), *more[name])
+    assert isinstance(made, Campaign)
+    return made
+
+
+@pytest.mark.parametrize("setting", ["SPLIT_CIFAR", "DIGITS"])
+@pytest.mark.parametrize("name", ["split_cifar", "tune", "ablation", "selection"])
+def test_every_training_is_valid(monkeypatch: pytest.MonkeyPatch, name: str, setting: str) -> None:
+    monkeypatch.chdir(ROOT)
+    folders = set()
+    trainings = [step for step in campaign_of(name, setting).steps if step.arguments[0] == "train"]
+    for step in trainings:
+        given = step.arguments[1:]
+        files = [Path(each) for each in given if not is_override(each)]
+        (config,) = sweep(files, [each for each in given if is_override(each)])
+        folders.add(config.path)
+        first = config.train.first_task_from
+        assert (first is None) == (step.after == ())
+        assert first is None or first in folders, "the run that has the first task comes before"
+    assert len(folders) == len(trainings)
+
+
+def test_split_cifar_has_ten_methods_and_whole_seeds() -> None:
+    steps = [step.name for step in campaign_of("split_cifar", "SPLIT_CIFAR").steps]
+    assert len(steps) == 3 * (4 + 6 * 6) + 1
+    seeds = [int(name.rsplit("-", 1)[1]) for name in steps[:-1]]
+    assert seeds == sorted(seeds)
+    assert steps[-1] == "report"
+
+
+@pytest.mark.slow
+def test_split_cifar_runs(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    command = [sys.executable, str(ROOT / "launch" / "split_cifar.py"), "--quick", "--sizes", "20"]
+    more = ["--methods", "ewc", "joint", "ewc+fr+replay", "--jobs", "2"]
+    done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = tmp_path / "runs" / "split_cifar_quick"
+    names = {folder.name for folder in runs.iterdir() if (folder / "config.yaml").exists()}
+    assert names == {"finetune-0", "ewc-0", "joint-0", "ewc+fr+replay-20-0"}
+    assert {summarise(runs / name).status for name in names} == {"done"}
+    table = (runs / "comparison" / "comparison.md").read_text(encoding="utf-8")
+    assert "ewc+fr+replay" in table

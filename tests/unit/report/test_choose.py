@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hpccl.cli import app
+from hpccl.config.load import load
+from hpccl.config.sections import DataConfig, PriorConfig, QuadraticConfig
+from hpccl.errors import ConfigError
+from hpccl.report.choose import Choice, choose_runs, write_choices
+from hpccl.report.events import EventLog
+from tests.unit.report import synthetic
+
+HELD = DataConfig(validation=0.1)
+
+
+def write(folder: Path, accuracy: float, *, finished: bool = True, **settings: Any) -> Path:
+    """A run whose average accuracy is higher by `accuracy` than others'."""
+    run = synthetic.config(name=folder.name, **{"data": HELD, **settings})
+    synthetic.write_run(folder, run, finished=False)
+    with EventLog(folder / "events.jsonl", clock=synthetic.Clock(1_000_020)) as log:
+        log.write("evaluate", **synthetic.evaluation(2, shift=accuracy))
+        if finished:
+            log.write("done", weights_sha256=folder.name)
+    return folder
+
+
+def grid(folder: Path, accuracy: Mapping[tuple[float, int, int], float]) -> list[Path]:
+    """Runs by (lambda, examples in memory, seed)."""
+    return [
+        write(folder / f"{weight:g}-{size}-{seed}", shift, quadratic=weight, size=size, seed=seed)
+        for (weight, size, seed), shift in accuracy.items()
+    ]
+
+
+def test_the_highest_mean_over_sizes_and_seeds_is_chosen(tmp_path: Path) -> None:
+    found = {
+        (0.5, 10, 7): -0.02,
+        (0.5, 20, 7): -0.02,
+        (2.0, 10, 7): -0.09,  # worse here,
+        (2.0, 20, 7): 0.10,  # but better on the whole
+        (4.0, 10, 7): 0.0,
+        (4.0, 20, 7): 0.0,
+    }
+    (choice,) = choose_runs(grid(tmp_path, found))
+    assert choice.method == "ewc+fr+replay"
+    assert choice.validation == 0.1
+    assert [candidate.settings for candidate in choice.candidates] == [
+        {"prior.quadratic.weight": 2.0},
+        {"prior.quadratic.weight": 4.0},
+        {"prior.quadratic.weight": 0.5},
+    ]
+    assert choice.lead == pytest.approx(0.005)
+    # Differences to the next, size by size: -0.09 and 0.10.
+    assert choice.lead_error == pytest.approx(0.19 / 2**0.5 / 2**0.5)
+
+
+def test_of_equals_the_first_given_is_chosen(tmp_path: Path) -> None:
+    runs = grid(tmp_path, {(4.0, 10, 0): 0.0, (2.0, 10, 0): 0.0})
+    assert choose_runs(runs)[0].best.settings == {"prior.quadratic.weight": 4.0}
+    assert choose_runs(runs[::-1])[0].best.settings == {"prior.quadratic.weight": 2.0}
+
+
+def test_each_method_has_its_own_choice_and_file(tmp_path: Path) -> None:
+    runs = grid(tmp_path, {(1.0, 10, 0): 0.0, (3.0, 10, 0): 0.05})
+    for number, weight in enumerate((0.25, 1.0)):
+        prior = PriorConfig(quadratic=QuadraticConfig(weight=0.0), replay=0.5, weight=(weight, 1.0))
+        folder = tmp_path / f"fr-{number}"
+        run = synthetic.config(name=folder.name, data=HELD).model_copy(update={"prior": prior})
+        synthetic.write_run(folder, run, finished=False)
+        with EventLog(folder / "events.jsonl", clock=synthetic.Clock(1_000_020)) as log:
+            log.write("evaluate", **synthetic.evaluation(2, shift=-0.1 * number))
+            log.write("done", weights_sha256=folder.name)
+        runs.append(folder)
+    choices = choose_runs(runs)
+    assert [choice.method for choice in choices] == ["ewc+fr+replay", "fr+replay"]
+    paths = write_choices(choices, tmp_path / "chosen")
+    # The files are read as configurations are.
+    first = load([paths[0]], ["memory.size=10"])
+    second = load([paths[1]], ["memory.size=10"])
+    assert first.prior.quadratic.weight == 3.0
+    assert second.prior.weight == (0.25, 1.0)
+    assert (
+        paths[0]
+        .read_text(encoding="utf-8")
+        .startswith("# ewc+fr+replay: chosen by `hpccl choose` on 10 % of the training images.\n")
+    )
+
+
+def test_runs_on_test_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run 'a' was measured on test images.*data.validation=0\.1"):
+        choose_runs([write(tmp_path / "a", 0.0, data=DataConfig())])
+
+
+def test_unfinished_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run 'a' is not finished"):
+        choose_runs([write(tmp_path / "a", 0.0, finished=False)])
+
+
+@pytest.mark.parametrize("other", [(2.0, 20, 0), (2.0, 10, 1)])
+def test_candidates_must_have_been_tried_at_the_same_places(tmp_path: Path, other: tuple[float, int, int]) -> None:
+    with pytest.raises(ConfigError, match="not tried with the same sizes of memory and seeds"):
+        choose_runs(grid(tmp_path, {(1.0, 10, 0): 0.0, other: 0.0}))
+
+
+def test_nothing_to_choose_from() -> None:
+    with pytest.raises(ConfigError, match="nothing to choose from"):
+        choose_runs([])
+
+
+def test_a_method_without_a_rival_writes_no_setting(tmp_path: Path) -> None:
+    (choice,) = choose_runs([write(tmp_path / "a", 0.0)])
+    assert isinstance(choice, Choice)
+    assert choice.lead is None
+    assert choice.best.settings == {}
+    (path,) = write_choices([choice], tmp_path)
+    assert "without a rival" in path.read_text(encoding="utf-8")
+    assert load([path], []).prior == PriorConfig()
+
+
+def test_the_command_shows_all_and_marks_the_chosen(tmp_path: Path) -> None:
+    runs = grid(tmp_path, {(1.0, 10, 0): 0.0, (3.0, 10, 0): 0.05})
+    result = CliRunner().invoke(app, ["choose", *map(str, runs), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].startswith("* ")
+    assert "prior.quadratic.weight=3.0" in lines[0]
+    assert lines[1].startswith("  ")
+    assert lines[2] == str(tmp_path / "out" / "ewc+fr+replay.yaml")
