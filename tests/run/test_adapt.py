@@ -120,7 +120,9 @@ def shards(images: Path, cache: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- close to retraining
 
 
-@pytest.mark.parametrize("change", [REMOVE, PRECISION], ids=lambda change: change["kind"])
+@pytest.mark.parametrize(
+    "change", [REMOVE, pytest.param(PRECISION, marks=pytest.mark.slow)], ids=lambda change: change["kind"]
+)
 def test_an_adapted_network_is_closer_to_retraining_than_before(
     digits: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -140,6 +142,7 @@ def test_an_adapted_network_is_closer_to_retraining_than_before(
     assert (tmp_path / "out" / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_added_images_help_and_the_past_stays(images: Path, tmp_path: Path) -> None:
     folder = source(tmp_path / "run", shards(images, tmp_path / "cache"))
     change = {"kind": "add", "data": [str(images / "shards" / "more")]}
@@ -288,6 +291,7 @@ def on_ranks(comm: Comm, folder: str, run_folder: str) -> Result:
         return {"weights": wholes(state.engine.gather())}
 
 
+@pytest.mark.slow
 def test_two_processes_remove_as_one_does(digits: Path, tmp_path: Path) -> None:
     one = run_in_world(on_ranks, 1, tmp_path, str(tmp_path), str(digits))[0]
     for rank in run_in_world(on_ranks, 2, tmp_path, str(tmp_path), str(digits)):
