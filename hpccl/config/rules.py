@@ -285,6 +285,9 @@ def _adapted(config: RunConfig) -> Iterator[Clash]:
     if (config.train.data == "seen") != adapt.retrain:
         problem = "the reference trains on all data, an adaptation on what is new; leave it as hpccl adapt set it"
         yield Clash(("train.data", "adapt.retrain"), problem)
+    if config.log.reconstruction > 0:
+        problem = "compares with the gradient of earlier tasks, and an adaptation has none; set it to 0"
+        yield Clash(("log.reconstruction", "adapt.kind"), problem)
     if config.train.loss == "sigmoid":
         problem = (
             "soft labels and what is taken back of them are a softmax's; adapt a run with train.loss=cross_entropy"

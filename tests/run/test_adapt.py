@@ -1,6 +1,9 @@
 """hpccl adapt: the four adaptations come close to training anew, exactly so for a linear network with full memory."""
 
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
+from typer.testing import CliRunner
 
+from hpccl.cli import app
 from hpccl.cluster.prepare import prepare
 from hpccl.config.adapt import adapted_config, named, reference_config
 from hpccl.config.run import RunConfig
@@ -37,6 +42,7 @@ from hpccl.train.run import run
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
 from tests.dist.world import Result, run_in_world
+from tests.run.command import ROOT, hpccl, kill_tree, wait_for_steps
 from tests.run.method import make_world, merged
 
 SECTIONS: dict[str, Any] = {
@@ -394,3 +400,50 @@ def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
     assert named(str(tmp_path / "ids.txt")) == ["digits/4", "digits/5"]
     with pytest.raises(ConfigError, match="names no class"):
         named(" , ")
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.slow
+def test_the_command_is_killed_continued_and_compared(digits: Path, tmp_path: Path) -> None:
+    """kill -9 in the adaptation; the same command ends where an undisturbed one does, and writes the comparison."""
+
+    def words(out: str) -> list[str]:
+        settings = ["train.epochs=30", "checkpoint.every=5", "log.every=1", "log.quiet=true"]
+        return ["adapt", str(digits), "--remove", "3", "--out", str(tmp_path / out), *settings]
+
+    code, output = hpccl(*words("once"), "--reference", "retrain")
+    assert code == 0, output
+    assert "Retraining took" in output
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpccl.cli", *words("again")],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    wait_for_steps(tmp_path / "again", process, 20)
+    kill_tree(process)
+    reference = ("--reference", str(tmp_path / "once" / "reference"))
+    code, output = hpccl(*words("again"), *reference)
+    assert code == 0, output
+    assert digest(tmp_path / "once") == digest(tmp_path / "again")
+    found = [json.loads((tmp_path / name / "adaptation.json").read_text()) for name in ("once", "again")]
+    assert found[0]["adapted"] == found[1]["adapted"]
+    assert found[0]["share_of_images"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "none of them given"),
+        (["--remove", "3", "--prior-precision", "2"], "--remove, --prior-precision given"),
+        (["--remove", "3", "more.yaml"], "'more.yaml' is no key=value"),
+    ],
+)
+def test_options_that_say_nothing_or_two_things(tmp_path: Path, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["adapt", "nowhere", "--out", str(tmp_path / "out"), *options])
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
