@@ -39,7 +39,7 @@ SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
         (["prior.fromp.weight=1", "memory.total=10"], "memory.total"),
         ([*FROMP, "log.reconstruction=0.5"], "log.reconstruction"),
         ([*FROMP, "prior.fromp.kernel=identity", "prior.fromp.jitter=0.1"], "prior.fromp.jitter"),
-        ([*ADAPT, "train.data=seen"], "train.data"),
+        ([ADAPT[0], "train.data=seen"], "train.data"),
         ([*ADAPT, "prior.normal={precision: 1.0, weight: 0.5}"], "prior.normal.weight"),
         ([*ADAPT, "log.reconstruction=0.5"], "log.reconstruction"),
         ([*ADAPT, "memory.labels=kept"], "memory.labels"),

@@ -157,5 +157,5 @@ def test_further_examples_come_behind_the_tasks_under_the_same_class_numbers() -
 
 def test_further_examples_of_another_class_are_refused() -> None:
     base = arrange([collection("a", "uv", tasks=1)], order="given", seed=0)
-    with pytest.raises(DataError, match="'b' has images of class 'z' .* allowed: u, v"):
+    with pytest.raises(DataError, match=r"'b' has images of class 'z' .* allowed: u, v"):
         extended(base, [collection("b", "uz", tasks=1)], parts=1)
