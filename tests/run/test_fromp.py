@@ -128,6 +128,7 @@ def test_with_the_kernel_one_a_round_of_blocks_is_all_of_memory(tmp_path: Path) 
         torch.testing.assert_close(gradients[1][key], value, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_it_keeps_the_past_better_than_fine_tuning(tmp_path: Path) -> None:
     kept, changes = [], {"train": {"epochs": 10}, "stream": {"kind": "digits", "tasks": 2}}
     for name, weight in (("fromp", 1.0), ("finetune", 1e-9)):
@@ -174,10 +175,13 @@ def agree(found: Result, expected: Result, tolerance: float) -> None:
     "changes",
     [
         {},
-        {
-            "curvature": {"kind": "kronecker", "fisher": "ggn"},
-            "prior": {"fromp": {"weight": 2.0, "precision": 0.1, "jitter": 1e-3, "block": 3}},
-        },
+        pytest.param(
+            {
+                "curvature": {"kind": "kronecker", "fisher": "ggn"},
+                "prior": {"fromp": {"weight": 2.0, "precision": 0.1, "jitter": 1e-3, "block": 3}},
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["diagonal, whole memory", "Kronecker, blocks"],
 )
