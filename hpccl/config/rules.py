@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpccl.config.sections import (
+    AnyAdaptation,
     DataConfig,
     DdpEngine,
     DeepspeedEngine,
     DigitsStream,
     DistillConfig,
+    FrompConfig,
     GreedySelector,
     KroneckerCurvature,
+    MasCurvature,
     Measured,
     MemoryConfig,
+    NewModel,
+    NewPrecision,
+    NormalConfig,
     PriorConfig,
     ReconstructionSelector,
     SlurmCluster,
@@ -121,6 +127,9 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _needs_soft_labels,
         _fresh_network,
         _counted_twice,
+        _normal,
+        _fromp,
+        _adapted,
         _memory_alone,
         _distilled,
         _sigmoids,
@@ -217,6 +226,107 @@ def _counted_twice(config: RunConfig) -> Iterator[Clash]:
     quadratic = ["prior.quadratic.weight"] if config.prior.quadratic.weight > 0 else []
     for key in (*_budgets(config.memory), *quadratic):
         yield Clash((key, "train.data"), "train.data=seen already trains on the past; unset one of the two")
+
+
+def _normal(config: RunConfig) -> Iterator[Clash]:
+    normal, key = config.prior.normal, "prior.normal.precision"
+    if normal.precision == 0:
+        if normal.weight != NormalConfig().weight:
+            yield Clash(("prior.normal.weight", key), "weighs a normal prior that there is not; set its precision > 0")
+        return
+    if config.optim.weight_decay > 0:
+        problem = f"pulls to 0 beside {key}, which says where to: set it to 0"
+        yield Clash(("optim.weight_decay", key), problem)
+    if isinstance(config.adapt, NewPrecision) and normal.weight != 1:
+        problem = "takes only a part of the old prior away, of which another takes the place; set it to 1"
+        yield Clash(("prior.normal.weight", "adapt.kind"), problem)
+
+
+def _fromp(config: RunConfig) -> Iterator[Clash]:
+    prior, usual, key = config.prior, FrompConfig(), "prior.fromp.weight"
+    fromp = prior.fromp
+    if fromp.weight == 0:
+        return
+    if not config.memory.kept:
+        yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
+    if prior.replay > 0:
+        yield Clash(("prior.replay", key), "memory's predictions are kept as they are, not its labels; set it to 0")
+    if prior.quadratic.weight > 0:
+        problem = f"stands for the past, as does {key}: it would count twice; set one of them to 0"
+        yield Clash(("prior.quadratic.weight", key), problem)
+    if prior.normal.precision > 0:
+        problem = f"after the first task it stands for the past, as does {key}; set one of them to 0"
+        yield Clash(("prior.normal.precision", key), problem)
+    for name in ("weight", "temperature", "view", "loss", "label_weight", "scale_to_task", "scale_to_new"):
+        if _differs(prior, PriorConfig(), name):
+            problem = f"is about rows of memory, of which {key} makes none; leave it out"
+            yield Clash((f"prior.{name}", key), problem)
+    if isinstance(config.memory.mix, StratifiedMix):
+        yield Clash(
+            ("memory.mix.kind", key), "mixes rows of memory, but it is recalled beside a step's rows; set natural"
+        )
+    if config.memory.total > 0:
+        problem = "examples would leave memory whose predictions are coupled; set memory.size or memory.fraction"
+        yield Clash(("memory.total", key), problem)
+    if config.log.reconstruction > 0:
+        problem = "compares gradients of soft labels, replay and quadratic, which are not there; set it to 0"
+        yield Clash(("log.reconstruction", key), problem)
+    if fromp.kernel == "posterior" and isinstance(config.curvature, MasCurvature):
+        problem = "is no Fisher matrix, of which the posterior's kernel is made; set another kind, or kernel=identity"
+        yield Clash(("curvature.kind", "prior.fromp.kernel"), problem)
+    if fromp.kernel == "identity":
+        for name in ("precision", "jitter"):
+            if getattr(fromp, name) != getattr(usual, name):
+                yield Clash((f"prior.fromp.{name}", "prior.fromp.kernel"), "is of the posterior's kernel; leave it out")
+
+
+def _adapted(config: RunConfig) -> Iterator[Clash]:
+    """Of what `hpccl adapt` writes, and of settings that are put over it."""
+    adapt = config.adapt
+    if not isinstance(adapt, AnyAdaptation):
+        return
+    if config.train.restart or config.train.only_last or config.train.first_task_from is not None:
+        yield Clash(("train.restart", "adapt.kind"), "an adaptation is one task; leave restart, only_last and the like")
+    if (config.train.data == "seen") != adapt.retrain:
+        problem = "the reference trains on all data, an adaptation on what is new; leave it as hpccl adapt set it"
+        yield Clash(("train.data", "adapt.retrain"), problem)
+    if config.log.reconstruction > 0:
+        problem = "compares with the gradient of earlier tasks, and an adaptation has none; set it to 0"
+        yield Clash(("log.reconstruction", "adapt.kind"), problem)
+    if config.train.loss == "sigmoid":
+        problem = (
+            "soft labels and what is taken back of them are a softmax's; adapt a run with train.loss=cross_entropy"
+        )
+        yield Clash(("train.loss", "adapt.kind"), problem)
+    if config.train.head_epochs > 0:
+        yield Clash(("train.head_epochs", "adapt.kind"), "is for new classes' rows, and there are none; set it to 0")
+    if config.evaluate.classifier != "head":
+        yield Clash(
+            ("evaluate.classifier", "adapt.kind"), "is made of a task's end, which is not there; set it to head"
+        )
+    if adapt.retrain:
+        return
+    usual = PriorConfig()
+    for name in ("loss", "label_weight", "scale_to_new", "distill", "correct"):
+        if _differs(config.prior, usual, name):
+            key = f"prior.{name}" + {"distill": ".weight", "correct": ".share"}.get(name, "")
+            problem = "says of the past what an adaptation does not; adapt a run of soft labels, replay or a quadratic"
+            yield Clash((key, "adapt.kind"), problem)
+    if config.memory.labels == "kept":
+        problem = "keeps what older networks said, and adapting asks what the last one did; adapt a run that relabels"
+        yield Clash(("memory.labels", "adapt.kind"), problem)
+    if config.prior.fromp.weight > 0:
+        problem = "couples predictions on memory, of which adaptation takes soft labels; adapt a run with soft labels"
+        yield Clash(("prior.fromp.weight", "adapt.kind"), problem)
+    if config.prior.replay == 1 and isinstance(adapt, NewModel):
+        problem = "the old network says nothing where all of the memory has true labels; adapt a run with soft labels"
+        yield Clash(("prior.replay", "adapt.kind"), problem)
+    if config.prior.view == "teacher" and isinstance(adapt, NewModel):
+        problem = "asks the old network, which is of another kind; set it to stored or recorded"
+        yield Clash(("prior.view", "adapt.kind"), problem)
+    if config.prior.quadratic.weight > 0 and isinstance(adapt, NewModel):
+        problem = "is about the weights of the old network; set it to 0"
+        yield Clash(("prior.quadratic.weight", "adapt.kind"), problem)
 
 
 def _memory_alone(config: RunConfig) -> Iterator[Clash]:

@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 __all__ = [
+    "AdaptConfig",
+    "AddData",
+    "AnyAdaptation",
     "AnyCluster",
     "AnyEngine",
     "AnyModel",
@@ -30,6 +33,7 @@ __all__ = [
     "EngineConfig",
     "EvaluateConfig",
     "FeatureSelector",
+    "FrompConfig",
     "Fsdp2Engine",
     "GreedySelector",
     "InlineCluster",
@@ -45,7 +49,11 @@ __all__ = [
     "ModelConfig",
     "NaturalMix",
     "NearestTasks",
+    "NewModel",
+    "NewPrecision",
+    "NoAdaptation",
     "NoAugment",
+    "NormalConfig",
     "OptimConfig",
     "PaperModel",
     "Part",
@@ -56,6 +64,7 @@ __all__ = [
     "QuadraticConfig",
     "ReconstructionSelector",
     "RefitTasks",
+    "RemoveData",
     "ReservoirSelector",
     "ScoreSelector",
     "SelectorConfig",
@@ -440,6 +449,33 @@ class QuadraticConfig(Section):
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+class NormalConfig(Section):
+    """The weights' normal prior N(0, 1/precision): precision/2 |w|^2 beside the nats of all examples.
+
+    After the first task it is weight * precision/2 |w - w*|^2 around the newest weights w*, the divergence of weights
+    of K-priors (Khan and Swaroop 2021); where all the past is trained on again, it stays around 0.
+    """
+
+    precision: NonNegativeFloat = 0.0  # delta, nats per squared weight, of every trainable weight alike
+    weight: NonNegativeFloat = 1.0  # tau of the pull to the newest weights
+
+
+class FrompConfig(Section):
+    """weight/2 sum over past tasks and classes of (m - m_old)' K^-1 (m - m_old), m the probabilities of memory.
+
+    The functional regularisation of FROMP (Pan et al. 2020). It takes the place of soft labels and replay; `curvature`
+    is then measured on all examples of a task, memory included.
+    """
+
+    weight: NonNegativeFloat = 0.0  # the published code's 1 / tau, times the task's examples; 0: no such term
+    # posterior: K = J (F + precision)^-1 J' + jitter, F the curvature of all past tasks; identity: K = 1
+    kernel: Literal["posterior", "identity"] = "posterior"
+    precision: PositiveFloat = 1e-3  # delta of the posterior
+    jitter: PositiveFloat = 1e-5  # on K's diagonal; ten times as much, and again, where rounding asks for it
+    # examples of a past task that are recalled in a step and coupled by K, in turn; null: all of them
+    block: PositiveInt | None = None
+
+
 class DistillConfig(Section):
     """What the previous network says of a task's images, beside their labels (LwF; Li and Hoiem 2016).
 
@@ -472,6 +508,8 @@ class PriorConfig(Section):
     """What the past says while a new task is learned."""
 
     quadratic: QuadraticConfig = QuadraticConfig()  # EWC
+    normal: NormalConfig = NormalConfig()  # of the weights; with soft-labelled memory, K-priors
+    fromp: FrompConfig = FrompConfig()  # coupled predictions on memory
     weight: FloatPerTask = (1.0,)  # tau of a memory example, by the task it comes from
     scale_to_task: bool = False  # tau * N_s / m: memory stands for its whole task
     scale_to_new: bool = False  # tau * N_t / M: all memory together counts as much as the new task (ER, DER)
@@ -591,6 +629,52 @@ class DenseCurvature(Measured):
 CurvatureConfig = Annotated[
     KroneckerCurvature | EkfacCurvature | DiagonalCurvature | MasCurvature | DenseCurvature, Field(discriminator="kind")
 ]
+
+# ---------------------------------------------------------------- adaptation
+
+
+class NoAdaptation(Section):
+    """A run of its own."""
+
+    kind: Literal["none"] = "none"
+
+
+class AnyAdaptation(Section):
+    """What every adaptation of a trained network is told; written by `hpccl adapt`."""
+
+    source: str  # folder of the run whose network is adapted
+    task: NonNegativeInt  # the network after this task of it, counted from 0: its last
+    retrain: bool = False  # the reference: learn anew from all examples that the adapted network stands for
+
+
+class AddData(AnyAdaptation):
+    """Further examples of known classes."""
+
+    kind: Literal["add"] = "add"
+    data: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]  # folders or URLs of shards
+
+
+class RemoveData(AnyAdaptation):
+    """Fewer examples: as if some had never been learned."""
+
+    kind: Literal["remove"] = "remove"
+    names: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]  # classes, or ids `<data set>/<key>`
+
+
+class NewPrecision(AnyAdaptation):
+    """Another normal prior of the weights."""
+
+    kind: Literal["precision"] = "precision"
+    precision: NonNegativeFloat  # takes the place of prior.normal.precision
+
+
+class NewModel(AnyAdaptation):
+    """Another network, which `model` names."""
+
+    kind: Literal["model"] = "model"
+
+
+AdaptConfig = Annotated[NoAdaptation | AddData | RemoveData | NewPrecision | NewModel, Field(discriminator="kind")]
 
 # ---------------------------------------------------------------- machinery
 

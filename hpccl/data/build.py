@@ -28,7 +28,7 @@ from hpccl.data.decoded import DecodedImages, Kept, cache_folder, keep_decoded, 
 from hpccl.data.digits import SIZE as DIGITS_SIZE
 from hpccl.data.digits import TITLE, digits
 from hpccl.data.encoded import EncodedImages, Maker
-from hpccl.data.layout import SPLITS, Collection, Layout, arrange, held_out, unique_titles
+from hpccl.data.layout import SPLITS, Collection, Layout, arrange, extended, held_out, unique_titles
 from hpccl.data.protocols import Split
 from hpccl.data.shards.decode import decode
 from hpccl.data.shards.reader import ShardSet
@@ -46,19 +46,27 @@ _SMALL = 64  # pixels a side up to which storage=auto decodes once
 _DISK_SHARE = 0.5  # of what is free, at most, for what storage=auto decodes
 
 
-def open_stream(stream: StreamConfig, data: DataConfig) -> ImageStream:
+def open_stream(stream: StreamConfig, data: DataConfig, added: Sequence[str] = ()) -> ImageStream:
     """Open a stream of tasks. Every process of a run calls this; the first one on a machine decodes for all.
+
+    added: folders of shards with further training images of the stream's classes; see `Stream.added`.
 
     Raises:
         DataError: shards are missing or damaged, classes of the splits differ or cannot be cut into so many tasks,
             images have several sizes and data.image_size is not set, the cache folder cannot be written, an image
-            cannot be decoded and data.bad_images is `stop`, or settings do not go together.
+            cannot be decoded and data.bad_images is `stop`, settings do not go together, or added images have other
+            classes, another size or (for the digits) other channels.
     """
     match stream:
         case DigitsStream():
+            if added:
+                raise DataError(
+                    f"'{added[0]}' cannot be added to the embedded digits, whose images have one channel and those of "
+                    "shards three; allowed: runs with stream.kind=shards"
+                )
             return _open_digits(stream, data)
         case ShardStream():
-            return _open_shards(stream, data)
+            return _open_shards(stream, data, added)
         case _:
             assert_never(stream)
 
@@ -169,9 +177,13 @@ class _Opened:
         return known.compress(known.min(axis=1) > 0, axis=0)
 
 
-def _open_shards(stream: ShardStream, data: DataConfig) -> ImageStream:
+def _open_shards(stream: ShardStream, data: DataConfig, added: Sequence[str]) -> ImageStream:
     parts = _open_parts(stream, data)
     layout = _arranged([_collection(part) for part in parts], stream, data)
+    if added:
+        more = _open_added(stream, data, parts, added)
+        layout = extended(layout, [_collection(part) for part in more], parts=len(parts))
+        parts = [*parts, *more]
     shapes = _view_shapes(parts, data)
     decoded = _storage(parts, data, shapes) == "decoded"
     source: ImageSource
@@ -190,7 +202,7 @@ def _open_shards(stream: ShardStream, data: DataConfig) -> ImageStream:
 
 
 def _fingerprint(parts: Sequence[_Opened]) -> str:
-    together = "\n".join(part.splits[split].fingerprint for part in parts for split in SPLITS)
+    together = "\n".join(shards.fingerprint for part in parts for shards in part.splits.values())
     return hashlib.sha256(together.encode()).hexdigest()
 
 
@@ -205,6 +217,25 @@ def _open_parts(stream: ShardStream, data: DataConfig) -> list[_Opened]:
         splits: dict[Split, ShardSet] = {split: ShardSet.open(place, names[split], cache) for split in SPLITS}
         _check_classes(part, splits, names)
         opened.append(_Opened(part, title, splits))
+    return opened
+
+
+def _open_added(stream: ShardStream, data: DataConfig, parts: Sequence[_Opened], added: Sequence[str]) -> list[_Opened]:
+    """Further training images, of one size with the stream's where that is all that says their size."""
+    titles = unique_titles([*(part.title for part in parts), *map(_title, added)])[len(parts) :]
+    cache = ShardCache.of(data.shard_cache, data.shard_gib, data.retries)
+    opened = []
+    for path, title in zip(added, titles, strict=True):
+        place = path if is_url(path) else Path(path).expanduser()
+        part = _Opened(Part(path=path), title, {"train": ShardSet.open(place, stream.train_split, cache)})
+        known, found = np.concatenate([other.sizes for other in parts]), part.sizes
+        if data.image_size is None and len(found) and not (found == known[0]).all():
+            (width, height), (other_width, other_height) = found[0], known[0]
+            raise DataError(
+                f"images of '{path}' are {width} x {height} and those of the stream {other_width} x {other_height}; "
+                "data.image_size is not set, so both must have one size: build the shards from images of that size"
+            )
+        opened.append(part)
     return opened
 
 
@@ -329,7 +360,7 @@ def _encoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, 
         augment = _batch_augment(data, where="encoded images")
     makers: dict[Split, Maker] = {
         split: Maker(
-            sets=[part.splits[split] for part in parts],
+            sets=[part.splits[split] for part in parts if split in part.splits],  # added parts come last
             index=layout.index[split],
             shape=(3, *shapes[split]),
             view=_evaluation_view(data, split),

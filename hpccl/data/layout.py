@@ -18,7 +18,7 @@ from hpccl.data.order import mix, permutation
 from hpccl.data.protocols import Split
 from hpccl.errors import DataError
 
-__all__ = ["ClassTask", "Collection", "Index", "Layout", "arrange", "held_out", "unique_titles"]
+__all__ = ["ClassTask", "Collection", "Index", "Layout", "arrange", "extended", "held_out", "unique_titles"]
 
 Ints = npt.NDArray[np.int64]
 SPLITS: tuple[Split, Split] = ("train", "test")
@@ -76,11 +76,15 @@ class Index:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The tasks of a stream and the index of each split."""
+    """The tasks of a stream and the index of each split.
+
+    added: positions, behind those of the tasks, of further training examples of the same classes
+    """
 
     tasks: tuple[ClassTask, ...]
     class_names: tuple[str, ...]
     index: Mapping[Split, Index]
+    added: range = range(0)
 
 
 def arrange(collections: Sequence[Collection], *, order: Literal["given", "random"], seed: int) -> Layout:
@@ -109,6 +113,35 @@ def arrange(collections: Sequence[Collection], *, order: Literal["given", "rando
             tasks.append(ClassTask(len(tasks), title, tuple(range(first, first + width)), *ranges))
     index: dict[Split, Index] = {split: _joined(pieces[split]) for split in SPLITS}
     return Layout(tuple(tasks), _told_apart(names), index)
+
+
+def extended(layout: Layout, more: Sequence[Collection], *, parts: int) -> Layout:
+    """The same tasks, with further training examples of their classes behind them.
+
+    parts: data sets that the layout has; those in `more` are numbered from there. Class by class, as in a task.
+
+    Raises:
+        DataError: a class is not one of the layout's.
+    """
+    known = {name: number for number, name in enumerate(layout.class_names)}
+    pieces = [layout.index["train"]]
+    for which, part in enumerate(more, start=parts):
+        used = np.unique(part.labels["train"])
+        unknown = [part.class_names[number] for number in used if part.class_names[number] not in known]
+        if unknown:
+            raise DataError(
+                f"'{part.title}' has images of class '{unknown[0]}' ({len(unknown)} such classes), which the run has "
+                f"not learned; allowed: {', '.join(layout.class_names[:5])}{', ...' if len(known) > 5 else ''}. "
+                "New classes are new tasks: give them in stream.parts"
+            )
+        number_of = np.array([known.get(name, -1) for name in part.class_names], dtype=np.int64)
+        label = number_of[part.labels["train"]]
+        local = np.argsort(label, kind="stable")
+        earlier = int(pieces[-1].group.max(initial=-1)) + 1
+        group = part.groups["train"][local] + earlier
+        pieces.append(Index(np.full(len(local), which), local, label[local], group))
+    index: dict[Split, Index] = {**layout.index, "train": _joined(pieces)}
+    return replace(layout, index=index, added=range(len(pieces[0]), len(index["train"])))
 
 
 def held_out(layout: Layout, share: float) -> Layout:

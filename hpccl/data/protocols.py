@@ -48,6 +48,10 @@ class Stream(Protocol):
         """In the order of learning."""
 
     @property
+    def added(self) -> range:
+        """Positions, behind those of the tasks, of further training examples of the same classes; mostly none."""
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """By class number in the stream; len(class_names) is C."""
 

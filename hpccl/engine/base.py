@@ -111,9 +111,9 @@ class BaseEngine(ABC):
         """Remember the weights at this moment, if anything ever goes back to them."""
         self._initial = self.gather() if self._train.restart else {}
 
-    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True) -> Tensor:
-        """Logits in training mode, fp32; autocast ends here, before any loss or prior."""
-        self._model.train()
+    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True, training: bool = True) -> Tensor:
+        """Logits with a gradient, fp32; autocast ends here, before any loss or prior."""
+        self._model.train(training)
         for norm in self._still:
             norm.eval()
         set_noise(self._model, noise)

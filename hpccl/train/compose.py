@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import per_task
+from hpccl.config.sections import RemoveData, per_task
 from hpccl.data.order import Batch, BatchPlan
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, SQUARED, Images, Request, Rows
@@ -21,6 +21,7 @@ from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory, scattered, spread
 from hpccl.train.distill import Distilled
 from hpccl.train.kept import held_out, kept_of_tasks
+from hpccl.train.removal import less, removed_samples, removed_slots
 
 __all__ = ["Composer", "Part", "head_steps", "new_samples", "plan_task", "planned_steps", "split", "task_epochs"]
 
@@ -41,6 +42,7 @@ def planned_steps(config: RunConfig, stream: Stream) -> list[int]:
     steps = []
     for task in tasks[skipped:]:
         kept = sum(kept_of_tasks(config, stream, task.index))
+        kept = 0 if config.prior.fromp.weight > 0 else kept  # recalled beside the rows of a step
         if config.train.data == "memory":
             new, kept = sum(kept_of_tasks(config, stream, task.index + 1)), 0
         else:
@@ -68,8 +70,8 @@ def _plan(config: RunConfig, task: Task, num_new: int, num_memory: int) -> Batch
         epochs=task_epochs(config, task.index),
         seed=config.seed,
         task=task.index,
-        share=mix.share if mix.kind == "stratified" else None,
-        window=config.data.shuffle_window,
+        share=mix.share if mix.kind == "stratified" and num_new else None,
+        window=config.data.shuffle_window if num_new else 0,
     )
 
 
@@ -81,7 +83,9 @@ def new_samples(config: RunConfig, stream: Stream, task: Task, memory: Memory) -
             held = held_out(config, stream, task)
             return own if len(held) == 0 else np.setdiff1d(own, held)
         case "seen":
-            return np.arange(task.samples("train").stop)
+            seen = np.arange(task.samples("train").stop)
+            adapt = config.adapt
+            return np.setdiff1d(seen, removed_samples(adapt, stream)) if isinstance(adapt, RemoveData) else seen
         case "memory":
             return np.sort(memory.sample.numpy())
         case _ as never:
@@ -122,7 +126,8 @@ class Composer:
     [C]; heads: [T + 1, C] bool, row t is task t's own head, the last row all classes seen so far; tau, beta: [T] weight
     of a memory example, and of the true label of a soft-labelled one, by the task it comes from, to which the
     selector's comes; teacher: the frozen old model on pixels, where what it says belongs to the student's view;
-    epochs: of the task; distilled: what the old model says of images beside their labels, or None.
+    epochs: of the task; distilled: what the old model says of images beside their labels, or None; removed: [M] bool,
+    memory examples that are to be forgotten, or None.
     """
 
     config: RunConfig
@@ -137,6 +142,7 @@ class Composer:
     device: torch.device
     epochs: int
     distilled: Distilled | None = None
+    removed: Tensor | None = None
 
     @classmethod
     def build(
@@ -152,6 +158,7 @@ class Composer:
     ) -> Composer:
         """For one task."""
         num_classes = len(stream.class_names)
+        removed = removed_slots(config, stream, memory)
         task_of_class = torch.zeros(num_classes, dtype=torch.int64)
         heads = torch.zeros(len(stream.tasks) + 1, num_classes, dtype=torch.bool)
         for other in stream.tasks:
@@ -164,13 +171,14 @@ class Composer:
             labels=torch.from_numpy(stream.labels("train")),
             task_of_class=task_of_class,
             heads=heads,
-            tau=_memory_weights(config, stream, task, memory, config.prior.weight),
+            tau=_memory_weights(config, stream, task, memory, config.prior.weight, removed=removed),
             beta=_memory_weights(config, stream, task, memory, (config.prior.label_weight,)),
             memory=memory,
             teacher=teacher,
             device=device,
             epochs=task_epochs(config, task.index),
             distilled=distilled,
+            removed=removed,
         )
 
     def request(self, part: Part) -> Request:
@@ -181,7 +189,7 @@ class Composer:
         """
         new, slot = part.batch.new[part.rows], part.batch.slot[part.rows]
         from_memory = slot >= 0
-        sample = self.samples[new]
+        sample = self.samples[new] if len(self.samples) else new.copy()
         sample[from_memory] = self.memory.sample.numpy()[slot[from_memory]]
         key = part.batch.view[part.rows].copy()
         if self.config.prior.view == "stored":
@@ -230,6 +238,9 @@ class Composer:
             rows = _with(rows, soft, true_target, true_head, weight=beta, temperature=1.0, term=REPLAY, kind=0)
         if self.distilled is not None:
             rows = self._with_distilled(rows, self.distilled, part, said)
+        if self.removed is not None:
+            taken = from_memory & self.removed[slot.clamp(min=0)]
+            rows = less(rows, taken, *self.hard_targets(self.labels[sample]))
         weight = rows.weight * images.valid[rows.image]
         if part.absent:
             weight = torch.zeros_like(weight)
@@ -279,8 +290,13 @@ class Composer:
         return SQUARED if self.config.prior.loss == "squared" else CROSS_ENTROPY
 
     def memory_weights(self, slots: Tensor, by_task: Tensor | None = None) -> Tensor:
-        """[r] what examples in some slots of the memory count: tau (or `by_task` [T]) times the selector's weight."""
-        return (self.tau if by_task is None else by_task)[self.memory.task[slots]] * self.memory.weight[slots]
+        """[r] what examples in some slots of the memory count: tau (or `by_task` [T]) times the selector's weight.
+
+        Of examples to be forgotten, what is taken back of their soft labels.
+        """
+        alone = self.memory.weight[slots]
+        weight = (self.tau if by_task is None else by_task)[self.memory.task[slots]] * alone
+        return weight if self.removed is None else alone.where(self.removed[slots], weight)
 
     def hard_targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Smoothed one-hot targets and competing classes of true labels.
@@ -334,11 +350,24 @@ def _with(
     )
 
 
-def _memory_weights(config: RunConfig, stream: Stream, task: Task, memory: Memory, values: tuple[float, ...]) -> Tensor:
-    """[T] `values` by task, times N_s / m where memory stands for its whole task, or N_t / M where for the new one."""
+def _memory_weights(
+    config: RunConfig,
+    stream: Stream,
+    task: Task,
+    memory: Memory,
+    values: tuple[float, ...],
+    *,
+    removed: Tensor | None = None,
+) -> Tensor:
+    """[T] `values` by task, times N_s / m where memory stands for its whole task, or N_t / M where for the new one.
+
+    removed: [M] bool, examples that count in neither N_s nor m
+    """
     weights = []
-    for other, kept in zip(stream.tasks, memory.per_task(len(stream.tasks)), strict=True):
-        stands_for = len(other.samples("train")) / max(kept, 1) if config.prior.scale_to_task else 1.0
+    count = len(stream.tasks)
+    gone = [0] * count if removed is None else torch.bincount(memory.task[removed], minlength=count).tolist()
+    for other, kept, out in zip(stream.tasks, memory.per_task(count), gone, strict=True):
+        stands_for = (len(other.samples("train")) - out) / max(kept - out, 1) if config.prior.scale_to_task else 1.0
         if config.prior.scale_to_new:
             stands_for = len(task.samples("train")) / max(len(memory), 1)
         weights.append(per_task(values, other.index) * stands_for)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import DenseCurvature
+from hpccl.config.sections import AnyAdaptation, DenseCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.coverage import plan_ahead
 from hpccl.data.build import open_stream
@@ -30,12 +30,14 @@ from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, slurm_job, versions
 from hpccl.memory.budget import per_class
+from hpccl.memory.store import Memory
 from hpccl.models.build import build_model
 from hpccl.models.pretrained import Start, start_from
 from hpccl.report.events import EventLog, read_events
 from hpccl.report.events import latest as latest_events
 from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
+from hpccl.train.adapt import adaptation_steps, adaptation_task, added_data, begin_adapting, continues
 from hpccl.train.compose import planned_steps
 from hpccl.train.consolidate import admit_first, consolidate
 from hpccl.train.evaluate import evaluate, test
@@ -59,7 +61,7 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
     with EventLog(folder.events, enabled=comm.leader, sinks=sinks) as log:
         try:
             with make_progress(comm.leader and not quiet) as progress:
-                stream = open_stream(config.stream, config.data)
+                stream = open_stream(config.stream, config.data, added_data(config))
                 world = World(config, comm, stream, folder, log, progress, stop)
                 outcome = _through_the_stream(world, command)
         except HpcclError as error:
@@ -79,11 +81,14 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     begun = time.perf_counter()
     found = latest(world.folder.checkpoints)
     # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
-    model, start = fresh_model(config, stream, pretrained=found is None or config.train.restart)
+    pretrained = (found is None or config.train.restart) and not continues(config)
+    model, start = fresh_model(config, stream, pretrained=pretrained)
     state = _state_of(model, config, stream, world.comm)
-    if config.prior.quadratic.weight > 0:
+    if config.measures:
         build_estimator(config.curvature, config.seed, state.coverage).check(state.engine.module)
-    _introduce(world, command, found)
+    if found is None:
+        begin_adapting(state, world)
+    _introduce(world, command, found, state)
     if start is not None:
         _tell_start(start, world)
     if found is not None:
@@ -92,7 +97,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
         state.load_state_dict(tree, found, open_shards(world.folder.checkpoints, found), world.comm)
     else:
         world.log.write("evaluate", task=-1, results=test(state, world, last=-1))
-    for task in stream.tasks[_first_task(config, stream, state.mark) :]:
+    for task in _tasks(config, stream, state.mark):
         if state.mark.task < task.index:
             state.mark = Mark.at(task.index, "fit", 0)
         if not _learn(task, state, world):
@@ -117,7 +122,8 @@ def _learn(task: Task, state: RunState, world: World) -> bool:
             if world.stop.requested(world.comm):
                 return False
         reconstruct(task, state, world)
-        if not world.config.train.restart or world.config.train.data == "memory":
+        fresh = world.config.train.restart and world.config.train.data != "memory"
+        if not (fresh or _adapts(world.config)):
             consolidate(task, state, world)
     except Stopped:
         return False
@@ -150,7 +156,7 @@ def fresh_model(config: RunConfig, stream: Stream, *, pretrained: bool) -> tuple
 
 def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -> RunState:
     """The engine around a model; what needs whole weights is done before it spreads them."""
-    measured = config.prior.quadratic.weight > 0 and not isinstance(config.curvature, DenseCurvature)
+    measured = config.measures and not isinstance(config.curvature, DenseCurvature)
     coverage = plan_ahead(model, stream.image_shape) if measured and spreads_weights(config) else None
     return RunState(build_engine(config, model, comm), coverage=coverage)
 
@@ -186,6 +192,18 @@ def _check_data(tree: dict[str, Any], world: World) -> None:
         )
 
 
+def _adapts(config: RunConfig) -> bool:
+    """Whether this run adapts another, or is such a run's reference: one task, and nothing after it."""
+    return isinstance(config.adapt, AnyAdaptation)
+
+
+def _tasks(config: RunConfig, stream: Stream, mark: Mark) -> Sequence[Task]:
+    """Those that are still to be learned."""
+    if _adapts(config):
+        return () if mark.phase == "done" else (adaptation_task(config, stream),)
+    return stream.tasks[_first_task(config, stream, mark) :]
+
+
 def _first_task(config: RunConfig, stream: Stream, mark: Mark) -> int:
     if config.train.only_last:
         return len(stream.tasks) - 1 if mark.phase != "done" or mark.task < len(stream.tasks) - 1 else len(stream.tasks)
@@ -219,17 +237,25 @@ def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
 def _first_task_identity(config: RunConfig) -> dict[str, Any]:
     """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
     identity = config.identity()
-    train, optim, correct = identity["train"], identity["optim"], identity["prior"]["correct"]
+    train, optim, prior = identity["train"], identity["optim"], identity["prior"]
+    correct = prior["correct"]
     later = {"head_epochs": 0, "frozen": [], "first_task_from": None}  # say nothing of a first task
     return {
         **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
         "train": {**train, "epochs": train["epochs"][0], **later},
         "held_out": [correct["share"], identity["memory"]["total"]] if correct["share"] else None,
         "optim": {**optim, "lr": optim["lr"][0]},
+        "prior": {"normal": {"precision": prior["normal"]["precision"]}},
     }
 
 
-def _introduce(world: World, command: Sequence[str], found: Mark | None) -> None:
+def _introduce(world: World, command: Sequence[str], found: Mark | None, state: RunState) -> None:
+    config, stream = world.config, world.stream
+    steps = planned_steps(config, stream)
+    if _adapts(config):
+        saved = None if found is None else load(world.folder.checkpoints, found)["prior"]["memory"]
+        memory = state.prior.memory if saved is None else Memory.from_state_dict(saved)
+        steps = adaptation_steps(adaptation_task(config, stream), memory, world)
     gpu = torch.cuda.get_device_name() if world.comm.device.type == "cuda" else None
     world.log.write(
         "run",
@@ -239,7 +265,7 @@ def _introduce(world: World, command: Sequence[str], found: Mark | None) -> None
         machine={**machine(), "gpu": gpu, "threads": torch.get_num_threads()},
         versions=versions(),
         world_size=world.comm.size,
-        steps=planned_steps(world.config, world.stream),
+        steps=steps,
         job=None if (job := slurm_job()) is None else asdict(job),
         resumed=None if found is None else {"task": found.task, "phase": found.phase, "step": found.step},
     )

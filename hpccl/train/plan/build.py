@@ -147,7 +147,7 @@ def make_plan(
     rows = math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.accumulate)
     network = look(config, image_shape=stream.image_shape, num_classes=num_classes, rows=max(rows, 2))
     curvature = None
-    if config.prior.quadratic.weight > 0:
+    if config.measures:
         curvature = plan_curvature(config.curvature, network.layouts, network.rest, spread, tasks=num_tasks)
     case = _Case(config, stream, spread, network, curvature)
     kept, rates = moments(config), None
@@ -319,10 +319,11 @@ class _Case:
     def batch_plans(self) -> Iterator[BatchPlan]:
         """Of the tasks that are trained."""
         config, tasks, mix = self.config, self.stream.layout.tasks, self.config.memory.mix
+        coupled = config.prior.fromp.weight > 0  # recalled beside the rows of a step
         for task in tasks[-1:] if config.train.only_last else tasks:
             yield BatchPlan(
                 num_new=self._num_new(task),
-                num_memory=0 if config.train.data == "memory" else sum(self._kept(task.index)),
+                num_memory=0 if coupled or config.train.data == "memory" else sum(self._kept(task.index)),
                 batch_size=config.train.batch_size,
                 epochs=task_epochs(config, task.index),
                 seed=config.seed,

@@ -17,6 +17,9 @@ KD = "prior.distill.weight=1"
 GDUMB = ("train.data=memory", "train.restart=true", "memory.total=20", "prior.replay=1")
 ICARL = ("train.loss=sigmoid", "train.head=seen", KD, "prior.distill.images=all", MEMORY, "prior.replay=1")
 BIC = ("train.head=seen", "memory.total=100", "prior.replay=1", "prior.correct.share=0.1")
+FROMP = ("prior.fromp.weight=1", MEMORY)
+ADAPT = ("adapt={kind: precision, precision: 2.0, source: runs/a, task: 0}", MEMORY)
+STUDENT = ("adapt={kind: model, source: runs/a, task: 0}", MEMORY)
 SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
 
 
@@ -24,6 +27,30 @@ SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
     ("arguments", "key"),
     [
         (["prior.replay=0.5"], "prior.replay"),
+        (["prior.normal.weight=2"], "prior.normal.weight"),
+        (["prior.normal.precision=1", "optim.weight_decay=0.1"], "optim.weight_decay"),
+        (["prior.fromp.weight=1"], "prior.fromp.weight"),
+        ([*FROMP, "prior.replay=0.5"], "prior.replay"),
+        ([*FROMP, "prior.quadratic.weight=1"], "prior.quadratic.weight"),
+        ([*FROMP, "prior.normal.precision=1"], "prior.normal.precision"),
+        ([*FROMP, "prior.temperature=2"], "prior.temperature"),
+        ([*FROMP, "prior.scale_to_task=true"], "prior.scale_to_task"),
+        ([*FROMP, "memory.mix.kind=stratified"], "memory.mix.kind"),
+        (["prior.fromp.weight=1", "memory.total=10"], "memory.total"),
+        ([*FROMP, "log.reconstruction=0.5"], "log.reconstruction"),
+        ([*FROMP, "prior.fromp.kernel=identity", "prior.fromp.jitter=0.1"], "prior.fromp.jitter"),
+        ([*FROMP, "curvature.kind=mas"], "curvature.kind"),
+        ([ADAPT[0], "train.data=seen"], "train.data"),
+        ([*ADAPT, "prior.normal={precision: 1.0, weight: 0.5}"], "prior.normal.weight"),
+        ([*ADAPT, "log.reconstruction=0.5"], "log.reconstruction"),
+        ([*ADAPT, "memory.labels=kept"], "memory.labels"),
+        ([*ADAPT, "prior.distill.weight=1"], "prior.distill.weight"),
+        ([*ADAPT, "evaluate.classifier=nearest_mean"], "evaluate.classifier"),
+        ([*ADAPT, "train.head_epochs=1"], "train.head_epochs"),
+        ([*ADAPT, "prior.fromp.weight=1"], "prior.fromp.weight"),
+        ([*STUDENT, "prior.view=teacher"], "prior.view"),
+        ([*STUDENT, "prior.replay=1"], "prior.replay"),
+        ([*STUDENT, "prior.quadratic.weight=1"], "prior.quadratic.weight"),
         (["prior.weight=2"], "prior.weight"),
         (["memory.mix.kind=stratified"], "memory.mix.kind"),
         ([MEMORY, "prior.replay=1", "prior.temperature=2"], "prior.temperature"),
