@@ -9,16 +9,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpccl.config.sections import (
+    BlurryScenario,
     DataConfig,
     DdpEngine,
     DeepspeedEngine,
     DigitsStream,
     DistillConfig,
+    DomainScenario,
+    FewShotScenario,
     GreedySelector,
     KroneckerCurvature,
     MemoryConfig,
+    PermutedScenario,
     PriorConfig,
     ReconstructionSelector,
+    RotatedScenario,
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
@@ -114,6 +119,10 @@ class ClashError(ValueError):
 def clashes(config: RunConfig) -> tuple[Clash, ...]:
     """Every combination in `config` that cannot be meant."""
     rules = (
+        _parts_of_scenario,
+        _changed_images,
+        _few_shots,
+        _shared_classes,
         _one_budget,
         _selector,
         _needs_memory,
@@ -137,6 +146,84 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _slurm,
     )
     return tuple(clash for rule in rules for clash in rule(config))
+
+
+def _parts_of_scenario(config: RunConfig) -> Iterator[Clash]:
+    """What a scenario asks of the data sets of a stream."""
+    stream, key = config.stream, "stream.scenario.kind"
+    kind, parts = stream.scenario.kind, () if isinstance(stream, DigitsStream) else stream.parts
+    if kind == "domains":
+        if len(parts) < 2:
+            problem = "every part is a task, and there is one data set; set it to permuted or rotated"
+            yield Clash((key, "stream.kind" if isinstance(stream, DigitsStream) else "stream.parts"), problem)
+        if any(part.tasks > 1 for part in parts):
+            yield Clash(("stream.parts", key), "has a part of several tasks, but every part is one; set tasks to 1")
+        if len({part.classes for part in parts}) > 1:
+            yield Clash(
+                ("stream.parts", key), "has parts of different `classes`; set the same for all"
+            )
+    if kind in ("permuted", "rotated", "few_shot") and len(parts) > 1:
+        yield Clash(("stream.parts", key), f"has {len(parts)} data sets, but {kind} tasks are made of one; leave one")
+    tasks = [stream.tasks] if isinstance(stream, DigitsStream) else [part.tasks for part in parts]
+    if kind == "blurry" and 1 in tasks:
+        problem = "mixes the tasks of a data set, and one has a single task; set tasks to 2 or more"
+        yield Clash((key, "stream.tasks" if isinstance(stream, DigitsStream) else "stream.parts"), problem)
+    if isinstance(stream.scenario, BlurryScenario) and stream.scenario.disjoint == 1:
+        yield Clash(("stream.scenario.disjoint",), "leaves no class to be blurred; set it below 1, or kind to classes")
+
+
+def _changed_images(config: RunConfig) -> Iterator[Clash]:
+    """Of tasks that change all images, which are then decoded ones of one size."""
+    scenario, data, cause = config.stream.scenario, config.data, "stream.scenario.kind"
+    if not isinstance(scenario, PermutedScenario | RotatedScenario):
+        return
+    if data.storage == "encoded":
+        yield Clash(("data.storage", cause), "tasks change decoded images; set it to auto or decoded")
+    if isinstance(data.augment, TimmAugment):
+        yield Clash(("data.augment.kind", cause), "tasks change decoded images; set it to none or crop_flip")
+    if data.progressive is not None:
+        yield Clash(("data.progressive", cause), "tasks change images of one size; leave it out")
+    if data.test_size not in (None, data.image_size):
+        yield Clash(("data.test_size", cause), "tasks change images of one size; leave it out")
+    if isinstance(scenario, RotatedScenario) and scenario.angles == "even" and scenario.seed:
+        yield Clash(("stream.scenario.seed", "stream.scenario.angles"), "even angles are not drawn; leave it 0")
+
+
+def _few_shots(config: RunConfig) -> Iterator[Clash]:
+    stream, scenario = config.stream, config.stream.scenario
+    if not isinstance(scenario, FewShotScenario):
+        return
+    if isinstance(stream, DigitsStream):
+        tasks, cause, there, chosen = stream.tasks, "stream.tasks", 10, None
+    else:
+        tasks, cause, there, chosen = stream.parts[0].tasks, "stream.parts", None, stream.parts[0].classes
+    if tasks < 2:
+        yield Clash((cause, "stream.scenario.kind"), "is the base alone; add 1 for every session")
+    if there is not None and scenario.base + scenario.way * (tasks - 1) > there:
+        problem = f"and {tasks - 1} sessions of {scenario.way} classes are more than {there} classes; set one of them lower"
+        yield Clash(("stream.scenario.base", "stream.scenario.way", "stream.tasks"), problem)
+    if chosen is not None:
+        problem = "has `classes`, which few_shot says by base + way * (tasks - 1); leave it out"
+        yield Clash(("stream.parts", "stream.scenario.base"), problem)
+    if scenario.lists is not None and scenario.seed:
+        yield Clash(("stream.scenario.seed", "stream.scenario.lists"), "draws images, which lists name; leave it 0")
+
+
+def _shared_classes(config: RunConfig) -> Iterator[Clash]:
+    """What is said of new classes, where a task may have none."""
+    scenario, prior, cause = config.stream.scenario, config.prior, "stream.scenario.kind"
+    if not isinstance(scenario, DomainScenario | PermutedScenario | RotatedScenario | BlurryScenario):
+        return
+    why = f"is about new classes, and {scenario.kind} tasks share theirs"
+    if config.train.head_epochs:
+        yield Clash(("train.head_epochs", cause), f"{why}; leave it 0")
+    if prior.distill.weight > 0 and prior.distill.balance == "classes":
+        yield Clash(("prior.distill.balance", cause), f"{why}; set it to fixed")
+    if prior.distill.weight > 0 and config.train.loss == "sigmoid":
+        problem = f"leaves old classes to the old network, and {scenario.kind} tasks share theirs; use cross_entropy"
+        yield Clash(("train.loss", cause), problem)
+    if prior.correct.share > 0:
+        yield Clash(("prior.correct.share", cause), f"{why}; set it to 0")
 
 
 def _budgets(memory: MemoryConfig) -> list[str]:

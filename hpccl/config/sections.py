@@ -180,8 +180,8 @@ class FewShotScenario(Section):
     base: PositiveInt  # classes of the first task
     way: PositiveInt  # classes of each session
     shots: PositiveInt  # training images of each class of a session
-    # folder of session_2.txt, session_3.txt, ...: a training image a line, by its name without folders and extension, or
-    # by its number if names are numbers; session_1.txt, if there is one, lists those of the base. null: drawn by seed
+    # folder of session_2.txt, session_3.txt, ...: a training image a line, by its name (folders and extension do not
+    # count) or by its number if names are numbers; session_1.txt may list those of the base. null: drawn by seed
     lists: Line | None = None
     seed: NonNegativeInt = 0  # of drawn images, which do not depend on the run's seed
 

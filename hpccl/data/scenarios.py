@@ -54,8 +54,8 @@ def repeated(layout: Layout, tasks: int) -> Layout:
 
 
 def _repeated(index: Index, times: int) -> Index:
-    columns = (np.tile(column, times) for column in (index.part, index.local, index.label, index.group))
-    return Index(*columns, change=np.repeat(np.arange(times), len(index)))
+    tiled = index.only(np.tile(np.arange(len(index)), times))
+    return replace(tiled, change=np.repeat(np.arange(times), len(index)))
 
 
 # ---------------------------------------------------------------- blurry boundaries
@@ -96,7 +96,7 @@ def _blurry_classes(task: ClassTask, disjoint: float, seed: int) -> list[int]:
     """The classes of a task that other tasks get images of."""
     classes = np.array(task.classes)
     alone = round(disjoint * len(classes))
-    return np.sort(classes[np.argsort(mix(seed, _DISJOINT, classes), kind="stable")[alone:]]).tolist()
+    return [int(label) for label in np.sort(classes[np.argsort(mix(seed, _DISJOINT, classes), kind="stable")[alone:]])]
 
 
 # ---------------------------------------------------------------- few shots
@@ -130,8 +130,8 @@ def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int) -> L
     names: `<shard>/<key>` of numbers within the data set
 
     Raises:
-        DataError: a file is missing or cannot be read, or lists an image that is not there, is another task's, or twice;
-            or another number than `shots` of a class.
+        DataError: a file is missing or cannot be read, or lists an image that is not there, is another task's, or is
+            there twice; or it lists another number than `shots` of a class.
     """
     index = layout.index["train"]
     found: dict[str, list[int]] = defaultdict(list)

@@ -118,9 +118,9 @@ def split(batch: Batch, comm: Comm, *, accumulate: int) -> list[Part]:
 class Composer:
     """Turns parts and their images into rows during one task.
 
-    samples: [n] the data that the task trains on; labels: [N] class number of every training example; task_of_class:
-    [C]; heads: [T + 1, C] bool, row t is task t's own head, the last row all classes seen so far; tau, beta: [T] weight
-    of a memory example, and of the true label of a soft-labelled one, by the task it comes from, to which the
+    samples: [n] the data that the task trains on; labels: [N] class number of every training example; ends: [T] the
+    sample after each task's last, for tasks may share classes; heads: [T + 1, C] bool, row t is task t's own head, the
+    last row all classes seen so far; tau, beta: [T] weight of a memory example, and of the true label of a soft-labelled one, by the task it comes from, to which the
     selector's comes; teacher: the frozen old model on pixels, where what it says belongs to the student's view;
     epochs: of the task; distilled: what the old model says of images beside their labels, or None.
     """
@@ -128,7 +128,7 @@ class Composer:
     config: RunConfig
     samples: Ints
     labels: Tensor
-    task_of_class: Tensor
+    ends: Tensor
     heads: Tensor
     tau: Tensor
     beta: Tensor
@@ -152,17 +152,15 @@ class Composer:
     ) -> Composer:
         """For one task."""
         num_classes = len(stream.class_names)
-        task_of_class = torch.zeros(num_classes, dtype=torch.int64)
         heads = torch.zeros(len(stream.tasks) + 1, num_classes, dtype=torch.bool)
         for other in stream.tasks:
-            task_of_class[list(other.classes)] = other.index
             heads[other.index, list(other.classes)] = True
-            heads[-1, list(other.classes)] = other.index <= task.index
+            heads[-1] |= heads[other.index] & (other.index <= task.index)
         return cls(
             config=config,
             samples=new_samples(config, stream, task, memory),
             labels=torch.from_numpy(stream.labels("train")),
-            task_of_class=task_of_class,
+            ends=torch.tensor([other.samples("train").stop for other in stream.tasks]),
             heads=heads,
             tau=_memory_weights(config, stream, task, memory, config.prior.weight),
             beta=_memory_weights(config, stream, task, memory, (config.prior.label_weight,)),
@@ -200,7 +198,7 @@ class Composer:
         slot = torch.from_numpy(part.batch.slot[part.rows])
         sample = torch.from_numpy(self.request(part).sample)
         from_memory = slot >= 0
-        target, head = self.hard_targets(self.labels[sample])
+        target, head = self.hard_targets(sample)
         weight = torch.full((len(slot),), part.batch.weight_new)
         term = torch.full((len(slot),), NEW)
         temperature = torch.ones(len(slot))
@@ -282,13 +280,14 @@ class Composer:
         """[r] what examples in some slots of the memory count: tau (or `by_task` [T]) times the selector's weight."""
         return (self.tau if by_task is None else by_task)[self.memory.task[slots]] * self.memory.weight[slots]
 
-    def hard_targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Smoothed one-hot targets and competing classes of true labels.
+    def hard_targets(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Smoothed one-hot targets and competing classes of the true labels of training examples.
 
         With a sigmoid for each class, the old ones are left to the old network where it speaks of the same images.
         """
-        own = self.config.train.head == "own"
-        head = self.heads[self.task_of_class[labels]] if own else self.heads[-1].expand(len(labels), -1)
+        own, labels = self.config.train.head == "own", self.labels[samples]
+        task = torch.searchsorted(self.ends, samples, right=True)
+        head = self.heads[task] if own else self.heads[-1].expand(len(labels), -1)
         smoothing = self.config.train.label_smoothing
         target = head * (smoothing / head.sum(dim=1, keepdim=True))
         target[torch.arange(len(labels)), labels] += 1 - smoothing

@@ -242,7 +242,7 @@ class _Case:
         """What the old network says of the last task's images, and of memory's if these are distilled, too."""
         *before, last = self.stream.layout.tasks
         memory = sum(self._kept(last.index)) if self.config.prior.distill.images == "all" else 0
-        old = sum(len(task.classes) for task in before)
+        old = len({label for task in before for label in task.classes})
         return (self._num_new(last) + memory) * old * _LABEL[self.config.memory.dtype]
 
     def _kept(self, tasks: int) -> list[int]:
