@@ -162,7 +162,7 @@ def _parts_of_scenario(config: RunConfig) -> Iterator[Clash]:
             yield Clash(
                 ("stream.parts", key), "has parts of different `classes`; set the same for all"
             )
-    if kind in ("permuted", "rotated", "few_shot") and len(parts) > 1:
+    if kind in ("permuted", "rotated", "few_shot") and _several_parts(config):
         yield Clash(("stream.parts", key), f"has {len(parts)} data sets, but {kind} tasks are made of one; leave one")
     tasks = [stream.tasks] if isinstance(stream, DigitsStream) else [part.tasks for part in parts]
     if kind == "blurry" and 1 in tasks:
@@ -189,9 +189,13 @@ def _changed_images(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("stream.scenario.seed", "stream.scenario.angles"), "even angles are not drawn; leave it 0")
 
 
+def _several_parts(config: RunConfig) -> bool:
+    return not isinstance(config.stream, DigitsStream) and len(config.stream.parts) > 1
+
+
 def _few_shots(config: RunConfig) -> Iterator[Clash]:
     stream, scenario = config.stream, config.stream.scenario
-    if not isinstance(scenario, FewShotScenario):
+    if not isinstance(scenario, FewShotScenario) or _several_parts(config):
         return
     if isinstance(stream, DigitsStream):
         tasks, cause, there, chosen = stream.tasks, "stream.tasks", 10, None

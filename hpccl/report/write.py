@@ -94,9 +94,9 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
     return [
         (f"{percent(report.average_accuracy)} %", "average accuracy"),
         (f"{percent(report.average_accuracy_class_incremental)} %", "average accuracy, class-incremental"),
-        (f"{percent(_last(report.union_accuracy))} %", "accuracy on all test images, class-incremental"),
-        (f"{percent(report.average_union_accuracy)} %", "the same, averaged over tasks"),
-        (percent(report.performance_drop), "the same, drop from the first task to the last, points"),
+        (f"{percent(_last(report.union_accuracy))} %", "class-incremental, all test images"),
+        (f"{percent(report.average_union_accuracy)} %", "its mean over tasks"),
+        (percent(report.performance_drop), "its drop, first to last, points"),
         (percent(report.forgetting), "forgetting, points"),
         (signed(report.bwt), "backward transfer, points"),
         (signed(report.fwt), "forward transfer, points"),

@@ -18,11 +18,37 @@ GDUMB = ("train.data=memory", "train.restart=true", "memory.total=20", "prior.re
 ICARL = ("train.loss=sigmoid", "train.head=seen", KD, "prior.distill.images=all", MEMORY, "prior.replay=1")
 BIC = ("train.head=seen", "memory.total=100", "prior.replay=1", "prior.correct.share=0.1")
 SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
+LARGE = ("stream={kind: shards, parts: [{path: a, tasks: 2}]}", "model={kind: timm, name: resnet18}", "data.image_size=64")
+PAIR = "stream={kind: shards, parts: [{path: a}, {path: b}]}"
+SESSIONS = ("stream.tasks=3", "stream.scenario={kind: few_shot, base: 5, way: 2, shots: 5}")
+PERMUTED, BLURRY = "stream.scenario.kind=permuted", "stream.scenario.kind=blurry"
+DOMAINS = "stream.scenario.kind=domains"
 
 
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
+        ([DOMAINS], "stream.scenario.kind"),
+        ([SHARDS, DOMAINS], "stream.parts"),
+        (["stream={kind: shards, parts: [{path: a, classes: 3}, {path: b}]}", DOMAINS], "stream.parts"),
+        ([PAIR, PERMUTED], "stream.parts"),
+        ([PAIR, SESSIONS[1]], "stream.parts"),
+        ([PAIR, BLURRY], "stream.scenario.kind"),
+        (["stream.tasks=1", BLURRY], "stream.scenario.kind"),
+        ([BLURRY, "stream.scenario.disjoint=1"], "stream.scenario.disjoint"),
+        ([PERMUTED, "data.storage=encoded"], "data.storage"),
+        ([PERMUTED, "data.augment.kind=timm", "data.image_size=8"], "data.augment.kind"),
+        ([*LARGE, PERMUTED, "data.progressive={first: 32}"], "data.progressive"),
+        ([*LARGE, PERMUTED, "data.test_size=72"], "data.test_size"),
+        (["stream.scenario={kind: rotated, angles: even, seed: 1}"], "stream.scenario.seed"),
+        (["stream.tasks=1", SESSIONS[1]], "stream.tasks"),
+        (["stream.tasks=4", SESSIONS[1]], "stream.scenario.base"),
+        ([SHARDS.replace("tasks: 2}, {path: b}", "tasks: 3, classes: 9}"), SESSIONS[1]], "stream.parts"),
+        ([*SESSIONS, "stream.scenario.seed=1", "stream.scenario.lists=a"], "stream.scenario.seed"),
+        ([PERMUTED, "train.head_epochs=1"], "train.head_epochs"),
+        ([BLURRY, "train.head=seen", KD, "prior.distill.balance=classes"], "prior.distill.balance"),
+        ([PERMUTED, *ICARL], "train.loss"),
+        ([BLURRY, *BIC], "prior.correct.share"),
         (["prior.replay=0.5"], "prior.replay"),
         (["prior.weight=2"], "prior.weight"),
         (["memory.mix.kind=stratified"], "memory.mix.kind"),
@@ -111,6 +137,12 @@ def test_a_combination_that_cannot_be_meant(arguments: list[str], key: str) -> N
     "arguments",
     [
         [],
+        [PAIR, DOMAINS],
+        [PERMUTED, KD, "stream.scenario.seed=3"],
+        ["stream.scenario={kind: rotated, degrees: 90, angles: even}"],
+        [BLURRY, "stream.scenario.blur=0.3", MEMORY],
+        [*SESSIONS, *BIC],
+        [*SESSIONS, "stream.scenario.lists=a"],
         [MEMORY, "prior.replay=1"],
         ["memory.total=20", "memory.selector=reconstruction", "memory.selector.probes=0", "prior.replay=0.5"],
         [

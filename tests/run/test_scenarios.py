@@ -1,0 +1,143 @@
+"""Streams whose tasks share classes, or have few images: heads, memory, curvature, resuming, other methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hpccl.report.write
+from hpccl.config.load import load
+from hpccl.config.run import RunConfig
+from hpccl.report.summary import summarise
+from hpccl.train.compose import Composer
+from hpccl.train.distill import old_heads
+from hpccl.train.evaluate import test as evaluate_all
+from tests.run.command import events
+from tests.run.method import learn, make_world
+from tests.run.test_rows import finished
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    *("model.hidden=[16]", "checkpoint.every=0", "log.every=5", "log.tensorboard=false"),
+    *("engine.device=cpu", "curvature.kind=diagonal", "log.reconstruction=0.02"),
+)
+SCENARIOS = {
+    "permuted": ("stream.tasks=3", "stream.scenario.kind=permuted", "train.epochs=1"),
+    "rotated": ("stream.tasks=2", "stream.scenario={kind: rotated, degrees: 90, angles: even}", "train.epochs=1"),
+    "blurry": ("stream.scenario={kind: blurry, blur: 0.2, disjoint: 0.5}", "train.epochs=4"),
+    "few_shot": ("stream.tasks=3", "stream.scenario={kind: few_shot, base: 5, way: 2, shots: 5}", "train.epochs=4"),
+}
+
+
+def config_of(scenario: str, *arguments: str, method: str = "ewc+fr+replay") -> RunConfig:
+    files = [ROOT / "configs" / "quickstart.yaml", ROOT / "configs" / "method" / f"{method}.yaml"]
+    return load(files, [*SMALL, *SCENARIOS[scenario], *arguments])
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_stopped_and_continued_to_the_same_weights(
+    tmp_path: Path, scenario: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With memory of both kinds and curvature, in the midst of the second task and of the third."""
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+
+    def config(name: str) -> RunConfig:
+        return config_of(scenario, "memory.size=40", f"folder={tmp_path / name}")
+
+    once, again = finished(config("once")), finished(config("again"), stops=(5, 2))
+    assert again == once
+    results = events(tmp_path / "once", "evaluate")[-1]["results"]
+    assert events(tmp_path / "again", "evaluate")[-1]["results"] == results
+    report = summarise(tmp_path / "once")
+    right = sum(result["num"] * result["class_incremental"]["accuracy"] for result in results)
+    assert report.union_accuracy[-1] == pytest.approx(right / sum(result["num"] for result in results))
+    assert right / sum(result["num"] for result in results) > 1.5 / 10  # it learns, whatever is shared
+    sizes = {"permuted": 1438, "rotated": 1438, "blurry": None, "few_shot": 10}[scenario]
+    assert sizes is None or report.tasks[1]["num_train"] == sizes
+
+
+@pytest.mark.parametrize("head", ["own", "seen"])
+def test_all_classes_compete_where_all_are_shared(tmp_path: Path, head: str) -> None:
+    config = config_of("permuted", f"train.head={head}", method="finetune")
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 2)
+    composer = Composer.build(
+        config, world.stream, world.stream.tasks[1], state.prior.memory, teacher=None, device=state.engine.device
+    )
+    target, competing = composer.hard_targets(torch.arange(1430, 1450))
+    assert bool(competing.all())
+    np.testing.assert_array_equal(target.argmax(dim=1), world.stream.labels("train")[1430:1450])
+    for result in evaluate_all(state, world, last=1)[:2]:
+        assert result["class_incremental"] == result["task_incremental"]
+
+
+def test_the_own_head_of_an_image_is_that_of_the_task_it_comes_with(tmp_path: Path) -> None:
+    """A class may be in several tasks, so that its name alone does not say which classes compete."""
+    config = config_of("blurry", "train.head=own", method="finetune")
+    state, world = make_world(config, tmp_path)
+    tasks, labels = world.stream.tasks, world.stream.labels("train")
+    assert len({task.classes for task in tasks}) == 5
+    composer = Composer.build(
+        config, world.stream, tasks[2], state.prior.memory, teacher=None, device=state.engine.device
+    )
+    _, competing = composer.hard_targets(torch.arange(len(labels)))
+    for task in tasks:
+        here = competing[task.train.start : task.train.stop]
+        expected = torch.zeros(len(world.stream.class_names), dtype=torch.bool)
+        expected[list(task.classes)] = True
+        assert bool((here == expected).all())
+    # In a test, too: the accuracy among the own head is that of the classes of the image's task.
+    logits = torch.cat([state.engine.predict(images.pixels) for images in world.stream.load(requests(world), "test")])
+    for task, result in zip(tasks, evaluate_all(state, world, last=1), strict=True):
+        span = slice(task.test.start, task.test.stop)
+        masked = torch.full_like(logits[span], -torch.inf)
+        masked[:, list(task.classes)] = logits[span][:, list(task.classes)]
+        right = masked.argmax(dim=1).numpy() == world.stream.labels("test")[span]
+        assert result["task_incremental"]["accuracy"] == pytest.approx(right.mean())
+
+
+def requests(world):  # type: ignore[no-untyped-def]
+    from hpccl.data.rows import Request
+
+    count = world.stream.tasks[-1].test.stop
+    yield Request(np.arange(count), np.zeros(count, dtype=np.uint64))
+
+
+def test_the_old_network_says_one_thing_of_a_head_that_tasks_share(tmp_path: Path) -> None:
+    config = config_of("permuted", "train.head=own", "prior.distill.weight=1", method="finetune")
+    _, world = make_world(config, tmp_path)
+    heads = old_heads(config, world.stream, world.stream.tasks[2])
+    assert heads.shape == (1, 10)
+    assert bool(heads.all())
+
+
+def test_memory_keeps_all_of_a_session_that_is_smaller(tmp_path: Path) -> None:
+    config = config_of("few_shot", "memory.size=40", method="replay")
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 3)
+    assert state.prior.memory.per_task(3) == [40, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "method", "settings"),
+    [
+        ("permuted", "gdumb", ("memory.total=60", "train.epochs=60")),
+        ("blurry", "gdumb", ("memory.total=60", "train.epochs=60")),
+        ("rotated", "lwf", ("train.head_epochs=0", "train.epochs=3")),
+        ("blurry", "der++", ("memory.total=60",)),
+        ("few_shot", "bic", ("memory.total=100",)),
+        ("few_shot", "icarl", ("memory.total=60",)),
+        ("permuted", "joint", ("train.only_last=false", "train.epochs=3", "stream.tasks=2")),
+    ],
+)
+def test_other_methods_learn_on_shared_classes(
+    tmp_path: Path, scenario: str, method: str, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+    finished(config_of(scenario, *settings, f"folder={tmp_path / 'run'}", method=method))
+    union = summarise(tmp_path / "run").union_accuracy
+    assert union[0] is not None and union[0] > 0.5
+    assert union[-1] is not None and union[-1] > 0.15
