@@ -136,6 +136,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _scaled,
         _corrected,
         _frozen,
+        _topology,
         _tested,
         _pictures,
         _sizes,
@@ -159,9 +160,7 @@ def _parts_of_scenario(config: RunConfig) -> Iterator[Clash]:
         if any(part.tasks > 1 for part in parts):
             yield Clash(("stream.parts", key), "has a part of several tasks, but every part is one; set tasks to 1")
         if len({part.classes for part in parts}) > 1:
-            yield Clash(
-                ("stream.parts", key), "has parts of different `classes`; set the same for all"
-            )
+            yield Clash(("stream.parts", key), "has parts of different `classes`; set the same for all")
     if kind in ("permuted", "rotated", "few_shot") and _several_parts(config):
         yield Clash(("stream.parts", key), f"has {len(parts)} data sets, but {kind} tasks are made of one; leave one")
     tasks = [stream.tasks] if isinstance(stream, DigitsStream) else [part.tasks for part in parts]
@@ -204,7 +203,9 @@ def _few_shots(config: RunConfig) -> Iterator[Clash]:
     if tasks < 2:
         yield Clash((cause, "stream.scenario.kind"), "is the base alone; add 1 for every session")
     if there is not None and scenario.base + scenario.way * (tasks - 1) > there:
-        problem = f"and {tasks - 1} sessions of {scenario.way} classes are more than {there} classes; set one of them lower"
+        problem = (
+            f"and {tasks - 1} sessions of {scenario.way} classes are more than {there} classes; set one of them lower"
+        )
         yield Clash(("stream.scenario.base", "stream.scenario.way", "stream.tasks"), problem)
     if chosen is not None:
         problem = "has `classes`, which few_shot says by base + way * (tasks - 1); leave it out"
@@ -228,6 +229,10 @@ def _shared_classes(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("train.loss", cause), problem)
     if prior.correct.share > 0:
         yield Clash(("prior.correct.share", cause), f"{why}; set it to 0")
+    if prior.topology.nodes > 0:
+        yield Clash(("prior.topology.nodes", cause), f"{why}; set it to 0")
+    if config.evaluate.classifier == "prototype":
+        yield Clash(("evaluate.classifier", cause), f"{why}; set it to head")
 
 
 def _budgets(memory: MemoryConfig) -> list[str]:
@@ -293,7 +298,9 @@ def _fresh_network(config: RunConfig) -> Iterator[Clash]:
     if config.prior.quadratic.weight > 0:
         past.append("prior.quadratic.weight")
     past += ["prior.distill.weight"] if config.prior.distill.weight > 0 else []
+    past += ["prior.topology.nodes"] if config.prior.topology.nodes > 0 else []
     past += [f"train.{key}" for key in ("head_epochs", "frozen") if getattr(train, key)]
+    past += ["train.norms"] if train.norms == "running" else []
     if train.first_task_from is not None:
         past.append("train.first_task_from")
     for key in past:
@@ -444,10 +451,33 @@ def _frozen(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("train.head_epochs", "train.frozen"), problem)
 
 
+def _topology(config: RunConfig) -> Iterator[Clash]:
+    topology, train = config.prior.topology, config.train
+    if topology.nodes == 0:
+        return
+    key = "prior.topology.nodes"
+    if train.data != "task" and not train.restart:  # with restart: _fresh_network speaks
+        yield Clash((key, "train.data"), "keeps the past in place while a task is learned; set train.data=task")
+    if topology.anchor == 0 and topology.minmax == 0:
+        yield Clash(
+            (key, "prior.topology.anchor"), "says nothing without anchor and minmax; set one above 0, or this to 0"
+        )
+    if getattr(config.engine, "compile", False):
+        problem = "looks into the network in every step, which compiled code does not show; set engine.compile=false"
+        yield Clash((key, "engine.compile"), problem)
+    if "features" in train.frozen:
+        yield Clash((key, "train.frozen"), "moves features, which are frozen; leave it 0")
+    if train.head_epochs:
+        yield Clash((key, "train.head_epochs"), "moves features, which stay at first; set train.head_epochs=0")
+
+
 def _tested(config: RunConfig) -> Iterator[Clash]:
     if config.evaluate.classifier == "nearest_mean" and not config.memory.kept:
         problem = "means are of memory's examples; set memory.size or memory.total"
         yield Clash(("evaluate.classifier", "memory.size"), problem)
+    if config.evaluate.classifier == "prototype" and config.train.restart:
+        problem = "keeps the prototypes of classes from task to task; set train.restart=false"
+        yield Clash(("evaluate.classifier", "train.restart"), problem)
 
 
 def _pictures(config: RunConfig) -> Iterator[Clash]:

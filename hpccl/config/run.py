@@ -83,6 +83,7 @@ class RunConfig(Section):
         if self.train.restart:
             return {"seen": "joint", "task": "separate", "memory": "gdumb"}[self.train.data]
         parts = ["ewc"] if self.prior.quadratic.weight > 0 else []
+        parts += ["topic"] if self.prior.topology.nodes > 0 else []
         parts += [*self._distilled(), *self._remembered()]
         if parts:
             return "+".join(parts)
@@ -110,6 +111,8 @@ class RunConfig(Section):
     def _without_past(self) -> str:
         if not self.train.frozen:
             return "finetune"
+        if self.train.frozen == ("features",) and self.evaluate.classifier == "prototype":
+            return "prototypes"
         named = {"features": "feature_extraction", "convolutions": "finetune_head"}
         return named.get("+".join(self.train.frozen), "finetune+frozen")
 

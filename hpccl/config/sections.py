@@ -71,6 +71,7 @@ __all__ = [
     "TasksConfig",
     "TimmAugment",
     "TimmModel",
+    "TopologyConfig",
     "TrainConfig",
     "UniformSelector",
     "per_task",
@@ -366,6 +367,8 @@ class TrainConfig(Section):
     # names of parameters and buffers (with * and ?) that stay as the first task left them; `features`: all but those of
     # the last layer, `convolutions`: those of convolutions and normalisations
     frozen: Annotated[tuple[str, ...], Strict(False)] = ()
+    # of BatchNorm from the second task on: of the batch, or the running ones as they stand; few images say little
+    norms: Literal["batch", "running"] = "batch"
     flip_test: bool = False  # evaluate on the mean of logits of an image and its mirror image
     first_task_from: str | None = None  # run folder with the same first task: take its weights, do not train it again
 
@@ -535,6 +538,28 @@ class CorrectConfig(Section):
     penalty: NonNegativeFloat = 0.1  # of beta^2 / 2, beside the mean nats; 0: there may be no best beta
 
 
+class TopologyConfig(Section):
+    """A neural gas over the features of the first task, whose nodes later tasks keep in place (TOPIC: Tao et al. 2020).
+
+    anchor * mean over old nodes of AL + minmax * mean over new examples of MML, see docs/methods.md.
+    """
+
+    nodes: NonNegativeInt = 0  # nodes of the first task (400 in the paper); 0: no topology
+    new_nodes: PositiveInt = 1  # nodes of each later class; fewer than its examples
+    passes: PositiveInt = 1  # over the first task's examples
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.02  # of neural gas
+    spread: PositiveFloat = 10.0  # alpha of neural gas: nodes of rank i move by exp(-i / spread)
+    first_rank: Literal[0, 1] = 1  # rank of the nearest node
+    lifetime: PositiveInt = 200  # age beyond which an edge goes
+    normalised: bool = True  # features at norm 1
+    anchor: NonNegativeFloat = 0.5  # lambda_1, of the anchor loss
+    minmax: NonNegativeFloat = 0.005  # lambda_2, of the min-max loss
+    margin: PositiveFloat | None = None  # xi, distance that rivals are pushed to; null: the largest one of two nodes
+    # where the images of old nodes should stay: at the node, or where the last network saw them
+    target: Literal["centroid", "image"] = "centroid"
+    floor: PositiveFloat = 0.1  # added to variances, in multiples of the mean variance of features
+
+
 class PriorConfig(Section):
     """What the past says while a new task is learned."""
 
@@ -553,13 +578,15 @@ class PriorConfig(Section):
     view: Literal["stored", "teacher", "recorded"] = "stored"
     distill: DistillConfig = DistillConfig()  # the previous network on the task's own images
     correct: CorrectConfig = CorrectConfig()  # of the logits of the newest classes
+    topology: TopologyConfig = TopologyConfig()  # a net of nodes over features
 
 
 class EvaluateConfig(Section):
     """How the network is tested."""
 
     # nearest_mean: the class whose mean of normalised features, over memory and its mirror images, is closest (iCaRL)
-    classifier: Literal["head", "nearest_mean"] = "head"
+    # prototype: the same, over a class's training examples when it was learned: prototypes on frozen features
+    classifier: Literal["head", "nearest_mean", "prototype"] = "head"
 
 
 class ListedTasks(Section):

@@ -5,7 +5,7 @@ Shapes: n images, r rows, C classes of the whole stream.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,10 @@ __all__ = [
     "SIGMOID",
     "SOFT",
     "SQUARED",
+    "ANCHOR",
+    "PULL",
+    "PUSH",
+    "FeatureRows",
     "Images",
     "Request",
     "Rows",
@@ -30,6 +34,8 @@ __all__ = [
 NEW, SOFT, REPLAY, DISTILL = 0, 1, 2, 3
 # What a row's target is, and so how it is compared with the logits: see hpccl.train.loss.
 CROSS_ENTROPY, SQUARED, SIGMOID = 0, 1, 2
+# What is said of an image's feature: see hpccl.train.loss.
+ANCHOR, PULL, PUSH = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,33 @@ class Images:
 
 
 @dataclass(frozen=True)
+class FeatureRows:
+    """What is said of features, the input of the last layer: where each should be, or from where it should keep away.
+
+    image:  [q] int64, which image a row speaks of
+    target: [q, d] a place among the features
+    weight: [q]; sum over a step of weight * loss is added to the objective per training example
+    kind:   [q] int64, ANCHOR, PULL or PUSH
+    stiff:  [q, d] of ANCHOR, what a squared difference costs; 0 elsewhere
+    margin: [q] of PUSH, the distance that is enough; 0 elsewhere
+    normalised: features are compared at norm 1
+    """
+
+    image: Tensor
+    target: Tensor
+    weight: Tensor
+    kind: Tensor
+    stiff: Tensor
+    margin: Tensor
+    normalised: bool = True
+
+    def to(self, device: torch.device) -> FeatureRows:
+        """The same rows on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
 class Rows:
     """Examples and what to say about them: the rows of one weighted loss, nearly always a cross-entropy.
 
@@ -85,6 +118,7 @@ class Rows:
     temperature: [r], divides the logits
     term:        [r] int64, NEW, SOFT, REPLAY or DISTILL
     kind:        [r] int64, CROSS_ENTROPY, SQUARED or SIGMOID; None: all are CROSS_ENTROPY
+    features:    what is said of features, or None
     """
 
     pixels: Tensor
@@ -96,8 +130,10 @@ class Rows:
     temperature: Tensor
     term: Tensor
     kind: Tensor | None = None
+    features: FeatureRows | None = None
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on a device."""
-        there = vars(self).items()
-        return Rows(**{name: value.to(device, non_blocking=True) for name, value in there if value is not None})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        there = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return Rows(**there, features=None if self.features is None else self.features.to(device))

@@ -10,6 +10,7 @@ import torch
 from hpccl.curvature.protocols import Shards
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves, Place
+from hpccl.memory.gas import Gas
 from hpccl.memory.means import ClassMeans
 from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
@@ -26,7 +27,8 @@ class Prior:
     quadratic: curvature of the past that is not in memory, or None
     anchor:    weights and buffers of the newest old model (whole or spread), or None before the first task ends
     correction: of the logits of its newest classes, or None
-    means:     of the features of each class's memory, as it sees them, or None
+    means:     of the features of each class's memory (or training examples), as it sees them, or None
+    gas:       a net of nodes over features, or None
     """
 
     memory: Memory
@@ -34,6 +36,7 @@ class Prior:
     anchor: Leaves | None = None
     correction: Correction | None = None
     means: ClassMeans | None = None
+    gas: Gas | None = None
 
     def to(self, device: torch.device) -> Prior:
         """The same prior with what a step needs on a device (the memory's few tensors stay on the CPU)."""
@@ -51,6 +54,7 @@ class Prior:
             "anchor": self.anchor,
             "correction": None if self.correction is None else self.correction.state_dict(),
             "means": None if self.means is None else self.means.state_dict(),
+            "gas": None if self.gas is None else self.gas.state_dict(),
         }
 
     @property
@@ -66,11 +70,13 @@ class Prior:
         restored = None
         if quadratic is not None and placed is not None:
             restored = Quadratic.from_state_dict(quadratic, placed, shards, comm, place)
-        correction, means = state.get("correction"), state.get("means")  # earlier checkpoints have neither
+        # Earlier checkpoints have none of these.
+        correction, means, gas = state.get("correction"), state.get("means"), state.get("gas")
         return cls(
             memory=Memory.from_state_dict(state["memory"]),
             quadratic=restored,
             anchor=placed,
             correction=None if correction is None else Correction.from_state_dict(correction),
             means=None if means is None else ClassMeans(**means),
+            gas=None if gas is None else Gas(**gas),
         )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 import numpy as np
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from hpccl.config.run import RunConfig
 from hpccl.config.sections import per_task
-from hpccl.data.order import Batch, BatchPlan
+from hpccl.data.order import Batch, BatchPlan, mix
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, SQUARED, Images, Request, Rows
 from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory, scattered, spread
 from hpccl.train.distill import Distilled
 from hpccl.train.kept import held_out, kept_of_tasks
+from hpccl.train.topology import Topology
 
 __all__ = ["Composer", "Part", "head_steps", "new_samples", "plan_task", "planned_steps", "split", "task_epochs"]
 
@@ -93,25 +93,31 @@ class Part:
     """One micro-batch of one rank.
 
     rows: [p] positions in the step's batch. absent: there were fewer rows than parts and this one only keeps the
-    collectives company; its rows count nothing.
+    collectives company; its rows count nothing. anchors: [a] positions among images that every step shows.
     """
 
     batch: Batch
     rows: npt.NDArray[np.int64]
     absent: bool
+    anchors: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
-def split(batch: Batch, comm: Comm, *, accumulate: int) -> list[Part]:
+def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> list[Part]:
     """This rank's micro-batches: contiguous, differing by at most one row, no padding."""
     whole = comm.share(len(batch))
-    bounds = [whole.start + len(whole) * number // accumulate for number in range(accumulate + 1)]
+    shown = comm.share(anchors)
     parts = []
-    for start, stop in itertools.pairwise(bounds):
-        rows = np.arange(start, stop)
+    for number in range(accumulate):
+        rows, extra = (np.array(_cut(items, number, accumulate), dtype=np.int64) for items in (whole, shown))
         # Two rows, not one: BatchNorm cannot normalise a single example.
         company = np.arange(min(2, len(batch)))
-        parts.append(Part(batch, rows if len(rows) else company, absent=len(rows) == 0))
+        parts.append(Part(batch, rows if len(rows) else company, absent=len(rows) == 0, anchors=extra))
     return parts
+
+
+def _cut(items: range, number: int, parts: int) -> range:
+    """Part `number` of `parts` that differ by at most one."""
+    return items[len(items) * number // parts : len(items) * (number + 1) // parts]
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,8 @@ class Composer:
     sample after each task's last, for tasks may share classes; heads: [T + 1, C] bool, row t is task t's own head, the
     last row all classes seen so far; tau, beta: [T] weight of a memory example, and of the true label of a soft-labelled one, by the task it comes from, to which the
     selector's comes; teacher: the frozen old model on pixels, where what it says belongs to the student's view;
-    epochs: of the task; distilled: what the old model says of images beside their labels, or None.
+    epochs: of the task; distilled: what the old model says of images beside their labels, or None; topology: what a net
+    of nodes says of features, or None.
     """
 
     config: RunConfig
@@ -137,6 +144,7 @@ class Composer:
     device: torch.device
     epochs: int
     distilled: Distilled | None = None
+    topology: Topology | None = None
 
     @classmethod
     def build(
@@ -171,6 +179,11 @@ class Composer:
             distilled=distilled,
         )
 
+    @property
+    def num_anchors(self) -> int:
+        """Images that every step shows beside its batch."""
+        return 0 if self.topology is None else len(self.topology.anchors)
+
     def request(self, part: Part) -> Request:
         """The images of a part: fresh views, but the stored one where a soft label belongs to it.
 
@@ -186,6 +199,9 @@ class Composer:
             soft = from_memory.copy()
             soft[from_memory] = ~self.memory.replay.numpy()[slot[from_memory]]
             key[soft] = 0
+        if self.topology is not None:
+            sample = np.concatenate([sample, self.topology.anchors[part.anchors]])
+            key = np.concatenate([key, np.zeros(len(part.anchors), dtype=np.uint64)])
         return Request(sample, key, self._side(part.batch.epoch))
 
     def _side(self, epoch: int) -> int | None:
@@ -196,7 +212,7 @@ class Composer:
     def rows(self, part: Part, images: Images) -> Rows:
         """Rows on the device: one for each image, then those that say a second thing about some of them."""
         slot = torch.from_numpy(part.batch.slot[part.rows])
-        sample = torch.from_numpy(self.request(part).sample)
+        sample = torch.from_numpy(self.request(part).sample[: len(slot)])
         from_memory = slot >= 0
         target, head = self.hard_targets(sample)
         weight = torch.full((len(slot),), part.batch.weight_new)
@@ -207,14 +223,14 @@ class Composer:
             weight[from_memory] = part.batch.weight_memory * self.memory_weights(kept)
             term[from_memory] = torch.where(self.memory.replay[kept], REPLAY, SOFT)
         soft = term == SOFT
-        said = self._ask(images.pixels, soft, from_memory)
+        said = self._ask(images.pixels[: len(slot)], soft, from_memory)
         true_target, true_head = target[soft], head[soft]
         if bool(soft.any()):
             temperature[soft] = self.config.prior.temperature
             target[soft], head[soft] = self.soft_targets(slot[soft], said[soft])
         rows = Rows(
             pixels=images.pixels,
-            noise=torch.from_numpy(part.batch.noise[part.rows]),
+            noise=torch.from_numpy(self._noise(part)),
             image=torch.arange(len(slot)),
             target=target,
             weight=weight,
@@ -231,8 +247,17 @@ class Composer:
         weight = rows.weight * images.valid[rows.image]
         if part.absent:
             weight = torch.zeros_like(weight)
+        if self.topology is not None:
+            new = torch.zeros_like(from_memory) if part.absent else ~from_memory
+            said_of = self.topology.rows(sample, new, part.anchors, images.valid, batch=len(part.batch))
+            rows = replace(rows, features=said_of)
         plain = self.hard_kind == CROSS_ENTROPY and self.soft_kind == CROSS_ENTROPY
         return replace(rows, weight=weight, kind=None if plain else rows.kind).to(self.device)
+
+    def _noise(self, part: Part) -> Ints:
+        """[p + a] of the part's images; an anchor's belongs to the step and the anchor, wherever it is."""
+        of_anchors = mix(part.batch.noise[0], part.anchors).astype(np.int64)
+        return np.concatenate([part.batch.noise[part.rows], of_anchors])
 
     def _ask(self, pixels: Tensor, soft: Tensor, from_memory: Tensor) -> Tensor:
         """[p, C] the teacher's logits of the images whose rows need them, 0 of others; one pass, on every rank.

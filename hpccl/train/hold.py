@@ -16,7 +16,7 @@ from hpccl.errors import ConfigError
 from hpccl.train.score import last_layer
 from hpccl.train.state import RunState, World
 
-__all__ = ["hold"]
+__all__ = ["hold", "last_name"]
 
 _LAYERS = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -28,20 +28,21 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
         ConfigError: a pattern matches nothing, or the network has no last layer that could be told from the rest.
     """
     frozen = world.config.train.frozen if task.index > 0 else ()
+    still = frozenset(_norms(state.engine.module) if world.config.train.norms == "running" and task.index > 0 else ())
     if not head_only and not frozen:
-        state.engine.hold({}, frozenset())
+        state.engine.hold({}, still)
         return
     # FSDP2 and ZeRO keep a parameter's shape beside its shards.
     shapes = {name: value.shape for name, value in state.engine.like.items()}
     if head_only:
-        last = _last(state, world, "train.head_epochs")
+        last = last_name(state, world, "train.head_epochs")
         held = {name: _without_rows(shape, task.classes, name.startswith(f"{last}.")) for name, shape in shapes.items()}
         state.engine.hold(held, frozenset(_norms(state.engine.module)))
         return
     names = set().union(*(_matching(pattern, state, world) for pattern in frozen))
     held = {name: torch.ones([1] * len(shape), dtype=torch.bool) for name, shape in shapes.items() if name in names}
     norms = (name for name in _norms(state.engine.module) if f"{name}.running_mean" in names)
-    state.engine.hold(held, frozenset(norms))
+    state.engine.hold(held, frozenset(norms) | still)
 
 
 def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Tensor:
@@ -53,7 +54,8 @@ def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Te
     return held
 
 
-def _last(state: RunState, world: World, asked_by: str) -> str:
+def last_name(state: RunState, world: World, asked_by: str) -> str:
+    """Of the linear layer that makes the logits; collective."""
     module = state.engine.module
     layer = last_layer(module, world, state, asked_by=asked_by)
     (found,) = (name for name, each in module.named_modules() if each is layer)
@@ -72,7 +74,7 @@ def _matching(pattern: str, state: RunState, world: World) -> set[str]:
     module = state.engine.module
     every = {*trainable(module), *(name for name, _ in module.named_buffers())}
     if pattern == "features":
-        last = _last(state, world, "train.frozen=features")
+        last = last_name(state, world, "train.frozen=features")
         found = {name for name in every if name.rpartition(".")[0] != last}
     elif pattern == "convolutions":
         layers = {name for name, each in module.named_modules() if isinstance(each, _LAYERS)}

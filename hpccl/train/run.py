@@ -43,6 +43,7 @@ from hpccl.train.fit import fit
 from hpccl.train.reconstruction import reconstruct
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop, Stopped
+from hpccl.train.topology import begin_session
 
 __all__ = ["fresh_model", "fresh_state", "run", "weights_sha256"]
 
@@ -112,6 +113,7 @@ def _learn(task: Task, state: RunState, world: World) -> bool:
             if state.mark.step == 0:
                 _announce(task, world)
                 admit_first(task, state, world)
+                begin_session(task, state, world)
             if not (_adopt_first_task(task, state, world) or fit(task, state, world)):
                 return False
             if world.stop.requested(world.comm):
@@ -170,6 +172,12 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
             f"memory.size={config.memory.size} is larger than task '{smallest}', which has {sizes[smallest]} training "
             f"examples; allowed: 0 to {sizes[smallest]} (examples kept of each task)"
         )
+    nodes, first = config.prior.topology.nodes, len(stream.tasks[0].samples("train"))
+    if nodes > first:
+        raise ConfigError(
+            f"prior.topology.nodes={nodes} is more than the {first} training examples of the first task; allowed: 1 to "
+            f"{first}, or 0 for no topology"
+        )
     share, classes = config.prior.correct.share, len(stream.class_names)
     if share > 0 and 0 in per_class(config.memory.total, share, classes):
         raise ConfigError(
@@ -222,7 +230,7 @@ def _first_task_identity(config: RunConfig) -> dict[str, Any]:
     """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
     identity = config.identity()
     train, optim, correct = identity["train"], identity["optim"], identity["prior"]["correct"]
-    later = {"head_epochs": 0, "frozen": [], "first_task_from": None}  # say nothing of a first task
+    later = {"head_epochs": 0, "frozen": [], "norms": "batch", "first_task_from": None}  # say nothing of a first task
     return {
         **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
         "train": {**train, "epochs": train["epochs"][0], **later},

@@ -18,7 +18,11 @@ GDUMB = ("train.data=memory", "train.restart=true", "memory.total=20", "prior.re
 ICARL = ("train.loss=sigmoid", "train.head=seen", KD, "prior.distill.images=all", MEMORY, "prior.replay=1")
 BIC = ("train.head=seen", "memory.total=100", "prior.replay=1", "prior.correct.share=0.1")
 SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
-LARGE = ("stream={kind: shards, parts: [{path: a, tasks: 2}]}", "model={kind: timm, name: resnet18}", "data.image_size=64")
+LARGE = (
+    "stream={kind: shards, parts: [{path: a, tasks: 2}]}",
+    "model={kind: timm, name: resnet18}",
+    "data.image_size=64",
+)
 PAIR = "stream={kind: shards, parts: [{path: a}, {path: b}]}"
 SESSIONS = ("stream.tasks=3", "stream.scenario={kind: few_shot, base: 5, way: 2, shots: 5}")
 PERMUTED, BLURRY = "stream.scenario.kind=permuted", "stream.scenario.kind=blurry"

@@ -180,9 +180,7 @@ def test_sessions_have_a_few_images_of_new_classes() -> None:
 
 
 def test_the_shots_follow_the_scenario_s_seed_alone() -> None:
-    one, same, other = (
-        opened(*FEW, *more) for more in ((), ("seed=3", "train.epochs=2"), ("stream.scenario.seed=1",))
-    )
+    one, same, other = (opened(*FEW, *more) for more in ((), ("seed=3", "train.epochs=2"), ("stream.scenario.seed=1",)))
     assert stored(one.layout, 1) == stored(same.layout, 1) != stored(other.layout, 1)
     assert stored(one.layout, 0) == stored(other.layout, 0)
     more = opened(*FEW[:1], "stream.scenario={kind: few_shot, base: 5, way: 2, shots: 9}")
