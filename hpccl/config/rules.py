@@ -222,6 +222,8 @@ def _shared_classes(config: RunConfig) -> Iterator[Clash]:
     why = f"is about new classes, and {scenario.kind} tasks share theirs"
     if config.train.head_epochs:
         yield Clash(("train.head_epochs", cause), f"{why}; leave it 0")
+    if "old_classes" in config.train.frozen:
+        yield Clash(("train.frozen", cause), f"{why}; leave old_classes out")
     if prior.distill.weight > 0 and prior.distill.balance == "classes":
         yield Clash(("prior.distill.balance", cause), f"{why}; set it to fixed")
     if prior.distill.weight > 0 and config.train.loss == "sigmoid":

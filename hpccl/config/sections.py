@@ -365,7 +365,7 @@ class TrainConfig(Section):
     # layer learn
     head_epochs: NonNegativeInt = 0
     # names of parameters and buffers (with * and ?) that stay as the first task left them; `features`: all but those of
-    # the last layer, `convolutions`: those of convolutions and normalisations
+    # the last layer, `convolutions`: those of convolutions and normalisations, `old_classes`: rows of the last layer
     frozen: Annotated[tuple[str, ...], Strict(False)] = ()
     # of BatchNorm from the second task on: of the batch, or the running ones as they stand; few images say little
     norms: Literal["batch", "running"] = "batch"

@@ -18,6 +18,7 @@ from hpccl.train.state import RunState, World
 
 __all__ = ["hold", "last_name"]
 
+_OLD = "old_classes"  # rows of the last layer
 _LAYERS = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -39,8 +40,13 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
         held = {name: _without_rows(shape, task.classes, name.startswith(f"{last}.")) for name, shape in shapes.items()}
         state.engine.hold(held, frozenset(_norms(state.engine.module)))
         return
-    names = set().union(*(_matching(pattern, state, world) for pattern in frozen))
+    names = set().union(*(_matching(pattern, state, world) for pattern in frozen if pattern != _OLD))
     held = {name: torch.ones([1] * len(shape), dtype=torch.bool) for name, shape in shapes.items() if name in names}
+    if _OLD in frozen:
+        last = last_name(state, world, f"train.frozen={_OLD}")
+        old = {number for other in world.stream.tasks[: task.index] for number in other.classes}
+        rows = {name: _rows(shape, old) for name, shape in shapes.items() if name.startswith(f"{last}.")}
+        held = {**rows, **held}
     norms = (name for name in _norms(state.engine.module) if f"{name}.running_mean" in names)
     state.engine.hold(held, frozenset(norms) | still)
 
@@ -51,6 +57,13 @@ def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Te
         return torch.ones([1] * len(shape), dtype=torch.bool)
     held = torch.ones(shape[0], *[1] * (len(shape) - 1), dtype=torch.bool)
     held[list(classes)] = False
+    return held
+
+
+def _rows(shape: torch.Size, classes: set[int]) -> Tensor:
+    """True in the rows of some classes of a parameter of the last layer."""
+    held = torch.zeros(shape[0], *[1] * (len(shape) - 1), dtype=torch.bool)
+    held[sorted(classes)] = True
     return held
 
 
@@ -85,6 +98,6 @@ def _matching(pattern: str, state: RunState, world: World) -> set[str]:
         some = ", ".join(sorted(every)[:4])
         raise ConfigError(
             f"train.frozen: '{pattern}' matches no parameter or buffer of {type(module).__name__}; allowed: features, "
-            f"convolutions (where there are some), or names with * and ?, such as {some}"
+            f"convolutions (where there are some), {_OLD}, or names with * and ?, such as {some}"
         )
     return found
