@@ -23,6 +23,8 @@ from hpccl.data.rows import ANCHOR, PULL, SIGMOID, SQUARED, FeatureRows, Rows
 
 __all__ = ["feature_losses", "row_loss", "row_nats", "row_questions", "row_squares", "weighted_nats"]
 
+_SAME = 1e-4  # a distance below this share of the target's norm is none
+
 
 def row_nats(logits: Tensor, target: Tensor, head: Tensor) -> Tensor:
     """[r] cross-entropy in nats of logits [r, C] (fp32) against target [r, C], among the classes in head [r, C]."""
@@ -64,8 +66,8 @@ def feature_losses(features: Tensor, rows: FeatureRows) -> Tensor:
     difference = phi[rows.image] - rows.target
     anchored = (rows.stiff * difference.square()).sum(dim=1)
     square = difference.square().sum(dim=1)
-    # A distance has no gradient at 0, where it says nothing: an image may be the very one that a node stands for.
-    apart = square > 0
+    # A distance has no direction at 0, where an image begins that a node stands for, and rounding must not choose one.
+    apart = square > _SAME**2 * rows.target.square().sum(dim=1)
     distance = square.where(apart, torch.ones_like(square)).sqrt() * apart
     pushed = (rows.margin - distance).clamp(min=0)
     found = torch.where(rows.kind == PULL, distance, pushed)

@@ -11,10 +11,13 @@ import torch
 import hpccl.report.write
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
+from hpccl.errors import ConfigError
 from hpccl.report.summary import summarise
 from hpccl.train.compose import Composer
 from hpccl.train.distill import old_heads
 from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate_run import evaluate_run
+from hpccl.train.export import export
 from tests.run.command import events
 from tests.run.method import learn, make_world
 from tests.run.test_rows import finished
@@ -114,6 +117,71 @@ def test_the_old_network_says_one_thing_of_a_head_that_tasks_share(tmp_path: Pat
     assert bool(heads.all())
 
 
+TOPIC = {
+    "topic": (
+        *("train.epochs=[8,12]", "prior.topology.nodes=40", "train.accumulate=2", "checkpoint.every=3"),
+        *("prior.topology.new_nodes=2", "memory.size=0"),
+    ),
+    "prototypes": ("train.epochs=[8,12]",),
+}
+
+
+@pytest.mark.parametrize("method", TOPIC)
+def test_few_shot_methods_stop_and_continue_within_a_session(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+
+    def config(name: str) -> RunConfig:
+        return config_of("few_shot", *TOPIC[method], f"folder={tmp_path / name}", method=method)
+
+    # A task has 2 (of the first: 19) questions within it, one after training and one after all else.
+    once, again = finished(config("once")), finished(config("again"), stops=(23, 5))
+    stops = [(event["task"], event["phase"], event["step"]) for event in events(tmp_path / "again", "stop")]
+    assert stops[0][:2] == (1, "fit")
+    assert 0 < stops[0][2] < 12
+    assert stops[1][0] == 2
+    assert again == once
+    results = events(tmp_path / "once", "evaluate")[-1]["results"]
+    assert events(tmp_path / "again", "evaluate")[-1]["results"] == results
+    assert evaluate_run(tmp_path / "once")["tasks"] == results  # with the classifier that the run was tested with
+    report = summarise(tmp_path / "once")
+    assert report.method == method
+    assert report.performance_drop == pytest.approx(report.union_accuracy[0] - report.union_accuracy[2])
+    if method == "topic":
+        nodes = {event["task"]: event["nodes"] for event in events(tmp_path / "again", "topology")}
+        assert nodes == {0: 40, 1: 44, 2: 48}
+        steps = [event for event in events(tmp_path / "once", "step") if event["task"] == 1]
+        assert all(event["terms"]["anchor"] > 0 and event["terms"]["minmax"] > 0 for event in steps)
+
+
+def test_prototypes_on_frozen_features_beat_learning_from_a_few_shots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base network is good, and sessions cannot undo it."""
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+    found = {}
+    for method in ("prototypes", "finetune"):
+        folder = tmp_path / method
+        finished(config_of("few_shot", "train.epochs=[12,20]", f"folder={folder}", method=method))
+        found[method] = summarise(folder).union_accuracy
+    assert found["prototypes"][-1] > 0.6
+    assert found["prototypes"][-1] > found["finetune"][-1] + 0.2
+
+
+def test_a_network_tested_by_prototypes_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+    finished(config_of("few_shot", "train.epochs=1", f"folder={tmp_path / 'run'}", method="prototypes"))
+    with pytest.raises(ConfigError, match="is no part of the network"):
+        export(tmp_path / "run", tmp_path / "out")
+
+
+def test_more_nodes_than_examples_are_refused(tmp_path: Path) -> None:
+    config = config_of("few_shot", "prior.topology.nodes=722", f"folder={tmp_path / 'run'}", method="topic")
+    with pytest.raises(ConfigError, match=r"prior\.topology\.nodes=722 is more than the 721 training examples"):
+        finished(config)
+
+
 def test_memory_keeps_all_of_a_session_that_is_smaller(tmp_path: Path) -> None:
     config = config_of("few_shot", "memory.size=40", method="replay")
     state, world = make_world(config, tmp_path)
@@ -139,5 +207,7 @@ def test_other_methods_learn_on_shared_classes(
     monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
     finished(config_of(scenario, *settings, f"folder={tmp_path / 'run'}", method=method))
     union = summarise(tmp_path / "run").union_accuracy
-    assert union[0] is not None and union[0] > 0.5
-    assert union[-1] is not None and union[-1] > 0.15
+    assert union[0] is not None
+    assert union[-1] is not None
+    assert union[0] > 0.5
+    assert union[-1] > 0.15

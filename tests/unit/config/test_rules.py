@@ -26,6 +26,7 @@ LARGE = (
 PAIR = "stream={kind: shards, parts: [{path: a}, {path: b}]}"
 SESSIONS = ("stream.tasks=3", "stream.scenario={kind: few_shot, base: 5, way: 2, shots: 5}")
 PERMUTED, BLURRY = "stream.scenario.kind=permuted", "stream.scenario.kind=blurry"
+TOPIC = "prior.topology.nodes=5"
 DOMAINS = "stream.scenario.kind=domains"
 
 
@@ -50,6 +51,18 @@ DOMAINS = "stream.scenario.kind=domains"
         ([SHARDS.replace("tasks: 2}, {path: b}", "tasks: 3, classes: 9}"), SESSIONS[1]], "stream.parts"),
         ([*SESSIONS, "stream.scenario.seed=1", "stream.scenario.lists=a"], "stream.scenario.seed"),
         ([PERMUTED, "train.head_epochs=1"], "train.head_epochs"),
+        ([BLURRY, "train.frozen=[old_classes]"], "train.frozen"),
+        ([PERMUTED, TOPIC], "prior.topology.nodes"),
+        ([BLURRY, "evaluate.classifier=prototype"], "evaluate.classifier"),
+        ([TOPIC, "train.data=seen"], "prior.topology.nodes"),
+        ([TOPIC, "prior.topology.anchor=0", "prior.topology.minmax=0"], "prior.topology.nodes"),
+        ([TOPIC, "engine.compile=true"], "prior.topology.nodes"),
+        ([TOPIC, FSDP2, "engine.compile=true"], "prior.topology.nodes"),
+        ([TOPIC, "train.frozen=[features]"], "prior.topology.nodes"),
+        ([TOPIC, "train.head_epochs=1"], "prior.topology.nodes"),
+        ([TOPIC, "train.restart=true"], "prior.topology.nodes"),
+        (["train.norms=running", "train.restart=true"], "train.norms"),
+        (["evaluate.classifier=prototype", "train.restart=true"], "evaluate.classifier"),
         ([BLURRY, "train.head=seen", KD, "prior.distill.balance=classes"], "prior.distill.balance"),
         ([PERMUTED, *ICARL], "train.loss"),
         ([BLURRY, *BIC], "prior.correct.share"),
