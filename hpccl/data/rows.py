@@ -5,7 +5,7 @@ Shapes: n images, r rows, C classes of the whole stream.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ANCHOR",
     "CROSS_ENTROPY",
     "DISTILL",
     "NEW",
+    "PULL",
+    "PUSH",
     "REPLAY",
     "SIGMOID",
     "SOFT",
     "SQUARED",
-    "ANCHOR",
-    "PULL",
-    "PUSH",
     "FeatureRows",
     "Images",
     "Request",
@@ -101,8 +101,9 @@ class FeatureRows:
 
     def to(self, device: torch.device) -> FeatureRows:
         """The same rows on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return FeatureRows(**moved, normalised=self.normalised)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class Gas:
         )
 
     def grown(self, features: Floats, samples: Ints, labels: Ints, rules: Rules, *, each: int, floor: float) -> Gas:
-        """With `each` nodes for every new class, at the shots [n, d] nearest to its mean, and with edges to old ones."""
+        """With `each` nodes for every new class, at the shots [n, d] nearest to its mean, and edges to old ones."""
         new = np.concatenate([_central(features, labels, label, each) for label in np.unique(labels)])
         count, before = len(self) + len(new), len(self)
         nodes = np.concatenate([self.nodes.numpy(), features[new]])
@@ -152,7 +152,7 @@ class Gas:
         )
 
     def settled(self, features: Floats, labels: Ints, image: Floats, rules: Rules, *, floor: float) -> Gas:
-        """After a session: moved by its features [n, d] under the new network, of which `image` [N, d] are the nodes'."""
+        """After a session: moved by its features [n, d]; `image` [N, d] are those of the nodes, by the new network."""
         nodes = self.nodes.numpy().copy()
         nodes[self.old :] = image[self.old :]  # new nodes are where their images are now
         nodes, ages = fitted(nodes, self.ages.numpy(), features, rules)
@@ -214,7 +214,8 @@ def _least(overall: Floats, floor: float) -> float:
 def _nearest_of_class(nodes: Floats, node_labels: Ints, features: Floats, labels: Ints) -> Ints:
     """[n] for each feature, the nearest node of its class."""
     apart = np.sqrt(np.square(features[:, None] - nodes[None]).sum(axis=2))
-    return np.where(node_labels[None] == labels[:, None], apart, np.inf).argmin(axis=1)
+    nearest: Ints = np.where(node_labels[None] == labels[:, None], apart, np.inf).argmin(axis=1)
+    return nearest
 
 
 def _central(features: Floats, labels: Ints, label: int, count: int) -> Ints:

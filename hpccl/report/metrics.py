@@ -35,8 +35,8 @@ __all__ = [
     "learning_accuracy",
     "matrix",
     "negative_log_likelihood",
-    "performance_drop",
     "num_tested",
+    "performance_drop",
     "union_accuracy",
     "untrained",
 ]

@@ -126,10 +126,10 @@ class Composer:
 
     samples: [n] the data that the task trains on; labels: [N] class number of every training example; ends: [T] the
     sample after each task's last, for tasks may share classes; heads: [T + 1, C] bool, row t is task t's own head, the
-    last row all classes seen so far; tau, beta: [T] weight of a memory example, and of the true label of a soft-labelled one, by the task it comes from, to which the
-    selector's comes; teacher: the frozen old model on pixels, where what it says belongs to the student's view;
-    epochs: of the task; distilled: what the old model says of images beside their labels, or None; topology: what a net
-    of nodes says of features, or None.
+    last row all classes seen so far; tau, beta: [T] weight of a memory example, and of the true label of a
+    soft-labelled one, by the task it comes from, to which the selector's comes; teacher: the frozen old model on
+    pixels, where what it says belongs to the student's view; epochs: of the task; distilled: what the old model says of
+    images beside their labels, or None; topology: what a net of nodes says of features, or None.
     """
 
     config: RunConfig

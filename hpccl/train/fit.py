@@ -70,10 +70,12 @@ def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer:
     """Run steps until the end or a wish to stop (then saved); returns the step it stands at."""
     with contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches:
         layer = None if composer.topology is None else composer.topology.layer
-        return _run_steps(task, state, world, plan, batches, layer)
+        return _run_steps(task, state, world, plan, batches, layer=layer)
 
 
-def _run_steps(task: Task, state: RunState, world: World, plan: BatchPlan, batches: Batches, layer: str | None) -> int:
+def _run_steps(
+    task: Task, state: RunState, world: World, plan: BatchPlan, batches: Batches, *, layer: str | None
+) -> int:
     first = state.mark.step
     every = world.config.checkpoint.every
     meter = Meter(task, world, plan, state)

@@ -29,8 +29,8 @@ class StepStats:
 def train_step(engine: Engine, batches: Sequence[Rows], *, num_rows: int, layer: str | None = None) -> StepStats:
     """One step on J(w) / num_train,   J = sum_i v_i CE_i(w) + 1/2 (w - a)' P (w - a).
 
-    batches: this rank's micro-batches; num_rows: rows of the step over all ranks and micro-batches; layer: the last one,
-    where rows speak of what enters it.
+    batches: this rank's micro-batches; num_rows: rows of the step over all ranks and micro-batches; layer: the name of
+    the last one, where rows speak of what enters it.
     The quadratic was attached to the engine when the task began and enters the gradient there.
     """
     terms = torch.zeros(len(TERM_NAMES), device=engine.device)

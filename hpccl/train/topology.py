@@ -1,7 +1,7 @@
 """TOPIC in a run: the neural gas is fitted as the first task ends, grows as a session begins, and settles as it ends.
 
-While a session is learned the net stands still, so that a step is a function of its counters and what a checkpoint holds
-is all there is. Every rank has the same net: features are made by all, gathered, and the net is fitted by each.
+While a session is learned the net stands still, so that a step is a function of its counters and all there is lies in a
+checkpoint. Every rank has the same net: features are made by all, gathered, and the net is fitted by each.
 """
 
 from __future__ import annotations

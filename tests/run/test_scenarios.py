@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import hpccl.report.write
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
+from hpccl.data.rows import Request
 from hpccl.errors import ConfigError
 from hpccl.report.summary import summarise
 from hpccl.train.compose import Composer
@@ -18,6 +20,7 @@ from hpccl.train.distill import old_heads
 from hpccl.train.evaluate import test as evaluate_all
 from hpccl.train.evaluate_run import evaluate_run
 from hpccl.train.export import export
+from hpccl.train.state import World
 from tests.run.command import events
 from tests.run.method import learn, make_world
 from tests.run.test_rows import finished
@@ -88,24 +91,22 @@ def test_the_own_head_of_an_image_is_that_of_the_task_it_comes_with(tmp_path: Pa
     )
     _, competing = composer.hard_targets(torch.arange(len(labels)))
     for task in tasks:
-        here = competing[task.train.start : task.train.stop]
+        here = competing[task.samples("train").start : task.samples("train").stop]
         expected = torch.zeros(len(world.stream.class_names), dtype=torch.bool)
         expected[list(task.classes)] = True
         assert bool((here == expected).all())
     # In a test, too: the accuracy among the own head is that of the classes of the image's task.
     logits = torch.cat([state.engine.predict(images.pixels) for images in world.stream.load(requests(world), "test")])
     for task, result in zip(tasks, evaluate_all(state, world, last=1), strict=True):
-        span = slice(task.test.start, task.test.stop)
+        span = slice(task.samples("test").start, task.samples("test").stop)
         masked = torch.full_like(logits[span], -torch.inf)
         masked[:, list(task.classes)] = logits[span][:, list(task.classes)]
         right = masked.argmax(dim=1).numpy() == world.stream.labels("test")[span]
         assert result["task_incremental"]["accuracy"] == pytest.approx(right.mean())
 
 
-def requests(world):  # type: ignore[no-untyped-def]
-    from hpccl.data.rows import Request
-
-    count = world.stream.tasks[-1].test.stop
+def requests(world: World) -> Iterator[Request]:
+    count = world.stream.tasks[-1].samples("test").stop
     yield Request(np.arange(count), np.zeros(count, dtype=np.uint64))
 
 
@@ -115,6 +116,11 @@ def test_the_old_network_says_one_thing_of_a_head_that_tasks_share(tmp_path: Pat
     heads = old_heads(config, world.stream, world.stream.tasks[2])
     assert heads.shape == (1, 10)
     assert bool(heads.all())
+
+
+def curve(folder: Path) -> list[float]:
+    """Accuracy on all test images seen, after each task."""
+    return [value for value in summarise(folder).union_accuracy if value is not None]
 
 
 TOPIC = {
@@ -147,7 +153,8 @@ def test_few_shot_methods_stop_and_continue_within_a_session(
     assert evaluate_run(tmp_path / "once")["tasks"] == results  # with the classifier that the run was tested with
     report = summarise(tmp_path / "once")
     assert report.method == method
-    assert report.performance_drop == pytest.approx(report.union_accuracy[0] - report.union_accuracy[2])
+    union = curve(tmp_path / "once")
+    assert report.performance_drop == pytest.approx(union[0] - union[2])
     if method == "topic":
         nodes = {event["task"]: event["nodes"] for event in events(tmp_path / "again", "topology")}
         assert nodes == {0: 40, 1: 44, 2: 48}
@@ -164,7 +171,7 @@ def test_prototypes_on_frozen_features_beat_learning_from_a_few_shots(
     for method in ("prototypes", "finetune"):
         folder = tmp_path / method
         finished(config_of("few_shot", "train.epochs=[12,20]", f"folder={folder}", method=method))
-        found[method] = summarise(folder).union_accuracy
+        found[method] = curve(folder)
     assert found["prototypes"][-1] > 0.6
     assert found["prototypes"][-1] > found["finetune"][-1] + 0.2
 
@@ -206,8 +213,6 @@ def test_other_methods_learn_on_shared_classes(
 ) -> None:
     monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
     finished(config_of(scenario, *settings, f"folder={tmp_path / 'run'}", method=method))
-    union = summarise(tmp_path / "run").union_accuracy
-    assert union[0] is not None
-    assert union[-1] is not None
+    union = curve(tmp_path / "run")
     assert union[0] > 0.5
     assert union[-1] > 0.15

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,10 +11,13 @@ from hypothesis import strategies as st
 from hpccl.config.load import load
 from hpccl.data.build import open_stream
 from hpccl.data.layout import Collection, Layout, align, arrange, held_out
+from hpccl.data.protocols import Split
+from hpccl.data.rows import Request
 from hpccl.data.scenarios import blurred, drawn_shots, listed_shots, repeated
 from hpccl.data.stream import ImageStream
 from hpccl.errors import DataError
 
+Ints = npt.NDArray[np.int64]
 FEW = ("stream.tasks=3", "stream.scenario={kind: few_shot, base: 5, way: 2, shots: 5}")
 
 
@@ -22,14 +26,15 @@ def collection(
 ) -> Collection:
     """`count` training images and two test images a class, classes interleaved as stored."""
     train, test = np.tile(np.arange(len(names)), count), np.tile(np.arange(len(names)), 2)
-    labels, groups = {"train": train, "test": test}, {"train": train // 2, "test": test // 2}
+    labels: dict[Split, Ints] = {"train": train, "test": test}
+    groups: dict[Split, Ints] = {"train": train // 2, "test": test // 2}
     keep = None if widths is None else sum(widths)
     return Collection(title, tuple(names), labels, groups, tasks, keep, widths)
 
 
-def stored(layout: Layout, task: int, split: str = "train") -> set[tuple[int, int]]:
+def stored(layout: Layout, task: int, split: Split = "train") -> set[tuple[int, int]]:
     """(part, local) of a task's images."""
-    span, index = layout.tasks[task].samples(split), layout.index[split]  # type: ignore[arg-type, index]
+    span, index = layout.tasks[task].samples(split), layout.index[split]
     pairs = zip(index.part[span.start : span.stop].tolist(), index.local[span.start : span.stop].tolist(), strict=True)
     return set(pairs)
 
@@ -89,8 +94,6 @@ def test_a_stream_yields_and_shows_changed_images(kind: str) -> None:
     names = stream.sample_names("train", np.array([sample, size + sample, 2 * size + sample]))
     assert names[1:] == [f"{names[0]}@2", f"{names[0]}@3"]
     assert stream.fingerprint != opened("stream.tasks=3", f"stream.scenario.kind={kind}", "stream.tasks=2").fingerprint
-    from hpccl.data.rows import Request
-
     asked = Request(np.array([sample, size + sample]), np.zeros(2, dtype=np.uint64))
     (images,) = stream.load([asked])
     np.testing.assert_allclose(images.pixels[1, 0].numpy(), changed[:, :, 0] / 127.5 - 1, atol=1e-6)
@@ -253,8 +256,8 @@ def test_a_stream_reads_lists_of_the_digits(tmp_path: Path) -> None:
         names = drawn.sample_names("train", np.arange(task.train.start, task.train.stop))
         lists(tmp_path, **{f"session_{task.index + 1}": "\n".join(name.rpartition("/")[2] for name in names)})
     listed = opened(*FEW, f"stream.scenario.lists={tmp_path}")
-    for task in (0, 1, 2):
-        assert stored(listed.layout, task) == stored(drawn.layout, task)
+    for number in (0, 1, 2):
+        assert stored(listed.layout, number) == stored(drawn.layout, number)
     assert listed.fingerprint == drawn.fingerprint
 
 

@@ -39,7 +39,8 @@ def test_a_pass_is_that_of_the_definition(
     nodes, features = generator.normal(size=(num_nodes, 3)), generator.normal(size=(15, 3))
     rules = Rules(rate=0.3, spread=spread, lifetime=lifetime, first_rank=first_rank)
     found, ages = fitted(nodes, np.zeros((num_nodes, num_nodes), dtype=np.int64), features, rules)
-    expected, edges = [list(node) for node in nodes], {}
+    expected = [list(node) for node in nodes]
+    edges: dict[tuple[int, ...], int] = {}
     for feature in features:
         order = sorted(range(num_nodes), key=lambda j: math.dist(expected[j], feature))
         for pair in [pair for pair in edges if order[0] in pair]:
@@ -104,7 +105,7 @@ def test_variances_are_of_the_features_that_a_node_wins() -> None:
 
 
 def test_a_session_adds_nodes_that_know_their_rivals() -> None:
-    gas, features, _ = net()
+    gas, *_ = net()
     shots = np.array([[3.0, 3.0], [3.2, 3.0], [3.6, 3.1], [-3.0, 0.0], [-3.1, 0.1]])
     labels, samples = np.array([3, 3, 3, 4, 4]), 500 + np.arange(5)
     grown = gas.grown(shots, samples, labels, RULES, each=1, floor=0.1)
