@@ -14,8 +14,10 @@ from hpccl.data.layout import Collection, Layout, align, arrange, held_out
 from hpccl.data.protocols import Split
 from hpccl.data.rows import Request
 from hpccl.data.scenarios import blurred, drawn_shots, listed_shots, repeated
+from hpccl.data.shards.build import build
 from hpccl.data.stream import ImageStream
 from hpccl.errors import DataError
+from tests.unit.data.tiny_images import hash_of, image_bytes, pixels, write_folder
 
 Ints = npt.NDArray[np.int64]
 FEW = ("stream.tasks=3", "stream.scenario={kind: few_shot, base: 5, way: 2, shots: 5}")
@@ -265,3 +267,50 @@ def test_held_out_and_shots_are_decided_apart() -> None:
     layout = drawn_shots(held_out(sessions(), 0.2), shots=3, seed=0)
     assert [len(task.train) for task in layout.tasks] == [24, 3, 3]
     assert [len(task.test) for task in layout.tasks] == [6, 2, 2]
+
+
+# ---------------------------------------------------------------- shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data sets of the same four classes, and one of large images."""
+    folder = tmp_path_factory.mktemp("shards")
+    for name, side in (("one", 16), ("two", 16), ("large", 80)):
+        files = {}
+        for path in [f"{split}/{label}/{n}.png" for split in ("train", "test") for label in "abcd" for n in range(6)]:
+            files[path] = image_bytes(pixels(hash_of(name + path), side, side), "png")
+        build(write_folder(folder / "images" / name, files), folder / name, samples_per_shard=4)
+    return folder
+
+
+def of_shards(shards: Path, *names: str, tasks: int = 1, scenario: str, cache: Path) -> ImageStream:
+    parts = ", ".join(f"{{path: {shards / name}, tasks: {tasks}}}" for name in names)
+    return opened(f"stream={{kind: shards, parts: [{parts}], scenario: {scenario}}}", f"data.cache={cache}")
+
+
+def test_data_sets_of_the_same_classes_are_domains(shards: Path, tmp_path: Path) -> None:
+    stream = of_shards(shards, "one", "two", scenario="{kind: domains}", cache=tmp_path)
+    assert [(task.name, task.classes) for task in stream.tasks] == [("one", (0, 1, 2, 3)), ("two", (0, 1, 2, 3))]
+    assert stream.class_names == tuple("abcd")
+    assert stream.sample_names("train", np.array([0, 24]))[1].startswith("two/")
+    np.testing.assert_array_equal(stream.labels("train"), np.tile(np.repeat(np.arange(4), 6), 2))
+
+
+def test_images_in_shards_are_changed_once_they_are_decoded(shards: Path, tmp_path: Path) -> None:
+    stream = of_shards(shards, "one", tasks=2, scenario="{kind: rotated, degrees: 180, angles: even}", cache=tmp_path)
+    np.testing.assert_array_equal(stream.raw(24 + 5), np.rot90(stream.raw(5)))
+    with pytest.raises(DataError, match=r"stream\.scenario\.kind=permuted changes decoded images"):
+        of_shards(shards, "large", tasks=2, scenario="{kind: permuted}", cache=tmp_path)
+
+
+def test_lists_name_images_in_shards(shards: Path, tmp_path: Path) -> None:
+    lists(tmp_path, session_2="train/c/4.png\ntrain/c/1.png\n", session_3="train/d/0.png\ntrain/d/1.png\n")
+    scenario = f"{{kind: few_shot, base: 2, way: 1, shots: 2, lists: {tmp_path}}}"
+    stream = of_shards(shards, "one", tasks=3, scenario=scenario, cache=tmp_path)
+    names = [stream.sample_names("train", np.arange(task.train.start, task.train.stop)) for task in stream.tasks]
+    assert [len(each) for each in names] == [12, 2, 2]
+    assert [name.rpartition("/")[2] for name in names[1]] == ["1", "4"]
+    assert stream.labels("train")[12:].tolist() == [2, 2, 3, 3]
+    with pytest.raises(DataError, match=r"are 5 classes, but 'one' has 4"):
+        of_shards(shards, "one", tasks=3, scenario="{kind: few_shot, base: 3, way: 1, shots: 2}", cache=tmp_path)

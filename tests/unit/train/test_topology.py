@@ -190,6 +190,22 @@ def test_old_rows_of_the_head_stay(tmp_path: Path) -> None:
     assert bool((after[weight][5:7] != before[weight][5:7]).any())
 
 
+@pytest.mark.parametrize("norms", ["running", "batch"])
+def test_running_statistics_stand_still_in_sessions_if_asked_to(tmp_path: Path, norms: str) -> None:
+    model = {"kind": "timm", "name": "test_resnet"}
+    train = {"head": "seen", "epochs": [1, 3], "batch_size": 256, "norms": norms}
+    state, world = session(tmp_path, {"model": model, "train": train, "data": {"image_size": 32}})
+    before = {name: value.clone() for name, value in wholes(state.engine.gather()).items()}
+    state.mark = Mark.at(1, "fit", 0)
+    assert fit(world.stream.tasks[1], state, world)
+    after = wholes(state.engine.gather())
+    statistics = [name for name in before if "running_" in name]
+    assert statistics
+    assert all(torch.equal(after[name], before[name]) == (norms == "running") for name in statistics)
+    weights = [name for name in before if name.endswith("conv1.weight")]  # which learn all the same
+    assert any(not torch.equal(after[name], before[name]) for name in weights)
+
+
 def test_prototypes_are_means_of_the_classes_when_they_were_learned(tmp_path: Path) -> None:
     few = {name: value for name, value in FEW.items() if name != "prior"}
     train = {"head": "seen", "frozen": ["features"], "epochs": 2}
