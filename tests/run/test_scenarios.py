@@ -20,6 +20,7 @@ from hpccl.train.distill import old_heads
 from hpccl.train.evaluate import test as evaluate_all
 from hpccl.train.evaluate_run import evaluate_run
 from hpccl.train.export import export
+from hpccl.train.memory_map import map_memory
 from hpccl.train.state import World
 from tests.run.command import events
 from tests.run.method import learn, make_world
@@ -33,7 +34,7 @@ SMALL = (
 SCENARIOS = {
     "permuted": ("stream.tasks=3", "stream.scenario.kind=permuted", "train.epochs=1"),
     "rotated": ("stream.tasks=2", "stream.scenario={kind: rotated, degrees: 90, angles: even}", "train.epochs=1"),
-    "blurry": ("stream.scenario={kind: blurry, blur: 0.2, disjoint: 0.5}", "train.epochs=4"),
+    "blurry": ("stream.tasks=2", "stream.scenario={kind: blurry, blur: 0.2, disjoint: 0.5}", "train.epochs=4"),
     "few_shot": ("stream.tasks=3", "stream.scenario={kind: few_shot, base: 5, way: 2, shots: 5}", "train.epochs=4"),
 }
 
@@ -43,17 +44,20 @@ def config_of(scenario: str, *arguments: str, method: str = "ewc+fr+replay") -> 
     return load(files, [*SMALL, *SCENARIOS[scenario], *arguments])
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("permuted", "rotated") else []) for name in SCENARIOS],
+)
 def test_stopped_and_continued_to_the_same_weights(
     tmp_path: Path, scenario: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With memory of both kinds and curvature, in the midst of the second task and of the third."""
+    """With memory of both kinds and curvature; stopped twice on the way."""
     monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
 
     def config(name: str) -> RunConfig:
         return config_of(scenario, "memory.size=40", f"folder={tmp_path / name}")
 
-    once, again = finished(config("once")), finished(config("again"), stops=(5, 2))
+    once, again = finished(config("once")), finished(config("again"), stops=(4, 2))
     assert again == once
     results = events(tmp_path / "once", "evaluate")[-1]["results"]
     assert events(tmp_path / "again", "evaluate")[-1]["results"] == results
@@ -80,9 +84,23 @@ def test_all_classes_compete_where_all_are_shared(tmp_path: Path, head: str) -> 
         assert result["class_incremental"] == result["task_incremental"]
 
 
+@pytest.mark.slow
+def test_the_map_of_tasks_that_share_all_classes_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+    maps = []
+    for head in ("own", "seen"):
+        folder = tmp_path / head
+        finished(config_of("rotated", f"train.head={head}", f"folder={folder}", method="finetune"))
+        maps.append(map_memory(folder, prior_precision=1.0))
+    assert [(row["task"], row["examples"]) for row in maps[0].tasks] == [(0, 1438), (1, 1438)]
+    assert len(maps[0].classes) == 10
+    for own, seen in zip(maps[0].classes, maps[1].classes, strict=True):
+        assert own == pytest.approx(seen)
+
+
 def test_the_own_head_of_an_image_is_that_of_the_task_it_comes_with(tmp_path: Path) -> None:
     """A class may be in several tasks, so that its name alone does not say which classes compete."""
-    config = config_of("blurry", "train.head=own", method="finetune")
+    config = config_of("blurry", "train.head=own", "stream.tasks=5", method="finetune")
     state, world = make_world(config, tmp_path)
     tasks, labels = world.stream.tasks, world.stream.labels("train")
     assert len({task.classes for task in tasks}) == 5
@@ -200,12 +218,14 @@ def test_memory_keeps_all_of_a_session_that_is_smaller(tmp_path: Path) -> None:
     ("scenario", "method", "settings"),
     [
         ("permuted", "gdumb", ("memory.total=60", "train.epochs=60")),
-        ("blurry", "gdumb", ("memory.total=60", "train.epochs=60")),
-        ("rotated", "lwf", ("train.head_epochs=0", "train.epochs=3")),
-        ("blurry", "der++", ("memory.total=60",)),
+        pytest.param("blurry", "gdumb", ("memory.total=60", "train.epochs=60"), marks=pytest.mark.slow),
+        pytest.param("rotated", "lwf", ("train.head_epochs=0", "train.epochs=3"), marks=pytest.mark.slow),
+        pytest.param("blurry", "der++", ("memory.total=60",), marks=pytest.mark.slow),
         ("few_shot", "bic", ("memory.total=100",)),
-        ("few_shot", "icarl", ("memory.total=60",)),
-        ("permuted", "joint", ("train.only_last=false", "train.epochs=3", "stream.tasks=2")),
+        pytest.param("few_shot", "icarl", ("memory.total=60",), marks=pytest.mark.slow),
+        pytest.param(
+            "permuted", "joint", ("train.only_last=false", "train.epochs=3", "stream.tasks=2"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_other_methods_learn_on_shared_classes(

@@ -172,7 +172,7 @@ def make_plan(
         sent=tuple(case.sent()),
         spent=() if rates is None else tuple(case.spent(rates, gigabytes_per_second)),
         rates=rates,
-        notes=tuple(_notes(network, curvature, rates, gigabytes_per_second)),
+        notes=(*_notes(network, curvature, rates, gigabytes_per_second), *_shown_beside(config)),
     )
 
 
@@ -349,6 +349,13 @@ def _when(name: str, spread: Spread) -> tuple[When, bool]:
             return "training", False
         case _:
             return "always", False
+
+
+def _shown_beside(config: RunConfig) -> Iterator[str]:
+    """Images of a step that are not of its batch."""
+    topology = config.prior.topology
+    if topology.nodes and topology.anchor:
+        yield f"not counted: the images of nodes, {topology.nodes} and more, that a step of a later task shows in all"
 
 
 def _notes(
