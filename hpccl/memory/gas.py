@@ -51,32 +51,42 @@ def distances(nodes: Floats, feature: Floats) -> Floats:
 
 def adapted(nodes: Floats, feature: Floats, rules: Rules) -> Floats:
     """Nodes [N, d] after one feature [d]; of equally near ones, the first counts as nearer."""
-    order = np.argsort(distances(nodes, feature), kind="stable")
+    moved = nodes.copy()
+    _adapt_(moved, feature, np.argsort(distances(nodes, feature), kind="stable"), rules)
+    return moved
+
+
+def _adapt_(nodes: Floats, feature: Floats, order: Ints, rules: Rules) -> None:
+    """order: of the nodes, nearest first."""
     order = order[: int(_NEGLIGIBLE * rules.spread) + 1]
     share = rules.rate * np.exp(-(np.arange(len(order)) + rules.first_rank) / rules.spread)
-    moved = nodes.copy()
-    moved[order] += share[:, None] * (feature - nodes[order])
-    return moved
+    nodes[order] += share[:, None] * (feature - nodes[order])
 
 
 def connected(ages: Ints, nodes: Floats, feature: Floats, rules: Rules) -> Ints:
     """Ages [N, N] (symmetric) after one feature [d]."""
-    if len(nodes) < 2:
-        return ages
-    first, second = np.argsort(distances(nodes, feature), kind="stable")[:2]
     found = ages.copy()
+    _connect_(found, np.argsort(distances(nodes, feature), kind="stable"), rules)
+    return found
+
+
+def _connect_(ages: Ints, order: Ints, rules: Rules) -> None:
+    if len(order) < 2:
+        return
+    first, second = order[:2]
     older = np.where(ages[first] > 0, ages[first] + 1, 0)
     older[second] = 1
     older[older > rules.lifetime] = 0
-    found[first], found[:, first] = older, older
-    return found
+    ages[first], ages[:, first] = older, older
 
 
 def fitted(nodes: Floats, ages: Ints, features: Floats, rules: Rules) -> tuple[Floats, Ints]:
     """Nodes and ages after features [n, d], one after the other: edges first, then nodes."""
+    nodes, ages = nodes.copy(), ages.copy()
     for feature in features:
-        ages = connected(ages, nodes, feature, rules)
-        nodes = adapted(nodes, feature, rules)
+        order = np.argsort(distances(nodes, feature), kind="stable")
+        _connect_(ages, order, rules)
+        _adapt_(nodes, feature, order, rules)
     return nodes, ages
 
 
