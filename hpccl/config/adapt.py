@@ -58,6 +58,8 @@ def reference_config(
     """
     words = _words(run, out, _source(run), task=task, change={**change, "retrain": True})
     words += [*_model(model), "name=retrain", "train.data=seen", "prior.quadratic.weight=0", "prior.fromp.weight=0"]
+    # From nothing, all learns, as RUN's first task did.
+    words += ["train.frozen=[]", "train.norms=batch", "prior.topology.nodes=0"]
     words += [
         "memory.size=0",
         "memory.total=0",

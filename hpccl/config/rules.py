@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpccl.config.sections import (
+    AddData,
     AnyAdaptation,
+    BlurryScenario,
     DataConfig,
     DdpEngine,
     DeepspeedEngine,
     DigitsStream,
     DistillConfig,
+    DomainScenario,
+    FewShotScenario,
     FrompConfig,
     GreedySelector,
     KroneckerCurvature,
@@ -24,8 +28,10 @@ from hpccl.config.sections import (
     NewModel,
     NewPrecision,
     NormalConfig,
+    PermutedScenario,
     PriorConfig,
     ReconstructionSelector,
+    RotatedScenario,
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
@@ -121,6 +127,10 @@ class ClashError(ValueError):
 def clashes(config: RunConfig) -> tuple[Clash, ...]:
     """Every combination in `config` that cannot be meant."""
     rules = (
+        _parts_of_scenario,
+        _changed_images,
+        _few_shots,
+        _shared_classes,
         _one_budget,
         _selector,
         _needs_memory,
@@ -137,6 +147,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _scaled,
         _corrected,
         _frozen,
+        _topology,
         _tested,
         _pictures,
         _sizes,
@@ -147,6 +158,94 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _slurm,
     )
     return tuple(clash for rule in rules for clash in rule(config))
+
+
+def _parts_of_scenario(config: RunConfig) -> Iterator[Clash]:
+    """What a scenario asks of the data sets of a stream."""
+    stream, key = config.stream, "stream.scenario.kind"
+    kind, parts = stream.scenario.kind, () if isinstance(stream, DigitsStream) else stream.parts
+    if kind == "domains":
+        if len(parts) < 2:
+            problem = "every part is a task, and there is one data set; set it to permuted or rotated"
+            yield Clash((key, "stream.kind" if isinstance(stream, DigitsStream) else "stream.parts"), problem)
+        if any(part.tasks > 1 for part in parts):
+            yield Clash(("stream.parts", key), "has a part of several tasks, but every part is one; set tasks to 1")
+        if len({part.classes for part in parts}) > 1:
+            yield Clash(("stream.parts", key), "has parts of different `classes`; set the same for all")
+    if kind in ("permuted", "rotated", "few_shot") and _several_parts(config):
+        yield Clash(("stream.parts", key), f"has {len(parts)} data sets, but {kind} tasks are made of one; leave one")
+    tasks = [stream.tasks] if isinstance(stream, DigitsStream) else [part.tasks for part in parts]
+    if kind == "blurry" and 1 in tasks:
+        problem = "mixes the tasks of a data set, and one has a single task; set tasks to 2 or more"
+        yield Clash((key, "stream.tasks" if isinstance(stream, DigitsStream) else "stream.parts"), problem)
+    if isinstance(stream.scenario, BlurryScenario) and stream.scenario.disjoint == 1:
+        yield Clash(("stream.scenario.disjoint",), "leaves no class to be blurred; set it below 1, or kind to classes")
+
+
+def _changed_images(config: RunConfig) -> Iterator[Clash]:
+    """Of tasks that change all images, which are then decoded ones of one size."""
+    scenario, data, cause = config.stream.scenario, config.data, "stream.scenario.kind"
+    if not isinstance(scenario, PermutedScenario | RotatedScenario):
+        return
+    if data.storage == "encoded":
+        yield Clash(("data.storage", cause), "tasks change decoded images; set it to auto or decoded")
+    if isinstance(data.augment, TimmAugment):
+        yield Clash(("data.augment.kind", cause), "tasks change decoded images; set it to none or crop_flip")
+    if data.progressive is not None:
+        yield Clash(("data.progressive", cause), "tasks change images of one size; leave it out")
+    if data.test_size not in (None, data.image_size):
+        yield Clash(("data.test_size", cause), "tasks change images of one size; leave it out")
+    if isinstance(scenario, RotatedScenario) and scenario.angles == "even" and scenario.seed:
+        yield Clash(("stream.scenario.seed", "stream.scenario.angles"), "even angles are not drawn; leave it 0")
+
+
+def _several_parts(config: RunConfig) -> bool:
+    return not isinstance(config.stream, DigitsStream) and len(config.stream.parts) > 1
+
+
+def _few_shots(config: RunConfig) -> Iterator[Clash]:
+    stream, scenario = config.stream, config.stream.scenario
+    if not isinstance(scenario, FewShotScenario) or _several_parts(config):
+        return
+    if isinstance(stream, DigitsStream):
+        tasks, cause, there, chosen = stream.tasks, "stream.tasks", 10, None
+    else:
+        tasks, cause, there, chosen = stream.parts[0].tasks, "stream.parts", None, stream.parts[0].classes
+    if tasks < 2:
+        yield Clash((cause, "stream.scenario.kind"), "is the base alone; add 1 for every session")
+    if there is not None and scenario.base + scenario.way * (tasks - 1) > there:
+        problem = (
+            f"and {tasks - 1} sessions of {scenario.way} classes are more than {there} classes; set one of them lower"
+        )
+        yield Clash(("stream.scenario.base", "stream.scenario.way", "stream.tasks"), problem)
+    if chosen is not None:
+        problem = "has `classes`, which few_shot says by base + way * (tasks - 1); leave it out"
+        yield Clash(("stream.parts", "stream.scenario.base"), problem)
+    if scenario.lists is not None and scenario.seed:
+        yield Clash(("stream.scenario.seed", "stream.scenario.lists"), "draws images, which lists name; leave it 0")
+
+
+def _shared_classes(config: RunConfig) -> Iterator[Clash]:
+    """What is said of new classes, where a task may have none."""
+    scenario, prior, cause = config.stream.scenario, config.prior, "stream.scenario.kind"
+    if not isinstance(scenario, DomainScenario | PermutedScenario | RotatedScenario | BlurryScenario):
+        return
+    why = f"is about new classes, and {scenario.kind} tasks share theirs"
+    if config.train.head_epochs:
+        yield Clash(("train.head_epochs", cause), f"{why}; leave it 0")
+    if "old_classes" in config.train.frozen:
+        yield Clash(("train.frozen", cause), f"{why}; leave old_classes out")
+    if prior.distill.weight > 0 and prior.distill.balance == "classes":
+        yield Clash(("prior.distill.balance", cause), f"{why}; set it to fixed")
+    if prior.distill.weight > 0 and config.train.loss == "sigmoid":
+        problem = f"leaves old classes to the old network, and {scenario.kind} tasks share theirs; use cross_entropy"
+        yield Clash(("train.loss", cause), problem)
+    if prior.correct.share > 0:
+        yield Clash(("prior.correct.share", cause), f"{why}; set it to 0")
+    if prior.topology.nodes > 0:
+        yield Clash(("prior.topology.nodes", cause), f"{why}; set it to 0")
+    if config.evaluate.classifier == "prototype":
+        yield Clash(("evaluate.classifier", cause), f"{why}; set it to head")
 
 
 def _budgets(memory: MemoryConfig) -> list[str]:
@@ -212,7 +311,9 @@ def _fresh_network(config: RunConfig) -> Iterator[Clash]:
     if config.prior.quadratic.weight > 0:
         past.append("prior.quadratic.weight")
     past += ["prior.distill.weight"] if config.prior.distill.weight > 0 else []
+    past += ["prior.topology.nodes"] if config.prior.topology.nodes > 0 else []
     past += [f"train.{key}" for key in ("head_epochs", "frozen") if getattr(train, key)]
+    past += ["train.norms"] if train.norms == "running" else []
     if train.first_task_from is not None:
         past.append("train.first_task_from")
     for key in past:
@@ -304,6 +405,13 @@ def _adapted(config: RunConfig) -> Iterator[Clash]:
         yield Clash(
             ("evaluate.classifier", "adapt.kind"), "is made of a task's end, which is not there; set it to head"
         )
+    if "old_classes" in config.train.frozen:
+        problem = "leaves only new classes' rows to learn, and there are none; leave old_classes out"
+        yield Clash(("train.frozen", "adapt.kind"), problem)
+    scenario = config.stream.scenario
+    if isinstance(adapt, AddData) and isinstance(scenario, PermutedScenario | RotatedScenario | BlurryScenario):
+        problem = f"{scenario.kind} tasks change or mix images, and added ones are of no task; adapt a run of others"
+        yield Clash(("stream.scenario.kind", "adapt.kind"), problem)
     if adapt.retrain:
         return
     usual = PriorConfig()
@@ -318,6 +426,9 @@ def _adapted(config: RunConfig) -> Iterator[Clash]:
     if config.prior.fromp.weight > 0:
         problem = "couples predictions on memory, of which adaptation takes soft labels; adapt a run with soft labels"
         yield Clash(("prior.fromp.weight", "adapt.kind"), problem)
+    if config.prior.topology.nodes > 0:
+        problem = "keeps features in place while new classes are learned, and there are none; set it to 0"
+        yield Clash(("prior.topology.nodes", "adapt.kind"), problem)
     if config.prior.replay == 1 and isinstance(adapt, NewModel):
         problem = "the old network says nothing where all of the memory has true labels; adapt a run with soft labels"
         yield Clash(("prior.replay", "adapt.kind"), problem)
@@ -464,10 +575,33 @@ def _frozen(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("train.head_epochs", "train.frozen"), problem)
 
 
+def _topology(config: RunConfig) -> Iterator[Clash]:
+    topology, train = config.prior.topology, config.train
+    if topology.nodes == 0:
+        return
+    key = "prior.topology.nodes"
+    if train.data != "task" and not train.restart:  # with restart: _fresh_network speaks
+        yield Clash((key, "train.data"), "keeps the past in place while a task is learned; set train.data=task")
+    if topology.anchor == 0 and topology.minmax == 0:
+        yield Clash(
+            (key, "prior.topology.anchor"), "says nothing without anchor and minmax; set one above 0, or this to 0"
+        )
+    if getattr(config.engine, "compile", False):
+        problem = "looks into the network in every step, which compiled code does not show; set engine.compile=false"
+        yield Clash((key, "engine.compile"), problem)
+    if "features" in train.frozen:
+        yield Clash((key, "train.frozen"), "moves features, which are frozen; leave it 0")
+    if train.head_epochs:
+        yield Clash((key, "train.head_epochs"), "moves features, which stay at first; set train.head_epochs=0")
+
+
 def _tested(config: RunConfig) -> Iterator[Clash]:
     if config.evaluate.classifier == "nearest_mean" and not config.memory.kept:
         problem = "means are of memory's examples; set memory.size or memory.total"
         yield Clash(("evaluate.classifier", "memory.size"), problem)
+    if config.evaluate.classifier == "prototype" and config.train.restart:
+        problem = "keeps the prototypes of classes from task to task; set train.restart=false"
+        yield Clash(("evaluate.classifier", "train.restart"), problem)
 
 
 def _pictures(config: RunConfig) -> Iterator[Clash]:

@@ -89,7 +89,8 @@ class RunConfig(Section):
             return "retrain" if self.adapt.retrain else f"adapt-{self.adapt.kind}"
         if self.train.restart:
             return {"seen": "joint", "task": "separate", "memory": "gdumb"}[self.train.data]
-        parts = [*self._quadratic(), *self._distilled(), *self._remembered()]
+        parts = [*self._quadratic(), *(["topic"] if self.prior.topology.nodes > 0 else [])]
+        parts += [*self._distilled(), *self._remembered()]
         if parts:
             return "+".join(parts)
         return "cumulative" if self.train.data == "seen" else self._without_past()
@@ -126,6 +127,8 @@ class RunConfig(Section):
     def _without_past(self) -> str:
         if not self.train.frozen:
             return "finetune"
+        if self.train.frozen == ("features",) and self.evaluate.classifier == "prototype":
+            return "prototypes"
         named = {"features": "feature_extraction", "convolutions": "finetune_head"}
         return named.get("+".join(self.train.frozen), "finetune+frozen")
 

@@ -16,7 +16,9 @@ __all__ = [
     "AnyCluster",
     "AnyEngine",
     "AnyModel",
+    "BlurryScenario",
     "CheckpointConfig",
+    "ClassScenario",
     "ClusterConfig",
     "Container",
     "CorrectConfig",
@@ -29,10 +31,12 @@ __all__ = [
     "DiagonalCurvature",
     "DigitsStream",
     "DistillConfig",
+    "DomainScenario",
     "EkfacCurvature",
     "EngineConfig",
     "EvaluateConfig",
     "FeatureSelector",
+    "FewShotScenario",
     "FrompConfig",
     "Fsdp2Engine",
     "GreedySelector",
@@ -57,6 +61,7 @@ __all__ = [
     "OptimConfig",
     "PaperModel",
     "Part",
+    "PermutedScenario",
     "PooledTasks",
     "PosteriorSelector",
     "PriorConfig",
@@ -66,6 +71,8 @@ __all__ = [
     "RefitTasks",
     "RemoveData",
     "ReservoirSelector",
+    "RotatedScenario",
+    "ScenarioConfig",
     "ScoreSelector",
     "SelectorConfig",
     "ShardStream",
@@ -75,6 +82,7 @@ __all__ = [
     "TasksConfig",
     "TimmAugment",
     "TimmModel",
+    "TopologyConfig",
     "TrainConfig",
     "UniformSelector",
     "per_task",
@@ -134,11 +142,74 @@ class Section(BaseModel):
 # ---------------------------------------------------------------- stream
 
 
+class ClassScenario(Section):
+    """Every task has classes of its own: task-incremental with train.head=own, class-incremental with seen."""
+
+    kind: Literal["classes"] = "classes"
+
+
+class DomainScenario(Section):
+    """Every part is a task, and all have the same class names (domain-incremental)."""
+
+    kind: Literal["domains"] = "domains"
+
+
+class PermutedScenario(Section):
+    """Every task has all images, their pixels in an order of its own; the first task's are as stored."""
+
+    kind: Literal["permuted"] = "permuted"
+    seed: NonNegativeInt = 0  # of the orders, which do not depend on the run's seed
+
+
+class RotatedScenario(Section):
+    """Every task has all images, turned by an angle of its own; the first task's are as stored."""
+
+    kind: Literal["rotated"] = "rotated"
+    degrees: Annotated[float, Field(gt=0, le=360)] = 180.0  # angles are below it
+    angles: Literal["drawn", "even"] = "drawn"  # drawn uniformly; or degrees * task / tasks
+    seed: NonNegativeInt = 0  # of drawn angles, which do not depend on the run's seed
+
+
+class BlurryScenario(Section):
+    """Tasks share classes: training images of a class come with other tasks, too (Blurry-M, i-Blurry-N-M).
+
+    Test images stay with the task that most of their class belongs to.
+    """
+
+    kind: Literal["blurry"] = "blurry"
+    blur: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of a blurry class's training images that other tasks get
+    disjoint: Fraction = 0.5  # share of each task's classes that no other task gets images of; 0: Blurry-M
+    seed: NonNegativeInt = 0  # of which images and classes, which do not depend on the run's seed
+
+
+class FewShotScenario(Section):
+    """A base task with all training images of `base` classes, then sessions of `way` new classes with `shots` images.
+
+    `tasks` counts the sessions, the base included. Classes beyond base + way (tasks - 1) are left out.
+    """
+
+    kind: Literal["few_shot"] = "few_shot"
+    base: PositiveInt  # classes of the first task
+    way: PositiveInt  # classes of each session
+    shots: PositiveInt  # training images of each class of a session
+    # folder of session_2.txt, session_3.txt, ...: a training image a line, by its name (folders and extension do not
+    # count) or by its number if names are numbers; session_1.txt may list those of the base. null: drawn by seed
+    lists: Line | None = None
+    seed: NonNegativeInt = 0  # of drawn images, which do not depend on the run's seed
+
+
+ScenarioConfig = Annotated[
+    ClassScenario | DomainScenario | PermutedScenario | RotatedScenario | BlurryScenario | FewShotScenario,
+    Field(discriminator="kind"),
+]
+
+
 class DigitsStream(Section):
     """scikit-learn's 1,797 handwritten digits (8x8, 1 channel), embedded: no download."""
 
     kind: Literal["digits"] = "digits"
     tasks: Annotated[int, Field(gt=0, le=10)] = 5  # the ten digits are split into so many tasks
+    scenario: ScenarioConfig = ClassScenario()  # what tasks have in common
     order: Literal["given", "random"] = "given"  # of the classes
     order_seed: int = 1993  # of order=random
 
@@ -156,6 +227,7 @@ class ShardStream(Section):
 
     kind: Literal["shards"] = "shards"
     parts: Annotated[tuple[Part, ...], Strict(False), Field(min_length=1)]  # the data sets, in the order of learning
+    scenario: ScenarioConfig = ClassScenario()  # what tasks have in common
     order: Literal["given", "random"] = "given"  # of the classes within a part
     order_seed: int = 1993  # of order=random
     train_split: str = "train"  # name of the split to train on
@@ -304,8 +376,10 @@ class TrainConfig(Section):
     # layer learn
     head_epochs: NonNegativeInt = 0
     # names of parameters and buffers (with * and ?) that stay as the first task left them; `features`: all but those of
-    # the last layer, `convolutions`: those of convolutions and normalisations
+    # the last layer, `convolutions`: those of convolutions and normalisations, `old_classes`: rows of the last layer
     frozen: Annotated[tuple[str, ...], Strict(False)] = ()
+    # of BatchNorm from the second task on: of the batch, or the running ones as they stand; few images say little
+    norms: Literal["batch", "running"] = "batch"
     flip_test: bool = False  # evaluate on the mean of logits of an image and its mirror image
     first_task_from: str | None = None  # run folder with the same first task: take its weights, do not train it again
 
@@ -504,6 +578,28 @@ class CorrectConfig(Section):
     penalty: NonNegativeFloat = 0.1  # of beta^2 / 2, beside the mean nats; 0: there may be no best beta
 
 
+class TopologyConfig(Section):
+    """A neural gas over the features of the first task, whose nodes later tasks keep in place (TOPIC: Tao et al. 2020).
+
+    anchor * mean over old nodes of AL + minmax * mean over new examples of MML, see docs/methods.md.
+    """
+
+    nodes: NonNegativeInt = 0  # nodes of the first task (400 in the paper); 0: no topology
+    new_nodes: PositiveInt = 1  # nodes of each later class; fewer than its examples
+    passes: PositiveInt = 1  # over the first task's examples
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.02  # of neural gas
+    spread: PositiveFloat = 10.0  # alpha of neural gas: nodes of rank i move by exp(-i / spread)
+    first_rank: Literal[0, 1] = 1  # rank of the nearest node
+    lifetime: PositiveInt = 200  # age beyond which an edge goes
+    normalised: bool = True  # features at norm 1
+    anchor: NonNegativeFloat = 0.5  # lambda_1, of the anchor loss
+    minmax: NonNegativeFloat = 0.005  # lambda_2, of the min-max loss
+    margin: PositiveFloat | None = None  # xi, distance that rivals are pushed to; null: the largest one of two nodes
+    # where the images of old nodes should stay: at the node, or where the last network saw them
+    target: Literal["centroid", "image"] = "centroid"
+    floor: PositiveFloat = 0.1  # added to variances, in multiples of the mean variance of features
+
+
 class PriorConfig(Section):
     """What the past says while a new task is learned."""
 
@@ -524,13 +620,15 @@ class PriorConfig(Section):
     view: Literal["stored", "teacher", "recorded"] = "stored"
     distill: DistillConfig = DistillConfig()  # the previous network on the task's own images
     correct: CorrectConfig = CorrectConfig()  # of the logits of the newest classes
+    topology: TopologyConfig = TopologyConfig()  # a net of nodes over features
 
 
 class EvaluateConfig(Section):
     """How the network is tested."""
 
     # nearest_mean: the class whose mean of normalised features, over memory and its mirror images, is closest (iCaRL)
-    classifier: Literal["head", "nearest_mean"] = "head"
+    # prototype: the same, over a class's training examples when it was learned: prototypes on frozen features
+    classifier: Literal["head", "nearest_mean", "prototype"] = "head"
 
 
 class ListedTasks(Section):

@@ -30,7 +30,7 @@ class Task(Protocol):
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """Class numbers in the stream, ascending."""
+        """Class numbers in the stream, ascending; tasks may share some, or all of them."""
 
     def samples(self, split: Split) -> range:
         """The stream's sample positions that belong to this task (contiguous)."""
@@ -90,4 +90,4 @@ class Stream(Protocol):
         """Images passed over so far in this process: (split, sample, name, reason); only with data.bad_images=skip."""
 
     def raw(self, sample: int, split: Split = "train") -> npt.NDArray[np.uint8]:
-        """[h, w, channels] uint8 pixels of one image as stored, for pictures in reports."""
+        """[h, w, channels] uint8 pixels of one image, for pictures in reports: as stored, or as its task changes it."""

@@ -122,6 +122,18 @@ class BaseEngine(ABC):
             logits = self._run(pixels.to(memory_format=self._format))
         return logits.float()
 
+    def forward_features(
+        self, pixels: Tensor, noise: Tensor, layer: str, *, last: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, and what entered a layer of the network on the way, fp32."""
+        caught: list[Tensor] = []
+        handle = self._model.get_submodule(layer).register_forward_pre_hook(lambda _, given: caught.append(given[0]))
+        try:
+            logits = self.forward(pixels, noise, last=last)
+        finally:
+            handle.remove()
+        return logits, caught[-1].float()
+
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradient.
 

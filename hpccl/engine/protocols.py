@@ -63,6 +63,11 @@ class Engine(Protocol):
         last: micro-batch of a step or not; training: in training mode, or in evaluation mode.
         """
 
+    def forward_features(
+        self, pixels: Tensor, noise: Tensor, layer: str, *, last: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and what entered a layer in it [n, d], fp32, with gradients; `layer` is a module's name."""
+
     def predict(self, pixels: Tensor) -> Tensor:
         """[n, c, h, w] -> logits [n, C] in fp32, evaluation mode, no gradient. Collective where weights are spread."""
 

@@ -10,6 +10,7 @@ import torch
 from hpccl.curvature.protocols import Precision, Shards
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves, Place
+from hpccl.memory.gas import Gas
 from hpccl.memory.means import ClassMeans
 from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
@@ -27,8 +28,9 @@ class Prior:
     quadratic: curvature of the past that is not in memory, or None
     anchor:    weights and buffers of the newest old model (whole or spread), or None before the first task ends
     correction: of the logits of its newest classes, or None
-    means:     of the features of each class's memory, as it sees them, or None
+    means:     of the features of each class's memory (or training examples), as it sees them, or None
     fromp:     coupled predictions on the memory, which then says nothing else, or None
+    gas:       a net of nodes over features, or None
     """
 
     memory: Memory
@@ -37,6 +39,7 @@ class Prior:
     correction: Correction | None = None
     means: ClassMeans | None = None
     fromp: Fromp | None = None
+    gas: Gas | None = None
 
     def to(self, device: torch.device) -> Prior:
         """The same prior with what a step needs on a device (the memory's few tensors stay on the CPU)."""
@@ -56,6 +59,7 @@ class Prior:
             "correction": None if self.correction is None else self.correction.state_dict(),
             "means": None if self.means is None else self.means.state_dict(),
             "fromp": None if self.fromp is None else self.fromp.state_dict(),
+            "gas": None if self.gas is None else self.gas.state_dict(),
         }
 
     @property
@@ -79,7 +83,7 @@ class Prior:
         if quadratic is not None and placed is not None:
             restored = Quadratic.from_state_dict(quadratic, placed, shards, comm, place)
         # Earlier checkpoints have none of these.
-        correction, means, fromp = (state.get(name) for name in ("correction", "means", "fromp"))
+        correction, means, fromp, gas = (state.get(name) for name in ("correction", "means", "fromp", "gas"))
         return cls(
             memory=Memory.from_state_dict(state["memory"]),
             quadratic=restored,
@@ -87,4 +91,5 @@ class Prior:
             correction=None if correction is None else Correction.from_state_dict(correction),
             means=None if means is None else ClassMeans(**means),
             fromp=None if fromp is None else Fromp.from_state_dict(fromp, shards, comm, place),
+            gas=None if gas is None else Gas(**gas),
         )

@@ -174,7 +174,8 @@ def _with_removed(prior: Prior, adapt: RemoveData, stream: Stream) -> Memory:
     rest = np.setdiff1d(removed, memory.sample.numpy())
     labels = stream.labels("train")
     for task in stream.tasks:
-        own = rest[np.isin(labels[rest], task.classes)]
+        span = task.samples("train")  # tasks may share classes
+        own = rest[(rest >= span.start) & (rest < span.stop)]
         kept = kept.admit(
             task=task.index,
             sample=torch.from_numpy(own),

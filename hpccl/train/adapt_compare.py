@@ -89,17 +89,19 @@ def _probabilities(state: RunState, world: World) -> tuple[Tensor, Tensor]:
     """Of all test images that can be read, among the classes that compete for each."""
     stream = world.stream
     labels = torch.from_numpy(stream.labels("test"))
-    heads = torch.ones(len(stream.class_names), len(stream.class_names), dtype=torch.bool)
+    heads = torch.ones(len(stream.tasks), len(stream.class_names), dtype=torch.bool)
     if world.config.train.head == "own":
         heads = torch.zeros_like(heads)
         for task in stream.tasks:
-            heads[np.ix_(task.classes, task.classes)] = True
+            heads[task.index, list(task.classes)] = True
+    ends = np.array([task.samples("test").stop for task in stream.tasks])  # tasks may share classes
     found, shown = [], []
     passes = shared_images(np.arange(len(labels)), world, size=world.stream_batch, split="test")
     with contextlib.closing(passes):
         for seen in passes:
             truth = labels[torch.from_numpy(seen.sample)]
-            logits = state.engine.predict(seen.pixels).cpu().masked_fill(~heads[truth], -torch.inf)
+            own = heads[torch.from_numpy(np.searchsorted(ends, seen.sample, side="right"))]
+            logits = state.engine.predict(seen.pixels).cpu().masked_fill(~own, -torch.inf)
             found.append(logits.softmax(dim=1)[seen.valid])
             shown.append(truth[seen.valid])
     return torch.cat(found), torch.cat(shown)

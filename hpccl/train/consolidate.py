@@ -36,6 +36,7 @@ from hpccl.train.passes import ask, shared_images
 from hpccl.train.score import competing
 from hpccl.train.selection import chosen
 from hpccl.train.state import RunState, World
+from hpccl.train.topology import end_session
 
 __all__ = ["TaskPass", "admit_first", "consolidate", "thumbnail"]
 
@@ -64,7 +65,8 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
     memory = relabel(task, memory, state, world)
     fromp = functional(task, memory, state, world)
     means = class_means(task, memory, state, world)
-    state.prior = Prior(memory, quadratic, anchor, corrected, means, fromp)
+    gas = end_session(task, state, world)
+    state.prior = Prior(memory, quadratic, anchor, corrected, means, fromp, gas)
 
 
 def admit_first(task: Task, state: RunState, world: World) -> None:

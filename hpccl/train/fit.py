@@ -23,9 +23,10 @@ from hpccl.train.compose import Composer, Part, head_steps, plan_task, split
 from hpccl.train.distill import Distilled, record
 from hpccl.train.diverged import Failure, diagnose
 from hpccl.train.functional import Recalled, recalled, rows_memory
-from hpccl.train.hold import hold
+from hpccl.train.hold import hold, last_name
 from hpccl.train.state import RunState, World
 from hpccl.train.step import TERM_NAMES, StepStats, train_step
+from hpccl.train.topology import ASKED_BY, Topology
 
 __all__ = ["fit"]
 
@@ -51,6 +52,7 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     composer = Composer.build(
         config, world.stream, task, memory, teacher=teacher, device=engine.device, distilled=distilled
     )
+    composer = replace(composer, topology=_topology(state, world))
     if distilled is not None and distilled.config.view == "recorded":
         composer = _recorded(task, composer, distilled, state, world)
     detach = _attach(state, world, plan)
@@ -75,11 +77,19 @@ def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer:
         contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches,
         contextlib.closing(_recalled(plan, state, world)) as past,
     ):
-        return _run_steps(task, state, world, plan, batches=batches, past=past)
+        layer = None if composer.topology is None else composer.topology.layer
+        return _run_steps(task, state, world, plan, batches=batches, past=past, layer=layer)
 
 
 def _run_steps(
-    task: Task, state: RunState, world: World, plan: BatchPlan, *, batches: Batches, past: Iterator[Recalled | None]
+    task: Task,
+    state: RunState,
+    world: World,
+    plan: BatchPlan,
+    *,
+    batches: Batches,
+    past: Iterator[Recalled | None],
+    layer: str | None,
 ) -> int:
     first = state.mark.step
     every = world.config.checkpoint.every
@@ -90,7 +100,8 @@ def _run_steps(
             _learn_all(task, state, world, num_steps=plan.num_steps - alone)
         parts, rows = next(batches)
         torch.manual_seed(int(mix(plan.seed, plan.task, step, world.comm.rank)) >> 1)
-        stats = train_step(state.engine, rows, num_rows=len(parts[0].batch), recalled=next(past))
+        num_rows = len(parts[0].batch)
+        stats = train_step(state.engine, rows, num_rows=num_rows, layer=layer, recalled=next(past))
         if not bool(torch.isfinite(stats.gradient_norm)):
             raise diagnose(Failure(task, step, parts, rows, stats.terms), state, world)
         done = step + 1
@@ -113,12 +124,12 @@ def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> B
 
     def requests() -> Iterator[Request]:
         for step in range(first, plan.num_steps):
-            for part in split(plan.batch(step), world.comm, accumulate=accumulate):
+            for part in split(plan.batch(step), world.comm, accumulate=accumulate, anchors=composer.num_anchors):
                 yield composer.request(part)
 
     with contextlib.closing(world.stream.load(requests(), device=world.comm.device)) as images:
         for step in range(first, plan.num_steps):
-            parts = split(plan.batch(step), world.comm, accumulate=accumulate)
+            parts = split(plan.batch(step), world.comm, accumulate=accumulate, anchors=composer.num_anchors)
             yield parts, [composer.rows(part, next(images)) for part in parts]
 
 
@@ -136,6 +147,13 @@ def _learn_all(task: Task, state: RunState, world: World, *, num_steps: int) -> 
     """The last layer has learned alone: everything learns now, with a schedule and an optimiser of its own."""
     state.engine.start(num_steps=num_steps, task=task.index)
     hold(task, state, world, head_only=False)
+
+
+def _topology(state: RunState, world: World) -> Topology | None:
+    """What the net of nodes says in this task."""
+    if state.prior.gas is None:
+        return None
+    return Topology.of(state.prior.gas, world.config.prior.topology, last_name(state, world, ASKED_BY))
 
 
 def _teacher(state: RunState, world: World, distilled: Distilled | None) -> Callable[[Tensor], Tensor] | None:
@@ -217,6 +235,8 @@ class Meter:
                 del named[name]
         if self.world.config.prior.distill.weight == 0:
             del named["distill"]
+        if self.world.config.prior.topology.nodes == 0:
+            del named["anchor"], named["minmax"]
         speed = self.images / (time.perf_counter() - self.since)
         left = (self.plan.num_steps - done) * self.plan.batch_size / speed
         epoch = done / self.plan.steps_per_epoch

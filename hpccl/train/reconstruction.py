@@ -94,7 +94,7 @@ def _used(task: Task, fraction: float, world: World) -> npt.NDArray[np.int64]:
 def _true(used: npt.NDArray[np.int64], composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]:
     for seen in shared_images(used, world, size=world.stream_batch):
         samples = seen.sample if len(seen.sample) else used[:1]  # one that counts for nothing
-        target, head = composer.hard_targets(composer.labels[torch.from_numpy(samples)])
+        target, head = composer.hard_targets(torch.from_numpy(samples))
         nats = _losses(target, head, [seen.valid], temperature=1.0, kind=composer.hard_kind, device=world.comm.device)
         yield seen.pixels, nats
 
@@ -106,7 +106,7 @@ def _memory(composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]
         slots = torch.arange(start, start + len(seen.sample)) if len(seen.sample) else torch.zeros(1, dtype=torch.int64)
         start += len(seen.sample)
         replayed = memory.replay[slots]
-        hard, hard_head = composer.hard_targets(memory.label[slots])
+        hard, hard_head = composer.hard_targets(memory.sample[slots])
         soft, soft_head = composer.soft_targets(slots, hard)
         tau, beta = (composer.memory_weights(slots, of) * seen.valid for of in (composer.tau, composer.beta))
         temperature, device = world.config.prior.temperature, world.comm.device

@@ -45,6 +45,7 @@ from hpccl.train.fit import fit
 from hpccl.train.reconstruction import reconstruct
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop, Stopped
+from hpccl.train.topology import begin_session
 
 __all__ = ["fresh_model", "fresh_state", "run", "weights_sha256"]
 
@@ -117,6 +118,7 @@ def _learn(task: Task, state: RunState, world: World) -> bool:
             if state.mark.step == 0:
                 _announce(task, world)
                 admit_first(task, state, world)
+                begin_session(task, state, world)
             if not (_adopt_first_task(task, state, world) or fit(task, state, world)):
                 return False
             if world.stop.requested(world.comm):
@@ -167,12 +169,20 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
     Raises:
         ConfigError: the memory is larger than a task, or too small for a part that is held out.
     """
-    sizes = {task.name: len(task.samples("train")) for task in stream.tasks}
+    # Of a session of few shots, memory keeps all there is.
+    tasks = stream.tasks[:1] if config.stream.scenario.kind == "few_shot" else stream.tasks
+    sizes = {task.name: len(task.samples("train")) for task in tasks}
     smallest = min(sizes, key=lambda name: sizes[name])
     if config.memory.size > sizes[smallest]:
         raise ConfigError(
             f"memory.size={config.memory.size} is larger than task '{smallest}', which has {sizes[smallest]} training "
             f"examples; allowed: 0 to {sizes[smallest]} (examples kept of each task)"
+        )
+    nodes, first = config.prior.topology.nodes, len(stream.tasks[0].samples("train"))
+    if nodes > first:
+        raise ConfigError(
+            f"prior.topology.nodes={nodes} is more than the {first} training examples of the first task; allowed: 1 to "
+            f"{first}, or 0 for no topology"
         )
     share, classes = config.prior.correct.share, len(stream.class_names)
     if share > 0 and 0 in per_class(config.memory.total, share, classes):
@@ -239,7 +249,7 @@ def _first_task_identity(config: RunConfig) -> dict[str, Any]:
     identity = config.identity()
     train, optim, prior = identity["train"], identity["optim"], identity["prior"]
     correct = prior["correct"]
-    later = {"head_epochs": 0, "frozen": [], "first_task_from": None}  # say nothing of a first task
+    later = {"head_epochs": 0, "frozen": [], "norms": "batch", "first_task_from": None}  # say nothing of a first task
     return {
         **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
         "train": {**train, "epochs": train["epochs"][0], **later},

@@ -16,6 +16,7 @@ from hpccl.train.fit import fit
 from hpccl.train.run import fresh_state
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
+from hpccl.train.topology import begin_session
 
 __all__ = ["DIGITS", "learn", "make_world", "merged"]
 
@@ -54,5 +55,6 @@ def learn(state: RunState, world: World, tasks: int) -> None:
     """Train and consolidate the first `tasks` tasks."""
     for task in world.stream.tasks[:tasks]:
         state.mark = type(state.mark).at(task.index, "fit", 0)
+        begin_session(task, state, world)
         assert fit(task, state, world)
         consolidate(task, state, world)

@@ -284,6 +284,44 @@ def test_adding_is_exact_too(images: Path, tmp_path: Path) -> None:
     test_the_gradient_is_that_of_retraining_up_to_what_the_run_left_undone(folder, tmp_path, change)
 
 
+# ---------------------------------------------------------------- several tasks
+
+
+def test_an_added_image_competes_in_the_head_of_its_class(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpccl.report.write.report_run", lambda folder: None)  # plots take longer than all else
+    parts = [{"path": str(images / "shards" / "base"), "tasks": 2}]
+    settings = {"stream": {"kind": "shards", "parts": parts}, "train": {"epochs": 1, "head": "own"}}
+    folder = source(tmp_path / "run", {**shards(images, tmp_path / "cache"), **settings})
+    change = {"kind": "add", "data": [str(images / "shards" / "more")]}
+    config = adapted_config(folder, tmp_path / "out", task=1, change=change, model=None, settings=())
+    state, world = begun(config, tmp_path / "out")
+    task, memory = adaptation_task(config, world.stream), state.prior.memory
+    composer = Composer.build(config, world.stream, task, memory, teacher=None, device=state.engine.device)
+    assert len(world.stream.added) == len(composer.samples) == 400
+    target, head = composer.hard_targets(torch.from_numpy(composer.samples))
+    np.testing.assert_array_equal(target.argmax(dim=1), world.stream.labels("train")[-400:])
+    assert head.sum(dim=1).tolist() == [5] * 400
+    assert bool(head[torch.arange(400), target.argmax(dim=1)].all())
+
+
+def test_what_is_removed_of_tasks_that_share_a_class_is_removed_of_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpccl.report.write.report_run", lambda folder: None)
+    stream = {"kind": "digits", "tasks": 2, "scenario": {"kind": "rotated", "degrees": 90, "angles": "even"}}
+    folder = source(tmp_path / "run", {"stream": stream, "train": {"epochs": 1}})
+    config = adapted_config(folder, tmp_path / "out", task=1, change=REMOVE, model=None, settings=())
+    state, world = begun(config, tmp_path / "out")
+    memory, (first, second) = state.prior.memory, world.stream.tasks
+    gone = memory.sample[memory.label == 3]
+    assert gone.unique().tolist() == np.flatnonzero(world.stream.labels("train") == 3).tolist()
+    assert len(gone.unique()) == len(gone)
+    assert memory.task.tolist() == (memory.sample >= first.samples("train").stop).long().tolist()
+    assert sum(gone >= second.samples("train").start) == len(gone) / 2
+
+
 # ---------------------------------------------------------------- ranks, resuming
 
 

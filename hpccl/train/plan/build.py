@@ -172,7 +172,7 @@ def make_plan(
         sent=tuple(case.sent()),
         spent=() if rates is None else tuple(case.spent(rates, gigabytes_per_second)),
         rates=rates,
-        notes=tuple(_notes(network, curvature, rates, gigabytes_per_second)),
+        notes=(*_notes(network, curvature, rates, gigabytes_per_second), *_shown_beside(config)),
     )
 
 
@@ -242,7 +242,7 @@ class _Case:
         """What the old network says of the last task's images, and of memory's if these are distilled, too."""
         *before, last = self.stream.layout.tasks
         memory = sum(self._kept(last.index)) if self.config.prior.distill.images == "all" else 0
-        old = sum(len(task.classes) for task in before)
+        old = len({label for task in before for label in task.classes})
         return (self._num_new(last) + memory) * old * _LABEL[self.config.memory.dtype]
 
     def _kept(self, tasks: int) -> list[int]:
@@ -350,6 +350,13 @@ def _when(name: str, spread: Spread) -> tuple[When, bool]:
             return "training", False
         case _:
             return "always", False
+
+
+def _shown_beside(config: RunConfig) -> Iterator[str]:
+    """Images of a step that are not of its batch."""
+    topology = config.prior.topology
+    if topology.nodes and topology.anchor:
+        yield f"not counted: the images of nodes, {topology.nodes} and more, that a step of a later task shows in all"
 
 
 def _notes(
