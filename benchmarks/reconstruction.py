@@ -301,7 +301,7 @@ def true_gradient(task: Task, trajectory: Trajectory, share: float) -> Gradient:
 
     def batches() -> Iterator[tuple[Tensor, Losses]]:
         for samples, pixels in loaded(used, world):
-            target, head = composer.hard_targets(composer.labels[torch.from_numpy(samples)])
+            target, head = composer.hard_targets(torch.from_numpy(samples))
             yield pixels, nats(target, head)
 
     (found,) = summed_gradients(trajectory.state.engine.module, batches(), world.comm, num_terms=1)

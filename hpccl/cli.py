@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -132,6 +132,93 @@ def _train_all(configs: Sequence[RunConfig]) -> int:
     if failed and len(configs) > 1:
         typer.echo(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}", err=True)
     return code
+
+
+@app.command()
+def adapt(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run whose network is adapted.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...", help="Over the run's: of train, optim, engine, cluster, checkpoint, log."
+        ),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="A new folder, or that of an interrupted adaptation.")],
+    add: Annotated[
+        list[str] | None, typer.Option(metavar="SHARDS", help="Learn further images of known classes; may be repeated.")
+    ] = None,
+    remove: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Forget classes or ids: a,b,... or a file with one a line.")
+    ] = None,
+    prior_precision: Annotated[
+        float | None, typer.Option(min=0.0, help="Another prior.normal.precision of the weights.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Another network: model.kind; settings of model follow as key=value."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="`retrain` to train anew in OUT/reference, or a run's folder, to compare with.")
+    ] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes; the same as cluster.nproc=N.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; the same as log.quiet=true.")] = False,
+) -> None:
+    """Adapt a trained network to more data, less data, another prior or another architecture. Again: it continues."""
+    from hpccl.config.adapt import adapted_config, named, reference_config
+
+    options = [f"cluster.nproc={nproc}"] if nproc is not None else []
+    options += ["log.quiet=true"] if quiet else []
+    change = _change(add, None if remove is None else named(remove), prior_precision, model)
+    _refuse_files(settings or [])
+    from hpccl.train.adapt import check_adaptation, last_mark
+
+    given: dict[str, Any] = {
+        "task": last_mark(run).task,
+        "change": change,
+        "model": model,
+        "settings": [*(settings or []), *options],
+    }
+    config = adapted_config(run, out, **given)
+    check_adaptation(config)
+    runs = [config]
+    if reference == "retrain":
+        runs.append(reference_config(run, out / "reference", **given))
+    code = _train_all(runs)
+    if in_step():
+        end(code)
+    if code == DONE:
+        from hpccl.report.adaptation import markdown, write_adaptation
+        from hpccl.train.adapt_compare import compare_adaptation
+
+        other = out / "reference" if reference == "retrain" else None if reference is None else Path(reference)
+        found = compare_adaptation(out, other)
+        page = write_adaptation(found, out)
+        typer.echo(f"{markdown(found)}\n\n{page}")
+    raise typer.Exit(code)
+
+
+def _change(
+    add: list[str] | None, remove: list[str] | None, precision: float | None, model: str | None
+) -> dict[str, Any]:
+    """Section adapt, as far as the options say it; ConfigError unless exactly one of them is given."""
+    given: dict[str, dict[str, Any] | None] = {
+        "--add": None if not add else {"kind": "add", "data": add},
+        "--remove": None if remove is None else {"kind": "remove", "names": remove},
+        "--prior-precision": None if precision is None else {"kind": "precision", "precision": precision},
+        "--model": None if model is None else {"kind": "model"},
+    }
+    found = {option: change for option, change in given.items() if change is not None}
+    if len(found) != 1:
+        said = ", ".join(found) or "none of them"
+        raise ConfigError(f"{said} given; an adaptation is one of {', '.join(given)}, one after the other for several")
+    return next(iter(found.values()))
+
+
+def _refuse_files(settings: Sequence[str]) -> None:
+    files = [setting for setting in settings if not is_override(setting)]
+    if files:
+        raise ConfigError(f"'{files[0]}' is no key=value; an adaptation takes its configuration from the run's folder")
 
 
 @app.command()

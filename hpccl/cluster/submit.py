@@ -22,7 +22,7 @@ from hpccl.cluster.queue import states
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.slurm import parameters, python_command, seconds
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import ShardStream, SlurmCluster
+from hpccl.config.sections import FewShotScenario, PermutedScenario, RotatedScenario, ShardStream, SlurmCluster
 from hpccl.errors import ConfigError, DataError, FolderError, WorldError
 from hpccl.folder import RunFolder
 from hpccl.report.events import read_events
@@ -187,8 +187,14 @@ def _check_words(configs: Sequence[RunConfig]) -> None:
 def _check_files(config: RunConfig) -> None:
     """Files that the run will open."""
     if isinstance(config.stream, ShardStream):
+        splits, scenario = (config.stream.train_split, config.stream.test_split), config.stream.scenario
         for part in config.stream.parts:
-            _check_shards(part.path, (config.stream.train_split, config.stream.test_split), part.classes, part.tasks)
+            classes, tasks = part.classes, part.tasks
+            if isinstance(scenario, FewShotScenario):
+                classes, tasks = scenario.base + scenario.way * (part.tasks - 1), 1
+            elif isinstance(scenario, PermutedScenario | RotatedScenario):
+                tasks = 1
+            _check_shards(part.path, splits, classes, tasks)
     checkpoint = config.model.checkpoint
     if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
         raise DataError(f"model.checkpoint '{checkpoint}' is not a file")

@@ -9,17 +9,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpccl.config.sections import (
+    AddData,
+    AnyAdaptation,
+    BlurryScenario,
     DataConfig,
     DdpEngine,
     DeepspeedEngine,
     DigitsStream,
     DistillConfig,
+    DomainScenario,
+    FewShotScenario,
+    FrompConfig,
     GreedySelector,
     KroneckerCurvature,
+    MasCurvature,
     Measured,
     MemoryConfig,
+    NewModel,
+    NewPrecision,
+    NormalConfig,
+    PermutedScenario,
     PriorConfig,
     ReconstructionSelector,
+    RotatedScenario,
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
@@ -119,6 +131,10 @@ class ClashError(ValueError):
 def clashes(config: RunConfig) -> tuple[Clash, ...]:
     """Every combination in `config` that cannot be meant."""
     rules = (
+        _parts_of_scenario,
+        _changed_images,
+        _few_shots,
+        _shared_classes,
         _one_budget,
         _selector,
         _needs_memory,
@@ -126,6 +142,9 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _needs_soft_labels,
         _fresh_network,
         _counted_twice,
+        _normal,
+        _fromp,
+        _adapted,
         _memory_alone,
         _distilled,
         _sigmoids,
@@ -133,6 +152,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _scaled,
         _corrected,
         _frozen,
+        _topology,
         _tested,
         _pictures,
         _sizes,
@@ -143,6 +163,94 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _slurm,
     )
     return tuple(clash for rule in rules for clash in rule(config))
+
+
+def _parts_of_scenario(config: RunConfig) -> Iterator[Clash]:
+    """What a scenario asks of the data sets of a stream."""
+    stream, key = config.stream, "stream.scenario.kind"
+    kind, parts = stream.scenario.kind, () if isinstance(stream, DigitsStream) else stream.parts
+    if kind == "domains":
+        if len(parts) < 2:
+            problem = "every part is a task, and there is one data set; set it to permuted or rotated"
+            yield Clash((key, "stream.kind" if isinstance(stream, DigitsStream) else "stream.parts"), problem)
+        if any(part.tasks > 1 for part in parts):
+            yield Clash(("stream.parts", key), "has a part of several tasks, but every part is one; set tasks to 1")
+        if len({part.classes for part in parts}) > 1:
+            yield Clash(("stream.parts", key), "has parts of different `classes`; set the same for all")
+    if kind in ("permuted", "rotated", "few_shot") and _several_parts(config):
+        yield Clash(("stream.parts", key), f"has {len(parts)} data sets, but {kind} tasks are made of one; leave one")
+    tasks = [stream.tasks] if isinstance(stream, DigitsStream) else [part.tasks for part in parts]
+    if kind == "blurry" and 1 in tasks:
+        problem = "mixes the tasks of a data set, and one has a single task; set tasks to 2 or more"
+        yield Clash((key, "stream.tasks" if isinstance(stream, DigitsStream) else "stream.parts"), problem)
+    if isinstance(stream.scenario, BlurryScenario) and stream.scenario.disjoint == 1:
+        yield Clash(("stream.scenario.disjoint",), "leaves no class to be blurred; set it below 1, or kind to classes")
+
+
+def _changed_images(config: RunConfig) -> Iterator[Clash]:
+    """Of tasks that change all images, which are then decoded ones of one size."""
+    scenario, data, cause = config.stream.scenario, config.data, "stream.scenario.kind"
+    if not isinstance(scenario, PermutedScenario | RotatedScenario):
+        return
+    if data.storage == "encoded":
+        yield Clash(("data.storage", cause), "tasks change decoded images; set it to auto or decoded")
+    if isinstance(data.augment, TimmAugment):
+        yield Clash(("data.augment.kind", cause), "tasks change decoded images; set it to none or crop_flip")
+    if data.progressive is not None:
+        yield Clash(("data.progressive", cause), "tasks change images of one size; leave it out")
+    if data.test_size not in (None, data.image_size):
+        yield Clash(("data.test_size", cause), "tasks change images of one size; leave it out")
+    if isinstance(scenario, RotatedScenario) and scenario.angles == "even" and scenario.seed:
+        yield Clash(("stream.scenario.seed", "stream.scenario.angles"), "even angles are not drawn; leave it 0")
+
+
+def _several_parts(config: RunConfig) -> bool:
+    return not isinstance(config.stream, DigitsStream) and len(config.stream.parts) > 1
+
+
+def _few_shots(config: RunConfig) -> Iterator[Clash]:
+    stream, scenario = config.stream, config.stream.scenario
+    if not isinstance(scenario, FewShotScenario) or _several_parts(config):
+        return
+    if isinstance(stream, DigitsStream):
+        tasks, cause, there, chosen = stream.tasks, "stream.tasks", 10, None
+    else:
+        tasks, cause, there, chosen = stream.parts[0].tasks, "stream.parts", None, stream.parts[0].classes
+    if tasks < 2:
+        yield Clash((cause, "stream.scenario.kind"), "is the base alone; add 1 for every session")
+    if there is not None and scenario.base + scenario.way * (tasks - 1) > there:
+        problem = (
+            f"and {tasks - 1} sessions of {scenario.way} classes are more than {there} classes; set one of them lower"
+        )
+        yield Clash(("stream.scenario.base", "stream.scenario.way", "stream.tasks"), problem)
+    if chosen is not None:
+        problem = "has `classes`, which few_shot says by base + way * (tasks - 1); leave it out"
+        yield Clash(("stream.parts", "stream.scenario.base"), problem)
+    if scenario.lists is not None and scenario.seed:
+        yield Clash(("stream.scenario.seed", "stream.scenario.lists"), "draws images, which lists name; leave it 0")
+
+
+def _shared_classes(config: RunConfig) -> Iterator[Clash]:
+    """What is said of new classes, where a task may have none."""
+    scenario, prior, cause = config.stream.scenario, config.prior, "stream.scenario.kind"
+    if not isinstance(scenario, DomainScenario | PermutedScenario | RotatedScenario | BlurryScenario):
+        return
+    why = f"is about new classes, and {scenario.kind} tasks share theirs"
+    if config.train.head_epochs:
+        yield Clash(("train.head_epochs", cause), f"{why}; leave it 0")
+    if "old_classes" in config.train.frozen:
+        yield Clash(("train.frozen", cause), f"{why}; leave old_classes out")
+    if prior.distill.weight > 0 and prior.distill.balance == "classes":
+        yield Clash(("prior.distill.balance", cause), f"{why}; set it to fixed")
+    if prior.distill.weight > 0 and config.train.loss == "sigmoid":
+        problem = f"leaves old classes to the old network, and {scenario.kind} tasks share theirs; use cross_entropy"
+        yield Clash(("train.loss", cause), problem)
+    if prior.correct.share > 0:
+        yield Clash(("prior.correct.share", cause), f"{why}; set it to 0")
+    if prior.topology.nodes > 0:
+        yield Clash(("prior.topology.nodes", cause), f"{why}; set it to 0")
+    if config.evaluate.classifier == "prototype":
+        yield Clash(("evaluate.classifier", cause), f"{why}; set it to head")
 
 
 def _budgets(memory: MemoryConfig) -> list[str]:
@@ -216,7 +324,9 @@ def _fresh_network(config: RunConfig) -> Iterator[Clash]:
     if config.prior.quadratic.weight > 0:
         past.append("prior.quadratic.weight")
     past += ["prior.distill.weight"] if config.prior.distill.weight > 0 else []
+    past += ["prior.topology.nodes"] if config.prior.topology.nodes > 0 else []
     past += [f"train.{key}" for key in ("head_epochs", "frozen") if getattr(train, key)]
+    past += ["train.norms"] if train.norms == "running" else []
     if train.first_task_from is not None:
         past.append("train.first_task_from")
     for key in past:
@@ -230,6 +340,117 @@ def _counted_twice(config: RunConfig) -> Iterator[Clash]:
     quadratic = ["prior.quadratic.weight"] if config.prior.quadratic.weight > 0 else []
     for key in (*_budgets(config.memory), *quadratic):
         yield Clash((key, "train.data"), "train.data=seen already trains on the past; unset one of the two")
+
+
+def _normal(config: RunConfig) -> Iterator[Clash]:
+    normal, key = config.prior.normal, "prior.normal.precision"
+    if normal.precision == 0:
+        if normal.weight != NormalConfig().weight:
+            yield Clash(("prior.normal.weight", key), "weighs a normal prior that there is not; set its precision > 0")
+        return
+    if config.optim.weight_decay > 0:
+        problem = f"pulls to 0 beside {key}, which says where to: set it to 0"
+        yield Clash(("optim.weight_decay", key), problem)
+    if isinstance(config.adapt, NewPrecision) and normal.weight != 1:
+        problem = "takes only a part of the old prior away, of which another takes the place; set it to 1"
+        yield Clash(("prior.normal.weight", "adapt.kind"), problem)
+
+
+def _fromp(config: RunConfig) -> Iterator[Clash]:
+    prior, usual, key = config.prior, FrompConfig(), "prior.fromp.weight"
+    fromp = prior.fromp
+    if fromp.weight == 0:
+        return
+    if not config.memory.kept:
+        yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
+    if prior.replay > 0:
+        yield Clash(("prior.replay", key), "memory's predictions are kept as they are, not its labels; set it to 0")
+    if prior.quadratic.weight > 0:
+        problem = f"stands for the past, as does {key}: it would count twice; set one of them to 0"
+        yield Clash(("prior.quadratic.weight", key), problem)
+    if prior.normal.precision > 0:
+        problem = f"after the first task it stands for the past, as does {key}; set one of them to 0"
+        yield Clash(("prior.normal.precision", key), problem)
+    for name in ("weight", "temperature", "view", "loss", "label_weight", "scale_to_task", "scale_to_new"):
+        if _differs(prior, PriorConfig(), name):
+            problem = f"is about rows of memory, of which {key} makes none; leave it out"
+            yield Clash((f"prior.{name}", key), problem)
+    if isinstance(config.memory.mix, StratifiedMix):
+        yield Clash(
+            ("memory.mix.kind", key), "mixes rows of memory, but it is recalled beside a step's rows; set natural"
+        )
+    if config.memory.total > 0:
+        problem = "examples would leave memory whose predictions are coupled; set memory.size or memory.fraction"
+        yield Clash(("memory.total", key), problem)
+    if config.log.reconstruction > 0:
+        problem = "compares gradients of soft labels, replay and quadratic, which are not there; set it to 0"
+        yield Clash(("log.reconstruction", key), problem)
+    if fromp.kernel == "posterior" and isinstance(config.curvature, MasCurvature):
+        problem = "is no Fisher matrix, of which the posterior's kernel is made; set another kind, or kernel=identity"
+        yield Clash(("curvature.kind", "prior.fromp.kernel"), problem)
+    if fromp.kernel == "identity":
+        for name in ("precision", "jitter"):
+            if getattr(fromp, name) != getattr(usual, name):
+                yield Clash((f"prior.fromp.{name}", "prior.fromp.kernel"), "is of the posterior's kernel; leave it out")
+
+
+def _adapted(config: RunConfig) -> Iterator[Clash]:
+    """Of what `hpccl adapt` writes, and of settings that are put over it."""
+    adapt = config.adapt
+    if not isinstance(adapt, AnyAdaptation):
+        return
+    if config.train.restart or config.train.only_last or config.train.first_task_from is not None:
+        yield Clash(("train.restart", "adapt.kind"), "an adaptation is one task; leave restart, only_last and the like")
+    if (config.train.data == "seen") != adapt.retrain:
+        problem = "the reference trains on all data, an adaptation on what is new; leave it as hpccl adapt set it"
+        yield Clash(("train.data", "adapt.retrain"), problem)
+    if config.log.reconstruction > 0:
+        problem = "compares with the gradient of earlier tasks, and an adaptation has none; set it to 0"
+        yield Clash(("log.reconstruction", "adapt.kind"), problem)
+    if config.train.loss == "sigmoid":
+        problem = (
+            "soft labels and what is taken back of them are a softmax's; adapt a run with train.loss=cross_entropy"
+        )
+        yield Clash(("train.loss", "adapt.kind"), problem)
+    if config.train.head_epochs > 0:
+        yield Clash(("train.head_epochs", "adapt.kind"), "is for new classes' rows, and there are none; set it to 0")
+    if config.evaluate.classifier != "head":
+        yield Clash(
+            ("evaluate.classifier", "adapt.kind"), "is made of a task's end, which is not there; set it to head"
+        )
+    if "old_classes" in config.train.frozen:
+        problem = "leaves only new classes' rows to learn, and there are none; leave old_classes out"
+        yield Clash(("train.frozen", "adapt.kind"), problem)
+    scenario = config.stream.scenario
+    if isinstance(adapt, AddData) and isinstance(scenario, PermutedScenario | RotatedScenario | BlurryScenario):
+        problem = f"{scenario.kind} tasks change or mix images, and added ones are of no task; adapt a run of others"
+        yield Clash(("stream.scenario.kind", "adapt.kind"), problem)
+    if adapt.retrain:
+        return
+    usual = PriorConfig()
+    for name in ("loss", "label_weight", "scale_to_new", "distill", "correct"):
+        if _differs(config.prior, usual, name):
+            key = f"prior.{name}" + {"distill": ".weight", "correct": ".share"}.get(name, "")
+            problem = "says of the past what an adaptation does not; adapt a run of soft labels, replay or a quadratic"
+            yield Clash((key, "adapt.kind"), problem)
+    if config.memory.labels == "kept":
+        problem = "keeps what older networks said, and adapting asks what the last one did; adapt a run that relabels"
+        yield Clash(("memory.labels", "adapt.kind"), problem)
+    if config.prior.fromp.weight > 0:
+        problem = "couples predictions on memory, of which adaptation takes soft labels; adapt a run with soft labels"
+        yield Clash(("prior.fromp.weight", "adapt.kind"), problem)
+    if config.prior.topology.nodes > 0:
+        problem = "keeps features in place while new classes are learned, and there are none; set it to 0"
+        yield Clash(("prior.topology.nodes", "adapt.kind"), problem)
+    if config.prior.replay == 1 and isinstance(adapt, NewModel):
+        problem = "the old network says nothing where all of the memory has true labels; adapt a run with soft labels"
+        yield Clash(("prior.replay", "adapt.kind"), problem)
+    if config.prior.view == "teacher" and isinstance(adapt, NewModel):
+        problem = "asks the old network, which is of another kind; set it to stored or recorded"
+        yield Clash(("prior.view", "adapt.kind"), problem)
+    if config.prior.quadratic.weight > 0 and isinstance(adapt, NewModel):
+        problem = "is about the weights of the old network; set it to 0"
+        yield Clash(("prior.quadratic.weight", "adapt.kind"), problem)
 
 
 def _memory_alone(config: RunConfig) -> Iterator[Clash]:
@@ -367,10 +588,33 @@ def _frozen(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("train.head_epochs", "train.frozen"), problem)
 
 
+def _topology(config: RunConfig) -> Iterator[Clash]:
+    topology, train = config.prior.topology, config.train
+    if topology.nodes == 0:
+        return
+    key = "prior.topology.nodes"
+    if train.data != "task" and not train.restart:  # with restart: _fresh_network speaks
+        yield Clash((key, "train.data"), "keeps the past in place while a task is learned; set train.data=task")
+    if topology.anchor == 0 and topology.minmax == 0:
+        yield Clash(
+            (key, "prior.topology.anchor"), "says nothing without anchor and minmax; set one above 0, or this to 0"
+        )
+    if getattr(config.engine, "compile", False):
+        problem = "looks into the network in every step, which compiled code does not show; set engine.compile=false"
+        yield Clash((key, "engine.compile"), problem)
+    if "features" in train.frozen:
+        yield Clash((key, "train.frozen"), "moves features, which are frozen; leave it 0")
+    if train.head_epochs:
+        yield Clash((key, "train.head_epochs"), "moves features, which stay at first; set train.head_epochs=0")
+
+
 def _tested(config: RunConfig) -> Iterator[Clash]:
     if config.evaluate.classifier == "nearest_mean" and not config.memory.kept:
         problem = "means are of memory's examples; set memory.size or memory.total"
         yield Clash(("evaluate.classifier", "memory.size"), problem)
+    if config.evaluate.classifier == "prototype" and config.train.restart:
+        problem = "keeps the prototypes of classes from task to task; set train.restart=false"
+        yield Clash(("evaluate.classifier", "train.restart"), problem)
 
 
 def _pictures(config: RunConfig) -> Iterator[Clash]:

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from hpccl.config.rules import ClashError, clashes
 from hpccl.config.sections import (
+    AdaptConfig,
+    AnyAdaptation,
     CheckpointConfig,
     ClusterConfig,
     CurvatureConfig,
@@ -24,6 +26,7 @@ from hpccl.config.sections import (
     MemoryConfig,
     MlpModel,
     ModelConfig,
+    NoAdaptation,
     OptimConfig,
     PriorConfig,
     Section,
@@ -60,6 +63,7 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()  # examples of past tasks that are kept
     prior: PriorConfig = PriorConfig()  # what the past says while a new task is learned
     curvature: CurvatureConfig = KroneckerCurvature()  # of the quadratic
+    adapt: AdaptConfig = NoAdaptation()  # of a trained network to something new
     evaluate: EvaluateConfig = EvaluateConfig()  # tests
     engine: EngineConfig = DdpEngine()  # where the weights live
     checkpoint: CheckpointConfig = CheckpointConfig()  # when to save
@@ -81,9 +85,12 @@ class RunConfig(Section):
     @property
     def method(self) -> str:
         """The method's name in the field: a reference, or what the past says and how, as a sum of names."""
+        if isinstance(self.adapt, AnyAdaptation):
+            return "retrain" if self.adapt.retrain else f"adapt-{self.adapt.kind}"
         if self.train.restart:
             return {"seen": "joint", "task": "separate", "memory": "gdumb"}[self.train.data]
-        parts = [*self._quadratic(), *self._distilled(), *self._remembered()]
+        parts = [*self._quadratic(), *(["topic"] if self.prior.topology.nodes > 0 else [])]
+        parts += [*self._distilled(), *self._remembered()]
         if parts:
             return "+".join(parts)
         return "cumulative" if self.train.data == "seen" else self._without_past()
@@ -107,7 +114,11 @@ class RunConfig(Section):
         prior, names = self.prior, self._distilled()
         if not self.memory.kept or (prior.replay == 1 and names in (["icarl"], ["bic"])):
             return []
-        soft, replay = (["der++" if prior.label_weight else "der"], []) if prior.loss == "squared" else (["fr"], [])
+        soft, replay = ["kpriors" if prior.normal.precision > 0 else "fr"], []
+        if prior.loss == "squared":
+            soft = ["der++" if prior.label_weight else "der"]
+        elif prior.fromp.weight > 0:
+            soft = ["fromp"]
         soft = soft if prior.replay < 1 else []
         if prior.replay > 0:
             replay = ["er"] if prior.scale_to_new and not soft else ["replay"]
@@ -116,8 +127,16 @@ class RunConfig(Section):
     def _without_past(self) -> str:
         if not self.train.frozen:
             return "finetune"
+        if self.train.frozen == ("features",) and self.evaluate.classifier == "prototype":
+            return "prototypes"
         named = {"features": "feature_extraction", "convolutions": "finetune_head"}
         return named.get("+".join(self.train.frozen), "finetune+frozen")
+
+    @property
+    def measures(self) -> bool:
+        """Whether curvature is measured when a task ends."""
+        fromp = self.prior.fromp
+        return self.prior.quadratic.weight > 0 or (fromp.weight > 0 and fromp.kernel == "posterior")
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: two runs with equal identity give equal weights."""

@@ -12,10 +12,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 __all__ = [
     "SAMPLED_SELECTORS",
     "SELECTORS",
+    "AdaptConfig",
+    "AddData",
+    "AnyAdaptation",
     "AnyCluster",
     "AnyEngine",
     "AnyModel",
+    "BlurryScenario",
     "CheckpointConfig",
+    "ClassScenario",
     "ClusterConfig",
     "Container",
     "CorrectConfig",
@@ -28,10 +33,13 @@ __all__ = [
     "DiagonalCurvature",
     "DigitsStream",
     "DistillConfig",
+    "DomainScenario",
     "EkfacCurvature",
     "EngineConfig",
     "EvaluateConfig",
     "FeatureSelector",
+    "FewShotScenario",
+    "FrompConfig",
     "Fsdp2Engine",
     "GreedySelector",
     "InlineCluster",
@@ -47,10 +55,15 @@ __all__ = [
     "ModelConfig",
     "NaturalMix",
     "NearestTasks",
+    "NewModel",
+    "NewPrecision",
+    "NoAdaptation",
     "NoAugment",
+    "NormalConfig",
     "OptimConfig",
     "PaperModel",
     "Part",
+    "PermutedScenario",
     "PooledTasks",
     "PosteriorSelector",
     "PriorConfig",
@@ -58,7 +71,10 @@ __all__ = [
     "QuadraticConfig",
     "ReconstructionSelector",
     "RefitTasks",
+    "RemoveData",
     "ReservoirSelector",
+    "RotatedScenario",
+    "ScenarioConfig",
     "ScoreSelector",
     "SelectorConfig",
     "ShardStream",
@@ -68,6 +84,7 @@ __all__ = [
     "TasksConfig",
     "TimmAugment",
     "TimmModel",
+    "TopologyConfig",
     "TrainConfig",
     "UniformSelector",
     "per_task",
@@ -127,11 +144,74 @@ class Section(BaseModel):
 # ---------------------------------------------------------------- stream
 
 
+class ClassScenario(Section):
+    """Every task has classes of its own: task-incremental with train.head=own, class-incremental with seen."""
+
+    kind: Literal["classes"] = "classes"
+
+
+class DomainScenario(Section):
+    """Every part is a task, and all have the same class names (domain-incremental)."""
+
+    kind: Literal["domains"] = "domains"
+
+
+class PermutedScenario(Section):
+    """Every task has all images, their pixels in an order of its own; the first task's are as stored."""
+
+    kind: Literal["permuted"] = "permuted"
+    seed: NonNegativeInt = 0  # of the orders, which do not depend on the run's seed
+
+
+class RotatedScenario(Section):
+    """Every task has all images, turned by an angle of its own; the first task's are as stored."""
+
+    kind: Literal["rotated"] = "rotated"
+    degrees: Annotated[float, Field(gt=0, le=360)] = 180.0  # angles are below it
+    angles: Literal["drawn", "even"] = "drawn"  # drawn uniformly; or degrees * task / tasks
+    seed: NonNegativeInt = 0  # of drawn angles, which do not depend on the run's seed
+
+
+class BlurryScenario(Section):
+    """Tasks share classes: training images of a class come with other tasks, too (Blurry-M, i-Blurry-N-M).
+
+    Test images stay with the task that most of their class belongs to.
+    """
+
+    kind: Literal["blurry"] = "blurry"
+    blur: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of a blurry class's training images that other tasks get
+    disjoint: Fraction = 0.5  # share of each task's classes that no other task gets images of; 0: Blurry-M
+    seed: NonNegativeInt = 0  # of which images and classes, which do not depend on the run's seed
+
+
+class FewShotScenario(Section):
+    """A base task with all training images of `base` classes, then sessions of `way` new classes with `shots` images.
+
+    `tasks` counts the sessions, the base included. Classes beyond base + way (tasks - 1) are left out.
+    """
+
+    kind: Literal["few_shot"] = "few_shot"
+    base: PositiveInt  # classes of the first task
+    way: PositiveInt  # classes of each session
+    shots: PositiveInt  # training images of each class of a session
+    # folder of session_2.txt, session_3.txt, ...: a training image a line, by its name (folders and extension do not
+    # count) or by its number if names are numbers; session_1.txt may list those of the base. null: drawn by seed
+    lists: Line | None = None
+    seed: NonNegativeInt = 0  # of drawn images, which do not depend on the run's seed
+
+
+ScenarioConfig = Annotated[
+    ClassScenario | DomainScenario | PermutedScenario | RotatedScenario | BlurryScenario | FewShotScenario,
+    Field(discriminator="kind"),
+]
+
+
 class DigitsStream(Section):
     """scikit-learn's 1,797 handwritten digits (8x8, 1 channel), embedded: no download."""
 
     kind: Literal["digits"] = "digits"
     tasks: Annotated[int, Field(gt=0, le=10)] = 5  # the ten digits are split into so many tasks
+    scenario: ScenarioConfig = ClassScenario()  # what tasks have in common
     order: Literal["given", "random"] = "given"  # of the classes
     order_seed: int = 1993  # of order=random
 
@@ -149,6 +229,7 @@ class ShardStream(Section):
 
     kind: Literal["shards"] = "shards"
     parts: Annotated[tuple[Part, ...], Strict(False), Field(min_length=1)]  # the data sets, in the order of learning
+    scenario: ScenarioConfig = ClassScenario()  # what tasks have in common
     order: Literal["given", "random"] = "given"  # of the classes within a part
     order_seed: int = 1993  # of order=random
     train_split: str = "train"  # name of the split to train on
@@ -304,8 +385,10 @@ class TrainConfig(Section):
     # layer learn
     head_epochs: NonNegativeInt = 0
     # names of parameters and buffers (with * and ?) that stay as the first task left them; `features`: all but those of
-    # the last layer, `convolutions`: those of convolutions and normalisations
+    # the last layer, `convolutions`: those of convolutions and normalisations, `old_classes`: rows of the last layer
     frozen: Annotated[tuple[str, ...], Strict(False)] = ()
+    # of BatchNorm from the second task on: of the batch, or the running ones as they stand; few images say little
+    norms: Literal["batch", "running"] = "batch"
     flip_test: bool = False  # evaluate on the mean of logits of an image and its mirror image
     first_task_from: str | None = None  # run folder with the same first task: take its weights, do not train it again
 
@@ -469,6 +552,33 @@ class QuadraticConfig(Section):
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+class NormalConfig(Section):
+    """The weights' normal prior N(0, 1/precision): precision/2 |w|^2 beside the nats of all examples.
+
+    After the first task it is weight * precision/2 |w - w*|^2 around the newest weights w*, the divergence of weights
+    of K-priors (Khan and Swaroop 2021); where all the past is trained on again, it stays around 0.
+    """
+
+    precision: NonNegativeFloat = 0.0  # delta, nats per squared weight, of every trainable weight alike
+    weight: NonNegativeFloat = 1.0  # tau of the pull to the newest weights
+
+
+class FrompConfig(Section):
+    """weight/2 sum over past tasks and classes of (m - m_old)' K^-1 (m - m_old), m the probabilities of memory.
+
+    The functional regularisation of FROMP (Pan et al. 2020). It takes the place of soft labels and replay; `curvature`
+    is then measured on all examples of a task, memory included.
+    """
+
+    weight: NonNegativeFloat = 0.0  # the published code's 1 / tau, times the task's examples; 0: no such term
+    # posterior: K = J (F + precision)^-1 J' + jitter, F the curvature of all past tasks; identity: K = 1
+    kernel: Literal["posterior", "identity"] = "posterior"
+    precision: PositiveFloat = 1e-3  # delta of the posterior
+    jitter: PositiveFloat = 1e-5  # on K's diagonal; ten times as much, and again, where rounding asks for it
+    # examples of a past task that are recalled in a step and coupled by K, in turn; null: all of them
+    block: PositiveInt | None = None
+
+
 class DistillConfig(Section):
     """What the previous network says of a task's images, beside their labels (LwF; Li and Hoiem 2016).
 
@@ -497,10 +607,34 @@ class CorrectConfig(Section):
     penalty: NonNegativeFloat = 0.1  # of beta^2 / 2, beside the mean nats; 0: there may be no best beta
 
 
+class TopologyConfig(Section):
+    """A neural gas over the features of the first task, whose nodes later tasks keep in place (TOPIC: Tao et al. 2020).
+
+    anchor * mean over old nodes of AL + minmax * mean over new examples of MML, see docs/methods.md.
+    """
+
+    nodes: NonNegativeInt = 0  # nodes of the first task (400 in the paper); 0: no topology
+    new_nodes: PositiveInt = 1  # nodes of each later class; fewer than its examples
+    passes: PositiveInt = 1  # over the first task's examples
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.02  # of neural gas
+    spread: PositiveFloat = 10.0  # alpha of neural gas: nodes of rank i move by exp(-i / spread)
+    first_rank: Literal[0, 1] = 1  # rank of the nearest node
+    lifetime: PositiveInt = 200  # age beyond which an edge goes
+    normalised: bool = True  # features at norm 1
+    anchor: NonNegativeFloat = 0.5  # lambda_1, of the anchor loss
+    minmax: NonNegativeFloat = 0.005  # lambda_2, of the min-max loss
+    margin: PositiveFloat | None = None  # xi, distance that rivals are pushed to; null: the largest one of two nodes
+    # where the images of old nodes should stay: at the node, or where the last network saw them
+    target: Literal["centroid", "image"] = "centroid"
+    floor: PositiveFloat = 0.1  # added to variances, in multiples of the mean variance of features
+
+
 class PriorConfig(Section):
     """What the past says while a new task is learned."""
 
     quadratic: QuadraticConfig = QuadraticConfig()  # EWC
+    normal: NormalConfig = NormalConfig()  # of the weights; with soft-labelled memory, K-priors
+    fromp: FrompConfig = FrompConfig()  # coupled predictions on memory
     weight: FloatPerTask = (1.0,)  # tau of a memory example, by the task it comes from
     scale_to_task: bool = False  # tau * N_s / m: memory stands for its whole task
     scale_to_new: bool = False  # tau * N_t / M: all memory together counts as much as the new task (ER, DER)
@@ -515,13 +649,15 @@ class PriorConfig(Section):
     view: Literal["stored", "teacher", "recorded"] = "stored"
     distill: DistillConfig = DistillConfig()  # the previous network on the task's own images
     correct: CorrectConfig = CorrectConfig()  # of the logits of the newest classes
+    topology: TopologyConfig = TopologyConfig()  # a net of nodes over features
 
 
 class EvaluateConfig(Section):
     """How the network is tested."""
 
     # nearest_mean: the class whose mean of normalised features, over memory and its mirror images, is closest (iCaRL)
-    classifier: Literal["head", "nearest_mean"] = "head"
+    # prototype: the same, over a class's training examples when it was learned: prototypes on frozen features
+    classifier: Literal["head", "nearest_mean", "prototype"] = "head"
 
 
 class ListedTasks(Section):
@@ -620,6 +756,52 @@ class DenseCurvature(Measured):
 CurvatureConfig = Annotated[
     KroneckerCurvature | EkfacCurvature | DiagonalCurvature | MasCurvature | DenseCurvature, Field(discriminator="kind")
 ]
+
+# ---------------------------------------------------------------- adaptation
+
+
+class NoAdaptation(Section):
+    """A run of its own."""
+
+    kind: Literal["none"] = "none"
+
+
+class AnyAdaptation(Section):
+    """What every adaptation of a trained network is told; written by `hpccl adapt`."""
+
+    source: str  # folder of the run whose network is adapted
+    task: NonNegativeInt  # the network after this task of it, counted from 0: its last
+    retrain: bool = False  # the reference: learn anew from all examples that the adapted network stands for
+
+
+class AddData(AnyAdaptation):
+    """Further examples of known classes."""
+
+    kind: Literal["add"] = "add"
+    data: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]  # folders or URLs of shards
+
+
+class RemoveData(AnyAdaptation):
+    """Fewer examples: as if some had never been learned."""
+
+    kind: Literal["remove"] = "remove"
+    names: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]  # classes, or ids `<data set>/<key>`
+
+
+class NewPrecision(AnyAdaptation):
+    """Another normal prior of the weights."""
+
+    kind: Literal["precision"] = "precision"
+    precision: NonNegativeFloat  # takes the place of prior.normal.precision
+
+
+class NewModel(AnyAdaptation):
+    """Another network, which `model` names."""
+
+    kind: Literal["model"] = "model"
+
+
+AdaptConfig = Annotated[NoAdaptation | AddData | RemoveData | NewPrecision | NewModel, Field(discriminator="kind")]
 
 # ---------------------------------------------------------------- machinery
 

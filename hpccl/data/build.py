@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, assert_never
@@ -14,22 +14,30 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccl.config.sections import (
+    BlurryScenario,
+    ClassScenario,
     CropFlip,
     DataConfig,
     DigitsStream,
+    DomainScenario,
+    FewShotScenario,
     NoAugment,
     Part,
+    PermutedScenario,
+    RotatedScenario,
     ShardStream,
     StreamConfig,
     TimmAugment,
 )
 from hpccl.data.augment import BatchAugment, Normaliser
+from hpccl.data.changes import Changes, Permuted, Rotated, angles
 from hpccl.data.decoded import DecodedImages, Kept, cache_folder, keep_decoded, kept_path
 from hpccl.data.digits import SIZE as DIGITS_SIZE
 from hpccl.data.digits import TITLE, digits
 from hpccl.data.encoded import EncodedImages, Maker
-from hpccl.data.layout import SPLITS, Collection, Layout, arrange, held_out, unique_titles
+from hpccl.data.layout import SPLITS, Collection, Layout, align, arrange, extended, held_out, unique_titles
 from hpccl.data.protocols import Split
+from hpccl.data.scenarios import blurred, drawn_shots, listed_shots, repeated
 from hpccl.data.shards.copies import open_with_copies
 from hpccl.data.shards.decode import decode
 from hpccl.data.shards.reader import ShardSet
@@ -47,22 +55,31 @@ _SMALL = 64  # pixels a side up to which storage=auto decodes once
 _DISK_SHARE = 0.5  # of what is free, at most, for what storage=auto decodes
 
 
-def open_stream(stream: StreamConfig, data: DataConfig, *, copies: Path | None = None) -> ImageStream:
+def open_stream(
+    stream: StreamConfig, data: DataConfig, added: Sequence[str] = (), *, copies: Path | None = None
+) -> ImageStream:
     """Open a stream of tasks. Every process of a run calls this; the first one on a machine decodes for all.
 
+    added: folders of shards with further training images of the stream's classes; see `Stream.added`.
     copies: folder of the images that memory keeps for itself; where it has some of a part whose training shards are
         gone, the stream is opened all the same, and `absent` says what cannot be read.
 
     Raises:
         DataError: shards are missing or damaged, classes of the splits differ or cannot be cut into so many tasks,
             images have several sizes and data.image_size is not set, the cache folder cannot be written, an image
-            cannot be decoded and data.bad_images is `stop`, or settings do not go together.
+            cannot be decoded and data.bad_images is `stop`, settings do not go together, or added images have other
+            classes, another size or (for the digits) other channels.
     """
     match stream:
         case DigitsStream():
+            if added:
+                raise DataError(
+                    f"'{added[0]}' cannot be added to the embedded digits, whose images have one channel and those of "
+                    "shards three; allowed: runs with stream.kind=shards"
+                )
             return _open_digits(stream, data)
         case ShardStream():
-            return _open_shards(stream, data, copies)
+            return _open_shards(stream, data, added, copies)
         case _:
             assert_never(stream)
 
@@ -94,14 +111,14 @@ def outline(stream: StreamConfig, data: DataConfig, *, copies: Path | None = Non
     view = _evaluation_view(data, "test")
     match stream:
         case DigitsStream():
-            collection, kept, _ = _digits(stream, data)
-            layout = _arranged([collection], stream, data)
+            collection, kept, numbers = _digits(stream, data)
+            layout = _arranged([collection], stream, data, partial(_digit_names, numbers))
             shapes = {split: _channels_first(kept[split].pixels.shape[1:]) for split in SPLITS}
             as_stored = view.size in (None, DIGITS_SIZE)
             return Outline(layout, shapes["train"], view, shapes["test"], as_stored)
         case ShardStream():
             parts = _open_parts(stream, data, copies)
-            layout = _arranged([_collection(part) for part in parts], stream, data)
+            layout = _arranged([_collection(part) for part in parts], stream, data, partial(_names, parts))
             views = _view_shapes(parts, data)
             sizes = np.concatenate([part.sizes for part in parts])
             as_stored = bool((sizes == views["test"][::-1]).all())
@@ -110,10 +127,83 @@ def outline(stream: StreamConfig, data: DataConfig, *, copies: Path | None = Non
             assert_never(stream)
 
 
-def _arranged(collections: Sequence[Collection], stream: StreamConfig, data: DataConfig) -> Layout:
-    """The tasks; with data.validation, tests are on held-out training images (both splits are then the same one)."""
-    layout = arrange(collections, order=stream.order, seed=stream.order_seed)
+def _arranged(
+    collections: Sequence[Collection],
+    stream: StreamConfig,
+    data: DataConfig,
+    names: Callable[[npt.NDArray[np.int64]], Sequence[str]],
+) -> Layout:
+    """The tasks; with data.validation, tests are on held-out training images (both splits are then the same one).
+
+    names: of the training images of the first data set, by their numbers in it
+    """
+    order, seed, first = stream.order, stream.order_seed, collections[0]
+    match stream.scenario:
+        case ClassScenario():
+            return _tested(arrange(collections, order=order, seed=seed), data)
+        case DomainScenario():
+            return _tested(align(collections, order=order, seed=seed), data)
+        case PermutedScenario() | RotatedScenario():
+            # Held out before it is repeated: what one task tests on, no other trains on.
+            whole = _tested(arrange([replace(first, tasks=1)], order=order, seed=seed), data)
+            return repeated(whole, first.tasks)
+        case BlurryScenario(blur=blur, disjoint=disjoint, seed=own_seed):
+            layout = _tested(arrange(collections, order=order, seed=seed), data)
+            return blurred(layout, blur=blur, disjoint=disjoint, seed=own_seed)
+        case FewShotScenario(shots=shots, lists=lists, seed=own_seed):
+            sessions = arrange([_sessions(first, stream.scenario)], order=order, seed=seed)
+            # Held out before shots are drawn: sessions are tested on more than a share of their shots.
+            layout = _tested(sessions, data)
+            if lists is None:
+                return drawn_shots(layout, shots=shots, seed=own_seed)
+            return listed_shots(layout, Path(lists).expanduser(), names, shots=shots)
+        case _:
+            assert_never(stream.scenario)
+
+
+def _tested(layout: Layout, data: DataConfig) -> Layout:
     return layout if data.validation is None else held_out(layout, data.validation)
+
+
+def _sessions(collection: Collection, scenario: FewShotScenario) -> Collection:
+    """The data set with as many classes as the base and the sessions have."""
+    widths = (scenario.base, *[scenario.way] * (collection.tasks - 1))
+    if sum(widths) > len(collection.class_names):
+        raise DataError(
+            f"{scenario.base} base classes and {collection.tasks - 1} sessions of {scenario.way} are {sum(widths)} "
+            f"classes, but '{collection.title}' has {len(collection.class_names)}; set stream.scenario.base, way or "
+            "the number of tasks lower"
+        )
+    return replace(collection, keep=sum(widths), widths=widths)
+
+
+def _changes(stream: StreamConfig) -> Changes | None:
+    """What tasks do to their images."""
+    match stream.scenario:
+        case PermutedScenario(seed=seed):
+            return Changes(Permuted(seed))
+        case RotatedScenario(degrees=degrees, angles=kind, seed=seed):
+            tasks = stream.tasks if isinstance(stream, DigitsStream) else stream.parts[0].tasks
+            return Changes(Rotated(angles(tasks, degrees=degrees, drawn=kind == "drawn", seed=seed)))
+        case _:
+            return None
+
+
+def _marked(fingerprint: str, layout: Layout, stream: StreamConfig) -> str:
+    """A fingerprint that also changes with which sample is where, where a seed or a file decides it."""
+    if isinstance(stream.scenario, ClassScenario | DomainScenario):
+        return fingerprint
+    digest = hashlib.sha256(fingerprint.encode())
+    for split in SPLITS:
+        digest.update(layout.index[split].local.tobytes())
+        digest.update(layout.index[split].label.tobytes())
+    return digest.hexdigest()
+
+
+def _labelled(name: str, layout: Layout, split: Split, sample: int) -> str:
+    """A name that says which task changed the image, if one did."""
+    change = layout.index[split].change
+    return name if change is None or change[sample] == 0 else f"{name}@{change[sample] + 1}"
 
 
 # ---------------------------------------------------------------- digits
@@ -129,9 +219,15 @@ def _digits(
     )
 
 
+def _digit_names(
+    numbers: dict[Split, npt.NDArray[np.int64]], local: npt.NDArray[np.int64], split: Split = "train"
+) -> list[str]:
+    return [f"{TITLE}/{number}" for number in numbers[split][local]]
+
+
 def _open_digits(stream: DigitsStream, data: DataConfig) -> ImageStream:
     collection, kept, numbers = _digits(stream, data)
-    layout = _arranged([collection], stream, data)
+    layout = _arranged([collection], stream, data, partial(_digit_names, numbers))
     shapes = {split: _channels_first(kept[split].pixels.shape[1:]) for split in SPLITS}
     channels = shapes["train"][0]
     source = DecodedImages(
@@ -139,12 +235,15 @@ def _open_digits(stream: DigitsStream, data: DataConfig) -> ImageStream:
         index=layout.index,
         augment=_batch_augment(data, where="the digits"),
         normalise=Normaliser.of(data.mean, data.std, channels),
+        changes=_changes(stream),
     )
 
     def name_of(split: Split, sample: int) -> str:
-        return f"{TITLE}/{numbers[split][layout.index[split].local[sample]]}"
+        (name,) = _digit_names(numbers, layout.index[split].local[[sample]], split)
+        return _labelled(name, layout, split, sample)
 
-    return ImageStream(layout, shapes["train"], source, name_of, fingerprint=TITLE, test_shape=shapes["test"])
+    fingerprint = _marked(TITLE, layout, stream)
+    return ImageStream(layout, shapes["train"], source, name_of, fingerprint, test_shape=shapes["test"])
 
 
 def _channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -173,19 +272,31 @@ class _Opened:
         return known.compress(known.min(axis=1) > 0, axis=0)
 
 
-def _open_shards(stream: ShardStream, data: DataConfig, copies: Path | None) -> ImageStream:
+def _open_shards(stream: ShardStream, data: DataConfig, added: Sequence[str], copies: Path | None) -> ImageStream:
     parts = _open_parts(stream, data, copies)
-    layout = _arranged([_collection(part) for part in parts], stream, data)
-    shapes = _view_shapes(parts, data)
+    layout = _arranged([_collection(part) for part in parts], stream, data, partial(_names, parts))
+    if added:
+        more = _open_added(stream, data, parts, added)
+        layout = extended(layout, [_collection(part) for part in more], parts=len(parts))
+        parts = [*parts, *more]
+    shapes, changes = _view_shapes(parts, data), _changes(stream)
     decoded = _storage(parts, data, shapes) == "decoded"
+    if changes is not None and not decoded:
+        raise DataError(
+            f"stream.scenario.kind={stream.scenario.kind} changes decoded images, and these are decoded each time; "
+            f"set data.storage=decoded (of images up to {_SMALL} pixels a side, auto is decoded if there is room)"
+        )
     source: ImageSource
-    source = _decoded_source(parts, layout, data, shapes) if decoded else _encoded_source(parts, layout, data, shapes)
+    if decoded:
+        source = replace(_decoded_source(parts, layout, data, shapes), changes=changes)
+    else:
+        source = _encoded_source(parts, layout, data, shapes)
     opened = ImageStream(
         layout,
         (3, *shapes["train"]),
         source,
         partial(_name_of, parts, layout),
-        _fingerprint(parts),
+        _marked(_fingerprint(parts), layout, stream),
         test_shape=(3, *shapes["test"]),
         shards=[part.splits["train"] for part in parts],
     )
@@ -195,7 +306,7 @@ def _open_shards(stream: ShardStream, data: DataConfig, copies: Path | None) -> 
 
 
 def _fingerprint(parts: Sequence[_Opened]) -> str:
-    together = "\n".join(part.splits[split].fingerprint for part in parts for split in SPLITS)
+    together = "\n".join(shards.fingerprint for part in parts for shards in part.splits.values())
     return hashlib.sha256(together.encode()).hexdigest()
 
 
@@ -224,6 +335,25 @@ def _open_test(place: Path | str, split: str, cache: ShardCache, train: ShardSet
             f"{error}. memory.keep=copy keeps training images alone: the test images of every task are needed to the "
             "end, for the accuracy on all tasks is measured after each"
         ) from error
+
+
+def _open_added(stream: ShardStream, data: DataConfig, parts: Sequence[_Opened], added: Sequence[str]) -> list[_Opened]:
+    """Further training images, of one size with the stream's where that is all that says their size."""
+    titles = unique_titles([*(part.title for part in parts), *map(_title, added)])[len(parts) :]
+    cache = ShardCache.of(data.shard_cache, data.shard_gib, data.retries)
+    opened = []
+    for path, title in zip(added, titles, strict=True):
+        place = path if is_url(path) else Path(path).expanduser()
+        part = _Opened(Part(path=path), title, {"train": ShardSet.open(place, stream.train_split, cache)})
+        known, found = np.concatenate([other.sizes for other in parts]), part.sizes
+        if data.image_size is None and len(found) and not (found == known[0]).all():
+            (width, height), (other_width, other_height) = found[0], known[0]
+            raise DataError(
+                f"images of '{path}' are {width} x {height} and those of the stream {other_width} x {other_height}; "
+                "data.image_size is not set, so both must have one size: build the shards from images of that size"
+            )
+        opened.append(part)
+    return opened
 
 
 def _title(path: str) -> str:
@@ -265,7 +395,12 @@ def _collection(opened: _Opened) -> Collection:
 def _name_of(parts: Sequence[_Opened], layout: Layout, split: Split, sample: int) -> str:
     index = layout.index[split]
     part = parts[index.part[sample]]
-    return f"{part.title}/{part.splits[split].name(int(index.local[sample]))}"
+    return _labelled(f"{part.title}/{part.splits[split].name(int(index.local[sample]))}", layout, split, sample)
+
+
+def _names(parts: Sequence[_Opened], local: npt.NDArray[np.int64]) -> list[str]:
+    """Of training images of the first part."""
+    return list(parts[0].splits["train"].names(local))
 
 
 def _view_shapes(parts: Sequence[_Opened], data: DataConfig) -> Shapes:
@@ -361,7 +496,7 @@ def _encoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, 
         augment = _batch_augment(data, where="encoded images")
     makers: dict[Split, Maker] = {
         split: Maker(
-            sets=[part.splits[split] for part in parts],
+            sets=[part.splits[split] for part in parts if split in part.splits],  # added parts come last
             index=layout.index[split],
             shape=(3, *shapes[split]),
             view=_evaluation_view(data, split),

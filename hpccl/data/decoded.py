@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from hpccl.data.augment import BatchAugment, Normaliser
+from hpccl.data.changes import Changes
 from hpccl.data.layout import Index
 from hpccl.data.protocols import Split
 from hpccl.data.rows import Images, Request, Views
@@ -65,12 +66,16 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class DecodedImages:
-    """Makes batches from decoded images: one gather, one crop, one normalisation a batch."""
+    """Makes batches from decoded images: one gather, one crop, one normalisation a batch.
+
+    changes: what a task does to its images, after augmentation
+    """
 
     parts: Mapping[Split, Sequence[Kept]]
     index: Mapping[Split, Index]
     augment: BatchAugment
     normalise: Normaliser
+    changes: Changes | None = None
 
     def load(
         self, requests: Iterable[Request], split: Split, device: torch.device = CPU
@@ -83,7 +88,11 @@ class DecodedImages:
         """One batch."""
         pixels, valid = self.gather(request.sample, split)
         assert request.size is None or pixels.shape[1:3] == (request.size, request.size), "kept at one size"
-        return Views(self.augment(pixels, request.key), valid)
+        return Views(self._changed(self.augment(pixels, request.key), request.sample, split), valid)
+
+    def _changed(self, pixels: Pixels, samples: npt.NDArray[np.int64], split: Split) -> Pixels:
+        change = self.index[split].change
+        return pixels if self.changes is None or change is None else self.changes(pixels, change[samples])
 
     def gather(self, samples: npt.NDArray[np.int64], split: Split) -> tuple[Pixels, npt.NDArray[np.bool_]]:
         """Stored pixels [n, h, w, channels] and whether they are valid [n]."""
@@ -100,7 +109,8 @@ class DecodedImages:
 
     def raw(self, sample: int, split: Split) -> Pixels:
         """[h, w, channels] of one image."""
-        pixels: Pixels = self.gather(np.asarray([sample]), split)[0][0]
+        samples = np.asarray([sample])
+        pixels: Pixels = self._changed(self.gather(samples, split)[0], samples, split)[0]
         return pixels
 
     def skipped(self) -> list[tuple[Split, int, str]]:

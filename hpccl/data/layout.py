@@ -18,7 +18,18 @@ from hpccl.data.order import mix, permutation
 from hpccl.data.protocols import Split
 from hpccl.errors import DataError
 
-__all__ = ["ClassTask", "Collection", "Index", "Layout", "arrange", "held_out", "unique_titles"]
+__all__ = [
+    "ClassTask",
+    "Collection",
+    "Index",
+    "Layout",
+    "align",
+    "arrange",
+    "extended",
+    "held_out",
+    "numbered",
+    "unique_titles",
+]
 
 Ints = npt.NDArray[np.int64]
 SPLITS: tuple[Split, Split] = ("train", "test")
@@ -32,6 +43,7 @@ class Collection:
 
     labels, groups: by split, [num_images] class number within the data set and shard number
     tasks: how many; keep: use only so many classes (after ordering), None for all
+    widths: classes of each task, which `tasks` and `keep` agree with; None for equally many
     """
 
     title: str
@@ -40,6 +52,7 @@ class Collection:
     groups: Mapping[Split, Ints]
     tasks: int
     keep: int | None = None
+    widths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,32 +72,41 @@ class ClassTask:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """By sample position [num_samples]: the data set and the number within it, class and shard in the stream."""
+    """By sample position [num_samples]: the data set and the number within it, class and shard in the stream.
+
+    change: number of the change that is made to the image (see hpccl.data.changes); None: all are as stored
+    """
 
     part: Ints
     local: Ints
     label: Ints
     group: Ints
+    change: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.label)
 
-    def only(self, kept: npt.NDArray[np.bool_]) -> Index:
-        """The samples where `kept` [num_samples] is True, in the same order."""
-        return Index(self.part[kept], self.local[kept], self.label[kept], self.group[kept])
+    def only(self, kept: npt.NDArray[np.bool_] | Ints) -> Index:
+        """The samples where `kept` [num_samples] is True, in the same order; or those at positions `kept` [n]."""
+        change = None if self.change is None else self.change[kept]
+        return Index(self.part[kept], self.local[kept], self.label[kept], self.group[kept], change)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The tasks of a stream and the index of each split."""
+    """The tasks of a stream and the index of each split.
+
+    added: positions, behind those of the tasks, of further training examples of the same classes
+    """
 
     tasks: tuple[ClassTask, ...]
     class_names: tuple[str, ...]
     index: Mapping[Split, Index]
+    added: range = range(0)
 
 
 def arrange(collections: Sequence[Collection], *, order: Literal["given", "random"], seed: int) -> Layout:
-    """Cut each data set into tasks of equally many classes, one data set after the other.
+    """Cut each data set into tasks of equally many classes (or of `widths`), one data set after the other.
 
     Raises:
         DataError: more classes are asked for than there are, they cannot be split evenly, or a task has no examples.
@@ -94,14 +116,14 @@ def arrange(collections: Sequence[Collection], *, order: Literal["given", "rando
     pieces: dict[Split, list[Index]] = {"train": [], "test": []}
     names: list[tuple[str, str]] = []
     for which, (part, classes) in enumerate(zip(collections, chosen, strict=True)):
-        width = len(classes) // part.tasks
-        for number in range(part.tasks):
-            mine = np.sort(classes[number * width : (number + 1) * width])
+        widths = part.widths or (len(classes) // part.tasks,) * part.tasks
+        for number, width in enumerate(widths):
+            mine = np.sort(classes[sum(widths[:number]) :][:width])
             first = len(names)
             ranges = [
                 _append(pieces[split], collections, which, classes=mine, first=first, split=split) for split in SPLITS
             ]
-            title = part.title if part.tasks == 1 else f"{part.title}[{number + 1}/{part.tasks}]"
+            title = numbered(part.title, number, part.tasks)
             for split, positions in zip(SPLITS, ranges, strict=True):
                 if not positions:
                     raise DataError(f"task {title} has no {split} images; its classes: {_list(part, mine)}")
@@ -109,6 +131,72 @@ def arrange(collections: Sequence[Collection], *, order: Literal["given", "rando
             tasks.append(ClassTask(len(tasks), title, tuple(range(first, first + width)), *ranges))
     index: dict[Split, Index] = {split: _joined(pieces[split]) for split in SPLITS}
     return Layout(tuple(tasks), _told_apart(names), index)
+
+
+def extended(layout: Layout, more: Sequence[Collection], *, parts: int) -> Layout:
+    """The same tasks, with further training examples of their classes behind them.
+
+    parts: data sets that the layout has; those in `more` are numbered from there. Class by class, as in a task.
+
+    Raises:
+        DataError: a class is not one of the layout's.
+    """
+    known = {name: number for number, name in enumerate(layout.class_names)}
+    pieces = [layout.index["train"]]
+    assert pieces[0].change is None, "added images are of no task that changes them"
+    for which, part in enumerate(more, start=parts):
+        used = np.unique(part.labels["train"])
+        unknown = [part.class_names[number] for number in used if part.class_names[number] not in known]
+        if unknown:
+            raise DataError(
+                f"'{part.title}' has images of class '{unknown[0]}' ({len(unknown)} such classes), which the run has "
+                f"not learned; allowed: {', '.join(layout.class_names[:5])}{', ...' if len(known) > 5 else ''}. "
+                "New classes are new tasks: give them in stream.parts"
+            )
+        number_of = np.array([known.get(name, -1) for name in part.class_names], dtype=np.int64)
+        label = number_of[part.labels["train"]]
+        local = np.argsort(label, kind="stable")
+        earlier = int(pieces[-1].group.max(initial=-1)) + 1
+        group = part.groups["train"][local] + earlier
+        pieces.append(Index(np.full(len(local), which), local, label[local], group))
+    index: dict[Split, Index] = {**layout.index, "train": _joined(pieces)}
+    return replace(layout, index=index, added=range(len(pieces[0]), len(index["train"])))
+
+
+def align(collections: Sequence[Collection], *, order: Literal["given", "random"], seed: int) -> Layout:
+    """Each data set is a task, and all have the same classes: a name is one class in all of them.
+
+    Raises:
+        DataError: class names differ, more classes are asked for than there are, or a task has no examples.
+    """
+    first, *_ = collections
+    classes = np.sort(_class_order(first, 0, order, seed))
+    names = tuple(first.class_names[number] for number in classes)
+    shared = [_renumbered(part, first) for part in collections]
+    tasks: list[ClassTask] = []
+    pieces: dict[Split, list[Index]] = {"train": [], "test": []}
+    for which, part in enumerate(shared):
+        ranges = [_append(pieces[split], shared, which, classes=classes, first=0, split=split) for split in SPLITS]
+        for split, positions in zip(SPLITS, ranges, strict=True):
+            if not positions:
+                raise DataError(f"task {part.title} has no {split} images; its classes: {_list(part, classes)}")
+        tasks.append(ClassTask(which, part.title, tuple(range(len(names))), *ranges))
+    index: dict[Split, Index] = {split: _joined(pieces[split]) for split in SPLITS}
+    return Layout(tuple(tasks), names, index)
+
+
+def _renumbered(part: Collection, first: Collection) -> Collection:
+    """With the class numbers of another data set that has the same class names."""
+    missing = sorted(set(first.class_names) ^ set(part.class_names))
+    if missing:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise DataError(
+            f"'{part.title}' and '{first.title}' do not have the same classes ({some}); with stream.scenario.kind="
+            "domains every part has all of them: build the shards from folders with the same class names"
+        )
+    number = np.array([list(first.class_names).index(name) for name in part.class_names], dtype=np.int64)
+    labels: dict[Split, Ints] = {split: number[part.labels[split]] for split in SPLITS}
+    return replace(part, class_names=first.class_names, labels=labels)
 
 
 def held_out(layout: Layout, share: float) -> Layout:
@@ -153,7 +241,7 @@ def _class_order(part: Collection, which: int, order: Literal["given", "random"]
         raise DataError(
             f"{keep} classes of '{part.title}' are asked for but it has {total}; set classes to at most {total}"
         )
-    if keep % part.tasks:
+    if part.widths is None and keep % part.tasks:
         allowed = [divisor for divisor in range(1, keep + 1) if keep % divisor == 0]
         raise DataError(
             f"{keep} classes of '{part.title}' cannot be split into {part.tasks} tasks of equally many; "
@@ -176,6 +264,11 @@ def _append(
     local, label = local[by_class], label[by_class]
     pieces.append(Index(np.full(len(local), which), local, label, groups[local] + earlier))
     return range(start, start + len(local))
+
+
+def numbered(title: str, number: int, tasks: int) -> str:
+    """The name of one of the tasks of a data set."""
+    return title if tasks == 1 else f"{title}[{number + 1}/{tasks}]"
 
 
 def _joined(pieces: Sequence[Index]) -> Index:

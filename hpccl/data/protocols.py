@@ -31,7 +31,7 @@ class Task(Protocol):
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """Class numbers in the stream, ascending."""
+        """Class numbers in the stream, ascending; tasks may share some, or all of them."""
 
     def samples(self, split: Split) -> range:
         """The stream's sample positions that belong to this task (contiguous)."""
@@ -47,6 +47,10 @@ class Stream(Protocol):
     @property
     def tasks(self) -> tuple[Task, ...]:
         """In the order of learning."""
+
+    @property
+    def added(self) -> range:
+        """Positions, behind those of the tasks, of further training examples of the same classes; mostly none."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -87,7 +91,7 @@ class Stream(Protocol):
         """Images passed over so far in this process: (split, sample, name, reason); only with data.bad_images=skip."""
 
     def raw(self, sample: int, split: Split = "train") -> npt.NDArray[np.uint8]:
-        """[h, w, channels] uint8 pixels of one image as stored, for pictures in reports."""
+        """[h, w, channels] uint8 pixels of one image, for pictures in reports: as stored, or as its task changes it."""
 
     def copy(self, task: int, samples: npt.NDArray[np.int64], folder: Path) -> str:
         """Copy training images of a task, as stored, into a folder that `open_stream` can read them from; its name."""

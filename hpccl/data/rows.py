@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ANCHOR",
     "CROSS_ENTROPY",
     "DISTILL",
     "NEW",
+    "PULL",
+    "PUSH",
     "REPLAY",
     "SIGMOID",
     "SOFT",
     "SQUARED",
+    "FeatureRows",
     "Images",
     "Request",
     "Rows",
@@ -30,6 +34,8 @@ __all__ = [
 NEW, SOFT, REPLAY, DISTILL = 0, 1, 2, 3
 # What a row's target is, and so how it is compared with the logits: see hpccl.train.loss.
 CROSS_ENTROPY, SQUARED, SIGMOID = 0, 1, 2
+# What is said of an image's feature: see hpccl.train.loss.
+ANCHOR, PULL, PUSH = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,34 @@ class Images:
 
 
 @dataclass(frozen=True)
+class FeatureRows:
+    """What is said of features, the input of the last layer: where each should be, or from where it should keep away.
+
+    image:  [q] int64, which image a row speaks of
+    target: [q, d] a place among the features
+    weight: [q]; sum over a step of weight * loss is added to the objective per training example
+    kind:   [q] int64, ANCHOR, PULL or PUSH
+    stiff:  [q, d] of ANCHOR, what a squared difference costs; 0 elsewhere
+    margin: [q] of PUSH, the distance that is enough; 0 elsewhere
+    normalised: features are compared at norm 1
+    """
+
+    image: Tensor
+    target: Tensor
+    weight: Tensor
+    kind: Tensor
+    stiff: Tensor
+    margin: Tensor
+    normalised: bool = True
+
+    def to(self, device: torch.device) -> FeatureRows:
+        """The same rows on a device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return FeatureRows(**moved, normalised=self.normalised)
+
+
+@dataclass(frozen=True)
 class Rows:
     """Examples and what to say about them: the rows of one weighted loss, nearly always a cross-entropy.
 
@@ -85,6 +119,7 @@ class Rows:
     temperature: [r], divides the logits
     term:        [r] int64, NEW, SOFT, REPLAY or DISTILL
     kind:        [r] int64, CROSS_ENTROPY, SQUARED or SIGMOID; None: all are CROSS_ENTROPY
+    features:    what is said of features, or None
     """
 
     pixels: Tensor
@@ -96,8 +131,10 @@ class Rows:
     temperature: Tensor
     term: Tensor
     kind: Tensor | None = None
+    features: FeatureRows | None = None
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on a device."""
-        there = vars(self).items()
-        return Rows(**{name: value.to(device, non_blocking=True) for name, value in there if value is not None})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        there = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return Rows(**there, features=None if self.features is None else self.features.to(device))

@@ -60,6 +60,11 @@ class ImageStream:
         return self.layout.tasks
 
     @property
+    def added(self) -> range:
+        """Positions, behind those of the tasks, of further training examples of the same classes."""
+        return self.layout.added
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """By class number in the stream."""
         return self.layout.class_names

@@ -111,9 +111,9 @@ class BaseEngine(ABC):
         """Remember the weights at this moment, if anything ever goes back to them."""
         self._initial = self.gather() if self._train.restart else {}
 
-    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True) -> Tensor:
-        """Logits in training mode, fp32; autocast ends here, before any loss or prior."""
-        self._model.train()
+    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True, training: bool = True) -> Tensor:
+        """Logits with a gradient, fp32; autocast ends here, before any loss or prior."""
+        self._model.train(training)
         for norm in self._still:
             norm.eval()
         set_noise(self._model, noise)
@@ -121,6 +121,18 @@ class BaseEngine(ABC):
         with self._recomputing(), self._autocast():
             logits = self._run(pixels.to(memory_format=self._format))
         return logits.float()
+
+    def forward_features(
+        self, pixels: Tensor, noise: Tensor, layer: str, *, last: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, and what entered a layer of the network on the way, fp32."""
+        caught: list[Tensor] = []
+        handle = self._model.get_submodule(layer).register_forward_pre_hook(lambda _, given: caught.append(given[0]))
+        try:
+            logits = self.forward(pixels, noise, last=last)
+        finally:
+            handle.remove()
+        return logits, caught[-1].float()
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradient.

@@ -57,8 +57,16 @@ class Engine(Protocol):
     def reset(self) -> None:
         """Back to the initial weights."""
 
-    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True) -> Tensor:
-        """[n, c, h, w], [n] int64 -> logits [n, C] in fp32, in training mode; `last` micro-batch of a step or not."""
+    def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True, training: bool = True) -> Tensor:
+        """[n, c, h, w], [n] int64 -> logits [n, C] in fp32 with a gradient.
+
+        last: micro-batch of a step or not; training: in training mode, or in evaluation mode.
+        """
+
+    def forward_features(
+        self, pixels: Tensor, noise: Tensor, layer: str, *, last: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and what entered a layer in it [n, d], fp32, with gradients; `layer` is a module's name."""
 
     def predict(self, pixels: Tensor) -> Tensor:
         """[n, c, h, w] -> logits [n, C] in fp32, evaluation mode, no gradient. Collective where weights are spread."""

@@ -39,7 +39,7 @@ def kept_of(config: MemoryConfig, size: int) -> int:
         return min(config.total, size)
     if config.fraction > 0:
         return min(size, max(1, round(config.fraction * size)))
-    return config.size
+    return min(config.size, size)
 
 
 def per_class(total: int, share: float, classes: int) -> tuple[int, int]:

@@ -33,6 +33,11 @@ class ClassMeans:
         """From each class's sum of features [C, d] float64."""
         return cls(task, normalised(sums).float())
 
+    def joined(self, newer: ClassMeans) -> ClassMeans:
+        """With the means of a later task, of those classes that it has."""
+        has = newer.means.norm(dim=1, keepdim=True) > 0
+        return ClassMeans(newer.task, newer.means.where(has, self.means))
+
     def scores(self, features: Tensor) -> Tensor:
         """[n, C] from features [n, d], of any norm; -1 for classes without examples."""
         means = self.means.to(features.device)

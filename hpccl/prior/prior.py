@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from hpccl.curvature.protocols import Shards
+from hpccl.curvature.protocols import Precision, Shards
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves, Place
+from hpccl.memory.gas import Gas
 from hpccl.memory.means import ClassMeans
 from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
+from hpccl.prior.fromp import Fromp
 from hpccl.prior.quadratic import Quadratic
 
 __all__ = ["Prior"]
@@ -26,7 +28,9 @@ class Prior:
     quadratic: curvature of the past that is not in memory, or None
     anchor:    weights and buffers of the newest old model (whole or spread), or None before the first task ends
     correction: of the logits of its newest classes, or None
-    means:     of the features of each class's memory, as it sees them, or None
+    means:     of the features of each class's memory (or training examples), as it sees them, or None
+    fromp:     coupled predictions on the memory, which then says nothing else, or None
+    gas:       a net of nodes over features, or None
     """
 
     memory: Memory
@@ -34,6 +38,8 @@ class Prior:
     anchor: Leaves | None = None
     correction: Correction | None = None
     means: ClassMeans | None = None
+    fromp: Fromp | None = None
+    gas: Gas | None = None
 
     def to(self, device: torch.device) -> Prior:
         """The same prior with what a step needs on a device (the memory's few tensors stay on the CPU)."""
@@ -41,7 +47,8 @@ class Prior:
         quadratic = None
         if self.quadratic is not None and anchor is not None:
             quadratic = self.quadratic.to(device, anchor)
-        return replace(self, quadratic=quadratic, anchor=anchor)
+        fromp = None if self.fromp is None else self.fromp.to(device)
+        return replace(self, quadratic=quadratic, anchor=anchor, fromp=fromp)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: what all ranks hold."""
@@ -51,12 +58,21 @@ class Prior:
             "anchor": self.anchor,
             "correction": None if self.correction is None else self.correction.state_dict(),
             "means": None if self.means is None else self.means.state_dict(),
+            "fromp": None if self.fromp is None else self.fromp.state_dict(),
+            "gas": None if self.gas is None else self.gas.state_dict(),
         }
+
+    @property
+    def precision(self) -> Precision | None:
+        """The curvature of the past, for whatever it is used."""
+        if self.quadratic is not None:
+            return self.quadratic.precision
+        return None if self.fromp is None else self.fromp.precision
 
     @property
     def curvature_shard(self) -> dict[str, Any]:
         """What this rank alone holds of the curvature."""
-        return {} if self.quadratic is None else self.quadratic.precision.shard_dict()
+        return {} if self.precision is None else self.precision.shard_dict()
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], shards: Shards, comm: Comm, place: Place) -> Prior:
@@ -66,11 +82,14 @@ class Prior:
         restored = None
         if quadratic is not None and placed is not None:
             restored = Quadratic.from_state_dict(quadratic, placed, shards, comm, place)
-        correction, means = state.get("correction"), state.get("means")  # earlier checkpoints have neither
+        # Earlier checkpoints have none of these.
+        correction, means, fromp, gas = (state.get(name) for name in ("correction", "means", "fromp", "gas"))
         return cls(
             memory=Memory.from_state_dict(state["memory"]),
             quadratic=restored,
             anchor=placed,
             correction=None if correction is None else Correction.from_state_dict(correction),
             means=None if means is None else ClassMeans(**means),
+            fromp=None if fromp is None else Fromp.from_state_dict(fromp, shards, comm, place),
+            gas=None if gas is None else Gas(**gas),
         )

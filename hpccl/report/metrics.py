@@ -24,6 +24,7 @@ __all__ = [
     "accuracy_matrix",
     "average_accuracy",
     "average_incremental_accuracy",
+    "average_of_curve",
     "backward_transfer",
     "calibration_bins",
     "calibration_error",
@@ -34,6 +35,9 @@ __all__ = [
     "learning_accuracy",
     "matrix",
     "negative_log_likelihood",
+    "num_tested",
+    "performance_drop",
+    "union_accuracy",
     "untrained",
 ]
 
@@ -111,6 +115,52 @@ def average_accuracy(a: Floats, *, after: int | None = None) -> float:
 def average_incremental_accuracy(a: Floats) -> float:
     """1/(k+1) sum_{t <= k} A_t (Rebuffi et al. 2017)."""
     return _mean(np.array([average_accuracy(a, after=t) for t in range(last_task(a) + 1)]))
+
+
+def num_tested(evaluations: Sequence[Mapping[str, Any]], num_tasks: int) -> Floats:
+    """[T] test examples of each task; NaN where nothing was measured."""
+    sizes = np.full(num_tasks, np.nan)
+    for result in (result for event in evaluations for result in event["results"]):
+        sizes[result["task"]] = result.get("num", np.nan)
+    return sizes
+
+
+def union_accuracy(a: Floats, sizes: Floats) -> Floats:
+    """[T] accuracy on the test examples of all tasks seen, sum_{j <= t} n_j a[t, j] / sum_{j <= t} n_j; NaN if unknown.
+
+    With class-incremental accuracies, this is what one classifier of all seen classes scores on all their test images
+    (A_t in iCaRL and TOPIC). It is `average_accuracy` where tasks have equally many.
+
+    Args:
+        a: [T, T].
+        sizes: [T] n, of `num_tested`.
+    """
+    seen = np.tril(np.ones(a.shape, dtype=bool))
+    n = np.where(seen, sizes, 0.0)  # what was not seen may not have been measured, either
+    found: Floats = (n * np.where(seen, a, 0.0)).sum(axis=1) / n.sum(axis=1)
+    return found
+
+
+def average_of_curve(curve: Floats, *, include_first: bool = True) -> float:
+    """Mean of A_0, ..., A_k up to the last task learned; two conventions exist.
+
+    Args:
+        curve: [T] of `union_accuracy`.
+        include_first: count A_0, on the first task alone (iCaRL), or not (the tables of BiC and WA).
+    """
+    measured = curve[: _learned(curve)]
+    return _mean(measured if include_first else measured[1:])
+
+
+def performance_drop(curve: Floats) -> float:
+    """PD = A_0 - A_k, from the base session to the last one (few-shot class-incremental learning); NaN after one."""
+    learned = _learned(curve)
+    return float(curve[0] - curve[learned - 1]) if learned > 1 else float("nan")
+
+
+def _learned(curve: Floats) -> int:
+    known = np.flatnonzero(~np.isnan(curve))
+    return int(known[-1]) + 1 if len(known) else 0
 
 
 def forgetting(a: Floats) -> float:

@@ -52,7 +52,7 @@ STYLE: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-_TERMS = ("new", "soft", "replay", "quadratic")
+_TERMS = ("new", "soft", "replay", "quadratic", "anchor", "minmax")  # others look as `anchor` does
 _MAX_POINTS = 600
 _MAX_LEGEND = 12
 
@@ -165,8 +165,7 @@ def _line(term: str) -> dict[str, Any]:
     """One colour a term in every plot; the whole is the heavy line."""
     if term in {"loss", "total"}:
         return {"color": INK, "lw": 1.8}
-    order = (*_TERMS, term)
-    return {"color": COLOURS[order.index(term)], "lw": 1.1}
+    return {"color": COLOURS[_TERMS.index(term if term in _TERMS else "anchor")], "lw": 1.1}
 
 
 def _curves(steps: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:

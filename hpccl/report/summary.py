@@ -45,6 +45,8 @@ class RunReport:
     Accuracies and transfers are shares in [0, 1], NLL is nats per example. Figures without a suffix are
     task-incremental (only a task's own classes compete), `_class_incremental` lets all seen classes compete.
     `average_accuracy`, `nll` and `ece` are means over the tasks learned so far, by the network after the last of them.
+    `union_accuracy` is after each task that of all seen classes on all their test examples, whatever their number;
+    `average_union_accuracy` is its mean, `_later` without the first task, `performance_drop` its first less its last.
     `validation`: the share of the training images that all of these are on, if they are not on test images.
     """
 
@@ -61,6 +63,9 @@ class RunReport:
     average_accuracy_class_incremental: float | None
     average_incremental_accuracy: float | None
     average_incremental_accuracy_class_incremental: float | None
+    average_union_accuracy: float | None
+    average_union_accuracy_later: float | None
+    performance_drop: float | None
     forgetting: float | None
     forgetting_class_incremental: float | None
     bwt: float | None
@@ -74,6 +79,7 @@ class RunReport:
     ece_class_incremental: float | None
     accuracy_matrix: Matrix
     accuracy_matrix_class_incremental: Matrix
+    union_accuracy: list[float | None]
     accuracy_untrained: list[float | None]
     weights_sha256: str | None
     images_per_second: float | None
@@ -189,12 +195,17 @@ def _accuracies(events: Sequence[Event], num_announced: int) -> dict[str, Any]:
     own = metrics.accuracy_matrix(evaluations, num_tasks, "task_incremental")
     seen = metrics.accuracy_matrix(evaluations, num_tasks, "class_incremental")
     before = metrics.untrained(evaluations, num_tasks)
+    union = metrics.union_accuracy(seen, metrics.num_tested(evaluations, num_tasks))
     found: dict[str, Any] = {
         "num_tasks": num_tasks,
         "tasks_learned": metrics.last_task(own) + 1,
         "fwt": _known(metrics.forward_transfer(own, before)),
         "accuracy_matrix": _rows(own),
         "accuracy_matrix_class_incremental": _rows(seen),
+        "union_accuracy": [_known(value) for value in union],
+        "average_union_accuracy": _known(metrics.average_of_curve(union)),
+        "average_union_accuracy_later": _known(metrics.average_of_curve(union, include_first=False)),
+        "performance_drop": _known(metrics.performance_drop(union)),
         "accuracy_untrained": [_known(value) for value in before],
     }
     for suffix, a in (("", own), ("_class_incremental", seen)):

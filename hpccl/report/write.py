@@ -94,6 +94,9 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
     return [
         (f"{percent(report.average_accuracy)} %", "average accuracy"),
         (f"{percent(report.average_accuracy_class_incremental)} %", "average accuracy, class-incremental"),
+        (f"{percent(_last(report.union_accuracy))} %", "class-incremental, all test images"),
+        (f"{percent(report.average_union_accuracy)} %", "its mean over tasks"),
+        (percent(report.performance_drop), "its drop, first to last, points"),
         (percent(report.forgetting), "forgetting, points"),
         (signed(report.bwt), "backward transfer, points"),
         (signed(report.fwt), "forward transfer, points"),
@@ -105,6 +108,10 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
         (time_span(report.wall_seconds), f"wall time, {report.segments} start{'s' * (report.segments != 1)}"),
         (size(report.memory_bytes), "memory"),
     ]
+
+
+def _last(values: Sequence[float | None]) -> float | None:
+    return next((value for value in reversed(values) if value is not None), None)
 
 
 def _on_validation(share: float) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 import numpy as np
@@ -13,14 +12,16 @@ import torch
 from torch import Tensor
 
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import per_task
-from hpccl.data.order import Batch, BatchPlan
+from hpccl.config.sections import RemoveData, per_task
+from hpccl.data.order import Batch, BatchPlan, mix
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, SQUARED, Images, Request, Rows
 from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory, scattered, spread
 from hpccl.train.distill import Distilled
 from hpccl.train.kept import held_out, kept_of_tasks
+from hpccl.train.removal import less, removed_samples, removed_slots
+from hpccl.train.topology import Topology
 
 __all__ = ["Composer", "Part", "head_steps", "new_samples", "plan_task", "planned_steps", "split", "task_epochs"]
 
@@ -41,6 +42,7 @@ def planned_steps(config: RunConfig, stream: Stream) -> list[int]:
     steps = []
     for task in tasks[skipped:]:
         kept = sum(kept_of_tasks(config, stream, task.index))
+        kept = 0 if config.prior.fromp.weight > 0 else kept  # recalled beside the rows of a step
         if config.train.data == "memory":
             new, kept = sum(kept_of_tasks(config, stream, task.index + 1)), 0
         else:
@@ -68,8 +70,8 @@ def _plan(config: RunConfig, task: Task, num_new: int, num_memory: int) -> Batch
         epochs=task_epochs(config, task.index),
         seed=config.seed,
         task=task.index,
-        share=mix.share if mix.kind == "stratified" else None,
-        window=config.data.shuffle_window,
+        share=mix.share if mix.kind == "stratified" and num_new else None,
+        window=config.data.shuffle_window if num_new else 0,
     )
 
 
@@ -81,7 +83,9 @@ def new_samples(config: RunConfig, stream: Stream, task: Task, memory: Memory) -
             held = held_out(config, stream, task)
             return own if len(held) == 0 else np.setdiff1d(own, held)
         case "seen":
-            return np.arange(task.samples("train").stop)
+            seen = np.arange(task.samples("train").stop)
+            adapt = config.adapt
+            return np.setdiff1d(seen, removed_samples(adapt, stream)) if isinstance(adapt, RemoveData) else seen
         case "memory":
             return np.sort(memory.sample.numpy())
         case _ as never:
@@ -93,42 +97,50 @@ class Part:
     """One micro-batch of one rank.
 
     rows: [p] positions in the step's batch. absent: there were fewer rows than parts and this one only keeps the
-    collectives company; its rows count nothing.
+    collectives company; its rows count nothing. anchors: [a] positions among images that every step shows.
     """
 
     batch: Batch
     rows: npt.NDArray[np.int64]
     absent: bool
+    anchors: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
-def split(batch: Batch, comm: Comm, *, accumulate: int) -> list[Part]:
+def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> list[Part]:
     """This rank's micro-batches: contiguous, differing by at most one row, no padding."""
     whole = comm.share(len(batch))
-    bounds = [whole.start + len(whole) * number // accumulate for number in range(accumulate + 1)]
+    shown = comm.share(anchors)
     parts = []
-    for start, stop in itertools.pairwise(bounds):
-        rows = np.arange(start, stop)
+    for number in range(accumulate):
+        rows, extra = (np.array(_cut(items, number, accumulate), dtype=np.int64) for items in (whole, shown))
         # Two rows, not one: BatchNorm cannot normalise a single example.
         company = np.arange(min(2, len(batch)))
-        parts.append(Part(batch, rows if len(rows) else company, absent=len(rows) == 0))
+        parts.append(Part(batch, rows if len(rows) else company, absent=len(rows) == 0, anchors=extra))
     return parts
+
+
+def _cut(items: range, number: int, parts: int) -> range:
+    """Part `number` of `parts` that differ by at most one."""
+    return items[len(items) * number // parts : len(items) * (number + 1) // parts]
 
 
 @dataclass(frozen=True)
 class Composer:
     """Turns parts and their images into rows during one task.
 
-    samples: [n] the data that the task trains on; labels: [N] class number of every training example; task_of_class:
-    [C]; heads: [T + 1, C] bool, row t is task t's own head, the last row all classes seen so far; tau, beta: [T] weight
-    of a memory example, and of the true label of a soft-labelled one, by the task it comes from, to which the
-    selector's comes; teacher: the frozen old model on pixels, where what it says belongs to the student's view;
-    epochs: of the task; distilled: what the old model says of images beside their labels, or None.
+    samples: [n] the data that the task trains on; labels, task_of_sample: [N] class and task of every training example,
+    for tasks may share classes; heads: [T + 1, C] bool, row t is task t's own head, the last row all classes seen so
+    far; tau, beta: [T] weight of a memory example, and of the true label of a soft-labelled one, by the task it comes
+    from, to which the selector's comes; teacher: the frozen old model on pixels, where what it says belongs to the
+    student's view; epochs: of the task; distilled: what the old model says of images beside their labels, or None;
+    removed: [M] bool, memory examples that are to be forgotten, or None; topology: what a net of nodes says of
+    features, or None.
     """
 
     config: RunConfig
     samples: Ints
     labels: Tensor
-    task_of_class: Tensor
+    task_of_sample: Tensor
     heads: Tensor
     tau: Tensor
     beta: Tensor
@@ -137,6 +149,8 @@ class Composer:
     device: torch.device
     epochs: int
     distilled: Distilled | None = None
+    removed: Tensor | None = None
+    topology: Topology | None = None
 
     @classmethod
     def build(
@@ -152,26 +166,31 @@ class Composer:
     ) -> Composer:
         """For one task."""
         num_classes = len(stream.class_names)
-        task_of_class = torch.zeros(num_classes, dtype=torch.int64)
+        removed = removed_slots(config, stream, memory)
         heads = torch.zeros(len(stream.tasks) + 1, num_classes, dtype=torch.bool)
         for other in stream.tasks:
-            task_of_class[list(other.classes)] = other.index
             heads[other.index, list(other.classes)] = True
-            heads[-1, list(other.classes)] = other.index <= task.index
+            heads[-1] |= heads[other.index] & (other.index <= task.index)
         return cls(
             config=config,
             samples=new_samples(config, stream, task, memory),
             labels=torch.from_numpy(stream.labels("train")),
-            task_of_class=task_of_class,
+            task_of_sample=torch.from_numpy(_task_of_sample(stream)),
             heads=heads,
-            tau=_memory_weights(config, stream, task, memory, config.prior.weight),
+            tau=_memory_weights(config, stream, task, memory, config.prior.weight, removed=removed),
             beta=_memory_weights(config, stream, task, memory, (config.prior.label_weight,)),
             memory=memory,
             teacher=teacher,
             device=device,
             epochs=task_epochs(config, task.index),
             distilled=distilled,
+            removed=removed,
         )
+
+    @property
+    def num_anchors(self) -> int:
+        """Images that every step shows beside its batch."""
+        return 0 if self.topology is None else len(self.topology.anchors)
 
     def request(self, part: Part) -> Request:
         """The images of a part: fresh views, but the stored one where a soft label belongs to it.
@@ -181,13 +200,16 @@ class Composer:
         """
         new, slot = part.batch.new[part.rows], part.batch.slot[part.rows]
         from_memory = slot >= 0
-        sample = self.samples[new]
+        sample = self.samples[new] if len(self.samples) else new.copy()
         sample[from_memory] = self.memory.sample.numpy()[slot[from_memory]]
         key = part.batch.view[part.rows].copy()
         if self.config.prior.view == "stored":
             soft = from_memory.copy()
             soft[from_memory] = ~self.memory.replay.numpy()[slot[from_memory]]
             key[soft] = 0
+        if self.topology is not None:
+            sample = np.concatenate([sample, self.topology.anchors[part.anchors]])
+            key = np.concatenate([key, np.zeros(len(part.anchors), dtype=np.uint64)])
         return Request(sample, key, self._side(part.batch.epoch))
 
     def _side(self, epoch: int) -> int | None:
@@ -198,9 +220,9 @@ class Composer:
     def rows(self, part: Part, images: Images) -> Rows:
         """Rows on the device: one for each image, then those that say a second thing about some of them."""
         slot = torch.from_numpy(part.batch.slot[part.rows])
-        sample = torch.from_numpy(self.request(part).sample)
+        sample = torch.from_numpy(self.request(part).sample[: len(slot)])
         from_memory = slot >= 0
-        target, head = self.hard_targets(self.labels[sample])
+        target, head = self.hard_targets(sample)
         weight = torch.full((len(slot),), part.batch.weight_new)
         term = torch.full((len(slot),), NEW)
         temperature = torch.ones(len(slot))
@@ -209,14 +231,14 @@ class Composer:
             weight[from_memory] = part.batch.weight_memory * self.memory_weights(kept)
             term[from_memory] = torch.where(self.memory.replay[kept], REPLAY, SOFT)
         soft = term == SOFT
-        said = self._ask(images.pixels, soft, from_memory)
+        said = self._ask(images.pixels[: len(slot)], soft, from_memory)
         true_target, true_head = target[soft], head[soft]
         if bool(soft.any()):
             temperature[soft] = self.config.prior.temperature
             target[soft], head[soft] = self.soft_targets(slot[soft], said[soft])
         rows = Rows(
             pixels=images.pixels,
-            noise=torch.from_numpy(part.batch.noise[part.rows]),
+            noise=torch.from_numpy(self._noise(part)),
             image=torch.arange(len(slot)),
             target=target,
             weight=weight,
@@ -230,11 +252,23 @@ class Composer:
             rows = _with(rows, soft, true_target, true_head, weight=beta, temperature=1.0, term=REPLAY, kind=0)
         if self.distilled is not None:
             rows = self._with_distilled(rows, self.distilled, part, said)
+        if self.removed is not None:
+            taken = from_memory & self.removed[slot.clamp(min=0)]
+            rows = less(rows, taken, *self.hard_targets(sample))
         weight = rows.weight * images.valid[rows.image]
         if part.absent:
             weight = torch.zeros_like(weight)
+        if self.topology is not None:
+            new = torch.zeros_like(from_memory) if part.absent else ~from_memory
+            said_of = self.topology.rows(sample, new, part.anchors, images.valid, batch=len(part.batch))
+            rows = replace(rows, features=said_of)
         plain = self.hard_kind == CROSS_ENTROPY and self.soft_kind == CROSS_ENTROPY
         return replace(rows, weight=weight, kind=None if plain else rows.kind).to(self.device)
+
+    def _noise(self, part: Part) -> Ints:
+        """[p + a] of the part's images; an anchor's belongs to the step and the anchor, wherever it is."""
+        of_anchors = mix(part.batch.noise[0], part.anchors).astype(np.int64)
+        return np.concatenate([part.batch.noise[part.rows], of_anchors])
 
     def _ask(self, pixels: Tensor, soft: Tensor, from_memory: Tensor) -> Tensor:
         """[p, C] the teacher's logits of the images whose rows need them, 0 of others; one pass, on every rank.
@@ -279,16 +313,21 @@ class Composer:
         return SQUARED if self.config.prior.loss == "squared" else CROSS_ENTROPY
 
     def memory_weights(self, slots: Tensor, by_task: Tensor | None = None) -> Tensor:
-        """[r] what examples in some slots of the memory count: tau (or `by_task` [T]) times the selector's weight."""
-        return (self.tau if by_task is None else by_task)[self.memory.task[slots]] * self.memory.weight[slots]
+        """[r] what examples in some slots of the memory count: tau (or `by_task` [T]) times the selector's weight.
 
-    def hard_targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Smoothed one-hot targets and competing classes of true labels.
+        Of examples to be forgotten, what is taken back of their soft labels.
+        """
+        alone = self.memory.weight[slots]
+        weight = (self.tau if by_task is None else by_task)[self.memory.task[slots]] * alone
+        return weight if self.removed is None else alone.where(self.removed[slots], weight)
+
+    def hard_targets(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Smoothed one-hot targets and competing classes of the true labels of training examples.
 
         With a sigmoid for each class, the old ones are left to the old network where it speaks of the same images.
         """
-        own = self.config.train.head == "own"
-        head = self.heads[self.task_of_class[labels]] if own else self.heads[-1].expand(len(labels), -1)
+        own, labels = self.config.train.head == "own", self.labels[samples]
+        head = self.heads[self.task_of_sample[samples]] if own else self.heads[-1].expand(len(labels), -1)
         smoothing = self.config.train.label_smoothing
         target = head * (smoothing / head.sum(dim=1, keepdim=True))
         target[torch.arange(len(labels)), labels] += 1 - smoothing
@@ -334,11 +373,36 @@ def _with(
     )
 
 
-def _memory_weights(config: RunConfig, stream: Stream, task: Task, memory: Memory, values: tuple[float, ...]) -> Tensor:
-    """[T] `values` by task, times N_s / m where memory stands for its whole task, or N_t / M where for the new one."""
+def _task_of_sample(stream: Stream) -> Ints:
+    """[N] the task of every training example; of added ones, the last task that has their class."""
+    last_with = np.zeros(len(stream.class_names), dtype=np.int64)
+    for task in stream.tasks:
+        last_with[list(task.classes)] = task.index
+    found: Ints = last_with[stream.labels("train")]
+    for task in stream.tasks:
+        own = task.samples("train")
+        found[own.start : own.stop] = task.index
+    return found
+
+
+def _memory_weights(
+    config: RunConfig,
+    stream: Stream,
+    task: Task,
+    memory: Memory,
+    values: tuple[float, ...],
+    *,
+    removed: Tensor | None = None,
+) -> Tensor:
+    """[T] `values` by task, times N_s / m where memory stands for its whole task, or N_t / M where for the new one.
+
+    removed: [M] bool, examples that count in neither N_s nor m
+    """
     weights = []
-    for other, kept in zip(stream.tasks, memory.per_task(len(stream.tasks)), strict=True):
-        stands_for = len(other.samples("train")) / max(kept, 1) if config.prior.scale_to_task else 1.0
+    count = len(stream.tasks)
+    gone = [0] * count if removed is None else torch.bincount(memory.task[removed], minlength=count).tolist()
+    for other, kept, out in zip(stream.tasks, memory.per_task(count), gone, strict=True):
+        stands_for = (len(other.samples("train")) - out) / max(kept - out, 1) if config.prior.scale_to_task else 1.0
         if config.prior.scale_to_new:
             stands_for = len(task.samples("train")) / max(len(memory), 1)
         weights.append(per_task(values, other.index) * stands_for)

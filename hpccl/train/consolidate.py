@@ -18,6 +18,7 @@ from torch import Tensor
 from hpccl.checkpoint.apart import Apart, read_apart, write_apart
 from hpccl.config.sections import DenseCurvature, GreedySelector
 from hpccl.curvature.build import build_estimator
+from hpccl.curvature.protocols import Precision, Totals
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import Leaves
@@ -26,15 +27,18 @@ from hpccl.folder import replacing
 from hpccl.memory.budget import kept_of
 from hpccl.memory.select import Candidates, choose
 from hpccl.memory.store import DTYPES, Memory, head_columns, stored
+from hpccl.prior.fromp import Fromp
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
 from hpccl.train.copies import keep_images
 from hpccl.train.end_of_task import class_means, correction
+from hpccl.train.functional import functional_prior
 from hpccl.train.kept import admitted_greedily, held_out, kept_of_tasks
 from hpccl.train.passes import shared_images
 from hpccl.train.selection import chosen
 from hpccl.train.state import RunState, World
 from hpccl.train.task_pass import TaskPass
+from hpccl.train.topology import end_session
 
 __all__ = ["admit_first", "consolidate", "thumbnail"]
 
@@ -62,8 +66,10 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
     anchor = state.engine.gather()
     quadratic = measure(task, memory, anchor, state, world)
     memory = relabel(task, memory, state, world)
+    fromp = functional(task, memory, state, world)
     means = class_means(task, memory, state, world)
-    state.prior = Prior(memory, quadratic, anchor, corrected, means)
+    gas = end_session(task, state, world)
+    state.prior = Prior(memory, quadratic, anchor, corrected, means, fromp, gas)
 
 
 def admit_first(task: Task, state: RunState, world: World) -> None:
@@ -160,34 +166,58 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
     if config.weight == 0:
         return None
     with world.phase(task, "curvature") as phase:
-        rest, times = _rest(task, memory, world)
+        rest, precision = _measured(task, memory, state, world)
         phase.images = len(rest)
-        estimator = build_estimator(world.config.curvature, world.config.seed, state.coverage)
-        dense = isinstance(world.config.curvature, DenseCurvature)
-        network = state.engine.whole_module() if dense else state.engine.module
-        batches = TaskPass(task, rest, world)
-        precision = estimator.estimate(network, batches, world.comm).times(times)
         new = precision.totals(world.comm)
         if state.prior.quadratic is None:
             quadratic = Quadratic(precision, anchor, config.weight, config.damping)
         else:
             own = state.engine.like if config.anchor == "each" else ()
             quadratic = state.prior.quadratic.plus(precision, anchor, world.comm, own_anchors=own, decay=config.decay)
-    total = quadratic.precision.totals(world.comm)
+    _write_curvature(task, new, quadratic.precision, world, num_examples=len(rest), state=state)
+    return quadratic
+
+
+def functional(task: Task, memory: Memory, state: RunState, world: World) -> Fromp | None:
+    """The functional prior, with the curvature of all examples of all past tasks; None if there is none."""
+    precision = None
+    if world.config.prior.fromp.weight > 0 and world.config.measures:
+        with world.phase(task, "curvature") as phase:
+            samples, precision = _measured(task, Memory.empty(), state, world)
+            phase.images = len(samples)
+            new = precision.totals(world.comm)
+            before = state.prior.precision
+            precision = precision if before is None else before.plus(precision, world.comm)
+        _write_curvature(task, new, precision, world, num_examples=len(samples), state=state)
+    return functional_prior(task, memory, precision, state, world)
+
+
+def _measured(task: Task, memory: Memory, state: RunState, world: World) -> tuple[Ints, Precision]:
+    """The examples of the task that are not in memory (or a share of them), and the curvature of all of these."""
+    rest, times = _rest(task, memory, world)
+    estimator = build_estimator(world.config.curvature, world.config.seed, state.coverage)
+    dense = isinstance(world.config.curvature, DenseCurvature)
+    network = state.engine.whole_module() if dense else state.engine.module
+    return rest, estimator.estimate(network, TaskPass(task, rest, world), world.comm).times(times)
+
+
+def _write_curvature(
+    task: Task, new: Totals, precision: Precision, world: World, *, num_examples: int, state: RunState
+) -> None:
+    total = precision.totals(world.comm)
     world.log.write(
         "curvature",
         task=task.index,
         kind=world.config.curvature.kind,
         trace=new.trace,
         total_trace=total.trace,
-        num_examples=len(rest),
+        num_examples=num_examples,
         bytes=total.num_bytes,
         rank_bytes=total.rank_bytes,
         terms=total.terms,
         error=total.error,
         parameters=sum(parameter.numel() for parameter in state.engine.module.parameters()),
     )
-    return quadratic
 
 
 def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hpccl.config.run import RunConfig
+from hpccl.config.sections import AddData, AnyAdaptation
 from hpccl.data.build import open_stream
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.shards.copies import copied_name, drop_copies
@@ -16,12 +17,19 @@ from hpccl.folder import RunFolder
 from hpccl.memory.store import Memory
 from hpccl.train.state import RunState, World
 
-__all__ = ["check_images", "copies_of", "drop_images", "keep_images", "open_for", "reopened_stream"]
+__all__ = ["added_data", "check_images", "copies_of", "drop_images", "keep_images", "open_for", "reopened_stream"]
 
 
 def copies_of(config: RunConfig, folder: RunFolder) -> Path | None:
-    """Where the run's memory has images of its own; None: nowhere."""
-    return folder.copies if config.memory.keep == "copy" else None
+    """Where the memory that a run begins with has images of its own; None: nowhere."""
+    if config.memory.keep == "reference":
+        return None
+    return RunFolder(Path(config.adapt.source)).copies if isinstance(config.adapt, AnyAdaptation) else folder.copies
+
+
+def added_data(config: RunConfig) -> tuple[str, ...]:
+    """Folders of shards that come to the stream's."""
+    return config.adapt.data if isinstance(config.adapt, AddData) else ()
 
 
 def open_for(config: RunConfig, folder: RunFolder) -> Stream:
@@ -30,7 +38,7 @@ def open_for(config: RunConfig, folder: RunFolder) -> Stream:
     Raises:
         DataError: see open_stream.
     """
-    return open_stream(config.stream, config.data, copies=copies_of(config, folder))
+    return open_stream(config.stream, config.data, added_data(config), copies=copies_of(config, folder))
 
 
 def reopened_stream(world: World) -> World:

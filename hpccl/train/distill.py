@@ -57,7 +57,8 @@ class Distilled:
         if distill.weight == 0 or task.index == 0:
             return None
         heads = old_heads(config, stream, task)
-        old, new = int(heads.any(dim=0).sum()), len(task.classes)
+        seen = heads.any(dim=0)
+        old, new = int(seen.sum()), int((~seen[list(task.classes)]).sum())
         share = old / (old + new) if distill.balance == "classes" else 1.0
         scale = distill.temperature**2 if distill.scale_t2 else 1.0
         return cls(
@@ -100,11 +101,17 @@ class Distilled:
 
 
 def old_heads(config: RunConfig, stream: Stream, task: Task) -> Tensor:
-    """[H, C] the classes of each earlier task; one row for all of them where all seen classes compete."""
+    """[H, C] the classes of each earlier task; one row for all of them where all seen classes compete.
+
+    Tasks of the same classes have one head together, of which the old network says one thing.
+    """
     heads = torch.zeros(task.index, len(stream.class_names), dtype=torch.bool)
     for other in stream.tasks[: task.index]:
         heads[other.index, list(other.classes)] = True
-    return heads if config.train.head == "own" else heads.any(dim=0, keepdim=True)
+    if config.train.head == "seen":
+        return heads.any(dim=0, keepdim=True)
+    first = [t for t in range(task.index) if not (heads[:t] == heads[t]).all(dim=1).any()]
+    return heads[first]
 
 
 def record(samples: Ints, columns: Tensor, teacher: Callable[[Tensor], Tensor], world: World) -> Tensor:

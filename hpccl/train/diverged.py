@@ -26,7 +26,7 @@ __all__ = ["Failure", "diagnose"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Where it happened: this rank's micro-batches, and its share of the loss terms [4]."""
+    """Where it happened: this rank's micro-batches, and its share of the loss terms [6]."""
 
     task: Task
     step: int

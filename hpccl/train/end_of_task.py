@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, assert_never
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from hpccl.train.score import last_layer
 from hpccl.train.state import RunState, World
 
 __all__ = ["class_means", "correction", "featuring"]
+
+Ints = npt.NDArray[np.int64]
 
 
 def correction(task: Task, state: RunState, world: World) -> Correction | None:
@@ -58,37 +62,52 @@ def correction(task: Task, state: RunState, world: World) -> Correction | None:
 
 
 def class_means(task: Task, memory: Memory, state: RunState, world: World) -> ClassMeans | None:
-    """Over all memory and its mirror images, by the present network; None if tests do not ask for them. Collective.
+    """What tests ask for: means over memory, or prototypes of the task's classes; None if nothing. Collective.
 
     Raises:
         ConfigError: the network has no last layer that the features could be taken from.
         Stopped: the run was asked to stop.
     """
-    if world.config.evaluate.classifier != "nearest_mean":
-        return None
+    match world.config.evaluate.classifier:
+        case "head":
+            return None
+        case "nearest_mean":
+            sums = _feature_sums(task, memory.sample.numpy(), state, world, mirrored=True)
+            return ClassMeans.of_sums(task.index, sums)
+        case "prototype":
+            own = np.arange(task.samples("train").start, task.samples("train").stop)
+            new = ClassMeans.of_sums(task.index, _feature_sums(task, own, state, world, mirrored=False))
+            return new if state.prior.means is None else state.prior.means.joined(new)
+        case _ as never:
+            assert_never(never)
+
+
+def _feature_sums(task: Task, samples: Ints, state: RunState, world: World, *, mirrored: bool) -> Tensor:
+    """[C, d] float64, by class, of the features at norm 1 of images (and of their mirror images); collective."""
     with world.phase(task, "means") as phase, featuring(state, world) as features:
-        phase.images = 2 * len(memory)
+        phase.images = len(samples) * (2 if mirrored else 1)
+        labels = torch.from_numpy(world.stream.labels("train"))
         sums: Tensor | None = None
-        start = world.comm.share(len(memory)).start
-        with contextlib.closing(
-            _asking(shared_images(memory.sample.numpy(), world, size=world.stream_batch), world)
-        ) as images:
+        with contextlib.closing(_asking(shared_images(samples, world, size=world.stream_batch), world)) as images:
             for seen in images:
                 number = len(seen.sample)
-                both = normalised(features(seen.pixels).double()) + normalised(features(seen.pixels.flip(-1)).double())
-                both = (both[:number] * seen.valid[:number, None].to(both.device)).cpu()
+                found = normalised(features(seen.pixels).double())
+                if mirrored:
+                    found = found + normalised(features(seen.pixels.flip(-1)).double())
+                found = (found[:number] * seen.valid[:number, None].to(found.device)).cpu()
                 if sums is None:
-                    sums = torch.zeros(len(world.stream.class_names), both.shape[1], dtype=torch.float64)
-                sums.index_add_(0, memory.label[start : start + number], both)
-                start += number
-        assert sums is not None, "there is a memory, and every rank has a pass"
+                    sums = torch.zeros(len(world.stream.class_names), found.shape[1], dtype=torch.float64)
+                sums.index_add_(0, labels[torch.from_numpy(seen.sample)], found)
+        assert sums is not None, "there are images, and every rank has a pass"
         world.comm.sum_([sums])
-    return ClassMeans.of_sums(task.index, sums)
+    return sums
 
 
 @contextlib.contextmanager
-def featuring(state: RunState, world: World) -> Iterator[Callable[[Tensor], Tensor]]:
+def featuring(state: RunState, world: World, *, asked_by: str | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
     """From pixels to what goes into the last layer [n, d] fp32, in evaluation mode; collective.
+
+    asked_by: the setting that wants it; None: the classifier
 
     Raises:
         ConfigError: the last layer is no nn.Linear.
@@ -98,7 +117,8 @@ def featuring(state: RunState, world: World) -> Iterator[Callable[[Tensor], Tens
     def keep(_: Any, arguments: tuple[Any, ...]) -> None:
         caught[:] = [arguments[0].detach()]
 
-    layer = last_layer(state.engine.module, world, state, asked_by="evaluate.classifier=nearest_mean")
+    asked_by = asked_by or f"evaluate.classifier={world.config.evaluate.classifier}"
+    layer = last_layer(state.engine.module, world, state, asked_by=asked_by)
     handle = layer.register_forward_pre_hook(keep)
 
     def features(pixels: Tensor) -> Tensor:

@@ -39,13 +39,15 @@ def test(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
     0..last compete class-incrementally, and it is None for later tasks and where every task has its own network.
     """
     count = world.stream.tasks[-1].samples("test").stop
-    scores = [_scores(logits, labels, world, last) for logits, labels in _logits(count, state, world, last)]
+    scores = [_scores(*seen, world, last) for seen in _logits(count, state, world, last)]
     empty = torch.zeros(0, 7, device=state.engine.device)
     everything = world.comm.gather(torch.cat([empty, *scores])).cpu().numpy()
     return [_result(task, everything, last, world) for task in world.stream.tasks]
 
 
-def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits [n, C], labels [n] (-1 where there is no image) and tasks [n], a few test images at a time."""
+    ends = np.array([task.samples("test").stop for task in world.stream.tasks])
     labels = torch.from_numpy(world.stream.labels("test"))
     with _classifier(state, world, last) as classify:
         for seen in shared_images(np.arange(count), world, size=world.stream_batch, split="test"):
@@ -54,7 +56,8 @@ def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tu
                 logits = (logits + classify(seen.pixels.flip(-1))) / 2
             known = len(seen.sample)
             shown = torch.where(seen.valid[:known], labels[torch.from_numpy(seen.sample)], -1)
-            yield logits[:known], shown.to(logits.device)
+            tasks = torch.from_numpy(np.searchsorted(ends, seen.sample, side="right"))
+            yield logits[:known], shown.to(logits.device), tasks.to(logits.device)
 
 
 @contextlib.contextmanager
@@ -74,15 +77,13 @@ def _classifier(state: RunState, world: World, last: int) -> Iterator[Callable[[
         yield state.engine.predict
 
 
-def _scores(logits: Tensor, labels: Tensor, world: World, last: int) -> Tensor:
+def _scores(logits: Tensor, labels: Tensor, tasks: Tensor, world: World, last: int) -> Tensor:
     """[n, 7]: valid, then (right, nats, confidence) among the own head and among the seen classes."""
     heads = torch.zeros(len(world.stream.tasks), logits.shape[1], dtype=torch.bool, device=logits.device)
-    owner = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     for task in world.stream.tasks:
         heads[task.index, list(task.classes)] = True
-        owner[list(task.classes)] = task.index
     truth = labels.clamp(min=0)
-    own = heads[owner[truth]]
+    own = heads[tasks]
     seen = heads[: last + 1].any(dim=0).expand_as(own)
     target = torch.nn.functional.one_hot(truth, logits.shape[1]).float()
     columns = [(labels >= 0).float()]

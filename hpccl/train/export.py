@@ -382,7 +382,9 @@ class _Content:
 
 def _row(task: Task) -> str:
     first, last = min(task.classes), max(task.classes)
-    return f"| {task.index} | {task.name} | {first} to {last} |"
+    whole = len(task.classes) == last - first + 1
+    outputs = f"{first} to {last}" if whole else ", ".join(map(str, task.classes))
+    return f"| {task.index} | {task.name} | {outputs} |"
 
 
 _README = """# {name}, after task {task}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,16 @@ from hpccl.checkpoint.store import Mark
 from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
+from hpccl.prior.normal import NormalPrior
+from hpccl.prior.quadratic import Quadratic
 from hpccl.train.compose import Composer, Part, head_steps, plan_task, split
 from hpccl.train.distill import Distilled, record
 from hpccl.train.diverged import Failure, diagnose
-from hpccl.train.hold import hold
+from hpccl.train.functional import Recalled, recalled, rows_memory
+from hpccl.train.hold import hold, last_name
 from hpccl.train.state import RunState, World
 from hpccl.train.step import TERM_NAMES, StepStats, train_step
+from hpccl.train.topology import ASKED_BY, Topology
 
 __all__ = ["fit"]
 
@@ -34,7 +39,8 @@ Batches: TypeAlias = Generator[tuple[list[Part], list[Rows]], None, None]
 def fit(task: Task, state: RunState, world: World) -> bool:
     """Train on a task, saving on the way; False if it was stopped (and saved) before its end."""
     config, engine = world.config, state.engine
-    plan = plan_task(config, world.stream, task, state.prior.memory)
+    memory = rows_memory(config, state.prior.memory)
+    plan = plan_task(config, world.stream, task, memory)
     first, alone = state.mark.step, head_steps(config, plan)
     if first == 0:
         if config.train.restart:
@@ -44,8 +50,9 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     distilled = Distilled.of(config, world.stream, task)
     teacher = _teacher(state, world, distilled)
     composer = Composer.build(
-        config, world.stream, task, state.prior.memory, teacher=teacher, device=engine.device, distilled=distilled
+        config, world.stream, task, memory, teacher=teacher, device=engine.device, distilled=distilled
     )
+    composer = replace(composer, topology=_topology(state, world))
     if distilled is not None and distilled.config.view == "recorded":
         composer = _recorded(task, composer, distilled, state, world)
     detach = _attach(state, world, plan)
@@ -66,11 +73,24 @@ def fit(task: Task, state: RunState, world: World) -> bool:
 
 def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer: Composer) -> int:
     """Run steps until the end or a wish to stop (then saved); returns the step it stands at."""
-    with contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches:
-        return _run_steps(task, state, world, plan, batches)
+    with (
+        contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches,
+        contextlib.closing(_recalled(plan, state, world)) as past,
+    ):
+        layer = None if composer.topology is None else composer.topology.layer
+        return _run_steps(task, state, world, plan, batches=batches, past=past, layer=layer)
 
 
-def _run_steps(task: Task, state: RunState, world: World, plan: BatchPlan, batches: Batches) -> int:
+def _run_steps(
+    task: Task,
+    state: RunState,
+    world: World,
+    plan: BatchPlan,
+    *,
+    batches: Batches,
+    past: Iterator[Recalled | None],
+    layer: str | None,
+) -> int:
     first = state.mark.step
     every = world.config.checkpoint.every
     meter = Meter(task, world, plan, state)
@@ -80,7 +100,8 @@ def _run_steps(task: Task, state: RunState, world: World, plan: BatchPlan, batch
             _learn_all(task, state, world, num_steps=plan.num_steps - alone)
         parts, rows = next(batches)
         torch.manual_seed(int(mix(plan.seed, plan.task, step, world.comm.rank)) >> 1)
-        stats = train_step(state.engine, rows, num_rows=len(parts[0].batch))
+        num_rows = len(parts[0].batch)
+        stats = train_step(state.engine, rows, num_rows=num_rows, layer=layer, recalled=next(past))
         if not bool(torch.isfinite(stats.gradient_norm)):
             raise diagnose(Failure(task, step, parts, rows, stats.terms), state, world)
         done = step + 1
@@ -103,19 +124,36 @@ def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> B
 
     def requests() -> Iterator[Request]:
         for step in range(first, plan.num_steps):
-            for part in split(plan.batch(step), world.comm, accumulate=accumulate):
+            for part in split(plan.batch(step), world.comm, accumulate=accumulate, anchors=composer.num_anchors):
                 yield composer.request(part)
 
     with contextlib.closing(world.stream.load(requests(), device=world.comm.device)) as images:
         for step in range(first, plan.num_steps):
-            parts = split(plan.batch(step), world.comm, accumulate=accumulate)
+            parts = split(plan.batch(step), world.comm, accumulate=accumulate, anchors=composer.num_anchors)
             yield parts, [composer.rows(part, next(images)) for part in parts]
+
+
+def _recalled(plan: BatchPlan, state: RunState, world: World) -> Generator[Recalled | None, None, None]:
+    """What each step recalls of the past for the functional prior: nothing where there is none."""
+    prior, first = state.prior, state.mark.step
+    if prior.fromp is None:
+        yield from itertools.repeat(None)
+        return
+    stop = plan.num_steps
+    yield from recalled(prior.fromp, prior.memory, world, num_train=plan.num_train, first=first, stop=stop)
 
 
 def _learn_all(task: Task, state: RunState, world: World, *, num_steps: int) -> None:
     """The last layer has learned alone: everything learns now, with a schedule and an optimiser of its own."""
     state.engine.start(num_steps=num_steps, task=task.index)
     hold(task, state, world, head_only=False)
+
+
+def _topology(state: RunState, world: World) -> Topology | None:
+    """What the net of nodes says in this task."""
+    if state.prior.gas is None:
+        return None
+    return Topology.of(state.prior.gas, world.config.prior.topology, last_name(state, world, ASKED_BY))
 
 
 def _teacher(state: RunState, world: World, distilled: Distilled | None) -> Callable[[Tensor], Tensor] | None:
@@ -146,9 +184,16 @@ def _recorded(task: Task, composer: Composer, distilled: Distilled, state: RunSt
 
 
 def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None]:
-    if state.prior.quadratic is None:
-        return lambda: None
-    return state.prior.quadratic.attach(state.engine, world.comm, num_train=plan.num_train)
+    """The priors of the weights, until the returned function is called; the quadratic last, for its needs are wider."""
+    normal, quadratic = NormalPrior.of(world.config, state.prior.anchor), state.prior.quadratic
+    parts = [part for part in (normal, quadratic) if part is not None]
+    detach = [part.attach(state.engine, world.comm, num_train=plan.num_train) for part in parts]
+
+    def remove() -> None:
+        for each in detach:
+            each()
+
+    return remove
 
 
 @dataclass
@@ -159,17 +204,17 @@ class Meter:
     world: World
     plan: BatchPlan
     state: RunState
-    terms: Tensor = field(init=False)
+    terms: Tensor = field(init=False)  # of TERM_NAMES, and of the functional prior
     steps: int = 0
     images: int = 0
     since: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.terms = torch.zeros(len(TERM_NAMES), device=self.state.engine.device)
+        self.terms = torch.zeros(len(TERM_NAMES) + 1, device=self.state.engine.device)
 
     def update(self, done: int, images: int, stats: StepStats) -> None:
         """After `done` steps of the task."""
-        self.terms += stats.terms
+        self.terms += torch.cat([stats.terms, stats.functional[None]])
         self.steps += 1
         self.images += images
         if done % self.world.config.log.every and done != self.plan.num_steps:
@@ -179,13 +224,19 @@ class Meter:
         self.steps, self.images, self.since = 0, 0, time.perf_counter()
 
     def _write(self, done: int, stats: StepStats) -> None:
-        terms = torch.cat([self.terms / self.steps, self.terms.new_tensor([self._quadratic()])])
+        prior, normal = self.state.prior, NormalPrior.of(self.world.config, self.state.prior.anchor)
+        of_weights = [self._value(prior.quadratic), self._value(normal)]
+        terms = torch.cat([self.terms / self.steps, self.terms.new_tensor(of_weights)])
         self.world.comm.sum_([terms])
-        named = {name: float(value) for name, value in zip((*TERM_NAMES, "quadratic"), terms, strict=True)}
-        if self.state.prior.quadratic is None:
-            del named["quadratic"]
+        names = (*TERM_NAMES, "functional", "quadratic", "normal")
+        named = {name: float(value) for name, value in zip(names, terms, strict=True)}
+        for name, part in (("functional", prior.fromp), ("quadratic", prior.quadratic), ("normal", normal)):
+            if part is None:
+                del named[name]
         if self.world.config.prior.distill.weight == 0:
             del named["distill"]
+        if self.world.config.prior.topology.nodes == 0:
+            del named["anchor"], named["minmax"]
         speed = self.images / (time.perf_counter() - self.since)
         left = (self.plan.num_steps - done) * self.plan.batch_size / speed
         epoch = done / self.plan.steps_per_epoch
@@ -204,11 +255,10 @@ class Meter:
         )
         self.world.progress.update(done, epoch, {"loss": sum(named.values()), **named}, speed, left)
 
-    def _quadratic(self) -> float:
-        """This rank's share of the quadratic, per training example."""
-        quadratic = self.state.prior.quadratic
-        if quadratic is None:
+    def _value(self, part: Quadratic | NormalPrior | None) -> float:
+        """This rank's share of a prior of the weights, per training example."""
+        if part is None:
             return 0.0
         engine, learned = self.state.engine, self.state.engine.like.keys()
         weights = {name: leaf for name, leaf in engine.gather().items() if name in learned}
-        return quadratic.value(weights, self.world.comm) / self.plan.num_train
+        return part.value(weights, self.world.comm) / self.plan.num_train

@@ -16,8 +16,9 @@ from hpccl.errors import ConfigError
 from hpccl.train.score import last_layer
 from hpccl.train.state import RunState, World
 
-__all__ = ["hold"]
+__all__ = ["hold", "last_name"]
 
+_OLD = "old_classes"  # rows of the last layer
 _LAYERS = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -28,20 +29,26 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
         ConfigError: a pattern matches nothing, or the network has no last layer that could be told from the rest.
     """
     frozen = world.config.train.frozen if task.index > 0 else ()
+    still = frozenset(_norms(state.engine.module) if world.config.train.norms == "running" and task.index > 0 else ())
     if not head_only and not frozen:
-        state.engine.hold({}, frozenset())
+        state.engine.hold({}, still)
         return
     # FSDP2 and ZeRO keep a parameter's shape beside its shards.
     shapes = {name: value.shape for name, value in state.engine.like.items()}
     if head_only:
-        last = _last(state, world, "train.head_epochs")
+        last = last_name(state, world, "train.head_epochs")
         held = {name: _without_rows(shape, task.classes, name.startswith(f"{last}.")) for name, shape in shapes.items()}
         state.engine.hold(held, frozenset(_norms(state.engine.module)))
         return
-    names = set().union(*(_matching(pattern, state, world) for pattern in frozen))
+    names = set().union(*(_matching(pattern, state, world) for pattern in frozen if pattern != _OLD))
     held = {name: torch.ones([1] * len(shape), dtype=torch.bool) for name, shape in shapes.items() if name in names}
+    if _OLD in frozen:
+        last = last_name(state, world, f"train.frozen={_OLD}")
+        old = {number for other in world.stream.tasks[: task.index] for number in other.classes}
+        rows = {name: _rows(shape, old) for name, shape in shapes.items() if name.startswith(f"{last}.")}
+        held = {**rows, **held}
     norms = (name for name in _norms(state.engine.module) if f"{name}.running_mean" in names)
-    state.engine.hold(held, frozenset(norms))
+    state.engine.hold(held, frozenset(norms) | still)
 
 
 def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Tensor:
@@ -53,7 +60,15 @@ def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Te
     return held
 
 
-def _last(state: RunState, world: World, asked_by: str) -> str:
+def _rows(shape: torch.Size, classes: set[int]) -> Tensor:
+    """True in the rows of some classes of a parameter of the last layer."""
+    held = torch.zeros(shape[0], *[1] * (len(shape) - 1), dtype=torch.bool)
+    held[sorted(classes)] = True
+    return held
+
+
+def last_name(state: RunState, world: World, asked_by: str) -> str:
+    """Of the linear layer that makes the logits; collective."""
     module = state.engine.module
     layer = last_layer(module, world, state, asked_by=asked_by)
     (found,) = (name for name, each in module.named_modules() if each is layer)
@@ -72,7 +87,7 @@ def _matching(pattern: str, state: RunState, world: World) -> set[str]:
     module = state.engine.module
     every = {*trainable(module), *(name for name, _ in module.named_buffers())}
     if pattern == "features":
-        last = _last(state, world, "train.frozen=features")
+        last = last_name(state, world, "train.frozen=features")
         found = {name for name in every if name.rpartition(".")[0] != last}
     elif pattern == "convolutions":
         layers = {name for name, each in module.named_modules() if isinstance(each, _LAYERS)}
@@ -83,6 +98,6 @@ def _matching(pattern: str, state: RunState, world: World) -> set[str]:
         some = ", ".join(sorted(every)[:4])
         raise ConfigError(
             f"train.frozen: '{pattern}' matches no parameter or buffer of {type(module).__name__}; allowed: features, "
-            f"convolutions (where there are some), or names with * and ?, such as {some}"
+            f"convolutions (where there are some), {_OLD}, or names with * and ?, such as {some}"
         )
     return found

@@ -79,7 +79,7 @@ def admitted_greedily(config: RunConfig, stream: Stream, task: Task, memory: Int
         labels[memory] if total else np.zeros(0, dtype=np.int64),
         labels[arriving],
         capacity=total or min(own, len(samples)),
-        seen=sum(len(other.classes) for other in stream.tasks[: task.index]) if total else 0,
+        seen=len({label for other in stream.tasks[: task.index] for label in other.classes}) if total else 0,
         draw=lambda event, count: int(mix(config.seed, _EVICTION, task.index, event) % np.uint64(count)),
     )
     known = memory if total else np.zeros(0, dtype=np.int64)

@@ -8,6 +8,10 @@ With logits z, competing classes H, target q, temperature T and weight v of a ro
 
 Functional regularisation with its error correction, CE(p_old, z) + <p_old - e_y, z>, is CE(e_y, z): exactly replay
 (Daxberger et al. 2023; checked in tests/unit/train/test_loss.py). So every method is a choice of targets and weights.
+
+Of a feature phi, a target m, stiffness s and a margin xi (TOPIC: Tao et al. 2020):
+
+    ANCHOR:  v * sum_k s_k (phi_k - m_k)^2        PULL:  v * |phi - m|        PUSH:  v * max(0, xi - |phi - m|)
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpccl.data.rows import SIGMOID, SQUARED, Rows
+from hpccl.data.rows import ANCHOR, PULL, SIGMOID, SQUARED, FeatureRows, Rows
 
-__all__ = ["row_loss", "row_nats", "row_questions", "row_squares", "weighted_nats"]
+__all__ = ["feature_losses", "row_loss", "row_nats", "row_questions", "row_squares", "weighted_nats"]
+
+_SAME = 1e-4  # a distance below this share of the target's norm is none
 
 
 def row_nats(logits: Tensor, target: Tensor, head: Tensor) -> Tensor:
@@ -52,3 +58,17 @@ def weighted_nats(logits: Tensor, rows: Rows) -> Tensor:
         nats = torch.where(rows.kind == SIGMOID, row_questions(scaled, rows.target, rows.head), nats)
         nats = torch.where(rows.kind == SQUARED, row_squares(scaled, rows.target, rows.head), nats)
     return rows.weight * nats
+
+
+def feature_losses(features: Tensor, rows: FeatureRows) -> Tensor:
+    """[q] weight * loss of each row; features are [n, d], one an image, as they enter the last layer."""
+    phi = torch.nn.functional.normalize(features, dim=1) if rows.normalised else features
+    difference = phi[rows.image] - rows.target
+    anchored = (rows.stiff * difference.square()).sum(dim=1)
+    square = difference.square().sum(dim=1)
+    # A distance has no direction at 0, where an image begins that a node stands for, and rounding must not choose one.
+    apart = square > _SAME**2 * rows.target.square().sum(dim=1)
+    distance = square.where(apart, torch.ones_like(square)).sqrt() * apart
+    pushed = (rows.margin - distance).clamp(min=0)
+    found = torch.where(rows.kind == PULL, distance, pushed)
+    return rows.weight * torch.where(rows.kind == ANCHOR, anchored, found)

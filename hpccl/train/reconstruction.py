@@ -13,6 +13,7 @@ from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.engine.sharded import is_spread, parameters_of
 from hpccl.memory.store import Memory
+from hpccl.prior.normal import NormalPrior
 from hpccl.prior.prior import Prior
 from hpccl.prior.reconstruct import Losses, compare_gradients, local_parts, summed_gradients
 from hpccl.train.compose import Composer
@@ -49,11 +50,17 @@ def reconstruct(task: Task, state: RunState, world: World) -> None:
 
 
 def true_gradient(task: Task, fraction: float, state: RunState, world: World) -> dict[str, Tensor]:
-    """Of the nats of all earlier tasks' examples at the present weights, from a share of them; collective."""
+    """Of the nats of all earlier tasks' examples at the present weights, from a share of them, and of a normal prior.
+
+    Collective.
+    """
     composer = _composer(task, Memory.empty(), state, world)
     past, used = task.samples("train").start, _used(task, fraction, world)
     (true,) = summed_gradients(state.engine.module, _true(used, composer, world), world.comm, num_terms=1)
-    return {name: value * (past / len(used)) for name, value in true.items()}
+    scaled = {name: value * (past / len(used)) for name, value in true.items()}
+    precision = world.config.prior.normal.precision
+    own = local_parts(parameters_of(state.engine.module)[0])
+    return {name: value + precision * own[name] for name, value in scaled.items()} if precision > 0 else scaled
 
 
 def prior_gradients(task: Task, prior: Prior, state: RunState, world: World) -> dict[str, dict[str, Tensor]]:
@@ -64,8 +71,13 @@ def prior_gradients(task: Task, prior: Prior, state: RunState, world: World) -> 
     quadratic = {name: torch.zeros_like(value) for name, value in soft.items()}
     if prior.quadratic is not None:
         quadratic = local_parts(prior.quadratic.force(weights, world.comm))
-    total = {name: soft[name] + replay[name] + quadratic[name] for name in soft}
-    return {"soft": soft, "replay": replay, "quadratic": quadratic, "total": total}
+    terms = {"soft": soft, "replay": replay, "quadratic": quadratic}
+    normal = NormalPrior.of(world.config, prior.anchor)
+    if normal is not None and prior.anchor is not None:
+        own, anchor = local_parts(weights), local_parts({name: prior.anchor[name] for name in soft})
+        terms["normal"] = {name: normal.force(own[name], anchor[name]) for name in soft}
+    total = {name: torch.stack([term[name] for term in terms.values()]).sum(0) for name in soft}
+    return {**terms, "total": total}
 
 
 def _composer(task: Task, memory: Memory, state: RunState, world: World) -> Composer:
@@ -82,7 +94,7 @@ def _used(task: Task, fraction: float, world: World) -> npt.NDArray[np.int64]:
 def _true(used: npt.NDArray[np.int64], composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]:
     for seen in shared_images(used, world, size=world.stream_batch):
         samples = seen.sample if len(seen.sample) else used[:1]  # one that counts for nothing
-        target, head = composer.hard_targets(composer.labels[torch.from_numpy(samples)])
+        target, head = composer.hard_targets(torch.from_numpy(samples))
         nats = _losses(target, head, [seen.valid], temperature=1.0, kind=composer.hard_kind, device=world.comm.device)
         yield seen.pixels, nats
 
@@ -94,7 +106,7 @@ def _memory(composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]
         slots = torch.arange(start, start + len(seen.sample)) if len(seen.sample) else torch.zeros(1, dtype=torch.int64)
         start += len(seen.sample)
         replayed = memory.replay[slots]
-        hard, hard_head = composer.hard_targets(memory.label[slots])
+        hard, hard_head = composer.hard_targets(memory.sample[slots])
         soft, soft_head = composer.soft_targets(slots, hard)
         tau, beta = (composer.memory_weights(slots, of) * seen.valid for of in (composer.tau, composer.beta))
         temperature, device = world.config.prior.temperature, world.comm.device

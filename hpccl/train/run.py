@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import DenseCurvature
+from hpccl.config.sections import AnyAdaptation, DenseCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.coverage import plan_ahead
 from hpccl.data.protocols import Split, Stream, Task
@@ -29,12 +29,14 @@ from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, slurm_job, versions
 from hpccl.memory.budget import per_class
+from hpccl.memory.store import Memory
 from hpccl.models.build import build_model, refuse_sizes
 from hpccl.models.pretrained import Start, start_from
 from hpccl.report.events import EventLog, read_events
 from hpccl.report.events import latest as latest_events
 from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
+from hpccl.train.adapt import adaptation_steps, adaptation_task, begin_adapting, continues
 from hpccl.train.compose import planned_steps
 from hpccl.train.consolidate import admit_first, consolidate
 from hpccl.train.copies import check_images, drop_images, open_for, reopened_stream
@@ -43,6 +45,7 @@ from hpccl.train.fit import fit
 from hpccl.train.reconstruction import reconstruct
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop, Stopped
+from hpccl.train.topology import begin_session
 
 __all__ = ["check_sizes", "fresh_model", "fresh_state", "run", "weights_sha256"]
 
@@ -80,11 +83,14 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     begun = time.perf_counter()
     found = latest(world.folder.checkpoints)
     # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
-    model, start = fresh_model(config, stream, pretrained=found is None or config.train.restart)
+    pretrained = (found is None or config.train.restart) and not continues(config)
+    model, start = fresh_model(config, stream, pretrained=pretrained)
     state = _state_of(model, config, stream, world.comm)
-    if config.prior.quadratic.weight > 0:
+    if config.measures:
         build_estimator(config.curvature, config.seed, state.coverage).check(state.engine.module)
-    _introduce(world, command, found)
+    if found is None:
+        begin_adapting(state, world)
+    _introduce(world, command, found, state)
     if start is not None:
         _tell_start(start, world)
     if found is not None:
@@ -95,7 +101,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     else:
         check_images(_first_task(config, stream, state.mark), state, world)
         world.log.write("evaluate", task=-1, results=test(state, world, last=-1))
-    for task in stream.tasks[_first_task(config, stream, state.mark) :]:
+    for task in _tasks(config, stream, state.mark):
         if state.mark.task < task.index:
             state.mark = Mark.at(task.index, "fit", 0)
         if not _learn(task, state, world):
@@ -126,12 +132,14 @@ def _learn(task: Task, state: RunState, world: World) -> bool:
             if state.mark.step == 0:
                 _announce(task, world)
                 admit_first(task, state, world)
+                begin_session(task, state, world)
             if not (_adopt_first_task(task, state, world) or fit(task, state, world)):
                 return False
             if world.stop.requested(world.comm):
                 return False
         reconstruct(task, state, world)
-        if not world.config.train.restart or world.config.train.data == "memory":
+        fresh = world.config.train.restart and world.config.train.data != "memory"
+        if not (fresh or _adapts(world.config)):
             consolidate(task, state, world)
     except Stopped:
         return False
@@ -164,7 +172,7 @@ def fresh_model(config: RunConfig, stream: Stream, *, pretrained: bool) -> tuple
 
 def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -> RunState:
     """The engine around a model; what needs whole weights is done before it spreads them."""
-    measured = config.prior.quadratic.weight > 0 and not isinstance(config.curvature, DenseCurvature)
+    measured = config.measures and not isinstance(config.curvature, DenseCurvature)
     coverage = plan_ahead(model, stream.image_shape) if measured and spreads_weights(config) else None
     return RunState(build_engine(config, model, comm), coverage=coverage)
 
@@ -175,12 +183,20 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
     Raises:
         ConfigError: the memory is larger than a task, or too small for a part that is held out.
     """
-    sizes = {task.name: len(task.samples("train")) for task in stream.tasks}
+    # Of a session of few shots, memory keeps all there is.
+    tasks = stream.tasks[:1] if config.stream.scenario.kind == "few_shot" else stream.tasks
+    sizes = {task.name: len(task.samples("train")) for task in tasks}
     smallest = min(sizes, key=lambda name: sizes[name])
     if config.memory.size > sizes[smallest]:
         raise ConfigError(
             f"memory.size={config.memory.size} is larger than task '{smallest}', which has {sizes[smallest]} training "
             f"examples; allowed: 0 to {sizes[smallest]} (examples kept of each task)"
+        )
+    nodes, first = config.prior.topology.nodes, len(stream.tasks[0].samples("train"))
+    if nodes > first:
+        raise ConfigError(
+            f"prior.topology.nodes={nodes} is more than the {first} training examples of the first task; allowed: 1 to "
+            f"{first}, or 0 for no topology"
         )
     share, classes = config.prior.correct.share, len(stream.class_names)
     if share > 0 and 0 in per_class(config.memory.total, share, classes):
@@ -208,6 +224,18 @@ def _check_data(tree: dict[str, Any], world: World) -> None:
             f"the data changed since '{world.folder.path}' was begun (fingerprint {tree['data'][:12]} then, "
             f"{world.stream.fingerprint[:12]} now); restore the shards it was begun with, or choose another folder=..."
         )
+
+
+def _adapts(config: RunConfig) -> bool:
+    """Whether this run adapts another, or is such a run's reference: one task, and nothing after it."""
+    return isinstance(config.adapt, AnyAdaptation)
+
+
+def _tasks(config: RunConfig, stream: Stream, mark: Mark) -> Sequence[Task]:
+    """Those that are still to be learned."""
+    if _adapts(config):
+        return () if mark.phase == "done" else (adaptation_task(config, stream),)
+    return stream.tasks[_first_task(config, stream, mark) :]
 
 
 def _first_task(config: RunConfig, stream: Stream, mark: Mark) -> int:
@@ -243,17 +271,25 @@ def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
 def _first_task_identity(config: RunConfig) -> dict[str, Any]:
     """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
     identity = config.identity()
-    train, optim, correct = identity["train"], identity["optim"], identity["prior"]["correct"]
-    later = {"head_epochs": 0, "frozen": [], "first_task_from": None}  # say nothing of a first task
+    train, optim, prior = identity["train"], identity["optim"], identity["prior"]
+    correct = prior["correct"]
+    later = {"head_epochs": 0, "frozen": [], "norms": "batch", "first_task_from": None}  # say nothing of a first task
     return {
         **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
         "train": {**train, "epochs": train["epochs"][0], **later},
         "held_out": [correct["share"], identity["memory"]["total"]] if correct["share"] else None,
         "optim": {**optim, "lr": optim["lr"][0]},
+        "prior": {"normal": {"precision": prior["normal"]["precision"]}},
     }
 
 
-def _introduce(world: World, command: Sequence[str], found: Mark | None) -> None:
+def _introduce(world: World, command: Sequence[str], found: Mark | None, state: RunState) -> None:
+    config, stream = world.config, world.stream
+    steps = planned_steps(config, stream)
+    if _adapts(config):
+        saved = None if found is None else load(world.folder.checkpoints, found)["prior"]["memory"]
+        memory = state.prior.memory if saved is None else Memory.from_state_dict(saved)
+        steps = adaptation_steps(adaptation_task(config, stream), memory, world)
     gpu = torch.cuda.get_device_name() if world.comm.device.type == "cuda" else None
     world.log.write(
         "run",
@@ -263,7 +299,7 @@ def _introduce(world: World, command: Sequence[str], found: Mark | None) -> None
         machine={**machine(), "gpu": gpu, "threads": torch.get_num_threads()},
         versions=versions(),
         world_size=world.comm.size,
-        steps=planned_steps(world.config, world.stream),
+        steps=steps,
         job=None if (job := slurm_job()) is None else asdict(job),
         resumed=None if found is None else {"task": found.task, "phase": found.phase, "step": found.step},
     )

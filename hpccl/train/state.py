@@ -92,8 +92,7 @@ class World:
         self.settle(state)
         config, start = self.config.checkpoint, time.perf_counter()
         tree = {**state.state_dict(), "data": self.stream.fingerprint}
-        quadratic = state.prior.quadratic
-        source = None if quadratic is None else quadratic.precision
+        source = state.prior.precision
         content = Content(_copied(tree) if config.background else tree, source, state.prior.curvature_shard)
         state.writing = Writing.begin(
             self.folder.checkpoints,

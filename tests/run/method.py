@@ -17,6 +17,7 @@ from hpccl.train.fit import fit
 from hpccl.train.run import fresh_state, run
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
+from hpccl.train.topology import begin_session
 
 __all__ = ["DIGITS", "After", "go_on", "learn", "make_world", "merged", "weights"]
 
@@ -55,6 +56,7 @@ def learn(state: RunState, world: World, tasks: int) -> None:
     """Train and consolidate the first `tasks` tasks."""
     for task in world.stream.tasks[:tasks]:
         state.mark = type(state.mark).at(task.index, "fit", 0)
+        begin_session(task, state, world)
         assert fit(task, state, world)
         consolidate(task, state, world)
 

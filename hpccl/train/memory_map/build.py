@@ -101,7 +101,7 @@ def _groups(state: RunState, world: World, *, examples: int | None, fraction: fl
     most = examples if examples is not None else len(seen) if posterior == "last_layer" else _FEW
     mapped = _drawn(seen, min(most, len(seen)), _SUBSAMPLE, world)
     measured = _drawn(seen, max(1, round(fraction * len(seen))), _CURVATURE, world)
-    if world.config.train.head == "seen":
+    if world.config.train.head == "seen" or len({each.classes for each in learned}) == 1:
         return [Group(last, mapped, measured, len(seen))]
     groups = [
         Group(each, np.intersect1d(span, mapped), np.intersect1d(span, measured), len(span))

@@ -175,7 +175,7 @@ def make_plan(
     rows = math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.accumulate)
     network = look(config, image_shape=stream.image_shape, num_classes=num_classes, rows=max(rows, 2))
     curvature = None
-    if config.prior.quadratic.weight > 0:
+    if config.measures:
         curvature = plan_curvature(config.curvature, network.layouts, network.rest, spread, tasks=num_tasks)
     case = _Case(config, stream, spread, network, curvature)
     kept, rates = moments(config), None
@@ -200,7 +200,7 @@ def make_plan(
         sent=tuple(case.sent()),
         spent=() if rates is None else tuple(case.spent(rates, gigabytes_per_second)),
         rates=rates,
-        notes=tuple(_notes(case, rates, gigabytes_per_second)),
+        notes=(*_notes(case, rates, gigabytes_per_second), *_shown_beside(config)),
         views=tuple(case.views()),
     )
 
@@ -276,7 +276,7 @@ class _Case:
         """What the old network says of the last task's images, and of memory's if these are distilled, too."""
         *before, last = self.stream.layout.tasks
         memory = sum(self._kept(last.index)) if self.config.prior.distill.images == "all" else 0
-        old = sum(len(task.classes) for task in before)
+        old = len({label for task in before for label in task.classes})
         return (self._num_new(last) + memory) * old * _LABEL[self.config.memory.dtype]
 
     def _kept(self, tasks: int) -> list[int]:
@@ -368,10 +368,11 @@ class _Case:
     def batch_plans(self) -> Iterator[BatchPlan]:
         """Of the tasks that are trained."""
         config, tasks, mix = self.config, self.stream.layout.tasks, self.config.memory.mix
+        coupled = config.prior.fromp.weight > 0  # recalled beside the rows of a step
         for task in tasks[-1:] if config.train.only_last else tasks:
             yield BatchPlan(
                 num_new=self._num_new(task),
-                num_memory=0 if config.train.data == "memory" else sum(self._kept(task.index)),
+                num_memory=0 if coupled or config.train.data == "memory" else sum(self._kept(task.index)),
                 batch_size=config.train.batch_size,
                 epochs=task_epochs(config, task.index),
                 seed=config.seed,
@@ -398,6 +399,13 @@ def _when(name: str, spread: Spread) -> tuple[When, bool]:
             return "training", False
         case _:
             return "always", False
+
+
+def _shown_beside(config: RunConfig) -> Iterator[str]:
+    """Images of a step that are not of its batch."""
+    topology = config.prior.topology
+    if topology.nodes and topology.anchor:
+        yield f"not counted: the images of nodes, {topology.nodes} and more, that a step of a later task shows in all"
 
 
 def _notes(case: _Case, rates: Rates | None, gigabytes_per_second: float | None) -> Iterator[str]:

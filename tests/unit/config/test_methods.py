@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[3]
 METHODS = sorted((ROOT / "configs" / "method").glob("*.yaml"))
 NAMES = (
     "finetune joint separate ewc replay fr fr+replay ewc+fr ewc+replay ewc+fr+replay "
-    "lwf lwf.mc feature_extraction finetune_head er der der++ gdumb icarl bic mas online_ewc"
+    "kpriors fromp lwf lwf.mc feature_extraction finetune_head er der der++ gdumb icarl bic mas online_ewc topic "
+    "prototypes"
 )
 
 

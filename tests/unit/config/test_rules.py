@@ -17,13 +17,88 @@ KD = "prior.distill.weight=1"
 GDUMB = ("train.data=memory", "train.restart=true", "memory.total=20", "prior.replay=1")
 ICARL = ("train.loss=sigmoid", "train.head=seen", KD, "prior.distill.images=all", MEMORY, "prior.replay=1")
 BIC = ("train.head=seen", "memory.total=100", "prior.replay=1", "prior.correct.share=0.1")
+FROMP = ("prior.fromp.weight=1", MEMORY)
+ADAPT = ("adapt={kind: precision, precision: 2.0, source: runs/a, task: 0}", MEMORY)
+ADDED = ("adapt={kind: add, data: [shards/more], source: runs/a, task: 0}", MEMORY)
+STUDENT = ("adapt={kind: model, source: runs/a, task: 0}", MEMORY)
 SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
+LARGE = (
+    "stream={kind: shards, parts: [{path: a, tasks: 2}]}",
+    "model={kind: timm, name: resnet18}",
+    "data.image_size=64",
+)
+PAIR = "stream={kind: shards, parts: [{path: a}, {path: b}]}"
+SESSIONS = ("stream.tasks=3", "stream.scenario={kind: few_shot, base: 5, way: 2, shots: 5}")
+PERMUTED, BLURRY = "stream.scenario.kind=permuted", "stream.scenario.kind=blurry"
+TOPIC = "prior.topology.nodes=5"
+DOMAINS = "stream.scenario.kind=domains"
 
 
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
+        ([DOMAINS], "stream.scenario.kind"),
+        ([SHARDS, DOMAINS], "stream.parts"),
+        (["stream={kind: shards, parts: [{path: a, classes: 3}, {path: b}]}", DOMAINS], "stream.parts"),
+        ([PAIR, PERMUTED], "stream.parts"),
+        ([PAIR, SESSIONS[1]], "stream.parts"),
+        ([PAIR, BLURRY], "stream.scenario.kind"),
+        (["stream.tasks=1", BLURRY], "stream.scenario.kind"),
+        ([BLURRY, "stream.scenario.disjoint=1"], "stream.scenario.disjoint"),
+        ([PERMUTED, "data.storage=encoded"], "data.storage"),
+        ([PERMUTED, "data.augment.kind=timm", "data.image_size=8"], "data.augment.kind"),
+        ([*LARGE, PERMUTED, "data.progressive={first: 32}"], "data.progressive"),
+        ([*LARGE, PERMUTED, "data.test_size=72"], "data.test_size"),
+        (["stream.scenario={kind: rotated, angles: even, seed: 1}"], "stream.scenario.seed"),
+        (["stream.tasks=1", SESSIONS[1]], "stream.tasks"),
+        (["stream.tasks=4", SESSIONS[1]], "stream.scenario.base"),
+        ([SHARDS.replace("tasks: 2}, {path: b}", "tasks: 3, classes: 9}"), SESSIONS[1]], "stream.parts"),
+        ([*SESSIONS, "stream.scenario.seed=1", "stream.scenario.lists=a"], "stream.scenario.seed"),
+        ([PERMUTED, "train.head_epochs=1"], "train.head_epochs"),
+        ([BLURRY, "train.frozen=[old_classes]"], "train.frozen"),
+        ([PERMUTED, TOPIC], "prior.topology.nodes"),
+        ([BLURRY, "evaluate.classifier=prototype"], "evaluate.classifier"),
+        ([TOPIC, "train.data=seen"], "prior.topology.nodes"),
+        ([TOPIC, "prior.topology.anchor=0", "prior.topology.minmax=0"], "prior.topology.nodes"),
+        ([TOPIC, "engine.compile=true"], "prior.topology.nodes"),
+        ([TOPIC, FSDP2, "engine.compile=true"], "prior.topology.nodes"),
+        ([TOPIC, "train.frozen=[features]"], "prior.topology.nodes"),
+        ([TOPIC, "train.head_epochs=1"], "prior.topology.nodes"),
+        ([TOPIC, "train.restart=true"], "prior.topology.nodes"),
+        (["train.norms=running", "train.restart=true"], "train.norms"),
+        (["evaluate.classifier=prototype", "train.restart=true"], "evaluate.classifier"),
+        ([BLURRY, "train.head=seen", KD, "prior.distill.balance=classes"], "prior.distill.balance"),
+        ([PERMUTED, *ICARL], "train.loss"),
+        ([BLURRY, *BIC], "prior.correct.share"),
         (["prior.replay=0.5"], "prior.replay"),
+        (["prior.normal.weight=2"], "prior.normal.weight"),
+        (["prior.normal.precision=1", "optim.weight_decay=0.1"], "optim.weight_decay"),
+        (["prior.fromp.weight=1"], "prior.fromp.weight"),
+        ([*FROMP, "prior.replay=0.5"], "prior.replay"),
+        ([*FROMP, "prior.quadratic.weight=1"], "prior.quadratic.weight"),
+        ([*FROMP, "prior.normal.precision=1"], "prior.normal.precision"),
+        ([*FROMP, "prior.temperature=2"], "prior.temperature"),
+        ([*FROMP, "prior.scale_to_task=true"], "prior.scale_to_task"),
+        ([*FROMP, "memory.mix.kind=stratified"], "memory.mix.kind"),
+        (["prior.fromp.weight=1", "memory.total=10"], "memory.total"),
+        ([*FROMP, "log.reconstruction=0.5"], "log.reconstruction"),
+        ([*FROMP, "prior.fromp.kernel=identity", "prior.fromp.jitter=0.1"], "prior.fromp.jitter"),
+        ([*FROMP, "curvature.kind=mas"], "curvature.kind"),
+        ([ADAPT[0], "train.data=seen"], "train.data"),
+        ([*ADAPT, "prior.normal={precision: 1.0, weight: 0.5}"], "prior.normal.weight"),
+        ([*ADAPT, "log.reconstruction=0.5"], "log.reconstruction"),
+        ([*ADAPT, "memory.labels=kept"], "memory.labels"),
+        ([*ADAPT, "prior.distill.weight=1"], "prior.distill.weight"),
+        ([*ADAPT, "evaluate.classifier=nearest_mean"], "evaluate.classifier"),
+        ([*ADAPT, "train.head_epochs=1"], "train.head_epochs"),
+        ([*ADAPT, "prior.fromp.weight=1"], "prior.fromp.weight"),
+        ([*ADAPT, "train.frozen=[old_classes]"], "train.frozen"),
+        ([*ADAPT, "prior.topology.nodes=5"], "prior.topology.nodes"),
+        ([*ADDED, "stream.scenario.kind=rotated"], "stream.scenario.kind"),
+        ([*ADDED, BLURRY], "stream.scenario.kind"),
+        ([*STUDENT, "prior.view=teacher"], "prior.view"),
+        ([*STUDENT, "prior.replay=1"], "prior.replay"),
+        ([*STUDENT, "prior.quadratic.weight=1"], "prior.quadratic.weight"),
         (["prior.weight=2"], "prior.weight"),
         (["memory.mix.kind=stratified"], "memory.mix.kind"),
         ([MEMORY, "prior.replay=1", "prior.temperature=2"], "prior.temperature"),
@@ -111,6 +186,12 @@ def test_a_combination_that_cannot_be_meant(arguments: list[str], key: str) -> N
     "arguments",
     [
         [],
+        [PAIR, DOMAINS],
+        [PERMUTED, KD, "stream.scenario.seed=3"],
+        ["stream.scenario={kind: rotated, degrees: 90, angles: even}"],
+        [BLURRY, "stream.scenario.blur=0.3", MEMORY],
+        [*SESSIONS, *BIC],
+        [*SESSIONS, "stream.scenario.lists=a"],
         [MEMORY, "prior.replay=1"],
         ["memory.total=20", "memory.selector=reconstruction", "memory.selector.probes=0", "prior.replay=0.5"],
         [

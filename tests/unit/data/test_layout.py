@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from hpccl.data.layout import Collection, Layout, arrange, held_out, unique_titles
+from hpccl.data.layout import Collection, Layout, arrange, extended, held_out, unique_titles
 from hpccl.data.protocols import Split
 from hpccl.errors import DataError
 
@@ -139,3 +139,25 @@ def test_at_least_one_example_is_held_out_and_one_is_left() -> None:
     np.testing.assert_array_equal(np.bincount(few.index["test"].label), 1)
     with pytest.raises(DataError, match=r"class .a. has 1 training images; data\.validation=0\.1 would leave none"):
         held_out(arrange([many("s", tasks=1, count=1)], order="given", seed=0), 0.1)
+
+
+def test_further_examples_come_behind_the_tasks_under_the_same_class_numbers() -> None:
+    base = arrange([collection("a", "uvwx", tasks=2)], order="random", seed=3)
+    more = Collection("b", ("x", "v"), {"train": np.array([0, 1, 0])}, {"train": np.array([0, 0, 1])}, tasks=1)
+    layout = extended(base, [more], parts=1)
+    assert layout.tasks == base.tasks
+    assert layout.added == range(12, 15)
+    index = layout.index["train"]
+    names = [layout.class_names[number] for number in index.label[12:]]
+    stored = [("x", "v", "x")[number] for number in index.local[12:]]
+    assert names == stored
+    assert sorted(names) == ["v", "x", "x"]
+    assert set(index.part[12:]) == {1}
+    assert index.group[12:].min() > index.group[:12].max()
+    np.testing.assert_array_equal(index.label[:12], base.index["train"].label)
+
+
+def test_further_examples_of_another_class_are_refused() -> None:
+    base = arrange([collection("a", "uv", tasks=1)], order="given", seed=0)
+    with pytest.raises(DataError, match=r"'b' has images of class 'z' .* allowed: u, v"):
+        extended(base, [collection("b", "uz", tasks=1)], parts=1)

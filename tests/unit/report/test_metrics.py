@@ -29,6 +29,35 @@ def test_figures_of_a_matrix_worked_by_hand() -> None:
     assert metrics.learning_accuracy(A) == pytest.approx((0.9 + 0.8 + 0.7) / 3)
 
 
+def test_the_union_of_test_images_counts_images_not_tasks() -> None:
+    a = np.array([[0.9, NAN, NAN], [0.5, 0.8, NAN], [0.4, 0.6, 1.0]])
+    curve = metrics.union_accuracy(a, np.array([100.0, 300.0, 100.0]))
+    np.testing.assert_allclose(curve, [0.9, (50 + 240) / 400, (40 + 180 + 100) / 500])
+    assert metrics.average_of_curve(curve) == pytest.approx((0.9 + 0.725 + 0.64) / 3)
+    assert metrics.average_of_curve(curve, include_first=False) == pytest.approx((0.725 + 0.64) / 2)
+    assert metrics.performance_drop(curve) == pytest.approx(0.26)
+    a[2] = NAN  # under way
+    under_way = metrics.union_accuracy(a, np.array([100.0, 300.0, NAN]))
+    np.testing.assert_allclose(under_way, [0.9, 0.725, NAN])
+    assert metrics.average_of_curve(under_way) == pytest.approx((0.9 + 0.725) / 2)
+    assert metrics.performance_drop(under_way) == pytest.approx(0.175)
+    assert math.isnan(metrics.performance_drop(curve[:1]))
+
+
+def test_two_conventions_of_the_average_explain_two_published_numbers() -> None:
+    bic = np.array([84.0, 74.69, 67.93, 61.25, 56.69])  # CIFAR-100, five steps; WA's table says 65.1
+    assert metrics.average_of_curve(bic) == pytest.approx(68.912)
+    assert metrics.average_of_curve(bic, include_first=False) == pytest.approx(65.14)
+    topic = np.array([64.10, 55.88, 47.07, 45.16, 40.11, 36.38, 33.96, 31.55, 29.37])
+    assert metrics.performance_drop(topic) == pytest.approx(34.73)
+
+
+@given(square)
+def test_the_union_is_the_average_where_tasks_are_equally_large(a: metrics.Floats) -> None:
+    curve = metrics.union_accuracy(a, np.full(len(a), 7.0))
+    np.testing.assert_allclose(curve, [metrics.average_accuracy(a, after=t) for t in range(len(a))])
+
+
 def test_a_run_under_way_is_judged_by_the_tasks_it_learned() -> None:
     a = A.copy()
     a[2] = NAN

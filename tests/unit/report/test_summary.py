@@ -22,6 +22,12 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert report.bwt == -0.1875
     assert report.fwt == 0.0
     assert report.learning_accuracy == pytest.approx((0.875 + 0.875 + 1.0) / 3)
+    # Of 100 test images each: the means over the tasks seen.
+    union = [sum(value or 0.0 for value in synthetic.SEEN[t][: t + 1]) / (t + 1) for t in range(3)]
+    assert report.union_accuracy == pytest.approx(union)
+    assert report.performance_drop == pytest.approx(union[0] - union[2])
+    assert report.average_union_accuracy == pytest.approx(sum(union) / 3)
+    assert report.average_union_accuracy_later == pytest.approx((union[1] + union[2]) / 2)
     assert report.forgetting_class_incremental == pytest.approx(((0.875 - 0.25) + (0.75 - 0.5)) / 2)
     assert (report.nll, report.ece, report.nll_class_incremental) == (0.5, 0.0625, 1.5)
     assert report.accuracy_matrix == synthetic.OWN

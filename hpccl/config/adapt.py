@@ -1,0 +1,124 @@
+"""The configurations of an adaptation and of its reference, from that of the run that is adapted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpccl.config.load import load
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import AnyAdaptation
+from hpccl.errors import ConfigError, FolderError
+
+__all__ = ["adapted_config", "named", "reference_config"]
+
+# What an adaptation takes over as it is: other values would change what its memory means.
+_FIXED = ("stream", "data", "memory", "adapt", "curvature")
+_FIXED_PRIOR = ("prior.replay", "prior.quadratic", "prior.fromp", "prior.normal.precision")
+_REFERENCE = ("model", "engine", "cluster", "checkpoint", "log")  # settings that are the reference's, too
+
+
+def adapted_config(
+    run: Path, out: Path, *, task: int, change: Mapping[str, Any], model: str | None, settings: Sequence[str]
+) -> RunConfig:
+    """The configuration of RUN, adapted.
+
+    Args:
+        run: folder of the run.
+        out: folder of the adaptation.
+        task: the last task of the run.
+        change: `kind` and its keys, of section adapt.
+        model: kind of the other network, for kind=model.
+        settings: `key=value` that go over the run's.
+
+    Raises:
+        ConfigError: a setting is not allowed, or clashes.
+        FolderError: RUN is no run, or an adaptation itself.
+    """
+    source = _source(run)
+    for setting in settings:
+        _refuse_fixed(setting, model)
+    words = _words(run, out, source, task=task, change=change)
+    words += [*_model(model), "train.data=task"]
+    if model is not None:
+        words.append("prior.quadratic.weight=0")  # of the old network's weights
+    return load([run / "config.yaml"], [*words, *settings])
+
+
+def reference_config(
+    run: Path, out: Path, *, task: int, change: Mapping[str, Any], model: str | None, settings: Sequence[str]
+) -> RunConfig:
+    """The same for what retrains from nothing on all examples that the adapted network stands for, as RUN was trained.
+
+    Raises:
+        ConfigError: a setting clashes.
+        FolderError: RUN is no run.
+    """
+    words = _words(run, out, _source(run), task=task, change={**change, "retrain": True})
+    words += [*_model(model), "name=retrain", "train.data=seen", "prior.quadratic.weight=0", "prior.fromp.weight=0"]
+    # From nothing, all learns, as RUN's first task did.
+    words += ["train.frozen=[]", "train.norms=batch", "prior.topology.nodes=0"]
+    words += [
+        "memory.size=0",
+        "memory.total=0",
+        "memory.fraction=0",
+        "memory.mix.kind=natural",
+        "prior.normal.weight=1",
+    ]
+    words += ["prior.replay=0", "prior.weight=1.0", "prior.temperature=1.0", "prior.view=stored"]
+    shared = [setting for setting in settings if setting.split("=", 1)[0].split(".", 1)[0] in _REFERENCE]
+    return load([run / "config.yaml"], [*words, *shared])
+
+
+def _source(run: Path) -> RunConfig:
+    if not (run / "config.yaml").is_file():
+        raise FolderError(f"'{run}' is not a run folder (it has no config.yaml); give the folder of a run")
+    source = load([run / "config.yaml"], [])
+    if isinstance(source.adapt, AnyAdaptation):
+        raise FolderError(
+            f"'{run}' is an adaptation of '{source.adapt.source}' and has no memory of its own; adapt that run"
+        )
+    return source
+
+
+def _words(run: Path, out: Path, source: RunConfig, *, task: int, change: Mapping[str, Any]) -> list[str]:
+    adapt = {**change, "source": str(run), "task": task}
+    words = [f"adapt.{key}={json.dumps(value)}" for key, value in adapt.items()]
+    words += [f"folder={json.dumps(str(out))}", f"name={source.name}-{change['kind']}", "log.reconstruction=0"]
+    words += ["train.restart=false", "train.only_last=false", "train.first_task_from=null"]
+    return words + (["cluster.kind=local"] if source.cluster.kind == "slurm" else [])
+
+
+def _model(kind: str | None) -> list[str]:
+    return [] if kind is None else [f"model.kind={kind}"]
+
+
+def _refuse_fixed(setting: str, model: str | None) -> None:
+    key = setting.split("=", 1)[0]
+    root = key.split(".", 1)[0]
+    if root in _FIXED or key.startswith(_FIXED_PRIOR):
+        raise ConfigError(
+            f"{setting}: an adaptation keeps {key if root == 'prior' else root} as its run has it; allowed: settings "
+            "of train, optim, engine, cluster, checkpoint, log and prior.weight, and the options of hpccl adapt"
+        )
+    if root == "model" and model is None:
+        raise ConfigError(f"{setting}: the network stays what it is; give its kind with --model to adapt another one")
+
+
+def named(text: str) -> list[str]:
+    """Classes and ids of `--remove`: a file with one a line, or names with commas between them.
+
+    Raises:
+        ConfigError: nothing is named, or the file cannot be read.
+    """
+    path = Path(text)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--remove {text}: the file cannot be read: {error}") from error
+    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not found:
+        raise ConfigError(f"--remove {text}: names no class and no example")
+    return found

@@ -1,0 +1,106 @@
+"""The normal prior of the weights, and the divergence of weights that K-priors make of it.
+
+    R(w) = 1/2 precision |w|^2 - pull <a, w> + 1/2 pull |a|^2                 nats in total
+    dR/dw = precision w - pull a
+
+With precision delta: before anything is learned, pull = 0. For w* that minimises
+sum_i CE(y_i, f_w(x_i)) + delta/2 |w|^2,
+
+    sum_i J_i' (p_i - y_i) + delta w  =  sum_i J_i' (p_i - p*_i) + delta (w - w*)
+
+for all w where J does not depend on w: so soft labels of all examples and pull = delta around a = w* reconstruct the
+gradient of the past exactly. Another prior delta' leaves precision = delta' and pull = delta.
+
+Source: Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS, sections 3 and 4.
+
+Every weight counts alike, so a rank adds the force of the parameters that it owns, times the number of ranks, and the
+averaging of gradients delivers it: as of the quadratic, no collective of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import NewPrecision
+from hpccl.curvature.protocols import strided_like
+from hpccl.dist.comm import Comm
+from hpccl.dist.placement import owners
+from hpccl.dist.spread import Leaf, Leaves, Slab, fetch
+from hpccl.engine.protocols import Engine, GradientHook, Weights
+
+__all__ = ["NormalPrior"]
+
+
+@dataclass(frozen=True)
+class NormalPrior:
+    """R(w).
+
+    precision: nats per squared weight
+    pull: likewise; 0 where there is no anchor
+    anchor: a, by name of parameter (and buffer), whole on every rank or spread
+    """
+
+    precision: float
+    pull: float = 0.0
+    anchor: Leaves | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, anchor: Leaves | None) -> NormalPrior | None:
+        """What a configuration says of the weights, with those of the newest old model; None if nothing."""
+        normal, adapt = config.prior.normal, config.adapt
+        precision = adapt.precision if isinstance(adapt, NewPrecision) else normal.precision
+        if anchor is None or config.train.data == "seen" or config.train.restart:
+            return cls(precision) if precision > 0 else None
+        pull = normal.weight * normal.precision
+        precision = precision if isinstance(adapt, NewPrecision) else pull
+        return cls(precision, pull, anchor) if precision > 0 or pull > 0 else None
+
+    def force(self, weights: Tensor, anchor: Tensor | None) -> Tensor:
+        """dR/dw of a parameter, of its weights and their anchor."""
+        return self.precision * weights if anchor is None else self.precision * weights - self.pull * anchor
+
+    def attach(self, engine: Engine, comm: Comm, *, num_train: int) -> Callable[[], None]:
+        """Add dR/dw / num_train to every step's gradient until the returned function is called; collective."""
+        like = engine.like
+        owner = owners({name: float(math.prod(value.shape)) for name, value in like.items()}, comm.size)
+        mine = [name for name in like if owner[name] == comm.rank]
+        anchor = {} if self.anchor is None else fetch(self.anchor, mine, comm)
+        scale = comm.size / num_train
+        hooks = []
+        for name in mine:
+            centre = strided_like(anchor[name], like[name]) if name in anchor else None
+            hooks.append((name, GradientHook((name,), self._adding(name, centre, scale))))
+        return engine.on_gradient(hooks)
+
+    def _adding(self, name: str, anchor: Tensor | None, scale: float) -> Callable[[Tensor, Weights], Tensor]:
+        def call(gradient: Tensor, weights: Weights) -> Tensor:
+            return torch.add(gradient, self.force(weights[name], anchor), alpha=scale)
+
+        return call
+
+    def value(self, weights: Leaves, comm: Comm) -> float:
+        """This rank's share of R(w) in nats, over the named parameters; R(w) is the sum over ranks."""
+        total = 0.0
+        for name, leaf in weights.items():
+            own = _own(leaf, comm)
+            if own is None:
+                continue
+            total += 0.5 * self.precision * float(own.double().square().sum())
+            if self.anchor is not None:
+                anchor = _own(self.anchor[name], comm)
+                assert anchor is not None, "an anchor is divided as the weights are"
+                total += self.pull * float((anchor.double() * (anchor.double() / 2 - own.double())).sum())
+        return total
+
+
+def _own(leaf: Leaf, comm: Comm) -> Tensor | None:
+    """What this rank counts of a tensor, so that ranks together count it once."""
+    if isinstance(leaf, Slab):
+        return leaf.local if leaf.span.copy == 0 else None
+    return leaf if comm.leader else None

@@ -1,0 +1,196 @@
+"""Adapting a trained network to a change of its data, its prior or its kind, by a K-prior instead of training anew.
+
+The run's objective over its past is replaced by what its last checkpoint has: soft labels of the memory, the quadratic
+if it has one, and the normal prior's pull (hpccl.prior.normal). To that come
+
+    add        the nats of the new examples
+    remove     minus the nats of the examples to be forgotten (hpccl.train.removal)
+    precision  delta'/2 |w|^2 for delta/2 |w|^2
+    model      nothing: another network learns the soft labels, with delta/2 |w|^2 of its own weights
+
+Source: Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS, section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpccl.checkpoint.store import Mark, latest, load, open_shards
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import AnyAdaptation, NewModel, RemoveData
+from hpccl.data.build import open_stream
+from hpccl.data.protocols import Split, Stream, Task
+from hpccl.errors import FolderError
+from hpccl.folder import RunFolder
+from hpccl.memory.store import Memory
+from hpccl.prior.prior import Prior
+from hpccl.train.compose import plan_task
+from hpccl.train.consolidate import in_a_file, soft_labels
+from hpccl.train.copies import added_data, copies_of, open_for
+from hpccl.train.removal import removed_samples
+from hpccl.train.state import RunState, World
+
+__all__ = [
+    "AdaptationTask",
+    "adaptation_steps",
+    "adaptation_task",
+    "begin_adapting",
+    "check_adaptation",
+    "continues",
+    "last_mark",
+]
+
+
+@dataclass(frozen=True)
+class AdaptationTask:
+    """What is learned in an adaptation, in the place of the stream's last task: new examples, or none."""
+
+    index: int
+    name: str
+    classes: tuple[int, ...]
+    train: range
+    test: range
+
+    def samples(self, split: Split) -> range:
+        """Sample positions."""
+        return self.train if split == "train" else self.test
+
+
+def adaptation_task(config: RunConfig, stream: Stream) -> AdaptationTask:
+    """The one task of an adaptation; of its reference, which trains on all up to its end, too."""
+    last, stop = stream.tasks[-1], len(stream.labels("train"))
+    added = stream.added if len(stream.added) else range(stop, stop)
+    classes = range(len(stream.class_names))
+    return AdaptationTask(last.index, config.method, tuple(classes), added, last.samples("test"))
+
+
+def continues(config: RunConfig) -> bool:
+    """Whether it begins with the weights of the run that it adapts."""
+    adapt = config.adapt
+    return isinstance(adapt, AnyAdaptation) and not adapt.retrain and not isinstance(adapt, NewModel)
+
+
+def last_mark(run: Path) -> Mark:
+    """The checkpoint at the end of a run's newest task.
+
+    Raises:
+        FolderError: there is none.
+    """
+    if not RunFolder(run).config.is_file():
+        raise FolderError(f"'{run}' is not a run folder (it has no config.yaml); give the folder of a run")
+    mark = latest(RunFolder(run).checkpoints)
+    if mark is None or mark.phase != "done":
+        where = "no checkpoint yet" if mark is None else f"only come to {mark.name}"
+        raise FolderError(f"'{run}' has {where}: an adaptation begins where training ended; continue it first")
+    return mark
+
+
+def check_adaptation(config: RunConfig) -> None:
+    """Refuse what only the run and the data can tell, before a folder is made.
+
+    Raises:
+        DataError: added or removed data is not what the run can take.
+        FolderError: the run has not ended, has no memory, or its data changed.
+    """
+    adapt = config.adapt
+    assert isinstance(adapt, AnyAdaptation), "of an adaptation"
+    stream = open_for(config, RunFolder(Path(config.path)))
+    if isinstance(adapt, RemoveData):
+        removed_samples(adapt, stream)
+    if adapt.task != len(stream.tasks) - 1:
+        raise FolderError(
+            f"'{adapt.source}' has learned {adapt.task + 1} of {len(stream.tasks)} tasks; continue it to its end first"
+        )
+    if not adapt.retrain:
+        _source_tree(config, stream)
+
+
+def _source_tree(config: RunConfig, stream: Stream) -> tuple[dict[str, Any], Mark]:
+    """What the adapted run saved at its end."""
+    adapt = config.adapt
+    assert isinstance(adapt, AnyAdaptation), "of an adaptation"
+    run = Path(adapt.source)
+    mark, copies = last_mark(run), copies_of(config, RunFolder(run))
+    tree = load(RunFolder(run).checkpoints, mark)
+    base = stream if not added_data(config) else open_stream(config.stream, config.data, copies=copies)
+    if tree["data"] != base.fingerprint:
+        raise FolderError(f"the data changed since '{run}' was trained; restore the shards it was trained with")
+    if len(tree["prior"]["memory"]["sample"]) == 0:
+        raise FolderError(
+            f"'{run}' kept no examples (memory.size=0), and soft labels of kept ones are what an adaptation learns "
+            "from; train it with a memory, as in configs/method/kpriors.yaml"
+        )
+    return tree, mark
+
+
+def begin_adapting(state: RunState, world: World) -> None:
+    """The state from which an adaptation begins, where there is one to begin; collective.
+
+    Raises:
+        FolderError: the run that is adapted is not as it was.
+    """
+    config = world.config
+    if not isinstance(config.adapt, AnyAdaptation) or config.adapt.retrain:
+        return
+    tree, mark = _source_tree(config, world.stream)
+    if isinstance(config.adapt, NewModel):
+        state.prior = Prior(_own_file(Memory.from_state_dict(tree["prior"]["memory"]), world))
+        return
+    engine, shards = state.engine, open_shards(RunFolder(Path(config.adapt.source)).checkpoints, mark)
+    engine.put(tree["engine"]["weights"])
+    state.prior = Prior.from_state_dict(tree["prior"], shards, world.comm, engine.place).to(engine.device)
+    if not isinstance(config.adapt, RemoveData):
+        state.prior = replace(state.prior, memory=_own_file(state.prior.memory, world))
+        return
+    task, heads = adaptation_task(config, world.stream), state.prior.memory.heads
+    with world.phase(task, "relabel") as phase:
+        memory = _with_removed(state.prior, config.adapt, world.stream)
+        phase.images = len(memory)
+        file, soft = in_a_file(task, soft_labels(memory, heads, state, world), world)
+    state.prior = replace(state.prior, memory=memory.mapped(soft, heads, file))
+
+
+def _own_file(memory: Memory, world: World) -> Memory:
+    """The same with its soft labels in a file of this run, whose checkpoints then need no other."""
+    share = world.comm.share(len(memory))
+    own = memory.soft[share.start : share.stop]
+    file, soft = in_a_file(adaptation_task(world.config, world.stream), own, world)
+    return memory.mapped(soft, memory.heads, file)
+
+
+def _with_removed(prior: Prior, adapt: RemoveData, stream: Stream) -> Memory:
+    """The memory with all examples to be forgotten, whose weight is what is taken back of their soft labels.
+
+    One that is replayed says nothing but its true label, which is taken back by leaving it out. One that a quadratic
+    stands for has its soft label there.
+    """
+    removed, memory = removed_samples(adapt, stream), prior.memory
+    gone = torch.from_numpy(np.isin(memory.sample.numpy(), removed))
+    replayed = memory.sample[gone & memory.replay].numpy()
+    kept = memory.only(~(gone & memory.replay)) if len(replayed) else memory
+    weight = kept.weight.clone()
+    weight[torch.from_numpy(np.isin(kept.sample.numpy(), removed))] = 1.0
+    kept = replace(kept, weight=weight)
+    rest = np.setdiff1d(removed, memory.sample.numpy())
+    labels = stream.labels("train")
+    for task in stream.tasks:
+        span = task.samples("train")  # tasks may share classes
+        own = rest[(rest >= span.start) & (rest < span.stop)]
+        kept = kept.admit(
+            task=task.index,
+            sample=torch.from_numpy(own),
+            label=torch.from_numpy(labels[own]),
+            replay=torch.zeros(len(own), dtype=torch.bool),
+            weight=torch.full((len(own),), 0.0 if prior.quadratic is not None else 1.0),
+        )
+    return kept
+
+
+def adaptation_steps(task: Task, memory: Memory, world: World) -> list[int]:
+    """Steps by task of the stream, of which the last one alone is trained."""
+    return [0] * task.index + [plan_task(world.config, world.stream, task, memory).num_steps]

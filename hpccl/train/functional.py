@@ -1,0 +1,197 @@
+"""The functional prior (FROMP) in a run: made when a task ends, recalled in every step of the next.
+
+In a step each rank passes its share of the recalled examples through the network, in evaluation mode; their
+probabilities, b K numbers, are gathered, for the kernel couples them; then each rank's share of (K^-1 d) m is
+differentiated as a micro-batch of its own. Images do not travel, and the result does not depend on who has which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpccl.config.run import RunConfig
+from hpccl.curvature.kernel import probability_kernel
+from hpccl.curvature.posterior import Posterior
+from hpccl.curvature.protocols import Precision
+from hpccl.data.order import mix
+from hpccl.data.protocols import Task
+from hpccl.data.rows import Images, Request
+from hpccl.dist.comm import Comm
+from hpccl.engine.protocols import Engine
+from hpccl.memory.store import Memory
+from hpccl.prior.fromp import Block, Fromp, cholesky, equal_blocks, probabilities
+from hpccl.train.state import RunState, World
+
+__all__ = ["Recalled", "functional_prior", "recalled", "rows_memory"]
+
+_BLOCKS = 105  # what a hash is for
+
+
+# ---------------------------------------------------------------- at the end of a task
+
+
+def functional_prior(
+    task: Task, memory: Memory, precision: Precision | None, state: RunState, world: World
+) -> Fromp | None:
+    """The functional prior of all past tasks at the present weights; collective.
+
+    precision: curvature of all past tasks' examples, memory included; None: the kernel is 1.
+
+    Raises:
+        CoverageError: a trainable weight has no curvature.
+        DivergedError: a kernel is not finite, or no covariance.
+    """
+    config = world.config.prior.fromp
+    if config.weight == 0:
+        return None
+    with world.phase(task, "kernel") as phase:
+        phase.images = len(memory)
+        model = state.engine.whole_module()
+        posterior = None
+        if precision is not None:
+            mean = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
+            posterior = Posterior.of(precision, mean, prior_precision=config.precision, comm=world.comm)
+        made = [_blocks(number, memory, posterior, model, world) for number in _with_memory(memory)]
+    fromp = Fromp(config.weight, tuple(tuple(block for block, _ in blocks) for blocks in made), precision)
+    world.log.write(
+        "functional",
+        task=task.index,
+        kernel=config.kernel,
+        blocks=[len(blocks) for blocks in made],
+        bytes=fromp.num_bytes,
+        jitter=max(used for blocks in made for _, used in blocks),
+    )
+    return fromp
+
+
+def _with_memory(memory: Memory) -> list[int]:
+    """Tasks of which examples are kept."""
+    found: list[int] = memory.task.unique().tolist()
+    return found
+
+
+def _blocks(
+    number: int, memory: Memory, posterior: Posterior | None, model: torch.nn.Module, world: World
+) -> list[tuple[Block, float]]:
+    """Of one past task, with the jitter of each."""
+    config = world.config.prior.fromp
+    columns = memory.heads[number]
+    classes = columns[columns >= 0]
+    slots = (memory.task == number).nonzero().squeeze(1)
+    order = slots.numpy()[np.argsort(mix(world.config.seed, _BLOCKS, number, memory.sample[slots].numpy()))]
+    parts = equal_blocks(order.tolist(), config.block)
+    requests = [Request(memory.sample[part].numpy(), np.zeros(len(part), dtype=np.uint64)) for part in parts]
+    found = []
+    with contextlib.closing(world.stream.load(requests, device=world.comm.device)) as images:
+        for part, seen in zip(parts, images, strict=True):
+            old = _old(model, seen.pixels, classes)
+            root, used = None, 0.0
+            if posterior is not None:
+                kernel = probability_kernel(posterior, model, seen.pixels, classes.tolist())
+                root, used = cholesky(kernel, config.jitter)
+            found.append((Block(torch.tensor(part), classes.clone(), old, root), used))  # saved one by one
+    return found
+
+
+@torch.no_grad()
+def _old(model: torch.nn.Module, pixels: Tensor, classes: Tensor) -> Tensor:
+    """[b, K] float64 probabilities in evaluation mode, as a step's are: rounding and all."""
+    training = model.training
+    model.eval()
+    logits = model(pixels)
+    model.train(training)
+    return probabilities(logits.float(), classes.to(logits.device).expand(len(pixels), -1)).double().contiguous()
+
+
+# ---------------------------------------------------------------- in a step
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What a step recalls: blocks of the past tasks, and the images of this rank's share of them.
+
+    blocks: each with the number of blocks that it stands for
+    share: this rank's, among the examples of all blocks
+    columns: [b, K] by example of all blocks, the classes of its probabilities, -1 beyond its head
+    images: of the share; one image that counts for nothing where the share is empty
+    weight: of R(w), per training example
+    """
+
+    blocks: list[tuple[Block, int]]
+    share: range
+    columns: Tensor
+    images: Images
+    weight: float
+    comm: Comm
+
+    def learn(self, engine: Engine) -> Tensor:
+        """Add this term's gradient to the step's; this rank's share of its value, in nats per training example."""
+        device = engine.device
+        own = range(self.share.start, self.share.stop)
+        count = len(own)
+        pixels = self.images.pixels.to(device)
+        noise = torch.zeros(len(pixels), dtype=torch.int64)
+        logits = engine.forward(pixels, noise, last=False, training=False)
+        columns = self.columns.to(device)
+        now = probabilities(logits[:count], columns[own.start : own.stop])
+        valid = self.images.valid[:count].to(now)
+        everywhere = self.comm.gather(torch.cat([now.detach(), valid[:, None]], dim=1))
+        pull, value = self._pull(everywhere[:, :-1], everywhere[:, -1:] > 0)
+        # Of an empty share nothing is left, but the pass has to be made back as it was made there.
+        loss = (pull[own.start : own.stop].to(now) * now).sum() + 0.0 * logits.sum()
+        engine.backward(self.weight * loss)
+        return self.weight * (value if self.comm.leader else torch.zeros_like(value))
+
+    def _pull(self, now: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, K] of all blocks K^-1 d, and the sum of 1/2 d' K^-1 d; images that cannot be read stay as they were."""
+        pulls = torch.zeros(now.shape, dtype=torch.float64, device=now.device)
+        value, start = torch.zeros((), dtype=torch.float64, device=now.device), 0
+        for block, stands_for in self.blocks:
+            rows, width = slice(start, start + len(block.slots)), len(block.classes)
+            change = now[rows, :width].double().where(valid[rows], block.old)
+            pull = stands_for * block.pull(change)
+            pulls[rows, :width] = pull
+            value += 0.5 * ((change - block.old) * pull).sum()
+            start = rows.stop
+        return pulls, value.float()
+
+
+def recalled(
+    fromp: Fromp, memory: Memory, world: World, *, num_train: int, first: int, stop: int
+) -> Generator[Recalled, None, None]:
+    """What each step from `first` to `stop` recalls; images are made ahead of time, in the evaluation view."""
+
+    def requests() -> Iterator[Request]:
+        for step in range(first, stop):
+            slots = _slots(fromp, step)
+            share = world.comm.share(len(slots))
+            mine = slots[share.start : share.stop] if len(share) else slots[:1]
+            yield Request(memory.sample[mine].numpy(), np.zeros(len(mine), dtype=np.uint64))
+
+    with contextlib.closing(world.stream.load(requests(), device=world.comm.device)) as images:
+        for step in range(first, stop):
+            slots = _slots(fromp, step)
+            yield Recalled(
+                blocks=fromp.at(step),
+                share=world.comm.share(len(slots)),
+                columns=memory.columns(slots),
+                images=next(images),
+                weight=fromp.weight / num_train,
+                comm=world.comm,
+            )
+
+
+def _slots(fromp: Fromp, step: int) -> Tensor:
+    """Of the memory, in the order of a step's blocks."""
+    return torch.cat([block.slots for block, _ in fromp.at(step)])
+
+
+def rows_memory(config: RunConfig, memory: Memory) -> Memory:
+    """The memory whose examples are rows of a step: none where their predictions are coupled."""
+    return Memory.empty() if config.prior.fromp.weight > 0 else memory

@@ -1,0 +1,86 @@
+"""Forgetting on purpose: which examples are to be removed, and the rows that take back what was learned of them.
+
+For examples k in R, removed, the gradient of the past without them is
+
+    sum_i J_i' (p_i - y_i) - sum_k J_k' (p_k - y_k)
+
+and with old predictions p* for the first sum, soft labels, what an example in R contributes is the difference of its
+soft and its true row, J_k' (p_k - p*_k) - J_k' (p_k - y_k) = J_k' (y_k - p*_k): two rows of one image, with weights 1
+and -1. Where a quadratic already stands for the soft row, the weights are 0 and -1.
+
+Source: Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS, section 4 (remove data).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpccl.config.run import RunConfig
+from hpccl.config.sections import RemoveData
+from hpccl.data.protocols import Stream
+from hpccl.data.rows import CROSS_ENTROPY, REPLAY, Rows
+from hpccl.errors import DataError
+from hpccl.memory.store import Memory
+
+__all__ = ["less", "removed_samples", "removed_slots"]
+
+Ints = npt.NDArray[np.int64]
+
+
+def removed_samples(adapt: RemoveData, stream: Stream) -> Ints:
+    """[n] positions in the training data of classes and examples that are to be forgotten, ascending.
+
+    Raises:
+        DataError: a name is neither a class nor an id, or nothing would be left.
+    """
+    classes = {name: number for number, name in enumerate(stream.class_names)}
+    labels, ids = stream.labels("train"), [name for name in adapt.names if name not in classes]
+    found = np.isin(labels, [classes[name] for name in adapt.names if name in classes])
+    if ids:
+        found[_positions(ids, stream)] = True
+    if bool(found.all()):
+        raise DataError(f"--remove names all {len(labels)} training examples; leave some to adapt to")
+    return np.flatnonzero(found).astype(np.int64)
+
+
+def _positions(ids: list[str], stream: Stream) -> list[int]:
+    names = stream.sample_names("train", np.arange(len(stream.labels("train"))))
+    position = {name: number for number, name in enumerate(names)}
+    unknown = [name for name in ids if name not in position]
+    if unknown:
+        raise DataError(
+            f"--remove '{unknown[0]}' ({len(unknown)} such names) is neither a class nor the id of a training example; "
+            f"classes: {', '.join(stream.class_names[:10])}{', ...' if len(stream.class_names) > 10 else ''}; "
+            f"ids are like '{names[0]}'"
+        )
+    return [position[name] for name in ids]
+
+
+def removed_slots(config: RunConfig, stream: Stream, memory: Memory) -> Tensor | None:
+    """[M] bool, the memory's examples that are to be forgotten; None where nothing is."""
+    if not isinstance(config.adapt, RemoveData) or config.adapt.retrain:
+        return None
+    return torch.from_numpy(np.isin(memory.sample.numpy(), removed_samples(config.adapt, stream)))
+
+
+def less(rows: Rows, taken: Tensor, target: Tensor, head: Tensor) -> Rows:
+    """The rows and, of the images where `taken` [n] is True, a true label each with weight -1.
+
+    target, head: [n, C] of the images' true labels.
+    """
+    image = taken.nonzero().squeeze(1)
+    return replace(
+        rows,
+        image=torch.cat([rows.image, image]),
+        target=torch.cat([rows.target, target[image]]),
+        weight=torch.cat([rows.weight, rows.weight.new_full((len(image),), -1.0)]),
+        head=torch.cat([rows.head, head[image]]),
+        temperature=torch.cat([rows.temperature, torch.ones(len(image))]),
+        term=torch.cat([rows.term, torch.full((len(image),), REPLAY)]),
+        kind=None if rows.kind is None else torch.cat([rows.kind, torch.full((len(image),), CROSS_ENTROPY)]),
+    )
