@@ -93,7 +93,7 @@ class VognOptim(AnyOptim):
 
 
 class SobaOptim(AnyOptim):
-    """The improved variational online Newton rule (Lin, Schmidt and Khan 2020), diagonal, in units of the summed loss."""
+    """The improved variational online Newton rule (Lin, Schmidt and Khan 2020), diagonal, in units of a summed loss."""
 
     kind: Literal["soba"] = "soba"
     lr: PositiveFloatPerTask = (0.1,)  # alpha, largest; one value, or one a task
@@ -111,14 +111,14 @@ class AdditiveGroup(Section):
 
 
 class MultiplicativeGroup(Section):
-    """theta = g+ x+ - g- x-, x of Rayleigh's distribution, g+ and g- > 0: excitation and inhibition; sparse features."""
+    """Weights theta = g+ x+ - g- x- with x of Rayleigh's distribution and g > 0: excitation and inhibition."""
 
     kind: Literal["multiplicative"] = "multiplicative"
     offset: PositiveFloat = 0.001  # added to both parts when they are made from the weights
 
 
 class AffineGroup(Section):
-    """theta = b + A xi: location and scale of every weight."""
+    """Weights theta = b + A xi: location and scale of every weight."""
 
     kind: Literal["affine"] = "affine"
     noise: PositiveFloat = 0.005  # sigma0: standard deviation of xi

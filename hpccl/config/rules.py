@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hpccl.config.optim import BsamOptim, IvonOptim, LieOptim, SamOptim, SobaOptim, VognOptim
 from hpccl.config.sections import (
     DataConfig,
     DdpEngine,
@@ -20,6 +21,7 @@ from hpccl.config.sections import (
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
+    TimmOptim,
 )
 
 if TYPE_CHECKING:
@@ -123,6 +125,8 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _schedule,
         _lengths,
         _shards,
+        _trial_weights,
+        _per_example,
         _deepspeed,
         _slurm,
     )
@@ -286,15 +290,48 @@ def _shards(config: RunConfig) -> Iterator[Clash]:
     engine = config.engine
     if isinstance(engine, DdpEngine) or (isinstance(engine, DeepspeedEngine) and engine.stage == 0):
         return
-    if config.optim.name.lower() not in _ELEMENTWISE:
+    if isinstance(config.optim, TimmOptim) and config.optim.name.lower() not in _ELEMENTWISE:
         known = ", ".join(sorted(_ELEMENTWISE))
         problem = f"looks at whole tensors, and this engine has its state in shards; allowed here: {known}"
         yield Clash(("optim.name", "engine.kind"), problem)
-    if config.optim.options.get("caution"):
+    if isinstance(config.optim, TimmOptim) and config.optim.options.get("caution"):
         problem = "takes a mean over whole tensors, and this engine has them in shards; leave it out, or use ddp"
         yield Clash(("optim.options.caution", "engine.kind"), problem)
     if engine.kind == "fsdp2" and engine.compile and engine.recompute:
         yield Clash(("engine.recompute", "engine.compile"), "blocks are compiled one by one; set one of the two")
+
+
+def _trial_weights(config: RunConfig) -> Iterator[Clash]:
+    """Of optimisers that take gradients elsewhere than at the weights, on engines that show gradients to `step` alone."""
+    optim, engine = config.optim, config.engine
+    if isinstance(optim, TimmOptim) or not isinstance(engine, DeepspeedEngine) or engine.stage == 0:
+        return
+    if isinstance(optim, (SamOptim, BsamOptim)):
+        problem = "needs two gradients a step, and DeepSpeed shows one; use engine.kind=fsdp2, ddp, or engine.stage=0"
+        yield Clash(("optim.kind", "engine.stage"), problem)
+    elif optim.samples > 1:
+        problem = (
+            "needs the gradient of each draw, and DeepSpeed shows their sum; set it to 1, or use engine.kind=fsdp2"
+        )
+        yield Clash(("optim.samples", "engine.stage"), problem)
+    if isinstance(optim, (IvonOptim, SobaOptim, LieOptim)) and config.train.clip_norm is not None:
+        problem = (
+            "the curvature is learned from gradients as they are, and DeepSpeed shows clipped ones; leave it null, or "
+            "use engine.kind=fsdp2"
+        )
+        yield Clash(("train.clip_norm", "optim.kind", "engine.stage"), problem)
+
+
+def _per_example(config: RunConfig) -> Iterator[Clash]:
+    """Of VOGN, whose squares are made layer by layer while whole weights are in place."""
+    if not isinstance(config.optim, VognOptim):
+        return
+    if not isinstance(config.engine, DdpEngine):
+        problem = "makes per-example squares of whole gradients on every rank; use engine.kind=ddp, or optim.kind=ivon"
+        yield Clash(("optim.kind", "engine.kind"), problem)
+    elif config.engine.compile:
+        problem = "compiled code does not show what comes into a layer; set it to false, or use optim.kind=ivon"
+        yield Clash(("engine.compile", "optim.kind"), problem)
 
 
 def _deepspeed(config: RunConfig) -> Iterator[Clash]:

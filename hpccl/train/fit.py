@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from hpccl.checkpoint.store import Mark
+from hpccl.config.optim import VognOptim
+from hpccl.curvature.online import watch_squares
 from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
@@ -36,7 +38,7 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     if first == 0:
         if config.train.restart:
             engine.reset()
-        engine.start(num_steps=plan.num_steps, task=task.index)
+        engine.start(num_steps=plan.num_steps, task=task.index, num_train=plan.num_train)
     composer = Composer.build(
         config, world.stream, task, state.prior.memory, teacher=_teacher(state, world), device=engine.device
     )
@@ -109,9 +111,12 @@ def _teacher(state: RunState, world: World) -> Callable[[Tensor], Tensor] | None
 
 
 def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None]:
-    if state.prior.quadratic is None:
-        return lambda: None
-    return state.prior.quadratic.attach(state.engine, world.comm, num_train=plan.num_train)
+    with contextlib.ExitStack() as stack:
+        if state.prior.quadratic is not None:
+            stack.callback(state.prior.quadratic.attach(state.engine, world.comm, num_train=plan.num_train))
+        if isinstance(world.config.optim, VognOptim):
+            stack.callback(watch_squares(state.engine.module, state.engine.add_squares))
+        return stack.pop_all().close
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpccl.config.sections import DataConfig, MemoryConfig, OptimConfig, StratifiedMix, TrainConfig
+from hpccl.config.sections import DataConfig, MemoryConfig, StratifiedMix, TimmOptim, TrainConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.compare import Comparison, _settings, compare_runs, print_comparison
 from hpccl.report.events import EventLog
@@ -72,8 +72,8 @@ def test_one_run_has_no_deviation_and_counts_once(seeds: list[Path]) -> None:
 
 def test_groups_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     runs = [
-        write(tmp_path / "slow", optim=OptimConfig(lr=(1e-3,))),
-        write(tmp_path / "fast", optim=OptimConfig(lr=(1e-2,)), seed=4),
+        write(tmp_path / "slow", optim=TimmOptim(lr=(1e-3,))),
+        write(tmp_path / "fast", optim=TimmOptim(lr=(1e-2,)), seed=4),
         write(tmp_path / "none", size=0, replay=0.0),
     ]
     comparison = compare_runs(runs)
