@@ -302,7 +302,7 @@ def _shards(config: RunConfig) -> Iterator[Clash]:
 
 
 def _trial_weights(config: RunConfig) -> Iterator[Clash]:
-    """Of optimisers that take gradients elsewhere than at the weights, on engines that show gradients to `step` alone."""
+    """Of optimisers with gradients at other weights than theirs, on engines that show gradients to `step` alone."""
     optim, engine = config.optim, config.engine
     if isinstance(optim, TimmOptim) or not isinstance(engine, DeepspeedEngine) or engine.stage == 0:
         return

@@ -1,8 +1,8 @@
 """Squares of per-example gradients of training's own passes, at no further pass: what VOGN's curvature is a mean of.
 
-Every layer's input and output gradient are at hand in a step's passes anyway; `layers.squares` makes of them the sum over
-examples of squared gradients, exactly. In training mode BatchNorm's statistics are those of the batch: an example's
-gradient is then its own share of the batch's, with the statistics held.
+Every layer's input and output gradient are at hand in a step's passes anyway; `layers.squares` makes of them the sum
+over examples of squared gradients, exactly. In training mode BatchNorm's statistics are those of the batch: an
+example's gradient is then its own share of the batch's, with the statistics held.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def watch_squares(model: nn.Module, add: Add) -> Callable[[], None]:
     Returns what ends it. `model` takes images as its first argument, and trains on whole weights.
 
     Raises:
-        CoverageError: a parameter belongs to no layer whose squares are known; also if a layer is called twice in a pass.
+        CoverageError: a parameter is of no layer whose squares are known; later, if a layer is called twice in a pass.
     """
     owners = _owners(model)
     called: set[str] = set()
@@ -54,8 +54,8 @@ def _owners(model: nn.Module) -> dict[str, dict[str, str]]:
         module = model.get_submodule(layer)
         if not has_formula(module):
             raise CoverageError(
-                f"optim.kind=vogn: parameter '{full}' is of a {type(module).__name__}, whose per-example squared gradients "
-                "are not known; allowed: Linear, Conv2d, BatchNorm, GroupNorm, LayerNorm. Use optim.kind=ivon"
+                f"optim.kind=vogn: parameter '{full}' is of a {type(module).__name__}, whose per-example squared "
+                "gradients are not known; allowed: Linear, Conv2d, BatchNorm, GroupNorm, LayerNorm. Use optim.kind=ivon"
             )
         found.setdefault(layer, {})[local] = full
     return found
@@ -67,8 +67,8 @@ def _listener(layer: str, names: dict[str, str], images: list[int], called: set[
             return
         if layer in called:
             raise CoverageError(
-                f"optim.kind=vogn: layer '{layer}' is called twice in one pass, and the square of a sum is no sum of squares; "
-                "use optim.kind=ivon"
+                f"optim.kind=vogn: layer '{layer}' is called twice in one pass, and the square of a sum is no sum of "
+                "squares; use optim.kind=ivon"
             )
         called.add(layer)
         (x,) = (argument.detach().float() for argument in arguments)

@@ -14,7 +14,7 @@ __all__ = ["drawing"]
 
 
 def drawing(runs: Mapping[Tensor, Sequence[Run]], words: tuple[int, ...]) -> Draw:
-    """Draws for tensors of which `runs` says what is in them; words: what a draw is a function of, besides its number."""
+    """Draws for tensors of which `runs` says what is in them, as functions of `words` and of a draw's number."""
 
     def draw(tensor: Tensor, number: int) -> Tensor:
         flat = normal(tensor.numel(), runs[tensor], (*words, number), tensor.device)

@@ -71,7 +71,7 @@ class Ivon(Sampling):
         torch._foreach_add_(tensors, change, alpha=-settings["lr"] * scale)
 
     def _learn(self, curvature: list[Tensor], products: list[Tensor]) -> None:
-        """h + (1 - beta2) u + (1 - beta2)^2 u^2 / (2 (h + delta)) with u = h^ - h; `products` are overwritten."""
+        """Add (1 - beta2) u + (1 - beta2)^2 u^2 / (2 (h + delta)) to h, u = h^ - h; `products` are overwritten."""
         rate = 1 - self._config.curvature_decay
         regular = torch._foreach_add(curvature, self._config.weight_decay)
         torch._foreach_mul_(products, self._size)

@@ -1,7 +1,7 @@
 """The Lie-group Bayesian learning rule: weights are a fixed noise moved by an element of a group, which is learned.
 
-With the mean loss l, f the schedule's share of the learning rate, t = T / (N augmentation), delta the prior precision / N
-and every gradient that of l + delta |theta|^2 / 2 at theta:
+With the mean loss l, f the schedule's share of the learning rate, t = T / (N augmentation), delta the prior precision
+/ N and every gradient that of l + delta |theta|^2 / 2 at theta:
 
     additive        theta = g + xi            M <- beta1 M + (1 - beta1) E[grad],  g <- g - alpha f M
     multiplicative  theta = g+ x+ - g- x-     U+ = E[(g+ x+) grad] - t,  U- = -E[(g- x-) grad] - t

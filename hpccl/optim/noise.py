@@ -1,9 +1,10 @@
 """Normal numbers that are a function of a key and of an element's place, whichever rank or tensor has the element.
 
-Element e of a parameter takes number e of the sequence SplitMix64(key), key a hash of (words, name): pair j = e // 2 has
-the 64 bits mix(key + (j + 1) g), and its two normals by Box and Muller are
+Elements 2 j and 2 j + 1 of a parameter share the 64 bits of number j of the sequence SplitMix64(key), which is
+mix(key + (j + 1) gamma); key is a hash of the parameter's name and of the words that a draw is a function of. By Box
+and Muller, with u = (high 32 bits + 1/2) / 2^32, v = low 32 bits / 2^32 and r = sqrt(-2 log u), they are
 
-    r = sqrt(-2 log u),  u = (high 32 bits + 1/2) / 2^32,   z_2j = r cos(2 pi v),  z_2j+1 = r sin(2 pi v),  v = low 32 bits / 2^32
+    z_2j = r cos(2 pi v),   z_2j+1 = r sin(2 pi v)
 
 No generator has a state: a draw does not depend on what was drawn before, on shards, on ranks or on the device (but for
 the rounding of log, sin and cos). Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".

@@ -1,6 +1,7 @@
 """The improved variational online Newton rule for a diagonal Gaussian, in units of the summed loss.
 
-    L(theta) = N (mean loss) + delta |theta|^2 / 2,   q = N(m, 1 / s),   theta = m + e,  e ~ N(0, 1 / s),  g = grad L(theta)
+    L(theta) = N (mean loss) + delta |theta|^2 / 2,  q = N(m, 1 / s)
+    theta = m + e,  e ~ N(0, 1 / s),  g = grad L(theta)
     h = g s e                                       (the reparametrised estimate of the Hessian's diagonal)
     s <- (1 - rho) s + rho h + rho^2 (h - s)^2 / (2 s)
     m <- m - alpha g / s                            (the new s)
@@ -52,7 +53,7 @@ class Soba(Sampling):
         torch._foreach_addcdiv_(tensors, change, curvature, value=-settings["lr"])
 
     def _learn(self, curvature: list[Tensor], products: list[Tensor]) -> None:
-        """s (1 + u + u^2 / 2), u = rho (h / s - 1), h / s = N e g + delta / s; `products` are overwritten."""
+        """Multiply s by 1 + u + u^2 / 2, u = rho (h / s - 1), h / s = N e g + delta / s; `products` are overwritten."""
         torch._foreach_mul_(products, float(self.num_train))
         torch._foreach_add_(products, -1.0)
         prior = torch._foreach_reciprocal(curvature)
