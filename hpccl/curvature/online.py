@@ -1,8 +1,8 @@
 """Squares of per-example gradients of training's own passes, at no further pass: what VOGN's curvature is a mean of.
 
 Every layer's input and output gradient are at hand in a step's passes anyway; `layers.squares` makes of them the sum
-over examples of squared gradients, exactly. In training mode BatchNorm's statistics are those of the batch: an
-example's gradient is then its own share of the batch's, with the statistics held.
+over examples of squared gradients, exactly. Where BatchNorm ties a batch together, an example's
+gradient is its share of the batch's: what its own rows of the layer add. Shares sum to the gradient.
 """
 
 from __future__ import annotations

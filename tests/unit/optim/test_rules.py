@@ -269,9 +269,9 @@ def test_soba_ends_at_a_constant_hessian() -> None:
 
 def test_soba_in_units_of_the_summed_loss() -> None:
     """N and the prior: s -> N a + delta, m -> N a b / (N a + delta)."""
-    a, b, num_train, delta, steps = 2.0, 3.0, 50, 10.0, 1500
+    a, b, num_train, delta, steps = 2.0, 1.0, 50, 10.0, 1000
     w = torch.zeros(400, dtype=torch.float64)
-    optimizer = Soba([w], SobaOptim(curvature_rate=0.02, prior_precision=delta))
+    optimizer = Soba([w], SobaOptim(curvature_rate=0.01, prior_precision=delta))
     optimizer.begin(num_train=num_train)
     total = 0.0
     for step in range(steps):
@@ -279,7 +279,7 @@ def test_soba_in_units_of_the_summed_loss() -> None:
         take(optimizer, w, quadratic(a, b), drawing(step))  # type: ignore[arg-type]
         total += float(optimizer.state[w]["curvature"].mean()) / 500 if step >= steps - 500 else 0.0
     assert float(w.mean()) == pytest.approx(num_train * a * b / (num_train * a + delta), abs=1e-2)
-    assert total == pytest.approx(num_train * a + delta, rel=0.05)
+    assert total == pytest.approx(num_train * a + delta, rel=0.04)  # above by rho (noise of h / s)^2 / 2
 
 
 # ---------------------------------------------------------------- Lie groups
