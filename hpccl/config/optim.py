@@ -6,9 +6,9 @@ these examples. A precision is nats per squared weight, summed over examples; a 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from hpccl.config.sections import (
     AnyOptim,
@@ -21,6 +21,7 @@ from hpccl.config.sections import (
 )
 
 __all__ = [
+    "LEARNING_SQUARES",
     "AdditiveGroup",
     "AffineGroup",
     "BsamOptim",
@@ -33,6 +34,9 @@ __all__ = [
     "SobaOptim",
     "VognOptim",
 ]
+
+# Of timm's optimisers: what their state calls the mean of squared gradients.
+LEARNING_SQUARES = {"adam": "exp_avg_sq", "adamw": "exp_avg_sq", "rmsprop": "square_avg"}
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -143,6 +147,13 @@ class LieOptim(AnyOptim):
     augmentation: PositiveFloat = 1.0  # how many examples one counts for, because its views differ
 
 
+def _as_timm(value: Any) -> Any:
+    """Of files that are older than the kinds, and of code."""
+    return {"kind": "timm", **value} if isinstance(value, dict) and "kind" not in value else value
+
+
 OptimConfig = Annotated[
-    TimmOptim | IvonOptim | SamOptim | BsamOptim | VognOptim | SobaOptim | LieOptim, Field(discriminator="kind")
+    TimmOptim | IvonOptim | SamOptim | BsamOptim | VognOptim | SobaOptim | LieOptim,
+    Field(discriminator="kind"),
+    BeforeValidator(_as_timm),
 ]

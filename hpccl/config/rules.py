@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hpccl.config.optim import BsamOptim, IvonOptim, LieOptim, SamOptim, SobaOptim, VognOptim
+from hpccl.config.optim import LEARNING_SQUARES, BsamOptim, IvonOptim, LieOptim, SamOptim, SobaOptim, VognOptim
 from hpccl.config.sections import (
     DataConfig,
     DdpEngine,
     DeepspeedEngine,
     DigitsStream,
     KroneckerCurvature,
+    Measured,
     MemoryConfig,
+    OptimizerCurvature,
     PriorConfig,
     ReconstructionSelector,
     SlurmCluster,
@@ -36,6 +38,8 @@ _ELEMENTWISE = {
     *("sgd", "momentum", "sgdw", "adam", "adamw", "adamax", "nadam", "nadamw", "radam", "adabelief", "adan"),
     *("adopt", "adoptw", "laprop", "lion", "rmsprop", "rmsproptf", "adadelta"),
 }
+# Kinds of optimisers that learn a curvature; of timm's, those with LEARNING_SQUARES do.
+_LEARNING = ("ivon", "vogn", "soba")
 # DeepSpeed's words for what hpccl's own sections say.
 _OURS = {
     "train_batch_size": "train.batch_size",
@@ -127,6 +131,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _shards,
         _trial_weights,
         _per_example,
+        _learned_curvature,
         _deepspeed,
         _slurm,
     )
@@ -332,6 +337,31 @@ def _per_example(config: RunConfig) -> Iterator[Clash]:
     elif config.engine.compile:
         problem = "compiled code does not show what comes into a layer; set it to false, or use optim.kind=ivon"
         yield Clash(("engine.compile", "optim.kind"), problem)
+
+
+def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
+    """Of a curvature that no pass measures."""
+    curvature, optim, usual = config.curvature, config.optim, Measured()
+    if not isinstance(curvature, OptimizerCurvature):
+        return
+    for key in ("fisher", "samples", "fraction"):
+        if getattr(curvature, key) != getattr(usual, key):
+            yield Clash((f"curvature.{key}", "curvature.kind"), "is about a pass over the task, and there is none")
+    if config.prior.quadratic.weight == 0:
+        return
+    timm = isinstance(optim, TimmOptim)
+    if not (optim.name.lower() in LEARNING_SQUARES if isinstance(optim, TimmOptim) else optim.kind in _LEARNING):
+        problem = (
+            f"this optimiser learns no curvature; allowed: optim.kind={', '.join(_LEARNING)}, or optim.name="
+            f"{', '.join(LEARNING_SQUARES)}; or curvature.kind=diagonal"
+        )
+        yield Clash(("curvature.kind", "optim.name" if timm else "optim.kind"), problem)
+    if config.train.first_task_from is not None:
+        problem = "the optimiser that learned the first task's curvature is in another run; use curvature.kind=diagonal"
+        yield Clash(("train.first_task_from", "curvature.kind"), problem)
+    for key in _budgets(config.memory):
+        problem = "the optimiser learns from the memory's examples too, which the quadratic must not count; set it to 0"
+        yield Clash((key, "curvature.kind"), f"{problem}, or use curvature.kind=diagonal")
 
 
 def _deepspeed(config: RunConfig) -> Iterator[Clash]:

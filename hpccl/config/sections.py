@@ -5,7 +5,7 @@ Units: a weight multiplies nats; sizes are examples; lengths are optimiser steps
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
@@ -41,8 +41,10 @@ __all__ = [
     "NaturalMix",
     "NearestTasks",
     "NoAugment",
+    "OptimizerCurvature",
     "PaperModel",
     "Part",
+    "PassCurvature",
     "PooledTasks",
     "PosteriorSelector",
     "PriorConfig",
@@ -503,9 +505,14 @@ class DenseCurvature(Measured):
     max_parameters: PositiveInt = 10000  # a larger network is refused; 10000 is 0.4 GB
 
 
-CurvatureConfig = Annotated[
-    KroneckerCurvature | EkfacCurvature | DiagonalCurvature | DenseCurvature, Field(discriminator="kind")
-]
+class OptimizerCurvature(Measured):
+    """The diagonal that the optimiser has learned: no pass over the task. ivon, vogn, soba, adam, adamw or rmsprop."""
+
+    kind: Literal["optimizer"] = "optimizer"
+
+
+PassCurvature: TypeAlias = KroneckerCurvature | EkfacCurvature | DiagonalCurvature | DenseCurvature
+CurvatureConfig = Annotated[PassCurvature | OptimizerCurvature, Field(discriminator="kind")]
 
 # ---------------------------------------------------------------- machinery
 

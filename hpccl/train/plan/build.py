@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import StratifiedMix, per_task
+from hpccl.config.sections import OptimizerCurvature, StratifiedMix, per_task
 from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
 from hpccl.dist.mesh import pick_device
@@ -222,7 +222,7 @@ class _Case:
             yield Held("pull to each task's weights", FLOAT * pulled)
         if any(self.curvature.fetched):
             yield Held("old weights of a process's layers", max(self.curvature.fetched), "training")
-        if self.network.graph is not None:
+        if self.network.graph is not None and not isinstance(self.config.curvature, OptimizerCurvature):
             graph = max(self.network.graph, 1)
             fitting = max(1, _PASS[pick_device(self.config.engine.device).type] // graph)
             yield Held("activations", min(self.config.curvature.batch_size, fitting) * graph, "measuring")

@@ -44,13 +44,19 @@ def set_state(optimizer: torch.optim.Optimizer, tensor: Tensor, **values: float)
 
 # ---------------------------------------------------------------- IVON
 
-IVON = {"momentum": 0.9, "curvature_decay": 0.999, "weight_decay": 0.1, "initial_curvature": 0.5}
-
 
 @pytest.mark.parametrize(("rescale", "expected"), [(True, 1.38530507), (False, 1.64217511)])
 def test_ivon_one_step(rescale: bool, expected: float) -> None:
     w = weights(1.0)
-    optimizer = Ivon([w], IvonOptim(lr=(0.1,), effective_size=100.0, rescale_lr=rescale, **IVON))
+    config = IvonOptim(
+        lr=(0.1,),
+        curvature_decay=0.999,
+        weight_decay=0.1,
+        initial_curvature=0.5,
+        effective_size=100.0,
+        rescale_lr=rescale,
+    )
+    optimizer = Ivon([w], config)
     ((point, gradient),) = take(optimizer, w, parabola, constant(0.7))
     kept = optimizer.state[w]
     found = [point, gradient, kept["momentum"], kept["curvature"], w]
@@ -215,7 +221,7 @@ def test_vogn_ends_at_ridge_and_the_mean_square() -> None:
         (trial,) = optimizer.trial(0, [w], drawing(step)) or []
         gradients = trial.detach() - y
         w.grad = gradients.mean().view(1)
-        optimizer.note(0, [w], torch.linalg.vector_norm)  # type: ignore[arg-type]
+        optimizer.note(0, [w], torch.linalg.vector_norm)
         optimizer.add_squares(w, gradients.square().mean().view(1))
         optimizer.step()
         if step >= 400:
