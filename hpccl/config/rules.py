@@ -313,18 +313,18 @@ def _trial_weights(config: RunConfig) -> Iterator[Clash]:
         return
     if isinstance(optim, (SamOptim, BsamOptim)):
         problem = "needs two gradients a step, and DeepSpeed shows one; use engine.kind=fsdp2, ddp, or engine.stage=0"
-        yield Clash(("optim.kind", "engine.stage"), problem)
+        yield Clash(("optim.kind", "engine.kind"), problem)
     elif optim.samples > 1:
         problem = (
             "needs the gradient of each draw, and DeepSpeed shows their sum; set it to 1, or use engine.kind=fsdp2"
         )
-        yield Clash(("optim.samples", "engine.stage"), problem)
+        yield Clash(("optim.samples", "engine.kind"), problem)
     if isinstance(optim, (IvonOptim, SobaOptim, LieOptim)) and config.train.clip_norm is not None:
         problem = (
             "the curvature is learned from gradients as they are, and DeepSpeed shows clipped ones; leave it null, or "
             "use engine.kind=fsdp2"
         )
-        yield Clash(("train.clip_norm", "optim.kind", "engine.stage"), problem)
+        yield Clash(("train.clip_norm", "optim.kind", "engine.kind"), problem)
 
 
 def _per_example(config: RunConfig) -> Iterator[Clash]:

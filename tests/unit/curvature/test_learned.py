@@ -97,5 +97,5 @@ def test_stopped_before_the_curvature_is_taken_it_is_the_same(tmp_path: Path) ->
         consolidate(world.stream.tasks[1], one, world)
         one.mark = Mark.at(2, "fit", 0)
         assert fit(world.stream.tasks[2], one, world)
-    first, second = ({k: v for k, v in one.engine.gather().items()} for one in (state, other))
+    first, second = (dict(one.engine.gather()) for one in (state, other))
     assert weights_sha256(sorted(first.items())) == weights_sha256(sorted(second.items()))  # type: ignore[arg-type]
