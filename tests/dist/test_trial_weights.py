@@ -8,7 +8,7 @@ import torch
 
 from hpccl.dist.comm import Comm
 from hpccl.train.fit import fit
-from tests.dist.test_engines import ENGINES, everything, part
+from tests.dist.test_engines import ENGINES, everything, half, rest
 from tests.dist.world import Result, dismiss, run_in_world
 from tests.run.method import learn, make_world, merged
 
@@ -55,21 +55,30 @@ def ended(tmp_path: Path, size: int, name: str, changes: dict[str, Any]) -> Resu
     return run_in_world(two_tasks, size, folder, str(folder / "run"), {**changes, "engine": ENGINES[name]})[-1]
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def some(*fast: str, without: tuple[str, ...] = ()) -> list[Any]:
+    """All optimisers, of which some are fast enough."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=() if name in fast else slow) for name in OPTIMISERS if name not in without]
+
+
+@pytest.mark.parametrize("optimiser", some("ivon", "vogn"))
 def test_two_processes_end_where_one_does(tmp_path: Path, optimiser: str) -> None:
     changes = {"optim": OPTIMISERS[optimiser], **CLIPPED}
     expected = ended(tmp_path, 1, "ddp", changes)
     assert difference(ended(tmp_path, 2, "ddp", changes), expected) < 1e-5
 
 
-@pytest.mark.parametrize("optimiser", [name for name in OPTIMISERS if name != "vogn"])
+@pytest.mark.parametrize("optimiser", some("ivon of two draws", "sam", "bsam", without=("vogn",)))
 def test_shards_end_where_the_whole_does(tmp_path: Path, optimiser: str) -> None:
     changes = {"optim": OPTIMISERS[optimiser], **CLIPPED}
     expected = ended(tmp_path, 2, "ddp", changes)
     assert difference(ended(tmp_path, 2, "fsdp2", changes), expected) < 1e-5
 
 
-@pytest.mark.parametrize("optimiser", ["ivon", "soba", "lie, affine", "lie, multiplicative"])
+ONE_PASS = ["ivon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("soba", "lie, affine", "lie, multiplicative"))]
+
+
+@pytest.mark.parametrize("optimiser", ONE_PASS)
 @pytest.mark.parametrize("name", ["zero-0", "zero-1", "zero-2", "zero-3"])
 def test_deepspeed_ends_where_ddp_does(tmp_path: Path, name: str, optimiser: str) -> None:
     changes = {"optim": OPTIMISERS[optimiser]}
@@ -77,7 +86,52 @@ def test_deepspeed_ends_where_ddp_does(tmp_path: Path, name: str, optimiser: str
     assert difference(ended(tmp_path, 2, name, changes), expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimiser", ["sam", "bsam", "ivon of two draws"])
 def test_several_passes_on_stage_0(tmp_path: Path, optimiser: str) -> None:
     changes = {"optim": OPTIMISERS[optimiser], **CLIPPED}
     assert difference(ended(tmp_path, 2, "zero-0", changes), ended(tmp_path, 2, "ddp", changes)) < 1e-5
+
+
+def test_another_seed_draws_other_weights(tmp_path: Path) -> None:
+    """Or the tests above would compare runs without noise."""
+    found = [ended(tmp_path / str(seed), 1, "ddp", {"optim": IVON, "seed": seed}) for seed in (0, 1)]
+    assert difference(*found) > 1e-2
+
+
+def _same_age(name: str) -> None:
+    """DeepSpeed numbers modules as they are made, and wants equal numbers."""
+    if name.startswith("zero"):
+        dismiss()
+
+
+def stopped_and_ended(folder: Path, first: str, second: str | None) -> Result:
+    """Weights after two tasks with IVON; within the second task, engine and number of processes change to `second`."""
+    changes = {"optim": IVON, "train": {"clip_norm": None}}
+    for where, run in ((first, half), (second or first, rest)):
+        name, _, size = where.partition(" on ")
+        _same_age(name)
+        meeting = folder / f"{where}-{run.__name__}"
+        found = run_in_world(run, int(size), meeting, str(folder / "run"), {**changes, "engine": ENGINES[name]})[0]
+    return dict(found["weights"])
+
+
+PAIRS = [("zero-1 on 2", "fsdp2 on 3"), ("fsdp2 on 2", "ddp on 1"), ("ddp on 1", "zero-3 on 2"), ("zero-2 on 2", "zero-3 on 3")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_ivon_goes_on_elsewhere(tmp_path: Path, first: str, second: str) -> None:
+    undisturbed = stopped_and_ended(tmp_path / "one", "ddp on 1", None)
+    assert difference(stopped_and_ended(tmp_path / "two", first, second), undisturbed) < 1e-5
+
+
+@pytest.mark.parametrize("where", ["fsdp2 on 2", pytest.param("zero-2 on 2", marks=pytest.mark.slow)])
+def test_ivon_resumes_to_the_last_bit(tmp_path: Path, where: str) -> None:
+    """Stopped in the middle, as against a run that was not."""
+    stopped = stopped_and_ended(tmp_path / "stopped", where, None)
+    name, _, size = where.partition(" on ")
+    _same_age(name)
+    changes = {"optim": IVON, "train": {"clip_norm": None}, "engine": ENGINES[name]}
+    whole = run_in_world(rest, int(size), tmp_path / "whole", str(tmp_path / "run"), changes)[0]["weights"]
+    assert all(torch.equal(value, whole[key]) for key, value in stopped.items())

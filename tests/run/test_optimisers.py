@@ -51,7 +51,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> float:
     return accuracy(tmp_path_factory.mktemp("adamw"), OPTIMISERS["adamw"])
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMISERS if name != "adamw"])
+FAST = ("ivon", "sam")
+NAMES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in OPTIMISERS if name != "adamw"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_as_accurate_as_adamw(tmp_path: Path, reference: float, name: str) -> None:
     found = accuracy(tmp_path, OPTIMISERS[name])
     assert reference > 0.93
@@ -62,7 +66,7 @@ def digest(state: RunState) -> str:
     return weights_sha256(sorted(wholes(state.engine.gather()).items()))
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_stopped_within_a_task_and_resumed_gives_the_same_weights(tmp_path: Path, name: str) -> None:
     """With a quadratic, whose pull is at trial weights."""
     sections = {"train": {"epochs": 1, "batch_size": 24, "accumulate": 2}, "prior": {"quadratic": {"weight": 1.0}}}

@@ -44,7 +44,12 @@ def flat(precision: Diagonal) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "least"), [("ivon", 0.25), ("vogn", 0.6), ("soba", 0.25), ("adamw", 0.6), ("rmsprop", 0.6)]
+    ("kind", "least"),
+    [
+        ("ivon", 0.25),
+        ("adamw", 0.6),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("vogn", 0.6), ("soba", 0.25), ("rmsprop", 0.6))),
+    ],
 )
 def test_what_was_learned_goes_with_what_a_pass_measures(tmp_path: Path, kind: str, least: float) -> None:
     """Correlation over all weights, with the squares of the same task's examples at the weights that end it."""

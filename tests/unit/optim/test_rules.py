@@ -273,6 +273,7 @@ def test_soba_ends_at_a_constant_hessian() -> None:
     assert float(optimizer.state[w]["curvature"]) == pytest.approx(2.0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_soba_in_units_of_the_summed_loss() -> None:
     """N and the prior: s -> N a + delta, m -> N a b / (N a + delta)."""
     a, b, num_train, delta, steps = 2.0, 1.0, 50, 10.0, 1000
@@ -297,6 +298,7 @@ def lie(w: Tensor, group: object, *, num_train: int = 1, **settings: object) -> 
     return optimizer
 
 
+@pytest.mark.slow
 def test_affine_ends_at_the_posterior_of_a_quadratic() -> None:
     """L1: A^2 sigma0^2 -> t / a, b -> c."""
     a, c, steps = 2.0, 3.0, 1200
@@ -336,6 +338,7 @@ def test_affine_step_in_closed_form() -> None:
     assert float(optimizer.state[w]["scale"]) == pytest.approx(math.exp(-0.1 * u), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_multiplicative_ends_where_the_closed_form_says() -> None:
     """L2: a theta^2 / 2 with one side: g -> sqrt(t / (2 a)), as E x^2 = 2."""
     a, t, steps = 2.0, 0.02, 1200
