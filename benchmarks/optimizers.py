@@ -2,8 +2,8 @@
 
 Each optimiser trains a network of its own, in turns, through the trainer's own step in one process; images are there
 already. AdamW and SGD are timm's, with the fused kernels that hpccl asks for. `adamw_again` is AdamW against itself:
-the noise of this measurement. On a CPU, processor time is told as well, which feels other load on the machine less. Aims:
-ivon at most 1.10 times AdamW (one draw), vogn at most 2 times a plain step.
+the noise of this measurement. Processor time is told as well, which feels other load on the machine less.
+Aims: ivon at most 1.10 times AdamW (one draw), vogn at most 2 times a plain step.
 """
 
 from __future__ import annotations

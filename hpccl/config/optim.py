@@ -33,6 +33,7 @@ __all__ = [
     "SamOptim",
     "SobaOptim",
     "VognOptim",
+    "passes_of",
 ]
 
 # Of timm's optimisers: what their state calls the mean of squared gradients.
@@ -157,3 +158,10 @@ OptimConfig = Annotated[
     Field(discriminator="kind"),
     BeforeValidator(_as_timm),
 ]
+
+
+def passes_of(optim: AnyOptim) -> int:
+    """Forward and backward passes of a step."""
+    if isinstance(optim, (SamOptim, BsamOptim)):
+        return 2
+    return optim.samples if isinstance(optim, (IvonOptim, VognOptim, SobaOptim, LieOptim)) else 1

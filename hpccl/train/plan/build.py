@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from hpccl.config.optim import passes_of
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import OptimizerCurvature, StratifiedMix, per_task
+from hpccl.config.sections import OptimizerCurvature, StratifiedMix, TimmOptim, per_task
 from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
 from hpccl.dist.mesh import pick_device
@@ -195,6 +196,7 @@ class _Case:
             second = FLOAT * rows(network.shapes, spread) + network.buffer_bytes
             yield Held("network for passes outside training", second)
             yield Held("whole blocks", 4 * FLOAT * network.largest_unit, "measuring")
+        yield from self._held_trial()
         weights = FLOAT * elements(network.shapes, spread, what="weights")
         if config.train.ema is not None:
             yield Held("averaged weights", weights, "training")
@@ -211,6 +213,18 @@ class _Case:
         yield from self._held_curvature()
         if config.memory.kept:
             yield Held("memory", self._memory_bytes(), host=True)
+
+    def _held_trial(self) -> Iterator[Held]:
+        """Of optimisers that take gradients elsewhere: displacements, means over passes, the weights as they were."""
+        if isinstance(self.config.optim, TimmOptim):
+            return
+        more = 2 if passes_of(self.config.optim) > 1 else 1
+        yield Held(
+            "trial weights", more * FLOAT * elements(self.network.shapes, self.spread, what="moments"), "training"
+        )
+        if not self.spread.has_second_network:  # ZeRO-3 puts back what its optimiser has
+            whole = FLOAT * elements(self.network.shapes, self.spread, what="weights")
+            yield Held("weights as they were", whole, "training")
 
     def _held_curvature(self) -> Iterator[Held]:
         if self.curvature is None:
@@ -241,7 +255,11 @@ class _Case:
         """By a rank."""
         network, accumulate = self.network, self.config.train.accumulate
         parts = sent(network.num_weights, network.buffer_bytes, self.spread, accumulate=accumulate)
-        yield from (Sent(name, num_bytes) for name, num_bytes in parts.items() if num_bytes)
+        passes = passes_of(self.config.optim)
+        yield from (Sent(name, passes * num_bytes) for name, num_bytes in parts.items() if num_bytes)
+        if not isinstance(self.config.optim, TimmOptim) and self.spread.stage in (1, 2) and self.spread.ranks > 1:
+            share = (self.spread.ranks - 1) / self.spread.ranks
+            yield Sent("gather trial weights", share * FLOAT * network.num_weights)
         if self._has_teacher and self.spread.spreads_weights:
             share = (self.spread.shards - 1) / self.spread.shards
             yield Sent("gather the teacher's weights", accumulate * share * FLOAT * network.num_weights)
@@ -251,7 +269,7 @@ class _Case:
     def spent(self, rates: Rates, gigabytes_per_second: float | None) -> Iterator[Spent]:
         """In a step of the last task."""
         rows = self.config.train.batch_size / self.spread.ranks
-        yield Spent("forward and backward pass", rows * rates.row_seconds)
+        yield Spent("forward and backward pass", passes_of(self.config.optim) * rows * rates.row_seconds)
         if self._has_teacher:
             yield Spent("teacher", rows * self._soft_share() * rates.predict_seconds)
         updated = elements(self.network.shapes, self.spread, what="moments") / self.network.num_weights
