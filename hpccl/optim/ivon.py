@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hpccl.config.optim import IvonOptim
-from hpccl.optim.perturbing import Draw, Sampling
+from hpccl.optim.perturbing import Draw, Sampling, in_cache
 
 __all__ = ["Ivon"]
 
@@ -50,34 +50,49 @@ class Ivon(Sampling):
 
     def update(self, tensors: list[Tensor], gradients: list[Tensor], settings: dict[str, Any]) -> None:
         """See Perturbing."""
-        config, decay = self._config, self._config.weight_decay
         products = self.products(tensors)
         momentum = self.kept(tensors, "momentum", torch.zeros_like)
         curvature = self._curvature(tensors)
-        torch._foreach_lerp_(momentum, gradients, 1 - config.momentum)
-        if products is not None:
-            self._learn(curvature, [product for (product,) in products])
-        steps = []
         for tensor in tensors:
             self.state[tensor]["step"] = self.state[tensor].get("step", 0) + 1
-            steps.append(1 - config.momentum ** self.state[tensor]["step"])
-        change = torch._foreach_div(momentum, steps)
-        torch._foreach_add_(change, tensors, alpha=decay)
+        share = 1 - self._config.momentum ** self.state[tensors[0]]["step"]
+        if products is None:
+            for pieces in in_cache(tensors, gradients, momentum, curvature):
+                self._move(*pieces, share=share, rate=settings["lr"])
+            return
+        for *pieces, product in in_cache(tensors, gradients, momentum, curvature, [part for (part,) in products]):
+            self._learn(pieces[-1], product)
+            self._move(*pieces, share=share, rate=settings["lr"])
+
+    def _move(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        momentum: list[Tensor],
+        curvature: list[Tensor],
+        *,
+        share: float,
+        rate: float,
+    ) -> None:
+        """Momentum, and the weights by the curvature as it is now; share: 1 - beta1^t."""
+        config, decay = self._config, self._config.weight_decay
+        torch._foreach_lerp_(momentum, gradients, 1 - config.momentum)
+        change = torch._foreach_div(momentum, share)
+        torch._foreach_add_(change, weights, alpha=decay)
         torch._foreach_div_(change, torch._foreach_add(curvature, decay))
         if config.clip is not None:
             torch._foreach_clamp_max_(change, config.clip)
             torch._foreach_clamp_min_(change, -config.clip)
         scale = config.initial_curvature + decay if config.rescale_lr else 1.0
-        torch._foreach_add_(tensors, change, alpha=-settings["lr"] * scale)
+        torch._foreach_add_(weights, change, alpha=-rate * scale)
 
     def _learn(self, curvature: list[Tensor], products: list[Tensor]) -> None:
         """Add (1 - beta2) u + (1 - beta2)^2 u^2 / (2 (h + delta)) to h, u = h^ - h; `products` are overwritten."""
         rate = 1 - self._config.curvature_decay
         regular = torch._foreach_add(curvature, self._config.weight_decay)
-        torch._foreach_mul_(products, self._size)
         torch._foreach_mul_(products, regular)
-        torch._foreach_sub_(products, curvature)
-        torch._foreach_add_(curvature, products, alpha=rate)
+        torch._foreach_mul_(products, rate * self._size)
+        torch._foreach_add_(products, curvature, alpha=-rate)  # (1 - beta2) u
+        torch._foreach_add_(curvature, products)
         torch._foreach_mul_(products, products)
-        torch._foreach_mul_(products, rate * rate / 2)
-        torch._foreach_addcdiv_(curvature, products, regular)
+        torch._foreach_addcdiv_(curvature, products, regular, value=0.5)

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "Norm", "Perturbing", "Sampling"]
+__all__ = ["Draw", "Norm", "Perturbing", "Sampling", "in_cache"]
 
 # (tensor, number of the draw) -> as many numbers of N(0, 1), in its shape and memory layout
 Draw: TypeAlias = Callable[[Tensor, int], Tensor]
@@ -31,6 +31,7 @@ Draw: TypeAlias = Callable[[Tensor, int], Tensor]
 Norm: TypeAlias = Callable[[list[Tensor]], Tensor]
 
 _TOGETHER = 1 << 24  # elements of temporaries that an update makes at a time
+_CACHED = 1 << 15  # on a CPU: what several operations in a row read and write stays in its cache
 
 
 class Perturbing(torch.optim.Optimizer):
@@ -165,3 +166,23 @@ def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         size += tensor.numel()
     if group:
         yield group
+
+
+def in_cache(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """The same lists in pieces for element-wise updates: on a CPU pieces that stay in its cache, else all at once."""
+    if not lists[0] or lists[0][0].device.type != "cpu":
+        yield lists
+        return
+    for row in zip(*lists, strict=True):
+        if all(tensor.stride() == row[0].stride() for tensor in row) and _is_dense(row[0]):
+            flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in row]
+            for pieces in zip(*(tensor.split(_CACHED) for tensor in flat), strict=True):
+                yield tuple([piece] for piece in pieces)
+        else:
+            yield tuple([tensor] for tensor in row)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie side by side, in whatever order."""
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.is_contiguous() or channels_last
