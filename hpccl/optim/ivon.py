@@ -60,9 +60,10 @@ class Ivon(Sampling):
             for pieces in in_cache(tensors, gradients, momentum, curvature):
                 self._move(*pieces, share=share, rate=settings["lr"])
             return
-        for *pieces, product in in_cache(tensors, gradients, momentum, curvature, [part for (part,) in products]):
-            self._learn(pieces[-1], product)
-            self._move(*pieces, share=share, rate=settings["lr"])
+        learned = [part for (part,) in products]
+        for w, g, m, h, product in in_cache(tensors, gradients, momentum, curvature, learned):
+            self._learn(h, product)
+            self._move(w, g, m, h, share=share, rate=settings["lr"])
 
     def _move(
         self,

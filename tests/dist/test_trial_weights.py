@@ -108,6 +108,7 @@ def _same_age(name: str) -> None:
 def stopped_and_ended(folder: Path, first: str, second: str | None) -> Result:
     """Weights after two tasks with IVON; within the second task, engine and number of processes change to `second`."""
     changes = {"optim": IVON, "train": {"clip_norm": None}}
+    found: Result = {}
     for where, run in ((first, half), (second or first, rest)):
         name, _, size = where.partition(" on ")
         _same_age(name)

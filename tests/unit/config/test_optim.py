@@ -9,6 +9,8 @@ from hpccl.config.optim import AdditiveGroup, IvonOptim, LieOptim
 from hpccl.config.sections import TimmOptim
 from hpccl.errors import ConfigError
 
+ROOT = Path(__file__).parents[3]
+
 
 def test_a_file_without_a_kind_is_timm_and_an_argument_changes_it(tmp_path: Path) -> None:
     path = tmp_path / "old.yaml"
@@ -22,6 +24,11 @@ def test_a_file_without_a_kind_is_timm_and_an_argument_changes_it(tmp_path: Path
     written = tmp_path / "dumped.yaml"
     written.write_text(dump(changed))
     assert load([written], []) == changed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "optim").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_file_for_an_optimiser_is_called_as_its_kind(path: Path) -> None:
+    assert load([ROOT / "configs" / "quickstart.yaml", path], []).optim.kind == path.stem
 
 
 def refusal(*arguments: str) -> str:

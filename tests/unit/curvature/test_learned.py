@@ -76,7 +76,7 @@ def test_units_and_what_is_taken_off() -> None:
     past = Diagonal({"w": torch.tensor([3.0, 40.0])}, 10)
     quadratic: dict[str, Any] = {"past": past, "weight": 2.0, "damping": 0.5, "num_train": 100}
 
-    def of(optim: dict[str, Any], **more: Any) -> list[float]:
+    def of(optim: dict[str, Any], **more: Any) -> list[Any]:
         engine: Any = Fixed()
         found = learned_diagonal(engine, merged({"optim": optim}).optim, Comm.solo(), **more)
         assert found.num_examples == 100
