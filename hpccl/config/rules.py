@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hpccl.config.optim import LEARNING_SQUARES, BsamOptim, IvonOptim, LieOptim, SamOptim, SobaOptim, VognOptim
 from hpccl.config.sections import (
     DataConfig,
     DdpEngine,
@@ -18,11 +19,13 @@ from hpccl.config.sections import (
     KroneckerCurvature,
     Measured,
     MemoryConfig,
+    OptimizerCurvature,
     PriorConfig,
     ReconstructionSelector,
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
+    TimmOptim,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ _ELEMENTWISE = {
     *("sgd", "momentum", "sgdw", "adam", "adamw", "adamax", "nadam", "nadamw", "radam", "adabelief", "adan"),
     *("adopt", "adoptw", "laprop", "lion", "rmsprop", "rmsproptf", "adadelta"),
 }
+# Kinds of optimisers that learn a curvature; of timm's, those with LEARNING_SQUARES do.
+_LEARNING = ("ivon", "vogn", "soba")
 # DeepSpeed's words for what hpccl's own sections say.
 _OURS = {
     "train_batch_size": "train.batch_size",
@@ -134,6 +139,9 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _schedule,
         _lengths,
         _shards,
+        _trial_weights,
+        _per_example,
+        _learned_curvature,
         _deepspeed,
         _slurm,
     )
@@ -440,15 +448,76 @@ def _shards(config: RunConfig) -> Iterator[Clash]:
     engine = config.engine
     if isinstance(engine, DdpEngine) or (isinstance(engine, DeepspeedEngine) and engine.stage == 0):
         return
-    if config.optim.name.lower() not in _ELEMENTWISE:
+    if isinstance(config.optim, TimmOptim) and config.optim.name.lower() not in _ELEMENTWISE:
         known = ", ".join(sorted(_ELEMENTWISE))
         problem = f"looks at whole tensors, and this engine has its state in shards; allowed here: {known}"
         yield Clash(("optim.name", "engine.kind"), problem)
-    if config.optim.options.get("caution"):
+    if isinstance(config.optim, TimmOptim) and config.optim.options.get("caution"):
         problem = "takes a mean over whole tensors, and this engine has them in shards; leave it out, or use ddp"
         yield Clash(("optim.options.caution", "engine.kind"), problem)
     if engine.kind == "fsdp2" and engine.compile and engine.recompute:
         yield Clash(("engine.recompute", "engine.compile"), "blocks are compiled one by one; set one of the two")
+
+
+def _trial_weights(config: RunConfig) -> Iterator[Clash]:
+    """Of optimisers with gradients at other weights than theirs, on engines that show gradients to `step` alone."""
+    optim, engine = config.optim, config.engine
+    if isinstance(optim, TimmOptim) or not isinstance(engine, DeepspeedEngine) or engine.stage == 0:
+        return
+    if isinstance(optim, (SamOptim, BsamOptim)):
+        problem = "needs two gradients a step, and DeepSpeed shows one; use engine.kind=fsdp2, ddp, or engine.stage=0"
+        yield Clash(("optim.kind", "engine.kind"), problem)
+    elif optim.samples > 1:
+        problem = (
+            "needs the gradient of each draw, and DeepSpeed shows their sum; set it to 1, or use engine.kind=fsdp2"
+        )
+        yield Clash(("optim.samples", "engine.kind"), problem)
+    if isinstance(optim, (IvonOptim, SobaOptim, LieOptim)) and config.train.clip_norm is not None:
+        problem = (
+            "the curvature is learned from gradients as they are, and DeepSpeed shows clipped ones; leave it null, or "
+            "use engine.kind=fsdp2"
+        )
+        yield Clash(("train.clip_norm", "optim.kind", "engine.kind"), problem)
+
+
+def _per_example(config: RunConfig) -> Iterator[Clash]:
+    """Of VOGN, whose squares are made layer by layer while whole weights are in place."""
+    if not isinstance(config.optim, VognOptim):
+        return
+    if not isinstance(config.engine, DdpEngine):
+        problem = "makes per-example squares of whole gradients on every rank; use engine.kind=ddp, or optim.kind=ivon"
+        yield Clash(("optim.kind", "engine.kind"), problem)
+    elif config.engine.compile:
+        problem = "compiled code does not show what comes into a layer; set it to false, or use optim.kind=ivon"
+        yield Clash(("engine.compile", "optim.kind"), problem)
+
+
+def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
+    """Of a curvature that no pass measures."""
+    curvature, optim, usual = config.curvature, config.optim, Measured()
+    if not isinstance(curvature, OptimizerCurvature):
+        return
+    for key in ("fisher", "samples", "fraction"):
+        if getattr(curvature, key) != getattr(usual, key):
+            yield Clash((f"curvature.{key}", "curvature.kind"), "is about a pass over the task, and there is none")
+    if config.prior.quadratic.weight == 0:
+        return
+    timm = isinstance(optim, TimmOptim)
+    if not (optim.name.lower() in LEARNING_SQUARES if isinstance(optim, TimmOptim) else optim.kind in _LEARNING):
+        problem = (
+            f"this optimiser learns no curvature; allowed: optim.kind={', '.join(_LEARNING)}, or optim.name="
+            f"{', '.join(LEARNING_SQUARES)}; or curvature.kind=diagonal"
+        )
+        yield Clash(("curvature.kind", "optim.name" if timm else "optim.kind"), problem)
+    if config.train.first_task_from is not None:
+        problem = "the optimiser that learned the first task's curvature is in another run; use curvature.kind=diagonal"
+        yield Clash(("train.first_task_from", "curvature.kind"), problem)
+    for key in _budgets(config.memory):
+        problem = "the optimiser learns from the memory's examples too, which the quadratic must not count; set it to 0"
+        yield Clash((key, "curvature.kind"), f"{problem}, or use curvature.kind=diagonal")
+    if config.prior.distill.weight > 0:
+        problem = "the optimiser learns from what the old network says, too, which the quadratic must not count"
+        yield Clash(("prior.distill.weight", "curvature.kind"), f"{problem}; use curvature.kind=diagonal")
 
 
 def _deepspeed(config: RunConfig) -> Iterator[Clash]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from hpccl.config.optim import OptimConfig
 from hpccl.config.rules import ClashError, clashes
 from hpccl.config.sections import (
     CheckpointConfig,
@@ -24,10 +25,10 @@ from hpccl.config.sections import (
     MemoryConfig,
     MlpModel,
     ModelConfig,
-    OptimConfig,
     PriorConfig,
     Section,
     StreamConfig,
+    TimmOptim,
     TrainConfig,
 )
 
@@ -56,7 +57,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()  # how examples become tensors
     model: ModelConfig = MlpModel()  # the network
     train: TrainConfig = TrainConfig()  # one task's training
-    optim: OptimConfig = OptimConfig()  # the optimiser
+    optim: OptimConfig = TimmOptim()  # the optimiser
     memory: MemoryConfig = MemoryConfig()  # examples of past tasks that are kept
     prior: PriorConfig = PriorConfig()  # what the past says while a new task is learned
     curvature: CurvatureConfig = KroneckerCurvature()  # of the quadratic

@@ -15,9 +15,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hpccl.config.sections import DenseCurvature, GreedySelector
+from hpccl.config.sections import DenseCurvature, GreedySelector, OptimizerCurvature
 from hpccl.curvature.build import build_estimator
-from hpccl.curvature.protocols import Examples
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.curvature.learned import learned_diagonal
+from hpccl.curvature.protocols import Examples, Precision
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import Leaves
@@ -159,12 +161,9 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
         return None
     with world.phase(task, "curvature") as phase:
         rest, times = _rest(task, memory, world)
-        phase.images = len(rest)
-        estimator = build_estimator(world.config.curvature, world.config.seed, state.coverage)
-        dense = isinstance(world.config.curvature, DenseCurvature)
-        network = state.engine.whole_module() if dense else state.engine.module
-        batches = TaskPass(task, rest, world)
-        precision = estimator.estimate(network, batches, world.comm).times(times)
+        learned = isinstance(world.config.curvature, OptimizerCurvature)
+        phase.images = 0 if learned else len(rest)
+        precision = _learned(rest, state, world) if learned else _measured(task, rest, state, world).times(times)
         new = precision.totals(world.comm)
         if state.prior.quadratic is None:
             quadratic = Quadratic(precision, anchor, config.weight, config.damping)
@@ -186,6 +185,31 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
         parameters=sum(parameter.numel() for parameter in state.engine.module.parameters()),
     )
     return quadratic
+
+
+def _measured(task: Task, rest: Ints, state: RunState, world: World) -> Precision:
+    """By a pass over some samples of the task."""
+    config = world.config.curvature
+    assert not isinstance(config, OptimizerCurvature), "it needs no pass"
+    estimator = build_estimator(config, world.config.seed, state.coverage)
+    network = state.engine.whole_module() if isinstance(config, DenseCurvature) else state.engine.module
+    return estimator.estimate(network, TaskPass(task, rest, world), world.comm)
+
+
+def _learned(samples: Ints, state: RunState, world: World) -> Precision:
+    """By the optimiser, of the samples that it trained on."""
+    config, quadratic = world.config.prior.quadratic, state.prior.quadratic
+    past = None if quadratic is None else quadratic.precision
+    assert past is None or isinstance(past, Diagonal), "all tasks' curvatures are of one kind"
+    return learned_diagonal(
+        state.engine,
+        world.config.optim,
+        world.comm,
+        num_train=len(samples),
+        past=past,
+        weight=config.weight,
+        damping=config.damping,
+    )
 
 
 def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
