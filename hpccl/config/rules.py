@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hpccl.config.optim import LEARNING_SQUARES, BsamOptim, IvonOptim, LieOptim, SamOptim, SobaOptim, VognOptim
 from hpccl.config.sections import (
     AddData,
     AnyAdaptation,
@@ -28,6 +29,7 @@ from hpccl.config.sections import (
     NewModel,
     NewPrecision,
     NormalConfig,
+    OptimizerCurvature,
     PermutedScenario,
     PriorConfig,
     ReconstructionSelector,
@@ -36,6 +38,7 @@ from hpccl.config.sections import (
     StratifiedMix,
     TimmAugment,
     TimmModel,
+    TimmOptim,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +56,8 @@ _ELEMENTWISE = {
 # Transformers of timm whose name says the one size that they take unless they are told otherwise. Whatever else does
 # not take several sizes is noticed when the network is built.
 _SIZED = re.compile(r"(vit|deit3?|swin|swinv2|eva|eva02)_(?!s?relpos|intern)\w*_\d{3}")
+# Kinds of optimisers that learn a curvature; of timm's, those with LEARNING_SQUARES do.
+_LEARNING = ("ivon", "vogn", "soba")
 # DeepSpeed's words for what hpccl's own sections say.
 _OURS = {
     "train_batch_size": "train.batch_size",
@@ -159,6 +164,9 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _schedule,
         _lengths,
         _shards,
+        _trial_weights,
+        _per_example,
+        _learned_curvature,
         _deepspeed,
         _slurm,
     )
@@ -348,9 +356,10 @@ def _normal(config: RunConfig) -> Iterator[Clash]:
         if normal.weight != NormalConfig().weight:
             yield Clash(("prior.normal.weight", key), "weighs a normal prior that there is not; set its precision > 0")
         return
-    if config.optim.weight_decay > 0:
-        problem = f"pulls to 0 beside {key}, which says where to: set it to 0"
-        yield Clash(("optim.weight_decay", key), problem)
+    for name in ("weight_decay", "prior_precision"):  # every optimiser has one of them, or none
+        if getattr(config.optim, name, 0) > 0:
+            problem = f"pulls to 0 beside {key}, which says where to: set it to 0"
+            yield Clash((f"optim.{name}", key), problem)
     if isinstance(config.adapt, NewPrecision) and normal.weight != 1:
         problem = "takes only a part of the old prior away, of which another takes the place; set it to 1"
         yield Clash(("prior.normal.weight", "adapt.kind"), problem)
@@ -387,6 +396,9 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("log.reconstruction", key), problem)
     if fromp.kernel == "posterior" and isinstance(config.curvature, MasCurvature):
         problem = "is no Fisher matrix, of which the posterior's kernel is made; set another kind, or kernel=identity"
+        yield Clash(("curvature.kind", "prior.fromp.kernel"), problem)
+    if fromp.kernel == "posterior" and isinstance(config.curvature, OptimizerCurvature):
+        problem = "is learned without passes, and the posterior's kernel is made of measured ones; set it to diagonal"
         yield Clash(("curvature.kind", "prior.fromp.kernel"), problem)
     if fromp.kernel == "identity":
         for name in ("precision", "jitter"):
@@ -706,15 +718,88 @@ def _shards(config: RunConfig) -> Iterator[Clash]:
     engine = config.engine
     if isinstance(engine, DdpEngine) or (isinstance(engine, DeepspeedEngine) and engine.stage == 0):
         return
-    if config.optim.name.lower() not in _ELEMENTWISE:
+    if isinstance(config.optim, TimmOptim) and config.optim.name.lower() not in _ELEMENTWISE:
         known = ", ".join(sorted(_ELEMENTWISE))
         problem = f"looks at whole tensors, and this engine has its state in shards; allowed here: {known}"
         yield Clash(("optim.name", "engine.kind"), problem)
-    if config.optim.options.get("caution"):
+    if isinstance(config.optim, TimmOptim) and config.optim.options.get("caution"):
         problem = "takes a mean over whole tensors, and this engine has them in shards; leave it out, or use ddp"
         yield Clash(("optim.options.caution", "engine.kind"), problem)
     if engine.kind == "fsdp2" and engine.compile and engine.recompute:
         yield Clash(("engine.recompute", "engine.compile"), "blocks are compiled one by one; set one of the two")
+
+
+def _trial_weights(config: RunConfig) -> Iterator[Clash]:
+    """Of optimisers with gradients at other weights than theirs, on engines that show gradients to `step` alone."""
+    optim, engine = config.optim, config.engine
+    if isinstance(optim, TimmOptim) or not isinstance(engine, DeepspeedEngine) or engine.stage == 0:
+        return
+    if isinstance(optim, (SamOptim, BsamOptim)):
+        problem = "needs two gradients a step, and DeepSpeed shows one; use engine.kind=fsdp2, ddp, or engine.stage=0"
+        yield Clash(("optim.kind", "engine.kind"), problem)
+    elif optim.samples > 1:
+        problem = (
+            "needs the gradient of each draw, and DeepSpeed shows their sum; set it to 1, or use engine.kind=fsdp2"
+        )
+        yield Clash(("optim.samples", "engine.kind"), problem)
+    if isinstance(optim, (IvonOptim, SobaOptim, LieOptim)) and config.train.clip_norm is not None:
+        problem = (
+            "the curvature is learned from gradients as they are, and DeepSpeed shows clipped ones; leave it null, or "
+            "use engine.kind=fsdp2"
+        )
+        yield Clash(("train.clip_norm", "optim.kind", "engine.kind"), problem)
+
+
+def _per_example(config: RunConfig) -> Iterator[Clash]:
+    """Of VOGN, whose squares are made layer by layer while whole weights are in place."""
+    if not isinstance(config.optim, VognOptim):
+        return
+    if not isinstance(config.engine, DdpEngine):
+        problem = "makes per-example squares of whole gradients on every rank; use engine.kind=ddp, or optim.kind=ivon"
+        yield Clash(("optim.kind", "engine.kind"), problem)
+    elif config.engine.compile:
+        problem = "compiled code does not show what comes into a layer; set it to false, or use optim.kind=ivon"
+        yield Clash(("engine.compile", "optim.kind"), problem)
+    for key, used in (
+        ("prior.fromp.weight", config.prior.fromp.weight > 0),
+        ("prior.topology.nodes", config.prior.topology.nodes > 0),
+    ):
+        if used:
+            problem = "couples examples, whose squared gradients then are no sum of their own; use optim.kind=ivon"
+            yield Clash((key, "optim.kind"), problem)
+
+
+def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
+    """Of a curvature that no pass measures."""
+    curvature, optim, usual = config.curvature, config.optim, Measured()
+    if not isinstance(curvature, OptimizerCurvature):
+        return
+    for key in ("fisher", "samples", "fraction"):
+        if getattr(curvature, key) != getattr(usual, key):
+            yield Clash((f"curvature.{key}", "curvature.kind"), "is about a pass over the task, and there is none")
+    if config.prior.quadratic.weight == 0:
+        return
+    timm = isinstance(optim, TimmOptim)
+    if not (optim.name.lower() in LEARNING_SQUARES if isinstance(optim, TimmOptim) else optim.kind in _LEARNING):
+        problem = (
+            f"this optimiser learns no curvature; allowed: optim.kind={', '.join(_LEARNING)}, or optim.name="
+            f"{', '.join(LEARNING_SQUARES)}; or curvature.kind=diagonal"
+        )
+        yield Clash(("curvature.kind", "optim.name" if timm else "optim.kind"), problem)
+    if config.train.first_task_from is not None:
+        problem = "the optimiser that learned the first task's curvature is in another run; use curvature.kind=diagonal"
+        yield Clash(("train.first_task_from", "curvature.kind"), problem)
+    for key in _budgets(config.memory):
+        problem = "the optimiser learns from the memory's examples too, which the quadratic must not count; set it to 0"
+        yield Clash((key, "curvature.kind"), f"{problem}, or use curvature.kind=diagonal")
+    for key, used, what in (
+        ("prior.distill.weight", config.prior.distill.weight > 0, "what the old network says"),
+        ("prior.normal.precision", config.prior.normal.precision > 0, "the normal prior"),
+        ("prior.topology.nodes", config.prior.topology.nodes > 0, "the nodes"),
+    ):
+        if used:
+            problem = f"the optimiser learns from {what}, too, which the quadratic must not count"
+            yield Clash((key, "curvature.kind"), f"{problem}; use curvature.kind=diagonal")
 
 
 def _deepspeed(config: RunConfig) -> Iterator[Clash]:

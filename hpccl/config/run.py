@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from hpccl.config.optim import OptimConfig
 from hpccl.config.rules import ClashError, clashes
 from hpccl.config.sections import (
     AdaptConfig,
@@ -27,10 +28,10 @@ from hpccl.config.sections import (
     MlpModel,
     ModelConfig,
     NoAdaptation,
-    OptimConfig,
     PriorConfig,
     Section,
     StreamConfig,
+    TimmOptim,
     TrainConfig,
 )
 
@@ -59,7 +60,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()  # how examples become tensors
     model: ModelConfig = MlpModel()  # the network
     train: TrainConfig = TrainConfig()  # one task's training
-    optim: OptimConfig = OptimConfig()  # the optimiser
+    optim: OptimConfig = TimmOptim()  # the optimiser
     memory: MemoryConfig = MemoryConfig()  # examples of past tasks that are kept
     prior: PriorConfig = PriorConfig()  # what the past says while a new task is learned
     curvature: CurvatureConfig = KroneckerCurvature()  # of the quadratic

@@ -142,7 +142,7 @@ def suggest(root: type[Section], path: Sequence[str], here: type[Section] | None
     near = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.7)
     if near:
         return f"did you mean '{'.'.join([*prefix, near[0]])}'?"
-    everywhere = {where: kind for where, kind, _, _ in keys(root)}
+    everywhere = _owners(root)
     dotted = ".".join(path)
     if everywhere.get(dotted):
         return f"it belongs to {everywhere[dotted]}"
@@ -151,6 +151,20 @@ def suggest(root: type[Section], path: Sequence[str], here: type[Section] | None
         kind = everywhere[found]
         return f"did you mean '{found}'{f' (of {kind})' if kind else ''}?"
     return f"allowed: {', '.join(siblings)}" if siblings else "see docs/configuration.md"
+
+
+def _owners(root: type[Section]) -> dict[str, str]:
+    """By dotted path, `where.kind=name|name` of the kinds that have it; "" where all have it."""
+    found: dict[str, list[str]] = {}
+    all_kinds: dict[str, set[str]] = {}
+    for path, owner, _, _ in keys(root):
+        where, _, kinds = owner.partition("=")
+        found.setdefault(path, [where]).extend(kinds.split("|"))
+        all_kinds.setdefault(where, set()).update(kinds.split("|"))
+    return {
+        path: "" if set(kinds) == all_kinds[where] else f"{where}={'|'.join(dict.fromkeys(kinds))}"
+        for path, (where, *kinds) in found.items()
+    }
 
 
 def _nearest(dotted: str, wrong: str, paths: list[str]) -> str | None:

@@ -5,7 +5,7 @@ Units: a weight multiplies nats; sizes are examples; lengths are optimiser steps
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
@@ -18,6 +18,7 @@ __all__ = [
     "AnyCluster",
     "AnyEngine",
     "AnyModel",
+    "AnyOptim",
     "BlurryScenario",
     "CheckpointConfig",
     "ClassScenario",
@@ -60,9 +61,10 @@ __all__ = [
     "NoAdaptation",
     "NoAugment",
     "NormalConfig",
-    "OptimConfig",
+    "OptimizerCurvature",
     "PaperModel",
     "Part",
+    "PassCurvature",
     "PermutedScenario",
     "PooledTasks",
     "PosteriorSelector",
@@ -84,6 +86,7 @@ __all__ = [
     "TasksConfig",
     "TimmAugment",
     "TimmModel",
+    "TimmOptim",
     "TopologyConfig",
     "TrainConfig",
     "UniformSelector",
@@ -393,17 +396,23 @@ class TrainConfig(Section):
     first_task_from: str | None = None  # run folder with the same first task: take its weights, do not train it again
 
 
-class OptimConfig(Section):
-    """Optimiser by timm's factory, restarted at every task."""
+class AnyOptim(Section):
+    """What every optimiser is told."""
 
-    name: str = "adamw"  # a name that timm.optim.create_optimizer_v2 knows
     lr: PositiveFloatPerTask = (1e-3,)  # largest learning rate; one value, or one a task
-    weight_decay: NonNegativeFloat = 0.0  # of weight matrices; biases and norms have none
-    momentum: Fraction = 0.9  # of sgd
-    options: dict[str, Any] = {}  # further keyword arguments of the optimiser
     schedule: Literal["constant", "cosine", "onecycle"] = "cosine"  # of the learning rate, over one task
     warmup: Fraction = 0.0  # share of a task's steps with linear warm-up; onecycle: the rising share
     final_lr: Fraction = 0.0  # last learning rate as a share of lr
+
+
+class TimmOptim(AnyOptim):
+    """Optimiser by timm's factory, restarted at every task."""
+
+    kind: Literal["timm"] = "timm"
+    name: str = "adamw"  # a name that timm.optim.create_optimizer_v2 knows
+    weight_decay: NonNegativeFloat = 0.0  # of weight matrices; biases and norms have none
+    momentum: Fraction = 0.9  # of sgd
+    options: dict[str, Any] = {}  # further keyword arguments of the optimiser
 
 
 # ---------------------------------------------------------------- the past
@@ -753,9 +762,14 @@ class DenseCurvature(Measured):
     max_parameters: PositiveInt = 10000  # a larger network is refused; 10000 is 0.4 GB
 
 
-CurvatureConfig = Annotated[
-    KroneckerCurvature | EkfacCurvature | DiagonalCurvature | MasCurvature | DenseCurvature, Field(discriminator="kind")
-]
+class OptimizerCurvature(Measured):
+    """The diagonal that the optimiser has learned: no pass over the task. ivon, vogn, soba, adam, adamw or rmsprop."""
+
+    kind: Literal["optimizer"] = "optimizer"
+
+
+PassCurvature: TypeAlias = KroneckerCurvature | EkfacCurvature | DiagonalCurvature | MasCurvature | DenseCurvature
+CurvatureConfig = Annotated[PassCurvature | OptimizerCurvature, Field(discriminator="kind")]
 
 # ---------------------------------------------------------------- adaptation
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any, assert_never
 
 from hpccl.config.sections import (
-    CurvatureConfig,
     DenseCurvature,
     DiagonalCurvature,
     EkfacCurvature,
     KroneckerCurvature,
     LayerMeasured,
     MasCurvature,
+    PassCurvature,
 )
 from hpccl.curvature.coverage import Coverage
 from hpccl.curvature.dense import DenseEstimator, DensePrecision
@@ -28,7 +28,7 @@ from hpccl.errors import CheckpointError
 __all__ = ["build_estimator", "precision_from_state"]
 
 
-def build_estimator(config: CurvatureConfig, seed: int, known: Coverage | None = None) -> Estimator:
+def build_estimator(config: PassCurvature, seed: int, known: Coverage | None = None) -> Estimator:
     """The estimator that `config` asks for; `seed` is the run's, `known` as of KroneckerPass."""
     match config:
         case KroneckerCurvature():

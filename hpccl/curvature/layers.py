@@ -164,6 +164,8 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return functional.group_norm(x, module.num_groups, None, None, module.eps)
     assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    if module.training:
+        return functional.batch_norm(x, None, None, None, None, True, 0.0, module.eps)
     return functional.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
 
 

@@ -19,11 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, fetch, whole
+from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, fetch, streamed, whole
 from hpccl.engine.optim import learning_rate
 from hpccl.engine.protocols import GradientHook, Weights
+from hpccl.engine.trial import drawing
 from hpccl.errors import ConfigError, WorldError
 from hpccl.models.dropout import set_noise
+from hpccl.optim.noise import Run
+from hpccl.optim.perturbing import Perturbing
+from hpccl.optim.vogn import Vogn
 
 __all__ = ["BaseEngine", "Moments", "refuse_recompute"]
 
@@ -37,6 +41,8 @@ class BaseEngine(ABC):
     def __init__(self, model: nn.Module, config: RunConfig, comm: Comm) -> None:
         self._comm, self._model = comm, model
         self._config, self._train, self._optim = config.engine, config.train, config.optim
+        self._seed, self._num_train = config.seed, 1
+        self._squares: dict[str, Tensor] = {}
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self._hooks: dict[str, GradientHook] = {}
         self._called: set[str] = set()
@@ -95,10 +101,12 @@ class BaseEngine(ABC):
     def _update(self, rate: float) -> Tensor:
         """Clip, update and clear; returns the norm before. Nothing changes if the norm is not finite."""
 
-    def start(self, *, num_steps: int, task: int) -> None:
-        """A new optimiser for a task of `num_steps` steps."""
+    def start(self, *, num_steps: int, task: int, num_train: int = 1) -> None:
+        """See the protocol."""
         self._restart()
-        self._task, self._step, self._num_steps = task, 0, num_steps
+        self._task, self._step, self._num_steps, self._num_train = task, 0, num_steps, num_train
+        if (perturbing := self._perturbing) is not None:
+            perturbing.begin(num_train=num_train)
         self._average = None
         if self._train.ema is not None:
             self._average = {name: value.detach().clone() for name, value in self._locals().items()}
@@ -149,6 +157,8 @@ class BaseEngine(ABC):
         """Clip, update, clear."""
         self._refuse_silent_hooks()
         norm = self._update(self.lr)
+        if (perturbing := self._perturbing) is not None:
+            perturbing.forget()
         if self._kept:
             # An optimiser moves also what has no gradient: by weight decay, or by the sign of nothing.
             own = self._locals()
@@ -188,6 +198,125 @@ class BaseEngine(ABC):
                 part = part.reshape(1)
             self._kept[name] = (part, own[name].clone())
         self._still = [module for name, module in self._model.named_modules() if name in norms]
+
+    # ---------------------------------------------------------------- trial weights
+
+    @property
+    @abstractmethod
+    def _optimiser(self) -> torch.optim.Optimizer | None:
+        """None before any task."""
+
+    @abstractmethod
+    def _runs(self) -> dict[Tensor, list[Run]]:
+        """The tensors that the optimiser updates, and which elements are where in them."""
+
+    @abstractmethod
+    def _show_gradients(self) -> bool:
+        """Put gradients where the optimiser looks for them; False if only `_update` can."""
+
+    @abstractmethod
+    def _clear_gradients(self) -> None:
+        """Before another pass."""
+
+    @abstractmethod
+    def _total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Of the whole gradient, of which these are this rank's parts; collective where they are parts."""
+
+    @property
+    def _perturbing(self) -> Perturbing | None:
+        optimiser = self._optimiser
+        return optimiser if isinstance(optimiser, Perturbing) else None
+
+    @property
+    def passes(self) -> int:
+        """See the protocol."""
+        return 1 if self._perturbing is None else self._perturbing.passes
+
+    @contextlib.contextmanager
+    def perturbed(self, number: int, *, num_rows: int) -> Iterator[None]:
+        """See the protocol. BatchNorm's statistics are those of the first pass: a batch counts once.
+
+        What is held is neither drawn nor perturbed.
+        """
+        optimiser = self._perturbing
+        if optimiser is None:
+            yield
+            return
+        runs = self._runs()
+        tensors = list(runs)
+        trial = optimiser.trial(number, tensors, drawing(runs, (self._seed, self._task, self._step)))
+        if trial is not None and self._held:
+            shapes = {name: value.shape for name, value in self.like.items()}
+            held = [self._held_in(tensor, runs[tensor], shapes) for tensor in tensors]
+            trial = [own.where(mask, values) for own, mask, values in zip(tensors, held, trial, strict=True)]
+        with self._without_statistics(number > 0), self._shown(tensors, trial):
+            yield
+        if isinstance(optimiser, Vogn):
+            self._give_squares(optimiser, num_rows)
+        if self._show_gradients():
+            optimiser.note(number, tensors, self._total_norm)
+        if number < optimiser.passes - 1:
+            self._clear_gradients()
+
+    def _held_in(self, tensor: Tensor, runs: Sequence[Run], shapes: Mapping[str, torch.Size]) -> Tensor:
+        """Where a tensor of the optimiser's has elements that are held, in its shape."""
+        found = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+        for run in runs:
+            if (held := self._held.get(run.name)) is not None:
+                flat = held.expand(shapes[run.name]).reshape(-1)
+                found[run.first : run.first + run.numel] = flat[run.start : run.start + run.numel].to(tensor.device)
+        return found.view(tensor.shape)
+
+    @contextlib.contextmanager
+    def _shown(self, tensors: list[Tensor], trial: list[Tensor] | None) -> Iterator[None]:
+        """Passes compute with `trial`; afterwards with the weights as they were, to the last bit."""
+        if trial is None:
+            yield
+            return
+        held = [tensor.detach().clone() for tensor in tensors]
+        self._write(tensors, trial)
+        trial.clear()
+        try:
+            yield
+        finally:
+            self._write(tensors, held)
+
+    @torch.no_grad()
+    def _write(self, tensors: list[Tensor], values: list[Tensor]) -> None:
+        """Into the optimiser's tensors, which passes compute with."""
+        if tensors:
+            torch._foreach_copy_(tensors, values)
+
+    def add_squares(self, name: str, squares: Tensor) -> None:
+        """See the protocol."""
+        self._squares[name] = self._squares[name].add_(squares) if name in self._squares else squares
+
+    def _give_squares(self, optimiser: Vogn, num_rows: int) -> None:
+        """The mean over examples of squares of their nats' gradients.
+
+        An example's share of the loss is its nats / num_rows, times the world size (see `backward`).
+        """
+        self._comm.sum_([self._squares[name] for name in sorted(self._squares)])
+        names = {runs[0].name: tensor for tensor, runs in self._runs().items()}
+        for name, squares in self._squares.items():
+            optimiser.add_squares(names[name], squares * (num_rows / self._comm.size**2))
+        self._squares.clear()
+
+    def moments(self, names: Mapping[str, str]) -> dict[str, Leaves]:
+        """See the protocol."""
+        state = self._optimizer_state()
+        assert state is not None, "start() comes first"
+        return {answer: self._moment(state["moments"], key) for key, answer in names.items()}
+
+    def _moment(self, moments: Moments, key: str) -> Leaves:
+        held: dict[str, Leaf] = {}
+        for name, like in self.like.items():
+            found = moments.get(name, {}).get(key)
+            if found is None:  # no row of it is here
+                empty = Span(tuple(like.shape), 0, 0)
+                found = Slab(torch.zeros(0, device=self.device), self._spans.get(name, empty))
+            held[name] = found
+        return self.place({name: value.clone() for name, value in streamed(held, self._comm)})
 
     # ---------------------------------------------------------------- gradient hooks
 
@@ -311,7 +440,12 @@ class BaseEngine(ABC):
             "weights": self.gather(),
             "optimizer": self._optimizer_state(),
             "average": None if average is None else {name: self._leaf(name, value) for name, value in average.items()},
-            "position": {"task": self._task, "step": self._step, "num_steps": self._num_steps},
+            "position": {
+                "task": self._task,
+                "step": self._step,
+                "num_steps": self._num_steps,
+                "num_train": self._num_train,
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -319,7 +453,8 @@ class BaseEngine(ABC):
         position, average = state["position"], state["average"]
         self.put(state["weights"])
         if state["optimizer"] is not None:
-            self.start(num_steps=position["num_steps"], task=position["task"])
+            num_train = position.get("num_train", 1)  # only optimisers that are younger than this key read it
+            self.start(num_steps=position["num_steps"], task=position["task"], num_train=num_train)
             self._step = position["step"]
             self._load_optimizer_state(state["optimizer"])
         self._average = None
@@ -380,8 +515,13 @@ class BaseEngine(ABC):
 
         Without its statistics it would save other tensors the second time, which checkpointing refuses.
         """
-        norms = [module for module in self._model.modules() if isinstance(module, _BatchNorm)]
-        norms = norms if self._config.recompute else []
+        with self._without_statistics(self._config.recompute):
+            yield
+
+    @contextlib.contextmanager
+    def _without_statistics(self, without: bool) -> Iterator[None]:
+        """BatchNorm's running statistics stay as they are."""
+        norms = [module for module in self._model.modules() if isinstance(module, _BatchNorm)] if without else []
         momenta = [norm.momentum for norm in norms]
         counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
         counted = [count.clone() for count in counts]

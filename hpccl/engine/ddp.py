@@ -18,6 +18,7 @@ from hpccl.engine.base import BaseEngine
 from hpccl.engine.moments import load_state, state_of
 from hpccl.engine.optim import build_optimizer
 from hpccl.engine.protocols import trainable
+from hpccl.optim.noise import Run
 
 __all__ = ["DdpEngine"]
 
@@ -112,6 +113,23 @@ class DdpEngine(BaseEngine):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
         return norm
+
+    @property
+    def _optimiser(self) -> torch.optim.Optimizer | None:
+        return self._optimizer
+
+    def _runs(self) -> dict[Tensor, list[Run]]:
+        return {value: [Run(name, 0, value.numel())] for name, value in trainable(self._model).items()}
+
+    def _show_gradients(self) -> bool:
+        return True
+
+    def _clear_gradients(self) -> None:
+        assert self._optimizer is not None, "start() comes first"
+        self._optimizer.zero_grad(set_to_none=False)
+
+    def _total_norm(self, gradients: list[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
 
     def _optimizer_state(self) -> dict[str, Any] | None:
         return None if self._optimizer is None else state_of(self._optimizer, self._names, {})

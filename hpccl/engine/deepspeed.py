@@ -9,6 +9,7 @@ shards (engine.sharded) takes its weights over when they have changed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -30,6 +31,7 @@ from hpccl.engine.optim import build_optimizer
 from hpccl.engine.protocols import Weights, trainable
 from hpccl.engine.sharded import Mesh, load_spread, skeleton, spans_of, spread_copy, whole_copy
 from hpccl.errors import ConfigError
+from hpccl.optim.noise import Run
 
 __all__ = ["DeepspeedEngine"]
 
@@ -62,7 +64,7 @@ class DeepspeedEngine(BaseEngine):
         self._twin: nn.Module | None = None
         self._twin_spans: dict[str, Span] = {}
         self._stale = True
-        self._started = False
+        self._started = self._trying = False
         self._keep_initial()
 
     # ---------------------------------------------------------------- where things are
@@ -84,6 +86,9 @@ class DeepspeedEngine(BaseEngine):
             frozen: Tensor = parameter.ds_tensor.data[:count]
             return frozen
         group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        if self._trying:
+            shown: Tensor = parameter.ds_tensor.data[:count]
+            return shown
         part: Tensor = self._zero.fp32_partitioned_groups_flat[group].data.narrow(0, offset, count)
         return part
 
@@ -109,6 +114,10 @@ class DeepspeedEngine(BaseEngine):
             elif self._stage and getattr(parameter, "_hp_mapping", None) is not None:
                 span, fragment = _fragment(parameter)
                 fragment.copy_(elements(parameter, span.start, span.stop))
+        self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        """Stage 3: parameters that never go back to shards."""
         if self._stage == 3 and self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
@@ -150,6 +159,74 @@ class DeepspeedEngine(BaseEngine):
             self._engine.step()
         self._engine.zero_grad()
         return norm
+
+    # ---------------------------------------------------------------- trial weights
+
+    @property
+    def _optimiser(self) -> torch.optim.Optimizer | None:
+        return self._inner if self._started else None
+
+    def _runs(self) -> dict[Tensor, list[Run]]:
+        if self._stage == 0:
+            return {value: [Run(name, 0, value.numel())] for name, value in trainable(self._model).items()}
+        return {
+            flat: [Run(name, span.start, span.numel, first) for name, (span, first) in places.items()]
+            for flat, places in self._buckets()
+        }
+
+    def _show_gradients(self) -> bool:
+        return self._stage == 0
+
+    def _clear_gradients(self) -> None:
+        self._engine.zero_grad()
+
+    def _total_norm(self, gradients: list[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
+
+    @contextlib.contextmanager
+    def _shown(self, tensors: list[Tensor], trial: list[Tensor] | None) -> Iterator[None]:
+        """See BaseEngine. On stages 1 to 3 passes compute with other tensors than the optimiser's."""
+        if self._stage == 0 or trial is None:
+            with super()._shown(tensors, trial):
+                yield
+            return
+        pieces = {
+            name: Slab(values.narrow(0, first, span.numel), span)
+            for values, (_, places) in zip(trial, self._buckets(), strict=True)
+            for name, (span, first) in places.items()
+        }
+        trial.clear()
+        with self._computing_with(pieces) if self._stage == 3 else self._copied_over(pieces):
+            yield
+
+    @contextlib.contextmanager
+    def _copied_over(self, pieces: Mapping[str, Slab]) -> Iterator[None]:
+        """Stages 1 and 2: the pieces of all ranks, in the whole weights."""
+        weights = {name: self._parameters[name].detach() for name in pieces}
+        held = {name: value.clone() for name, value in weights.items()}
+        for name, value in streamed(pieces, self._comm):
+            weights[name].copy_(value)
+        try:
+            yield
+        finally:
+            for name, value in held.items():
+                weights[name].copy_(value)
+
+    @contextlib.contextmanager
+    def _computing_with(self, pieces: Mapping[str, Slab]) -> Iterator[None]:
+        """Stage 3: this rank's pieces, where DeepSpeed gathers from; the optimiser's stay as they are."""
+        for name, piece in pieces.items():
+            self._parameters[name].ds_tensor.data[: piece.span.numel].copy_(piece.local)  # type: ignore[attr-defined]
+        self._trying = True
+        self._gather_persistent()
+        try:
+            yield
+        finally:
+            self._trying = False
+            for name in pieces:
+                own = self._master(name)
+                self._parameters[name].ds_tensor.data[: len(own)].copy_(own)  # type: ignore[attr-defined]
+            self._gather_persistent()
 
     # ---------------------------------------------------------------- passes outside training
 

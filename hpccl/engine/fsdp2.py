@@ -31,6 +31,7 @@ from hpccl.engine.sharded import (
     units,
     whole_copy,
 )
+from hpccl.optim.noise import Run
 
 __all__ = ["Fsdp2Engine"]
 
@@ -119,9 +120,7 @@ class Fsdp2Engine(BaseEngine):
 
     def _update(self, rate: float) -> Tensor:
         assert self._optimizer is not None, "start() comes first"
-        for rows, name in self._names.items():
-            gradient = self._spread[name].grad
-            rows.grad = None if gradient is None else local(gradient)
+        self._show_gradients()
         gradients = [rows.grad for rows in self._names if rows.grad is not None]
         norm = self._norm(gradients)
         if bool(torch.isfinite(norm)):
@@ -131,9 +130,35 @@ class Fsdp2Engine(BaseEngine):
             for group in self._optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             self._optimizer.step()
+        self._clear_gradients()
+        return norm
+
+    @property
+    def _optimiser(self) -> torch.optim.Optimizer | None:
+        return self._optimizer
+
+    def _runs(self) -> dict[Tensor, list[Run]]:
+        return {
+            rows: [Run(name, self._own_spans[name].start, self._own_spans[name].numel)]
+            for rows, name in self._names.items()
+        }
+
+    def _show_gradients(self) -> bool:
+        for rows, name in self._names.items():
+            gradient = self._spread[name].grad
+            rows.grad = None if gradient is None else local(gradient)
+        return True
+
+    def _clear_gradients(self) -> None:
         for parameter in (*self._spread.values(), *self._names):
             parameter.grad = None
-        return norm
+
+    def _write(self, tensors: list[Tensor], values: list[Tensor]) -> None:
+        own_parameters(self._model)  # blocks that are still whole would go on computing with what they were made from
+        super()._write(tensors, values)
+
+    def _total_norm(self, gradients: list[Tensor]) -> Tensor:
+        return self._norm(gradients)
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Of the whole gradient: each copy of the shards counts once."""

@@ -1,4 +1,4 @@
-"""Optimiser by timm's factory, and the learning rate as a function of the step."""
+"""Optimisers by timm's factory or of hpccl.optim, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from hpccl.compat import import_timm
-from hpccl.config.sections import OptimConfig, per_task
+from hpccl.config.optim import OptimConfig
+from hpccl.config.sections import AnyOptim, TimmOptim, per_task
 from hpccl.errors import ConfigError
+from hpccl.optim.build import build_perturbing
 
 __all__ = ["build_optimizer", "learning_rate"]
 
@@ -20,7 +22,7 @@ _FUSED = {"adam", "adamw", "sgd", "momentum"}
 _ONECYCLE_START = 1 / 25
 
 
-def learning_rate(config: OptimConfig, *, task: int, step: int, num_steps: int) -> float:
+def learning_rate(config: AnyOptim, *, task: int, step: int, num_steps: int) -> float:
     """The learning rate of step `step` (from 0) of `num_steps`."""
     peak = per_task(config.lr, task)
     rising = config.warmup * num_steps
@@ -35,11 +37,16 @@ def learning_rate(config: OptimConfig, *, task: int, step: int, num_steps: int) 
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser, by timm's name; weight decay spares biases and normalisation.
+    """The optimiser of the trainable parameters.
 
     Raises:
         ConfigError: timm or the optimiser refuses the name or an option.
     """
+    return _from_timm(config, model) if isinstance(config, TimmOptim) else build_perturbing(config, model)
+
+
+def _from_timm(config: TimmOptim, model: nn.Module) -> torch.optim.Optimizer:
+    """By timm's name; weight decay spares biases and normalisation."""
     import_timm()
     from timm.optim import create_optimizer_v2
 

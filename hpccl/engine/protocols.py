@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,8 +52,8 @@ class Engine(Protocol):
     def like(self) -> dict[str, Tensor]:
         """Trainable parameters as a gradient hook meets them: shape, dtype, memory layout; perhaps without numbers."""
 
-    def start(self, *, num_steps: int, task: int) -> None:
-        """A new optimiser for a task of `num_steps` steps."""
+    def start(self, *, num_steps: int, task: int, num_train: int = 1) -> None:
+        """A new optimiser for a task of `num_steps` steps, whose loss is a mean over `num_train` examples."""
 
     def reset(self) -> None:
         """Back to the initial weights."""
@@ -67,6 +68,28 @@ class Engine(Protocol):
         self, pixels: Tensor, noise: Tensor, layer: str, *, last: bool = True
     ) -> tuple[Tensor, Tensor]:
         """`forward`, and what entered a layer in it [n, d], fp32, with gradients; `layer` is a module's name."""
+
+    @property
+    def passes(self) -> int:
+        """How often a step goes through its micro-batches: once, but for optimisers that need several gradients."""
+
+    def perturbed(self, number: int, *, num_rows: int) -> AbstractContextManager[None]:
+        """Where pass `number` of a step computes: at the optimiser's trial weights, and back at the weights afterwards.
+
+        Every step has all of its passes, in order, and `step` after them. num_rows: of the step over all ranks.
+        """
+
+    def add_squares(self, name: str, squares: Tensor) -> None:
+        """Sums over this rank's examples of squared gradients of one parameter, of the present pass; VOGN learns them.
+
+        Of gradients as `backward` makes them. Ranks and micro-batches are summed when the pass ends.
+        """
+
+    def moments(self, names: Mapping[str, str]) -> dict[str, Leaves]:
+        """State of the optimiser, by its name there and by parameter, as `gather` has weights; collective.
+
+        names: of the state to those in the answer
+        """
 
     def predict(self, pixels: Tensor) -> Tensor:
         """[n, c, h, w] -> logits [n, C] in fp32, evaluation mode, no gradient. Collective where weights are spread."""

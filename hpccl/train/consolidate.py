@@ -16,8 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hpccl.checkpoint.apart import Apart, read_apart, write_apart
-from hpccl.config.sections import DenseCurvature, GreedySelector
+from hpccl.config.sections import DenseCurvature, GreedySelector, OptimizerCurvature
 from hpccl.curvature.build import build_estimator
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.curvature.learned import learned_diagonal
 from hpccl.curvature.protocols import Precision, Totals
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
@@ -166,8 +168,9 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
     if config.weight == 0:
         return None
     with world.phase(task, "curvature") as phase:
-        rest, precision = _measured(task, memory, state, world)
-        phase.images = len(rest)
+        learned = isinstance(world.config.curvature, OptimizerCurvature)
+        rest, precision = (_learned if learned else _measured)(task, memory, state, world)
+        phase.images = 0 if learned else len(rest)
         new = precision.totals(world.comm)
         if state.prior.quadratic is None:
             quadratic = Quadratic(precision, anchor, config.weight, config.damping)
@@ -194,10 +197,11 @@ def functional(task: Task, memory: Memory, state: RunState, world: World) -> Fro
 
 def _measured(task: Task, memory: Memory, state: RunState, world: World) -> tuple[Ints, Precision]:
     """The examples of the task that are not in memory (or a share of them), and the curvature of all of these."""
+    config = world.config.curvature
+    assert not isinstance(config, OptimizerCurvature), "it needs no pass"
     rest, times = _rest(task, memory, world)
-    estimator = build_estimator(world.config.curvature, world.config.seed, state.coverage)
-    dense = isinstance(world.config.curvature, DenseCurvature)
-    network = state.engine.whole_module() if dense else state.engine.module
+    estimator = build_estimator(config, world.config.seed, state.coverage)
+    network = state.engine.whole_module() if isinstance(config, DenseCurvature) else state.engine.module
     return rest, estimator.estimate(network, TaskPass(task, rest, world), world.comm).times(times)
 
 
@@ -218,6 +222,24 @@ def _write_curvature(
         error=total.error,
         parameters=sum(parameter.numel() for parameter in state.engine.module.parameters()),
     )
+
+
+def _learned(task: Task, memory: Memory, state: RunState, world: World) -> tuple[Ints, Precision]:
+    """The examples of the task, and what the optimiser learned of the curvature of all of these."""
+    config, quadratic = world.config.prior.quadratic, state.prior.quadratic
+    past = None if quadratic is None else quadratic.precision
+    assert past is None or isinstance(past, Diagonal), "all tasks' curvatures are of one kind"
+    samples, _ = _rest(task, memory, world)
+    precision = learned_diagonal(
+        state.engine,
+        world.config.optim,
+        world.comm,
+        num_train=len(samples),
+        past=past,
+        weight=config.weight,
+        damping=config.damping,
+    )
+    return samples, precision
 
 
 def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from hpccl.checkpoint.store import Mark
+from hpccl.config.optim import VognOptim
+from hpccl.curvature.online import watch_squares
 from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
@@ -45,7 +47,7 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     if first == 0:
         if config.train.restart:
             engine.reset()
-        engine.start(num_steps=alone or plan.num_steps, task=task.index)
+        engine.start(num_steps=alone or plan.num_steps, task=task.index, num_train=plan.num_train)
     hold(task, state, world, head_only=first < alone)
     distilled = Distilled.of(config, world.stream, task)
     teacher = _teacher(state, world, distilled)
@@ -97,7 +99,7 @@ def _run_steps(
     alone = head_steps(world.config, plan)
     for step in range(first, plan.num_steps):
         if step == alone > 0:
-            _learn_all(task, state, world, num_steps=plan.num_steps - alone)
+            _learn_all(task, state, world, plan)
         parts, rows = next(batches)
         torch.manual_seed(int(mix(plan.seed, plan.task, step, world.comm.rank)) >> 1)
         num_rows = len(parts[0].batch)
@@ -143,9 +145,10 @@ def _recalled(plan: BatchPlan, state: RunState, world: World) -> Generator[Recal
     yield from recalled(prior.fromp, prior.memory, world, num_train=plan.num_train, first=first, stop=stop)
 
 
-def _learn_all(task: Task, state: RunState, world: World, *, num_steps: int) -> None:
+def _learn_all(task: Task, state: RunState, world: World, plan: BatchPlan) -> None:
     """The last layer has learned alone: everything learns now, with a schedule and an optimiser of its own."""
-    state.engine.start(num_steps=num_steps, task=task.index)
+    num_steps = plan.num_steps - head_steps(world.config, plan)
+    state.engine.start(num_steps=num_steps, task=task.index, num_train=plan.num_train)
     hold(task, state, world, head_only=False)
 
 
@@ -186,14 +189,13 @@ def _recorded(task: Task, composer: Composer, distilled: Distilled, state: RunSt
 def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None]:
     """The priors of the weights, until the returned function is called; the quadratic last, for its needs are wider."""
     normal, quadratic = NormalPrior.of(world.config, state.prior.anchor), state.prior.quadratic
-    parts = [part for part in (normal, quadratic) if part is not None]
-    detach = [part.attach(state.engine, world.comm, num_train=plan.num_train) for part in parts]
-
-    def remove() -> None:
-        for each in detach:
-            each()
-
-    return remove
+    with contextlib.ExitStack() as stack:
+        for part in (normal, quadratic):
+            if part is not None:
+                stack.callback(part.attach(state.engine, world.comm, num_train=plan.num_train))
+        if isinstance(world.config.optim, VognOptim):
+            stack.callback(watch_squares(state.engine.module, state.engine.add_squares))
+        return stack.pop_all().close
 
 
 @dataclass

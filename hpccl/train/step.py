@@ -44,19 +44,30 @@ def train_step(
     batches: this rank's micro-batches; num_rows: rows of the step over all ranks and micro-batches; layer: the name of
     the last one, where rows speak of what enters it.
     The quadratic was attached to the engine when the task began and enters the gradient there. What is recalled has a
-    pass of its own, the step's first.
+    pass of its own, the step's first. An optimiser that draws or perturbs weights takes its gradients of all of J at
+    those; the terms are those of its first pass.
     """
-    functional = torch.zeros((), device=engine.device) if recalled is None else recalled.learn(engine)
+    functional = torch.zeros((), device=engine.device)
     terms = torch.zeros(len(TERM_NAMES), device=engine.device)
-    for number, rows in enumerate(batches, start=1):
-        last = number == len(batches)
-        if layer is None or rows.features is None:
-            nats = weighted_nats(engine.forward(rows.pixels, rows.noise, last=last), rows) / num_rows
-            engine.backward(nats.sum())
-        else:
-            logits, features = engine.forward_features(rows.pixels, rows.noise, layer, last=last)
-            nats, extra = weighted_nats(logits, rows) / num_rows, feature_losses(features, rows.features)
-            engine.backward(nats.sum() + extra.sum())
-            terms.index_add_(0, _FEATURES + (rows.features.kind != ANCHOR).long(), extra.detach())
-        terms.index_add_(0, rows.term, nats.detach())
+    for at in range(engine.passes):
+        with engine.perturbed(at, num_rows=num_rows):
+            if recalled is not None:
+                found = recalled.learn(engine)
+                functional = found if at == 0 else functional
+            for number, rows in enumerate(batches, start=1):
+                learned = _learn(engine, rows, num_rows=num_rows, layer=layer, last=number == len(batches))
+                for term, nats in learned if at == 0 else ():
+                    terms.index_add_(0, term, nats)
     return StepStats(terms, engine.step(), functional)
+
+
+def _learn(engine: Engine, rows: Rows, *, num_rows: int, layer: str | None, last: bool) -> list[tuple[Tensor, Tensor]]:
+    """A forward and a backward pass of a micro-batch; the places in TERM_NAMES and the shares of its losses."""
+    if layer is None or rows.features is None:
+        nats = weighted_nats(engine.forward(rows.pixels, rows.noise, last=last), rows) / num_rows
+        engine.backward(nats.sum())
+        return [(rows.term, nats.detach())]
+    logits, features = engine.forward_features(rows.pixels, rows.noise, layer, last=last)
+    nats, extra = weighted_nats(logits, rows) / num_rows, feature_losses(features, rows.features)
+    engine.backward(nats.sum() + extra.sum())
+    return [(_FEATURES + (rows.features.kind != ANCHOR).long(), extra.detach()), (rows.term, nats.detach())]

@@ -268,3 +268,16 @@ def test_methods_in_the_files_are_these() -> None:
     for name in ("fromp", "kpriors"):
         config = load([ROOT / "configs" / "quickstart.yaml", ROOT / "configs" / "method" / f"{name}.yaml"], [])
         assert config.method == name
+
+
+def test_every_pass_of_a_step_recalls_the_past(tmp_path: Path) -> None:
+    """SAM's second gradient, at weights hardly elsewhere, is that of SGD with momentum: of all of the objective."""
+    sam = {"optim": {"kind": "sam", "radius": 1e-7, "lr": 0.05, "schedule": "constant"}}
+    one = two_tasks(Comm.solo(), str(tmp_path / "momentum"), {})
+    plain = {name: value for name, value in SECTIONS.items() if name != "optim"}
+    state, world = make_world(merged(plain, sam), tmp_path / "sam", Comm.solo())
+    learn(state, world, 1)
+    state.mark = type(state.mark).at(1, "fit", 0)
+    assert fit(world.stream.tasks[1], state, world)
+    for name, value in streamed(state.engine.gather(), Comm.solo()):
+        assert float((value.cpu() - one["weights"][name]).norm()) <= 1e-3 * float(one["weights"][name].norm())

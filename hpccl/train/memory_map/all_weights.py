@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import CurvatureConfig, DiagonalCurvature, EkfacCurvature, KroneckerCurvature
+from hpccl.config.sections import DiagonalCurvature, EkfacCurvature, KroneckerCurvature, PassCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.posterior import Posterior
 from hpccl.curvature.protocols import Examples
@@ -55,7 +55,7 @@ def by_all_weights(
     return [_by_jacobians(group, posterior, state, world) for group in groups], posterior.prior_precision
 
 
-def _curvature(kind: Literal["kronecker", "diagonal"], world: World) -> CurvatureConfig:
+def _curvature(kind: Literal["kronecker", "diagonal"], world: World) -> PassCurvature:
     """As the run measures it where it is of this kind; exact over labels."""
     config = world.config.curvature
     if kind == "diagonal":

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, assert_never
 
+from hpccl.config.optim import passes_of
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import StratifiedMix
+from hpccl.config.sections import OptimizerCurvature, StratifiedMix, TimmOptim
 from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
 from hpccl.data.protocols import Task
@@ -225,6 +226,7 @@ class _Case:
             second = FLOAT * rows(network.shapes, spread) + network.buffer_bytes
             yield Held("network for passes outside training", second)
             yield Held("whole blocks", 4 * FLOAT * network.largest_unit, "measuring")
+        yield from self._held_trial()
         weights = FLOAT * elements(network.shapes, spread, what="weights")
         if config.train.ema is not None:
             yield Held("averaged weights", weights, "training")
@@ -246,6 +248,18 @@ class _Case:
         if config.prior.distill.weight > 0 and config.prior.distill.view == "recorded":
             yield Held("recorded logits", self._recorded_bytes(), host=True)
 
+    def _held_trial(self) -> Iterator[Held]:
+        """Of optimisers that take gradients elsewhere: displacements, means over passes, the weights as they were."""
+        if isinstance(self.config.optim, TimmOptim):
+            return
+        more = 2 if passes_of(self.config.optim) > 1 else 1
+        yield Held(
+            "trial weights", more * FLOAT * elements(self.network.shapes, self.spread, what="moments"), "training"
+        )
+        if not self.spread.has_second_network:  # ZeRO-3 puts back what its optimiser has
+            whole = FLOAT * elements(self.network.shapes, self.spread, what="weights")
+            yield Held("weights as they were", whole, "training")
+
     def _held_curvature(self) -> Iterator[Held]:
         if self.curvature is None:
             return
@@ -256,7 +270,7 @@ class _Case:
             yield Held("pull to each task's weights", FLOAT * pulled)
         if any(self.curvature.fetched):
             yield Held("old weights of a process's layers", max(self.curvature.fetched), "training")
-        if self.network.graph is not None:
+        if self.network.graph is not None and not isinstance(self.config.curvature, OptimizerCurvature):
             graph = max(self.network.graph, 1)
             fitting = max(1, _PASS[pick_device(self.config.engine.device).type] // graph)
             yield Held("activations", min(self.config.curvature.batch_size, fitting) * graph, "measuring")
@@ -313,7 +327,11 @@ class _Case:
         """By a rank."""
         network, accumulate = self.network, self.config.train.accumulate
         parts = sent(network.num_weights, network.buffer_bytes, self.spread, accumulate=accumulate)
-        yield from (Sent(name, num_bytes) for name, num_bytes in parts.items() if num_bytes)
+        passes = passes_of(self.config.optim)
+        yield from (Sent(name, passes * num_bytes) for name, num_bytes in parts.items() if num_bytes)
+        if not isinstance(self.config.optim, TimmOptim) and self.spread.stage in (1, 2) and self.spread.ranks > 1:
+            share = (self.spread.ranks - 1) / self.spread.ranks
+            yield Sent("gather trial weights", share * FLOAT * network.num_weights)
         if self._has_teacher and self.spread.spreads_weights:
             share = (self.spread.shards - 1) / self.spread.shards
             yield Sent("gather the teacher's weights", accumulate * share * FLOAT * network.num_weights)
@@ -323,7 +341,8 @@ class _Case:
     def spent(self, rates: Rates, gigabytes_per_second: float | None) -> Iterator[Spent]:
         """In a step of the last task."""
         rows = self.config.train.batch_size / self.spread.ranks
-        yield Spent("forward and backward pass", rows * rates.row_seconds, views=True)
+        seconds = passes_of(self.config.optim) * rows * rates.row_seconds
+        yield Spent("forward and backward pass", seconds, views=True)
         if self._has_teacher:
             yield Spent("teacher", rows * self._soft_share() * rates.predict_seconds, views=True)
         updated = elements(self.network.shapes, self.spread, what="moments") / self.network.num_weights

@@ -19,6 +19,7 @@ from hpccl.config.sections import (
     KroneckerCurvature,
     ListedTasks,
     MasCurvature,
+    OptimizerCurvature,
     RefitTasks,
     TasksConfig,
 )
@@ -79,6 +80,9 @@ def plan_curvature(
         case DiagonalCurvature() | MasCurvature():
             sums, held, flops = FLOAT * total, FLOAT * rows(rest.values(), spread), float(2 * total)
             return _alike(sums, held, flops, _fetched((), rest, spread), spread.ranks)
+        case OptimizerCurvature():
+            held, flops = FLOAT * rows(rest.values(), spread), float(2 * total)
+            return _alike(0, held, flops, _fetched((), rest, spread), spread.ranks)
         case DenseCurvature():
             fetched = (FLOAT * total * spread.spreads_weights,) * spread.ranks
             return _alike(FLOAT * total**2, FLOAT * total**2, float(2 * total**2), fetched, spread.ranks)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpccl.config.load import dump, is_override, load, sweep
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import MlpModel, PaperModel, ScoreSelector, ShardStream, TimmModel
+from hpccl.config.sections import MlpModel, PaperModel, ScoreSelector, ShardStream, TimmModel, TimmOptim
 from hpccl.errors import ConfigError
 
 NEEDS_MEMORY = "needs a memory; set memory.size to the examples kept of each task"
@@ -103,6 +103,7 @@ def test_values_of_arguments_are_yaml() -> None:
     )
     assert config.folder is None
     assert config.data.mean == (0.1, 0.2, 0.3)
+    assert isinstance(config.optim, TimmOptim)
     assert config.optim.options == {"betas": [0.9, 0.99]}
 
 

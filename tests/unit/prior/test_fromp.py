@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import CurvatureConfig, DenseCurvature, DiagonalCurvature, KroneckerCurvature
+from hpccl.config.sections import DenseCurvature, DiagonalCurvature, KroneckerCurvature, PassCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.kernel import probability_kernel
 from hpccl.curvature.posterior import Posterior
@@ -123,7 +123,7 @@ def dense(precision: Precision, model: nn.Module, delta: float) -> Tensor:
     [DiagonalCurvature(), DenseCurvature(), KroneckerCurvature(fisher="ggn")],
     ids=["diagonal", "dense", "Kronecker"],
 )
-def test_the_kernel_is_the_dense_one(config: CurvatureConfig) -> None:
+def test_the_kernel_is_the_dense_one(config: PassCurvature) -> None:
     model, delta, head = small(), 0.3, [0, 2, 3]
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randn(12, 1, 5, 1, generator=generator, dtype=torch.float64)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from hpccl.config.load import dump
-from hpccl.config.sections import DataConfig, MemoryConfig, OptimConfig, StratifiedMix, TrainConfig
+from hpccl.config.sections import DataConfig, MemoryConfig, StratifiedMix, TimmOptim, TrainConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.compare import Comparison, _settings, compare_runs, print_comparison
 from hpccl.report.compare_files import write_comparison
@@ -116,8 +116,8 @@ def test_one_run_has_no_deviation_and_counts_once(seeds: list[Path]) -> None:
 
 def test_groups_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     runs = [
-        write(tmp_path / "slow", optim=OptimConfig(lr=(1e-3,))),
-        write(tmp_path / "fast", optim=OptimConfig(lr=(1e-2,)), seed=4),
+        write(tmp_path / "slow", optim=TimmOptim(lr=(1e-3,))),
+        write(tmp_path / "fast", optim=TimmOptim(lr=(1e-2,)), seed=4),
         write(tmp_path / "none", size=0, replay=0.0),
     ]
     comparison = compare_runs(runs)
@@ -129,7 +129,7 @@ def test_groups_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> 
 def test_many_settings_are_told_against_the_first_group(tmp_path: Path) -> None:
     changes: dict[str, dict[str, Any]] = {
         "base": {},
-        "fast": {"optim": OptimConfig(lr=(1e-2,))},
+        "fast": {"optim": TimmOptim(lr=(1e-2,))},
         "long": {"train": TrainConfig(epochs=(7,))},
         "weak": {"quadratic": 0.5},
     }
@@ -236,7 +236,7 @@ def test_the_files(seeds: list[Path], tmp_path: Path, published: Path) -> None:
 
 
 def test_configurations_are_kept_once(seeds: list[Path], tmp_path: Path) -> None:
-    other = write(tmp_path / "other", optim=OptimConfig(lr=(5e-3,)))
+    other = write(tmp_path / "other", optim=TimmOptim(lr=(5e-3,)))
     content = compare_runs([*seeds, other]).to_dict()
     assert content["configuration"]["memory.size"] == 20
     assert [group["configuration"] for group in content["groups"]] == [{"optim.lr": [1e-3]}, {"optim.lr": [5e-3]}]

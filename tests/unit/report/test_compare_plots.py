@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from hpccl.config.sections import OptimConfig, TrainConfig
+from hpccl.config.sections import TimmOptim, TrainConfig
 from hpccl.report.compare import Comparison, compare_runs
 from hpccl.report.compare_files import write_comparison
 from hpccl.report.compare_plots import figures
@@ -89,7 +89,7 @@ def test_error_bars_are_the_deviation_over_seeds(comparison: Comparison) -> None
 
 
 def test_settings_of_one_method_are_lines_of_one_colour(tmp_path: Path) -> None:
-    speeds: dict[str, dict[str, Any]] = {"slow": {}, "fast": {"optim": OptimConfig(lr=(1e-2,))}}
+    speeds: dict[str, dict[str, Any]] = {"slow": {}, "fast": {"optim": TimmOptim(lr=(1e-2,))}}
     runs = [
         write(tmp_path / f"{speed}-{size}", size=size, **more) for speed, more in speeds.items() for size in (10, 20)
     ]

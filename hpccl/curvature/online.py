@@ -1,0 +1,84 @@
+"""Squares of per-example gradients of training's own passes, at no further pass: what VOGN's curvature is a mean of.
+
+Every layer's input and output gradient are at hand in a step's passes anyway; `layers.squares` makes of them the sum
+over examples of squared gradients, exactly. Where BatchNorm ties a batch together, an example's
+gradient is its share of the batch's: what its own rows of the layer add. Shares sum to the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from hpccl.curvature.layers import has_formula, squares
+from hpccl.engine.protocols import trainable
+from hpccl.errors import CoverageError
+
+__all__ = ["watch_squares"]
+
+Add = Callable[[str, Tensor], None]
+
+
+def watch_squares(model: nn.Module, add: Add) -> Callable[[], None]:
+    """Call add(name of a parameter, sum over examples of squared gradients) in every backward pass.
+
+    Returns what ends it. `model` takes images as its first argument, and trains on whole weights.
+
+    Raises:
+        CoverageError: a parameter is of no layer whose squares are known; later, if a layer is called twice in a pass.
+    """
+    owners = _owners(model)
+    called: set[str] = set()
+    images = [0]
+
+    def begin(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        called.clear()
+        images[0] = len(arguments[0])
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(begin).remove)
+        for layer, names in owners.items():
+            hook = _listener(layer, names, images, called, add)
+            stack.callback(model.get_submodule(layer).register_forward_hook(hook).remove)
+        return stack.pop_all().close
+
+
+def _owners(model: nn.Module) -> dict[str, dict[str, str]]:
+    """By layer: its parameters' full names by their own."""
+    found: dict[str, dict[str, str]] = {}
+    for full in trainable(model):
+        layer, _, local = full.rpartition(".")
+        module = model.get_submodule(layer)
+        if not has_formula(module):
+            raise CoverageError(
+                f"optim.kind=vogn: parameter '{full}' is of a {type(module).__name__}, whose per-example squared "
+                "gradients are not known; allowed: Linear, Conv2d, BatchNorm, GroupNorm, LayerNorm. Use optim.kind=ivon"
+            )
+        found.setdefault(layer, {})[local] = full
+    return found
+
+
+def _listener(layer: str, names: dict[str, str], images: list[int], called: set[str], add: Add) -> Callable[..., None]:
+    def listen(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> None:
+        if not out.requires_grad:
+            return
+        if layer in called:
+            raise CoverageError(
+                f"optim.kind=vogn: layer '{layer}' is called twice in one pass, and the square of a sum is no sum of "
+                "squares; use optim.kind=ivon"
+            )
+        called.add(layer)
+        (x,) = (argument.detach().float() for argument in arguments)
+        n = images[0]
+
+        def square(gradient: Tensor) -> None:
+            found = squares(module, (x,), gradient.detach().float()[:, None], names, n)
+            for local, value in found.items():
+                add(names[local], value.detach())
+
+        out.register_hook(square)
+
+    return listen

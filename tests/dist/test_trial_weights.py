@@ -1,0 +1,165 @@
+"""Optimisers that draw or perturb weights end where they end on one process, on every engine that takes them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+
+from hpccl.dist.comm import Comm
+from hpccl.train.fit import fit
+from tests.dist.test_engines import ENGINES, everything, half, rest
+from tests.dist.world import Result, dismiss, run_in_world
+from tests.run.method import learn, make_world, merged
+
+COMMON: dict[str, Any] = {
+    "model": {"kind": "mlp", "hidden": [13]},
+    "train": {"epochs": 2, "batch_size": 61, "accumulate": 2},
+    "memory": {"size": 20},
+    "prior": {"replay": 1.0, "quadratic": {"weight": 3.0}},
+    "curvature": {"kind": "diagonal", "fisher": "mc", "fraction": 0.3},
+}
+IVON = {"kind": "ivon", "lr": 0.1, "initial_curvature": 0.1, "curvature_decay": 0.99}
+OPTIMISERS: dict[str, dict[str, Any]] = {
+    "ivon": IVON,
+    "ivon of two draws": {**IVON, "samples": 2},
+    "sam": {"kind": "sam", "lr": 0.02, "radius": 0.1},
+    "bsam": {"kind": "bsam", "lr": 0.1, "radius": 0.01},
+    "vogn": {"kind": "vogn", "lr": 1e-3},
+    "soba": {"kind": "soba", "lr": 0.02},
+    "lie, affine": {"kind": "lie", "lr": 0.5, "group": {"kind": "affine"}},
+    "lie, additive": {"kind": "lie", "lr": 0.05, "group": {"kind": "additive", "noise": 0.01}},
+    "lie, multiplicative": {"kind": "lie", "lr": 5.0, "temperature": 0.01, "group": {"kind": "multiplicative"}},
+}
+CLIPPED = {"train": {"epochs": 2, "batch_size": 61, "accumulate": 2, "clip_norm": 0.5}}
+
+
+Run: TypeAlias = Callable[[Comm, str, dict[str, Any]], Result]
+
+
+def two_tasks(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
+    """Weights after two tasks, of which the second has a quadratic and a memory."""
+    state, world = make_world(merged(COMMON, changes), Path(folder), comm)
+    learn(state, world, 1)
+    state.mark = type(state.mark).at(1, "fit", 0)
+    assert fit(world.stream.tasks[1], state, world)
+    return everything(state, comm)
+
+
+def difference(found: Result, expected: Result) -> float:
+    a = torch.cat([value.double().flatten() for value in expected.values()])
+    b = torch.cat([found[name].double().flatten() for name in expected])
+    assert bool(a.isfinite().all())
+    return float((a - b).norm() / a.norm())
+
+
+def ended(tmp_path: Path, size: int, name: str, changes: dict[str, Any], run: Run = two_tasks) -> Result:
+    folder = tmp_path / f"{size}-{name}"
+    return run_in_world(run, size, folder, str(folder / "run"), {**changes, "engine": ENGINES[name]})[-1]
+
+
+def some(*fast: str, without: tuple[str, ...] = ()) -> list[Any]:
+    """All optimisers, of which some are fast enough."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=() if name in fast else slow) for name in OPTIMISERS if name not in without]
+
+
+@pytest.mark.parametrize("optimiser", some("ivon", "vogn"))
+def test_two_processes_end_where_one_does(tmp_path: Path, optimiser: str) -> None:
+    changes = {"optim": OPTIMISERS[optimiser], **CLIPPED}
+    expected = ended(tmp_path, 1, "ddp", changes)
+    assert difference(ended(tmp_path, 2, "ddp", changes), expected) < 1e-5
+
+
+@pytest.mark.parametrize("optimiser", some("ivon of two draws", "sam", "bsam", without=("vogn",)))
+def test_shards_end_where_the_whole_does(tmp_path: Path, optimiser: str) -> None:
+    changes = {"optim": OPTIMISERS[optimiser], **CLIPPED}
+    expected = ended(tmp_path, 2, "ddp", changes)
+    assert difference(ended(tmp_path, 2, "fsdp2", changes), expected) < 1e-5
+
+
+ONE_PASS = ["ivon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("soba", "lie, affine", "lie, multiplicative"))]
+
+
+@pytest.mark.parametrize("optimiser", ONE_PASS)
+@pytest.mark.parametrize("name", ["zero-0", "zero-1", "zero-2", "zero-3"])
+def test_deepspeed_ends_where_ddp_does(tmp_path: Path, name: str, optimiser: str) -> None:
+    changes = {"optim": OPTIMISERS[optimiser]}
+    expected = ended(tmp_path, 2, "ddp", changes)
+    assert difference(ended(tmp_path, 2, name, changes), expected) < 1e-5
+
+
+HELD = torch.tensor([True, False, True, True, False, False, True, True, False, True])  # rows of the last layer
+
+
+def drawn(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
+    """What a pass computes with, less the weights."""
+    engine = (state := make_world(merged(COMMON, changes), Path(folder), comm)[0]).engine
+    engine.start(num_steps=3, task=0, num_train=50)
+    engine.hold({"3.weight": HELD[:, None], "1.bias": torch.ones(1, dtype=torch.bool)}, frozenset())
+    before = everything(state, comm)
+    with engine.perturbed(0, num_rows=4):
+        return {name: value - before[name] for name, value in everything(state, comm).items()}
+
+
+@pytest.mark.parametrize("name", ["fsdp2", *(pytest.param(f"zero-{stage}", marks=pytest.mark.slow) for stage in range(4))])
+def test_what_is_held_is_not_drawn_in_shards(tmp_path: Path, name: str) -> None:
+    found = ended(tmp_path, 2, name, {"optim": IVON}, drawn)
+    assert torch.equal((found["3.weight"] != 0).all(1), ~HELD)
+    assert torch.equal((found["3.weight"] != 0).any(1), ~HELD)
+    assert not bool(found["1.bias"].any())
+    assert bool((found["1.weight"] != 0).all())
+    assert bool((found["3.bias"] != 0).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimiser", ["sam", "bsam", "ivon of two draws"])
+def test_several_passes_on_stage_0(tmp_path: Path, optimiser: str) -> None:
+    changes = {"optim": OPTIMISERS[optimiser], **CLIPPED}
+    assert difference(ended(tmp_path, 2, "zero-0", changes), ended(tmp_path, 2, "ddp", changes)) < 1e-5
+
+
+def test_another_seed_draws_other_weights(tmp_path: Path) -> None:
+    """Or the tests above would compare runs without noise."""
+    found = [ended(tmp_path / str(seed), 1, "ddp", {"optim": IVON, "seed": seed}) for seed in (0, 1)]
+    assert difference(*found) > 1e-2
+
+
+def _same_age(name: str) -> None:
+    """DeepSpeed numbers modules as they are made, and wants equal numbers."""
+    if name.startswith("zero"):
+        dismiss()
+
+
+def stopped_and_ended(folder: Path, first: str, second: str | None) -> Result:
+    """Weights after two tasks with IVON; within the second task, engine and number of processes change to `second`."""
+    changes = {"optim": IVON, "train": {"clip_norm": None}}
+    found: Result = {}
+    for where, run in ((first, half), (second or first, rest)):
+        name, _, size = where.partition(" on ")
+        _same_age(name)
+        meeting = folder / f"{where}-{run.__name__}"
+        found = run_in_world(run, int(size), meeting, str(folder / "run"), {**changes, "engine": ENGINES[name]})[0]
+    return dict(found["weights"])
+
+
+PAIRS = [("zero-1 on 2", "fsdp2 on 3"), ("fsdp2 on 2", "ddp on 1"), ("ddp on 1", "zero-3 on 2"), ("zero-2 on 2", "zero-3 on 3")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_ivon_goes_on_elsewhere(tmp_path: Path, first: str, second: str) -> None:
+    undisturbed = stopped_and_ended(tmp_path / "one", "ddp on 1", None)
+    assert difference(stopped_and_ended(tmp_path / "two", first, second), undisturbed) < 1e-5
+
+
+@pytest.mark.parametrize("where", ["fsdp2 on 2", pytest.param("zero-2 on 2", marks=pytest.mark.slow)])
+def test_ivon_resumes_to_the_last_bit(tmp_path: Path, where: str) -> None:
+    """Stopped in the middle, as against a run that was not."""
+    stopped = stopped_and_ended(tmp_path / "stopped", where, None)
+    name, _, size = where.partition(" on ")
+    _same_age(name)
+    changes = {"optim": IVON, "train": {"clip_norm": None}, "engine": ENGINES[name]}
+    whole = run_in_world(rest, int(size), tmp_path / "whole", str(tmp_path / "run"), changes)[0]["weights"]
+    assert all(torch.equal(value, whole[key]) for key, value in stopped.items())

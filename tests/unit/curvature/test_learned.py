@@ -1,0 +1,106 @@
+"""The curvature that an optimiser learned, beside the one that a pass measures, and what earlier tasks add to it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpccl.checkpoint.store import Mark, load, open_shards
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.curvature.learned import learned_diagonal
+from hpccl.dist.comm import Comm
+from hpccl.train.consolidate import consolidate
+from hpccl.train.fit import fit
+from hpccl.train.run import fresh_state, weights_sha256
+from hpccl.train.state import RunState, World
+from tests.run.method import learn, make_world, merged
+
+SECTIONS: dict[str, Any] = {
+    "curvature": {"kind": "optimizer"},
+    "prior": {"quadratic": {"weight": 1.0}},
+    "train": {"epochs": 12, "batch_size": 32, "head": "own"},
+}
+OPTIMISERS: dict[str, dict[str, Any]] = {
+    "ivon": {"kind": "ivon", "lr": 0.1, "initial_curvature": 0.1, "curvature_decay": 0.995},
+    "vogn": {"kind": "vogn", "lr": 1e-3},
+    "soba": {"kind": "soba", "lr": 0.02, "initial_curvature": 0.1},
+    "adamw": {"kind": "timm", "name": "adamw", "lr": 3e-3},
+    "rmsprop": {"kind": "timm", "name": "rmsprop", "lr": 1e-3},
+}
+
+
+def measured(changes: dict[str, Any], folder: Path) -> tuple[Diagonal, RunState, World]:
+    state, world = make_world(merged(SECTIONS, changes), folder)
+    learn(state, world, 1)
+    assert state.prior.quadratic is not None
+    assert isinstance(state.prior.quadratic.precision, Diagonal)
+    return state.prior.quadratic.precision, state, world
+
+
+def flat(precision: Diagonal) -> Tensor:
+    return torch.cat([value.flatten() for value in precision.values.values()]).double()
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [
+        ("ivon", 0.25),
+        ("adamw", 0.6),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("vogn", 0.6), ("soba", 0.25), ("rmsprop", 0.6))),
+    ],
+)
+def test_what_was_learned_goes_with_what_a_pass_measures(tmp_path: Path, kind: str, least: float) -> None:
+    """Correlation over all weights, with the squares of the same task's examples at the weights that end it."""
+    found, state, world = measured({"optim": OPTIMISERS[kind]}, tmp_path / "learned")
+    state.prior = type(state.prior)(state.prior.memory)
+    other = merged(SECTIONS, {"optim": OPTIMISERS[kind], "curvature": {"kind": "diagonal"}})
+    object.__setattr__(world, "config", other)
+    consolidate(world.stream.tasks[0], state, world)
+    assert state.prior.quadratic is not None
+    assert isinstance(state.prior.quadratic.precision, Diagonal)
+    pair = torch.stack([flat(found), flat(state.prior.quadratic.precision)])
+    assert float(torch.corrcoef(pair)[0, 1]) > least
+    assert float(pair.min()) >= 0
+
+
+class Fixed:
+    """An engine whose optimiser has a given state."""
+
+    def moments(self, names: dict[str, str]) -> dict[str, dict[str, Tensor]]:
+        return {answer: {"w": torch.tensor([0.5, 0.1])} for answer in names.values()}
+
+
+def test_units_and_what_is_taken_off() -> None:
+    past = Diagonal({"w": torch.tensor([3.0, 40.0])}, 10)
+    quadratic: dict[str, Any] = {"past": past, "weight": 2.0, "damping": 0.5, "num_train": 100}
+
+    def of(optim: dict[str, Any], **more: Any) -> list[Any]:
+        engine: Any = Fixed()
+        found = learned_diagonal(engine, merged({"optim": optim}).optim, Comm.solo(), **more)
+        assert found.num_examples == 100
+        return [pytest.approx(value) for value in found.values["w"].tolist()]
+
+    assert of({"kind": "ivon"}, num_train=100) == [50.0, 10.0]
+    assert of({"kind": "ivon"}, **quadratic) == [50.0 - 2 * 3.5, 0.0]
+    assert of({"kind": "vogn"}, **quadratic) == [50.0, 10.0]
+    assert of({"kind": "soba", "prior_precision": 0.2}, num_train=100) == [0.3, 0.0]
+    assert of({"name": "adamw"}, **quadratic) == [100 * 0.5**0.5, 100 * 0.1**0.5]
+
+
+def test_stopped_before_the_curvature_is_taken_it_is_the_same(tmp_path: Path) -> None:
+    """The optimiser's state is in the checkpoint that ends training on a task."""
+    config = merged(SECTIONS, {"optim": OPTIMISERS["ivon"], "train": {"epochs": 2}})
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 1)
+    state.mark = Mark.at(1, "fit", 0)
+    assert fit(world.stream.tasks[1], state, world)  # which saves at its end
+    other, checkpoints = fresh_state(config, world.stream, world.comm), world.folder.checkpoints
+    other.load_state_dict(load(checkpoints, state.mark), state.mark, open_shards(checkpoints, state.mark), world.comm)
+    for one in (state, other):
+        consolidate(world.stream.tasks[1], one, world)
+        one.mark = Mark.at(2, "fit", 0)
+        assert fit(world.stream.tasks[2], one, world)
+    first, second = (dict(one.engine.gather()) for one in (state, other))
+    assert weights_sha256(sorted(first.items())) == weights_sha256(sorted(second.items()))  # type: ignore[arg-type]
