@@ -397,6 +397,14 @@ def test_added_images_of_another_size_or_class_are_refused(images: Path, tmp_pat
             check_adaptation(both(folder, tmp_path / "out", change)[0])
 
 
+def test_a_reference_learns_what_later_tasks_of_its_run_held(tmp_path: Path) -> None:
+    later = {"frozen": ["features"], "norms": "running"}
+    prepare(merged(SECTIONS, {"train": later}).model_copy(update={"folder": str(tmp_path / "run")}), [])
+    adapted, reference = both(tmp_path / "run", tmp_path / "out", REMOVE)
+    assert (adapted.train.frozen, adapted.train.norms) == (("features",), "running")
+    assert (reference.train.frozen, reference.train.norms) == ((), "batch")
+
+
 def test_a_run_without_memory_or_without_an_end_is_refused(tmp_path: Path) -> None:
     folder = source(tmp_path / "run", {"memory": {"fraction": 0.0}, "train": {"epochs": 1}})
     with pytest.raises(FolderError, match="kept no examples"):
