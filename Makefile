@@ -13,10 +13,10 @@ STAMP := $(VENV)/.installed
 EXTRAS := dev,deepspeed,slurm
 ARGS :=
 
-.PHONY: help venv quickstart test test-slow slurm-test lint format bench clean
+.PHONY: help venv quickstart test test-slow slurm-test slurm-test-all lint format bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 venv: $(STAMP) ## make .venv (again only when pyproject.toml or constraints.txt change)
 
@@ -34,12 +34,19 @@ quickstart: $(STAMP) ## train three methods on the embedded digits, compare them
 test: $(STAMP) ## the fast tests; ARGS= goes to pytest
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-slow: $(STAMP) ## the slow tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test-slow: $(STAMP) ## the slow tests but for those on SLURM
+	$(BIN)/python -m pytest -m "slow and not slurm" $(ARGS)
 
-slurm-test: $(STAMP) ## the tests on a real SLURM in this machine; needs root, installs Debian's SLURM
+# Each process has a cluster of its own; which tests it runs on that does not matter.
+SLURM_TEST := $(BIN)/python -m pytest tests/slurm --numprocesses 2 --dist worksteal
+
+slurm-test: $(STAMP) ## the fast tests on a real SLURM in this machine; needs root, installs Debian's SLURM
 	$(BIN)/python slurm/testbed/testbed.py install
-	$(BIN)/python -m pytest -m slurm tests/slurm --numprocesses 2 --dist loadfile $(ARGS)
+	$(SLURM_TEST) -m "slurm and not slow" $(ARGS)
+
+slurm-test-all: $(STAMP) ## the same, with the slow ones
+	$(BIN)/python slurm/testbed/testbed.py install
+	$(SLURM_TEST) -m slurm $(ARGS)
 
 lint: $(STAMP) ## style, types and layers; changes nothing
 	$(BIN)/ruff check .

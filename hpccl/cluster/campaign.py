@@ -94,9 +94,7 @@ def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
         if chosen.jobs < 1:
             raise ConfigError(f"--jobs {chosen.jobs}: at least 1")
         if chosen.dry_run:
-            for step in steps:
-                print(_shown(step))
-            return DONE
+            return _list(steps)
         if chosen.cluster == "slurm":
             return _queue(campaign, steps, chosen.more)
         return _Local(campaign.folder, steps, chosen.jobs).run()
@@ -112,6 +110,18 @@ def _with(step: Step, more: Sequence[str]) -> Step:
     files = [each for each in given if not is_override(each)] + [each for each in more if not is_override(each)]
     settings = [each for each in more if is_override(each)] + [each for each in given if is_override(each)]
     return Step(step.name, ("train", *files, *settings), step.after)
+
+
+def _list(steps: Sequence[Step]) -> int:
+    """Print the commands to whoever reads them, who may stop early, as `head` does."""
+    try:
+        for step in steps:
+            print(_shown(step))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return DONE
 
 
 def _shown(step: Step) -> str:

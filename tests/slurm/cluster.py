@@ -11,9 +11,21 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from slurm.testbed.testbed import Testbed
 from tests.run.command import environment
 
-__all__ = ["ENDED", "ask", "kill_rank", "rank_pid", "show", "state", "submit", "wait_for", "wait_for_state"]
+__all__ = [
+    "ENDED",
+    "ask",
+    "kill_rank",
+    "rank_pid",
+    "show",
+    "state",
+    "submit",
+    "wait_for",
+    "wait_for_state",
+    "wait_until_saved",
+]
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
 
@@ -74,6 +86,18 @@ def wait_for_state(job: str, *wanted: str, timeout: float = 120) -> dict[str, st
         assert time.monotonic() < deadline, f"job {job} is {shown['JobState']} ({shown['Reason']}), not one of {states}"
         time.sleep(0.2)
     return shown
+
+
+def wait_until_saved(cluster: Testbed) -> None:
+    """Wait until slurmctld has written to disk what it knows now: killed earlier, it forgets up to 5 seconds.
+
+    All jobs are written at once, so where the name of a later one can be read, the earlier ones are there too.
+    """
+    name = f"mark-{time.monotonic_ns()}"
+    mark = ask("sbatch", "--parsable", "--hold", f"--job-name={name}", "--output=/dev/null", "--wrap=true").strip()
+    file = cluster.directory / "state" / "job_state"
+    wait_for("slurmctld to save", lambda: file.exists() and name.encode() in file.read_bytes(), 30)
+    ask("scancel", mark)
 
 
 def rank_pid(job: str, rank: int) -> int:

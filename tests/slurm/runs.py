@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from tests.run.command import SMALL, events
-from tests.slurm.cluster import ask, wait_for, wait_for_state
+from tests.slurm.cluster import ask, show, wait_for, wait_for_state
 
-__all__ = ["CLUSTER", "enter", "hpccl", "sha", "steps", "submitted", "wait_for_steps", "weights"]
+__all__ = ["CLUSTER", "account", "enter", "hpccl", "sha", "steps", "submitted", "wait_for_steps", "weights"]
 
 # Two nodes, a process each; more cores and memory than the machine has are promised, none is used.
 CLUSTER = ("cluster.kind=slurm", "cluster.nodes=2", "cluster.threads=1", "cluster.time=0:20:00", "cluster.timeout=60")
@@ -53,9 +53,23 @@ def sha(run: Path) -> str:
 
 
 def weights(run: Path, job: str, timeout: float = 240) -> str:
-    """Wait for the job's good end; the digest of its weights."""
-    ended = wait_for_state(job, timeout=timeout)
-    if ended["JobState"] != "COMPLETED":
-        said = [path.read_text()[-2000:] for path in sorted([*run.glob("logs/*.txt"), *run.glob("logs/slurm/*.out")])]
-        raise AssertionError("\n".join([json.dumps(ended), *said]))
+    """Wait for the job's good end; the digest of its weights.
+
+    Raises:
+        AssertionError: it did not come; the message has what SLURM, the logs and the diary of the run say.
+    """
+    try:
+        ended = wait_for_state(job, timeout=timeout)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{account(run, job)}") from None
+    assert ended["JobState"] == "COMPLETED", account(run, job)
     return sha(run)
+
+
+def account(run: Path, job: str) -> str:
+    """What there is to read about a run that went wrong: its job, the ends of its logs and of its diary."""
+    files = sorted([*run.glob("logs/*.txt"), *run.glob("logs/*.json*"), *run.glob("logs/slurm/*.out")])
+    ends = [f"--- {path.relative_to(run)}\n{path.read_text(errors='replace')[-2000:]}" for path in files]
+    diary = run / "events.jsonl"
+    lines = diary.read_text().splitlines()[-15:] if diary.exists() else ["there is none"]
+    return "\n".join([json.dumps(show(job)), *ends, "--- end of events.jsonl", *(line[:300] for line in lines)])

@@ -27,7 +27,7 @@ def start(folder: Path, rank: str, *options: str) -> str:
     return submit(folder, JOB.format(root=ROOT, rank=rank), options=[*TWO, *options])
 
 
-@pytest.mark.parametrize("code", [75, 139])
+@pytest.mark.parametrize("code", [75, pytest.param(139, marks=pytest.mark.slow)])
 def test_a_run_that_stopped_or_crashed_runs_again(cluster: Testbed, tmp_path: Path, code: int) -> None:
     job = start(tmp_path, f"{SECOND_TIME}; exit {code}", *ONE)
     ended = wait_for_state(job)
@@ -67,6 +67,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Testbed, tmp_path: Path) -> No
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
 
 
+@pytest.mark.slow
 def test_a_node_that_is_gone_when_the_step_starts_is_left(cluster: Testbed, tmp_path: Path) -> None:
     late = JOB.replace("srun", "sleep 3; srun")
     job = submit(tmp_path, late.format(root=ROOT, rank="hostname"), options=TWO)

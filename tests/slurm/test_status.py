@@ -6,6 +6,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from hpccl.cluster.status import RunStatus, read_statuses
 from slurm.testbed.testbed import Testbed
 from tests.slurm.cluster import ask, wait_for_state
@@ -30,6 +32,7 @@ def wait_until(run: Path, *states: str, step: int = 0, restarts: int = 0, timeou
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_job_from_the_queue_through_a_lost_node_to_its_end(cluster: Testbed, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submitted(run, "cluster.extra={hold: true}", "train.epochs=2000", "checkpoint.every=50")
@@ -90,6 +93,7 @@ def test_jobs_that_fail_and_tasks_that_wait(cluster: Testbed, tmp_path: Path) ->
     assert {each["run"] for each in told} == {str(run) for run in (early, wrong, first, second, third)}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_and_watched(cluster: Testbed, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submitted(run)

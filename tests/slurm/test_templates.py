@@ -32,6 +32,7 @@ def test_the_network_check_meets_all_ranks(cluster: Testbed, tmp_path: Path) -> 
     assert "verdict: good" in told or "verdict: works" in told  # how fast is not for this machine to say
 
 
+@pytest.mark.slow
 def test_the_network_check_says_that_it_failed(cluster: Testbed, tmp_path: Path) -> None:
     """Rank 1 looks for the others on a host that is none of theirs."""
     environment = "--export=ALL,MASTER_ADDR=10.231.77.200,HPCCL_CHECK_TIMEOUT=2"
@@ -40,6 +41,7 @@ def test_the_network_check_says_that_it_failed(cluster: Testbed, tmp_path: Path)
     assert "hpccl: verdict: FAILED with " in log(tmp_path, job)
 
 
+@pytest.mark.slow
 def test_shards_are_built_on_a_node_in_spite_of_a_warning(cluster: Testbed, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     for name in range(40):
@@ -68,6 +70,7 @@ def test_a_run_for_each_line_of_a_file(cluster: Testbed, tmp_path: Path) -> None
     assert all(report(tmp_path / f"run-$HOME-{number}") for number in range(2))
 
 
+@pytest.mark.slow
 def test_a_run_on_two_nodes_survives_a_signal_and_a_killed_rank(cluster: Testbed, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["--nodes=2", "--ntasks-per-node=1", "--time=5"]

@@ -64,6 +64,7 @@ def test_jobs_that_ask_for_gpus_see_which(cluster: Testbed) -> None:
     assert ask("srun", "--gpus-per-node=2", "bash", "-c", "echo $CUDA_VISIBLE_DEVICES").strip() == "0,1"
 
 
+@pytest.mark.slow
 def test_a_job_of_a_higher_partition_takes_the_nodes_of_a_lower_one(cluster: Testbed, tmp_path: Path) -> None:
     low = submit(tmp_path, "sleep 300", options=["-N3", "--exclusive", "-p", "low", "--requeue"])
     wait_for_state(low, "RUNNING")
@@ -91,6 +92,7 @@ def test_a_killed_daemon_leaves_the_job_alone(cluster: Testbed, tmp_path: Path) 
     assert wait_for_state(job)["JobState"] == "COMPLETED"
 
 
+@pytest.mark.slow
 def test_a_job_leaves_a_node_without_power(cluster: Testbed, tmp_path: Path) -> None:
     job = submit(tmp_path, "sleep 300", options=["-N2", "--requeue"])
     wait_for_state(job, "RUNNING")

@@ -10,7 +10,7 @@ import pytest
 
 from slurm.testbed.testbed import Testbed
 from tests.run.command import SMALL, environment, events
-from tests.slurm.cluster import ask, kill_rank, show, state, submit, wait_for, wait_for_state
+from tests.slurm.cluster import ask, kill_rank, show, state, submit, wait_for, wait_for_state, wait_until_saved
 from tests.slurm.runs import enter, hpccl, sha, steps, submitted, wait_for_steps, weights
 
 
@@ -22,6 +22,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return sha(run)
 
 
+@pytest.mark.slow
 def test_two_nodes_with_two_tasks_learn_what_four_local_processes_learn(cluster: Testbed, tmp_path: Path) -> None:
     job = submitted(tmp_path / "run", "cluster.tasks=2")
     here = tmp_path / "here"
@@ -50,12 +51,36 @@ def test_a_run_survives_signal_preemption_a_killed_rank_and_a_lost_controller(
     assert steps(run) > saved
     kill_rank(job, 1)
     wait_for("the third restart", lambda: show(job)["Restarts"] == "3")
+    wait_for_state(job, "RUNNING")
+    wait_until_saved(cluster)  # of a restart that it forgets slurmctld may think for minutes that it never was
+    enter(run, job)
+    assert state(job) == "RUNNING"
     cluster.kill_controller()
     cluster.start_controller()
     assert weights(run, job) == undisturbed
+    assert show(job)["Restarts"] == "3", "the run went on without its controller"
     told = {(event["phase"], event["reason"]) for event in events(run, "stop")}
     assert ("fit", "signal SIGUSR2") in told
     assert not (run / "logs" / "error.json").exists(), "nobody had to mend anything"
+
+
+@pytest.mark.slow
+def test_a_restart_that_the_controller_forgot_can_be_asked_for_again(
+    cluster: Testbed, tmp_path: Path, undisturbed: str
+) -> None:
+    run = tmp_path / "run"
+    job = submitted(run)
+    enter(run, job)
+    wait_until_saved(cluster)
+    kill_rank(job, 1)
+    wait_for("the restart", lambda: show(job)["Restarts"] == "1")
+    cluster.kill_controller()
+    cluster.start_controller()
+    wait_for("its answer", lambda: state(job) in ("RUNNING", "PENDING"))
+    if show(job)["Restarts"] == "0":  # it takes the job for running, on nodes where nothing of it is left
+        assert not _processes(job)
+        ask("scontrol", "requeue", job)
+    assert weights(run, job) == undisturbed
 
 
 def test_a_run_goes_on_elsewhere_when_a_node_is_lost(cluster: Testbed, tmp_path: Path, undisturbed: str) -> None:
@@ -67,6 +92,7 @@ def test_a_run_goes_on_elsewhere_when_a_node_is_lost(cluster: Testbed, tmp_path:
     assert weights(run, job) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_run_does_not_notice_that_a_daemon_was_killed_and_came_back(
     cluster: Testbed, tmp_path: Path, undisturbed: str
 ) -> None:
@@ -79,6 +105,7 @@ def test_a_run_does_not_notice_that_a_daemon_was_killed_and_came_back(
     assert weights(run, job) == undisturbed
 
 
+@pytest.mark.slow
 def test_the_time_limit_is_only_a_pause(cluster: Testbed, tmp_path: Path) -> None:
     # SLURM sends the signal up to a minute early and looks at limits every half minute: the run lasts longer.
     long = ("cluster.nodes=1", "train.epochs=300", "log.every=50")
@@ -139,6 +166,7 @@ def test_a_run_is_not_submitted_twice(cluster: Testbed, tmp_path: Path) -> None:
     assert f"is job {job} already" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_campaign_is_a_chain_and_a_failure_cancels_what_waits(cluster: Testbed, tmp_path: Path) -> None:
     script = tmp_path / "campaign.py"
     script.write_text(CAMPAIGN.format(small=SMALL))
@@ -173,6 +201,7 @@ sys.exit(carry_out(Campaign(Path("runs"), steps), options(None).parse_args()))
 """
 
 
+@pytest.mark.slow
 def test_data_workers_survive_the_signal_and_leave_no_orphans(cluster: Testbed, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shards = _shards(tmp_path)

@@ -93,3 +93,18 @@ def test_what_waits_for_a_part_of_an_older_array_does_not_wait_for_the_task_that
     kept = [Submitted(f"runs/{task}", "slurm", f"12_{task}", kept=True) for task in (1, 2)]
     new = [Submitted(f"runs/{task}", "slurm", f"20_{task}") for task in (0, 1)]
     assert _numbers([*new, *kept, Submitted("runs/9", "done")]) == ["20", "12_1", "12_2"]
+
+
+def test_who_reads_the_commands_may_stop_early() -> None:
+    steps = "tuple(Step(str(n), ('report', 1000 * 'a')) for n in range(200))"  # more than a pipe holds
+    script = (
+        "import sys; from pathlib import Path; from hpccl.cluster.campaign import Campaign, Step, carry_out, options; "
+        f"sys.exit(carry_out(Campaign(Path('runs'), {steps}), options(None).parse_args(['--dry-run'])))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith(b"+ hpccl report")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
