@@ -17,11 +17,13 @@ from hpccl.config.sections import (
     DistillConfig,
     GreedySelector,
     KroneckerCurvature,
+    MasCurvature,
     Measured,
     MemoryConfig,
     OptimizerCurvature,
     PriorConfig,
     ReconstructionSelector,
+    SiCurvature,
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
@@ -124,6 +126,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _selector,
         _needs_memory,
         _needs_soft_labels,
+        _fading,
         _fresh_network,
         _counted_twice,
         _memory_alone,
@@ -142,6 +145,8 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _trial_weights,
         _per_example,
         _learned_curvature,
+        _importance,
+        _path,
         _deepspeed,
         _slurm,
     )
@@ -195,6 +200,14 @@ def _needs_soft_labels(config: RunConfig) -> Iterator[Clash]:
     for key in ("temperature", "view"):
         if _differs(prior, usual, key):
             yield Clash((f"prior.{key}", *cause), f"is about soft labels, but {why}, or leave it {getattr(usual, key)}")
+
+
+def _fading(config: RunConfig) -> Iterator[Clash]:
+    """Of online EWC. Damping and anchor only say how a quadratic would be used, and may stand in a shared file."""
+    quadratic = config.prior.quadratic
+    if quadratic.weight == 0 and quadratic.decay < 1:
+        problem = "there is no quadratic whose past could fade; set prior.quadratic.weight, or leave it 1"
+        yield Clash(("prior.quadratic.decay", "prior.quadratic.weight"), problem)
 
 
 def _fresh_network(config: RunConfig) -> Iterator[Clash]:
@@ -518,6 +531,46 @@ def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
     if config.prior.distill.weight > 0:
         problem = "the optimiser learns from what the old network says, too, which the quadratic must not count"
         yield Clash(("prior.distill.weight", "curvature.kind"), f"{problem}; use curvature.kind=diagonal")
+
+
+def _importance(config: RunConfig) -> Iterator[Clash]:
+    """Of curvatures that are not those of the loss."""
+    curvature, engine = config.curvature, config.engine
+    if not isinstance(curvature, (MasCurvature, SiCurvature)) or config.prior.quadratic.weight == 0:
+        return
+    if isinstance(config.memory.selector, ReconstructionSelector):
+        problem = "leaves out what a quadratic of the loss says, which an importance does not; use another selector"
+        yield Clash(("memory.selector.kind", "curvature.kind"), problem)
+    in_shards = engine.kind == "fsdp2" or (isinstance(engine, DeepspeedEngine) and engine.stage == 3)
+    if isinstance(curvature, MasCurvature) and curvature.variant == "local" and in_shards:
+        problem = "needs whole layers while it measures, and this engine has them in shards; use global, or ddp"
+        yield Clash(("curvature.variant", "engine.kind"), problem)
+
+
+def _path(config: RunConfig) -> Iterator[Clash]:
+    """Of what must be so that each step of a task counts, from its first weights to its last."""
+    train = config.train
+    if not isinstance(config.curvature, SiCurvature):
+        return
+    if config.curvature.fraction != 1:
+        yield Clash(("curvature.fraction", "curvature.kind"), "si makes no pass over examples; leave it 1")
+    if config.prior.quadratic.weight == 0:
+        return
+    if isinstance(config.engine, DeepspeedEngine):
+        problem = "keeps a step's gradient to itself, which si needs; set engine.kind=ddp or fsdp2"
+        yield Clash(("engine.kind", "curvature.kind"), problem)
+    if not isinstance(config.optim, TimmOptim):
+        problem = "takes gradients at other weights than those it moves, and si needs both at one place; use timm"
+        yield Clash(("optim.kind", "curvature.kind"), problem)
+    if train.ema is not None:
+        problem = "ends a task at other weights than those its path led to, which si needs; leave it null"
+        yield Clash(("train.ema", "curvature.kind"), problem)
+    if train.first_task_from is not None:
+        problem = "leaves the first task without a path, which si needs; leave it null"
+        yield Clash(("train.first_task_from", "curvature.kind"), problem)
+    if train.head_epochs > 0:
+        problem = "begins a second path within a task, and si follows one; set it to 0"
+        yield Clash(("train.head_epochs", "curvature.kind"), problem)
 
 
 def _deepspeed(config: RunConfig) -> Iterator[Clash]:

@@ -15,11 +15,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hpccl.config.sections import DenseCurvature, GreedySelector, OptimizerCurvature
+from hpccl.config.sections import DenseCurvature, GreedySelector, OptimizerCurvature, PassCurvature, SiCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.learned import learned_diagonal
 from hpccl.curvature.protocols import Examples, Precision
+from hpccl.curvature.si import synaptic
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import Leaves
@@ -160,10 +161,8 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
     if config.weight == 0:
         return None
     with world.phase(task, "curvature") as phase:
-        rest, times = _rest(task, memory, world)
-        learned = isinstance(world.config.curvature, OptimizerCurvature)
-        phase.images = 0 if learned else len(rest)
-        precision = _learned(rest, state, world) if learned else _measured(task, rest, state, world).times(times)
+        precision, count = _precision(task, memory, anchor, state, world)
+        phase.images = count if isinstance(world.config.curvature, PassCurvature) else 0
         new = precision.totals(world.comm)
         if state.prior.quadratic is None:
             quadratic = Quadratic(precision, anchor, config.weight, config.damping)
@@ -177,7 +176,7 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
         kind=world.config.curvature.kind,
         trace=new.trace,
         total_trace=total.trace,
-        num_examples=len(rest),
+        num_examples=count,
         bytes=total.num_bytes,
         rank_bytes=total.rank_bytes,
         terms=total.terms,
@@ -187,13 +186,18 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
     return quadratic
 
 
-def _measured(task: Task, rest: Ints, state: RunState, world: World) -> Precision:
-    """By a pass over some samples of the task."""
+def _precision(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: World) -> tuple[Precision, int]:
+    """The task's, summed over its examples, and from how many of them it is known; collective."""
     config = world.config.curvature
-    assert not isinstance(config, OptimizerCurvature), "it needs no pass"
+    if isinstance(config, SiCurvature):
+        (credit, start), count = state.engine.path(), len(task.samples("train"))
+        return synaptic(credit, start, anchor, xi=config.xi, num_examples=count), count
+    rest, times = _rest(task, memory, world)
+    if isinstance(config, OptimizerCurvature):
+        return _learned(rest, state, world), len(rest)
     estimator = build_estimator(config, world.config.seed, state.coverage)
     network = state.engine.whole_module() if isinstance(config, DenseCurvature) else state.engine.module
-    return estimator.estimate(network, TaskPass(task, rest, world), world.comm)
+    return estimator.estimate(network, TaskPass(task, rest, world), world.comm).times(times), len(rest)
 
 
 def _learned(samples: Ints, state: RunState, world: World) -> Precision:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hpccl.checkpoint.store import Mark
 from hpccl.config.optim import VognOptim
+from hpccl.config.sections import SiCurvature
 from hpccl.curvature.online import watch_squares
 from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
@@ -152,6 +153,8 @@ def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None
     with contextlib.ExitStack() as stack:
         if state.prior.quadratic is not None:
             stack.callback(state.prior.quadratic.attach(state.engine, world.comm, num_train=plan.num_train))
+            if isinstance(world.config.curvature, SiCurvature):
+                stack.callback(state.engine.follow(state.prior.quadratic.pull_on(plan.num_train)))
         if isinstance(world.config.optim, VognOptim):
             stack.callback(watch_squares(state.engine.module, state.engine.add_squares))
         return stack.pop_all().close
