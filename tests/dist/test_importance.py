@@ -28,14 +28,14 @@ def measured(comm: Comm) -> Result:
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_world_size_does_not_matter(tmp_path: Path, size: int) -> None:
-    (alone,) = run_in_world(measured, 1, tmp_path)
+    alone = measured(Comm.solo())
     for rank in run_in_world(measured, size, tmp_path):
         assert alone["num_examples"] == COUNT
         assert_same(alone, rank, rtol=1e-5)
 
 
 def test_the_path_in_shards_is_that_of_whole_weights(tmp_path: Path) -> None:
-    expected = run_in_world(two_tasks, 1, tmp_path / "ddp", str(tmp_path), {**SI, "engine": DDP})[0]
+    expected = two_tasks(Comm.solo(), str(tmp_path), {**SI, "engine": DDP})
     for found in run_in_world(two_tasks, 2, tmp_path / "fsdp2", str(tmp_path), {**SI, "engine": ENGINES["fsdp2"]}):
         agree(found, expected, 1e-6)
 
