@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from benchmarks._pictures import Pictures
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import OptimizerCurvature
+from hpccl.config.sections import PassCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.protocols import Examples
@@ -59,7 +59,7 @@ def curvature(engine: Engine, config: RunConfig, images: Pictures, count: int) -
         Examples(images.pixels[some], images.labels[some], head, some, torch.ones(len(some)))
         for some in chosen.split(config.curvature.batch_size)
     ]
-    assert not isinstance(config.curvature, OptimizerCurvature), "this measures passes"
+    assert isinstance(config.curvature, PassCurvature), "this measures passes"
     precision = build_estimator(config.curvature, seed=0).estimate(engine.module, batches, Comm.solo())
     assert isinstance(precision, Kronecker)
     return precision

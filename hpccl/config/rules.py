@@ -34,6 +34,7 @@ from hpccl.config.sections import (
     PriorConfig,
     ReconstructionSelector,
     RotatedScenario,
+    SiCurvature,
     SlurmCluster,
     StratifiedMix,
     TimmAugment,
@@ -145,6 +146,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _needs_memory,
         _copies,
         _needs_soft_labels,
+        _fading,
         _fresh_network,
         _counted_twice,
         _normal,
@@ -167,6 +169,8 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _trial_weights,
         _per_example,
         _learned_curvature,
+        _importance,
+        _path,
         _deepspeed,
         _slurm,
     )
@@ -318,6 +322,14 @@ def _needs_soft_labels(config: RunConfig) -> Iterator[Clash]:
             yield Clash((f"prior.{key}", *cause), f"is about soft labels, but {why}, or leave it {getattr(usual, key)}")
 
 
+def _fading(config: RunConfig) -> Iterator[Clash]:
+    """Of online EWC. Damping and anchor only say how a quadratic would be used, and may stand in a shared file."""
+    quadratic = config.prior.quadratic
+    if quadratic.weight == 0 and quadratic.decay < 1:
+        problem = "there is no quadratic whose past could fade; set prior.quadratic.weight, or leave it 1"
+        yield Clash(("prior.quadratic.decay", "prior.quadratic.weight"), problem)
+
+
 def _fresh_network(config: RunConfig) -> Iterator[Clash]:
     train = config.train
     if not train.restart:
@@ -394,7 +406,7 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
     if config.log.reconstruction > 0:
         problem = "compares gradients of soft labels, replay and quadratic, which are not there; set it to 0"
         yield Clash(("log.reconstruction", key), problem)
-    if fromp.kernel == "posterior" and isinstance(config.curvature, MasCurvature):
+    if fromp.kernel == "posterior" and isinstance(config.curvature, (MasCurvature, SiCurvature)):
         problem = "is no Fisher matrix, of which the posterior's kernel is made; set another kind, or kernel=identity"
         yield Clash(("curvature.kind", "prior.fromp.kernel"), problem)
     if fromp.kernel == "posterior" and isinstance(config.curvature, OptimizerCurvature):
@@ -800,6 +812,49 @@ def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
         if used:
             problem = f"the optimiser learns from {what}, too, which the quadratic must not count"
             yield Clash((key, "curvature.kind"), f"{problem}; use curvature.kind=diagonal")
+
+
+def _importance(config: RunConfig) -> Iterator[Clash]:
+    """Of curvatures that are not those of the loss."""
+    curvature, engine = config.curvature, config.engine
+    if not isinstance(curvature, (MasCurvature, SiCurvature)) or config.prior.quadratic.weight == 0:
+        return
+    if isinstance(config.memory.selector, ReconstructionSelector):
+        problem = "leaves out what a quadratic of the loss says, which an importance does not; use another selector"
+        yield Clash(("memory.selector.kind", "curvature.kind"), problem)
+    in_shards = engine.kind == "fsdp2" or (isinstance(engine, DeepspeedEngine) and engine.stage == 3)
+    if isinstance(curvature, MasCurvature) and curvature.variant == "local" and in_shards:
+        problem = "needs whole layers while it measures, and this engine has them in shards; use global, or ddp"
+        yield Clash(("curvature.variant", "engine.kind"), problem)
+
+
+def _path(config: RunConfig) -> Iterator[Clash]:
+    """Of what must be so that each step of a task counts, from its first weights to its last."""
+    train = config.train
+    if not isinstance(config.curvature, SiCurvature):
+        return
+    if config.curvature.fraction != 1:
+        yield Clash(("curvature.fraction", "curvature.kind"), "si makes no pass over examples; leave it 1")
+    if config.prior.quadratic.weight == 0:
+        return
+    if config.prior.normal.precision > 0:
+        problem = "pulls at the weights beside the loss, which si would count as the loss's; set it to 0"
+        yield Clash(("prior.normal.precision", "curvature.kind"), problem)
+    if isinstance(config.engine, DeepspeedEngine):
+        problem = "keeps a step's gradient to itself, which si needs; set engine.kind=ddp or fsdp2"
+        yield Clash(("engine.kind", "curvature.kind"), problem)
+    if not isinstance(config.optim, TimmOptim):
+        problem = "takes gradients at other weights than those it moves, and si needs both at one place; use timm"
+        yield Clash(("optim.kind", "curvature.kind"), problem)
+    if train.ema is not None:
+        problem = "ends a task at other weights than those its path led to, which si needs; leave it null"
+        yield Clash(("train.ema", "curvature.kind"), problem)
+    if train.first_task_from is not None:
+        problem = "leaves the first task without a path, which si needs; leave it null"
+        yield Clash(("train.first_task_from", "curvature.kind"), problem)
+    if train.head_epochs > 0:
+        problem = "begins a second path within a task, and si follows one; set it to 0"
+        yield Clash(("train.head_epochs", "curvature.kind"), problem)
 
 
 def _deepspeed(config: RunConfig) -> Iterator[Clash]:

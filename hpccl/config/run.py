@@ -30,6 +30,7 @@ from hpccl.config.sections import (
     NoAdaptation,
     PriorConfig,
     Section,
+    SiCurvature,
     StreamConfig,
     TimmOptim,
     TrainConfig,
@@ -99,7 +100,11 @@ class RunConfig(Section):
     def _quadratic(self) -> list[str]:
         if self.prior.quadratic.weight == 0:
             return []
-        name = "mas" if isinstance(self.curvature, MasCurvature) else "ewc"
+        name = "ewc"
+        if isinstance(self.curvature, MasCurvature):
+            name = "mas" if self.curvature.variant == "global" else "mas_local"
+        elif isinstance(self.curvature, SiCurvature):
+            name = "si"
         return [f"online_{name}" if self.prior.quadratic.decay < 1 else name]
 
     def _distilled(self) -> list[str]:

@@ -80,6 +80,7 @@ __all__ = [
     "ScoreSelector",
     "SelectorConfig",
     "ShardStream",
+    "SiCurvature",
     "SlurmCluster",
     "StratifiedMix",
     "StreamConfig",
@@ -751,8 +752,22 @@ class MasCurvature(Section):
     """
 
     kind: Literal["mas"] = "mas"
+    # global: of the network's output; local: of every layer's own output, its input held constant (Hebbian)
+    variant: Literal["global", "local"] = "global"
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the task's examples that is used
     batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
+
+
+class SiCurvature(Section):
+    """Synaptic Intelligence (Zenke et al. 2017): what each weight did for the loss while it was learned.
+
+    Omega = max(omega, 0) / (distance^2 + xi), no pass over the task; the quadratic is that of kind=mas with this Omega.
+    """
+
+    kind: Literal["si"] = "si"
+    xi: PositiveFloat = 0.1  # beside the squared way that a weight went in a task, by which what it did is divided
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of a pass over the task: there is none, leave it 1
+    batch_size: PositiveInt = 256  # examples at a time, of other passes over a task
 
 
 class DenseCurvature(Measured):
@@ -769,7 +784,7 @@ class OptimizerCurvature(Measured):
 
 
 PassCurvature: TypeAlias = KroneckerCurvature | EkfacCurvature | DiagonalCurvature | MasCurvature | DenseCurvature
-CurvatureConfig = Annotated[PassCurvature | OptimizerCurvature, Field(discriminator="kind")]
+CurvatureConfig = Annotated[PassCurvature | SiCurvature | OptimizerCurvature, Field(discriminator="kind")]
 
 # ---------------------------------------------------------------- adaptation
 

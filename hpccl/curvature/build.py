@@ -20,6 +20,7 @@ from hpccl.curvature.diagonal import Diagonal, DiagonalEstimator
 from hpccl.curvature.factors import KroneckerPass
 from hpccl.curvature.kfac import EkfacEstimator, KroneckerEstimator
 from hpccl.curvature.kronecker import Kronecker
+from hpccl.curvature.mas_local import LocalMasEstimator
 from hpccl.curvature.protocols import Estimator, Precision, Shards
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Place, placed_whole
@@ -37,6 +38,8 @@ def build_estimator(config: PassCurvature, seed: int, known: Coverage | None = N
             return EkfacEstimator(_sweep(config, seed, known))
         case DiagonalCurvature():
             return DiagonalEstimator(config.fisher, config.samples, seed, known)
+        case MasCurvature(variant="local"):
+            return LocalMasEstimator(known)
         case MasCurvature():
             return DiagonalEstimator("outputs", known=known)
         case DenseCurvature():

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpccl.config.run import RunConfig
+from hpccl.config.sections import SiCurvature
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, fetch, streamed, whole
+from hpccl.engine.moments import local
 from hpccl.engine.optim import learning_rate
 from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.engine.trial import drawing
@@ -47,6 +49,10 @@ class BaseEngine(ABC):
         self._hooks: dict[str, GradientHook] = {}
         self._called: set[str] = set()
         self._average: dict[str, Tensor] | None = None
+        self._follows = isinstance(config.curvature, SiCurvature) and config.prior.quadratic.weight > 0
+        self._credit: dict[str, Tensor] = {}
+        self._begun: dict[str, Tensor] = {}
+        self._pull: Callable[[str, Tensor], Tensor] | None = None
         self._task = self._step = self._num_steps = 0
         self._last = False
         self._held: dict[str, Tensor] = {}
@@ -110,6 +116,9 @@ class BaseEngine(ABC):
         self._average = None
         if self._train.ema is not None:
             self._average = {name: value.detach().clone() for name, value in self._locals().items()}
+        if self._follows:
+            self._begun = self._learned()
+            self._credit = {name: torch.zeros_like(value) for name, value in self._begun.items()}
 
     def reset(self) -> None:
         """Back to the initial weights."""
@@ -156,17 +165,22 @@ class BaseEngine(ABC):
     def step(self) -> Tensor:
         """Clip, update, clear."""
         self._refuse_silent_hooks()
-        norm = self._update(self.lr)
+        norm = self._followed() if self._follows else self._moved()
         if (perturbing := self._perturbing) is not None:
             perturbing.forget()
-        if self._kept:
-            # An optimiser moves also what has no gradient: by weight decay, or by the sign of nothing.
-            own = self._locals()
-            self._put_locals({name: kept.where(mask, own[name]) for name, (mask, kept) in self._kept.items()})
         if self._average is not None and self._train.ema is not None and bool(torch.isfinite(norm)):
             with torch.no_grad():
                 torch._foreach_lerp_(list(self._average.values()), list(self._locals().values()), 1 - self._train.ema)
         self._step += 1
+        return norm
+
+    def _moved(self) -> Tensor:
+        """An update of what is not held; returns the gradient's norm before."""
+        norm = self._update(self.lr)
+        if self._kept:
+            # An optimiser moves also what has no gradient: by weight decay, or by the sign of nothing.
+            own = self._locals()
+            self._put_locals({name: kept.where(mask, own[name]) for name, (mask, kept) in self._kept.items()})
         return norm
 
     @property
@@ -198,6 +212,51 @@ class BaseEngine(ABC):
                 part = part.reshape(1)
             self._kept[name] = (part, own[name].clone())
         self._still = [module for name, module in self._model.named_modules() if name in norms]
+
+    # ---------------------------------------------------------------- the path
+
+    @torch.no_grad()
+    def _followed(self) -> Tensor:
+        """An update, and what each weight did in it: -g (after - before), g without the prior and before clipping.
+
+        What is held did nothing: it is where it was.
+        """
+        before = self._learned()
+        gradients = {name: gradient.clone() for name, gradient in self._gradients().items()}
+        norm = self._moved()
+        if bool(torch.isfinite(norm)):
+            now = self._locals()
+            for name, gradient in gradients.items():
+                own = gradient.view_as(before[name])
+                if self._pull is not None:
+                    own = own - self._pull(name, before[name])
+                self._credit[name].addcmul_(own, now[name] - before[name], value=-1)
+        return norm
+
+    def _learned(self) -> dict[str, Tensor]:
+        """A copy of this rank's elements of what is learned."""
+        learned = self.like.keys()
+        return {name: value.detach().clone() for name, value in self._locals().items() if name in learned}
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """This rank's elements of the step's averaged gradient."""
+        named = self._model.named_parameters()
+        return {name: local(value.grad) for name, value in named if value.grad is not None}
+
+    def follow(self, pull: Callable[[str, Tensor], Tensor]) -> Callable[[], None]:
+        """See the protocol."""
+        self._pull = pull
+
+        def end() -> None:
+            self._pull = None
+
+        return end
+
+    def path(self) -> tuple[Leaves, Leaves]:
+        """See the protocol."""
+        assert self._follows, "no path was asked for"
+        credit = {name: self._leaf(name, value.clone()) for name, value in self._credit.items()}
+        return credit, {name: self._leaf(name, value.clone()) for name, value in self._begun.items()}
 
     # ---------------------------------------------------------------- trial weights
 
@@ -434,12 +493,14 @@ class BaseEngine(ABC):
             own[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimiser state by parameter name, averages and the position in the schedule."""
-        average = self._average
+        """Weights, optimiser state by parameter name, averages, the path and the position in the schedule."""
+        average, credit, begun = self._average, self._credit, self._begun
         return {
             "weights": self.gather(),
             "optimizer": self._optimizer_state(),
             "average": None if average is None else {name: self._leaf(name, value) for name, value in average.items()},
+            "credit": {name: self._leaf(name, value) for name, value in credit.items()},
+            "begun": {name: self._leaf(name, value) for name, value in begun.items()},
             "position": {
                 "task": self._task,
                 "step": self._step,
@@ -457,13 +518,17 @@ class BaseEngine(ABC):
             self.start(num_steps=position["num_steps"], task=position["task"], num_train=num_train)
             self._step = position["step"]
             self._load_optimizer_state(state["optimizer"])
-        self._average = None
-        if average is not None:
-            own = self._locals()
-            self._average = {
-                name: torch.empty_like(own[name]).copy_(self._part(name, value, own[name]))
-                for name, value in average.items()
-            }
+        self._average = None if average is None else self._own_parts(average)
+        self._credit = self._own_parts(state.get("credit", {}))
+        self._begun = self._own_parts(state.get("begun", {}))
+
+    def _own_parts(self, values: Mapping[str, Tensor | Slab | Stored]) -> dict[str, Tensor]:
+        """This rank's elements of values in the shape of parameters, as new tensors."""
+        own = self._locals()
+        return {
+            name: torch.empty_like(own[name]).copy_(self._part(name, value, own[name]))
+            for name, value in values.items()
+        }
 
     @abstractmethod
     def _optimizer_state(self) -> dict[str, Any] | None:

@@ -115,6 +115,20 @@ class Engine(Protocol):
         norms: modules whose running statistics are used, not changed
         """
 
+    def follow(self, pull: Callable[[str, Tensor], Tensor]) -> Callable[[], None]:
+        """Say what the prior adds to the gradient, so that a path leaves it out (curvature.kind=si).
+
+        pull: (name, this rank's elements of the parameter) -> what `on_gradient` added to their gradient, in the end
+
+        Returns what ends it.
+        """
+
+    def path(self) -> tuple[Leaves, Leaves]:
+        """Of the newest task: what each weight did for the loss (omega), and the weights it began with. Not collective.
+
+        Of trainable parameters, divided over ranks as the weights are; kept with curvature.kind=si only.
+        """
+
     def step(self) -> Tensor:
         """Clip, update, clear. Returns the gradient's norm before clipping (scalar, equal on all ranks)."""
 

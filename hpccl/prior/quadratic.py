@@ -1,4 +1,4 @@
-"""The quadratic part of the prior (EWC).
+"""The quadratic part of the prior (EWC, MAS, SI).
 
     R(w) = weight * [ 1/2 (w - a)' (F + damping I) (w - a) + c' (w - a) ]        nats in total
     dR/dw = weight * [ (F + damping I) (w - a) + c ]
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hpccl.curvature.build import precision_from_state
+from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.protocols import Piece, Precision, Shards, strided_like
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
@@ -96,6 +97,27 @@ class Quadratic:
         anchor = {name: strided_like(value, like[name]) for name, value in fetch(self.anchor, needed, comm).items()}
         scale = comm.size * self.weight / num_train
         return engine.on_gradient([_hook(piece, anchor, scale, self.damping) for piece in pieces])
+
+    def pull_on(self, num_train: int) -> Callable[[str, Tensor], Tensor]:
+        """What `attach` adds, per training example, to the gradient of a rank's own elements of a parameter.
+
+        Of a diagonal that lies where the weights do: (name, elements) -> force, without communication.
+        """
+        assert isinstance(self.precision, Diagonal), "other precisions mix elements that ranks do not have"
+        leaves, scale = self.precision.leaves, self.weight / num_train
+
+        def part(leaf: Leaf, like: Tensor) -> Tensor:
+            local = leaf.local if isinstance(leaf, Slab) else leaf
+            return local.to(like.device).view_as(like)
+
+        def force(name: str, weights: Tensor) -> Tensor:
+            distance = weights - part(self.anchor[name], weights)
+            total = distance * (part(leaves[name], weights) + self.damping)
+            if self.pull is not None:
+                total += part(self.pull[name], weights)
+            return total * scale
+
+        return force
 
     def plus(
         self,

@@ -16,11 +16,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hpccl.checkpoint.apart import Apart, read_apart, write_apart
-from hpccl.config.sections import DenseCurvature, GreedySelector, OptimizerCurvature
+from hpccl.config.sections import DenseCurvature, GreedySelector, OptimizerCurvature, PassCurvature, SiCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.learned import learned_diagonal
 from hpccl.curvature.protocols import Precision, Totals
+from hpccl.curvature.si import synaptic
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import Leaves
@@ -168,16 +169,15 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
     if config.weight == 0:
         return None
     with world.phase(task, "curvature") as phase:
-        learned = isinstance(world.config.curvature, OptimizerCurvature)
-        rest, precision = (_learned if learned else _measured)(task, memory, state, world)
-        phase.images = 0 if learned else len(rest)
+        precision, count = _precision(task, memory, anchor, state, world)
+        phase.images = count if isinstance(world.config.curvature, PassCurvature) else 0
         new = precision.totals(world.comm)
         if state.prior.quadratic is None:
             quadratic = Quadratic(precision, anchor, config.weight, config.damping)
         else:
             own = state.engine.like if config.anchor == "each" else ()
             quadratic = state.prior.quadratic.plus(precision, anchor, world.comm, own_anchors=own, decay=config.decay)
-    _write_curvature(task, new, quadratic.precision, world, num_examples=len(rest), state=state)
+    _write_curvature(task, new, quadratic.precision, world, num_examples=count, state=state)
     return quadratic
 
 
@@ -198,7 +198,7 @@ def functional(task: Task, memory: Memory, state: RunState, world: World) -> Fro
 def _measured(task: Task, memory: Memory, state: RunState, world: World) -> tuple[Ints, Precision]:
     """The examples of the task that are not in memory (or a share of them), and the curvature of all of these."""
     config = world.config.curvature
-    assert not isinstance(config, OptimizerCurvature), "it needs no pass"
+    assert isinstance(config, PassCurvature), "others need no pass"
     rest, times = _rest(task, memory, world)
     estimator = build_estimator(config, world.config.seed, state.coverage)
     network = state.engine.whole_module() if isinstance(config, DenseCurvature) else state.engine.module
@@ -224,13 +224,25 @@ def _write_curvature(
     )
 
 
-def _learned(task: Task, memory: Memory, state: RunState, world: World) -> tuple[Ints, Precision]:
-    """The examples of the task, and what the optimiser learned of the curvature of all of these."""
+def _precision(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: World) -> tuple[Precision, int]:
+    """The task's, summed over its examples, and from how many of them it is known; collective."""
+    config = world.config.curvature
+    if isinstance(config, SiCurvature):
+        (credit, start), count = state.engine.path(), len(task.samples("train"))
+        return synaptic(credit, start, anchor, xi=config.xi, num_examples=count), count
+    if isinstance(config, OptimizerCurvature):
+        samples, _ = _rest(task, memory, world)
+        return _learned(samples, state, world), len(samples)
+    rest, precision = _measured(task, memory, state, world)
+    return precision, len(rest)
+
+
+def _learned(samples: Ints, state: RunState, world: World) -> Precision:
+    """By the optimiser, of the samples that it trained on."""
     config, quadratic = world.config.prior.quadratic, state.prior.quadratic
     past = None if quadratic is None else quadratic.precision
     assert past is None or isinstance(past, Diagonal), "all tasks' curvatures are of one kind"
-    samples, _ = _rest(task, memory, world)
-    precision = learned_diagonal(
+    return learned_diagonal(
         state.engine,
         world.config.optim,
         world.comm,
@@ -239,7 +251,6 @@ def _learned(task: Task, memory: Memory, state: RunState, world: World) -> tuple
         weight=config.weight,
         damping=config.damping,
     )
-    return samples, precision
 
 
 def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory:

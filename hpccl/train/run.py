@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import AnyAdaptation, DenseCurvature, OptimizerCurvature
+from hpccl.config.sections import AnyAdaptation, DenseCurvature, PassCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.coverage import plan_ahead
 from hpccl.data.protocols import Split, Stream, Task
@@ -86,7 +86,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     pretrained = (found is None or config.train.restart) and not continues(config)
     model, start = fresh_model(config, stream, pretrained=pretrained)
     state = _state_of(model, config, stream, world.comm)
-    if config.measures and not isinstance(config.curvature, OptimizerCurvature):
+    if config.measures and isinstance(config.curvature, PassCurvature):
         build_estimator(config.curvature, config.seed, state.coverage).check(state.engine.module)
     if found is None:
         begin_adapting(state, world)
@@ -172,7 +172,8 @@ def fresh_model(config: RunConfig, stream: Stream, *, pretrained: bool) -> tuple
 
 def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -> RunState:
     """The engine around a model; what needs whole weights is done before it spreads them."""
-    measured = config.measures and not isinstance(config.curvature, (DenseCurvature, OptimizerCurvature))
+    by_pass = isinstance(config.curvature, PassCurvature) and not isinstance(config.curvature, DenseCurvature)
+    measured = config.measures and by_pass
     coverage = plan_ahead(model, stream.image_shape) if measured and spreads_weights(config) else None
     return RunState(build_engine(config, model, comm), coverage=coverage)
 

@@ -103,6 +103,8 @@ def two_tasks(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
         "curvature": held_bytes(quadratic.precision),
         "memory": state.prior.memory.num_bytes - state.prior.memory.soft_bytes,
     }
+    if saved["credit"]:
+        found["path"] = num_bytes(saved["credit"]) + num_bytes(saved["begun"])
     if changes["engine"]["kind"] == "deepspeed" and changes["engine"].get("stage", 3) == 3:
         second = engine.module.parameters()
         found["network for passes outside training"] = num_bytes([local(value.detach()) for value in second])
@@ -121,7 +123,15 @@ def two_tasks(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
     ("engine", "size"), [(name, 2) for name in ENGINES] + [("ddp", 4), ("fsdp2", 4)], ids=lambda value: str(value)
 )
 def test_what_is_held_and_sent_is_what_was_planned(engine: str, size: int, tmp_path: Path) -> None:
-    changes = {"engine": ENGINES[engine]}
+    compare({"engine": ENGINES[engine]}, size, tmp_path)
+
+
+def test_a_path_is_planned(tmp_path: Path) -> None:
+    assert "path" in compare({"engine": ENGINES["fsdp2"], "curvature": {"kind": "si"}}, 2, tmp_path)
+
+
+def compare(changes: dict[str, Any], size: int, tmp_path: Path) -> dict[str, float]:
+    """What was found on the ranks, by name."""
     results = run_in_world(two_tasks, size, tmp_path, str(tmp_path), changes)
     plan = make_plan(merged(NETWORK, changes), nodes=1, nproc=size, measured=False)
     planned = {each.name: each.num_bytes for each in plan.held if each.when == "always"}
@@ -130,3 +140,4 @@ def test_what_is_held_and_sent_is_what_was_planned(engine: str, size: int, tmp_p
     for name, found in most.items():
         assert planned[name] == pytest.approx(found, rel=0.15), name
     assert sum(planned[name] for name in most) == pytest.approx(sum(most.values()), rel=0.15)
+    return most

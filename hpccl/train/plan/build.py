@@ -10,7 +10,7 @@ from typing import Any, Literal, assert_never
 
 from hpccl.config.optim import passes_of
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import OptimizerCurvature, StratifiedMix, TimmOptim
+from hpccl.config.sections import PassCurvature, SiCurvature, StratifiedMix, TimmOptim
 from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
 from hpccl.data.protocols import Task
@@ -264,13 +264,17 @@ class _Case:
         if self.curvature is None:
             return
         yield Held("curvature", max(self.curvature.held))
+        if isinstance(self.config.curvature, SiCurvature):
+            path = 2 * FLOAT * elements(self.network.shapes, self.spread, what="weights")
+            yield Held("path", path)  # what each weight did, and where it began
+            yield Held("a step of the path", path, "training")
         yield Held("sums of the next curvature", self.curvature.measuring, "measuring")
         if self.config.prior.quadratic.anchor == "each":
             pulled = elements(self.network.shapes, self.spread, what="weights")
             yield Held("pull to each task's weights", FLOAT * pulled)
         if any(self.curvature.fetched):
             yield Held("old weights of a process's layers", max(self.curvature.fetched), "training")
-        if self.network.graph is not None and not isinstance(self.config.curvature, OptimizerCurvature):
+        if self.network.graph is not None and isinstance(self.config.curvature, PassCurvature):
             graph = max(self.network.graph, 1)
             fitting = max(1, _PASS[pick_device(self.config.engine.device).type] // graph)
             yield Held("activations", min(self.config.curvature.batch_size, fitting) * graph, "measuring")

@@ -21,6 +21,7 @@ from hpccl.config.sections import (
     MasCurvature,
     OptimizerCurvature,
     RefitTasks,
+    SiCurvature,
     TasksConfig,
 )
 from hpccl.curvature.blocks import Layout, Part
@@ -80,7 +81,7 @@ def plan_curvature(
         case DiagonalCurvature() | MasCurvature():
             sums, held, flops = FLOAT * total, FLOAT * rows(rest.values(), spread), float(2 * total)
             return _alike(sums, held, flops, _fetched((), rest, spread), spread.ranks)
-        case OptimizerCurvature():
+        case OptimizerCurvature() | SiCurvature():
             held, flops = FLOAT * rows(rest.values(), spread), float(2 * total)
             return _alike(0, held, flops, _fetched((), rest, spread), spread.ranks)
         case DenseCurvature():

@@ -9,13 +9,14 @@ from hpccl.config.docs import meaning, page
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
 from hpccl.config.schema import keys
+from hpccl.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 METHODS = sorted((ROOT / "configs" / "method").glob("*.yaml"))
 NAMES = (
     "finetune joint separate ewc replay fr fr+replay ewc+fr ewc+replay ewc+fr+replay "
-    "kpriors fromp lwf lwf.mc feature_extraction finetune_head er der der++ gdumb icarl bic mas online_ewc topic "
-    "prototypes"
+    "kpriors fromp lwf lwf.mc feature_extraction finetune_head er der der++ gdumb icarl bic mas mas_local si "
+    "online_ewc topic prototypes"
 )
 
 
@@ -32,8 +33,8 @@ def test_a_method_is_what_its_file_is_called(path: Path) -> None:
 def test_a_method_can_be_put_over_any_other() -> None:
     for first, second in itertools.product(METHODS, METHODS):
         expected = second.stem
-        if first.stem == "mas":  # the curvature is the user's, whatever the method
-            expected = expected.replace("ewc", "mas")
+        if first.stem in ("mas", "mas_local", "si"):  # the curvature is the user's, whatever the method
+            expected = expected.replace("ewc", first.stem)
         assert load([first, second], []).method == expected
 
 
@@ -62,6 +63,10 @@ def test_every_key_has_a_meaning() -> None:
     assert without == []
 
 
+REFUSED = {
+    "mas_local": {"fsdp2": r"curvature\.variant", "deepspeed": r"curvature\.variant"},  # it needs whole layers
+    "si": {"deepspeed": r"engine\.kind"},  # it needs each step's gradient
+}
 ENGINES = sorted((ROOT / "configs" / "engine").glob("*.yaml"))
 
 
@@ -69,6 +74,11 @@ ENGINES = sorted((ROOT / "configs" / "engine").glob("*.yaml"))
 def test_an_engine_goes_after_any_method_and_any_other_engine(path: Path) -> None:
     alone = load([path], []).engine
     for before in (*METHODS, *ENGINES):
+        refused = REFUSED.get(before.stem, {}).get(alone.kind)
+        if refused is not None:
+            with pytest.raises(ConfigError, match=refused):
+                load([ROOT / "configs" / "quickstart.yaml", before, path], [])
+            continue
         assert load([ROOT / "configs" / "quickstart.yaml", before, path], []).engine == alone
 
 

@@ -21,6 +21,9 @@ FROMP = ("prior.fromp.weight=1", MEMORY)
 ADAPT = ("adapt={kind: precision, precision: 2.0, source: runs/a, task: 0}", MEMORY)
 ADDED = ("adapt={kind: add, data: [shards/more], source: runs/a, task: 0}", MEMORY)
 STUDENT = ("adapt={kind: model, source: runs/a, task: 0}", MEMORY)
+MAS = ("curvature.kind=mas", "prior.quadratic.weight=1")
+LOCAL = (*MAS, "curvature.variant=local")
+SI = ("curvature.kind=si", "prior.quadratic.weight=1")
 SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
 LARGE = (
     "stream={kind: shards, parts: [{path: a, tasks: 2}]}",
@@ -132,6 +135,19 @@ DOMAINS = "stream.scenario.kind=domains"
         ([KD, "prior.distill.scale_t2=true", "prior.distill.temperature=1"], "prior.distill.scale_t2"),
         (["train.loss=sigmoid", "prior.quadratic.weight=1"], "prior.quadratic.weight"),
         (["train.loss=sigmoid", MEMORY], "prior.replay"),
+        (["prior.quadratic.decay=0.9"], "prior.quadratic.decay"),
+        ([*LOCAL, FSDP2], "curvature.variant"),
+        ([*LOCAL, ZERO, "engine.stage=3"], "curvature.variant"),
+        ([*MAS, MEMORY, "memory.selector.kind=reconstruction", "prior.replay=1"], "memory.selector.kind"),
+        ([*SI, "prior.normal.precision=1"], "prior.normal.precision"),
+        ([*SI, MEMORY, "memory.selector.kind=reconstruction", "prior.replay=1"], "memory.selector.kind"),
+        ([*SI, ZERO], "engine.kind"),
+        ([*SI, ZERO, "engine.stage=0"], "engine.kind"),
+        ([*SI, "optim.kind=ivon"], "optim.kind"),
+        ([*SI, "train.ema=0.9"], "train.ema"),
+        ([*SI, "train.first_task_from=runs/a"], "train.first_task_from"),
+        ([*SI, "train.head_epochs=1"], "train.head_epochs"),
+        (["curvature.kind=si", "curvature.fraction=0.5"], "curvature.fraction"),
         (["train.loss=sigmoid", "train.label_smoothing=0.1"], "train.label_smoothing"),
         (["train.loss=sigmoid", KD], "train.head"),
         (["train.loss=sigmoid", "train.head=seen", KD, MEMORY, "prior.replay=1"], "prior.distill.images"),

@@ -1,0 +1,181 @@
+"""Memory Aware Synapses, the local variant: how much a small change of a weight changes what its own layer says.
+
+    Omega = mean_i |d |y_i|^2 / d theta|          y: the output of theta's layer, the layer's input held constant
+
+(Hebbian: for y = phi(W x), phi ReLU, Omega_ij = mean_k 2 |y_i x_j|). Labels are unused, absolute values are taken of
+each example. As in the global variant, DiagonalEstimator("outputs"), the precision is 2 sum_i, a sum over examples.
+Source: Aljundi et al. 2018, "Memory Aware Synapses: Learning what (not) to forget", ECCV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hpccl.curvature.capture import Call, captured, measuring
+from hpccl.curvature.coverage import Coverage, refuse_unfit
+from hpccl.curvature.diagonal import Diagonal, summed_diagonal
+from hpccl.curvature.layers import squares
+from hpccl.curvature.protocols import Examples
+from hpccl.curvature.sweep import at_the_end, fit_examples, in_parts, planned, zeros_for
+from hpccl.dist.comm import Comm
+from hpccl.engine.sharded import is_spread
+from hpccl.errors import CoverageError, DivergedError
+
+__all__ = ["LocalMasEstimator"]
+
+# Elementwise: what a layer says is what comes out of these.
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
+    *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softsign),
+)
+
+
+@final
+@dataclass(frozen=True)
+class LocalMasEstimator:
+    """Measures 2 Omega of the local variant: a forward pass, and each activation's own derivative.
+
+    A layer's output is taken behind the BatchNorm (in evaluation mode a part of the layer) and the activation modules
+    that it goes into directly. An activation that is a function and not a module is not seen.
+    """
+
+    known: Coverage | None = None
+
+    def check(self, model: nn.Module) -> None:
+        """See Estimator.check."""
+        refuse_unfit(model)
+
+    def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Diagonal:
+        """See Estimator.estimate. fp32 sums; one exchange between ranks, at the end.
+
+        Raises:
+            CoverageError: a trainable parameter has no layer that is called once per pass.
+            DivergedError: an output is not finite.
+            WorldError: any of these on another rank.
+        """
+        assert not is_spread(model), "the configuration refuses this"
+        values = {name: zeros_for(value) for name, value in model.named_parameters() if value.requires_grad}
+        count = torch.zeros(1, dtype=torch.float64, device=comm.device)
+
+        def add() -> None:
+            coverage = self.known
+            for examples in fit_examples(model, batches):
+                coverage = coverage or planned(model, examples)
+                _refuse_free(coverage)
+                for part in in_parts(examples, _fits(coverage, examples)):
+                    count.add_(part.weight.double().sum().to(count.device))
+                    with measuring(model, part.pixels.device):
+                        found = _hebbian(model, coverage, part)
+                    for name, value in found.items():
+                        values[name] += value
+
+        at_the_end(model, comm, add)
+        comm.sum_([count])
+        return summed_diagonal(model, values, float(count), comm).times(2.0)
+
+
+@dataclass
+class _Said:
+    """What the layers say, by layer: where gradients of it enter, and 2 y."""
+
+    edges: dict[str, GradientEdge] = field(default_factory=dict)
+    doubled: dict[str, Tensor] = field(default_factory=dict)
+
+    def set(self, name: str, out: Tensor) -> None:
+        """Layer `name` says `out` from here on; copied, for others may change it in place."""
+        self.edges[name], self.doubled[name] = get_gradient_edge(out), 2 * out.detach()
+
+    def by(self, value: Any) -> list[str]:
+        """The layers that say `value`: by its place in the graph, which in-place operations change."""
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return []
+        edge = get_gradient_edge(value)
+        return [name for name, said in self.edges.items() if _same(said, edge)]
+
+
+def _fits(coverage: Coverage, examples: Examples) -> int:
+    budget = 1 << 27 if examples.pixels.device.type == "cpu" else 1 << 31
+    return max(1, min(len(examples), budget // max(1, coverage.graph_bytes + 2 * coverage.output_bytes)))
+
+
+def _refuse_free(coverage: Coverage) -> None:
+    free = [*coverage.mapped, *coverage.looped]
+    if free:
+        raise CoverageError(
+            f"parameter '{free[0]}' ({len(free)} in all) is not of a layer that is called once per image, and so has "
+            "no output of its own for curvature.variant=local; use curvature.variant=global, which covers it"
+        )
+
+
+def _hebbian(model: nn.Module, coverage: Coverage, part: Examples) -> Mapping[str, Tensor]:
+    """Sums over examples of |d |y|^2 / d theta| by full name."""
+    total: dict[str, Tensor] = {}
+    with captured(model, coverage.layers) as calls, _listening(model, coverage.layers) as said:
+        model(part.pixels)
+    for name, names in coverage.layers.items():
+        (call, *_) = calls[name]
+        grad = _weighted(_own_gradient(call, said, name), part)
+        found = squares(model.get_submodule(name), call.inputs, grad[:, None], names, len(part), power=1)
+        for local, value in found.items():
+            if not bool(value.sum().isfinite()):
+                raise DivergedError(
+                    f"the output of layer '{name}' is not finite on an image; curvature needs a model that has not "
+                    "diverged"
+                )
+            total[names[local]] = value
+    return total
+
+
+def _own_gradient(call: Call, said: _Said, name: str) -> Tensor:
+    """The gradient d |y|^2 / da, for the layer's output a and what it says y, in a's shape."""
+    assert call.edge is not None, "a covered layer has one output"
+    if _same(said.edges[name], call.edge):
+        return said.doubled[name]
+    (grad,) = torch.autograd.grad([said.edges[name]], [call.edge], [said.doubled[name]], retain_graph=True)
+    return grad
+
+
+def _same(one: GradientEdge, other: GradientEdge) -> bool:
+    return one.node is other.node and one.output_nr == other.output_nr
+
+
+def _weighted(grad: Tensor, part: Examples) -> Tensor:
+    rows = part.weight.to(grad).repeat_interleave(len(grad) // len(part))
+    return grad * rows.view(-1, *[1] * (grad.dim() - 1))
+
+
+@contextmanager
+def _listening(model: nn.Module, layers: Collection[str]) -> Iterator[_Said]:
+    """Follow each layer's output through the BatchNorm and activation modules that it goes into directly."""
+    said, entered = _Said(), dict[nn.Module, list[str]]()
+
+    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        entered[module] = said.by(arguments[0]) if arguments else []
+
+    def leave(module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
+        for name in entered.pop(module):
+            if isinstance(out, Tensor) and out.requires_grad:
+                said.set(name, out)
+
+    def begin(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> None:
+            said.set(name, out)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, (*_ACTIVATIONS, _BatchNorm)):
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+            if name in layers:  # later than `leave`: a norm ends another layer's chain and begins its own
+                stack.callback(module.register_forward_hook(begin(name)).remove)
+        yield said

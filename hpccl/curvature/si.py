@@ -1,0 +1,46 @@
+"""Synaptic Intelligence: what each weight did for the loss, along the way that training took.
+
+    omega = - sum over steps of g * (theta_after - theta_before)         g: gradient of the task's mean loss, unclipped
+    Omega = max(omega, 0) / ((theta - theta*)^2 + xi)                    theta*: weights when the task began
+
+The penalty lambda sum Omega (theta - theta*)^2, without the half, stands beside the mean loss. A precision is a sum
+over examples, here as in Memory Aware Synapses: 2 n Omega for a task of n, so that lambda is the paper's for tasks of
+equal size. The engine keeps omega; noise of mini-batches can make it negative, which no precision may be.
+Source: Zenke, Poole and Ganguli 2017, "Continual Learning Through Synaptic Intelligence", ICML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from hpccl.curvature.diagonal import Diagonal
+from hpccl.dist.spread import Leaf, Leaves, Slab
+
+__all__ = ["synaptic"]
+
+
+def synaptic(credit: Leaves, start: Leaves, end: Leaves, *, xi: float, num_examples: int) -> Diagonal:
+    """2 n Omega, in nats per squared weight, summed over examples; not collective.
+
+    Args:
+        credit: omega by parameter name, whole or spread.
+        start: theta*, divided over ranks as `credit` is.
+        end: theta, likewise; may have more names.
+        xi: > 0, in squared weights.
+        num_examples: n, of the task.
+    """
+    assert xi > 0, "a weight that did not move would divide by zero"
+    found = {name: _importance(leaf, start[name], end[name], xi) for name, leaf in credit.items()}
+    return Diagonal(found, num_examples).times(2.0 * num_examples)
+
+
+def _importance(credit: Leaf, start: Leaf, end: Leaf, xi: float) -> Leaf:
+    moved = _own(end).float() - _own(start)
+    found = _own(credit).clamp(min=0) / (moved.square() + xi)
+    return replace(credit, local=found) if isinstance(credit, Slab) else found
+
+
+def _own(leaf: Leaf) -> Tensor:
+    return leaf.local if isinstance(leaf, Slab) else leaf
