@@ -55,7 +55,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], *, rtol: float) -> N
         torch.testing.assert_close(other["values"][name], value, rtol=rtol, atol=rtol * float(value.max()))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_world_size_does_not_matter(tmp_path: Path, size: int) -> None:
     (alone,) = run_in_world(everything, 1, tmp_path)
     ranks = run_in_world(everything, size, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,4 +73,8 @@ def account(run: Path, job: str) -> str:
     ends = [f"--- {path.relative_to(run)}\n{path.read_text(errors='replace')[-2000:]}" for path in files]
     diary = run / "events.jsonl"
     lines = diary.read_text().splitlines()[-15:] if diary.exists() else ["there is none"]
-    return "\n".join([json.dumps(show(job)), *ends, "--- end of events.jsonl", *(line[:300] for line in lines)])
+    try:
+        told = json.dumps(show(job))
+    except (AssertionError, subprocess.TimeoutExpired) as error:  # slurmctld may be what went wrong
+        told = str(error)
+    return "\n".join([told, *ends, "--- end of events.jsonl", *(line[:300] for line in lines)])

@@ -133,6 +133,7 @@ def test_dump_loads_back(tmp_path: Path) -> None:
     assert load([write(tmp_path, dump(config))], []) == config
 
 
+@pytest.mark.slow
 @given(
     text=st.text(min_size=1),
     number=st.floats(min_value=1e-30, max_value=1e30),
