@@ -364,7 +364,9 @@ def _counted_twice(config: RunConfig) -> Iterator[Clash]:
 
 def _normal(config: RunConfig) -> Iterator[Clash]:
     normal, key = config.prior.normal, "prior.normal.precision"
-    if normal.precision == 0:
+    if normal.precision == 0 and isinstance(config.adapt, NewPrecision) and config.adapt.precision > 0:
+        key = "adapt.precision"
+    elif normal.precision == 0:
         if normal.weight != NormalConfig().weight:
             yield Clash(("prior.normal.weight", key), "weighs a normal prior that there is not; set its precision > 0")
         return
