@@ -140,7 +140,8 @@ def adapt(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[key=value]...", help="Over the run's: of train, optim, engine, cluster, checkpoint, log."
+            metavar="[key=value]...",
+            help="Over the run's: of train, optim, engine, cluster, checkpoint, log; prior.weight.",
         ),
     ] = None,
     *,

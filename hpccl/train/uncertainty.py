@@ -29,7 +29,7 @@ from hpccl.report.text import size
 from hpccl.report.uncertainty import Uncertainty, worth_showing
 from hpccl.train.consolidate import thumbnail
 from hpccl.train.evaluate_run import reopened
-from hpccl.train.export import find_finished, no_curvature, refuse_other_logits
+from hpccl.train.export import find_finished, no_curvature, refuse_importance, refuse_other_logits
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
@@ -40,7 +40,7 @@ Approximation: TypeAlias = Literal["sampled", "probit", "monte_carlo"]
 
 _FEW = 2000  # test images, unless told otherwise, where each needs the Jacobian of the whole network
 _LARGEST = 4 << 30  # bytes of one image's Jacobian by one layer, with the copies that are made of it
-_SUBSAMPLE, _NOISE = 107, 108
+_SUBSAMPLE, _NOISE = 123, 124
 
 
 def evaluate_posterior(
@@ -107,11 +107,12 @@ def posterior_of(state: RunState, world: World, prior_precision: float | None) -
 
     Raises:
         FolderError: there is no curvature.
-        ConfigError: the evidence has no maximum.
+        ConfigError: it is an importance, or the evidence has no maximum.
     """
     quadratic = state.prior.quadratic
     if quadratic is None:
         raise FolderError(no_curvature(str(world.folder.path), state.mark.name))
+    refuse_importance(world.config, world.folder.path)
     posterior = Posterior.of(
         quadratic.precision, wholes(quadratic.anchor), prior_precision=prior_precision or 1.0, comm=world.comm
     )
