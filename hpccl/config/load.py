@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from hpccl.config.rules import Clash, ClashError
+from hpccl.config.clash import Clash, ClashError
 from hpccl.config.run import RunConfig
 from hpccl.config.schema import Choice, allowed, choice, suggest
 from hpccl.config.sections import Section
