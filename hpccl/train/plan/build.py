@@ -415,6 +415,8 @@ def _shown_beside(config: RunConfig) -> Iterator[str]:
     topology = config.prior.topology
     if topology.nodes and topology.anchor:
         yield f"not counted: the images of nodes, {topology.nodes} and more, that a step of a later task shows in all"
+    if config.prior.fromp.weight > 0:
+        yield "not counted: kept examples that a step of a later task recalls beside its rows, and their kernels"
 
 
 def _notes(case: _Case, rates: Rates | None, gigabytes_per_second: float | None) -> Iterator[str]:
