@@ -18,6 +18,8 @@ __all__ = ["adapted_config", "named", "reference_config"]
 _FIXED = ("stream", "data", "memory", "adapt", "curvature")
 _FIXED_PRIOR = ("prior.replay", "prior.quadratic", "prior.fromp", "prior.normal.precision")
 _REFERENCE = ("model", "engine", "cluster", "checkpoint", "log")  # settings that are the reference's, too
+_NO_QUADRATIC = ("prior.quadratic.weight=0", "prior.quadratic.decay=1")  # it is of other weights
+_ALL_LEARNS = ("train.frozen=[]", "train.norms=batch")  # from nothing, as in RUN's first task
 _PULLS = ("optim.weight_decay", "optim.prior_precision")  # likewise, where another prior takes the place of the run's
 
 
@@ -44,7 +46,7 @@ def adapted_config(
     words = _words(run, out, source, task=task, change=change)
     words += [*_model(model), "train.data=task"]
     if model is not None:
-        words.append("prior.quadratic.weight=0")  # of the old network's weights
+        words += [*_NO_QUADRATIC, *_ALL_LEARNS]
     return load([run / "config.yaml"], [*words, *settings])
 
 
@@ -58,9 +60,8 @@ def reference_config(
         FolderError: RUN is no run.
     """
     words = _words(run, out, _source(run), task=task, change={**change, "retrain": True})
-    words += [*_model(model), "name=retrain", "train.data=seen", "prior.quadratic.weight=0", "prior.fromp.weight=0"]
-    # From nothing, all learns, as RUN's first task did.
-    words += ["train.frozen=[]", "train.norms=batch", "prior.topology.nodes=0"]
+    words += [*_model(model), "name=retrain", "train.data=seen", *_NO_QUADRATIC, "prior.fromp.weight=0"]
+    words += [*_ALL_LEARNS, "prior.topology.nodes=0"]
     words += [
         "memory.size=0",
         "memory.total=0",

@@ -445,6 +445,19 @@ def test_another_prior_takes_the_place_of_weight_decay(tmp_path: Path) -> None:
     assert config.optim.lr != (0.5,)
 
 
+def test_all_of_another_network_learns(tmp_path: Path) -> None:
+    """What was frozen after the first task of a run is what that task had learned."""
+    online = {"prior": {"quadratic": {"weight": 1.0, "decay": 0.9}}}
+    frozen = merged({"train": {"frozen": ["features"], "norms": "running"}, "memory": {"size": 5}}, online)
+    (tmp_path / "config.yaml").write_text(dump(frozen))
+    for config in both(tmp_path, tmp_path / "out", MODEL, "model.hidden=[4]"):
+        assert (config.train.frozen, config.train.norms) == ((), "batch")
+        assert (config.prior.quadratic.weight, config.prior.quadratic.decay) == (0, 1)
+    kept, _ = both(tmp_path, tmp_path / "out", REMOVE)
+    assert (kept.train.frozen, kept.train.norms) == (("features",), "running")
+    assert kept.prior.quadratic.decay == 0.9
+
+
 def test_an_adaptation_is_not_adapted_again(digits: Path, tmp_path: Path) -> None:
     config, _ = both(digits, tmp_path / "out", PRECISION, "train.epochs=1")
     assert learn(config) == "done"
