@@ -18,9 +18,9 @@ __all__ = ["adapted_config", "named", "reference_config"]
 _FIXED = ("stream", "data", "memory", "adapt", "curvature")
 _FIXED_PRIOR = ("prior.replay", "prior.quadratic", "prior.fromp", "prior.normal.precision")
 _REFERENCE = ("model", "engine", "cluster", "checkpoint", "log")  # settings that are the reference's, too
+_PULLS = ("optim.weight_decay", "optim.prior_precision")  # likewise, where another prior takes the place of the run's
 _NO_QUADRATIC = ("prior.quadratic.weight=0", "prior.quadratic.decay=1")  # it is of other weights
 _ALL_LEARNS = ("train.frozen=[]", "train.norms=batch")  # from nothing, as in RUN's first task
-_PULLS = ("optim.weight_decay", "optim.prior_precision")  # likewise, where another prior takes the place of the run's
 
 
 def adapted_config(

@@ -763,7 +763,7 @@ def _path(config: RunConfig) -> Iterator[Clash]:
         return
     if config.curvature.fraction != 1:
         yield Clash(("curvature.fraction", "curvature.kind"), "si makes no pass over examples; leave it 1")
-    if config.prior.quadratic.weight == 0:
+    if not config.follows:
         return
     if config.prior.normal.precision > 0:
         problem = "pulls at the weights beside the loss, which si would count as the loss's; set it to 0"

@@ -145,6 +145,12 @@ class RunConfig(Section):
         fromp = self.prior.fromp
         return self.prior.quadratic.weight > 0 or (fromp.weight > 0 and fromp.kernel == "posterior")
 
+    @property
+    def follows(self) -> bool:
+        """Whether what each weight does for the loss is added up, step by step; an adaptation measures nothing."""
+        si = isinstance(self.curvature, SiCurvature) and self.prior.quadratic.weight > 0
+        return si and not isinstance(self.adapt, AnyAdaptation)
+
     def identity(self) -> dict[str, Any]:
         """What decides the result: two runs with equal identity give equal weights."""
         decided = self.model_dump(mode="json", exclude=set(_MACHINERY))

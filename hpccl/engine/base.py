@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import SiCurvature
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, fetch, streamed, whole
 from hpccl.engine.moments import local
@@ -49,7 +48,7 @@ class BaseEngine(ABC):
         self._hooks: dict[str, GradientHook] = {}
         self._called: set[str] = set()
         self._average: dict[str, Tensor] | None = None
-        self._follows = isinstance(config.curvature, SiCurvature) and config.prior.quadratic.weight > 0
+        self._follows = config.follows
         self._credit: dict[str, Tensor] = {}
         self._begun: dict[str, Tensor] = {}
         self._pull: Callable[[str, Tensor], Tensor] | None = None

@@ -207,6 +207,7 @@ def test_a_combination_that_cannot_be_meant(arguments: list[str], key: str) -> N
         [PERMUTED, KD, "stream.scenario.seed=3"],
         ["stream.scenario={kind: rotated, degrees: 90, angles: even}"],
         [BLURRY, "stream.scenario.blur=0.3", MEMORY],
+        [*SI, *ADAPT, "optim.kind=sam"],
         [*SESSIONS, *BIC],
         [*SESSIONS, "stream.scenario.lists=a"],
         [MEMORY, "prior.replay=1"],
