@@ -186,6 +186,7 @@ def head_columns(heads: Sequence[Sequence[int]]) -> Tensor:
     width = max((len(head) for head in heads), default=1)
     table = torch.full((max(len(heads), 1), width), -1, dtype=torch.int64)
     for task, head in enumerate(heads):
+        assert len(set(head)) == len(head), "a class that is named twice would have a part of its probability alone"
         table[task, : len(head)] = torch.tensor(sorted(head), dtype=torch.int64)
     return table
 

@@ -295,7 +295,7 @@ def _labelled(task: Task, world: World) -> list[list[int]]:
         return [list(range(len(world.stream.class_names)))] * len(tasks)
     kept = config.memory.labels == "kept"
     return [
-        sorted(number for seen in tasks[: index + 1 if kept else len(tasks)] for number in seen.classes)
+        sorted({number for seen in tasks[: index + 1 if kept else len(tasks)] for number in seen.classes})
         for index in range(len(tasks))
     ]
 

@@ -155,7 +155,7 @@ def fit_features(
     after: list[list[dict[str, Any]]] = []
     tests: list[tuple[Tensor, Ints]] = []
     for task in tasks:
-        classes += task.classes
+        classes += [label for label in task.classes if label not in classes]  # tasks may share some, or all
         place = np.full(len(world.stream.class_names), -1)
         place[classes] = np.arange(len(classes))
         x, sample = _features(task.samples("train"), state, world, split="train")

@@ -181,10 +181,11 @@ def _chosen(world: World, examples: int | None, *, everything: bool) -> Ints:
 class _Judge:
     """Which classes compete for an image.
 
-    owner: [C] each class's task; heads: [T, C] bool, each task's classes; seen: [C] bool
+    ends: [T] where each task's test images end, for tasks may share classes; heads: [T, C] bool, each task's classes;
+    seen: [C] bool
     """
 
-    owner: Tensor
+    ends: Ints
     heads: Tensor
     seen: Tensor
 
@@ -192,15 +193,14 @@ class _Judge:
     def of(cls, world: World, last: int) -> _Judge:
         device, number = world.comm.device, len(world.stream.class_names)
         heads = torch.zeros(len(world.stream.tasks), number, dtype=torch.bool, device=device)
-        owner = torch.zeros(number, dtype=torch.int64, device=device)
         for task in world.stream.tasks:
             heads[task.index, list(task.classes)] = True
-            owner[list(task.classes)] = task.index
-        return cls(owner, heads, heads[: last + 1].any(dim=0))
+        ends = np.array([task.samples("test").stop for task in world.stream.tasks])
+        return cls(ends, heads, heads[: last + 1].any(dim=0))
 
-    def both(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Own and seen classes, each [n, C]."""
-        own = self.heads[self.owner[labels]]
+    def both(self, sample: Ints) -> tuple[Tensor, Tensor]:
+        """Own and seen classes of test images, each [n, C]."""
+        own = self.heads[torch.from_numpy(np.searchsorted(self.ends, sample, side="right")).to(self.heads.device)]
         return own, self.seen.expand_as(own)
 
 
@@ -238,7 +238,7 @@ def _by_samples(
         if number >= 0:
             state.engine.put(posterior.sample(world.config.seed, number))
         for place, batch in enumerate(_batches(chosen, state, world, world.stream_batch)):
-            both = [probabilities(batch.logits, head) for head in judge.both(batch.labels)]
+            both = [probabilities(batch.logits, head) for head in judge.both(batch.sample)]
             if number < 0:
                 position = torch.from_numpy(batch.sample).to(batch.logits.device).double()[:, None]
                 known.append(torch.cat([position, *(merits(p, batch.labels) for p in both)], dim=1))
@@ -266,7 +266,7 @@ def _linearised(
         if not len(batch.sample):
             continue
         variance = posterior.logit_variance(state.engine.module, batch.pixels).to(batch.logits.device)
-        heads = judge.both(batch.labels)
+        heads = judge.both(batch.sample)
         if samples == 0:
             found = [probit(batch.logits, variance, head) for head in heads]
         else:

@@ -15,6 +15,7 @@ from hpccl.checkpoint.tree import read_tree
 from hpccl.cli import app
 from hpccl.config.load import dump
 from hpccl.errors import ConfigError
+from hpccl.gp.likelihood import Softmax
 from hpccl.gp.stream import Settings, State
 from hpccl.train.evaluate import evaluate
 from hpccl.train.gp_fit import fit_gp
@@ -84,3 +85,13 @@ def test_networks_of_their_own_are_refused(tmp_path: Path) -> None:
     folder = trained(tmp_path / "separate", {"train": {"epochs": 1, "restart": True}}, tasks=1)
     with pytest.raises(ConfigError, match="network of its own for every task"):
         fit_gp(folder, settings=Settings())
+
+
+def test_a_class_of_several_tasks_is_one_function(tmp_path: Path) -> None:
+    """Tasks of rotated digits have all classes."""
+    rotated = {"stream": {"kind": "digits", "tasks": 2, "scenario": {"kind": "rotated"}}}
+    run = trained(tmp_path, rotated, {"train": {"epochs": 1, "batch_size": 64, "head": "seen"}}, tasks=2)
+    found = fit_gp(run, settings=Settings(inducing=20, steps=3, memory=5))
+    assert isinstance(found.state.likelihood, Softmax)
+    assert found.state.likelihood.num_latent == 10
+    assert found.after[-1][0]["accuracy"] > 0.3  # by chance 0.1

@@ -102,6 +102,17 @@ def test_all_classes_compete_where_all_are_shared(tmp_path: Path, head: str) -> 
         assert result["class_incremental"] == result["task_incremental"]
 
 
+def test_a_soft_label_names_a_class_once_where_tasks_share_them(tmp_path: Path) -> None:
+    config = config_of("permuted", "train.head=seen", "memory.size=5", "memory.total=0", "prior.replay=0", method="fr")
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 2)
+    memory = state.prior.memory
+    target, competing = memory.soft_targets(torch.arange(len(memory)), temperature=1.0, num_classes=10)
+    assert bool(competing.all())
+    torch.testing.assert_close(target.sum(dim=1), torch.ones(10))
+    assert memory.soft.shape == (10, 10)
+
+
 @pytest.mark.slow
 def test_the_map_of_tasks_that_share_all_classes_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)

@@ -43,8 +43,13 @@ def found(run: Path, request: pytest.FixtureRequest) -> Uncertainty:
     return evaluate_posterior(run, approximation=request.param, samples=16, examples=150)
 
 
-def test_the_mean_is_what_evaluate_says(run: Path) -> None:
-    found = summary(evaluate_posterior(run, samples=1))
+@pytest.mark.parametrize("scenario", ["classes", "blurry"])
+def test_the_mean_is_what_evaluate_says(run: Path, tmp_path: Path, scenario: str) -> None:
+    """Also where a class comes with several tasks, and its name alone does not say which others compete."""
+    if scenario == "blurry":
+        shared = {"stream": {"kind": "digits", "tasks": 5, "scenario": {"kind": "blurry"}}}
+        run = trained(tmp_path, shared, {"train": {"epochs": 1, "batch_size": 64}, "curvature": {"kind": "diagonal"}})
+    found = summary(evaluate_posterior(run, samples=1, prior_precision=10.0))
     expected = evaluate_run(run)["tasks"][:3]
     for ours, theirs in zip(found["tasks"], expected, strict=True):
         for setting in ("task_incremental", "class_incremental"):
