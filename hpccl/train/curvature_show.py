@@ -37,6 +37,7 @@ from hpccl.kron.factor import Dense, Factor, LowRank
 from hpccl.kron.pair import Pair
 from hpccl.report.text import fixed, percent, size, whole
 from hpccl.train.evaluate_run import find_checkpoint
+from hpccl.train.export import no_curvature
 
 __all__ = ["Layer", "Shown", "read_curvature", "render"]
 
@@ -173,15 +174,11 @@ def _quadratic_state(folder: RunFolder, mark: Mark) -> Mapping[str, Any]:
         raise CheckpointError(f"checkpoint '{folder.checkpoints / mark.name}' has no {error}: it is damaged") from error
     if isinstance(state, Mapping):
         return state
-    weight = load_config([folder.config], []).prior.quadratic.weight
+    if load_config([folder.config], []).prior.quadratic.weight == 0:
+        raise FolderError(no_curvature(str(folder.path), mark.name))
     raise FolderError(
-        f"'{folder.path}' has no curvature in checkpoint {mark.name}: "
-        + (
-            "the run was configured with prior.quadratic.weight=0, which measures none; "
-            "train in another folder=... with prior.quadratic.weight=1"
-            if weight == 0
-            else "it is measured at the end of a task, and no task had ended"
-        )
+        f"'{folder.path}' has no curvature in checkpoint {mark.name}: it is measured at the end of a task, and no task "
+        "had ended"
     )
 
 

@@ -201,7 +201,7 @@ def no_curvature(where: str, checkpoint: str) -> str:
     """An error message."""
     return (
         f"'{where}' has no curvature in checkpoint {checkpoint}: the run was configured with prior.quadratic.weight=0, "
-        "which measures none; train in another folder=... with prior.quadratic.weight=1"
+        "which keeps none of a quadratic; train in another folder=... with prior.quadratic.weight=1"
     )
 
 

@@ -192,7 +192,7 @@ def test_what_cannot_be_shown(run: Run, tmp_path: Path) -> None:
     folder, _ = run("pair")
     with pytest.raises(FolderError, match="no checkpoint of task 3"):
         read_curvature(folder, task=3)
-    for weight, why in ((0.0, "weight=0, which measures none"), (1.0, "no task had ended")):
+    for weight, why in ((0.0, "weight=0, which keeps none of a quadratic"), (1.0, "no task had ended")):
         config = merged(TINY, {"prior": {"quadratic": {"weight": weight}}})
         state, world = make_world(config, tmp_path / str(weight))
         world.save(state, Mark.at(0, "fit", 1))
