@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pytest
 
 from hpccl.cluster.campaign import Campaign
 from hpccl.config.load import is_override, sweep
+from hpccl.config.sections import TimmOptim
 from hpccl.report.summary import summarise
 
 ROOT = Path(__file__).parents[3]
@@ -36,14 +38,25 @@ def campaign_of(name: str, setting: str) -> Campaign:
         "tune": [list(getattr(module, "GRID", {}))],
         "ablation": [list(getattr(module, "ROWS", {}))],
         "selection": [getattr(module, "SELECTORS", ())],
+        "optimizers": [getattr(module, "OPTIMIZERS", ())],
     }
     made = module.campaign(getattr(module, setting), *more[name])
     assert isinstance(made, Campaign)
     return made
 
 
-@pytest.mark.parametrize("setting", ["SPLIT_CIFAR", "DIGITS"])
-@pytest.mark.parametrize("name", ["split_cifar", "tune", "ablation", "selection"])
+CAMPAIGNS = [
+    *(
+        (name, setting)
+        for name in ("split_cifar", "tune", "ablation", "selection")
+        for setting in ("SPLIT_CIFAR", "DIGITS")
+    ),
+    ("optimizers", "CIFAR10"),
+    ("optimizers", "DIGITS"),
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), CAMPAIGNS)
 def test_every_training_is_valid(monkeypatch: pytest.MonkeyPatch, name: str, setting: str) -> None:
     monkeypatch.chdir(ROOT)
     folders = set()
@@ -65,6 +78,34 @@ def test_split_cifar_has_ten_methods_and_whole_seeds() -> None:
     seeds = [int(name.rsplit("-", 1)[1]) for name in steps[:-1]]
     assert seeds == sorted(seeds)
     assert steps[-1] == "report"
+
+
+def test_optimisers_are_what_they_are_called_and_share_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    module, found = script("optimizers"), {}
+    for step in campaign_of("optimizers", "CIFAR10").steps[:-1]:
+        model, optimizer, seed = step.name.split("-")
+        files, settings = (list(group) for group in (step.arguments[1:3], step.arguments[3:]))
+        (config,) = sweep([Path(file) for file in files], settings)
+        assert config.optim.name == optimizer if isinstance(config.optim, TimmOptim) else config.optim.kind == optimizer
+        found[model, optimizer, seed] = config.model_dump(exclude={"optim", "name", "folder", "seed", "model"})
+        assert config.optim.schedule == "cosine"
+        assert config.optim.warmup == 0.1
+    assert set(found) == set(itertools.product(("cifarnet", "resnet18"), module.OPTIMIZERS, "012"))
+    assert all(other == found["cifarnet", "sgd", "0"] for other in found.values())
+
+
+@pytest.mark.slow
+def test_optimizers_run(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    command = [sys.executable, str(ROOT / "launch" / "optimizers.py"), "--quick"]
+    done = subprocess.run([*command, "--optimizers", "sgd", "ivon"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = tmp_path / "runs" / "optimizers_quick"
+    assert {summarise(runs / f"mlp-{name}-0").status for name in ("sgd", "ivon")} == {"done"}
+    table = (runs / "comparison" / "comparison.md").read_text(encoding="utf-8")
+    assert "## Likelihood and calibration" in table
+    assert "optim.kind=ivon" in table
 
 
 @pytest.mark.slow
