@@ -8,7 +8,7 @@
 CIFAR-10 is the first task of Split-CIFAR; CifarNet and timm's ResNet-18 learn it in ten epochs (configs/cifar10.yaml),
 every optimiser with the settings of configs/cifar10/OPTIMIZER.yaml. Needs the shards that README.md builds; `--quick`
 learns scikit-learn's digits in a minute instead. A run that is done is not repeated and one that was killed continues,
-so start it again at any time. Three seeds, one after the other. In the end: the comparison of all runs, with the likelihood
+so start it again at any time. Three seeds, one after the other. In the end: the comparison of all runs, with likelihood
 and calibration of the networks at the mean of what was learned.
 """
 
