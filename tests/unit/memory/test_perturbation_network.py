@@ -52,14 +52,16 @@ def trained(pixels: Tensor, labels: Tensor, keep: Tensor, start: nn.Module) -> n
         return functional.cross_entropy(logits, labels[keep], reduction="sum") + 0.5 * DELTA * flat.square().sum()
 
     gradient, damping = torch.func.grad(loss), 1.0
+    slope = gradient(weights)
     for _ in range(200):
-        slope, curvature = gradient(weights), torch.func.jacrev(gradient)(weights)
         if float(slope.abs().max()) < 1e-7:
             break
+        curvature = torch.func.jacrev(gradient)(weights)
         lowest = max(0.0, -float(torch.linalg.eigvalsh(curvature)[0]))
         step = torch.linalg.solve(curvature + (lowest + damping) * torch.eye(len(weights)).double(), slope)
         better = bool(loss(weights - step) < loss(weights))
         weights, damping = (weights - step, damping / 4) if better else (weights, 4 * damping)
+        slope = gradient(weights)
     assert float(slope.abs().max()) < 1e-5
     nn.utils.vector_to_parameters(weights, model.parameters())
     return model
