@@ -26,6 +26,7 @@ from hpccl.train.memory_map.all_weights import by_all_weights
 from hpccl.train.memory_map.build import map_memory
 from hpccl.train.memory_map.found import Group
 from hpccl.train.score import looks
+from hpccl.train.uncertainty import evaluate_posterior
 from tests.run.command import events, finish, start, trained
 from tests.run.method import learn, make_world, merged
 
@@ -167,6 +168,9 @@ def test_the_posterior_that_an_optimiser_learned(tmp_path: Path, name: str) -> N
         p = logits.detach().softmax(0)
         expected = float(((p.diag() - p.outer(p)) * v).sum())
         assert found.table["leverage"][row] == pytest.approx(expected, rel=1e-3)
+    spread = evaluate_posterior(tmp_path, samples=2, examples=30, prior_precision=delta)
+    assert len(spread.table["sample"]) == 30
+    assert bool((spread.table["posterior_own_confidence"] != spread.table["mean_own_confidence"]).any())
 
 
 def test_a_checkpoint_without_a_posterior_says_why(run: Path) -> None:
