@@ -113,6 +113,7 @@ def test_all_weights(run: Path, found: MemoryMap, posterior: Any) -> None:
     assert all(row["removed"] is None for row in few.classes)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_map(found: MemoryMap, tmp_path: Path) -> None:
     code, said = finish(start(tmp_path / "two", *SETTINGS, "cluster.nproc=2"))
     assert code == 0, said
