@@ -168,9 +168,9 @@ def test_the_posterior_that_an_optimiser_learned(tmp_path: Path, name: str) -> N
         p = logits.detach().softmax(0)
         expected = float(((p.diag() - p.outer(p)) * v).sum())
         assert found.table["leverage"][row] == pytest.approx(expected, rel=1e-3)
-    spread = evaluate_posterior(tmp_path, samples=2, examples=30, prior_precision=delta)
-    assert len(spread.table["sample"]) == 30
-    assert bool((spread.table["posterior_own_confidence"] != spread.table["mean_own_confidence"]).any())
+    predicted = evaluate_posterior(tmp_path, samples=2, examples=30, prior_precision=delta)
+    assert len(predicted.table["sample"]) == 30
+    assert bool((predicted.table["posterior_own_confidence"] != predicted.table["mean_own_confidence"]).any())
 
 
 def test_a_checkpoint_without_a_posterior_says_why(run: Path) -> None:
@@ -188,6 +188,7 @@ def test_a_checkpoint_without_a_posterior_says_why(run: Path) -> None:
             by_all_weights("checkpoint", [group], state, world, None)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_map(found: MemoryMap, tmp_path: Path) -> None:
     code, said = finish(start(tmp_path / "two", *SETTINGS, "cluster.nproc=2"))
     assert code == 0, said
