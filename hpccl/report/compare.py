@@ -364,13 +364,15 @@ def group_header(comparison: Comparison) -> list[str]:
     return ["method", "m", *(["settings"] if _has_settings(comparison) else [])]
 
 
-def group_cells(comparison: Comparison, group: Group) -> list[str]:
-    """What tells a group from the others."""
-    return [
-        group.method,
-        group.memory or "–",
-        *([group.settings or "–"] if _has_settings(comparison) else []),
-    ]
+def group_cells(comparison: Comparison, group: Group, *, settings: str | None = None) -> list[str]:
+    """What tells a group from the others, in short; `settings` in its place."""
+    told = group.variant if settings is None else settings
+    return [group.method, group.memory or "–", *([told or "–"] if _has_settings(comparison) else [])]
+
+
+def _in_full(group: Group) -> str:
+    """Its settings, after the name that stands for them elsewhere."""
+    return group.settings if group.variant == group.settings else f"{group.variant}: {group.settings}".rstrip(": ")
 
 
 def _header(comparison: Comparison) -> list[str]:
@@ -385,7 +387,7 @@ def _rows(comparison: Comparison) -> list[list[str]]:
 
 
 def _row(comparison: Comparison, group: Group) -> list[str]:
-    row = [*group_cells(comparison, group), str(len(group.seeds))]
+    row = [*group_cells(comparison, group, settings=_in_full(group)), str(len(group.seeds))]
     for key in FIGURES:
         statistic = group.statistics[key]
         row.append(spread(statistic.mean, statistic.std))
