@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from hpccl.cluster.campaign import Campaign
-from hpccl.config.load import is_override, sweep
+from hpccl.cluster.campaign import Campaign, Step
+from hpccl.config.load import is_override, load, sweep
+from hpccl.config.run import RunConfig
 from hpccl.report.summary import summarise
+from hpccl.train.run import first_task_identity
 
 ROOT = Path(__file__).parents[3]
 
@@ -36,6 +38,7 @@ def campaign_of(name: str, setting: str) -> Campaign:
         "tune": [list(getattr(module, "GRID", {}))],
         "ablation": [list(getattr(module, "ROWS", {}))],
         "selection": [getattr(module, "SELECTORS", ())],
+        "methods": [getattr(module, "METHODS", ())],
     }
     made = module.campaign(getattr(module, setting), *more[name])
     assert isinstance(made, Campaign)
@@ -43,15 +46,13 @@ def campaign_of(name: str, setting: str) -> Campaign:
 
 
 @pytest.mark.parametrize("setting", ["SPLIT_CIFAR", "DIGITS"])
-@pytest.mark.parametrize("name", ["split_cifar", "tune", "ablation", "selection"])
+@pytest.mark.parametrize("name", ["split_cifar", "tune", "ablation", "selection", "methods"])
 def test_every_training_is_valid(monkeypatch: pytest.MonkeyPatch, name: str, setting: str) -> None:
     monkeypatch.chdir(ROOT)
     folders = set()
     trainings = [step for step in campaign_of(name, setting).steps if step.arguments[0] == "train"]
     for step in trainings:
-        given = step.arguments[1:]
-        files = [Path(each) for each in given if not is_override(each)]
-        (config,) = sweep(files, [each for each in given if is_override(each)])
+        (config,) = trained(step)
         folders.add(config.path)
         first = config.train.first_task_from
         assert (first is None) == (step.after == ())
@@ -65,6 +66,61 @@ def test_split_cifar_has_ten_methods_and_whole_seeds() -> None:
     seeds = [int(name.rsplit("-", 1)[1]) for name in steps[:-1]]
     assert seeds == sorted(seeds)
     assert steps[-1] == "report"
+
+
+def test_every_method_is_trained_in_both_ways_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    module = script("methods")
+    files = {path.stem: load([path], []) for path in (ROOT / "configs" / "method").glob("*.yaml")}
+    assert sorted(module.METHODS) == sorted(files)
+    assert sorted(module.CLASSES) == sorted(name for name, file in files.items() if file.train.head == "seen")
+    steps = campaign_of("methods", "SPLIT_CIFAR").steps
+    names = [step.name for step in steps if step.arguments[0] == "train"]
+    assert len(names) == 3 * (2 * len(files) - len(module.CLASSES))
+    for step in steps[: len(names) // 3]:
+        (config,) = trained(step)
+        method, head, _ = step.name.rsplit("-", 2)
+        assert (config.method, config.train.head) == (method, head)
+        if config.memory.kept and method != "fromp":
+            assert config.memory.size or config.memory.total == 6000
+            assert config.memory.size in (0, 1000)
+    assert [step.name for step in steps[len(names) :]] == ["report-own", "report-seen"]
+    assert sorted(name for step in steps[len(names) :] for name in step.after) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["split_cifar", "methods"])
+def test_a_shared_first_task_is_the_same(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Else the run that takes it would be refused, after others had run for hours."""
+    monkeypatch.chdir(ROOT)
+    known: dict[str, dict[str, Any]] = {}
+    for step in campaign_of(name, "SPLIT_CIFAR").steps:
+        if step.arguments[0] == "train":
+            (config,) = trained(step)
+            known[step.name] = first_task_identity(config)
+            for other in step.after:
+                assert known[step.name] == known[other], step.name
+    assert len(known) > 100
+
+
+def trained(step: Step) -> list[RunConfig]:
+    given = step.arguments[1:]
+    files = [Path(each) for each in given if not is_override(each)]
+    return sweep(files, [each for each in given if is_override(each)])
+
+
+@pytest.mark.slow
+def test_methods_run(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    command = [sys.executable, str(ROOT / "launch" / "methods.py"), "--quick", "--jobs", "2"]
+    more = ["--methods", "mas", "er", "icarl", "fromp"]
+    done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kind in ("task_incremental", "class_incremental"):
+        table = (tmp_path / "runs" / "methods_quick" / "comparison" / kind / "comparison.md").read_text(
+            encoding="utf-8"
+        )
+        assert ("icarl" in table) == (kind == "class_incremental")
+        assert "fromp" in table
 
 
 @pytest.mark.slow
