@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +41,9 @@ def campaign_of(name: str, setting: str) -> Campaign:
         "selection": [getattr(module, "SELECTORS", ())],
         "methods": [getattr(module, "METHODS", ())],
     }
-    made = module.campaign(getattr(module, setting), *more[name])
+    of = getattr(module, setting)
+    of = replace(of, seeds=of.seeds[:1]) if name == "methods" else of  # other seeds are the same runs
+    made = module.campaign(of, *more[name])
     assert isinstance(made, Campaign)
     return made
 
@@ -76,8 +79,8 @@ def test_every_method_is_trained_in_both_ways_that_it_has(monkeypatch: pytest.Mo
     assert sorted(module.CLASSES) == sorted(name for name, file in files.items() if file.train.head == "seen")
     steps = campaign_of("methods", "SPLIT_CIFAR").steps
     names = [step.name for step in steps if step.arguments[0] == "train"]
-    assert len(names) == 3 * (2 * len(files) - len(module.CLASSES))
-    for step in steps[: len(names) // 3]:
+    assert len(names) == 2 * len(files) - len(module.CLASSES)
+    for step in steps[: len(names)]:
         (config,) = trained(step)
         method, head, _ = step.name.rsplit("-", 2)
         assert (config.method, config.train.head) == (method, head)
@@ -99,7 +102,7 @@ def test_a_shared_first_task_is_the_same(monkeypatch: pytest.MonkeyPatch, name: 
             known[step.name] = first_task_identity(config)
             for other in step.after:
                 assert known[step.name] == known[other], step.name
-    assert len(known) > 100
+    assert len(known) > 50
 
 
 def trained(step: Step) -> list[RunConfig]:
@@ -116,9 +119,8 @@ def test_methods_run(tmp_path: Path) -> None:
     done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for kind in ("task_incremental", "class_incremental"):
-        table = (tmp_path / "runs" / "methods_quick" / "comparison" / kind / "comparison.md").read_text(
-            encoding="utf-8"
-        )
+        folder = tmp_path / "runs" / "methods_quick" / "comparison" / kind
+        table = (folder / "comparison.md").read_text(encoding="utf-8")
         assert ("icarl" in table) == (kind == "class_incremental")
         assert "fromp" in table
 
