@@ -1,11 +1,11 @@
 """What a step of each method costs: over fine-tuning at equal rows, and over what Avalanche and Mammoth do in a step.
 
 Methods are the files of configs/method; `ewc diagonal` has their EWC's curvature, `lwf same` asks the old network in
-every step (configs/preset/avalanche/lwf.yaml). Each trains CifarNet at 32 px, 64 rows a step, half of them memory where
-the file mixes so and no dropout, through the trainer's own functions in one process of one thread. Memory, curvature and what the old
-network says are made by the trainer as the first task ends; images are there already. Methods that are fine-tuning's
-step on other rows or weights (joint, separate, gdumb, feature_extraction, finetune_head, prototypes), of which nothing
-is to be measured, are left out, as are topic and fromp, which show further images beside a step's.
+every step (configs/preset/avalanche/lwf.yaml). Each trains CifarNet (32 px, no dropout), 64 rows a step, half of them
+memory where there is one, through the trainer's own functions in one process of one thread. Memory, curvature and what
+the old network says are made by the trainer as the first task ends; images are there already. Methods that are
+fine-tuning's step on other rows or weights (joint, separate, gdumb, feature_extraction, finetune_head, prototypes) are
+left out, as are topic and fromp, which show further images beside a step's.
 
 The opponents are the formulas of Avalanche 0.6.0 and Mammoth, written anew for this measurement and run in turns with
 ours on the same network, rows and AdamW, without their frameworks (events, loaders, transforms of a buffer's images):

@@ -86,8 +86,8 @@ def test_the_total_gradient_of_a_run_has_the_prior_in_it(tmp_path: Path) -> None
             consolidate(task, state, world)
             path = wholes(state.engine.path()[0])
             credit.setdefault(gradient, []).append(torch.cat([value.flatten() for value in path.values()]))
-    for task, (one, other) in enumerate(zip(credit["task"], credit["total"], strict=True)):
-        assert torch.equal(one, other) == (task == 0), task
+    for number, (one, other) in enumerate(zip(credit["task"], credit["total"], strict=True)):
+        assert torch.equal(one, other) == (number == 0), number
     # Towards the minimum of the sum, the sum of gradients does less than that of the loss alone.
     assert credit["total"][1].sum() < credit["task"][1].sum()
 
