@@ -326,7 +326,7 @@ def timed(names: Sequence[str], turns: int, folder: Path) -> tuple[Rates, Rates]
     for name, run in runs.items():
         if isinstance(run, Steps):
             rows = len(run.plan.batch(0))
-            assert rows == ROWS, f"{name}: {rows} rows a step"
+            assert 0.9 * ROWS < rows <= ROWS, f"{name}: {rows} rows a step"  # what is held out makes steps smaller
     cpu: Rates = {name: [] for name in runs}
 
     def counted(name: str) -> int:
