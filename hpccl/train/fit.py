@@ -194,7 +194,8 @@ def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None
         for part in (normal, quadratic):
             if part is not None:
                 stack.callback(part.attach(state.engine, world.comm, num_train=plan.num_train))
-        if quadratic is not None and isinstance(world.config.curvature, SiCurvature):
+        curvature = world.config.curvature
+        if quadratic is not None and isinstance(curvature, SiCurvature) and curvature.gradient == "task":
             stack.callback(state.engine.follow(quadratic.pull_on(plan.num_train)))
         if isinstance(world.config.optim, VognOptim):
             stack.callback(watch_squares(state.engine.module, state.engine.add_squares))
