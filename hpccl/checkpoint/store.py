@@ -319,7 +319,7 @@ def load(checkpoints: Path, mark: Mark, *, lazy: bool = False) -> dict[str, Any]
     Raises:
         CheckpointError: it is damaged, or of a format this version does not know.
     """
-    header, tree = read_tree(checkpoints / mark.name, slabs=_weight_stems, lazy=lazy)
+    header, tree = read_tree(checkpoints / mark.name, slabs=_weight_stems, lazy=lazy, apart=checkpoints.parent)
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint '{checkpoints / mark.name}' has format {header.get('format')!r}, this version reads {FORMAT}; "

@@ -81,12 +81,14 @@ def read_tree(
     stem: str = "state",
     wanted: Callable[[str], bool] | None = None,
     lazy: bool = False,
+    apart: Path | None = None,
     slabs: Callable[[dict[str, Any]], list[str]] = lambda header: [],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(header, tree) of what write_tree wrote; tensors are on the CPU, spread ones stay in their files (Stored).
 
     wanted: of the tree's first keys, which are read; the tensors of others never leave the file.
     lazy: all tensors stay in their files.
+    apart: the folder that files apart lie in; None: there are none, and none may be named.
     slabs: the stems of what all ranks' write_slabs wrote, by the header.
 
     Raises:
@@ -108,7 +110,7 @@ def read_tree(
                     return found
                 return StoredWhole(folder / f"{stem}.safetensors", name, tuple(file.get_slice(name).get_shape()))
 
-            tree = _fill(skeleton, read, spread, run=folder.parent.parent)
+            tree = _fill(skeleton, read, spread, apart)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint '{folder}' cannot be read ({stem}: {error}); delete it to continue from the one before"
@@ -238,15 +240,17 @@ def _strip(node: Any, path: str, tensors: dict[str, Tensor | Slab]) -> Any:
     return node
 
 
-def _fill(node: Any, tensor: Callable[[str], Tensor | Stored], spread: _Spread, run: Path) -> Any:
+def _fill(node: Any, tensor: Callable[[str], Tensor | Stored], spread: _Spread, apart: Path | None) -> Any:
     if isinstance(node, dict):
         if _TENSOR in node:
             return tensor(node[_TENSOR])
         if _SPREAD in node:
             return spread.stored(node[_SPREAD], node["shape"], node["dtype"])
         if _APART in node:
-            return read_apart(run, Apart(node[_APART]))
-        return {key: _fill(value, tensor, spread, run) for key, value in node.items()}
+            if apart is None:
+                raise ValueError(f"names another file, '{node[_APART]}'")
+            return read_apart(apart, Apart(node[_APART]))
+        return {key: _fill(value, tensor, spread, apart) for key, value in node.items()}
     if isinstance(node, list):
-        return [_fill(value, tensor, spread, run) for value in node]
+        return [_fill(value, tensor, spread, apart) for value in node]
     return node

@@ -18,6 +18,7 @@ __all__ = ["adapted_config", "named", "reference_config"]
 _FIXED = ("stream", "data", "memory", "adapt", "curvature")
 _FIXED_PRIOR = ("prior.replay", "prior.quadratic", "prior.fromp", "prior.normal.precision")
 _REFERENCE = ("model", "engine", "cluster", "checkpoint", "log")  # settings that are the reference's, too
+_PULLS = ("optim.weight_decay", "optim.prior_precision")  # likewise, where another prior takes the place of the run's
 
 
 def adapted_config(
@@ -68,7 +69,13 @@ def reference_config(
         "prior.normal.weight=1",
     ]
     words += ["prior.replay=0", "prior.weight=1.0", "prior.temperature=1.0", "prior.view=stored"]
-    shared = [setting for setting in settings if setting.split("=", 1)[0].split(".", 1)[0] in _REFERENCE]
+    pulls = _PULLS if change["kind"] == "precision" else ()
+    keys = [setting.split("=", 1)[0] for setting in settings]
+    shared = [
+        setting
+        for key, setting in zip(keys, settings, strict=True)
+        if key.split(".", 1)[0] in _REFERENCE or key in pulls
+    ]
     return load([run / "config.yaml"], [*words, *shared])
 
 

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from hpccl.config.rules import Clash, ClashError
+from hpccl.config.clash import Clash, ClashError
 from hpccl.config.run import RunConfig
 from hpccl.config.schema import Choice, allowed, choice, suggest
 from hpccl.config.sections import Section
@@ -401,17 +401,24 @@ def _clash_line(clash: Clash, tree: Node) -> str:
     for key in clash.keys:
         shown, node = locate(tree, key.split("."))
         exact = ".".join(shown) == key
-        values.append(_short(node if exact else _default(key)))
+        values.append(_short(node if exact else _default(key, tree)))
         sources += [node.source] if exact and node.source != "default" else []
     where = ", ".join(dict.fromkeys(sources)) or "default"
     others = "".join(f" with {key} = {value}" for key, value in zip(clash.keys[1:], values[1:], strict=True))
     return f"{clash.keys[0]} = {values[0]}{others}: {clash.problem} ({where})"
 
 
-def _default(key: str) -> Leaf:
-    value: Any = RunConfig()
+def _default(key: str, tree: Node) -> Leaf:
+    """What holds where `key` is not given, in a section of the kind that the tree has."""
+    held: Choice | None = _ROOT
+    node: Node | None = tree
+    value: Any = "default"
     for name in key.split("."):
-        value = getattr(value, name, "default")
+        section = held.pick(_kind(node) if isinstance(node, Table) else None) if held else None
+        if section is None or name not in section.model_fields:
+            return Leaf("default", "default")
+        value, held = section.model_fields[name].get_default(call_default_factory=True), choice(section, name)
+        node = node.entries.get(name) if isinstance(node, Table) else None
     return Leaf(value, "default")
 
 

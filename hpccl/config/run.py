@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from hpccl.config.clash import ClashError
 from hpccl.config.optim import OptimConfig
-from hpccl.config.rules import ClashError, clashes
+from hpccl.config.rules import clashes
 from hpccl.config.sections import (
     AdaptConfig,
     AnyAdaptation,

@@ -35,7 +35,7 @@ from hpccl.data.decoded import DecodedImages, Kept, cache_folder, keep_decoded, 
 from hpccl.data.digits import SIZE as DIGITS_SIZE
 from hpccl.data.digits import TITLE, digits
 from hpccl.data.encoded import EncodedImages, Maker
-from hpccl.data.layout import SPLITS, Collection, Layout, align, arrange, extended, held_out, unique_titles
+from hpccl.data.layout import SPLITS, ClassTask, Collection, Layout, align, arrange, extended, held_out, unique_titles
 from hpccl.data.protocols import Split
 from hpccl.data.scenarios import blurred, drawn_shots, listed_shots, repeated
 from hpccl.data.shards.copies import open_with_copies
@@ -99,6 +99,20 @@ class Outline:
     view: EvaluationView
     test_shape: tuple[int, int, int]
     as_stored: bool
+
+    @property
+    def tasks(self) -> tuple[ClassTask, ...]:
+        """In the order of learning."""
+        return self.layout.tasks
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By class number in the stream."""
+        return self.layout.class_names
+
+    def labels(self, split: Split) -> npt.NDArray[np.int64]:
+        """[num_samples] class number in the stream, by sample position."""
+        return self.layout.index[split].label
 
 
 def outline(stream: StreamConfig, data: DataConfig, *, copies: Path | None = None) -> Outline:

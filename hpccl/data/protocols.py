@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from hpccl.data.rows import Images, Request
 from hpccl.data.transfer import CPU
 
-__all__ = ["Split", "Stream", "Task"]
+__all__ = ["Listed", "Split", "Stream", "Task"]
 
 Split = Literal["train", "test"]
 
@@ -37,7 +37,22 @@ class Task(Protocol):
         """The stream's sample positions that belong to this task (contiguous)."""
 
 
-class Stream(Protocol):
+class Listed(Protocol):
+    """What is known of a stream before any image is decoded."""
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """In the order of learning."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By class number in the stream; len(class_names) is C."""
+
+    def labels(self, split: Split) -> npt.NDArray[np.int64]:
+        """[num_samples] class number in the stream, by sample position."""
+
+
+class Stream(Listed, Protocol):
     """A sequence of tasks over one space of classes and one space of sample positions per split.
 
     Sample positions number the training (test) examples of all tasks one after the other: task 0 first. They do not
@@ -53,10 +68,6 @@ class Stream(Protocol):
         """Positions, behind those of the tasks, of further training examples of the same classes; mostly none."""
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """By class number in the stream; len(class_names) is C."""
-
-    @property
     def fingerprint(self) -> str:
         """Changes with the images; sample positions mean the same only while it does not."""
 
@@ -66,9 +77,6 @@ class Stream(Protocol):
 
     def shape(self, split: Split) -> tuple[int, int, int]:
         """(channels, height, width) of what `load` yields, unless a request asks for another size."""
-
-    def labels(self, split: Split) -> npt.NDArray[np.int64]:
-        """[num_samples] class number in the stream, by sample position."""
 
     def groups(self, split: Split) -> npt.NDArray[np.int64]:
         """[num_samples] shard number by sample position, non-decreasing within a task (for windowed shuffling)."""

@@ -19,7 +19,7 @@ from hpccl.gp.kernel import Kernel
 
 __all__ = ["drawn_by_leverage", "pivots"]
 
-_GUMBEL = 111
+_GUMBEL = 126
 _ALIKE = 1e-12  # relative difference below which two variances are a tie: ranks may round otherwise
 
 

@@ -82,6 +82,11 @@ def _refused(network: nn.Module, shape: tuple[int, int, int]) -> str | None:
 
 
 def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    if "checkpoint_path" in config.options:
+        raise ConfigError(
+            f"model.options.checkpoint_path '{config.options['checkpoint_path']}': first weights are those of "
+            "model.checkpoint, which says in the run's events what they were; set that"
+        )
     timm = import_timm()
     if not timm.is_model(config.name):
         near = timm.list_models(f"*{config.name[:6]}*")[:6]

@@ -83,13 +83,17 @@ def drop_images(memory: Memory, world: World) -> None:
 def check_images(first: int, state: RunState, world: World) -> None:
     """See that all training images that the run still needs are there: those of tasks `first` on, and the memory's.
 
+    An adaptation needs the memory's, of which removed examples are a part, and what is added.
+
     Raises:
         DataError: some are in shards that are gone, and not copied.
     """
     config, tasks = world.config, world.stream.tasks
     needed = [state.prior.memory.sample.numpy()]
     past = first < len(tasks) and (config.log.reconstruction > 0 or config.train.data == "seen")
-    if first < len(tasks):
+    if isinstance(config.adapt, AnyAdaptation) and not config.adapt.retrain:
+        needed.append(np.array(world.stream.added, dtype=np.int64))
+    elif first < len(tasks):
         start = 0 if past else tasks[first].samples("train").start
         needed.append(np.arange(start, tasks[-1].samples("train").stop))
     wrong = world.stream.absent(np.unique(np.concatenate(needed)))

@@ -18,7 +18,7 @@ from hpccl.checkpoint.store import FORMAT, Mark, load, marks, open_shards
 from hpccl.checkpoint.tree import write_tree
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import ModelConfig, TimmModel
+from hpccl.config.sections import MasCurvature, ModelConfig, SiCurvature, TimmModel
 from hpccl.curvature.build import precision_from_state
 from hpccl.data.augment import Normaliser
 from hpccl.data.build import Outline, outline
@@ -41,6 +41,7 @@ __all__ = [
     "folder_beside",
     "layer_key",
     "no_curvature",
+    "refuse_importance",
     "refuse_other_logits",
     "refuse_what_is_there",
     "weights_of",
@@ -76,7 +77,7 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
             cannot be written.
         CheckpointError: the checkpoint is damaged.
         ConfigError: every task has a network of its own, and `task` does not say which; or tests do not go by the
-            network's logits alone.
+            network's logits alone; or the curvature that is asked for is an importance.
         DataError: the data that the run learned from is not there; it knows the names of the classes.
     """
     run = RunFolder(path)
@@ -88,6 +89,8 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
             f"say whose to export with --task N, 0 to {mark.task}"
         )
     refuse_other_logits(config, path)
+    if curvature:
+        refuse_importance(config, path)
     refuse_what_is_there(out, force=force)
     content = _Content(run, config, mark, outline(config.stream, config.data, copies=copies_of(config, run)))
     model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)
@@ -118,6 +121,20 @@ def refuse_other_logits(config: RunConfig, path: Path) -> None:
                 f"'{path}' was tested with {key}, which is no part of the network; allowed: runs that are tested by "
                 "the network's own logits (take the weights of a checkpoint if these are what you want)"
             )
+
+
+def refuse_importance(config: RunConfig, path: Path) -> None:
+    """What takes the quadratic for the curvature of the loss would be wrong.
+
+    Raises:
+        ConfigError: it is an importance.
+    """
+    if isinstance(config.curvature, (MasCurvature, SiCurvature)):
+        raise ConfigError(
+            f"'{path}' has curvature.kind={config.curvature.kind}, an importance, which is no curvature of the loss: "
+            "there is no posterior of it, and networks are not weighed by it; allowed: runs with any other "
+            "curvature.kind"
+        )
 
 
 def find_finished(run: RunFolder, task: int | None) -> Mark:

@@ -30,7 +30,7 @@ from hpccl.train.state import RunState, World
 
 __all__ = ["Recalled", "functional_prior", "recalled", "rows_memory"]
 
-_BLOCKS = 105  # what a hash is for
+_BLOCKS = 125  # what a hash is for
 
 
 # ---------------------------------------------------------------- at the end of a task

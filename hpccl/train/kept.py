@@ -8,7 +8,7 @@ import numpy.typing as npt
 from hpccl.config.run import RunConfig
 from hpccl.config.sections import GreedySelector
 from hpccl.data.order import mix, permutation
-from hpccl.data.protocols import Stream, Task
+from hpccl.data.protocols import Listed, Task
 from hpccl.memory.balance import greedy_balance
 from hpccl.memory.budget import per_class, quotas, split_quotas
 from hpccl.memory.select import choose
@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 _HELD, _ARRIVAL, _EVICTION = 105, 106, 107
 
 
-def kept_of_tasks(config: RunConfig, stream: Stream, tasks: int) -> list[int]:
+def kept_of_tasks(config: RunConfig, stream: Listed, tasks: int) -> list[int]:
     """How many examples of each of the first `tasks` tasks are in memory when all of these have been learned."""
     if isinstance(config.memory.selector, GreedySelector):
         sample = np.zeros(0, dtype=np.int64)
@@ -40,7 +40,7 @@ def kept_of_tasks(config: RunConfig, stream: Stream, tasks: int) -> list[int]:
     )
 
 
-def held_out(config: RunConfig, stream: Stream, task: Task) -> Ints:
+def held_out(config: RunConfig, stream: Listed, task: Task) -> Ints:
     """Samples of the task that no network learns from, ascending: equally many of each class (prior.correct)."""
     if config.prior.correct.share == 0:
         return np.zeros(0, dtype=np.int64)
@@ -49,14 +49,14 @@ def held_out(config: RunConfig, stream: Stream, task: Task) -> Ints:
     return _first_of_each_class(config, stream, task, before)
 
 
-def validation(config: RunConfig, stream: Stream, task: Task) -> Ints:
+def validation(config: RunConfig, stream: Listed, task: Task) -> Ints:
     """Held-out samples that the correction of the task is fitted to: equally many of each class seen, ascending."""
     before = sum(len(other.classes) for other in stream.tasks[: task.index])
     parts = [_first_of_each_class(config, stream, other, before) for other in stream.tasks[: task.index + 1]]
     return np.concatenate(parts)
 
 
-def _first_of_each_class(config: RunConfig, stream: Stream, task: Task, before: int) -> Ints:
+def _first_of_each_class(config: RunConfig, stream: Listed, task: Task, before: int) -> Ints:
     """The samples with the smallest hashes: those for more classes are among those for fewer."""
     number, _ = per_class(config.memory.total, config.prior.correct.share, before)
     samples = np.arange(task.samples("train").start, task.samples("train").stop)
@@ -68,7 +68,7 @@ def _first_of_each_class(config: RunConfig, stream: Stream, task: Task, before: 
     return np.sort(np.concatenate(found))
 
 
-def admitted_greedily(config: RunConfig, stream: Stream, task: Task, memory: Ints) -> Ints:
+def admitted_greedily(config: RunConfig, stream: Listed, task: Task, memory: Ints) -> Ints:
     """Samples in memory, in the order of their arrival, when a task has gone by (GDumb's sampler)."""
     samples = np.arange(task.samples("train").start, task.samples("train").stop)
     arriving = samples[permutation(len(samples), config.seed, _ARRIVAL, task.index)]

@@ -12,6 +12,7 @@ straight line. The quadratic is the run's, or measured anew without each memory'
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from hpccl.checkpoint.store import Mark, load, marks
@@ -87,7 +89,7 @@ def reconstruct_memory(
 
     Raises:
         FolderError: the folder is no run, or lacks a checkpoint.
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or the run's configuration has no room for such a memory.
     """
     _check(sizes, selectors, points=points, past=past, fraction=fraction)
     start, end = _ends(RunFolder(path), task)
@@ -95,7 +97,8 @@ def reconstruct_memory(
         world = replace(there, folder=RunFolder(Path(scratch)))  # choosing leaves pictures behind
         following = world.stream.tasks[start.task + 1]
         anchor = wholes(state.engine.gather())
-        candidates = list(_candidates(sizes, selectors, fraction, state, world))
+        asked = _asked(path, sizes, selectors, fraction, state=state, world=world)
+        candidates = list(_candidates(asked, fraction, state, world))
         track = _path(RunFolder(path), end, anchor, points)
         share = past if past is not None else world.config.log.reconstruction or 1.0
         return Reconstruction(
@@ -172,32 +175,63 @@ def _between(start: Weights, end: Weights, share: float) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- priors
 
 
+def _asked(
+    path: Path, sizes: Sequence[int], selectors: Sequence[str], fraction: float, *, state: RunState, world: World
+) -> dict[tuple[str, int], RunConfig]:
+    """The configuration of every selector and size.
+
+    Raises:
+        ConfigError: the run, or its data, has no room for one of them.
+    """
+    fromp = state.prior.fromp
+    if fromp is not None:
+        raise ConfigError(
+            f"'{path}' was trained with prior.fromp.weight={fromp.weight:g}, whose past is predictions that are "
+            "coupled; reconstructed are gradients of soft labels, replay and a quadratic"
+        )
+    smallest = min(len(task.samples("train")) for task in world.stream.tasks[: state.mark.task + 1])
+    if max(sizes) > smallest:
+        raise ConfigError(f"--sizes {max(sizes)}: the smallest task has {smallest} examples")
+    return {
+        (selector, number): _configured(path, world.config, selector, number, fraction)
+        for selector, number in itertools.product(selectors, sizes)
+    }
+
+
 def _candidates(
-    sizes: Sequence[int], selectors: Sequence[str], fraction: float, state: RunState, world: World
+    asked: Mapping[tuple[str, int], RunConfig], fraction: float, state: RunState, world: World
 ) -> Iterator[_Candidate]:
     """The run's own prior, then every selector and size."""
     own = state.prior
     learned = world.stream.tasks[: state.mark.task + 1]
     if len(own.memory) or own.quadratic is not None:
         yield _Candidate(OWN, max(own.memory.per_task(len(learned))), own, world)
-    smallest = min(len(task.samples("train")) for task in learned)
-    if max(sizes) > smallest:
-        raise ConfigError(f"--sizes {max(sizes)}: the smallest task has {smallest} examples")
-    for selector in selectors:
-        for number in sizes:
-            here = replace(world, config=_configured(world.config, selector, number, fraction))
-            yield _Candidate(selector, number, _chosen(learned, own, fraction, state, here), here)
+    for (selector, number), config in asked.items():
+        here = replace(world, config=config)
+        yield _Candidate(selector, number, _chosen(learned, own, fraction, state, here), here)
     state.prior = own
 
 
-def _configured(config: RunConfig, selector: str, number: int, fraction: float) -> RunConfig:
+def _configured(path: Path, config: RunConfig, selector: str, number: int, fraction: float) -> RunConfig:
+    """The run's configuration with another memory.
+
+    Raises:
+        ConfigError: the two contradict each other.
+    """
     kind, _, drawn = selector.partition("+")
     tree = config.model_dump()
     chosen: dict[str, Any] = {"kind": kind, **({"sampled": True} if drawn else {})}
     tree["memory"] |= {"size": number, "total": 0, "fraction": 0.0, "selector": chosen}
     if fraction:
         tree["curvature"]["fraction"] = fraction
-    return RunConfig.model_validate(tree)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        wrong = "; ".join(str(each.get("ctx", {}).get("error", each["msg"])) for each in error.errors())
+        raise ConfigError(
+            f"--selectors {selector} --sizes {number}: '{path}' cannot have such a memory ({wrong}); leave it out, or "
+            "take a run that may"
+        ) from error
 
 
 def _chosen(learned: Sequence[Task], own: Prior, fraction: float, state: RunState, world: World) -> Prior:

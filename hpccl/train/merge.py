@@ -168,8 +168,8 @@ def _plan(
             if source.curvature is None:
                 raise ConfigError(
                     f"'{source.label}' has no curvature, which --method {method} weighs networks by: train with "
-                    "prior.quadratic.weight=1 and, of an export, write it with `hpccl export --curvature`; without "
-                    f"curvature: --method {'arithmetic' if base else 'average'}"
+                    "prior.quadratic.weight=1 (curvature.kind neither mas nor si) and, of an export, write it with "
+                    f"`hpccl export --curvature`; without: --method {'arithmetic' if base else 'average'}"
                 )
     learned = {name for name, value in model.named_parameters() if value.is_floating_point()}
     return _Plan(

@@ -15,6 +15,7 @@ from torch import Tensor
 from hpccl.checkpoint.store import load, open_shards
 from hpccl.checkpoint.tree import StoredWhole, read_tree
 from hpccl.config.load import load as load_config
+from hpccl.config.sections import MasCurvature, SiCurvature
 from hpccl.curvature.blocks import Block, Layout
 from hpccl.curvature.merging import BlockCurve, Curve, DenseCurve, DiagonalCurve
 from hpccl.dist.spread import Stored, whole
@@ -149,7 +150,9 @@ def _run(path: Path) -> Source:
     def blocks(layer: str) -> Sequence[Mapping[str, Any]]:
         return shards(lambda name: name == layer).get(layer, [])
 
-    curvature = None if quadratic is None else Curvature.of(quadratic["precision"], blocks, str(path))
+    # An importance is no curvature to weigh networks by.
+    measured = None if isinstance(settings.curvature, (MasCurvature, SiCurvature)) else quadratic
+    curvature = None if measured is None else Curvature.of(measured["precision"], blocks, str(path))
     return Source(str(path), config, tree["engine"]["weights"], curvature)
 
 

@@ -30,7 +30,7 @@ from hpccl.report.text import size
 from hpccl.report.uncertainty import Uncertainty, worth_showing
 from hpccl.train.consolidate import thumbnail
 from hpccl.train.evaluate_run import reopened
-from hpccl.train.export import find_finished, no_curvature, refuse_other_logits
+from hpccl.train.export import find_finished, no_curvature, refuse_importance, refuse_other_logits
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
@@ -41,7 +41,7 @@ Approximation: TypeAlias = Literal["sampled", "probit", "monte_carlo"]
 
 _FEW = 2000  # test images, unless told otherwise, where each needs the Jacobian of the whole network
 _LARGEST = 4 << 30  # bytes of one image's Jacobian by one layer, with the copies that are made of it
-_SUBSAMPLE, _NOISE = 107, 108
+_SUBSAMPLE, _NOISE = 123, 124
 
 
 def evaluate_posterior(
@@ -108,7 +108,7 @@ def posterior_of(state: RunState, world: World, prior_precision: float | None) -
 
     Raises:
         FolderError: there is no curvature.
-        ConfigError: it is of no posterior, or the evidence has no maximum.
+        ConfigError: it is an importance, or the evidence has no maximum.
     """
     quadratic = measured_past(state, world)
     posterior = Posterior.of(
@@ -124,14 +124,9 @@ def measured_past(state: RunState, world: World) -> Quadratic:
 
     Raises:
         FolderError: there is no curvature.
-        ConfigError: it is of no posterior.
+        ConfigError: it is an importance.
     """
-    kind = world.config.curvature.kind
-    if kind in ("mas", "si"):
-        raise ConfigError(
-            f"curvature.kind={kind} says how much weights matter and is no curvature of a likelihood, so it has no "
-            "posterior; train in another folder=... with curvature.kind=kronecker, ekfac, diagonal, dense or optimizer"
-        )
+    refuse_importance(world.config, world.folder.path)
     if state.prior.quadratic is None:
         raise FolderError(no_curvature(str(world.folder.path), state.mark.name))
     return state.prior.quadratic

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from hpccl.cli import app
 from hpccl.cluster.prepare import prepare
 from hpccl.config.adapt import adapted_config, named, reference_config
+from hpccl.config.load import dump
 from hpccl.config.run import RunConfig
 from hpccl.data.shards.build import build
 from hpccl.data.shards.encodings import Lossless
@@ -431,6 +432,17 @@ def test_a_run_without_memory_or_without_an_end_is_refused(tmp_path: Path) -> No
 def test_settings_that_an_adaptation_cannot_change(digits: Path, tmp_path: Path, setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         both(digits, tmp_path / "out", REMOVE, setting)
+
+
+def test_another_prior_takes_the_place_of_weight_decay(tmp_path: Path) -> None:
+    """In the reference, too, which else has the run's own optimiser."""
+    run = merged({"optim": {"name": "sgd", "weight_decay": 0.1}, "memory": {"size": 5}})
+    (tmp_path / "config.yaml").write_text(dump(run))
+    with pytest.raises(ConfigError, match=r"optim.weight_decay = 0.1 with adapt.precision = 10.0: pulls to 0 beside"):
+        both(tmp_path, tmp_path / "out", PRECISION)
+    for config in both(tmp_path, tmp_path / "out", PRECISION, "optim.weight_decay=0", "optim.lr=0.5"):
+        assert config.optim.model_dump()["weight_decay"] == 0
+    assert config.optim.lr != (0.5,)
 
 
 def test_an_adaptation_is_not_adapted_again(digits: Path, tmp_path: Path) -> None:

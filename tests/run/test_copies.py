@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hpccl.cluster.prepare import prepare
+from hpccl.config.adapt import adapted_config
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
 from hpccl.data.shards.build import build
@@ -155,6 +156,23 @@ def test_what_may_not_go(shards: Path, tmp_path: Path) -> None:
     shutil.rmtree(RunFolder(tmp_path / "run").copies / "task-000-000006")
     with pytest.raises(DataError, match=r"images that the run still needs are missing: 6 images, such as 'c0000-000/"):
         go_on(config)
+
+
+def test_an_adaptation_needs_the_memory_and_what_is_removed(shards: Path, tmp_path: Path) -> None:
+    assert go_on(config_of(shards, tmp_path / "run", "train.epochs=1")) == "done"
+    with reopened(tmp_path / "run") as (state, world):
+        span, kept = world.stream.tasks[0].samples("train"), state.prior.memory.sample.numpy()
+        (lost, *_) = world.stream.sample_names("train", np.setdiff1d(np.array(span), kept)[:1])
+    shutil.rmtree(shards / "one" / "train")
+
+    def adapted(**change: Any) -> RunConfig:
+        out = tmp_path / str(change["kind"])
+        return adapted_config(tmp_path / "run", out, task=2, change=change, model=None, settings=[])
+
+    assert go_on(adapted(kind="precision", precision=2.0)) == "done"
+    assert evaluate_run(tmp_path / "precision")["checkpoint"].startswith("task-002-done")
+    with pytest.raises(DataError, match=r"is gone, and memory has no copy of it"):
+        go_on(adapted(kind="remove", names=[lost]))
 
 
 def test_some_shards_of_a_part_may_go(shards: Path, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_checkpoint_without_a_posterior_says_why(run: Path) -> None:
             by_all_weights("checkpoint", [group], state, world, None)
         state.mark = Mark.at(1, "done", 3)
         mas = world.config.model_copy(update={"curvature": MasCurvature()})
-        with pytest.raises(ConfigError, match=r"curvature\.kind=mas says how much weights matter"):
+        with pytest.raises(ConfigError, match=r"curvature\.kind=mas, an importance"):
             by_all_weights("checkpoint", [group], state, replace(world, config=mas), None)
         state.prior = replace(state.prior, quadratic=None)
         with pytest.raises(FolderError, match="has no curvature in checkpoint"):

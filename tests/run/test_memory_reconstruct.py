@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -128,3 +129,29 @@ def test_what_cannot_be_done_says_why(run: Path, tmp_path: Path) -> None:
         reconstruct_memory(run, sizes=[0])
     said = CliRunner().invoke(app, ["memory", "reconstruct", str(run), "--sizes", "5;6"])
     assert isinstance(said.exception, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "problem"),
+    [
+        ({"curvature": {"kind": "si"}}, {"selectors": ["reconstruction"]}, "use another selector"),
+        ({"curvature": {"kind": "si"}}, {"fraction": 0.5}, "si makes no pass over examples"),
+        ({"curvature": {"kind": "optimizer"}}, {}, "which the quadratic must not count"),
+        (
+            {"prior": {"quadratic": {"weight": 0.0}, "fromp": {"weight": 1.0}}, "memory": {"size": 20}},
+            {},
+            "predictions that are coupled",
+        ),
+    ],
+)
+def test_runs_without_room_for_such_a_memory_say_why(
+    tmp_path: Path, changes: dict[str, Any], arguments: dict[str, Any], problem: str
+) -> None:
+    config = merged({"train": {"epochs": 1}, "prior": {"quadratic": {"weight": 1.0}}}, changes)
+    state, world = make_world(config, tmp_path)
+    world.folder.config.write_text(dump(config))
+    learn(state, world, 1)
+    world.save(state, Mark.at(0, "done", 5))
+    world.save(state, Mark.at(1, "fit", 1))
+    with pytest.raises(ConfigError, match=problem):
+        reconstruct_memory(tmp_path, **{"selectors": ["uniform"], "sizes": [5], "points": 1, **arguments})

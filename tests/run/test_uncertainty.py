@@ -145,6 +145,9 @@ def test_the_command_and_its_mistakes(run: Path, tmp_path: Path) -> None:
     bare = trained(tmp_path / "bare", {"prior": {"quadratic": {"weight": 0.0}}, "train": {"epochs": 1}}, tasks=1)
     with pytest.raises(FolderError, match="has no curvature in checkpoint"):
         evaluate_posterior(bare)
+    important = trained(tmp_path / "mas", {"curvature": {"kind": "mas"}, "train": {"epochs": 1}}, tasks=1)
+    with pytest.raises(ConfigError, match=r"curvature\.kind=mas, an importance"):
+        evaluate_posterior(important)
     mirrored = trained(tmp_path / "mirrored", {"train": {"epochs": 1, "flip_test": True}}, tasks=1)
     with pytest.raises(ConfigError, match="use --posterior sampled"):
         evaluate_posterior(mirrored, approximation="probit")

@@ -150,9 +150,13 @@ class Manifest:
         if found != FORMAT:
             raise DataError(f"'{path}' has format {found!r}, but this version of hpccl reads format {FORMAT}")
         try:
-            return _parse(document)
+            manifest = _parse(document)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"'{path}' is damaged ({error!r}): copy or build the shards again") from error
+        for shard in manifest.shards:  # copies of shards are written under these names
+            if Path(shard.file).name != shard.file:
+                raise DataError(f"'{path}' names a shard outside of its folder, '{shard.file}'; do not use it")
+        return manifest
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ Ints = npt.NDArray[np.int64]
 Kind: TypeAlias = Literal["last_layer"] | Whole
 
 _FEW = 2000  # examples of the map, unless told otherwise, where each needs the Jacobian of the whole network
-_SUBSAMPLE, _CURVATURE = 105, 106
+_SUBSAMPLE, _CURVATURE = 121, 122
 
 
 def map_memory(

@@ -15,10 +15,10 @@ from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
 from hpccl.data.protocols import Task
 from hpccl.dist.mesh import pick_device
-from hpccl.memory.budget import per_class, quotas, split_quotas
 from hpccl.models.build import refuse_sizes
 from hpccl.report.text import size
 from hpccl.train.compose import task_epochs
+from hpccl.train.kept import held_out, kept_of_tasks
 from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
 from hpccl.train.plan.network import Network, forward_flops, look, moments
@@ -171,7 +171,7 @@ def make_plan(
     ranks = nodes * nproc
     spread = Spread.of(config.engine, ranks)
     stream = outline(config.stream, config.data)
-    num_classes, num_tasks = len(stream.layout.class_names), len(stream.layout.tasks)
+    num_classes, num_tasks = len(stream.class_names), len(stream.tasks)
     refuse_sizes(config.model, image_shape=stream.image_shape, num_classes=num_classes, sides=config.data.sides())
     rows = math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.accumulate)
     network = look(config, image_shape=stream.image_shape, num_classes=num_classes, rows=max(rows, 2))
@@ -230,11 +230,11 @@ class _Case:
         weights = FLOAT * elements(network.shapes, spread, what="weights")
         if config.train.ema is not None:
             yield Held("averaged weights", weights, "training")
-        if len(self.stream.layout.tasks) > 1 and (config.train.frozen or config.train.head_epochs):
+        if len(self.stream.tasks) > 1 and (config.train.frozen or config.train.head_epochs):
             yield Held("weights that do not learn", weights, "training")
         if config.train.restart:
             yield Held("first weights", weights + network.buffer_bytes)
-        elif len(self.stream.layout.tasks) > 1:
+        elif len(self.stream.tasks) > 1:
             yield Held("old weights", weights + network.buffer_bytes)
             yield Held("the next old weights", weights + network.buffer_bytes, "measuring")
         if self._has_teacher:
@@ -281,45 +281,31 @@ class _Case:
 
     def _memory_bytes(self) -> int:
         """Kept examples of all tasks: numbers and labels."""
-        return sum(self._kept(len(self.stream.layout.tasks))) * _EXAMPLE
+        return sum(self._kept(len(self.stream.tasks))) * _EXAMPLE
 
     @property
     def soft_bytes(self) -> int:
         """Logits of the widest head of all kept examples, in a file that processes of a machine share."""
-        tasks, names = self.stream.layout.tasks, self.stream.layout.class_names
+        tasks, names = self.stream.tasks, self.stream.class_names
         width = max(len(task.classes) for task in tasks) if self.config.train.head == "own" else len(names)
         return sum(self._kept(len(tasks))) * _LABEL[self.config.memory.dtype] * width
 
     def _recorded_bytes(self) -> int:
         """What the old network says of the last task's images, and of memory's if these are distilled, too."""
-        *before, last = self.stream.layout.tasks
+        *before, last = self.stream.tasks
         memory = sum(self._kept(last.index)) if self.config.prior.distill.images == "all" else 0
         old = len({label for task in before for label in task.classes})
         return (self._num_new(last) + memory) * old * _LABEL[self.config.memory.dtype]
 
     def _kept(self, tasks: int) -> list[int]:
         """Examples kept of each of the first tasks, when all of these have been learned."""
-        memory, share = self.config.memory, self.config.prior.correct.share
-        known = self.stream.layout.tasks[:tasks]
-        if share == 0:
-            return quotas(memory, [len(task.samples("train")) for task in known])
-        sizes = [self._learned_from(task) for task in known]
-        return split_quotas(memory.total, share, sizes=sizes, classes=[len(task.classes) for task in known])
-
-    def _learned_from(self, task: Task) -> int:
-        """The task's examples that are not held out."""
-        share, tasks = self.config.prior.correct.share, self.stream.layout.tasks
-        if share == 0:
-            return len(task.samples("train"))
-        before = sum(len(other.classes) for other in tasks[: max(task.index, 1)])
-        held, _ = per_class(self.config.memory.total, share, before)
-        return len(task.samples("train")) - held * len(task.classes)
+        return kept_of_tasks(self.config, self.stream, tasks)
 
     def _num_new(self, task: Task) -> int:
         """Examples that a task trains on, beside memory."""
         match self.config.train.data:
             case "task":
-                return self._learned_from(task)
+                return len(task.samples("train")) - len(held_out(self.config, self.stream, task))
             case "seen":
                 return task.samples("train").stop
             case "memory":
@@ -366,7 +352,7 @@ class _Case:
         for plan in self.batch_plans():
             for epoch in range(plan.epochs):
                 steps[grows.side(epoch, plan.epochs, last)] += plan.steps_per_epoch
-        num_classes = len(self.stream.layout.class_names)
+        num_classes = len(self.stream.class_names)
         shape = self.stream.image_shape
         flops = forward_flops(self.config, image_shape=shape, num_classes=num_classes, sides=[*steps, last])
         for side in sorted(steps):
@@ -390,7 +376,7 @@ class _Case:
 
     def batch_plans(self) -> Iterator[BatchPlan]:
         """Of the tasks that are trained."""
-        config, tasks, mix = self.config, self.stream.layout.tasks, self.config.memory.mix
+        config, tasks, mix = self.config, self.stream.tasks, self.config.memory.mix
         coupled = config.prior.fromp.weight > 0  # recalled beside the rows of a step
         for task in tasks[-1:] if config.train.only_last else tasks:
             yield BatchPlan(
@@ -429,6 +415,8 @@ def _shown_beside(config: RunConfig) -> Iterator[str]:
     topology = config.prior.topology
     if topology.nodes and topology.anchor:
         yield f"not counted: the images of nodes, {topology.nodes} and more, that a step of a later task shows in all"
+    if config.prior.fromp.weight > 0:
+        yield "not counted: kept examples that a step of a later task recalls beside its rows, and their kernels"
 
 
 def _notes(case: _Case, rates: Rates | None, gigabytes_per_second: float | None) -> Iterator[str]:

@@ -10,6 +10,7 @@ import torch
 
 from hpccl.checkpoint.apart import Apart, read_apart, write_apart
 from hpccl.checkpoint.store import Content, Mark, load, save
+from hpccl.checkpoint.tree import read_tree, write_tree
 from hpccl.errors import CheckpointError
 
 VALUES = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
@@ -65,3 +66,13 @@ def test_a_checkpoint_reads_nothing_outside_of_its_run(tmp_path: Path) -> None:
     where = write_apart(tmp_path, "other/soft", VALUES)
     with pytest.raises(CheckpointError, match="names a file outside of it"):
         read_apart(tmp_path / "run", Apart(f"../{where.path}"))
+
+
+def test_a_tree_that_has_no_files_apart_names_none(tmp_path: Path) -> None:
+    """Such as an export's, which may come from anywhere."""
+    where = write_apart(tmp_path, "other/soft", VALUES)
+    (tmp_path / "export" / "one").mkdir(parents=True)
+    write_tree(tmp_path / "export" / "one", {"value": where}, header={})
+    assert torch.equal(read_tree(tmp_path / "export" / "one", apart=tmp_path)[1]["value"], VALUES)
+    with pytest.raises(CheckpointError, match=r"names another file, 'other/soft"):
+        read_tree(tmp_path / "export" / "one")

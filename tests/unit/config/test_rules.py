@@ -90,6 +90,7 @@ DOMAINS = "stream.scenario.kind=domains"
         ([*FROMP, "curvature.kind=mas"], "curvature.kind"),
         ([ADAPT[0], "train.data=seen"], "train.data"),
         ([*ADAPT, "prior.normal={precision: 1.0, weight: 0.5}"], "prior.normal.weight"),
+        ([*ADAPT, "optim.weight_decay=0.1"], "optim.weight_decay"),
         ([*ADAPT, "log.reconstruction=0.5"], "log.reconstruction"),
         ([*ADAPT, "memory.labels=kept"], "memory.labels"),
         ([*ADAPT, "prior.distill.weight=1"], "prior.distill.weight"),

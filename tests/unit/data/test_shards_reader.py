@@ -145,6 +145,7 @@ def test_a_missing_split_and_unknown_formats_say_so(shards: Path) -> None:
     for text, message in {
         json.dumps({**document, "format": 99}): "format 99, but .* format 1",
         json.dumps({**document, "shards": [{"file": "x"}]}): "damaged",
+        json.dumps({**document, "shards": [{**document["shards"][0], "file": "../x.tar"}]}): "outside of its folder",
         "[]": "format None",
         "{": "cannot be read",
     }.items():

@@ -83,6 +83,13 @@ def test_timm_dropout_is_replaced() -> None:
         model(torch.ones(4, 4))
 
 
+def test_first_weights_come_by_the_key_that_says_so() -> None:
+    """An export that was made elsewhere would name a file here, too."""
+    config = TimmModel(name="test_resnet", options={"checkpoint_path": "somewhere.pth"})
+    with pytest.raises(ConfigError, match=r"model\.checkpoint"):
+        build_model(config, image_shape=(3, 32, 32), num_classes=5, seed=0)
+
+
 def test_fused_attention_asks_a_replaced_dropout_for_its_rate() -> None:
     options = {"img_size": 32, "patch_size": 8, "attn_drop_rate": 0.25}
     config = TimmModel(name="test_vit", options=options)

@@ -42,6 +42,7 @@ KINDS: dict[str, Any] = {
     "ekfac": {"kind": "ekfac"},
     "diagonal": {"kind": "diagonal"},
     "dense": {"kind": "dense"},
+    "si": {"kind": "si"},
     "none": {"kind": "kronecker"},
 }
 
@@ -244,6 +245,15 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["plain", "torn.safetensors"]
     with pytest.raises(FolderError, match="exists"):
         merge([run], tmp_path / "plain", method="average")
+
+
+def test_an_importance_weighs_no_networks(trained: Trained, tmp_path: Path) -> None:
+    run = trained("si", 0)
+    with pytest.raises(ConfigError, match="has no curvature, which --method fisher weighs networks by"):
+        merge([run], tmp_path / "out", method="fisher")
+    with pytest.raises(ConfigError, match=r"curvature\.kind=si, an importance"):
+        export(run, tmp_path / "out", curvature=True)
+    merge([run], tmp_path / "out", method="average")
 
 
 def test_the_command(trained: Trained, tmp_path: Path) -> None:

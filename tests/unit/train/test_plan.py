@@ -32,11 +32,13 @@ from hpccl.curvature.blocks import Layout
 from hpccl.curvature.coverage import _graph_bytes
 from hpccl.curvature.kfac import _size
 from hpccl.curvature.kronecker import layout_parts
+from hpccl.data.build import open_stream
 from hpccl.dist.comm import Comm
 from hpccl.engine.deepspeed import _settings
 from hpccl.errors import ConfigError, CoverageError, DataError
 from hpccl.models.build import build_model
 from hpccl.models.dropout import set_noise
+from hpccl.train.compose import planned_steps
 from hpccl.train.plan.build import make_plan
 from hpccl.train.plan.curvature import listed_terms, pair_bytes, plan_curvature, sent_numbers
 from hpccl.train.plan.network import look, moments
@@ -331,6 +333,31 @@ def test_a_plan_adds_up() -> None:
     assert shares["wire"] == pytest.approx(plan.wire("step") / 1e6)
     assert set(shares) == {"forward and backward pass", "teacher", "optimizer", "pull of the curvature", "wire"}
     assert all(seconds > 0 for seconds in shares.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prior": {"replay": 1.0, "correct": {"share": 0.1}}},
+        {
+            "stream": {"kind": "digits", "tasks": 5, "scenario": {"kind": "blurry"}},
+            "train": {"data": "memory", "restart": True},
+            "prior": {"replay": 1.0},
+            "memory": {"selector": {"kind": "greedy"}},
+        },
+    ],
+    ids=["held out, of small classes", "greedy, of shared classes"],
+)
+def test_steps_are_those_of_a_run(changes: dict[str, Any]) -> None:
+    config = merged({"memory": {"total": 2000}, "train": {"head": "seen"}}, changes)
+    plan = make_plan(config, nodes=1, nproc=1, measured=False)
+    assert plan.steps == sum(planned_steps(config, open_stream(config.stream, config.data)))
+
+
+def test_what_is_recalled_beside_rows_is_not_counted() -> None:
+    config = merged({"memory": {"size": 20}, "prior": {"fromp": {"weight": 1.0}}})
+    plan = make_plan(config, nodes=1, nproc=1, measured=False)
+    assert any("kept examples that a step of a later task recalls" in note for note in plan.notes)
 
 
 def test_more_ranks_hold_less_curvature() -> None:
