@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hpccl.config.run import RunConfig
+from hpccl.config.sections import SiCurvature
 from hpccl.data.layout import SPLITS, Collection, arrange
 from hpccl.data.order import BatchPlan
 from hpccl.data.protocols import Split, Task
@@ -27,10 +29,12 @@ from hpccl.data.transfer import CPU
 from hpccl.dist.comm import Comm
 from hpccl.engine.protocols import Engine
 from hpccl.folder import RunFolder
+from hpccl.prior.normal import NormalPrior
 from hpccl.prior.prior import Prior
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
 from hpccl.train.compose import Composer, Part, plan_task, split
+from hpccl.train.distill import Distilled
 from hpccl.train.state import World
 from hpccl.train.step import train_step
 from hpccl.train.stop import Stop
@@ -129,16 +133,23 @@ class Steps:
     def composer(self) -> Composer:
         """What is said about them."""
         anchor = self.prior.anchor
-        asked = self.world.config.prior.view == "teacher" and anchor is not None
+        distilled = Distilled.of(self.world.config, self.world.stream, self.task)
+        asked = self.world.config.prior.view == "teacher" or (distilled is not None and distilled.config.view == "same")
         teacher = self.engine.frozen(anchor) if asked and anchor is not None else None
-        return Composer.build(
+        composer = Composer.build(
             self.world.config,
             self.world.stream,
             self.task,
             self.prior.memory,
             teacher=teacher,
             device=self.engine.device,
+            distilled=distilled,
         )
+        if distilled is None or distilled.config.view == "same":
+            return composer
+        # What the old network said once; its numbers do not change the time.
+        said = torch.randn(len(composer.samples) + len(self.prior.memory), len(distilled.columns))
+        return replace(composer, distilled=replace(distilled, recorded=said))
 
     @cached_property
     def _images(self) -> list[Images]:
@@ -151,9 +162,8 @@ class Steps:
 
     def __call__(self) -> int:
         """Take the steps."""
-        quadratic = self.prior.quadratic
         comm, plan = self.world.comm, self.plan
-        detach = quadratic.attach(self.engine, comm, num_train=plan.num_train) if quadratic else lambda: None
+        detach = self._attach(plan.num_train)
         first, self._done = self._done, self._done + self.count
         comm.barrier()
         start, cpu = time.perf_counter(), time.process_time()
@@ -165,6 +175,17 @@ class Steps:
         comm.barrier()
         self.rates.append(rows / (time.perf_counter() - start))
         return rows
+
+    def _attach(self, num_train: int) -> Callable[[], None]:
+        """The priors of the weights, until the returned function is called."""
+        normal, quadratic = NormalPrior.of(self.world.config, self.prior.anchor), self.prior.quadratic
+        with ExitStack() as stack:
+            for part in (normal, quadratic):
+                if part is not None:
+                    stack.callback(part.attach(self.engine, self.world.comm, num_train=num_train))
+            if quadratic is not None and isinstance(self.world.config.curvature, SiCurvature):
+                stack.callback(self.engine.follow(quadratic.pull_on(num_train)))
+            return stack.pop_all().close
 
     def _step(self, number: int) -> int:
         parts = self._parts(number % self.plan.num_steps)

@@ -603,8 +603,8 @@ def map_memory(
         int | None, typer.Option(help="The network after this task, counted from 0; the newest if not given.")
     ] = None,
     posterior: Annotated[
-        Literal["last_layer", "kronecker", "diagonal"],
-        typer.Option(help="Of the last layer's weights, or of all of them."),
+        Literal["last_layer", "kronecker", "ekfac", "diagonal", "dense", "checkpoint"],
+        typer.Option(help="Of the last layer's weights, or of all: measured anew, or the run's own curvature."),
     ] = "last_layer",
     examples: Annotated[
         int | None, typer.Option(help="A uniform sample of so many; all, or 2000 where all weights count.")

@@ -16,6 +16,7 @@ from hpccl.config.sections import (
     DataConfig,
     DdpEngine,
     DeepspeedEngine,
+    DiagonalCurvature,
     DigitsStream,
     DistillConfig,
     DomainScenario,
@@ -95,6 +96,7 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _trial_weights,
         _per_example,
         _learned_curvature,
+        _grouped,
         _importance,
         _path,
         deepspeed,
@@ -740,6 +742,27 @@ def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
         if used:
             problem = f"the optimiser learns from {what}, too, which the quadratic must not count"
             yield Clash((key, "curvature.kind"), f"{problem}; use curvature.kind=diagonal")
+
+
+def _grouped(config: RunConfig) -> Iterator[Clash]:
+    """Of gradients that are averaged over examples before they are squared or made absolute."""
+    curvature, engine, key = config.curvature, config.engine, "curvature.group"
+    if not isinstance(curvature, (DiagonalCurvature, MasCurvature)) or curvature.group == 1 or not config.measures:
+        return
+    if isinstance(curvature, DiagonalCurvature) and curvature.fisher != "empirical":
+        problem = f"averages gradients of true labels, and {curvature.fisher} takes others; set it to empirical"
+        yield Clash(("curvature.fisher", key), problem)
+    if isinstance(curvature, MasCurvature) and curvature.variant == "local":
+        yield Clash((key, "curvature.variant"), "is of gradients of the network's output; leave it 1, or set global")
+    if config.prior.fromp.weight > 0:
+        problem = "makes something else of the Fisher matrix, of which the posterior's kernel is made; leave it 1"
+        yield Clash((key, "prior.fromp.kernel"), problem)
+    if isinstance(config.memory.selector, ReconstructionSelector):
+        problem = "leaves out what a quadratic of the loss says, which this is not one; leave group 1"
+        yield Clash(("memory.selector.kind", key), problem)
+    if engine.kind == "fsdp2" or (isinstance(engine, DeepspeedEngine) and engine.stage == 3):
+        problem = "needs whole gradients while it measures, and this engine has them in shards; leave it 1, or use ddp"
+        yield Clash((key, "engine.kind"), problem)
 
 
 def _importance(config: RunConfig) -> Iterator[Clash]:

@@ -707,7 +707,8 @@ TasksConfig = Annotated[ListedTasks | PooledTasks | NearestTasks | RefitTasks, F
 class Measured(Section):
     """What every kind of curvature measures."""
 
-    fisher: Literal["ggn", "mc", "empirical"] = "ggn"  # exact over labels, labels drawn from the model, true labels
+    # exact over labels, labels drawn from the model, true labels; weighted: true ones, by their probability (Mammoth)
+    fisher: Literal["ggn", "mc", "empirical", "weighted"] = "ggn"
     samples: PositiveInt = 1  # labels drawn per example for fisher=mc
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the task's examples that is used
     batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
@@ -716,7 +717,8 @@ class Measured(Section):
 class LayerMeasured(Measured):
     """What both Kronecker kinds measure of a layer."""
 
-    fisher: Literal["ggn", "mc", "empirical"] = "mc"  # exact over labels, labels drawn from the model, true labels
+    # exact over labels, labels drawn from the model, true labels; weighted: true ones, by their probability (Mammoth)
+    fisher: Literal["ggn", "mc", "empirical", "weighted"] = "mc"
     sharing: Literal["expand", "reduce"] = "expand"  # of a weight over positions: each counts alone, or their mean does
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward pass; sums are always fp32
     max_factor: PositiveInt = 16384  # largest side of a factor; 16384 is 1 GiB
@@ -742,6 +744,9 @@ class DiagonalCurvature(Measured):
     """Diagonal of the Fisher matrix, exact per example."""
 
     kind: Literal["diagonal"] = "diagonal"
+    # examples whose gradients are averaged before they are squared. Above 1 it is no Fisher matrix, and up to so many
+    # times smaller, but it is what Avalanche takes for one; with fisher=empirical
+    group: PositiveInt = 1
 
 
 class MasCurvature(Section):
@@ -754,6 +759,9 @@ class MasCurvature(Section):
     kind: Literal["mas"] = "mas"
     # global: of the network's output; local: of every layer's own output, its input held constant (Hebbian)
     variant: Literal["global", "local"] = "global"
+    # examples whose gradients are averaged before their absolute values are taken. Above 1 signs cancel, as they do in
+    # the authors' code (200) and in Avalanche; with variant=global
+    group: PositiveInt = 1
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the task's examples that is used
     batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
 
@@ -766,6 +774,9 @@ class SiCurvature(Section):
 
     kind: Literal["si"] = "si"
     xi: PositiveFloat = 0.1  # beside the squared way that a weight went in a task, by which what it did is divided
+    # task: what a step did for the loss; total: for the loss and the quadratic together (Avalanche)
+    gradient: Literal["task", "total"] = "task"
+    limit: PositiveFloat | None = None  # largest Omega that a task adds to a weight's; null: none
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of a pass over the task: there is none, leave it 1
     batch_size: PositiveInt = 256  # examples at a time, of other passes over a task
 

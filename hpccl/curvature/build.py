@@ -18,6 +18,7 @@ from hpccl.curvature.coverage import Coverage
 from hpccl.curvature.dense import DenseEstimator, DensePrecision
 from hpccl.curvature.diagonal import Diagonal, DiagonalEstimator
 from hpccl.curvature.factors import KroneckerPass
+from hpccl.curvature.grouped import GroupedEstimator
 from hpccl.curvature.kfac import EkfacEstimator, KroneckerEstimator
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.mas_local import LocalMasEstimator
@@ -30,16 +31,23 @@ __all__ = ["build_estimator", "precision_from_state"]
 
 
 def build_estimator(config: PassCurvature, seed: int, known: Coverage | None = None) -> Estimator:
-    """The estimator that `config` asks for; `seed` is the run's, `known` as of KroneckerPass."""
+    """The estimator that `config` asks for; `seed` is the run's, `known` as of KroneckerPass.
+
+    That of a `config.group` above 1 takes each batch that it is given for one group.
+    """
     match config:
         case KroneckerCurvature():
             return KroneckerEstimator(_sweep(config, seed, known), config.tasks, config.keep_trace)
         case EkfacCurvature():
             return EkfacEstimator(_sweep(config, seed, known))
+        case DiagonalCurvature(group=group) if group > 1:
+            return GroupedEstimator("empirical", config.batch_size)
         case DiagonalCurvature():
             return DiagonalEstimator(config.fisher, config.samples, seed, known)
         case MasCurvature(variant="local"):
             return LocalMasEstimator(known)
+        case MasCurvature(group=group) if group > 1:
+            return GroupedEstimator("outputs", config.batch_size)
         case MasCurvature():
             return DiagonalEstimator("outputs", known=known)
         case DenseCurvature():

@@ -5,6 +5,8 @@ For example i with own-head logits z, p = softmax(z) and weight w, columns v_1..
     ggn:        sum_j v_j v_j' = w (diag(p) - p p')        exactly, with c = K - 1 columns for K classes
     mc:         v_j = sqrt(w / c) (p - e_y), y ~ p         so that the expectation is the same
     empirical:  v_1 = sqrt(w) (p - e_label)
+    weighted:   v_1 = sqrt(w p_label) (p - e_label), which Mammoth's EWC takes: of the sum over labels that the exact
+                Fisher matrix is, the true label's term alone
     outputs:    v_1 = 2 w z, the gradient of w |z|^2: what Memory Aware Synapses pull back (Aljundi et al. 2018, eq. 2)
 
 and sum_j (J' v_j)^2, J = dz/dweights, is what example i adds to the diagonal. Logits of other heads get exactly 0.
@@ -31,8 +33,8 @@ from hpccl.errors import DataError
 
 __all__ = ["Fisher", "Wanted", "check_labels", "hessian_root", "num_columns", "output_columns", "uniform_draws"]
 
-Fisher = Literal["ggn", "mc", "empirical"]
-Wanted = Literal["ggn", "mc", "empirical", "outputs"]
+Fisher = Literal["ggn", "mc", "empirical", "weighted"]
+Wanted = Literal["ggn", "mc", "empirical", "weighted", "outputs"]
 
 
 def num_columns(fisher: Wanted, num_classes: int, samples: int) -> int:
@@ -42,7 +44,7 @@ def num_columns(fisher: Wanted, num_classes: int, samples: int) -> int:
             return num_classes - 1
         case "mc":
             return samples
-        case "empirical" | "outputs":
+        case "empirical" | "weighted" | "outputs":
             return 1
         case _:
             assert_never(fisher)
@@ -62,8 +64,11 @@ def output_columns(logits: Tensor, examples: Examples, fisher: Wanted, *, sample
         case "mc":
             draws = uniform_draws(examples.sample.cpu().numpy(), samples, seed)
             columns = _residuals(own, _inverse_cdf(own, torch.from_numpy(draws).to(own.device))) / samples**0.5
-        case "empirical":
-            columns = _residuals(own, torch.searchsorted(classes, examples.labels)[:, None])
+        case "empirical" | "weighted":
+            label = torch.searchsorted(classes, examples.labels)[:, None]
+            columns = _residuals(own, label)
+            if fisher == "weighted":
+                columns = columns * own.gather(1, label).sqrt()
         case _:
             assert_never(fisher)
     columns = columns * examples.weight.double().sqrt()[None, :, None]

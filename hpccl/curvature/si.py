@@ -5,7 +5,8 @@
 
 The penalty lambda sum Omega (theta - theta*)^2, without the half, stands beside the mean loss. A precision is a sum
 over examples, here as in Memory Aware Synapses: 2 n Omega for a task of n, so that lambda is the paper's for tasks of
-equal size. The engine keeps omega; noise of mini-batches can make it negative, which no precision may be.
+equal size. The engine keeps omega; noise of mini-batches can make it negative, which no precision may be. A limit on
+Omega is Avalanche's.
 Source: Zenke, Poole and Ganguli 2017, "Continual Learning Through Synaptic Intelligence", ICML.
 """
 
@@ -21,7 +22,9 @@ from hpccl.dist.spread import Leaf, Leaves, Slab
 __all__ = ["synaptic"]
 
 
-def synaptic(credit: Leaves, start: Leaves, end: Leaves, *, xi: float, num_examples: int) -> Diagonal:
+def synaptic(
+    credit: Leaves, start: Leaves, end: Leaves, *, xi: float, num_examples: int, limit: float | None = None
+) -> Diagonal:
     """2 n Omega, in nats per squared weight, summed over examples; not collective.
 
     Args:
@@ -30,15 +33,17 @@ def synaptic(credit: Leaves, start: Leaves, end: Leaves, *, xi: float, num_examp
         end: theta, likewise; may have more names.
         xi: > 0, in squared weights.
         num_examples: n, of the task.
+        limit: largest Omega; None: there is none.
     """
     assert xi > 0, "a weight that did not move would divide by zero"
-    found = {name: _importance(leaf, start[name], end[name], xi) for name, leaf in credit.items()}
+    found = {name: _importance(leaf, start[name], end[name], xi, limit) for name, leaf in credit.items()}
     return Diagonal(found, num_examples).times(2.0 * num_examples)
 
 
-def _importance(credit: Leaf, start: Leaf, end: Leaf, xi: float) -> Leaf:
+def _importance(credit: Leaf, start: Leaf, end: Leaf, xi: float, limit: float | None) -> Leaf:
     moved = _own(end).float() - _own(start)
     found = _own(credit).clamp(min=0) / (moved.square() + xi)
+    found = found if limit is None else found.clamp(max=limit)
     return replace(credit, local=found) if isinstance(credit, Slab) else found
 
 

@@ -25,6 +25,7 @@ from hpccl.report.text import TextTable, percent, signed, spread, time_span
 __all__ = [
     "FIGURES",
     "IGNORED",
+    "LIKELIHOOD",
     "Comparison",
     "Group",
     "Statistic",
@@ -47,6 +48,13 @@ FIGURES: dict[str, str] = {
     "forgetting": "forgetting",
     "bwt": "BWT",
     "learning_accuracy": "learning accuracy",
+}
+# The same of likelihood, in nats an example, and of the expected calibration error, a share: less is better.
+LIKELIHOOD: dict[str, str] = {
+    "nll": "NLL",
+    "ece": "ECE",
+    "nll_class_incremental": "class-incremental NLL",
+    "ece_class_incremental": "class-incremental ECE",
 }
 _RUN_HEADER = ["run", "method", "status", "seed", "tasks", *FIGURES.values(), "time"]
 _NOTE = (
@@ -139,7 +147,17 @@ def _common(configurations: Sequence[Flat]) -> Flat:
 
 
 def _run_dict(run: RunReport) -> dict[str, Any]:
-    keys = ("name", "method", "seed", "status", "tasks_learned", "wall_seconds", "weights_sha256", *FIGURES)
+    keys = (
+        "name",
+        "method",
+        "seed",
+        "status",
+        "tasks_learned",
+        "wall_seconds",
+        "weights_sha256",
+        *FIGURES,
+        *LIKELIHOOD,
+    )
     last = run.tasks_learned - 1
     return {key: getattr(run, key) for key in keys} | {
         "training_seconds": _training_seconds(run),
@@ -284,7 +302,7 @@ def _group(method: str, settings: str, runs: Mapping[int, RunReport]) -> dict[st
 
 
 def _statistics(runs: Sequence[RunReport]) -> dict[str, Statistic]:
-    found = {key: statistic([getattr(run, key) for run in runs]) for key in (*FIGURES, "wall_seconds")}
+    found = {key: statistic([getattr(run, key) for run in runs]) for key in (*FIGURES, *LIKELIHOOD, "wall_seconds")}
     return found | {
         "training_seconds": statistic([_training_seconds(run) for run in runs]),
         "images_trained": statistic([_images_trained(run) for run in runs]),
@@ -346,13 +364,15 @@ def group_header(comparison: Comparison) -> list[str]:
     return ["method", "m", *(["settings"] if _has_settings(comparison) else [])]
 
 
-def group_cells(comparison: Comparison, group: Group) -> list[str]:
-    """What tells a group from the others."""
-    return [
-        group.method,
-        group.memory or "–",
-        *([group.settings or "–"] if _has_settings(comparison) else []),
-    ]
+def group_cells(comparison: Comparison, group: Group, *, settings: str | None = None) -> list[str]:
+    """What tells a group from the others, in short; `settings` in its place."""
+    told = group.variant if settings is None else settings
+    return [group.method, group.memory or "–", *([told or "–"] if _has_settings(comparison) else [])]
+
+
+def _in_full(group: Group) -> str:
+    """Its settings, after the name that stands for them elsewhere."""
+    return group.settings if group.variant == group.settings else f"{group.variant}: {group.settings}".rstrip(": ")
 
 
 def _header(comparison: Comparison) -> list[str]:
@@ -367,7 +387,7 @@ def _rows(comparison: Comparison) -> list[list[str]]:
 
 
 def _row(comparison: Comparison, group: Group) -> list[str]:
-    row = [*group_cells(comparison, group), str(len(group.seeds))]
+    row = [*group_cells(comparison, group, settings=_in_full(group)), str(len(group.seeds))]
     for key in FIGURES:
         statistic = group.statistics[key]
         row.append(spread(statistic.mean, statistic.std))

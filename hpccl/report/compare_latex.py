@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from hpccl.report.compare import FIGURES, Comparison, Group, Statistic
+from hpccl.report.compare import FIGURES, LIKELIHOOD, Comparison, Group, Statistic
 from hpccl.report.published import FIGURES as PUBLISHED
 from hpccl.report.published import Figure
 from hpccl.report.text import spread
@@ -23,9 +23,17 @@ Column: TypeAlias = tuple[int, str]  # examples of a task, and all that is kept 
 Cells: TypeAlias = dict[Column, Statistic]
 
 _REFERENCES = frozenset({"joint", "separate", "cumulative"})
-_LOWER_IS_BETTER = frozenset({"forgetting"})
-_HEADINGS = {"average_accuracy_class_incremental": "Class-incremental accuracy", "bwt": "BWT"}
-_UNITS = {"forgetting": "percentage points", "bwt": "percentage points"}
+_LOWER_IS_BETTER = frozenset({"forgetting", *LIKELIHOOD})
+_HEADINGS = {
+    "average_accuracy_class_incremental": "Class-incremental accuracy",
+    "bwt": "BWT",
+    "nll": "Negative log-likelihood",
+    "ece": "Expected calibration error",
+    "nll_class_incremental": "Class-incremental negative log-likelihood",
+    "ece_class_incremental": "Class-incremental expected calibration error",
+}
+_NATS = frozenset({"nll", "nll_class_incremental"})
+_UNITS = {"forgetting": "percentage points", "bwt": "percentage points", **dict.fromkeys(_NATS, "nats an image")}
 _SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -39,7 +47,9 @@ def render_latex(comparison: Comparison) -> str:
     """One table a figure that was measured; they need the package booktabs."""
     head = r"% Needs \usepackage{booktabs}."
     made = [
-        _table(comparison, key) for key in FIGURES if any(_known(group.statistics[key]) for group in comparison.groups)
+        _table(comparison, key)
+        for key in (*FIGURES, *LIKELIHOOD)
+        if any(_known(group.statistics[key]) for group in comparison.groups)
     ]
     return "\n\n".join([head, *made]) + "\n"
 
@@ -54,11 +64,11 @@ def _table(comparison: Comparison, key: str) -> str:
     marked = {one: marks({name: cells[one] for name, cells in rows.items() if one in cells}, key) for one in columns}
     lines = [_line(_head(columns)), r"\midrule"]
     for name, cells in rows.items():
-        own = [_cell(cells.get(column), marked[column].get(name, "")) for column in columns]
+        own = [_cell(cells.get(column), marked[column].get(name, ""), key) for column in columns]
         lines.append(_line([_escaped(" ".join(part for part in name if part)), *own]))
         beside = _published(comparison, name[0], key)
         if beside:
-            lines.append(_line([r"\quad published", *(_published_cell(beside.get(column)) for column in columns)]))
+            lines.append(_line([r"\quad published", *(_published_cell(beside.get(column), key) for column in columns)]))
     return "\n".join(
         [
             r"\begin{table}",
@@ -116,10 +126,10 @@ def _line(cells: Sequence[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-def _cell(statistic: Statistic | None, mark: str) -> str:
+def _cell(statistic: Statistic | None, mark: str, key: str) -> str:
     if statistic is None or statistic.mean is None:
         return ""
-    text = _number(statistic.mean, statistic.std)
+    text = _number(statistic.mean, statistic.std, key)
     match mark:
         case "best":
             return rf"$\mathbf{{{text}}}$"
@@ -129,12 +139,13 @@ def _cell(statistic: Statistic | None, mark: str) -> str:
             return f"${text}$"
 
 
-def _published_cell(figure: Figure | None) -> str:
-    return "" if figure is None or figure[0] is None else f"${_number(*figure)}$"
+def _published_cell(figure: Figure | None, key: str) -> str:
+    return "" if figure is None or figure[0] is None else f"${_number(*figure, key)}$"
 
 
-def _number(mean: float | None, std: float | None) -> str:
-    return spread(mean, std).replace("−", "-").replace("±", r"\pm")
+def _number(mean: float | None, std: float | None, key: str) -> str:
+    text = spread(mean, std, scale=1, digits=3) if key in _NATS else spread(mean, std)
+    return text.replace("−", "-").replace("±", r"\pm")
 
 
 def _published(comparison: Comparison, method: str, key: str) -> dict[Column, Figure]:
@@ -153,7 +164,7 @@ def _caption(comparison: Comparison, key: str) -> str:
     seeds = sorted({len(group.seeds) for group in comparison.groups})
     number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     published = f" Published: {_escaped(comparison.dataset)}." if comparison.dataset and key in PUBLISHED else ""
-    heading = _HEADINGS.get(key, FIGURES[key].capitalize())
+    heading = _HEADINGS.get(key) or FIGURES[key].capitalize()
     seeded = f"{number} seed{'s' * (seeds != [1])}"
     unit = _UNITS.get(key, "percent")
     references = sorted(_REFERENCES & {group.method for group in comparison.groups})

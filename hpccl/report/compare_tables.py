@@ -1,4 +1,4 @@
-"""Tables of a comparison beyond accuracy and forgetting: cost, accuracy of each task, gradient reconstruction."""
+"""Tables of a comparison beyond accuracy and forgetting: calibration, cost, accuracy of each task, reconstruction."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from hpccl.report.compare import (
+    FIGURES,
+    LIKELIHOOD,
     Comparison,
     Group,
     Statistic,
@@ -16,11 +18,25 @@ from hpccl.report.compare import (
     statistic,
 )
 from hpccl.report.events import number
+from hpccl.report.metrics import NUM_BINS
 from hpccl.report.summary import RunReport
 from hpccl.report.text import TextTable, fixed, spread, whole
 
-__all__ = ["cost", "rank_correlation", "reconstruction", "tables", "task_accuracy"]
+__all__ = ["calibration", "cost", "rank_correlation", "reconstruction", "tables", "task_accuracy"]
 
+_CALIBRATION_NOTE = (
+    "Of the network after the last task, means over the tasks learned. NLL: negative log-likelihood, nats an image; "
+    f"ECE: expected calibration error in percent, {NUM_BINS} bins. Less is better of both. Accuracies in percent."
+)
+# Figures in the order of their columns: what a value is multiplied with, and digits.
+_CALIBRATION: dict[str, tuple[float, int]] = {
+    "average_accuracy": (100, 1),
+    "nll": (1, 3),
+    "ece": (100, 1),
+    "average_accuracy_class_incremental": (100, 1),
+    "nll_class_incremental": (1, 3),
+    "ece_class_incremental": (100, 1),
+}
 _COST_NOTE = (
     "Wall-clock is of everything, resumes counted, pauses not; training is the steps alone. Tasks trained are fewer "
     "than all where another run gave the first (train.first_task_from) or only the last was trained (train.only_last): "
@@ -39,8 +55,36 @@ _TITLES = {"cosine": "Gradient reconstruction, cosine", "relative_error": "Gradi
 
 def tables(comparison: Comparison) -> list[TextTable]:
     """Those that have a line, in order."""
-    found = [cost(comparison), task_accuracy(comparison), *(reconstruction(comparison, key) for key in _FIGURES)]
+    found = [calibration(comparison), cost(comparison), task_accuracy(comparison)]
+    found += [reconstruction(comparison, key) for key in _FIGURES]
     return [table for table in found if table.rows]
+
+
+# ---------------------------------------------------------------- likelihood and calibration
+
+
+def calibration(comparison: Comparison) -> TextTable:
+    """Accuracy, likelihood and calibration error by group, in both settings; no line where none was measured."""
+    header = [*group_header(comparison), "seeds", *({**FIGURES, **LIKELIHOOD}[key] for key in _CALIBRATION)]
+    rows = [
+        [*group_cells(comparison, group), str(len(group.seeds)), *_calibration_cells(group)]
+        for group in comparison.groups
+        if any(group.statistics[key].mean is not None for key in LIKELIHOOD)
+    ]
+    notes = [_CALIBRATION_NOTE, *_distances_note(comparison)]
+    return TextTable("Likelihood and calibration", header, rows, len(group_header(comparison)), notes)
+
+
+def _calibration_cells(group: Group) -> list[str]:
+    return [
+        spread(group.statistics[key].mean, group.statistics[key].std, scale=scale, digits=digits)
+        for key, (scale, digits) in _CALIBRATION.items()
+    ]
+
+
+def _distances_note(comparison: Comparison) -> list[str]:
+    apart = [group.label for group in comparison.groups if group.configuration["evaluate.classifier"] != "head"]
+    return [f"Of distances to class means, which are no probabilities: {', '.join(apart)}."] if apart else []
 
 
 # ---------------------------------------------------------------- cost

@@ -16,7 +16,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hpccl.checkpoint.apart import Apart, read_apart, write_apart
-from hpccl.config.sections import DenseCurvature, GreedySelector, OptimizerCurvature, PassCurvature, SiCurvature
+from hpccl.config.sections import (
+    DenseCurvature,
+    DiagonalCurvature,
+    GreedySelector,
+    MasCurvature,
+    OptimizerCurvature,
+    PassCurvature,
+    SiCurvature,
+)
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.learned import learned_diagonal
@@ -202,7 +210,8 @@ def _measured(task: Task, memory: Memory, state: RunState, world: World) -> tupl
     rest, times = _rest(task, memory, world)
     estimator = build_estimator(config, world.config.seed, state.coverage)
     network = state.engine.whole_module() if isinstance(config, DenseCurvature) else state.engine.module
-    return rest, estimator.estimate(network, TaskPass(task, rest, world), world.comm).times(times)
+    group = config.group if isinstance(config, (DiagonalCurvature, MasCurvature)) else 1
+    return rest, estimator.estimate(network, TaskPass(task, rest, world, group), world.comm).times(times)
 
 
 def _write_curvature(
@@ -229,7 +238,7 @@ def _precision(task: Task, memory: Memory, anchor: Leaves, state: RunState, worl
     config = world.config.curvature
     if isinstance(config, SiCurvature):
         (credit, start), count = state.engine.path(), len(task.samples("train"))
-        return synaptic(credit, start, anchor, xi=config.xi, num_examples=count), count
+        return synaptic(credit, start, anchor, xi=config.xi, num_examples=count, limit=config.limit), count
     if isinstance(config, OptimizerCurvature):
         samples, _ = _rest(task, memory, world)
         return _learned(samples, state, world), len(samples)

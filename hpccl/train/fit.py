@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hpccl.checkpoint.store import Mark
 from hpccl.config.optim import VognOptim
+from hpccl.config.sections import SiCurvature
 from hpccl.curvature.online import watch_squares
 from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
@@ -193,7 +194,9 @@ def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None
         for part in (normal, quadratic):
             if part is not None:
                 stack.callback(part.attach(state.engine, world.comm, num_train=plan.num_train))
-        if quadratic is not None and world.config.follows:
+        curvature = world.config.curvature
+        of_task = isinstance(curvature, SiCurvature) and curvature.gradient == "task"
+        if quadratic is not None and world.config.follows and of_task:
             stack.callback(state.engine.follow(quadratic.pull_on(plan.num_train)))
         if isinstance(world.config.optim, VognOptim):
             stack.callback(watch_squares(state.engine.module, state.engine.add_squares))

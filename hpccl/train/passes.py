@@ -35,9 +35,18 @@ class Seen:
     valid: Tensor
 
 
-def shared_images(samples: Ints, world: World, *, size: int, split: Split = "train") -> Generator[Seen, None, None]:
-    """This rank's share of `samples`, at most `size` at a time; as many times as every other rank."""
-    parts = [samples[part.start : part.stop] for part in world.comm.parts(len(samples), size)]
+def shared_images(
+    samples: Ints, world: World, *, size: int, split: Split = "train", whole: bool = False
+) -> Generator[Seen, None, None]:
+    """This rank's share of `samples`, at most `size` at a time; as many times as every other rank.
+
+    whole: `size` at a time and always the same ones together, whatever the number of ranks; fewer only at the end.
+    """
+    if whole:
+        groups = world.comm.parts(-(-len(samples) // size), 1)
+        parts = [samples[part.start * size : part.stop * size] for part in groups]
+    else:
+        parts = [samples[part.start : part.stop] for part in world.comm.parts(len(samples), size)]
     requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts if len(part))
     loaded = world.stream.load(requests, split, world.comm.device)
     for part in parts:

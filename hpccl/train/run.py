@@ -47,7 +47,7 @@ from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop, Stopped
 from hpccl.train.topology import begin_session
 
-__all__ = ["check_sizes", "fresh_model", "fresh_state", "run", "weights_sha256"]
+__all__ = ["check_sizes", "first_task_identity", "fresh_model", "fresh_state", "run", "weights_sha256"]
 
 
 def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (), quiet: bool = False) -> str:
@@ -251,7 +251,7 @@ def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
     if source is None or task.index > 0:
         return False
     other = RunFolder(Path(source))
-    theirs, ours = _first_task_identity(load_config([other.config], [])), _first_task_identity(world.config)
+    theirs, ours = first_task_identity(load_config([other.config], [])), first_task_identity(world.config)
     differing = sorted(key for key in theirs if theirs[key] != ours[key])
     if differing:
         raise ConfigError(
@@ -269,7 +269,7 @@ def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
     return True
 
 
-def _first_task_identity(config: RunConfig) -> dict[str, Any]:
+def first_task_identity(config: RunConfig) -> dict[str, Any]:
     """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
     identity = config.identity()
     train, optim, prior = identity["train"], identity["optim"], identity["prior"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hpccl.curvature.protocols import Examples
+from hpccl.data.order import mix
 from hpccl.data.protocols import Task
-from hpccl.train.passes import ask, shared_images
+from hpccl.train.passes import Seen, ask, shared_images
 from hpccl.train.score import competing
 from hpccl.train.state import World
 
@@ -21,20 +22,25 @@ __all__ = ["TaskPass"]
 
 Ints = npt.NDArray[np.int64]
 
+_GROUP = 105  # what a hash is for (apart from those of hpccl.data.order and hpccl.train)
+
 
 @dataclass(frozen=True)
 class TaskPass:
-    """This rank's share of the samples in the evaluation view, with the head they are judged by; may be repeated."""
+    """This rank's share of the samples in the evaluation view, with the head they are judged by; may be repeated.
+
+    group: above 1, so many at a time, drawn by the seed: the same ones together whatever the number of ranks
+    """
 
     task: Task
     samples: Ints
     world: World
+    group: int = 1
 
     def __iter__(self) -> Iterator[Examples]:
         device, head = self.world.comm.device, self._head().to(self.world.comm.device)
         labels = torch.from_numpy(self.world.stream.labels("train"))
-        size = self.world.config.curvature.batch_size
-        with contextlib.closing(shared_images(self.samples, self.world, size=size)) as images:
+        with contextlib.closing(self._images()) as images:
             while True:
                 # This pass may take minutes: all ranks ask equally often, and have a batch equally often.
                 ask(self.world)
@@ -50,6 +56,14 @@ class TaskPass:
                     sample=positions.to(device),
                     weight=seen.valid.float().to(device),
                 )
+
+    def _images(self) -> Generator[Seen, None, None]:
+        if self.group == 1:
+            return shared_images(self.samples, self.world, size=self.world.config.curvature.batch_size)
+        # Stored examples may be sorted by class, and a group of one class would be another one's opposite.
+        priority = mix(self.world.config.seed, _GROUP, self.task.index, self.samples)
+        drawn = self.samples[np.argsort(priority, kind="stable")]
+        return shared_images(drawn, self.world, size=self.group, whole=True)
 
     def _head(self) -> Tensor:
         head = torch.zeros(len(self.world.stream.class_names), dtype=torch.bool)

@@ -25,6 +25,7 @@ from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
 from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.folder import RunFolder
+from hpccl.prior.quadratic import Quadratic
 from hpccl.report.text import size
 from hpccl.report.uncertainty import Uncertainty, worth_showing
 from hpccl.train.consolidate import thumbnail
@@ -33,7 +34,7 @@ from hpccl.train.export import find_finished, no_curvature, refuse_importance, r
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
-__all__ = ["Approximation", "evaluate_posterior", "predictions"]
+__all__ = ["Approximation", "evaluate_posterior", "measured_past", "predictions"]
 
 Ints = npt.NDArray[np.int64]
 Approximation: TypeAlias = Literal["sampled", "probit", "monte_carlo"]
@@ -109,16 +110,26 @@ def posterior_of(state: RunState, world: World, prior_precision: float | None) -
         FolderError: there is no curvature.
         ConfigError: it is an importance, or the evidence has no maximum.
     """
-    quadratic = state.prior.quadratic
-    if quadratic is None:
-        raise FolderError(no_curvature(str(world.folder.path), state.mark.name))
-    refuse_importance(world.config, world.folder.path)
+    quadratic = measured_past(state, world)
     posterior = Posterior.of(
         quadratic.precision, wholes(quadratic.anchor), prior_precision=prior_precision or 1.0, comm=world.comm
     )
     if prior_precision is None:
         posterior = posterior.with_prior_precision(posterior.best_prior_precision())
     return posterior
+
+
+def measured_past(state: RunState, world: World) -> Quadratic:
+    """The quadratic of the checkpoint, whose precision is the curvature of a likelihood.
+
+    Raises:
+        FolderError: there is no curvature.
+        ConfigError: it is an importance.
+    """
+    refuse_importance(world.config, world.folder.path)
+    if state.prior.quadratic is None:
+        raise FolderError(no_curvature(str(world.folder.path), state.mark.name))
+    return state.prior.quadratic
 
 
 def predictions(

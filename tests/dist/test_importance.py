@@ -40,6 +40,21 @@ def test_the_path_in_shards_is_that_of_whole_weights(tmp_path: Path) -> None:
         agree(found, expected, 1e-6)
 
 
+GROUPED: dict[str, Any] = {
+    "mas": {"curvature": {"kind": "mas", "group": 25}},
+    "ewc": {"curvature": {"kind": "diagonal", "fisher": "empirical", "group": 25}},
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_are_the_same_examples_on_any_number_of_processes(tmp_path: Path, name: str) -> None:
+    """Else their mean gradients would be others."""
+    changes = {**GROUPED[name], "engine": DDP}
+    expected = two_tasks(Comm.solo(), str(tmp_path), changes)
+    for found in run_in_world(two_tasks, 2, tmp_path / "two", str(tmp_path), changes):
+        agree(found, expected, 1e-6)
+
+
 def part(comm: Comm, folder: str, changes: dict[str, Any], *, to_the_end: bool) -> Result:
     """The second task, to its end or to somewhere within, from where the folder stands; what each weight did in it."""
     state, world = make_world(merged(SECTIONS, changes), Path(folder), comm)

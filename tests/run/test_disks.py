@@ -34,7 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mounted)], check=True)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_full_disk_and_again_after_making_room(small_disk: Path, tmp_path: Path, nproc: int) -> None:
     several = f"--nproc={nproc}"
     folder, whole = small_disk / "run", tmp_path / "whole"
@@ -94,6 +94,7 @@ def test_one_rank_cannot_write_its_part(tmp_path: Path) -> None:
     assert code == 0, output
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_says_what_to_delete(tmp_path: Path) -> None:
     folder, several = tmp_path / "run", ("--nproc=2", "train.epochs=1", "checkpoint.every=0")
     assert finish(start(folder, *several))[0] == 0

@@ -66,6 +66,7 @@ def test_folder_of_another_configuration_says_what_differs(tmp_path: Path) -> No
     assert "folder=" in output
 
 
+@pytest.mark.slow
 def test_checkpoint_of_an_unknown_format(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert finish(start(folder, "train.epochs=1"))[0] == 0
@@ -116,6 +117,7 @@ def shard_settings(shards: Path, cache: Path) -> list[str]:
     return ["stream.kind=shards", f"stream.parts=[{{path: {shards}, tasks: 2}}]", f"data.cache={cache}"]
 
 
+@pytest.mark.slow
 def test_shards_that_are_missing_or_truncated(tmp_path: Path) -> None:
     shards = small_shards(tmp_path)
     own = [*shard_settings(shards, tmp_path), "memory.size=4"]
@@ -137,6 +139,7 @@ def test_shards_that_are_missing_or_truncated(tmp_path: Path) -> None:
         assert victim.name in output
 
 
+@pytest.mark.slow
 def test_other_images_in_the_same_place_are_refused(tmp_path: Path) -> None:
     shards = small_shards(tmp_path)
     own = [*shard_settings(shards, tmp_path / "cache"), "memory.size=4"]
@@ -158,6 +161,7 @@ def test_mistakes_in_the_command_are_all_reported(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_agrees_with_the_report(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert finish(start(folder, "train.epochs=2"))[0] == 0
@@ -174,7 +178,7 @@ def test_evaluate_agrees_with_the_report(tmp_path: Path) -> None:
     assert "is not a run folder" in output
 
 
-@pytest.mark.parametrize("storage", ["decoded", "encoded"])
+@pytest.mark.parametrize("storage", ["decoded", pytest.param("encoded", marks=pytest.mark.slow)])
 def test_an_undecodable_image_stops_or_is_skipped_and_counted(tmp_path: Path, storage: str) -> None:
     """Damaged after the shards were built, where only decoding can see it."""
     shards = small_shards(tmp_path)

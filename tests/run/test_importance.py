@@ -67,6 +67,31 @@ def test_si_of_a_parabola() -> None:
     assert not bool(wholes(engine.path()[0])["theta"].any())
 
 
+def test_a_limit_is_of_omega() -> None:
+    """Omega = 4, 1 and 0: a limit of 2 leaves 2, 1 and 0, before the sum over examples and the factor of MAS."""
+    credit, end = {"w": torch.tensor([0.4, 0.1, -0.3])}, {"w": torch.zeros(3)}
+    found = synaptic(credit, {"w": torch.zeros(3)}, end, xi=0.1, num_examples=5, limit=2.0)
+    torch.testing.assert_close(found.values["w"], 2 * 5 * torch.tensor([2.0, 1.0, 0.0]))
+
+
+def test_the_total_gradient_of_a_run_has_the_prior_in_it(tmp_path: Path) -> None:
+    """What the first task says is the same, for there is no prior yet; that of the second is not."""
+    credit: dict[str, list[Tensor]] = {}
+    for gradient in ("task", "total"):
+        settings = {**SI, "curvature": {"kind": "si", "gradient": gradient}}
+        state, world = make_world(merged(SGD, settings), tmp_path / gradient)
+        for task in world.stream.tasks[:2]:
+            state.mark = Mark.at(task.index, "fit", 0)
+            assert fit(task, state, world)
+            consolidate(task, state, world)
+            path = wholes(state.engine.path()[0])
+            credit.setdefault(gradient, []).append(torch.cat([value.flatten() for value in path.values()]))
+    for number, (one, other) in enumerate(zip(credit["task"], credit["total"], strict=True)):
+        assert torch.equal(one, other) == (number == 0), number
+    # Towards the minimum of the sum, the sum of gradients does less than that of the loss alone.
+    assert credit["total"][1].sum() < credit["task"][1].sum()
+
+
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
 def test_the_path_leaves_out_the_prior_and_clipping(clip_norm: float | None) -> None:
     engine = build_engine(merged(SI, SGD, {"train": {"clip_norm": clip_norm}}), Scalar(), SOLO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hpccl.checkpoint.store import Mark
 from hpccl.cli import app
+from hpccl.config.load import dump
+from hpccl.config.sections import MasCurvature
+from hpccl.data.rows import Request
+from hpccl.dist.spread import wholes
 from hpccl.errors import ConfigError, FolderError
+from hpccl.optim.posterior import curvature_key, variance
 from hpccl.report.memory_map import MemoryMap, summary, write_memory_map
 from hpccl.train.evaluate_run import evaluate_run, reopened
+from hpccl.train.memory_map.all_weights import by_all_weights
 from hpccl.train.memory_map.build import map_memory
+from hpccl.train.memory_map.found import Group
 from hpccl.train.score import looks
+from hpccl.train.uncertainty import evaluate_posterior
 from tests.run.command import events, finish, start, trained
+from tests.run.method import learn, make_world, merged
 
 SETTINGS = ("stream.tasks=2", "train.epochs=4", "memory.size=20", "prior.scale_to_task=true", "cluster.threads=1")
 
@@ -102,9 +113,12 @@ def test_a_class_is_missed(found: MemoryMap) -> None:
             assert row["nats"] < row["left_out"] < row["removed"]
 
 
-@pytest.mark.parametrize("posterior", ["kronecker", "diagonal"])
-def test_all_weights(run: Path, found: MemoryMap, posterior: Any) -> None:
-    few = map_memory(run, posterior=posterior, examples=60, fraction=0.5)
+@pytest.mark.parametrize(
+    ("posterior", "fraction"),
+    [("kronecker", 0.5), ("ekfac", 0.5), ("diagonal", 0.5), ("dense", 0.05), ("checkpoint", 1)],
+)
+def test_all_weights(run: Path, found: MemoryMap, posterior: Any, fraction: float) -> None:
+    few = map_memory(run, posterior=posterior, examples=60, fraction=fraction)
     assert len(few.table["sample"]) == 60
     here = np.isin(found.table["sample"], few.table["sample"])
     np.testing.assert_allclose(few.table["error"], found.table["error"][here], rtol=1e-3, atol=1e-5)
@@ -113,6 +127,68 @@ def test_all_weights(run: Path, found: MemoryMap, posterior: Any) -> None:
     assert all(row["removed"] is None for row in few.classes)
 
 
+LEARNED: dict[str, dict[str, Any]] = {
+    "adamw": {"kind": "timm", "name": "adamw", "lr": 5e-3},
+    "ivon": {"kind": "ivon", "lr": 0.5, "initial_curvature": 0.1, "curvature_decay": 0.999, "weight_decay": 1e-2},
+    "vogn": {"kind": "vogn", "lr": 1e-2, "prior_precision": 3.0, "damping": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", [*LEARNED])
+def test_the_posterior_that_an_optimiser_learned(tmp_path: Path, name: str) -> None:
+    """`variance` of its state, through Jacobians by autograd; then its prior precision is what it says itself."""
+    sections = {"curvature": {"kind": "optimizer"}, "prior": {"quadratic": {"weight": 1.0}}}
+    config = merged({"optim": LEARNED[name], "model": {"kind": "mlp", "hidden": [8]}}, sections)
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 1)
+    world.save(state, Mark.at(0, "done", 9))
+    (tmp_path / "config.yaml").write_text(dump(config))
+    num_train, module = len(world.stream.tasks[0].samples("train")), state.engine.module
+    key = curvature_key(config.optim)
+    assert key is not None
+    kept = wholes(state.engine.moments({key: "it"})["it"])
+    variances = {
+        parameter: variance(config.optim, {key: value}, num_train=num_train, prior_precision=2.0)
+        for parameter, value in kept.items()
+    }
+    delta = {"adamw": 2.0, "ivon": num_train * 1e-2, "vogn": 3.0 + num_train * 0.1}[name]
+    found = map_memory(tmp_path, posterior="checkpoint", examples=12, prior_precision=delta)
+    request = Request(found.table["sample"], np.zeros(12, dtype=np.uint64))
+    (images,) = world.stream.load(iter([request]), "train")
+    classes = list(world.stream.tasks[0].classes)
+    for row, image in enumerate(images.pixels):
+        logits = module.eval()(image[None])[0, classes]
+        v = torch.zeros(len(classes), len(classes))
+        rows = [torch.autograd.grad(each, list(module.parameters()), retain_graph=True) for each in logits]
+        for number, (parameter, _) in enumerate(module.named_parameters()):
+            jacobian = torch.stack([each[number].flatten() for each in rows])
+            spread = variances[parameter]
+            assert spread is not None
+            v += jacobian * spread.flatten() @ jacobian.T
+        p = logits.detach().softmax(0)
+        expected = float(((p.diag() - p.outer(p)) * v).sum())
+        assert found.table["leverage"][row] == pytest.approx(expected, rel=1e-3)
+    predicted = evaluate_posterior(tmp_path, samples=2, examples=30, prior_precision=delta)
+    assert len(predicted.table["sample"]) == 30
+    assert bool((predicted.table["posterior_own_confidence"] != predicted.table["mean_own_confidence"]).any())
+
+
+def test_a_checkpoint_without_a_posterior_says_why(run: Path) -> None:
+    with reopened(run) as (state, world):
+        group = Group(world.stream.tasks[1], np.arange(3), np.arange(3), 3)
+        state.mark = Mark.at(1, "fit", 3)
+        with pytest.raises(FolderError, match="in the midst of task 1, whose curvature"):
+            by_all_weights("checkpoint", [group], state, world, None)
+        state.mark = Mark.at(1, "done", 3)
+        mas = world.config.model_copy(update={"curvature": MasCurvature()})
+        with pytest.raises(ConfigError, match=r"curvature\.kind=mas, an importance"):
+            by_all_weights("checkpoint", [group], state, replace(world, config=mas), None)
+        state.prior = replace(state.prior, quadratic=None)
+        with pytest.raises(FolderError, match="has no curvature in checkpoint"):
+            by_all_weights("checkpoint", [group], state, world, None)
+
+
+@pytest.mark.slow
 def test_two_processes_give_the_same_map(found: MemoryMap, tmp_path: Path) -> None:
     code, said = finish(start(tmp_path / "two", *SETTINGS, "cluster.nproc=2"))
     assert code == 0, said

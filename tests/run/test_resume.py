@@ -40,7 +40,7 @@ def continue_to_the_end(folder: Path, *arguments: str) -> None:
     assert code == 0, output
 
 
-@pytest.mark.parametrize("kills", [(3, 40), (60, 150, 200)])
+@pytest.mark.parametrize("kills", [(3, 40), pytest.param((60, 150, 200), marks=pytest.mark.slow)])
 def test_kill_9_and_again_gives_the_same_weights(undisturbed: Path, tmp_path: Path, kills: tuple[int, ...]) -> None:
     folder = tmp_path / "run"
     for steps in kills:  # in different tasks, before and after the first checkpoint
@@ -54,7 +54,9 @@ def test_kill_9_and_again_gives_the_same_weights(undisturbed: Path, tmp_path: Pa
     assert len(events(folder, "run")) == len(kills) + 1
 
 
-@pytest.mark.parametrize("phase", ["select", "curvature", "memory", "evaluate"])
+@pytest.mark.parametrize(
+    "phase", ["curvature", *(pytest.param(name, marks=pytest.mark.slow) for name in ("select", "memory", "evaluate"))]
+)
 def test_kill_9_between_training_and_the_next_task(undisturbed: Path, tmp_path: Path, phase: str) -> None:
     """At each part of a task's end; what it wrote is repeated."""
     folder = tmp_path / "run"
@@ -67,7 +69,7 @@ def test_kill_9_between_training_and_the_next_task(undisturbed: Path, tmp_path: 
     assert report(folder)["weights_sha256"] == report(undisturbed)["weights_sha256"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops(undisturbed: Path, tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "run"
     process = start(folder)
@@ -103,7 +105,8 @@ def test_what_was_loaded_continues_to_the_last_bit(tmp_path: Path, curvature: di
     assert digest(other) == digest(state)
 
 
-@pytest.mark.parametrize("phase", ["select", pytest.param("curvature", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["select", "curvature"])
 def test_kill_9_of_two_processes_while_curvature_is_measured_and_after(
     undisturbed_two: Path, tmp_path: Path, phase: str
 ) -> None:

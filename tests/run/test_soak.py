@@ -12,6 +12,7 @@ from tests.run.command import ROOT, finish, hpccl, start
 from tests.run.soak import AIMS, SHORT, Setting, draw_aims, soak
 
 
+@pytest.mark.slow
 def test_kills_while_it_saves_measures_and_tests(tmp_path: Path) -> None:
     result = soak(Setting(tmp_path, arguments=(*SHORT, "stream.tasks=2")), ["save", "consolidate", "evaluate"])
     assert len(result.kills) == 3

@@ -12,7 +12,7 @@ from tests.run.command import environment, events, finish, ranks, start, wait_fo
 _TIMEOUT = 8
 
 
-@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize("held", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_is_held_while_it_trains(tmp_path: Path, held: int) -> None:
     folder = tmp_path / "run"
     process = start(folder, "--nproc=2", f"cluster.timeout={_TIMEOUT}")

@@ -1,23 +1,30 @@
-"""A map from the posterior of all weights, with Kronecker-factored or diagonal curvature."""
+"""A map from the posterior of all weights: with a curvature measured for it, or that of the checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, TypeVar, assert_never
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import DiagonalCurvature, EkfacCurvature, KroneckerCurvature, PassCurvature
+from hpccl.config.sections import (
+    DenseCurvature,
+    DiagonalCurvature,
+    EkfacCurvature,
+    KroneckerCurvature,
+    LayerMeasured,
+    PassCurvature,
+)
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.posterior import Posterior
-from hpccl.curvature.protocols import Examples
+from hpccl.curvature.protocols import Examples, Precision
 from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
-from hpccl.errors import ConfigError, DataError
+from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.memory.perturbation import Variance, perturbed
 from hpccl.report.text import size
 from hpccl.train.memory_map.found import Found, Group, joined
@@ -25,44 +32,76 @@ from hpccl.train.passes import shared_images
 from hpccl.train.score import competing
 from hpccl.train.state import RunState, World
 from hpccl.train.task_pass import TaskPass
+from hpccl.train.uncertainty import measured_past
 from hpccl.train.variance import only_classes
 
-__all__ = ["by_all_weights"]
+__all__ = ["Whole", "by_all_weights"]
 
 Ints = npt.NDArray[np.int64]
+Measured: TypeAlias = Literal["kronecker", "ekfac", "diagonal", "dense"]
+ByLayer = TypeVar("ByLayer", KroneckerCurvature, EkfacCurvature)
+Whole: TypeAlias = Measured | Literal["checkpoint"]
 
 _LARGEST = 4 << 30  # bytes of one image's Jacobian by one layer, with the copies that are made of it
 
 
 def by_all_weights(
-    kind: Literal["kronecker", "diagonal"],
-    groups: Sequence[Group],
-    state: RunState,
-    world: World,
-    prior_precision: float | None,
+    kind: Whole, groups: Sequence[Group], state: RunState, world: World, prior_precision: float | None
 ) -> tuple[list[Found], float]:
-    """A pass for the curvature, and one for Jacobians."""
+    """A pass for the curvature, unless the checkpoint has it, and one for Jacobians."""
     module = state.engine.module
     _refuse_large(module, kind, max(len(competing(group.task, world)) for group in groups))
-    estimator = build_estimator(_curvature(kind, world), world.config.seed)
-    precision = estimator.estimate(module, _Passes(groups, world), world.comm)
-    precision = precision.times(
-        sum(group.total for group in groups) / max(1, sum(len(group.measured) for group in groups))
-    )
+    precision = _kept(state, world) if kind == "checkpoint" else _measured(kind, groups, state, world)
     posterior = Posterior.of(precision, wholes(state.engine.gather()), prior_precision=prior_precision or 1.0)
     if prior_precision is None:
         posterior = posterior.with_prior_precision(posterior.best_prior_precision())
     return [_by_jacobians(group, posterior, state, world) for group in groups], posterior.prior_precision
 
 
-def _curvature(kind: Literal["kronecker", "diagonal"], world: World) -> PassCurvature:
+def _measured(kind: Measured, groups: Sequence[Group], state: RunState, world: World) -> Precision:
+    """On the groups' examples, as if it had been on all that they stand for."""
+    estimator = build_estimator(_curvature(kind, world), world.config.seed)
+    precision = estimator.estimate(state.engine.module, _Passes(groups, world), world.comm)
+    share = sum(group.total for group in groups) / max(1, sum(len(group.measured) for group in groups))
+    return precision.times(share)
+
+
+def _curvature(kind: Measured, world: World) -> PassCurvature:
     """As the run measures it where it is of this kind; exact over labels."""
+    match kind:
+        case "diagonal":
+            return DiagonalCurvature()
+        case "dense":
+            return DenseCurvature()
+        case "kronecker":
+            return _of_layers(KroneckerCurvature, world)
+        case "ekfac":
+            return _of_layers(EkfacCurvature, world)
+        case _:
+            assert_never(kind)
+
+
+def _of_layers(kind: type[ByLayer], world: World) -> ByLayer:
     config = world.config.curvature
-    if kind == "diagonal":
-        return DiagonalCurvature(fisher="ggn")
-    if isinstance(config, KroneckerCurvature | EkfacCurvature):
+    if isinstance(config, kind):
         return config.model_copy(update={"fisher": "ggn"})
-    return KroneckerCurvature(fisher="ggn")
+    same = LayerMeasured.model_fields if isinstance(config, LayerMeasured) else ()
+    return kind(**{**{name: getattr(config, name) for name in same}, "fisher": "ggn"})
+
+
+def _kept(state: RunState, world: World) -> Precision:
+    """The curvature that the run goes on with.
+
+    Raises:
+        FolderError: there is none, or it is of earlier tasks.
+        ConfigError: it is of no posterior.
+    """
+    if state.mark.phase != "done":
+        raise FolderError(
+            f"--posterior checkpoint: '{world.folder.path}' is in the midst of task {state.mark.task}, whose curvature "
+            "is not measured yet; name an earlier task with --task, or use --posterior kronecker"
+        )
+    return measured_past(state, world).precision
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hpccl.data.order import mix
 from hpccl.errors import ConfigError
 from hpccl.report.memory_map import MemoryMap, worth_showing
 from hpccl.train.evaluate_run import reopened
-from hpccl.train.memory_map.all_weights import by_all_weights
+from hpccl.train.memory_map.all_weights import Whole, by_all_weights
 from hpccl.train.memory_map.found import Group
 from hpccl.train.memory_map.last_layer import by_last_layer
 from hpccl.train.memory_map.tables import classes_of, memory_over_tasks, pictures, table_of, tasks_of
@@ -26,7 +26,7 @@ from hpccl.train.state import RunState, World
 __all__ = ["Kind", "map_memory"]
 
 Ints = npt.NDArray[np.int64]
-Kind: TypeAlias = Literal["last_layer", "kronecker", "diagonal"]
+Kind: TypeAlias = Literal["last_layer"] | Whole
 
 _FEW = 2000  # examples of the map, unless told otherwise, where each needs the Jacobian of the whole network
 _SUBSAMPLE, _CURVATURE = 121, 122
@@ -46,13 +46,14 @@ def map_memory(
     Args:
         path: the run's folder.
         task: counted from 0.
-        posterior: of the last layer, or of all weights with Kronecker-factored or diagonal curvature.
+        posterior: of the last layer; of all weights, with a curvature that is measured for the map; or with that in the
+            checkpoint, which may be what an optimiser has learned.
         examples: of the map, drawn uniformly; None: all for `last_layer`, 2000 otherwise.
         fraction: share of the training examples on which the curvature of all weights is measured.
         prior_precision: delta; None: that with the largest evidence.
 
     Raises:
-        FolderError: the folder is no run, or has no such checkpoint.
+        FolderError: the folder is no run, or has no such checkpoint, or no curvature in it.
         ConfigError: an argument is out of range, or the network does not suit the posterior.
     """
     _check(examples=examples, fraction=fraction, prior_precision=prior_precision)
@@ -61,7 +62,7 @@ def map_memory(
         match posterior:
             case "last_layer":
                 found, delta = by_last_layer(groups, state, world, prior_precision)
-            case "kronecker" | "diagonal":
+            case "kronecker" | "ekfac" | "diagonal" | "dense" | "checkpoint":
                 found, delta = by_all_weights(posterior, groups, state, world, prior_precision)
             case _:
                 assert_never(posterior)

@@ -26,9 +26,14 @@ def test_a_file_without_a_kind_is_timm_and_an_argument_changes_it(tmp_path: Path
     assert load([written], []) == changed
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "optim").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_file_for_an_optimiser_is_called_as_its_kind(path: Path) -> None:
-    assert load([ROOT / "configs" / "quickstart.yaml", path], []).optim.kind == path.stem
+FILES = [(base, path) for base in ("optim", "cifar10") for path in sorted((ROOT / "configs" / base).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("base", "path"), FILES, ids=[f"{base}/{path.stem}" for base, path in FILES])
+def test_a_file_for_an_optimiser_is_called_as_its_kind(base: str, path: Path) -> None:
+    under = ROOT / "configs" / ("quickstart.yaml" if base == "optim" else "cifar10.yaml")
+    optim = load([under, path], []).optim
+    assert path.stem == (optim.name if isinstance(optim, TimmOptim) else optim.kind)
 
 
 FROMP = ("prior.fromp.weight=1", "memory.size=10")

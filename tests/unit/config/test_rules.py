@@ -24,6 +24,7 @@ STUDENT = ("adapt={kind: model, source: runs/a, task: 0}", MEMORY)
 MAS = ("curvature.kind=mas", "prior.quadratic.weight=1")
 LOCAL = (*MAS, "curvature.variant=local")
 SI = ("curvature.kind=si", "prior.quadratic.weight=1")
+GROUPED = ("curvature.kind=diagonal", "curvature.fisher=empirical", "curvature.group=8", "prior.quadratic.weight=1")
 SHARDS = "stream={kind: shards, parts: [{path: a, tasks: 2}, {path: b}]}"
 LARGE = (
     "stream={kind: shards, parts: [{path: a, tasks: 2}]}",
@@ -140,6 +141,12 @@ DOMAINS = "stream.scenario.kind=domains"
         ([*LOCAL, FSDP2], "curvature.variant"),
         ([*LOCAL, ZERO, "engine.stage=3"], "curvature.variant"),
         ([*MAS, MEMORY, "memory.selector.kind=reconstruction", "prior.replay=1"], "memory.selector.kind"),
+        ([*GROUPED, "curvature.fisher=ggn"], "curvature.fisher"),
+        ([*GROUPED, FSDP2], "curvature.group"),
+        ([*GROUPED, ZERO, "engine.stage=3"], "curvature.group"),
+        ([*GROUPED, MEMORY, "memory.selector.kind=reconstruction", "prior.replay=1"], "memory.selector.kind"),
+        ([*GROUPED[:3], *FROMP], "curvature.group"),
+        ([*LOCAL, "curvature.group=8"], "curvature.group"),
         ([*SI, "prior.normal.precision=1"], "prior.normal.precision"),
         ([*SI, MEMORY, "memory.selector.kind=reconstruction", "prior.replay=1"], "memory.selector.kind"),
         ([*SI, ZERO], "engine.kind"),

@@ -18,7 +18,7 @@ def test_root_of_the_hessian(logits: list[float]) -> None:
     torch.testing.assert_close(root @ root.T, torch.diag(p[0]) - p[0, :, None] * p[0], rtol=1e-10, atol=1e-15)
 
 
-@pytest.mark.parametrize(("fisher", "count"), [("ggn", 3), ("mc", 5), ("empirical", 1)])
+@pytest.mark.parametrize(("fisher", "count"), [("ggn", 3), ("mc", 5), ("empirical", 1), ("weighted", 1)])
 def test_columns_ignore_other_heads(fisher: Fisher, count: int) -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, NUM_CLASSES)

@@ -216,7 +216,7 @@ def test_an_interrupted_build_refuses_another_encoding(tmp_path: Path) -> None:
         build(source, tmp_path / "out", samples_per_shard=2, encoding=Lossless())
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_undecodable_images_stop_or_are_noted(tmp_path: Path, workers: int) -> None:
     files = tiny_set()
     files["train/class_1/bad.jpg"] = files["train/class_1/img_00.JPEG"][:200]

@@ -17,6 +17,7 @@ import pytest
 
 from hpccl.data.workers import in_workers
 from hpccl.errors import DataError
+from tests.dist.world import dismiss
 
 
 class Numbers:
@@ -30,6 +31,12 @@ class Numbers:
             os._exit(7)
         time.sleep(self.pause)
         return number, os.getpid()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone() -> None:
+    """Processes that other tests keep for the next of theirs are no workers, and are not to be killed as such."""
+    dismiss()
 
 
 def workers() -> list[int]:

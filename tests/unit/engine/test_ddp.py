@@ -173,6 +173,7 @@ def test_bf16_keeps_weights_and_logits_in_fp32() -> None:
     assert {value.dtype for value in wholes(made.gather()).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_compiled_engine_agrees() -> None:
     plain, compiled = engine(), engine(engine={"kind": "ddp", "compile": True})
     pixels, noise = batch()

@@ -12,9 +12,10 @@ from rich.console import Console
 from hpccl.config.load import dump
 from hpccl.config.sections import DataConfig, MemoryConfig, StratifiedMix, TimmOptim, TrainConfig
 from hpccl.errors import ConfigError, FolderError
-from hpccl.report.compare import Comparison, _settings, compare_runs, print_comparison
+from hpccl.report.compare import Comparison, _settings, compare_runs, group_table, print_comparison
 from hpccl.report.compare_files import write_comparison
 from hpccl.report.compare_latex import render_latex
+from hpccl.report.compare_tables import calibration
 from hpccl.report.events import EventLog
 from hpccl.report.write import report_run
 from tests.unit.report import synthetic
@@ -142,6 +143,11 @@ def test_many_settings_are_told_against_the_first_group(tmp_path: Path) -> None:
     assert {text.partition("=")[0] for text in base.split()} == {"optim.lr", "train.epochs", "prior.quadratic.weight"}
     assert others == ["optim.lr=0.01", "train.epochs=7", "prior.quadratic.weight=0.5"]
     assert [group.variant for group in groups] == list(changes)
+    comparison = compare_runs(runs)
+    assert [row[2] for row in group_table(comparison).rows][1:] == [
+        f"{row.variant}: {row.settings}" for row in groups[1:]
+    ]
+    assert [row[2] for row in calibration(comparison).rows] == list(changes), "the name alone, beyond the first table"
     nameless = compare_runs(runs[::2]).groups[:1] + compare_runs([runs[0], runs[2]]).groups
     assert [group.variant for group in nameless] == ["base", "optim.lr=0.001", "optim.lr=0.01"]
 

@@ -26,6 +26,7 @@ def test_the_best_and_what_is_within_its_standard_error() -> None:
 def test_less_forgetting_is_better_and_more_transfer() -> None:
     values = column(ewc=(0.1, 0.02, 4), fr=(0.109, 0.0, 4), replay=(0.2, 0.0, 4))
     assert marks(values, "forgetting") == {("ewc", ""): "best", ("fr", ""): "near"}
+    assert marks(values, "nll_class_incremental") == {("ewc", ""): "best", ("fr", ""): "near"}
     assert marks(values, "bwt") == {("replay", ""): "best"}
 
 
@@ -65,12 +66,22 @@ def test_tables_by_method_and_memory(text: str) -> None:
     assert "joint and published values do not compete. Published: Toy." in first
 
 
+def test_likelihood_is_in_nats_and_calibration_in_percent(text: str) -> None:
+    tables = {re.search(r"\\label\{tab:(.*)\}", one)[1]: one for one in text.split(r"\begin{table}")[1:]}  # type: ignore[index]  # every table has one
+    assert r"$0.516 \pm 0.022$" in tables["nll"]
+    assert "Negative log-likelihood after the last task, nats an image" in tables["nll"]
+    assert r"$14.1 \pm 2.2$" in tables["ece-class-incremental"]
+    assert (
+        "Class-incremental expected calibration error after the last task, percent" in tables["ece-class-incremental"]
+    )
+
+
 def test_it_is_a_table_for_booktabs(text: str) -> None:
     assert text.startswith("% Needs \\usepackage{booktabs}.")
     assert text.isascii()
     found = text.split(r"\begin{table}")[1:]
-    assert len(found) == 5
-    assert len({re.search(r"\\label\{(.*)\}", one)[1] for one in found}) == 5  # type: ignore[index]
+    assert len(found) == 9
+    assert len({re.search(r"\\label\{(.*)\}", one)[1] for one in found}) == 9  # type: ignore[index]
     for one in found:
         columns = re.search(r"\\begin\{tabular\}\{l(r*)\}", one)
         assert columns

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from hpccl.config.sections import EvaluateConfig
 from hpccl.report.compare import Comparison, compare_runs, mean_reconstruction
 from hpccl.report.compare_files import write_comparison
-from hpccl.report.compare_tables import cost, rank_correlation, reconstruction, tables, task_accuracy
+from hpccl.report.compare_tables import calibration, cost, rank_correlation, reconstruction, tables, task_accuracy
 from hpccl.report.events import EventLog
 from tests.unit.report import synthetic
 
@@ -23,9 +24,18 @@ Toy,ewc+fr+replay,20,"std(n=2,ddof=1)",,0.5,0.25,0.125,1,2,3,0.5
 
 
 def write(
-    folder: Path, *, cosines: list[float] | None = None, fit: float = 4.0, shift: float = 0.0, **more: Any
+    folder: Path,
+    *,
+    cosines: list[float] | None = None,
+    fit: float = 4.0,
+    shift: float = 0.0,
+    calibrated: bool = True,
+    **more: Any,
 ) -> Path:
-    """A run of three tasks, with measured errors where cosines are given; `shift` is added to every accuracy."""
+    """A run of three tasks, with measured errors where cosines are given.
+
+    `shift` is added to every accuracy, NLL and calibration error; if not `calibrated`, only accuracies are known.
+    """
     run = synthetic.config(name=folder.name, **more)
     synthetic.write_config(folder, run)
     with EventLog(folder / "events.jsonl", clock=synthetic.Clock()) as log:
@@ -38,11 +48,21 @@ def write(
                     if cosines:
                         log.write(event, **errors(task, cosines[task - 1]))
                 elif event == "evaluate":
-                    log.write(event, **synthetic.evaluation(task, shift=shift))
+                    log.write(event, **evaluation(task, shift, calibrated=calibrated))
                 else:
                     log.write(event, **fields)
         log.write("done", weights_sha256=folder.name, images_per_second=100.0)
     return folder
+
+
+def evaluation(task: int, shift: float, *, calibrated: bool) -> dict[str, Any]:
+    fields = synthetic.evaluation(task, shift=shift)
+    for result in fields["results"]:
+        for setting in ("task_incremental", "class_incremental"):
+            for figure in ("nll", "ece"):
+                if result[setting] is not None:
+                    result[setting][figure] = result[setting][figure] + shift if calibrated else None
+    return fields
 
 
 def errors(task: int, cosine: float) -> dict[str, Any]:
@@ -74,6 +94,35 @@ def test_cost_is_mean_and_deviation_of_the_runs(comparison: Comparison) -> None:
     assert kept["tasks trained"] == "3"
     assert ewc["training, minutes, published"] == "–"
     assert ewc["training, minutes"] == "0.2"
+
+
+def test_likelihood_and_calibration_are_means_of_the_learned_tasks(comparison: Comparison) -> None:
+    found = calibration(comparison)
+    settings = (
+        ("average accuracy", "NLL", "ECE"),
+        ("class-incremental", "class-incremental NLL", "class-incremental ECE"),
+    )
+    assert found.header == ["method", "m", "seeds", *settings[0], *settings[1]]
+    kept, ewc = found.rows
+    # 0.5 nats and 6.25 %, 1.5 nats and 12.5 %; the second run's are 1/32 more: means + 1/64, deviation 1/32 / sqrt(2).
+    own = ["80.7 ± 2.2", "0.516 ± 0.022", "7.8 ± 2.2"]
+    assert kept == ["ewc+fr+replay", "20", "2", *own, "55.7 ± 2.2", "1.516 ± 0.022", "14.1 ± 2.2"]
+    assert ewc == ["ewc", "–", "1", "79.2", "0.500", "6.2", "54.2", "1.500", "12.5"]
+
+
+def test_calibration_stands_where_it_was_measured(tmp_path: Path) -> None:
+    blind = write(tmp_path / "blind", calibrated=False)
+    assert "Likelihood and calibration" not in [table.title for table in tables(compare_runs([blind]))]
+    both = compare_runs([blind, write(tmp_path / "ewc", size=0, replay=0.0)])
+    assert [row[0] for row in calibration(both).rows] == ["ewc"]
+
+
+def test_distances_are_said_to_be_no_probabilities(tmp_path: Path) -> None:
+    means = write(tmp_path / "means", evaluate=EvaluateConfig(classifier="nearest_mean"))
+    assert calibration(compare_runs([means])).notes[1:] == [
+        "Of distances to class means, which are no probabilities: ewc+fr+replay m=20."
+    ]
+    assert len(calibration(compare_runs([write(tmp_path / "head")])).notes) == 1
 
 
 def test_tasks_that_another_run_trained_are_not_counted(tmp_path: Path) -> None:
@@ -115,7 +164,8 @@ def test_reconstruction_by_term_and_task(comparison: Comparison) -> None:
 
 def test_without_measurements_there_is_no_table_of_them(tmp_path: Path) -> None:
     found = tables(compare_runs([write(tmp_path / "ewc", size=0, replay=0.0)]))
-    assert [table.title for table in found] == ["Wall-clock and images", "Accuracy of each task after the last one"]
+    titles = ["Likelihood and calibration", "Wall-clock and images", "Accuracy of each task after the last one"]
+    assert [table.title for table in found] == titles
 
 
 def test_rank_correlation_is_spearmans(tmp_path: Path) -> None:
@@ -142,15 +192,19 @@ def test_files_have_the_same_figures(comparison: Comparison, tmp_path: Path) -> 
         first, _ = csv.DictReader(file)
     assert float(first["training_seconds_mean"]) == 270.0
     assert float(first["reconstruction_cosine_mean"]) == 0.5
+    assert float(first["nll_mean"]) == 0.515625
+    assert float(first["ece_class_incremental_std"]) == pytest.approx(0.03125 / 2**0.5)
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [content["runs"][member]["name"] for member in content["groups"][0]["members"]] == ["a", "b"]
     assert content["runs"][1]["reconstruction"]["total"]["cosine"] == 0.625
     assert content["runs"][0]["accuracy_after_last"] == [0.625, 0.75, 1.0]
+    assert (content["runs"][1]["nll"], content["runs"][1]["ece_class_incremental"]) == (0.53125, 0.15625)
     markdown = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     html = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
     for text in (markdown, html):
         assert "Wall-clock and images" in text
         assert "2.667 ± 1.886" in text
+        assert "0.516 ± 0.022" in text
         assert "101.6 ± 2.2" in text
     for line in markdown.splitlines():
         if line.startswith("!["):

@@ -15,7 +15,7 @@ from hpccl.prior.prior import Prior
 from hpccl.train.compose import Composer, head_steps, plan_task, planned_steps
 from hpccl.train.evaluate import test as evaluate_all
 from hpccl.train.fit import _old_network, fit
-from hpccl.train.run import _first_task_identity
+from hpccl.train.run import first_task_identity
 from hpccl.train.state import RunState, World
 from tests.run.method import learn, make_world, merged
 
@@ -152,13 +152,13 @@ def test_the_head_has_a_schedule_of_its_own(tmp_path: Path) -> None:
 
 
 def test_what_only_later_tasks_do_does_not_change_a_first_task() -> None:
-    plain = _first_task_identity(merged({}))
+    plain = first_task_identity(merged({}))
     for later in ({"train": {"head_epochs": 3}}, {"train": {"frozen": ["features"]}}):
-        assert _first_task_identity(merged(later)) == plain
+        assert first_task_identity(merged(later)) == plain
     correct: dict[str, Any] = {"train": {"head": "seen"}, "memory": {"total": 200}, "prior": {"replay": 1.0}}
-    before = _first_task_identity(merged(correct))
+    before = first_task_identity(merged(correct))
     correct["prior"]["correct"] = {"share": 0.1}
-    assert _first_task_identity(merged(correct)) != before  # examples are held out of it
+    assert first_task_identity(merged(correct)) != before  # examples are held out of it
 
 
 @pytest.mark.parametrize("pattern", ["convolutions", "nothing.*"])

@@ -1,0 +1,92 @@
+"""The diagonal of gradients that are averaged over groups of examples first, as other code measures importances.
+
+    empirical:  sum over groups of n g^2,       g = mean over the group's n examples of d nats / dw
+    outputs:    2 sum over groups of n |g|,     g = mean over the group's n examples of d |z|^2 / dw
+
+With groups of one example these are the empirical Fisher diagonal and the importances of Memory Aware Synapses. In
+larger ones, gradients of other signs cancel: for independent ones of mean 0 a square is smaller by the factor n. It is
+there to be compared with Avalanche (its EWC and MAS plugins) and with the MAS authors' code, which do this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from hpccl.curvature.capture import measuring
+from hpccl.curvature.columns import output_columns
+from hpccl.curvature.coverage import refuse_unfit
+from hpccl.curvature.diagonal import Diagonal, summed_diagonal
+from hpccl.curvature.layers import raised
+from hpccl.curvature.protocols import Examples
+from hpccl.curvature.sweep import at_the_end, fit_examples, in_parts, zeros_for
+from hpccl.dist.comm import Comm
+from hpccl.engine.sharded import is_spread
+from hpccl.errors import DivergedError
+
+__all__ = ["GroupedEstimator"]
+
+
+@final
+@dataclass(frozen=True)
+class GroupedEstimator:
+    """Measures a Diagonal of mean gradients; every batch that it is given is a group.
+
+    wanted: as of DiagonalEstimator
+    batch_size: examples of a group that are held at a time
+    """
+
+    wanted: Literal["empirical", "outputs"]
+    batch_size: int = 256
+
+    def check(self, model: nn.Module) -> None:
+        """See Estimator.check."""
+        refuse_unfit(model)
+
+    def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Diagonal:
+        """See Estimator.estimate. fp32 sums; one exchange between ranks, at the end.
+
+        Raises:
+            DataError: a label is outside its head.
+            DivergedError: a gradient is not finite.
+            WorldError: any of these on another rank.
+        """
+        assert not is_spread(model), "the configuration refuses this"
+        values = {name: zeros_for(value) for name, value in model.named_parameters() if value.requires_grad}
+        count = torch.zeros(1, dtype=torch.float64, device=comm.device)
+
+        def add() -> None:
+            for group in fit_examples(model, batches):
+                number = float(group.weight.double().sum())
+                count.add_(number)
+                for name, total in self._gradient(model, group).items():
+                    values[name] += number * raised(total / number, 1 if self.wanted == "outputs" else 2)
+
+        at_the_end(model, comm, add)
+        comm.sum_([count])
+        found = summed_diagonal(model, values, float(count), comm)
+        return found.times(2.0) if self.wanted == "outputs" else found
+
+    def _gradient(self, model: nn.Module, group: Examples) -> Mapping[str, Tensor]:
+        """Summed over the group's examples, each times its weight; by name."""
+        named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        total = {name: torch.zeros_like(value) for name, value in named.items()}
+        for part in in_parts(group, self.batch_size):
+            with measuring(model, part.pixels.device):
+                logits: Tensor = model(part.pixels)
+                (column,) = output_columns(logits, part, self.wanted, samples=1, seed=0)
+                if self.wanted == "empirical":  # whose column is to be squared, and so has a root of the weight
+                    column = column * part.weight.sqrt().to(column)[:, None]
+                found = torch.autograd.grad(logits, list(named.values()), column, materialize_grads=True)
+            for name, value in zip(named, found, strict=True):
+                total[name] += value
+        broken = [name for name, value in total.items() if not bool(value.isfinite().all())]
+        if broken:
+            raise DivergedError(
+                f"the gradient of '{broken[0]}' is not finite; curvature needs a model that has not diverged"
+            )
+        return total

@@ -1,0 +1,137 @@
+"""Every method of configs/method on Split-CIFAR, task- and class-incremental, m = 1000, three seeds.
+
+    python launch/methods.py [--jobs 2]
+    python launch/methods.py --methods ewc mas si lwf --heads own --seeds 0
+    python launch/methods.py --cluster slurm --with configs/cluster/slurm_cpu.yaml cluster.partition=NAME
+    python launch/methods.py --quick
+
+Task-incremental is train.head=own, class-incremental train.head=seen; methods whose file says `seen` are of no other
+kind. m is examples of each task; where a method has one budget for all tasks, it is m times their number, so that all
+methods hold as much in the end. FROMP, which recalls all of its memory in every step, holds a fifth and recalls 50 of
+each task. Strengths are those of configs/split_cifar/METHOD.yaml where there is such a file, and of configs/method
+otherwise: they are not tuned for this comparison.
+
+Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in minutes instead. A run that is done is
+not repeated and one that was killed continues, so start it again at any time. One seed after the other. A seed's first
+task is trained once for each kind, by finetune, and shared with all methods whose first task is the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+
+HEADS = {"own": "task_incremental", "seen": "class_incremental"}
+CLASSES = ("icarl", "bic", "lwf.mc", "topic", "prototypes")  # whose files say train.head=seen
+SIZED = ("replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+replay", "kpriors")  # memory.size examples a task
+BUDGET = ("er", "der", "der++", "gdumb", "icarl", "bic")  # memory.total examples of all tasks
+WITHOUT = (
+    *("finetune", "joint", "separate", "feature_extraction", "finetune_head", "ewc", "online_ewc", "mas", "mas_local"),
+    *("si", "lwf", "lwf.mc", "topic", "prototypes"),
+)
+METHODS = (*WITHOUT, *SIZED, "fromp", *BUDGET)
+# Their first task is another one than finetune's, or they need its path (si).
+OWN_FIRST = ("finetune", "joint", "separate", "gdumb", "si", "kpriors", "icarl", "lwf.mc", "bic")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    folder: of the runs; out: of the comparisons; base: files and settings of every run; weights: folders of files by
+    method that set the weights of the terms; size: of the memory, examples a task; tasks: of the stream
+    """
+
+    folder: Path
+    out: Path
+    base: tuple[str, ...]
+    weights: tuple[Path, ...]
+    size: int
+    tasks: int
+    seeds: tuple[int, ...]
+    heads: tuple[str, ...] = tuple(HEADS)
+
+
+SPLIT_CIFAR = Setting(
+    folder=Path("runs/methods"),
+    out=Path("docs/results/methods"),
+    base=("configs/split_cifar.yaml", "log.reconstruction=0"),
+    weights=(Path("configs/split_cifar"), Path("configs/split_cifar/chosen")),
+    size=1000,
+    tasks=6,
+    seeds=(0, 1, 2),
+)
+DIGITS = Setting(
+    folder=Path("runs/methods_quick"),
+    out=Path("runs/methods_quick/comparison"),
+    base=("configs/quickstart.yaml", "train.epochs=2", "stream.tasks=2", "log.reconstruction=0"),
+    weights=(),
+    size=50,
+    tasks=2,
+    seeds=(0,),
+)
+
+
+def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
+    """All runs of a seed before those of the next; of each kind finetune, whose first task others take, comes first."""
+    for seed in setting.seeds:
+        for head in setting.heads:
+            for method in ("finetune", *(method for method in methods if method != "finetune")):
+                if head == "seen" or method not in CLASSES:
+                    yield _training(setting, method, head, seed)
+
+
+def _training(setting: Setting, method: str, head: str, seed: int) -> Step:
+    first, name = _name("finetune", head, seed), _name(method, head, seed)
+    arguments = [*setting.base, f"configs/method/{method}.yaml"]
+    arguments += [str(path) for folder in setting.weights if (path := folder / f"{method}.yaml").exists()]
+    arguments += [f"train.head={head}", *_memory(setting, method)]
+    arguments += ["train.only_last=true"] if method == "joint" else []  # earlier tasks do not change its last row
+    shared = method not in OWN_FIRST
+    arguments += [f"train.first_task_from={setting.folder}/{first}"] if shared else []
+    arguments += [f"folder={setting.folder}/{name}", f"name={method}-{head}", f"seed={seed}"]
+    return Step(name, ("train", *arguments), (first,) if shared else ())
+
+
+def _name(method: str, head: str, seed: int) -> str:
+    return f"{method}-{head}-{seed}"
+
+
+def _memory(setting: Setting, method: str) -> list[str]:
+    if method in SIZED:
+        return [f"memory.size={setting.size}"]
+    if method in BUDGET:
+        return [f"memory.total={setting.size * setting.tasks}"]
+    if method == "fromp":
+        return [f"memory.size={setting.size // 5}", f"prior.fromp.block={min(50, setting.size // 5)}"]
+    return []
+
+
+def campaign(setting: Setting, methods: Sequence[str]) -> Campaign:
+    """All runs, and a comparison of each kind when its runs are done."""
+    steps = tuple(trainings(setting, methods))
+    reports = []
+    for head in setting.heads:
+        names = [step.name for step in steps if f"train.head={head}" in step.arguments]
+        folders = [f"{setting.folder}/{name}" for name in names]
+        out = f"--out={setting.out}/{HEADS[head]}"
+        reports.append(Step(f"report-{head}", ("report", *folders, out), tuple(names)))
+    return Campaign(setting.folder, (*steps, *reports))
+
+
+if __name__ == "__main__":
+    parser = options(__doc__)
+    parser.add_argument("--quick", action="store_true", help="learn the digits, in minutes")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="all")
+    parser.add_argument(
+        "--heads", nargs="+", choices=list(HEADS), help="own (task-incremental), seen (class-incremental)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="0 1 2")
+    chosen = parser.parse_args()
+    setting = DIGITS if chosen.quick else SPLIT_CIFAR
+    narrowed = {key: tuple(value) for key in ("heads", "seeds") if (value := getattr(chosen, key))}
+    sys.exit(carry_out(campaign(Setting(**{**vars(setting), **narrowed}), chosen.methods), chosen))
