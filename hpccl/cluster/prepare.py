@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import hpccl
+from hpccl.cluster.lock import holding
+from hpccl.cluster.records import read_records
 from hpccl.config.load import dump, load
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import RunFolder, explain_os_error, replacing
 from hpccl.machine import commit, machine
+from hpccl.report.events import Event, read_events
 
-__all__ = ["prepare", "refuse_another"]
+__all__ = ["prepare", "refuse_another", "refuse_any_other"]
 
 # Settings of libraries and of the scheduler that say how a run was carried out; nothing else, for secrets live there.
 _PREFIXES = ("CUDA_VISIBLE", "GLOO_", "HPCCL_", "MKL_NUM", "NCCL_", "OMP_", "SLURM_JOB", "SLURM_NTASKS", "TORCH_")
@@ -29,7 +32,8 @@ _PREFIXES = ("CUDA_VISIBLE", "GLOO_", "HPCCL_", "MKL_NUM", "NCCL_", "OMP_", "SLU
 def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
     """Make the run folder and write config.yaml, code.txt and env.txt, unless they are there.
 
-    A folder of the same run is taken up again; only `name`, `log`, `checkpoint` and `cluster` may have changed.
+    A folder of the same run is taken up again; only `name`, `log`, `checkpoint` and `cluster` may have changed. That of
+    another run which was refused before it learned anything is taken over, and said to be.
 
     Raises:
         FolderError: the folder holds another run, or cannot be written.
@@ -37,7 +41,9 @@ def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
     folder = RunFolder(Path(config.path))
     before = refuse_another(config)
     folder.create()
-    if before != config:
+    if before is None and folder.config.exists():
+        _take_over(folder, config)
+    elif before != config:
         _write(folder.config, dump(config))
     if not folder.code.exists():
         _write(folder.code, _code())
@@ -47,16 +53,78 @@ def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
 
 
 def refuse_another(config: RunConfig) -> RunConfig | None:
-    """The configuration in the run's folder, which is that of the same run; None where there is none.
+    """The configuration in the run's folder, which is that of the same run; None where there is none to respect.
 
     Raises:
         FolderError: the folder holds another run, or cannot be read.
     """
     folder = RunFolder(Path(config.path))
     before = _earlier(folder)
+    if before is None or (before.identity() != config.identity() and _refusal(folder) is not None):
+        return None
+    _refuse_another(before, config, folder)
+    return before
+
+
+def refuse_any_other(config: RunConfig) -> None:
+    """For a run that begins: its folder was prepared for it, and may have been taken over since.
+
+    Raises:
+        FolderError: the folder holds another run, learned or not, or cannot be read.
+    """
+    folder = RunFolder(Path(config.path))
+    before = _earlier(folder)
     if before is not None:
         _refuse_another(before, config, folder)
-    return before
+
+
+# What a start writes before its first step, and the errors that every start of the same configuration would meet: a job
+# that another one ended goes back into the queue, and takes up its folder.
+_BEFORE = ("run", "start", "evaluate", "task", "error")
+_REFUSALS = ("ConfigError", "CoverageError", "DataError", "FolderError")
+
+
+def _refusal(folder: RunFolder) -> Event | None:
+    """The error that ended the folder's only start, or the last of several, if none of them learned anything.
+
+    None for a run that is on its way: one that was prepared and has not begun, or was submitted again since the error.
+    """
+    try:
+        events = read_events(folder.events)
+        learned = folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())
+    except (FolderError, OSError):
+        return None
+    if learned or not events or any(event["event"] not in _BEFORE for event in events):
+        return None
+    last = events[-1]
+    if last["event"] != "error" or last.get("kind") not in _REFUSALS:
+        return None
+    return None if any(record.submitted >= last["time"] for record in read_records(folder)) else last
+
+
+def _take_over(folder: RunFolder, config: RunConfig) -> None:
+    """Make the folder of a run that was refused this one's, if it still is that.
+
+    Under the lock that a run holds while it lasts; one that begins looks for its configuration when it has the lock.
+
+    Raises:
+        FolderError: another command was faster, or a file cannot be written.
+    """
+    with holding(folder):
+        if refuse_another(config) is not None:  # ... with the same run
+            return
+        refusal = _refusal(folder)
+        _write(folder.config, dump(config))
+        try:
+            for path in (folder.events, folder.error, folder.code, folder.env):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise FolderError(f"run folder '{folder.path}' cannot be written: {explain_os_error(error)}") from error
+    if refusal is not None:
+        sys.stderr.write(
+            f"run folder '{folder.path}' is taken over: the run in it learned nothing, for it ended with "
+            f"{refusal['kind']}: {refusal['message']}\n"
+        )
 
 
 def _write(path: Path, text: str) -> None:

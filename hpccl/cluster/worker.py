@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from hpccl.cluster.lock import holding
 from hpccl.cluster.outcome import DONE, INTERRUPTED, STOPPED, code_of, tell
+from hpccl.cluster.prepare import refuse_any_other
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
 from hpccl.errors import HpcclError
@@ -74,6 +75,7 @@ def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[
     with holding(RunFolder(Path(config.path))) if leader else contextlib.nullcontext():
         comm = join(config.engine.device, timeout=timedelta(seconds=config.cluster.timeout))
         try:
+            refuse_any_other(config)  # the leader holds the lock, so that all ranks find the same
             outcome = run(config, comm, stop, command=argv, quiet=config.log.quiet)
         except HpcclError as error:
             code = report(error)  # before leaving: the others fail when this rank's connections close

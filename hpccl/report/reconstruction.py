@@ -111,11 +111,13 @@ def _notes(found: Reconstruction) -> list[str]:
         f"{found.run}: memory chosen after task {found.task + 1}; means over {points} points on the way to the weights "
         f"after task {found.task + 2} ({path})."
     )
-    what = (
-        f"True gradient of {100 * found.past:g} % of the past; curvature: {found.curvature}. "
-        "The selector `run` is the memory that the run trained with."
-    )
-    return [where, what]
+    what = f"True gradient of {100 * found.past:g} % of the past; curvature: {found.curvature}."
+    own = {row["size"] for row in found.rows if row["selector"] == "run"}
+    if not own:
+        return [where, f"{what} The run trained without a memory and without a quadratic."]
+    if own == {0}:
+        return [where, f"{what} The selector `run` is what the run trained with: its quadratic, without a memory."]
+    return [where, f"{what} The selector `run` is the memory that the run trained with."]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -57,6 +57,19 @@ def test_memory_larger_than_a_task(tmp_path: Path) -> None:
     assert "allowed: 0 to 2" in output
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_refused_run_does_not_block_the_corrected_command(tmp_path: Path, nproc: int) -> None:
+    folder, settings = tmp_path / "run", ("train.epochs=1", f"--nproc={nproc}")
+    assert finish(start(folder, "memory.size=5000", *settings))[0] == 2
+    code, output = finish(start(folder, *settings))
+    assert code == 0, output
+    assert output.count("is taken over: the run in it learned nothing, for it ended with ConfigError") == 1
+    assert not events(folder, "error")
+    code, output = finish(start(folder, "memory.size=20", *settings))
+    assert code == 1
+    assert "holds a run of another configuration" in output
+
+
 def test_folder_of_another_configuration_says_what_differs(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert finish(start(folder, "train.epochs=1"))[0] == 0

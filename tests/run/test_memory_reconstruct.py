@@ -13,7 +13,7 @@ from hpccl.checkpoint.store import Mark
 from hpccl.cli import app
 from hpccl.config.load import dump
 from hpccl.errors import ConfigError, FolderError
-from hpccl.report.reconstruction import FIGURES
+from hpccl.report.reconstruction import FIGURES, Reconstruction, markdown
 from hpccl.train.fit import fit
 from hpccl.train.memory_reconstruct import OWN, reconstruct_memory
 from tests.run.command import events, trained
@@ -114,6 +114,21 @@ def test_the_command_writes_files(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "reconstruction.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(CliRunner().invoke(app, [*arguments, "--json", "--out", str(tmp_path)]).output) == content
     assert [path.read_bytes() for path in pictures] == before  # nothing of the run was touched
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({OWN: 30, "uniform": 5}, "`run` is the memory that the run trained with"),
+        ({OWN: 0, "uniform": 5}, "`run` is what the run trained with: its quadratic, without a memory"),
+        ({"uniform": 5}, "The run trained without a memory and without a quadratic"),
+    ],
+)
+def test_what_run_stands_for_is_told_as_it_is(sizes: dict[str, int], words: str) -> None:
+    rows = [{"selector": name, "size": size, "point": 1, **dict.fromkeys(FIGURES)} for name, size in sizes.items()]
+    said = markdown(Reconstruction("runs/a", task=0, past=1.0, curvature="none", straight=True, rows=rows))
+    assert said.count("The run trained without") + said.count("`run` is") == 1
+    assert words in said
 
 
 def test_what_cannot_be_done_says_why(run: Path, tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hpccl.cluster.lock import holding
-from hpccl.cluster.prepare import prepare
+from hpccl.cluster.prepare import prepare, refuse_any_other
+from hpccl.cluster.records import JobRecord, write_record
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
 from hpccl.errors import FolderError
@@ -61,6 +65,73 @@ def test_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> No
     }
     assert "folder=..." in lines[-1]
     assert folder.config.read_text() == text
+
+
+REFUSED = {"event": "error", "kind": "DataError", "message": "no such shard"}
+STARTED: list[dict[str, Any]] = [{"event": "run"}, {"event": "evaluate", "task": -1}, {"event": "task", "task": 0}]
+
+
+def ended(folder: RunFolder, *events: dict[str, Any]) -> None:
+    """The diary of a start that ended just now."""
+    lines = [json.dumps({"time": time.time(), **event}) + "\n" for event in events]
+    folder.events.write_text("".join(lines))
+
+
+@pytest.mark.parametrize("before", [[], STARTED])
+def test_a_run_that_was_refused_leaves_its_folder(
+    tmp_path: Path, before: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepare(config(tmp_path, "seed=1"), ["first"])
+    write_record(folder, JobRecord("slurm", "7", time.time() - 60, "login"))
+    folder.error.write_text("{}")
+    ended(folder, *before, REFUSED)
+    changed = config(tmp_path, "seed=2")
+    prepare(changed, ["second"])
+    said = capsys.readouterr().err
+    assert "is taken over: the run in it learned nothing, for it ended with DataError: no such shard" in said
+    assert load([folder.config], []) == changed
+    assert "command: second\n" in folder.env.read_text()
+    assert not folder.events.exists()
+    assert not folder.error.exists()
+    with pytest.raises(FolderError, match="holds a run of another configuration"):
+        prepare(config(tmp_path, "seed=3"), [])  # the second is on its way
+    with pytest.raises(FolderError, match=r"seed: 2 there, 1 here"):
+        refuse_any_other(config(tmp_path, "seed=1"))  # as the first would find, had it been started once more
+    refuse_any_other(changed)
+
+
+@pytest.mark.parametrize(
+    ("events", "checkpoint"),
+    [
+        ([], ""),  # prepared, and not begun
+        (STARTED, ""),  # killed, or on its way
+        ([*STARTED, {"event": "step", "task": 0, "step": 1}, REFUSED], ""),
+        ([*STARTED, {**REFUSED, "kind": "DivergedError"}], ""),
+        ([*STARTED, {**REFUSED, "kind": "WorldError"}], ""),  # its job is put back into the queue
+        ([REFUSED, *STARTED], ""),
+        ([REFUSED], "task-000-fit-00000005"),
+        ([REFUSED], ".task-000-fit-00000005.12.part"),
+    ],
+)
+def test_a_run_that_may_have_learned_or_goes_on_keeps_its_folder(
+    tmp_path: Path, events: list[dict[str, Any]], checkpoint: str
+) -> None:
+    folder = prepare(config(tmp_path, "seed=1"), [])
+    if events:
+        ended(folder, *events)
+    if checkpoint:
+        (folder.checkpoints / checkpoint).mkdir()
+    with pytest.raises(FolderError, match="holds a run of another configuration"):
+        prepare(config(tmp_path, "seed=2"), [])
+    assert load([folder.config], []).seed == 1
+
+
+def test_a_refused_run_that_was_submitted_again_keeps_its_folder(tmp_path: Path) -> None:
+    folder = prepare(config(tmp_path, "seed=1"), [])
+    ended(folder, {**REFUSED, "time": time.time() - 60})
+    write_record(folder, JobRecord("slurm", "7", time.time(), "login"))
+    with pytest.raises(FolderError, match="holds a run of another configuration"):
+        prepare(config(tmp_path, "seed=2"), [])
 
 
 def test_a_config_that_cannot_be_read_is_told(tmp_path: Path) -> None:
