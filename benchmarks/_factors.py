@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from benchmarks._pictures import Pictures
+from hpccl.config.curvature import PassCurvature
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import PassCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.protocols import Examples

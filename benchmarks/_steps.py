@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hpccl.config.curvature import SiCurvature
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import SiCurvature
 from hpccl.data.layout import SPLITS, Collection, arrange
 from hpccl.data.order import BatchPlan
 from hpccl.data.protocols import Split, Task

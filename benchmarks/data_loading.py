@@ -37,7 +37,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks._common import interleaved, median_ratio, print_result
 from hpccl.compat import import_timm
-from hpccl.config.sections import CropFlip, DataConfig, Part, ShardStream, TimmAugment
+from hpccl.config.data import CropFlip, DataConfig, TimmAugment
+from hpccl.config.stream import Part, ShardStream
 from hpccl.data.build import open_stream
 from hpccl.data.order import BatchPlan, mix, permutation
 from hpccl.data.rows import Request

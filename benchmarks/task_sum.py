@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks._common import print_result
+from hpccl.config.curvature import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
 from hpccl.curvature.blocks import Block
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.data.build import open_stream

@@ -653,7 +653,7 @@ def reconstruct_memory(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
 ) -> None:
     """How well each selector's memory would have reconstructed the gradient of the past on the way to the next task."""
-    from hpccl.config.sections import SELECTORS
+    from hpccl.config.memory import SELECTORS
     from hpccl.report.reconstruction import markdown, write_reconstruction
     from hpccl.train.memory_reconstruct import reconstruct_memory as find
 

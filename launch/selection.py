@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
-from hpccl.config.sections import SELECTORS
+from hpccl.config.memory import SELECTORS
 
 
 @dataclass(frozen=True)

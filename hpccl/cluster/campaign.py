@@ -20,8 +20,8 @@ from typing import IO, TYPE_CHECKING
 
 from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, tell
 from hpccl.config.load import is_override, sweep
+from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import SlurmCluster
 from hpccl.errors import ConfigError, HpcclError
 from hpccl.machine import machine
 

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hpccl.config.sections import Container, SlurmCluster
+from hpccl.config.machine import Container, SlurmCluster
 from hpccl.errors import ConfigError
 
 __all__ = ["DEPENDENCY", "parameters", "python_command", "seconds", "setup_lines"]

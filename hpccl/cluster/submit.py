@@ -21,8 +21,9 @@ from hpccl.cluster.prepare import prepare, refuse_another
 from hpccl.cluster.queue import states
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.slurm import parameters, python_command, seconds
+from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import FewShotScenario, PermutedScenario, RotatedScenario, ShardStream, SlurmCluster
+from hpccl.config.stream import FewShotScenario, PermutedScenario, RotatedScenario, ShardStream
 from hpccl.errors import ConfigError, DataError, FolderError, WorldError
 from hpccl.folder import RunFolder
 from hpccl.report.events import read_events

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import AnyAdaptation
 from hpccl.errors import ConfigError, FolderError
 
 __all__ = ["adapted_config", "named", "reference_config"]

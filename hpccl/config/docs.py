@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_origin
 
+from hpccl.config.base import Section
 from hpccl.config.load import dump
 from hpccl.config.run import RunConfig
 from hpccl.config.schema import Choice, allowed, choice
-from hpccl.config.sections import Section
 from hpccl.folder import replacing
 
 __all__ = ["meaning", "page", "table"]

@@ -15,10 +15,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from hpccl.config.base import Section
 from hpccl.config.clash import Clash, ClashError
 from hpccl.config.run import RunConfig
 from hpccl.config.schema import Choice, allowed, choice, suggest
-from hpccl.config.sections import Section
 from hpccl.config.tree import Items, Leaf, Node, Table, locate, nested, plain, read_file, read_value, without
 from hpccl.errors import ConfigError
 

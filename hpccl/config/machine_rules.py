@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hpccl.config.clash import Clash
-from hpccl.config.sections import DeepspeedEngine, SlurmCluster
+from hpccl.config.engine import DeepspeedEngine
+from hpccl.config.machine import SlurmCluster
 
 if TYPE_CHECKING:
     from hpccl.config.run import RunConfig

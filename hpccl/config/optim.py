@@ -10,20 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from hpccl.config.sections import (
-    AnyOptim,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveFloatPerTask,
-    PositiveInt,
-    Section,
-    TimmOptim,
-)
+from hpccl.config.base import Fraction, NonNegativeFloat, PositiveFloat, PositiveFloatPerTask, PositiveInt, Section
 
 __all__ = [
     "LEARNING_SQUARES",
     "AdditiveGroup",
     "AffineGroup",
+    "AnyOptim",
     "BsamOptim",
     "IvonOptim",
     "LieGroup",
@@ -32,6 +25,7 @@ __all__ = [
     "OptimConfig",
     "SamOptim",
     "SobaOptim",
+    "TimmOptim",
     "VognOptim",
     "passes_of",
 ]
@@ -40,6 +34,25 @@ __all__ = [
 LEARNING_SQUARES = {"adam": "exp_avg_sq", "adamw": "exp_avg_sq", "rmsprop": "square_avg"}
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AnyOptim(Section):
+    """What every optimiser is told."""
+
+    lr: PositiveFloatPerTask = (1e-3,)  # largest learning rate; one value, or one a task
+    schedule: Literal["constant", "cosine", "onecycle"] = "cosine"  # of the learning rate, over one task
+    warmup: Fraction = 0.0  # share of a task's steps with linear warm-up; onecycle: the rising share
+    final_lr: Fraction = 0.0  # last learning rate as a share of lr
+
+
+class TimmOptim(AnyOptim):
+    """Optimiser by timm's factory, restarted at every task."""
+
+    kind: Literal["timm"] = "timm"
+    name: str = "adamw"  # a name that timm.optim.create_optimizer_v2 knows
+    weight_decay: NonNegativeFloat = 0.0  # of weight matrices; biases and norms have none
+    momentum: Fraction = 0.9  # of sgd
+    options: dict[str, Any] = {}  # further keyword arguments of the optimiser
 
 
 class IvonOptim(AnyOptim):

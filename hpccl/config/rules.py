@@ -6,40 +6,39 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from hpccl.config.adaptation import AddData, AnyAdaptation, NewModel, NewPrecision
 from hpccl.config.clash import Clash
-from hpccl.config.machine_rules import deepspeed, slurm
-from hpccl.config.optim import LEARNING_SQUARES, BsamOptim, IvonOptim, LieOptim, SamOptim, SobaOptim, VognOptim
-from hpccl.config.sections import (
-    AddData,
-    AnyAdaptation,
-    BlurryScenario,
-    DataConfig,
-    DdpEngine,
-    DeepspeedEngine,
+from hpccl.config.curvature import (
     DiagonalCurvature,
-    DigitsStream,
-    DistillConfig,
-    DomainScenario,
-    FewShotScenario,
-    FrompConfig,
-    GreedySelector,
     KroneckerCurvature,
     MasCurvature,
     Measured,
-    MemoryConfig,
-    NewModel,
-    NewPrecision,
-    NormalConfig,
     OptimizerCurvature,
-    PermutedScenario,
-    PriorConfig,
-    ReconstructionSelector,
-    RotatedScenario,
     SiCurvature,
-    StratifiedMix,
-    TimmAugment,
-    TimmModel,
+)
+from hpccl.config.data import DataConfig, TimmAugment
+from hpccl.config.engine import DdpEngine, DeepspeedEngine
+from hpccl.config.machine_rules import deepspeed, slurm
+from hpccl.config.memory import GreedySelector, MemoryConfig, ReconstructionSelector, StratifiedMix
+from hpccl.config.model import TimmModel
+from hpccl.config.optim import (
+    LEARNING_SQUARES,
+    BsamOptim,
+    IvonOptim,
+    LieOptim,
+    SamOptim,
+    SobaOptim,
     TimmOptim,
+    VognOptim,
+)
+from hpccl.config.prior import DistillConfig, FrompConfig, NormalConfig, PriorConfig
+from hpccl.config.stream import (
+    BlurryScenario,
+    DigitsStream,
+    DomainScenario,
+    FewShotScenario,
+    PermutedScenario,
+    RotatedScenario,
 )
 
 if TYPE_CHECKING:

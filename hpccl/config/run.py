@@ -6,36 +6,20 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from hpccl.config.adaptation import AdaptConfig, AnyAdaptation, NoAdaptation
+from hpccl.config.base import Line, Section
 from hpccl.config.clash import ClashError
-from hpccl.config.optim import OptimConfig
+from hpccl.config.curvature import CurvatureConfig, KroneckerCurvature, MasCurvature, SiCurvature
+from hpccl.config.data import DataConfig
+from hpccl.config.engine import DdpEngine, EngineConfig
+from hpccl.config.machine import CheckpointConfig, ClusterConfig, LocalCluster, LogConfig
+from hpccl.config.memory import MemoryConfig
+from hpccl.config.model import MlpModel, ModelConfig
+from hpccl.config.optim import OptimConfig, TimmOptim
+from hpccl.config.prior import PriorConfig
 from hpccl.config.rules import clashes
-from hpccl.config.sections import (
-    AdaptConfig,
-    AnyAdaptation,
-    CheckpointConfig,
-    ClusterConfig,
-    CurvatureConfig,
-    DataConfig,
-    DdpEngine,
-    DigitsStream,
-    EngineConfig,
-    EvaluateConfig,
-    KroneckerCurvature,
-    Line,
-    LocalCluster,
-    LogConfig,
-    MasCurvature,
-    MemoryConfig,
-    MlpModel,
-    ModelConfig,
-    NoAdaptation,
-    PriorConfig,
-    Section,
-    SiCurvature,
-    StreamConfig,
-    TimmOptim,
-    TrainConfig,
-)
+from hpccl.config.stream import DigitsStream, StreamConfig
+from hpccl.config.train import EvaluateConfig, TrainConfig
 
 __all__ = ["RunConfig"]
 

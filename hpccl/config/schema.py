@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from hpccl.config.sections import Section
+from hpccl.config.base import Section
 
 __all__ = ["Choice", "allowed", "choice", "keys", "suggest"]
 

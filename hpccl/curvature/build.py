@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, assert_never
 
-from hpccl.config.sections import (
+from hpccl.config.curvature import (
     DenseCurvature,
     DiagonalCurvature,
     EkfacCurvature,

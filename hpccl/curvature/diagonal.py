@@ -172,7 +172,7 @@ class DiagonalEstimator:
     fisher: ggn: exact, K - 1 backward passes for K own-head classes; mc: `samples` labels drawn per example;
         empirical: the true label; weighted: the same times its probability; outputs: no Fisher matrix but
         2 sum_i w_i |d |z_i|^2 / dw| for own-head logits z_i, the importances of Memory Aware Synapses (see
-        `hpccl.config.sections.MasCurvature`)
+        `hpccl.config.curvature.MasCurvature`)
     samples: of mc
     seed: of mc; what is drawn depends on (seed, sample) only, not on batches, order or ranks
     known: see KroneckerPass

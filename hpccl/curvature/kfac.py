@@ -18,7 +18,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import RefitTasks, TasksConfig
+from hpccl.config.curvature import RefitTasks, TasksConfig
 from hpccl.curvature.blocks import Block, Layout, Part
 from hpccl.curvature.diagonal import summed_diagonal
 from hpccl.curvature.factors import EigenPass, KroneckerPass, Measured

@@ -13,7 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from hpccl.config.sections import TasksConfig
+from hpccl.config.curvature import TasksConfig
 from hpccl.curvature.blocks import WHOLE, Block, Layout, Part
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.protocols import Piece, Precision, Shards, Totals, Weights

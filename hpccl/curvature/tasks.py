@@ -22,7 +22,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from hpccl.config.sections import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
+from hpccl.config.curvature import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
 from hpccl.curvature.blocks import WHOLE, Block, Term
 from hpccl.curvature.sweep import all_or_none
 from hpccl.dist.comm import Comm

@@ -13,21 +13,18 @@ from typing import Literal, assert_never
 import numpy as np
 import numpy.typing as npt
 
-from hpccl.config.sections import (
+from hpccl.config.data import CropFlip, DataConfig, NoAugment, TimmAugment
+from hpccl.config.stream import (
     BlurryScenario,
     ClassScenario,
-    CropFlip,
-    DataConfig,
     DigitsStream,
     DomainScenario,
     FewShotScenario,
-    NoAugment,
     Part,
     PermutedScenario,
     RotatedScenario,
     ShardStream,
     StreamConfig,
-    TimmAugment,
 )
 from hpccl.data.augment import BatchAugment, Normaliser
 from hpccl.data.changes import Changes, Permuted, Rotated, angles

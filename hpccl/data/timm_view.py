@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hpccl.compat import import_timm
-from hpccl.config.sections import TimmAugment
+from hpccl.config.data import TimmAugment
 from hpccl.data.shards.decode import decode_scaled, image_size
 from hpccl.data.views import to_array, to_picture
 from hpccl.errors import DataError

@@ -6,10 +6,10 @@ from typing import assert_never
 
 from torch import nn
 
+from hpccl.config.engine import DdpEngine as DdpConfig
+from hpccl.config.engine import DeepspeedEngine as DeepspeedConfig
+from hpccl.config.engine import Fsdp2Engine as Fsdp2Config
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import DdpEngine as DdpConfig
-from hpccl.config.sections import DeepspeedEngine as DeepspeedConfig
-from hpccl.config.sections import Fsdp2Engine as Fsdp2Config
 from hpccl.dist.comm import Comm
 from hpccl.engine.ddp import DdpEngine
 from hpccl.engine.protocols import Engine

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hpccl.config.engine import DdpEngine as DdpConfig
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import DdpEngine as DdpConfig
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Span
 from hpccl.engine.base import BaseEngine

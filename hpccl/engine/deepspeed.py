@@ -20,8 +20,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from hpccl.config.engine import DeepspeedEngine as DeepspeedConfig
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import DeepspeedEngine as DeepspeedConfig
 from hpccl.dist.comm import Comm
 from hpccl.dist.mesh import meet_alone
 from hpccl.dist.spread import Leaves, Slab, Span, Stored, elements, streamed

@@ -10,8 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from hpccl.config.engine import Fsdp2Engine as Fsdp2Config
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import Fsdp2Engine as Fsdp2Config
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves, Span
 from hpccl.engine.base import BaseEngine

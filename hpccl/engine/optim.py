@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hpccl.compat import import_timm
-from hpccl.config.optim import OptimConfig
-from hpccl.config.sections import AnyOptim, TimmOptim, per_task
+from hpccl.config.base import per_task
+from hpccl.config.optim import AnyOptim, OptimConfig, TimmOptim
 from hpccl.errors import ConfigError
 from hpccl.optim.build import build_perturbing
 

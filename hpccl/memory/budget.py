@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hpccl.config.sections import MemoryConfig
+from hpccl.config.memory import MemoryConfig
 
 __all__ = ["kept_of", "per_class", "quotas", "split_quotas"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpccl.compat import import_timm
-from hpccl.config.sections import MlpModel, ModelConfig, PaperModel, TimmModel
+from hpccl.config.model import MlpModel, ModelConfig, PaperModel, TimmModel
 from hpccl.errors import ConfigError
 from hpccl.models.dropout import replace_dropout
 from hpccl.models.small import cifarnet, mlp, vgg_small

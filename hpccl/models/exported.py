@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from hpccl.config.sections import ModelConfig
+from hpccl.config.model import ModelConfig
 from hpccl.errors import DataError
 from hpccl.models.build import build_model
 

@@ -33,9 +33,9 @@ from hpccl.config.optim import (
     OptimConfig,
     SamOptim,
     SobaOptim,
+    TimmOptim,
     VognOptim,
 )
-from hpccl.config.sections import TimmOptim
 
 __all__ = ["curvature", "curvature_key", "variance"]
 

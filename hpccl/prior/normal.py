@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hpccl.config.adaptation import NewPrecision
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import NewPrecision
 from hpccl.curvature.protocols import strided_like
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
+from hpccl.config.adaptation import AnyAdaptation, NewModel, RemoveData
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import AnyAdaptation, NewModel, RemoveData
 from hpccl.data.build import open_stream
 from hpccl.data.protocols import Split, Stream, Task
 from hpccl.errors import FolderError

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpccl.config.adaptation import AnyAdaptation, RemoveData
 from hpccl.config.load import load as load_config
-from hpccl.config.sections import AnyAdaptation, RemoveData
 from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
 from hpccl.errors import FolderError

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hpccl.config.adaptation import RemoveData
+from hpccl.config.base import per_task
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import RemoveData, per_task
 from hpccl.data.order import Batch, BatchPlan, mix
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, SQUARED, Images, Request, Rows

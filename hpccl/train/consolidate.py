@@ -16,15 +16,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hpccl.checkpoint.apart import Apart, read_apart, write_apart
-from hpccl.config.sections import (
+from hpccl.config.curvature import (
     DenseCurvature,
     DiagonalCurvature,
-    GreedySelector,
     MasCurvature,
     OptimizerCurvature,
     PassCurvature,
     SiCurvature,
 )
+from hpccl.config.memory import GreedySelector
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.learned import learned_diagonal

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hpccl.config.adaptation import AddData, AnyAdaptation
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import AddData, AnyAdaptation
 from hpccl.data.build import open_stream
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.shards.copies import copied_name, drop_copies

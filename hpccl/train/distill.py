@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hpccl.config.prior import DistillConfig
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import DistillConfig
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.rows import CROSS_ENTROPY, SIGMOID
 from hpccl.memory.store import DTYPES, stored

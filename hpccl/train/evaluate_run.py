@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from hpccl.checkpoint.store import Mark, load, marks, open_shards
+from hpccl.config.engine import DdpEngine
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import DdpEngine
 from hpccl.dist.comm import Comm
 from hpccl.dist.mesh import pick_device
 from hpccl.errors import ConfigError, FolderError

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from hpccl.checkpoint.store import FORMAT, Mark, load, marks, open_shards
 from hpccl.checkpoint.tree import write_tree
+from hpccl.config.curvature import MasCurvature, SiCurvature
 from hpccl.config.load import load as load_config
+from hpccl.config.model import ModelConfig, TimmModel
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import MasCurvature, ModelConfig, SiCurvature, TimmModel
 from hpccl.curvature.build import precision_from_state
 from hpccl.data.augment import Normaliser
 from hpccl.data.build import Outline, outline

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hpccl.checkpoint.store import Mark
+from hpccl.config.curvature import SiCurvature
 from hpccl.config.optim import VognOptim
-from hpccl.config.sections import SiCurvature
 from hpccl.curvature.online import watch_squares
 from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from hpccl.config.memory import GreedySelector
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import GreedySelector
 from hpccl.data.order import mix, permutation
 from hpccl.data.protocols import Listed, Task
 from hpccl.memory.balance import greedy_balance

@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hpccl.checkpoint.store import Mark, load, marks
+from hpccl.config.memory import SAMPLED_SELECTORS, SELECTORS
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import SAMPLED_SELECTORS, SELECTORS
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import placed_whole, wholes
 from hpccl.errors import ConfigError, FolderError

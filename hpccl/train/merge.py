@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from hpccl.checkpoint.streamed import Writer, writing
-from hpccl.config.sections import ModelConfig
+from hpccl.config.model import ModelConfig
 from hpccl.curvature import merging
 from hpccl.curvature.merging import Model, Solved
 from hpccl.errors import ConfigError, DataError

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hpccl.checkpoint.store import load, open_shards
 from hpccl.checkpoint.tree import StoredWhole, read_tree
+from hpccl.config.curvature import MasCurvature, SiCurvature
 from hpccl.config.load import load as load_config
-from hpccl.config.sections import MasCurvature, SiCurvature
 from hpccl.curvature.blocks import Block, Layout
 from hpccl.curvature.merging import BlockCurve, Curve, DenseCurve, DiagonalCurve
 from hpccl.dist.spread import Stored, whole

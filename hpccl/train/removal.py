@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hpccl.config.adaptation import RemoveData
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import RemoveData
 from hpccl.data.protocols import Stream
 from hpccl.data.rows import CROSS_ENTROPY, REPLAY, Rows
 from hpccl.errors import DataError

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
+from hpccl.config.adaptation import AnyAdaptation
+from hpccl.config.curvature import DenseCurvature, PassCurvature
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import AnyAdaptation, DenseCurvature, PassCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.coverage import plan_ahead
 from hpccl.data.protocols import Split, Stream, Task

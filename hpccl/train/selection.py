@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpccl.config.sections import (
+from hpccl.config.memory import (
     FeatureSelector,
     GreedySelector,
     PosteriorSelector,

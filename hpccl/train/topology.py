@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpccl.config.sections import TopologyConfig
+from hpccl.config.prior import TopologyConfig
 from hpccl.data.order import permutation
 from hpccl.data.protocols import Task
 from hpccl.data.rows import ANCHOR, PULL, PUSH, FeatureRows

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import KroneckerCurvature
+from hpccl.config.curvature import KroneckerCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.posterior import Posterior
 from hpccl.data.protocols import Task

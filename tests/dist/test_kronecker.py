@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
+from hpccl.config.curvature import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
 from hpccl.curvature.blocks import WHOLE, Block
 from hpccl.curvature.build import precision_from_state
 from hpccl.curvature.dense import DenseEstimator, DensePrecision

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpccl.config.sections import ListedTasks
+from hpccl.config.curvature import ListedTasks
 from hpccl.curvature.blocks import WHOLE, Block, Layout
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.kronecker import Kronecker, layout_parts

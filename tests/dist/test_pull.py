@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import ListedTasks
+from hpccl.config.curvature import ListedTasks
 from hpccl.curvature.dense import DenseEstimator, DensePrecision
 from hpccl.curvature.diagonal import Diagonal, DiagonalEstimator
 from hpccl.curvature.factors import KroneckerPass

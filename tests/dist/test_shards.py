@@ -14,7 +14,7 @@ import torch
 
 from hpccl.checkpoint import store, tree
 from hpccl.checkpoint.store import Content, Mark, Shard, latest, load, open_shards, save
-from hpccl.config.sections import ListedTasks
+from hpccl.config.curvature import ListedTasks
 from hpccl.curvature.build import precision_from_state
 from hpccl.curvature.kfac import EkfacEstimator, KroneckerEstimator
 from hpccl.curvature.protocols import Estimator, Precision

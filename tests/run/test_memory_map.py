@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from hpccl.checkpoint.store import Mark
 from hpccl.cli import app
+from hpccl.config.curvature import MasCurvature
 from hpccl.config.load import dump
-from hpccl.config.sections import MasCurvature
 from hpccl.data.rows import Request
 from hpccl.dist.spread import wholes
 from hpccl.errors import ConfigError, FolderError

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import (
+from hpccl.config.curvature import (
     DenseCurvature,
     DiagonalCurvature,
     EkfacCurvature,

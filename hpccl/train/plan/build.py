@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, assert_never
 
-from hpccl.config.optim import passes_of
+from hpccl.config.curvature import PassCurvature, SiCurvature
+from hpccl.config.memory import StratifiedMix
+from hpccl.config.optim import TimmOptim, passes_of
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import PassCurvature, SiCurvature, StratifiedMix, TimmOptim
 from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
 from hpccl.data.protocols import Task

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from hpccl.config.sections import (
+from hpccl.config.curvature import (
     CurvatureConfig,
     DenseCurvature,
     DiagonalCurvature,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from hpccl.config.curvature import LayerMeasured
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import LayerMeasured
 from hpccl.curvature.blocks import Layout
 from hpccl.curvature.factors import refuse_large
 from hpccl.curvature.layers import acts_as_known, has_formula

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, assert_never
 
-from hpccl.config.sections import DdpEngine, DeepspeedEngine, EngineConfig, Fsdp2Engine
+from hpccl.config.engine import DdpEngine, DeepspeedEngine, EngineConfig, Fsdp2Engine
 from hpccl.errors import ConfigError
 
 __all__ = ["Spread", "all_reduce", "elements", "held", "rows", "sent"]

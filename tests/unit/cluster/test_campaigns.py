@@ -16,8 +16,8 @@ import pytest
 
 from hpccl.cluster.campaign import Campaign, Step
 from hpccl.config.load import is_override, load, sweep
+from hpccl.config.optim import TimmOptim
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import TimmOptim
 from hpccl.report.summary import summarise
 from hpccl.train.run import first_task_identity
 

@@ -9,7 +9,7 @@ import pytest
 from hpccl.cluster.slurm import parameters, python_command, seconds
 from hpccl.cluster.submit import script
 from hpccl.config.load import load, sweep
-from hpccl.config.sections import SlurmCluster
+from hpccl.config.machine import SlurmCluster
 from hpccl.errors import ConfigError
 
 SLURM = "cluster.kind=slurm"

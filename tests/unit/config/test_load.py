@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpccl.config.load import dump, is_override, load, sweep
+from hpccl.config.memory import ScoreSelector
+from hpccl.config.model import MlpModel, PaperModel, TimmModel
+from hpccl.config.optim import TimmOptim
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import MlpModel, PaperModel, ScoreSelector, ShardStream, TimmModel, TimmOptim
+from hpccl.config.stream import ShardStream
 from hpccl.errors import ConfigError
 
 NEEDS_MEMORY = "needs a memory; set memory.size to the examples kept of each task"

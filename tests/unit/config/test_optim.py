@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpccl.config.load import dump, load
-from hpccl.config.optim import AdditiveGroup, IvonOptim, LieOptim
-from hpccl.config.sections import TimmOptim
+from hpccl.config.optim import AdditiveGroup, IvonOptim, LieOptim, TimmOptim
 from hpccl.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]

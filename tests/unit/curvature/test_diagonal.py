@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import DiagonalCurvature
+from hpccl.config.curvature import DiagonalCurvature
 from hpccl.curvature import layers
 from hpccl.curvature.build import build_estimator, precision_from_state
 from hpccl.curvature.capture import captured, measuring

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import DiagonalCurvature, MasCurvature
+from hpccl.config.curvature import DiagonalCurvature, MasCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.diagonal import Diagonal, DiagonalEstimator
 from hpccl.curvature.grouped import GroupedEstimator

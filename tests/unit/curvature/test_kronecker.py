@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpccl.config.sections import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
+from hpccl.config.curvature import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
 from hpccl.curvature.blocks import WHOLE, Block, Layout, Part
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.kronecker import Kronecker, layout_parts

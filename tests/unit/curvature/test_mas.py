@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import MasCurvature
+from hpccl.config.curvature import MasCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.protocols import Examples

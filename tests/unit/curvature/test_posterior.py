@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import ListedTasks
+from hpccl.config.curvature import ListedTasks
 from hpccl.curvature.blocks import Block, Layout, Term
 from hpccl.curvature.dense import DenseEstimator, DensePrecision
 from hpccl.curvature.diagonal import Diagonal, DiagonalEstimator

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpccl.config.sections import CropFlip, DataConfig, DigitsStream, TimmAugment
+from hpccl.config.data import CropFlip, DataConfig, TimmAugment
+from hpccl.config.stream import DigitsStream
 from hpccl.data.build import open_stream
 from hpccl.data.digits import digits_split
 from hpccl.data.protocols import Stream

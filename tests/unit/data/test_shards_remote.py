@@ -14,7 +14,8 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from hpccl.config.sections import DataConfig, Part, ShardStream
+from hpccl.config.data import DataConfig
+from hpccl.config.stream import Part, ShardStream
 from hpccl.data.build import open_stream
 from hpccl.data.rows import Request
 from hpccl.data.shards.build import build

@@ -11,17 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hpccl.config.data import CropFlip, DataConfig, NoAugment, Progressive, TimmAugment
 from hpccl.config.load import load
-from hpccl.config.sections import (
-    CropFlip,
-    DataConfig,
-    NoAugment,
-    Part,
-    Progressive,
-    ShardStream,
-    TimmAugment,
-    TimmModel,
-)
+from hpccl.config.model import TimmModel
+from hpccl.config.stream import Part, ShardStream
 from hpccl.data.build import open_stream, outline
 from hpccl.data.decoded import DecodedImages
 from hpccl.data.rows import Request

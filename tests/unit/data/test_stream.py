@@ -23,7 +23,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpccl.config.sections import CropFlip, DataConfig, NoAugment, Part, ShardStream, TimmAugment
+from hpccl.config.data import CropFlip, DataConfig, NoAugment, TimmAugment
+from hpccl.config.stream import Part, ShardStream
 from hpccl.data.build import open_stream
 from hpccl.data.decoded import DecodedImages, keep_decoded
 from hpccl.data.encoded import EncodedImages
@@ -216,7 +217,8 @@ def test_workers_die_with_a_killed_process(root: Path) -> None:
     script = textwrap.dedent(f"""
         import multiprocessing, time
         import numpy as np
-        from hpccl.config.sections import DataConfig, Part, ShardStream
+        from hpccl.config.data import DataConfig
+        from hpccl.config.stream import Part, ShardStream
         from hpccl.data.build import open_stream
         from hpccl.data.rows import Request
         stream = open_stream(ShardStream(parts=(Part(path={str(root / "small")!r}),)), DataConfig(storage="encoded"))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hpccl.compat import import_timm
-from hpccl.config.sections import TimmAugment
+from hpccl.config.data import TimmAugment
 from hpccl.data.augment import Normaliser
 from hpccl.data.timm_view import TimmView, seed_all
 from hpccl.errors import DataError

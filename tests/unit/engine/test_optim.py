@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpccl.config.sections import TimmOptim
+from hpccl.config.optim import TimmOptim
 from hpccl.engine.optim import build_optimizer, learning_rate
 from hpccl.errors import ConfigError
 

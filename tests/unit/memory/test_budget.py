@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpccl.config.sections import MemoryConfig
+from hpccl.config.memory import MemoryConfig
 from hpccl.memory.budget import kept_of, per_class, quotas, split_quotas
 
 

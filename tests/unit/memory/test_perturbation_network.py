@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpccl.config.sections import ListedTasks
+from hpccl.config.curvature import ListedTasks
 from hpccl.curvature.dense import DenseEstimator
 from hpccl.curvature.factors import KroneckerPass
 from hpccl.curvature.kfac import KroneckerEstimator

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import KroneckerCurvature
+from hpccl.config.curvature import KroneckerCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.posterior import Posterior
 from hpccl.curvature.protocols import Examples

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpccl.config.sections import MlpModel, PaperModel, TimmModel
+from hpccl.config.model import MlpModel, PaperModel, TimmModel
 from hpccl.errors import ConfigError
 from hpccl.models.build import build_model
 from hpccl.models.dropout import KeyedDropout, replace_dropout, set_noise

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from hpccl.config.sections import MlpModel, ModelConfig, PaperModel, TimmModel
+from hpccl.config.model import MlpModel, ModelConfig, PaperModel, TimmModel
 from hpccl.errors import DataError
 from hpccl.models.build import build_model
 from hpccl.models.pretrained import start_from

@@ -16,9 +16,9 @@ from hpccl.config.optim import (
     OptimConfig,
     SamOptim,
     SobaOptim,
+    TimmOptim,
     VognOptim,
 )
-from hpccl.config.sections import TimmOptim
 from hpccl.engine.optim import build_optimizer
 from hpccl.optim.perturbing import Perturbing
 from hpccl.optim.posterior import curvature, curvature_key, variance

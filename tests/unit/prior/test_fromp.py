@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpccl.config.sections import DenseCurvature, DiagonalCurvature, KroneckerCurvature, PassCurvature
+from hpccl.config.curvature import DenseCurvature, DiagonalCurvature, KroneckerCurvature, PassCurvature
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.kernel import probability_kernel
 from hpccl.curvature.posterior import Posterior

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from ruamel.yaml import YAML
 
+from hpccl.config.memory import MemoryConfig
+from hpccl.config.prior import PriorConfig, QuadraticConfig
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import MemoryConfig, PriorConfig, QuadraticConfig
 from hpccl.folder import RunFolder
 from hpccl.report.events import EventLog, Sink
 

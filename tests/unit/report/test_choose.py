@@ -8,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hpccl.cli import app
+from hpccl.config.data import DataConfig
 from hpccl.config.load import load
-from hpccl.config.sections import DataConfig, PriorConfig, QuadraticConfig
+from hpccl.config.prior import PriorConfig, QuadraticConfig
 from hpccl.errors import ConfigError
 from hpccl.report.choose import Choice, choose_runs, write_choices
 from hpccl.report.events import EventLog

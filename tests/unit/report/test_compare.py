@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hpccl.config.data import DataConfig
 from hpccl.config.load import dump
-from hpccl.config.sections import DataConfig, MemoryConfig, StratifiedMix, TimmOptim, TrainConfig
+from hpccl.config.memory import MemoryConfig, StratifiedMix
+from hpccl.config.optim import TimmOptim
+from hpccl.config.train import TrainConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.compare import Comparison, _settings, compare_runs, group_table, print_comparison
 from hpccl.report.compare_files import write_comparison

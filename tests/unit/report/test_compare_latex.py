@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpccl.config.sections import TrainConfig
+from hpccl.config.train import TrainConfig
 from hpccl.report.compare import Statistic, compare_runs
 from hpccl.report.compare_latex import marks, render_latex
 from tests.unit.report.test_compare_tables import PUBLISHED, write

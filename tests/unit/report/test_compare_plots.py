@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from hpccl.config.sections import TimmOptim, TrainConfig
+from hpccl.config.optim import TimmOptim
+from hpccl.config.train import TrainConfig
 from hpccl.report.compare import Comparison, compare_runs
 from hpccl.report.compare_files import write_comparison
 from hpccl.report.compare_plots import figures

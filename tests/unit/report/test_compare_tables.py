@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpccl.config.sections import EvaluateConfig
+from hpccl.config.train import EvaluateConfig
 from hpccl.report.compare import Comparison, compare_runs, mean_reconstruction
 from hpccl.report.compare_files import write_comparison
 from hpccl.report.compare_tables import calibration, cost, rank_correlation, reconstruction, tables, task_accuracy

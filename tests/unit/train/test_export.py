@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from hpccl.checkpoint.store import Mark
 from hpccl.cli import app
 from hpccl.compat import import_timm
+from hpccl.config.data import DataConfig
 from hpccl.config.load import dump
 from hpccl.config.run import RunConfig
-from hpccl.config.sections import DataConfig, DigitsStream, Part, ShardStream
+from hpccl.config.stream import DigitsStream, Part, ShardStream
 from hpccl.data.build import open_stream, outline
 from hpccl.data.rows import Request
 from hpccl.errors import CheckpointError, ConfigError, DataError, FolderError

@@ -15,19 +15,17 @@ from torch import nn
 from typer.testing import CliRunner
 
 from hpccl.cli import app
-from hpccl.config.run import RunConfig
-from hpccl.config.sections import (
-    DdpEngine,
-    DeepspeedEngine,
+from hpccl.config.curvature import (
     DenseCurvature,
     DiagonalCurvature,
     EkfacCurvature,
-    Fsdp2Engine,
     KroneckerCurvature,
     ListedTasks,
     PooledTasks,
     TasksConfig,
 )
+from hpccl.config.engine import DdpEngine, DeepspeedEngine, Fsdp2Engine
+from hpccl.config.run import RunConfig
 from hpccl.curvature.blocks import Layout
 from hpccl.curvature.coverage import _graph_bytes
 from hpccl.curvature.kfac import _size

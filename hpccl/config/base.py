@@ -1,0 +1,80 @@
+"""What every section of a configuration is, and the types of its values. No torch here, nor in the sections, so that a
+login node can check a file in a moment.
+
+Units: a weight multiplies nats; sizes are examples; lengths are optimiser steps unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+__all__ = [
+    "FloatPerTask",
+    "Floats",
+    "Fraction",
+    "IntPerTask",
+    "Line",
+    "Memory",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "PositiveFloat",
+    "PositiveFloatPerTask",
+    "PositiveInt",
+    "Section",
+    "TimeLimit",
+    "Variable",
+    "Word",
+    "per_task",
+]
+
+
+Value = TypeVar("Value")
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    return (value,)
+
+
+def per_task(values: tuple[Value, ...], task: int) -> Value:
+    """The value for task `task` (from 0); the last one repeats."""
+    return values[min(task, len(values) - 1)]
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# One value, or one a task (the last repeats); always stored as a tuple.
+_PER_TASK = Field(min_length=1, json_schema_extra={"per_task": True})
+IntPerTask = Annotated[tuple[PositiveInt, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
+FloatPerTask = Annotated[tuple[NonNegativeFloat, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
+PositiveFloatPerTask = Annotated[tuple[PositiveFloat, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
+Floats = Annotated[tuple[float, ...], Strict(False)]
+# Text that goes into a script: a line break in it would begin another command.
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", json_schema_extra={"words": "text of one line"})]
+Word = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f]+$", json_schema_extra={"words": "text without spaces"})]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Memory = Annotated[
+    str,
+    Field(pattern=r"^[1-9][0-9]*[KMGT]?$", json_schema_extra={"words": "a size such as 64G, in quotes if a number"}),
+]
+TimeLimit = Annotated[
+    str,
+    Field(
+        pattern=r"^([1-9][0-9]*|[0-9]+:[0-5][0-9]:[0-5][0-9]|[0-9]+-[0-9]{1,2}:[0-5][0-9]:[0-5][0-9])$",
+        json_schema_extra={"words": "a time such as 4:00:00, 2-12:00:00, or '90' for minutes"},
+    ),
+]
+
+
+class Section(BaseModel):
+    """A part of a configuration: frozen, unknown keys refused, no silent conversion of types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
