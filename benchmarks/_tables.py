@@ -294,6 +294,45 @@ def _memory_selectors(results: Sequence[Details]) -> list[str]:
     return _rows(head, cells)
 
 
+def _optimizers(results: Sequence[Details]) -> list[str]:
+    (result,) = results
+    of = result["details"]
+    over, processor, held = of["time_over"], of["processor_time_over_adamw"], of["state_bytes_per_weight"]
+    head = ("network", "optimiser", "over SGD", "over AdamW", "over AdamW, processor time", "state, bytes a weight")
+    cells = [
+        (
+            model,
+            name,
+            f"{over['sgd'][model].get(name, 1):.2f}",
+            f"{over['adamw'][model].get(name, 1):.2f}",
+            f"{processor[model].get(name, 1):.2f}",
+            f"{held[model][name]:.1f}",
+        )
+        for model in held
+        for name in held[model]
+    ]
+    return _rows(head, cells, left=2)
+
+
+def _methods(results: Sequence[Details]) -> list[str]:
+    """Ours and the opponents, by processor time."""
+    (result,) = results
+    of = result["details"]
+    over, peers, peaks = of["time_over_finetune"], of["time_over_peer"], of["peak_bytes"]
+    head = ("method", "a step, ms", "over finetune", "ours over it", "peak memory, MiB")
+    cells = [
+        (
+            name,
+            f"{1e3 * seconds:.0f}",
+            f"{over.get(name, 1):.2f}",
+            f"{peers[name]:.2f}" if name in peers else "–",
+            f"{peaks[name] / _MIB:.0f}" if name in peaks else "–",
+        )
+        for name, seconds in of["processor_seconds"].items()
+    ]
+    return _rows(head, cells)
+
+
 _TABLES: dict[str, tuple[str, Callable[[Sequence[Details]], list[str]]]] = {
     "curvature": ("curvature_*.json", _curvature),
     "pull": ("pull_*.json", _pull),
@@ -305,6 +344,8 @@ _TABLES: dict[str, tuple[str, Callable[[Sequence[Details]], list[str]]]] = {
     "data_loading": ("data_loading.json", _headline),
     "selection": ("selection.json", _selection),
     "memory_selectors": ("memory_selectors.json", _memory_selectors),
+    "optimizers": ("optimizers.json", _optimizers),
+    "methods": ("methods.json", _methods),
     "submit": ("submit.json", _headline),
     "step_overhead": ("step_overhead.json", _headline),
     "task_growth": ("task_growth.json", _headline),

@@ -157,3 +157,30 @@ def test_mistakes_in_a_page() -> None:
         filled("<!-- table: pul -->\n<!-- end -->\n", FOLDER)
     with pytest.raises(ValueError, match="has no '<!-- end -->'"):
         filled("<!-- table: pull -->\n", FOLDER)
+
+
+def test_optimizers_and_methods_beside_what_they_are_compared_with(tmp_path: Path) -> None:
+    names = {"sgd": 0.0, "adamw": 8.0, "ivon": 8.0}
+    details: dict[str, Any] = {
+        "time_over": {"sgd": {"a": {"adamw": 1.1, "ivon": 1.5}}, "adamw": {"a": {"sgd": 0.9, "ivon": 1.4}}},
+        "processor_time_over_adamw": {"a": {"sgd": 0.8, "ivon": 1.3}},
+        "state_bytes_per_weight": {"a": names},
+    }
+    (tmp_path / "optimizers.json").write_text(json.dumps({"details": details}))
+    assert table("optimizers", tmp_path) == [
+        ["a", "sgd", "1.00", "0.90", "0.80", "0.0"],
+        ["a", "adamw", "1.10", "1.00", "1.00", "8.0"],
+        ["a", "ivon", "1.50", "1.40", "1.30", "8.0"],
+    ]
+    details = {
+        "processor_seconds": {"finetune": 0.1, "ewc": 0.12, "avalanche ewc": 0.15},
+        "time_over_finetune": {"ewc": 1.2, "avalanche ewc": 1.5},
+        "time_over_peer": {"avalanche ewc": 0.8},
+        "peak_bytes": {"finetune": 1 << 20, "ewc": 3 << 20},
+    }
+    (tmp_path / "methods.json").write_text(json.dumps({"details": details}))
+    assert table("methods", tmp_path) == [
+        ["finetune", "100", "1.00", "–", "1"],
+        ["ewc", "120", "1.20", "–", "3"],
+        ["avalanche ewc", "150", "1.50", "0.80", "–"],
+    ]
