@@ -11,6 +11,7 @@ import pytest
 
 from hpccl.cluster import worker
 from hpccl.cluster.outcome import code_of, tell
+from hpccl.cluster.prepare import prepare
 from hpccl.config.load import load
 from hpccl.errors import ConfigError, DataError
 from hpccl.train.stop import Stop
@@ -47,6 +48,15 @@ def test_a_run_in_this_process_returns_a_code(tmp_path: Path, capsys: pytest.Cap
     config = load([], [f"folder={tmp_path}", "memory.size=100000", "log.quiet=true"])
     assert worker.main(config, ["test"]) == 2
     assert capsys.readouterr().err.startswith("error: memory.size=100000 is larger than task")
+
+
+def test_a_run_whose_folder_was_taken_over_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between the moment that it was prepared and the one at which it had the lock."""
+    settings = [f"folder={tmp_path}", "memory.size=100000", "log.quiet=true"]
+    prepare(load([], [*settings, "seed=2"]), ["test"])
+    assert worker.main(load([], settings), ["test"]) == 1
+    assert "seed: 2 there, 0 here" in capsys.readouterr().err
+    assert not (tmp_path / "events.jsonl").exists()
 
 
 def test_a_rank_leaves_word_of_a_wrong_configuration(tmp_path: Path) -> None:
