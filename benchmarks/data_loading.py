@@ -162,7 +162,7 @@ def large_image(number: int) -> tuple[bytes, str]:
     return encoded(number, 500, 400, 180, format="JPEG", quality=90), "JPEG"
 
 
-def encoded(number: int, width: int, height: int, detail: int, *, format: str, **options: int) -> bytes:  # noqa: A002
+def encoded(number: int, width: int, height: int, detail: int, *, format: str, **options: int) -> bytes:  # noqa: A002 (Pillow's word)
     """Smooth colours with `detail` x `detail` random values."""
     values = np.random.default_rng(number).integers(0, 256, (detail, detail, 3), dtype=np.uint8)
     buffer = io.BytesIO()

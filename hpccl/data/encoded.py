@@ -181,4 +181,4 @@ def _own_randomness() -> Iterator[None]:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(old_numpy)  # noqa: NPY002
+            np.random.set_state(old_numpy)  # noqa: NPY002 - the same

@@ -30,13 +30,13 @@ class DdpEngine(BaseEngine):
     def __init__(self, model: nn.Module, config: RunConfig, comm: Comm) -> None:
         super().__init__(model, config, comm)
         assert isinstance(config.engine, DdpConfig)
-        self._model = model.to(device=comm.device).to(memory_format=self._format)  # type: ignore[call-overload]
+        self._model = model.to(device=comm.device).to(memory_format=self._format)  # type: ignore[call-overload]  # not in torch's stubs
         comm.broadcast_(list(self._model.state_dict().values()))
         self._parameters = dict(self._model.named_parameters())
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
         self._keep_initial()
         compiled = torch.compile(self._model) if config.engine.compile else self._model
-        self._wrapped = self._wrap(compiled)  # type: ignore[arg-type]
+        self._wrapped = self._wrap(compiled)  # type: ignore[arg-type]  # compile of a module is typed as a function
         for name, parameter in trainable(self._model).items():
             parameter.register_hook(self._relay(name))
         self._optimizer: torch.optim.Optimizer | None = None

@@ -216,7 +216,7 @@ class DeepspeedEngine(BaseEngine):
     def _computing_with(self, pieces: Mapping[str, Slab]) -> Iterator[None]:
         """Stage 3: this rank's pieces, where DeepSpeed gathers from; the optimiser's stay as they are."""
         for name, piece in pieces.items():
-            self._parameters[name].ds_tensor.data[: piece.span.numel].copy_(piece.local)  # type: ignore[attr-defined]
+            self._parameters[name].ds_tensor.data[: piece.span.numel].copy_(piece.local)  # type: ignore[attr-defined]  # ZeRO's own
         self._trying = True
         self._gather_persistent()
         try:
@@ -225,7 +225,7 @@ class DeepspeedEngine(BaseEngine):
             self._trying = False
             for name in pieces:
                 own = self._master(name)
-                self._parameters[name].ds_tensor.data[: len(own)].copy_(own)  # type: ignore[attr-defined]
+                self._parameters[name].ds_tensor.data[: len(own)].copy_(own)  # type: ignore[attr-defined]  # ZeRO's own
             self._gather_persistent()
 
     # ---------------------------------------------------------------- passes outside training

@@ -13,7 +13,7 @@ Source: Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS, section 4
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.config.adaptation import AnyAdaptation, NewModel, RemoveData
 from hpccl.config.run import RunConfig
 from hpccl.data.build import open_stream
-from hpccl.data.protocols import Split, Stream, Task
+from hpccl.data.layout import ClassTask
+from hpccl.data.protocols import Stream, Task
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.memory.store import Memory
@@ -36,7 +37,6 @@ from hpccl.train.removal import removed_samples
 from hpccl.train.state import RunState, World
 
 __all__ = [
-    "AdaptationTask",
     "adaptation_steps",
     "adaptation_task",
     "begin_adapting",
@@ -46,27 +46,15 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class AdaptationTask:
-    """What is learned in an adaptation, in the place of the stream's last task: new examples, or none."""
+def adaptation_task(config: RunConfig, stream: Stream) -> ClassTask:
+    """The one task of an adaptation, in the place of the stream's last: new examples, or none.
 
-    index: int
-    name: str
-    classes: tuple[int, ...]
-    train: range
-    test: range
-
-    def samples(self, split: Split) -> range:
-        """Sample positions."""
-        return self.train if split == "train" else self.test
-
-
-def adaptation_task(config: RunConfig, stream: Stream) -> AdaptationTask:
-    """The one task of an adaptation; of its reference, which trains on all up to its end, too."""
+    Also of its reference, which trains on all up to its end.
+    """
     last, stop = stream.tasks[-1], len(stream.labels("train"))
     added = stream.added if len(stream.added) else range(stop, stop)
     classes = range(len(stream.class_names))
-    return AdaptationTask(last.index, config.method, tuple(classes), added, last.samples("test"))
+    return ClassTask(last.index, config.method, tuple(classes), added, last.samples("test"))
 
 
 def continues(config: RunConfig) -> bool:
