@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from slurm.testbed.testbed import Testbed
@@ -103,8 +103,17 @@ def wait_until_saved(cluster: Testbed) -> None:
 def rank_pid(job: str, rank: int) -> int:
     """Process of a rank of a job's step, as this machine counts: it sees the processes of all nodes.
 
-    The job's raw number is meant, which for a task of an array is JobId of `show`.
+    The job's raw number is meant, which for a task of an array is JobId of `show`. A running job's ranks may be yet to
+    start, so they are waited for.
     """
+    deadline = time.monotonic() + 60
+    while (found := next(_ranks(job, rank), None)) is None:
+        assert time.monotonic() < deadline, f"rank {rank} of job {job} did not run: {state(job)}"
+        time.sleep(0.1)
+    return found
+
+
+def _ranks(job: str, rank: int) -> Iterator[int]:
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
@@ -112,8 +121,7 @@ def rank_pid(job: str, rank: int) -> int:
         if variables.get("SLURM_JOB_ID") != job or variables.get("SLURM_PROCID") != str(rank):
             continue
         if "SLURM_STEP_ID" in variables and _started_by_slurm(entry):
-            return int(entry.name)
-    raise AssertionError(f"rank {rank} of job {job} is not running")
+            yield int(entry.name)
 
 
 def _started_by_slurm(process: Path) -> bool:

@@ -115,9 +115,8 @@ def test_a_pulled_cable_cuts_a_node_off(cluster: Testbed) -> None:
 def test_a_rank_can_be_killed_from_outside(cluster: Testbed, tmp_path: Path) -> None:
     job = submit(tmp_path, "srun -n4 --kill-on-bad-exit=1 sleep 300", options=["-N2", "-n4"])
     wait_for_state(job, "RUNNING")
-    wait_for("rank 3", lambda: "sleep" in ask("ps", "-eo", "comm"))
     kill_rank(job, 3)
-    assert wait_for_state(job, timeout=10)["JobState"] == "FAILED"
+    assert wait_for_state(job, timeout=60)["JobState"] == "FAILED"
     assert "task 3: Killed" in (tmp_path / f"{job}.log").read_text()
 
 

@@ -221,7 +221,7 @@ def test_data_workers_survive_the_signal_and_leave_no_orphans(cluster: Testbed, 
     assert events(run, "stop")[-1]["reason"] == "signal SIGUSR2"
     enter(run, job)
     kill_rank(job, 0)
-    wait_for("no process of the job", lambda: state(job) != "RUNNING" and not _processes(job), 20)
+    wait_for("no process of the job", lambda: state(job) != "RUNNING" and not _processes(job))
     weights(run, job)
 
 
