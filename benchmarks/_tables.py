@@ -185,7 +185,7 @@ def _engines(results: Sequence[Details]) -> list[str]:
         for engine, sizes in case["engines"].items()
         for nproc, measured in sizes.items()
     ]
-    return _rows(head, cells, left=3)
+    return _rows(head, sorted(cells, key=lambda row: (row[0], int(row[3]), row[1])), left=3)
 
 
 def _engines_worst(results: Sequence[Details]) -> list[str]:
@@ -210,7 +210,7 @@ def _engines_worst(results: Sequence[Details]) -> list[str]:
     extra = {key: max((of["extra_bytes"] for of in sizes.values()), key=abs) for key, sizes in runs.items()}
     most = max(extra, key=lambda key: abs(extra[key]))
     cells.append(("extra bytes", f"{extra[most]:,}", ", ".join(most) if extra[most] else "all"))
-    for (model, engine), sizes in runs.items():
+    for (model, engine), sizes in sorted(runs.items()):
         if engine in {"fsdp2", "zero-3"} and {"2", "4"} <= sizes.keys():
             falls = {
                 method: peak / sizes["2"]["peak_bytes"][method] for method, peak in sizes["4"]["peak_bytes"].items()
