@@ -123,6 +123,7 @@ class Steps:
     rates: list[float] = field(default_factory=list, init=False)
     cpu: list[float] = field(default_factory=list, init=False)
     _done: int = field(default=0, init=False)
+    _loaded: dict[tuple[int, ...], list[Images]] = field(default_factory=dict, init=False)
 
     @cached_property
     def plan(self) -> BatchPlan:
@@ -151,11 +152,12 @@ class Steps:
         said = torch.randn(len(composer.samples) + len(self.prior.memory), len(distilled.columns))
         return replace(composer, distilled=replace(distilled, recorded=said))
 
-    @cached_property
-    def _images(self) -> list[Images]:
-        """A step's images of this rank, the same for every step."""
-        parts = self._parts(0)
-        return list(self.world.stream.load(self.composer.request(part) for part in parts))
+    def _images(self, parts: list[Part]) -> list[Images]:
+        """A step's images of this rank, the same for every step with as many; steps of a plan differ by a row."""
+        sizes = tuple(len(part.rows) for part in parts)
+        if sizes not in self._loaded:
+            self._loaded[sizes] = list(self.world.stream.load(self.composer.request(part) for part in parts))
+        return self._loaded[sizes]
 
     def _parts(self, step: int) -> list[Part]:
         return split(self.plan.batch(step), self.world.comm, accumulate=self.world.config.train.accumulate)
@@ -191,7 +193,7 @@ class Steps:
         parts = self._parts(number % self.plan.num_steps)
         for part in parts:
             self.composer.request(part)  # in a run, the thread that makes images does this on the same cores
-        rows = [self.composer.rows(part, images) for part, images in zip(parts, self._images, strict=True)]
+        rows = [self.composer.rows(part, images) for part, images in zip(parts, self._images(parts), strict=True)]
         num_rows = len(parts[0].batch)
         self.take(self.engine, rows, num_rows)
         return num_rows

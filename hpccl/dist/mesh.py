@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from hpccl.dist.allocator import keep_freed_memory
 from hpccl.dist.comm import Comm
 from hpccl.dist.lost import straggler, waited_in_vain
 from hpccl.errors import WorldError
@@ -16,12 +17,13 @@ __all__ = ["join", "leave", "meet_alone", "pick_device"]
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device of this process: `auto` is this rank's CUDA device where there is one.
+    """The device of this process: `auto` is this rank's CUDA device where there is one; made ready for tensors.
 
     Raises:
         WorldError: cuda was asked for and there is none, or there are more processes than devices.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        keep_freed_memory()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise WorldError("engine.device is 'cuda' but torch sees no CUDA device; allowed: cpu, auto, or a GPU node")

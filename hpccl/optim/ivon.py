@@ -45,8 +45,10 @@ class Ivon(Sampling):
     def displace(self, tensor: Tensor, draw: Draw, number: int) -> tuple[Tensor, ...]:
         """See Sampling."""
         (curvature,) = self._curvature([tensor])
-        deviation = torch.add(curvature, self._config.weight_decay).mul_(self._size).rsqrt_()
-        return (draw(tensor, number).mul_(deviation),)
+        drawn = draw(tensor, number)
+        for (noise,), (learned,) in in_cache([drawn], [curvature]):
+            noise.mul_(torch.add(learned, self._config.weight_decay).mul_(self._size).rsqrt_())
+        return (drawn,)
 
     def update(self, tensors: list[Tensor], gradients: list[Tensor], settings: dict[str, Any]) -> None:
         """See Perturbing."""
@@ -78,8 +80,8 @@ class Ivon(Sampling):
         """Momentum, and the weights by the curvature as it is now; share: 1 - beta1^t."""
         config, decay = self._config, self._config.weight_decay
         torch._foreach_lerp_(momentum, gradients, 1 - config.momentum)
-        change = torch._foreach_div(momentum, share)
-        torch._foreach_add_(change, weights, alpha=decay)
+        change = torch._foreach_mul(weights, decay)
+        torch._foreach_add_(change, momentum, alpha=1 / share)
         torch._foreach_div_(change, torch._foreach_add(curvature, decay))
         if config.clip is not None:
             torch._foreach_clamp_max_(change, config.clip)

@@ -31,7 +31,7 @@ Draw: TypeAlias = Callable[[Tensor, int], Tensor]
 Norm: TypeAlias = Callable[[list[Tensor]], Tensor]
 
 _TOGETHER = 1 << 24  # elements of temporaries that an update makes at a time
-_CACHED = 1 << 15  # on a CPU: what several operations in a row read and write stays in its cache
+_CACHED = 1 << 16  # on a CPU: what several operations in a row read and write stays in its cache
 
 
 class Perturbing(torch.optim.Optimizer):
