@@ -26,6 +26,7 @@ from hpccl.data.protocols import Split, Task
 from hpccl.data.rows import Images, Request, Rows
 from hpccl.data.stream import ImageStream
 from hpccl.data.transfer import CPU
+from hpccl.dist.allocator import keep_freed_memory
 from hpccl.dist.comm import Comm
 from hpccl.engine.protocols import Engine
 from hpccl.folder import RunFolder
@@ -94,6 +95,8 @@ def random_stream(size: int, *, tasks: int, classes: int, train: int, test: int 
 
 def make_world(config: RunConfig, comm: Comm, stream: ImageStream, folder: Path) -> World:
     """The surroundings of a run that writes nothing but checkpoints and pictures."""
+    if comm.device.type == "cpu":
+        keep_freed_memory()
     run_folder = RunFolder(folder)
     run_folder.create()
     log = EventLog(run_folder.events, enabled=False)

@@ -316,6 +316,8 @@ def _optimizers(results: Sequence[Details]) -> list[str]:
 
 def _methods(results: Sequence[Details]) -> list[str]:
     """Ours and the opponents, by processor time."""
+    from benchmarks.methods import PAIRS  # and torch with it
+
     (result,) = results
     of = result["details"]
     over, peers, peaks = of["time_over_finetune"], of["time_over_peer"], of["peak_bytes"]
@@ -325,10 +327,27 @@ def _methods(results: Sequence[Details]) -> list[str]:
             name,
             f"{1e3 * seconds:.0f}",
             f"{over.get(name, 1):.2f}",
-            f"{peers[name]:.2f}" if name in peers else "–",
+            f"{peers[name]:.2f} ({PAIRS[name]})" if name in peers else "–",
             f"{peaks[name] / _MIB:.0f}" if name in peaks else "–",
         )
         for name, seconds in of["processor_seconds"].items()
+    ]
+    return _rows(head, cells)
+
+
+def _allocator(results: Sequence[Details]) -> list[str]:
+    (result,) = results
+    head = ("network", "training, images/s", "with memory kept", "inference, images/s", "with memory kept", "peak")
+    cells = [
+        (
+            name,
+            f"{case['own']['training']:.0f}",
+            f"{case['ratio']['training']:.2f}",
+            f"{case['own']['inference']:.0f}",
+            f"{case['ratio']['inference']:.2f}",
+            f"{case['ratio']['peak']:.2f}",
+        )
+        for name, case in result["details"]["cases"].items()
     ]
     return _rows(head, cells)
 
@@ -346,6 +365,7 @@ _TABLES: dict[str, tuple[str, Callable[[Sequence[Details]], list[str]]]] = {
     "memory_selectors": ("memory_selectors.json", _memory_selectors),
     "optimizers": ("optimizers.json", _optimizers),
     "methods": ("methods.json", _methods),
+    "allocator": ("allocator.json", _allocator),
     "submit": ("submit.json", _headline),
     "step_overhead": ("step_overhead.json", _headline),
     "task_growth": ("task_growth.json", _headline),

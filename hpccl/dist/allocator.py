@@ -1,9 +1,9 @@
 """Memory that tensors on a CPU have freed stays with the process, for the next step to use.
 
 The C library gives a large block back to the system when it is freed, and the system fills every page of the next one
-with zeros as it is first touched: about a microsecond for 4 KiB, so that a training step whose activations are large
-spends a quarter of its time there (benchmarks/allocator.py). Peaks of memory are what they were; between them a process
-keeps up to 2 GiB.
+with zeros as it is first touched: about a microsecond for 4 KiB, so that a training step of a small network with large
+activations spends a sixth of its time there (benchmarks/allocator.py). Peaks of memory rise by up to a tenth, since free
+blocks between others are too small for the next; after them a process keeps up to 2 GiB that it does not use.
 """
 
 from __future__ import annotations

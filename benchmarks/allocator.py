@@ -1,0 +1,125 @@
+"""What it brings that a process keeps the memory of freed tensors (hpccl.dist.allocator), on a CPU.
+
+Training steps and passes without gradients of the same network, with the C library's own habits and with hpccl's, each
+in processes of their own, started in turns; one thread. By processor time, which feels other load on the machine less.
+
+    speedup_training    images a second with hpccl's over without, the least over networks
+    speedup_inference   the same of passes without gradients
+    peak_ratio          highest resident memory with hpccl's over without, the most over networks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks._common import forget_peak, memory_status, print_result, spawn
+from hpccl.compat import import_timm
+from hpccl.dist.allocator import keep_freed_memory
+from hpccl.models.small import cifarnet
+
+HABITS = ("own", "kept")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the pixels a side of its images, and how many make a batch."""
+
+    network: str
+    size: int
+    batch: int
+
+    def build(self) -> nn.Module:
+        """With weights at random."""
+        if self.network == "cifarnet":
+            return cifarnet((3, self.size, self.size), 60, dropout=False)
+        more = {"img_size": self.size} if self.network.startswith("vit") else {}
+        model: nn.Module = import_timm().create_model(self.network, num_classes=100, **more)
+        return model
+
+
+CASES = (
+    Case("cifarnet", 32, 256),
+    Case("resnet18", 64, 128),
+    Case("resnet18", 224, 16),
+    Case("vit_small_patch16_224", 224, 16),
+)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="cifarnet, one turn")
+    options = parser.parse_args()
+    cases, turns = (CASES[:1], 1) if options.quick else (CASES, 3)
+    details = {f"{case.network}@{case.size}": compare(case, turns) for case in cases}
+    for name, found in details.items():
+        print(name, *(f"{what} {value:.3f}" for what, value in found["ratio"].items()))
+    ratios = [found["ratio"] for found in details.values()]
+    headline = {
+        "speedup_training": min(ratio["training"] for ratio in ratios),
+        "speedup_inference": min(ratio["inference"] for ratio in ratios),
+        "peak_ratio": max(ratio["peak"] for ratio in ratios),
+    }
+    print_result("allocator", headline, cases=details)
+
+
+def compare(case: Case, turns: int) -> dict[str, Any]:
+    """Rates and peaks by habit, medians over turns; ratio: of hpccl's over the C library's own."""
+    runs: dict[str, list[dict[str, float]]] = {habit: [] for habit in HABITS}
+    with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
+        for _ in range(turns):
+            for habit in HABITS:
+                file = Path(folder) / "result.json"
+                spawn(measure, (case, habit == "kept", str(file)))
+                runs[habit].append(json.loads(file.read_text()))
+    what = ("training", "inference", "peak")
+    found = {habit: {key: median(run[key] for run in each) for key in what} for habit, each in runs.items()}
+    return {**found, "ratio": {key: found["kept"][key] / found["own"][key] for key in what}}
+
+
+def measure(_: int, case: Case, kept: bool, file: str) -> None:
+    """One process: images a second by the median of some steps, and resident bytes at most."""
+    torch.set_num_threads(1)
+    if kept and not keep_freed_memory():
+        raise RuntimeError("no glibc, or MALLOC_... is set in the environment")
+    model = case.build().to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in torch's stubs
+    pixels = torch.randn(case.batch, 3, case.size, case.size).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (case.batch,))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def train() -> None:
+        nn.functional.cross_entropy(model(pixels), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    forget_peak()
+    found = {"training": case.batch / usual(train)}
+    model.eval()
+    with torch.no_grad():
+        found["inference"] = case.batch / usual(lambda: model(pixels))
+    Path(file).write_text(json.dumps({**found, "peak": memory_status()["VmHWM"]}))
+
+
+def usual(work: Callable[[], object], count: int = 8) -> float:
+    """Processor seconds, a median; the first time does not count."""
+    seconds = []
+    for _ in range(count + 1):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return median(seconds[1:])
+
+
+if __name__ == "__main__":
+    main()
