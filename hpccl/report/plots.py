@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from hpccl.folder import replacing
 from hpccl.report.events import latest, number
+from hpccl.report.metrics import NUM_BINS
 
 __all__ = [
     "COLOURS",
@@ -23,10 +24,12 @@ __all__ = [
     "STYLE",
     "accuracy_over_tasks",
     "bars",
+    "calibration",
     "legend",
     "loss_curves",
     "new_axes",
     "reconstruction",
+    "reliability",
     "save_figure",
     "svg",
 ]
@@ -212,6 +215,34 @@ def reconstruction(measured: Sequence[Mapping[str, Any]], label: str) -> str | N
     legend(panels[-1])
     figure.subplots_adjust(wspace=0.28)
     return svg(figure, label)
+
+
+def calibration(measured: Mapping[str, Sequence[Sequence[float]]], label: str) -> str | None:
+    """Accuracy by confidence in each setting, from [3, M] sums of `calibration_bins`. None if never measured."""
+    if not measured:
+        return None
+    return svg(reliability({setting: {"": np.array(bins)} for setting, bins in measured.items()}), label)
+
+
+def reliability(panels: Mapping[str, Mapping[str, Floats]]) -> Figure:
+    """A reliability diagram (Guo et al. 2017) of each setting: by curve, [3, M] of `calibration_bins`."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 3.4))
+        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (setting, curves) in zip(grid, panels.items(), strict=True):
+        axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":")
+        for (curve, bins), colour in zip(curves.items(), COLOURS, strict=False):
+            count, confidence, right = bins[:, bins[0] > 0]
+            axes.plot(confidence / count, right / count, color=colour, marker="o", ms=4, lw=1.2, label=curve)
+        axes.set_title(setting.replace("_", "-"), fontsize=9)
+        axes.set_xlabel(f"confidence, {NUM_BINS} bins")
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(0, 1.02)
+        axes.grid(visible=True)
+    grid[0].set_ylabel("accuracy")
+    if any(len(curves) > 1 for curves in panels.values()):
+        legend(grid[-1])
+    return figure
 
 
 def bars(names: Sequence[str], series: Mapping[str, Sequence[tuple[float | None, float | None]]]) -> Figure | None:

@@ -47,6 +47,8 @@ class RunReport:
     `average_accuracy`, `nll` and `ece` are means over the tasks learned so far, by the network after the last of them.
     `union_accuracy` is after each task that of all seen classes on all their test examples, whatever their number;
     `average_union_accuracy` is its mean, `_later` without the first task, `performance_drop` its first less its last.
+    `calibration`: by setting, [3, 15] counts, sums of confidence and numbers of right answers, by confidence; of the
+    last network on the tasks it has learned, empty where every task has its own network.
     `validation`: the share of the training images that all of these are on, if they are not on test images.
     """
 
@@ -81,6 +83,7 @@ class RunReport:
     accuracy_matrix_class_incremental: Matrix
     union_accuracy: list[float | None]
     accuracy_untrained: list[float | None]
+    calibration: dict[str, list[list[float]]]
     weights_sha256: str | None
     images_per_second: float | None
     wall_seconds: float
@@ -207,6 +210,7 @@ def _accuracies(events: Sequence[Event], num_announced: int) -> dict[str, Any]:
         "average_union_accuracy_later": _known(metrics.average_of_curve(union, include_first=False)),
         "performance_drop": _known(metrics.performance_drop(union)),
         "accuracy_untrained": [_known(value) for value in before],
+        "calibration": dict(evaluations[-1].get("calibration") or {}) if evaluations else {},
     }
     for suffix, a in (("", own), ("_class_incremental", seen)):
         found[f"average_accuracy{suffix}"] = _known(metrics.average_accuracy(a))

@@ -17,9 +17,9 @@ from sklearn.metrics import roc_auc_score
 
 from hpccl.folder import replacing
 from hpccl.report import plots
-from hpccl.report.metrics import NUM_BINS, calibration_bins, calibration_error
+from hpccl.report.metrics import calibration_bins, calibration_error
 from hpccl.report.pictures import data_url, picture_sheet, small_picture
-from hpccl.report.plots import COLOURS, INK, STYLE, legend
+from hpccl.report.plots import COLOURS, STYLE, legend, reliability
 from hpccl.report.text import fixed, markdown_table, percent, whole
 from hpccl.report.write import page, write_json, write_text
 
@@ -234,24 +234,12 @@ def _plots(found: Uncertainty) -> dict[str, tuple[Figure, str]]:
 
 
 def _reliability(table: Table, rows: npt.NDArray[np.bool_]) -> Figure:
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.4))
-        panels = figure.subplots(1, 2, sharey=True)
-    for axes, (head, setting) in zip(panels, _HEADS.items(), strict=True):
-        axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":")
-        for (which, word), colour in zip(_WHICH.items(), COLOURS, strict=False):
-            prefix = f"{which}_{head}"
-            bins = calibration_bins(table[f"{prefix}_confidence"][rows], table[f"{prefix}_right"][rows])
-            count, confidence, right = bins[:, bins[0] > 0]
-            axes.plot(confidence / count, right / count, color=colour, marker="o", ms=4, lw=1.2, label=word)
-        axes.set_title(setting.replace("_", "-"), fontsize=9)
-        axes.set_xlabel(f"confidence, {NUM_BINS} bins")
-        axes.set_xlim(0, 1.02)
-        axes.set_ylim(0, 1.02)
-        axes.grid(visible=True)
-    panels[0].set_ylabel("accuracy")
-    legend(panels[1])
-    return figure
+    def bins(which: str, head: str) -> npt.NDArray[np.float64]:
+        return calibration_bins(table[f"{which}_{head}_confidence"][rows], table[f"{which}_{head}_right"][rows])
+
+    return reliability(
+        {setting: {word: bins(which, head) for which, word in _WHICH.items()} for head, setting in _HEADS.items()}
+    )
 
 
 def _entropies(table: Table, learned: npt.NDArray[np.bool_]) -> Figure:

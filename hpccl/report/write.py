@@ -283,6 +283,7 @@ def render_html(report: RunReport, events: Sequence[Mapping[str, Any]], folder: 
         class_accuracy_plot=plots.accuracy_over_tasks(
             report.accuracy_matrix_class_incremental, "class-incremental accuracy over tasks"
         ),
+        calibration_plot=plots.calibration(report.calibration, "accuracy by confidence, in both settings"),
         loss_plot=plots.loss_curves(events, "loss and its terms over steps"),
         reconstruction_plot=plots.reconstruction(report.reconstruction, "gradient-reconstruction error over tasks"),
         task_header=_TASKS,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,17 +19,23 @@ from hpccl.train.state import RunState, World
 
 __all__ = ["evaluate", "test"]
 
+Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+
 
 def evaluate(task: Task, state: RunState, world: World) -> None:
     """Test after training on `task`, write it down, and keep it in the state."""
     with world.phase(task, "evaluate") as phase:
-        results = test(state, world, last=task.index)
+        scores = _tested(state, world, task.index)
+        results = [_result(each, scores, task.index, world) for each in world.stream.tasks]
         phase.images = sum(result["num"] for result in results)
+    calibration = {}
     if _own_network(world):
         # Every task has its own network: what the earlier ones scored stands.
         results = state.results[: task.index] + results[task.index :]
+    else:
+        calibration = _calibration(scores, world.stream.tasks[: task.index + 1])
     state.results = results
-    world.log.write("evaluate", task=task.index, results=results)
+    world.log.write("evaluate", task=task.index, results=results, calibration=calibration)
 
 
 def test(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
@@ -38,11 +44,17 @@ def test(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
     Each has {task, num, task_incremental, class_incremental}, the latter two {accuracy, nll, ece}; the classes of tasks
     0..last compete class-incrementally, and it is None for later tasks and where every task has its own network.
     """
+    scores = _tested(state, world, last)
+    return [_result(task, scores, last, world) for task in world.stream.tasks]
+
+
+def _tested(state: RunState, world: World, last: int) -> Scores:
+    """[N, 7] of `_scores`, of all test images."""
     count = world.stream.tasks[-1].samples("test").stop
     scores = [_scores(*seen, world, last) for seen in _logits(count, state, world, last)]
     empty = torch.zeros(0, 7, device=state.engine.device)
-    everything = world.comm.gather(torch.cat([empty, *scores])).cpu().numpy()
-    return [_result(task, everything, last, world) for task in world.stream.tasks]
+    gathered: Scores = world.comm.gather(torch.cat([empty, *scores])).cpu().numpy()
+    return gathered
 
 
 def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -94,9 +106,14 @@ def _scores(logits: Tensor, labels: Tensor, tasks: Tensor, world: World, last: i
     return torch.stack(columns, dim=1)
 
 
-def _result(task: Task, scores: np.ndarray[Any, np.dtype[np.float32]], last: int, world: World) -> dict[str, Any]:
+def _rows(task: Task, scores: Scores) -> Scores:
+    """Of a task's images that could be decoded."""
     rows = scores[task.samples("test").start : task.samples("test").stop]
-    rows = rows[rows[:, 0] > 0]
+    return rows[rows[:, 0] > 0]
+
+
+def _result(task: Task, scores: Scores, last: int, world: World) -> dict[str, Any]:
+    rows = _rows(task, scores)
     competing = task.index <= last and not _own_network(world)
     return {
         "task": task.index,
@@ -106,7 +123,14 @@ def _result(task: Task, scores: np.ndarray[Any, np.dtype[np.float32]], last: int
     }
 
 
-def _summary(columns: np.ndarray[Any, np.dtype[np.float32]]) -> dict[str, float]:
+def _calibration(scores: Scores, learned: Sequence[Task]) -> dict[str, list[list[float]]]:
+    """By setting, the sums over tasks of `calibration_bins`: counts, sums of confidence, numbers of right answers."""
+    rows = np.concatenate([_rows(task, scores) for task in learned])
+    settings = {"task_incremental": rows[:, 1:4], "class_incremental": rows[:, 4:7]}
+    return {name: calibration_bins(own[:, 2], own[:, 0]).round(4).tolist() for name, own in settings.items()}
+
+
+def _summary(columns: Scores) -> dict[str, float]:
     right, nats, confidence = columns.astype(np.float64).T
     return {
         "accuracy": float(right.mean()),

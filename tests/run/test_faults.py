@@ -183,6 +183,12 @@ def test_evaluate_agrees_with_the_report(tmp_path: Path) -> None:
     found, there = json.loads(output), report(folder)
     assert found["average_accuracy"] == pytest.approx(there["average_accuracy"])
     assert found["average_accuracy_class_incremental"] == pytest.approx(there["average_accuracy_class_incremental"])
+    for setting, bins in there["calibration"].items():
+        count, confidence, right = np.array(bins).sum(axis=1)
+        assert count == sum(task["num"] for task in found["tasks"])
+        assert right == pytest.approx(sum(task["num"] * task[setting]["accuracy"] for task in found["tasks"]))
+        assert 0.1 * count < confidence < count
+    assert "<h2>Calibration</h2>" in (folder / "report.html").read_text()
     code, output = hpccl("evaluate", str(folder), "--task", "9")
     assert code == 1
     assert "tasks with checkpoints: [0, 1, 2, 3, 4]" in output

@@ -12,6 +12,7 @@ import pytest
 from hpccl.errors import FolderError
 from hpccl.report.events import EventLog
 from hpccl.report.pictures import memory_grids
+from hpccl.report.plots import reliability
 from hpccl.report.write import report_run
 from tests.unit.report import synthetic
 
@@ -83,7 +84,7 @@ def test_the_page_is_well_formed_and_needs_nothing_from_outside(tmp_path: Path) 
     assert all(reference.startswith(("#", "data:image/")) for reference in page.references)
     assert {r[1:] for r in page.references if r.startswith("#")} <= set(page.ids)
     assert not re.findall(r"url\((?!#)|@import|<script", text)
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
     assert "prefers-color-scheme: dark" in text
 
 
@@ -178,3 +179,26 @@ def test_a_report_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "report.md").mkdir()
     with pytest.raises(FolderError, match=r"report\.md' cannot be written"):
         report_run(tmp_path)
+
+
+def test_calibration_of_the_last_network_is_drawn(tmp_path: Path) -> None:
+    content = report_run(synthetic.write_run(tmp_path))
+    assert content["calibration"] == synthetic.CALIBRATION
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Calibration</h2>" in page
+    assert 'aria-label="accuracy by confidence, in both settings"' in page
+
+
+def test_a_run_without_it_has_no_such_section(tmp_path: Path) -> None:
+    """Written before calibration was, or with a network for each task."""
+    folder = synthetic.write_run(tmp_path)
+    events = folder / "events.jsonl"
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    events.write_text("".join(json.dumps({**line, "calibration": {}}) + "\n" for line in lines))
+    assert report_run(folder)["calibration"] == {}
+    assert "Calibration" not in (tmp_path / "report.html").read_text()
+
+
+def test_points_of_a_reliability_diagram() -> None:
+    (panel,) = reliability({"task_incremental": {"": np.array(synthetic.BINS)}}).axes
+    np.testing.assert_allclose(panel.lines[1].get_xydata(), [[0.5, 0.4], [0.9, 1.0]])
