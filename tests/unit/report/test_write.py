@@ -201,4 +201,4 @@ def test_a_run_without_it_has_no_such_section(tmp_path: Path) -> None:
 
 def test_points_of_a_reliability_diagram() -> None:
     (panel,) = reliability({"task_incremental": {"": np.array(synthetic.BINS)}}).axes
-    np.testing.assert_allclose(panel.lines[1].get_xydata(), [[0.5, 0.4], [0.9, 1.0]])
+    np.testing.assert_allclose(np.asarray(panel.lines[1].get_xydata()), np.array([[0.5, 0.4], [0.9, 1.0]]))
