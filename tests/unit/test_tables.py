@@ -76,8 +76,8 @@ def test_engines_of_several_files(tmp_path: Path) -> None:
     ratios = ["0.50", "1.500", "1.250", "1.010", "1.250", "20.0%", "5.0%", "3.00"]
     assert table("engines", tmp_path) == [
         ["net@128", "fsdp2", "Abacus", "2", *ratios, "1,234", "3", "5", "4", "2"],
-        ["net@128", "zero-3", "Abacus", "4", *ratios, "0", "–", "–", "7", "–"],
         ["net@128", "fsdp2", "Abacus", "4", *ratios, "0", "–", "–", "7", "–"],
+        ["net@128", "zero-3", "Abacus", "4", *ratios, "0", "–", "–", "7", "–"],
     ]
     assert table("engines_worst", tmp_path) == [
         ["truncated, by the clock, 2 processes", "1.250", "net@128, fsdp2"],
@@ -182,5 +182,5 @@ def test_optimizers_and_methods_beside_what_they_are_compared_with(tmp_path: Pat
     assert table("methods", tmp_path) == [
         ["finetune", "100", "1.00", "–", "1"],
         ["ewc", "120", "1.20", "–", "3"],
-        ["avalanche ewc", "150", "1.50", "0.80", "–"],
+        ["avalanche ewc", "150", "1.50", "0.80 (ewc diagonal)", "–"],
     ]
