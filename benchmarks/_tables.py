@@ -316,18 +316,16 @@ def _optimizers(results: Sequence[Details]) -> list[str]:
 
 def _methods(results: Sequence[Details]) -> list[str]:
     """Ours and the opponents, by processor time."""
-    from benchmarks.methods import PAIRS  # and torch with it
-
     (result,) = results
     of = result["details"]
-    over, peers, peaks = of["time_over_finetune"], of["time_over_peer"], of["peak_bytes"]
+    over, peers, peaks, own = (of[key] for key in ("time_over_finetune", "time_over_peer", "peak_bytes", "peer_of"))
     head = ("method", "a step, ms", "over finetune", "ours over it", "peak memory, MiB")
     cells = [
         (
             name,
             f"{1e3 * seconds:.0f}",
             f"{over.get(name, 1):.2f}",
-            f"{peers[name]:.2f} ({PAIRS[name]})" if name in peers else "–",
+            f"{peers[name]:.2f} ({own[name]})" if name in peers else "–",
             f"{peaks[name] / _MIB:.0f}" if name in peaks else "–",
         )
         for name, seconds in of["processor_seconds"].items()

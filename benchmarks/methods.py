@@ -390,6 +390,7 @@ def report(rates: Rates, cpu: Rates, peaks: dict[str, int], **details: Any) -> N
         seconds={name: round(ROWS / median(own), 5) for name, own in rates.items()},
         processor_seconds={name: round(ROWS / median(own), 5) for name, own in cpu.items()},
         time_over_finetune={name: round(value, 4) for name, value in over.items()},
+        peer_of=PAIRS,
         time_over_peer={name: round(value, 4) for name, value in peers.items()},
         clock_over_peer={name: round(value, 4) for name, value in clock_peers.items()},
         peak_bytes=peaks,

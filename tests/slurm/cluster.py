@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from slurm.testbed.testbed import Testbed
@@ -107,13 +107,13 @@ def rank_pid(job: str, rank: int) -> int:
     start, so they are waited for.
     """
     deadline = time.monotonic() + 60
-    while (found := next(_ranks(job, rank), None)) is None:
+    while (found := _running_rank(job, rank)) is None:
         assert time.monotonic() < deadline, f"rank {rank} of job {job} did not run: {state(job)}"
         time.sleep(0.1)
     return found
 
 
-def _ranks(job: str, rank: int) -> Iterator[int]:
+def _running_rank(job: str, rank: int) -> int | None:
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
@@ -121,7 +121,8 @@ def _ranks(job: str, rank: int) -> Iterator[int]:
         if variables.get("SLURM_JOB_ID") != job or variables.get("SLURM_PROCID") != str(rank):
             continue
         if "SLURM_STEP_ID" in variables and _started_by_slurm(entry):
-            yield int(entry.name)
+            return int(entry.name)
+    return None
 
 
 def _started_by_slurm(process: Path) -> bool:

@@ -128,8 +128,12 @@ assert "torch" not in sys.modules
 def test_train_evaluate_and_report(tmp_path: Path) -> None:
     done = command("train", QUICK, *SMALL, "--quiet", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "done: runs/quickstart\n"), done.stderr
-    digest = json.loads((tmp_path / "runs/quickstart/report.json").read_text())["weights_sha256"]
+    report = json.loads((tmp_path / "runs/quickstart/report.json").read_text())
+    digest = report["weights_sha256"]
     assert len(digest) == 64
+    count, _, right = (sum(row) for row in report["calibration"]["task_incremental"])
+    accuracies = report["accuracy_matrix"][-1]
+    assert min(accuracies) <= right / count <= max(accuracies), "all tasks' images together"
 
     refused = command("train", QUICK, *SMALL, "seed=5", folder=tmp_path)
     assert refused.returncode == 1

@@ -176,6 +176,7 @@ def test_optimizers_and_methods_beside_what_they_are_compared_with(tmp_path: Pat
         "processor_seconds": {"finetune": 0.1, "ewc": 0.12, "avalanche ewc": 0.15},
         "time_over_finetune": {"ewc": 1.2, "avalanche ewc": 1.5},
         "time_over_peer": {"avalanche ewc": 0.8},
+        "peer_of": {"avalanche ewc": "ewc diagonal"},
         "peak_bytes": {"finetune": 1 << 20, "ewc": 3 << 20},
     }
     (tmp_path / "methods.json").write_text(json.dumps({"details": details}))
