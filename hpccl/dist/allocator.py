@@ -2,7 +2,7 @@
 
 The C library gives a large block back to the system when it is freed, and the system fills every page of the next one
 with zeros as it is first touched: about a microsecond for 4 KiB, so that a training step of a small network with large
-activations spends a sixth of its time there (benchmarks/allocator.py). Peaks of memory rise by up to a tenth, since free
+activations spends a sixth of its time there (benchmarks/allocator.py). Peaks of memory rise by some percent, since free
 blocks between others are too small for the next; after them a process keeps up to 2 GiB that it does not use.
 """
 
