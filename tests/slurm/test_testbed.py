@@ -182,6 +182,13 @@ def test_the_command_line_brings_up_runs_and_takes_down(place: Path) -> None:
     assert command("down", "-d", folder).stderr.startswith(f"testbed: no cluster is up in '{folder}'")
 
 
+# Another user, who may read all the same: the clone may lie where only its owner may.
+NOBODY = (
+    *("setpriv", "--reuid=65534", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+
+
 @pytest.mark.parametrize(
     ("folder", "prefix", "message"),
     [
