@@ -695,12 +695,12 @@ def _per_example(config: RunConfig) -> Iterator[Clash]:
     """Of VOGN, whose squares are made layer by layer while whole weights are in place."""
     if not isinstance(config.optim, VognOptim):
         return
-    if not isinstance(config.engine, DdpEngine):
-        problem = "makes per-example squares of whole gradients on every rank; use engine.kind=ddp, or optim.kind=ivon"
-        yield Clash(("optim.kind", "engine.kind"), problem)
-    elif config.engine.compile:
+    if not isinstance(config.engine, DeepspeedEngine) and config.engine.compile:
         problem = "compiled code does not show what comes into a layer; set it to false, or use optim.kind=ivon"
         yield Clash(("engine.compile", "optim.kind"), problem)
+    if config.engine.recompute:
+        problem = "calls layers twice in a pass, whose inputs count once; set it to false, or use optim.kind=ivon"
+        yield Clash(("engine.recompute", "optim.kind"), problem)
     for key, used in (
         ("prior.fromp.weight", config.prior.fromp.weight > 0),
         ("prior.topology.nodes", config.prior.topology.nodes > 0),

@@ -73,7 +73,31 @@ def squares(
         weight = partial(summed, grad * _normalised(module, x)[:, None], n, 2)
         bias = partial(summed, grad, n, 2)
     by_name: dict[str, Callable[[], Tensor]] = {"weight": weight, "bias": bias}
-    return {name: by_name[name]().view_as(module.get_parameter(name)) for name in names}
+    # Not in the parameter's own shape: where weights are in shards it may have none at this moment.
+    return {name: by_name[name]().view(_shape(module, name)) for name in names}
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Of a parameter of a layer that has a formula."""
+    if isinstance(module, nn.Linear):
+        weight: tuple[int, ...] = (module.out_features, module.in_features)
+    elif isinstance(module, nn.Conv2d):
+        weight = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    elif isinstance(module, nn.LayerNorm):
+        return module.normalized_shape
+    else:
+        return (module.num_channels if isinstance(module, nn.GroupNorm) else _num_features(module),)
+    return weight if name == "weight" else weight[:1]
+
+
+def _num_features(module: nn.Module) -> int:
+    assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    return module.num_features
+
+
+def _in_a_patch(module: nn.Conv2d) -> int:
+    """Inputs that one output sees."""
+    return module.in_channels // module.groups * prod(module.kernel_size)
 
 
 def rotated_squares(module: nn.Module, x: Tensor, grad: Tensor, basis: tuple[Tensor, Tensor], n: int) -> Tensor:
@@ -186,7 +210,7 @@ def _linear(x: Tensor, grad: Tensor, n: int, power: Power) -> Tensor:
 def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int, power: Power) -> Tensor:
     """[groups, o / groups, d], for x [n*f, channels, h, w] and grad [n*f, c, o, h', w']; d inputs in a patch."""
     groups, c, o = module.groups, grad.shape[1], grad.shape[2] // module.groups
-    d, height, width = prod(module.weight.shape[1:]), grad.shape[3], grad.shape[4]
+    d, height, width = _in_a_patch(module), grad.shape[3], grad.shape[4]
     view = patches(module, x)
     view = view.unflatten(0, (n, -1)).unflatten(2, (groups, -1))  # [n, f, groups, channels/groups, kh, kw, h', w']
     outer = grad.unflatten(0, (n, -1)).unflatten(3, (groups, -1))  # [n, f, c, groups, o, h', w']
@@ -212,7 +236,7 @@ def _example_inputs(module: nn.Module, x: Tensor, n: int) -> Callable[[slice], T
     if not isinstance(module, nn.Conv2d):
         rows = x.reshape(n, -1, x.shape[-1])
         return lambda some: rows[some].mT[:, None]
-    groups, d = module.groups, prod(module.weight.shape[1:])
+    groups, d = module.groups, _in_a_patch(module)
     view = patches(module, x).unflatten(0, (n, -1)).unflatten(2, (groups, -1))
 
     def taken(some: slice) -> Tensor:

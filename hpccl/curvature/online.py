@@ -25,7 +25,8 @@ Add = Callable[[str, Tensor], None]
 def watch_squares(model: nn.Module, add: Add) -> Callable[[], None]:
     """Call add(name of a parameter, sum over examples of squared gradients) in every backward pass.
 
-    Returns what ends it. `model` takes images as its first argument, and trains on whole weights.
+    Returns what ends it. `model` takes images as its first argument; its weights may be in shards: what a layer is
+    called with and what comes back to it are whole anywhere.
 
     Raises:
         CoverageError: a parameter is of no layer whose squares are known; later, if a layer is called twice in a pass.

@@ -87,6 +87,11 @@ class BaseEngine(ABC):
         """The network for passes outside training, at the present weights."""
         return self._model
 
+    @property
+    def training_module(self) -> nn.Module:
+        """See the protocol."""
+        return self._model
+
     def _buffers(self) -> dict[str, Tensor]:
         """Those that are saved."""
         kept = self._model.state_dict().keys()
@@ -346,7 +351,12 @@ class BaseEngine(ABC):
             torch._foreach_copy_(tensors, values)
 
     def add_squares(self, name: str, squares: Tensor) -> None:
-        """See the protocol."""
+        """See the protocol; of what is spread, only this rank's elements are kept."""
+        span = self._spans.get(name)
+        if span is not None:
+            summed = squares.contiguous()
+            self._comm.sum_([summed])
+            squares = summed.reshape(-1)[span.start : span.stop].clone()
         self._squares[name] = self._squares[name].add_(squares) if name in self._squares else squares
 
     def _give_squares(self, optimiser: Vogn, num_rows: int) -> None:
@@ -354,11 +364,23 @@ class BaseEngine(ABC):
 
         An example's share of the loss is its nats / num_rows, times the world size (see `backward`).
         """
-        self._comm.sum_([self._squares[name] for name in sorted(self._squares)])
-        names = {runs[0].name: tensor for tensor, runs in self._runs().items()}
-        for name, squares in self._squares.items():
-            optimiser.add_squares(names[name], squares * (num_rows / self._comm.size**2))
+        self._comm.sum_([self._squares[name] for name in sorted(self._squares) if name not in self._spans])
+        for tensor, runs in self._runs().items():
+            found = self._squares_in(tensor, runs)
+            if found is not None:
+                optimiser.add_squares(tensor, found * (num_rows / self._comm.size**2))
         self._squares.clear()
+
+    def _squares_in(self, tensor: Tensor, runs: Sequence[Run]) -> Tensor | None:
+        """The squares of what is in a tensor of the optimiser's, in its shape; None if there are none."""
+        held = [(run, self._squares[run.name]) for run in runs if run.name in self._squares]
+        if len(held) == 1 and held[0][1].numel() == tensor.numel():
+            return held[0][1].view(tensor.shape).to(tensor.device)
+        found = torch.zeros(tensor.numel(), device=tensor.device)
+        for run, squares in held:
+            part = squares if run.name in self._spans else squares.reshape(-1)[run.start : run.start + run.numel]
+            found[run.first : run.first + run.numel] = part.to(tensor.device)
+        return found.view(tensor.shape) if held else None
 
     def moments(self, names: Mapping[str, str]) -> dict[str, Leaves]:
         """See the protocol."""

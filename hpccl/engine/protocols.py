@@ -49,6 +49,10 @@ class Engine(Protocol):
         """
 
     @property
+    def training_module(self) -> nn.Module:
+        """The network that passes of training go through: for hooks on its layers, not for passes of one's own."""
+
+    @property
     def like(self) -> dict[str, Tensor]:
         """Trainable parameters as a gradient hook meets them: shape, dtype, memory layout; perhaps without numbers."""
 
@@ -82,7 +86,7 @@ class Engine(Protocol):
     def add_squares(self, name: str, squares: Tensor) -> None:
         """Sums over this rank's examples of squared gradients of one parameter, of the present pass; VOGN learns them.
 
-        Of gradients as `backward` makes them. Ranks and micro-batches are summed when the pass ends.
+        Of gradients as `backward` makes them, which calls this: collective where weights are spread, as it is.
         """
 
     def moments(self, names: Mapping[str, str]) -> dict[str, Leaves]:

@@ -35,9 +35,6 @@ class Vogn(Sampling):
         super().__init__(parameters, {"lr": config.lr[0], "prior": True}, passes=config.samples)
         self._config = config
         self._squares: dict[Tensor, Tensor] = {}
-        self._fixed = {
-            tensor for settings in self.param_groups if not settings["prior"] for tensor in settings["params"]
-        }
 
     @property
     def _size(self) -> float:
@@ -56,9 +53,10 @@ class Vogn(Sampling):
 
     def displace(self, tensor: Tensor, draw: Draw, number: int) -> tuple[Tensor, ...]:
         """See Sampling."""
-        if tensor in self._fixed or "curvature" not in self.state[tensor]:
+        kept = self.state[tensor]
+        if "curvature" not in kept or not kept.get("drawn", True):
             return ()
-        regular = self.state[tensor]["curvature"] + (self._decay + self._config.damping)
+        regular = kept["curvature"] + (self._decay + self._config.damping)
         return (draw(tensor, number).mul_(regular.mul_(self._size / self._config.temperature).rsqrt_()),)
 
     def _multiplied(self, tensor: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
@@ -80,6 +78,7 @@ class Vogn(Sampling):
         torch._foreach_add_(momentum, tensors, alpha=decay)
         for tensor in tensors:
             squares, kept = self._squares.pop(tensor, None), self.state[tensor]
+            kept["drawn"] = settings["prior"]  # here, for ZeRO has groups without tensors at other times
             if squares is not None and "curvature" in kept:
                 kept["curvature"].lerp_(squares, config.curvature_rate)
             elif squares is not None:

@@ -199,7 +199,7 @@ def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None
         if quadratic is not None and world.config.follows and of_task:
             stack.callback(state.engine.follow(quadratic.pull_on(plan.num_train)))
         if isinstance(world.config.optim, VognOptim):
-            stack.callback(watch_squares(state.engine.module, state.engine.add_squares))
+            stack.callback(watch_squares(state.engine.training_module, state.engine.add_squares))
         return stack.pop_all().close
 
 

@@ -59,10 +59,10 @@ def ended(tmp_path: Path, size: int, name: str, changes: dict[str, Any], run: Ru
     return run_in_world(run, size, folder, str(folder / "run"), {**changes, "engine": ENGINES[name]})[-1]
 
 
-def some(*fast: str, without: tuple[str, ...] = ()) -> list[Any]:
+def some(*fast: str) -> list[Any]:
     """All optimisers, of which some are fast enough."""
     slow = pytest.mark.slow
-    return [pytest.param(name, marks=() if name in fast else slow) for name in OPTIMISERS if name not in without]
+    return [pytest.param(name, marks=() if name in fast else slow) for name in OPTIMISERS]
 
 
 @pytest.mark.parametrize("optimiser", some("ivon", "vogn"))
@@ -72,14 +72,14 @@ def test_two_processes_end_where_one_does(tmp_path: Path, optimiser: str) -> Non
     assert difference(ended(tmp_path, 2, "ddp", changes), expected) < 1e-5
 
 
-@pytest.mark.parametrize("optimiser", some("ivon of two draws", "sam", "bsam", without=("vogn",)))
+@pytest.mark.parametrize("optimiser", some("ivon of two draws", "sam", "bsam", "vogn"))
 def test_shards_end_where_the_whole_does(tmp_path: Path, optimiser: str) -> None:
     changes = {"optim": OPTIMISERS[optimiser], **CLIPPED}
     expected = ended(tmp_path, 2, "ddp", changes)
     assert difference(ended(tmp_path, 2, "fsdp2", changes), expected) < 1e-5
 
 
-ONE_PASS = ["ivon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("soba", "lie, affine", "lie, multiplicative"))]
+ONE_PASS = ["ivon", "vogn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("soba", "lie, affine", "lie, multiplicative"))]
 
 
 @pytest.mark.parametrize("optimiser", ONE_PASS)
@@ -111,6 +111,37 @@ def test_what_is_held_is_not_drawn_in_shards(tmp_path: Path, name: str) -> None:
     assert not bool(found["1.bias"].any())
     assert bool((found["1.weight"] != 0).all())
     assert bool((found["3.bias"] != 0).all())
+
+
+CONVOLUTIONS: dict[str, Any] = {
+    "model": {"kind": "timm", "name": "test_resnet"},
+    "data": {"image_size": 32},
+    "train": {"epochs": 1, "batch_size": 122, "accumulate": 1},
+    "stream": {"kind": "digits", "tasks": 5},
+    "optim": OPTIMISERS["vogn"],
+    "memory": {"size": 0},
+    "prior": {"replay": 0.0, "quadratic": {"weight": 0.0}},
+}
+
+
+def drawn_after_a_task(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
+    """Weights after a task of a network with BatchNorm, and what the next pass would add to them."""
+    state, world = make_world(merged(COMMON, changes), Path(folder), comm)
+    learn(state, world, 1)
+    ended = everything(state, comm)
+    with state.engine.perturbed(0, num_rows=4):
+        shown = everything(state, comm)
+    return {**ended, **{f"drawn {name}": shown[name] - value for name, value in ended.items()}}
+
+
+@pytest.mark.parametrize("name", ["fsdp2", *(pytest.param(f"zero-{stage}", marks=pytest.mark.slow) for stage in range(4))])
+def test_vogn_learns_convolutions_in_shards_and_draws_no_norm(tmp_path: Path, name: str) -> None:
+    expected = ended(tmp_path, 2, "ddp", CONVOLUTIONS, drawn_after_a_task)
+    found = ended(tmp_path, 2, name, CONVOLUTIONS, drawn_after_a_task)
+    assert difference(found, expected) < 1e-5
+    moved = {key.removeprefix("drawn ") for key, value in found.items() if key.startswith("drawn") and bool(value.any())}
+    kernels = {key for key, value in expected.items() if value.dim() > 1 and not key.startswith("drawn")}
+    assert moved == {*kernels, "fc.bias"}
 
 
 @pytest.mark.slow
