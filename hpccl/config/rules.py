@@ -766,16 +766,11 @@ def _grouped(config: RunConfig) -> Iterator[Clash]:
 
 def _importance(config: RunConfig) -> Iterator[Clash]:
     """Of curvatures that are not those of the loss."""
-    curvature, engine = config.curvature, config.engine
-    if not isinstance(curvature, (MasCurvature, SiCurvature)) or config.prior.quadratic.weight == 0:
+    if not isinstance(config.curvature, (MasCurvature, SiCurvature)) or config.prior.quadratic.weight == 0:
         return
     if isinstance(config.memory.selector, ReconstructionSelector):
         problem = "leaves out what a quadratic of the loss says, which an importance does not; use another selector"
         yield Clash(("memory.selector.kind", "curvature.kind"), problem)
-    in_shards = engine.kind == "fsdp2" or (isinstance(engine, DeepspeedEngine) and engine.stage == 3)
-    if isinstance(curvature, MasCurvature) and curvature.variant == "local" and in_shards:
-        problem = "needs whole layers while it measures, and this engine has them in shards; use global, or ddp"
-        yield Clash(("curvature.variant", "engine.kind"), problem)
 
 
 def _path(config: RunConfig) -> Iterator[Clash]:
@@ -790,9 +785,6 @@ def _path(config: RunConfig) -> Iterator[Clash]:
     if config.prior.normal.precision > 0:
         problem = "pulls at the weights beside the loss, which si would count as the loss's; set it to 0"
         yield Clash(("prior.normal.precision", "curvature.kind"), problem)
-    if isinstance(config.engine, DeepspeedEngine):
-        problem = "keeps a step's gradient to itself, which si needs; set engine.kind=ddp or fsdp2"
-        yield Clash(("engine.kind", "curvature.kind"), problem)
     if not isinstance(config.optim, TimmOptim):
         problem = "takes gradients at other weights than those it moves, and si needs both at one place; use timm"
         yield Clash(("optim.kind", "curvature.kind"), problem)

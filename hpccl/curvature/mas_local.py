@@ -10,8 +10,9 @@ Source: Aljundi et al. 2018, "Memory Aware Synapses: Learning what (not) to forg
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -19,14 +20,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hpccl.curvature.capture import Call, captured, measuring
+from hpccl.curvature.capture import captured, measuring
 from hpccl.curvature.coverage import Coverage, refuse_unfit
 from hpccl.curvature.diagonal import Diagonal, summed_diagonal
-from hpccl.curvature.layers import squares
+from hpccl.curvature.layers import has_formula, squares
 from hpccl.curvature.protocols import Examples
-from hpccl.curvature.sweep import at_the_end, fit_examples, in_parts, planned, zeros_for
+from hpccl.curvature.sweep import at_the_end, fit_examples, in_step, planned, together, zeros_for
 from hpccl.dist.comm import Comm
-from hpccl.engine.sharded import is_spread
+from hpccl.engine.sharded import entered, whole_layer
 from hpccl.errors import CoverageError, DivergedError
 
 __all__ = ["LocalMasEstimator"]
@@ -54,50 +55,75 @@ class LocalMasEstimator:
         refuse_unfit(model)
 
     def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Diagonal:
-        """See Estimator.estimate. fp32 sums; one exchange between ranks, at the end.
+        """See Estimator.estimate. fp32 sums; one exchange between ranks at the end, or as passes in shards need.
 
         Raises:
             CoverageError: a trainable parameter has no layer that is called once per pass.
             DivergedError: an output is not finite.
             WorldError: any of these on another rank.
         """
-        assert not is_spread(model), "the configuration refuses this"
         values = {name: zeros_for(value) for name, value in model.named_parameters() if value.requires_grad}
         count = torch.zeros(1, dtype=torch.float64, device=comm.device)
 
         def add() -> None:
-            coverage = self.known
-            for examples in fit_examples(model, batches):
-                coverage = coverage or planned(model, examples)
-                _refuse_free(coverage)
-                for part in in_parts(examples, _fits(coverage, examples)):
-                    count.add_(part.weight.double().sum().to(count.device))
-                    with measuring(model, part.pixels.device):
-                        found = _hebbian(model, coverage, part)
-                    for name, value in found.items():
-                        values[name] += value
+            for part, found in self._measured(model, batches, comm):
+                count.add_(part.weight.double().sum().to(count.device))
+                for name, value in found.items():
+                    values[name] += value
 
         at_the_end(model, comm, add)
         comm.sum_([count])
         return summed_diagonal(model, values, float(count), comm).times(2.0)
 
+    def _measured(
+        self, model: nn.Module, batches: Iterable[Examples], comm: Comm
+    ) -> Iterator[tuple[Examples, Mapping[str, Tensor]]]:
+        """Parts of the batches that fit in memory, each with its sums."""
+        coverage = self.known
+
+        def size(examples: Examples) -> int:
+            nonlocal coverage
+            coverage = coverage or planned(model, examples)
+            _refuse_free(coverage)
+            return _fits(coverage, examples)
+
+        for part in in_step(model, fit_examples(model, batches), comm, size):
+            assert coverage is not None, "a size was asked for first"
+            with measuring(model, part.pixels.device):
+                found = together(model, comm, partial(_hebbian, model, coverage, part))
+            yield part, found
+
 
 @dataclass
 class _Said:
-    """What the layers say, by layer: where gradients of it enter, and 2 y."""
+    """What the layers say, by layer: its place in the graph, 2 y, and dy / da of its own output a, if that is another.
+
+    What follows a layer maps elements, so this derivative has one number an element.
+    """
 
     edges: dict[str, GradientEdge] = field(default_factory=dict)
     doubled: dict[str, Tensor] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)
 
-    def set(self, name: str, out: Tensor) -> None:
-        """Layer `name` says `out` from here on; copied, for others may change it in place."""
+    def begin(self, name: str, out: Tensor) -> None:
+        """Layer `name` says its output; copied, for others may change it in place."""
         self.edges[name], self.doubled[name] = get_gradient_edge(out), 2 * out.detach()
+
+    def go_on(self, name: str, out: Tensor, slope: Tensor) -> None:
+        """It says `out` from here on, an elementwise map of what it said, whose derivative is `slope`."""
+        self.slopes[name] = slope * self.slopes[name] if name in self.slopes else slope
+        self.begin(name, out)
+
+    def gradient(self, name: str) -> Tensor:
+        """The gradient d |y|^2 / da, in a's shape."""
+        doubled = self.doubled[name]
+        return doubled * self.slopes[name] if name in self.slopes else doubled
 
     def by(self, value: Any) -> list[str]:
         """The layers that say `value`: by its place in the graph, which in-place operations change."""
         if not isinstance(value, Tensor) or not value.requires_grad:
             return []
-        edge = get_gradient_edge(value)
+        edge = entered(get_gradient_edge(value))
         return [name for name, said in self.edges.items() if _same(said, edge)]
 
 
@@ -122,8 +148,10 @@ def _hebbian(model: nn.Module, coverage: Coverage, part: Examples) -> Mapping[st
         model(part.pixels)
     for name, names in coverage.layers.items():
         (call, *_) = calls[name]
-        grad = _weighted(_own_gradient(call, said, name), part)
-        found = squares(model.get_submodule(name), call.inputs, grad[:, None], names, len(part), power=1)
+        grad = _weighted(said.gradient(name), part)[:, None]
+        layer = model.get_submodule(name)
+        with nullcontext() if has_formula(layer) else whole_layer(model, name):  # a formula asks for no weights
+            found = squares(layer, call.inputs, grad, names, len(part), power=1)
         for local, value in found.items():
             if not bool(value.sum().isfinite()):
                 raise DivergedError(
@@ -134,17 +162,16 @@ def _hebbian(model: nn.Module, coverage: Coverage, part: Examples) -> Mapping[st
     return total
 
 
-def _own_gradient(call: Call, said: _Said, name: str) -> Tensor:
-    """The gradient d |y|^2 / da, for the layer's output a and what it says y, in a's shape."""
-    assert call.edge is not None, "a covered layer has one output"
-    if _same(said.edges[name], call.edge):
-        return said.doubled[name]
-    (grad,) = torch.autograd.grad([said.edges[name]], [call.edge], [said.doubled[name]], retain_graph=True)
-    return grad
-
-
 def _same(one: GradientEdge, other: GradientEdge) -> bool:
     return one.node is other.node and one.output_nr == other.output_nr
+
+
+def _slope(module: nn.Module, x: Tensor) -> Tensor:
+    """The derivative of an elementwise module, in x's shape; beside the graph, where shards have hooks of training."""
+    leaf = x.requires_grad_()
+    out: Tensor = module.forward(leaf.clone())
+    (slope,) = torch.autograd.grad([out], [leaf], [torch.ones_like(out)])
+    return slope
 
 
 def _weighted(grad: Tensor, part: Examples) -> Tensor:
@@ -155,19 +182,23 @@ def _weighted(grad: Tensor, part: Examples) -> Tensor:
 @contextmanager
 def _listening(model: nn.Module, layers: Collection[str]) -> Iterator[_Said]:
     """Follow each layer's output through the BatchNorm and activation modules that it goes into directly."""
-    said, entered = _Said(), dict[nn.Module, list[str]]()
+    said, heard = _Said(), dict[nn.Module, tuple[list[str], Tensor | None]]()
 
     def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        entered[module] = said.by(arguments[0]) if arguments else []
+        names = said.by(arguments[0]) if arguments else []
+        heard[module] = names, arguments[0].detach().clone() if names else None  # it may change its input in place
 
     def leave(module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
-        for name in entered.pop(module):
-            if isinstance(out, Tensor) and out.requires_grad:
-                said.set(name, out)
+        names, x = heard.pop(module)
+        if x is None or not isinstance(out, Tensor) or not out.requires_grad:
+            return
+        slope = _slope(module, x)
+        for name in names:
+            said.go_on(name, out, slope)
 
     def begin(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> None:
-            said.set(name, out)
+            said.begin(name, out)
 
         return hook
 
@@ -175,7 +206,7 @@ def _listening(model: nn.Module, layers: Collection[str]) -> Iterator[_Said]:
         for name, module in model.named_modules():
             if isinstance(module, (*_ACTIVATIONS, _BatchNorm)):
                 stack.callback(module.register_forward_pre_hook(enter).remove)
-                stack.callback(module.register_forward_hook(leave).remove)
+                stack.callback(module.register_forward_hook(leave, prepend=True).remove)  # while its weights are whole
             if name in layers:  # later than `leave`: a norm ends another layer's chain and begins its own
                 stack.callback(module.register_forward_hook(begin(name)).remove)
         yield said

@@ -231,11 +231,21 @@ class BaseEngine(ABC):
         if bool(torch.isfinite(norm)):
             now = self._locals()
             for name, gradient in gradients.items():
-                own = gradient.view_as(before[name])
+                old = self._graded(name, before[name])
+                own = gradient.view_as(old)
                 if self._pull is not None:
-                    own = own - self._pull(name, before[name])
-                self._credit[name].addcmul_(own, now[name] - before[name], value=-1)
+                    own = own - self._graded(name, self._pull(name, before[name]))
+                moved = self._graded(name, now[name]) - old
+                self._graded(name, self._credit[name]).addcmul_(own, moved, value=-1)
         return norm
+
+    def _graded(self, name: str, value: Tensor) -> Tensor:
+        """Of this rank's elements of a parameter, those whose gradient `_gradients` has here; a view."""
+        return value
+
+    def _credited(self) -> dict[str, Tensor]:
+        """What each of this rank's weights did; collective where gradients are in smaller parts than weights."""
+        return self._credit
 
     def _learned(self) -> dict[str, Tensor]:
         """A copy of this rank's elements of what is learned."""
@@ -243,7 +253,7 @@ class BaseEngine(ABC):
         return {name: value.detach().clone() for name, value in self._locals().items() if name in learned}
 
     def _gradients(self) -> dict[str, Tensor]:
-        """This rank's elements of the step's averaged gradient."""
+        """The step's averaged gradient, as far as it is here: see `_graded`."""
         named = self._model.named_parameters()
         return {name: local(value.grad) for name, value in named if value.grad is not None}
 
@@ -259,7 +269,7 @@ class BaseEngine(ABC):
     def path(self) -> tuple[Leaves, Leaves]:
         """See the protocol."""
         assert self._follows, "no path was asked for"
-        credit = {name: self._leaf(name, value.clone()) for name, value in self._credit.items()}
+        credit = {name: self._leaf(name, value.clone()) for name, value in self._credited().items()}
         return credit, {name: self._leaf(name, value.clone()) for name, value in self._begun.items()}
 
     # ---------------------------------------------------------------- trial weights
@@ -515,7 +525,7 @@ class BaseEngine(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimiser state by parameter name, averages, the path and the position in the schedule."""
-        average, credit, begun = self._average, self._credit, self._begun
+        average, credit, begun = self._average, self._credited(), self._begun
         return {
             "weights": self.gather(),
             "optimizer": self._optimizer_state(),

@@ -160,6 +160,50 @@ class DeepspeedEngine(BaseEngine):
         self._engine.zero_grad()
         return norm
 
+    # ---------------------------------------------------------------- the path
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """See BaseEngine; between the last backward pass and the step DeepSpeed has averaged gradients in shards."""
+        if self._stage == 0:
+            return super()._gradients()
+        return {name: self._shard_of_gradient(name) for name in self.like}
+
+    def _shard_of_gradient(self, name: str) -> Tensor:
+        """The averaged gradient of the elements that this rank updates."""
+        parameter: Any = self._parameters[name]
+        if self._stage == 3:
+            part: Tensor = self._zero.get_local_fp32_grad_for_param(parameter)
+            return part[: self._weight_spans[name].numel]
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return torch.zeros(0, device=self.device)
+        fragment: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+        return fragment.to(self.device)
+
+    def _graded(self, name: str, value: Tensor) -> Tensor:
+        """See BaseEngine: on stages 1 and 2 weights are whole and gradients are not."""
+        if self._stage not in (1, 2):
+            return value
+        parameter: Any = self._parameters[name]
+        here = getattr(parameter, "_hp_mapping", None) is not None
+        span = _fragment(parameter)[0] if here else Span(self._shapes[name], 0, 0)
+        return value.view(-1)[span.start : span.stop]
+
+    def _credited(self) -> dict[str, Tensor]:
+        """See BaseEngine."""
+        if self._stage not in (1, 2):
+            return self._credit
+        summed = {name: value.clone() for name, value in self._credit.items()}
+        self._comm.sum_([summed[name] for name in sorted(summed)])
+        return summed
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See BaseEngine; what each weight did goes on where its gradient is."""
+        super().load_state_dict(state)
+        for name, value in self._credit.items():
+            own = self._graded(name, value).clone()
+            self._graded(name, value.zero_()).copy_(own)
+
     # ---------------------------------------------------------------- trial weights
 
     @property

@@ -128,7 +128,7 @@ class Engine(Protocol):
         """
 
     def path(self) -> tuple[Leaves, Leaves]:
-        """Of the newest task: what each weight did for the loss (omega), and the weights it began with. Not collective.
+        """Of the newest task: what each weight did for the loss (omega), and the weights it began with. Collective.
 
         Of trainable parameters, divided over ranks as the weights are; kept with curvature.kind=si only.
         """

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from hpccl.dist.comm import Comm
 from hpccl.dist.mesh import meet_alone
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Mesh",
     "computes_on",
+    "entered",
     "is_spread",
     "load_spread",
     "own_parameters",
@@ -42,6 +44,7 @@ __all__ = [
     "spread_copy",
     "units",
     "whole_copy",
+    "whole_layer",
     "whole_parameters",
 ]
 
@@ -237,6 +240,31 @@ def whole_parameters(model: nn.Module, substitutes: Mapping[str, Tensor] | None 
                 stack.callback(unit.register_forward_pre_hook(arrive).remove)
                 stack.callback(unit.register_forward_hook(leave, prepend=True).remove)
         yield found
+
+
+def entered(edge: GradientEdge) -> GradientEdge:
+    """What a gradient at `edge` belongs to: units in shards put a node of theirs, the identity, before inputs."""
+    node, number = edge.node, edge.output_nr
+    while node.name().startswith("RegisterPostBackward"):
+        before, number = node.next_functions[number]
+        assert before is not None, "inputs that need no gradient get no such node"
+        node = before
+    return GradientEdge(node, number)
+
+
+@contextmanager
+def whole_layer(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """A layer outside passes, with whole weights: collective where the network is in shards."""
+    around = [model.get_submodule(".".join(name.split(".")[:depth])) for depth in range(name.count(".") + 2)]
+    unit = next((module for module in reversed(around) if is_spread(module)), None)
+    if unit is None:
+        yield around[-1]
+        return
+    cast("FSDPModule", unit).unshard()
+    try:
+        yield around[-1]
+    finally:
+        cast("FSDPModule", unit).reshard()
 
 
 def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -5,17 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.curvature.mas_local import LocalMasEstimator
+from hpccl.curvature.sweep import planned
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
+from hpccl.engine.sharded import Mesh, is_spread, shard
 from hpccl.train.fit import fit
 from tests.dist.test_curvature import COUNT, assert_same, shares
 from tests.dist.test_engines import DDP, ENGINES, SECTIONS, agree, two_tasks
-from tests.dist.world import Result, run_in_world
+from tests.dist.world import Result, dismiss, run_in_world
 from tests.run.method import learn, make_world, merged
-from tests.unit.curvature.oracle import build, examples
+from tests.unit.curvature.oracle import NUM_CLASSES, StandardConv, build, examples
 
 SI: dict[str, Any] = {"curvature": {"kind": "si"}, "prior": {"quadratic": {"weight": 0.1, "decay": 0.9}}}
 
@@ -34,9 +37,70 @@ def test_world_size_does_not_matter(tmp_path: Path, size: int) -> None:
         assert_same(alone, rank, rtol=1e-5)
 
 
-def test_the_path_in_shards_is_that_of_whole_weights(tmp_path: Path) -> None:
+class Block(nn.Module):
+    """A norm and an activation before the convolution: they end what the block before says."""
+
+    def __init__(self, conv: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.norm, self.act, self.conv = nn.BatchNorm2d(channels), nn.ReLU(inplace=True), conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.act(self.norm(x)))
+        return out
+
+
+def blocks() -> nn.Module:
+    """Of the units that shards are made of, one has a layer without a formula, one is a layer, one begins with a norm."""
+    torch.manual_seed(2)
+    first, wide, standard = nn.Conv2d(2, 40, 3), nn.Conv2d(40, 48, 3), StandardConv(48, 48, 3)
+    body = (first, Block(wide, 40), Block(standard, 48), nn.BatchNorm2d(48), nn.ReLU())
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(48 * 2 * 2, 150), nn.ReLU(), nn.Linear(150, NUM_CLASSES))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2.0)
+    return model.eval()
+
+
+def measured_in_shards(comm: Comm) -> Result:
+    """Of a network that is whole if nobody shares it."""
+    model = blocks()
+    pixels = torch.randn(COUNT, 2, 8, 8, generator=torch.Generator().manual_seed(5))
+    known = planned(model, examples(pixels))  # as the trainer does
+    if comm.size > 1:
+        shard(model, Mesh.of(comm, None))
+        assert sum(is_spread(unit) for unit in model.modules()) == 4
+    state = LocalMasEstimator(known).estimate(model, shares(comm, examples(pixels)), comm).state_dict()
+    state["values"] = {name: value.clone() for name, value in streamed(state["values"], comm)}
+    return state
+
+
+def test_layers_in_shards_say_what_whole_layers_say(tmp_path: Path) -> None:
+    alone = measured_in_shards(Comm.solo())
+    for rank in run_in_world(measured_in_shards, 2, tmp_path):
+        assert_same(alone, rank, rtol=1e-5)
+
+
+LOCAL: dict[str, Any] = {
+    "model": {"kind": "mlp", "hidden": [300, 60]},
+    "curvature": {"kind": "mas", "variant": "local"},
+}
+
+
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("zero-3", marks=pytest.mark.slow)])
+def test_the_local_importance_on_engines_with_shards(tmp_path: Path, name: str) -> None:
+    expected = two_tasks(Comm.solo(), str(tmp_path), {**LOCAL, "engine": DDP})
+    for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {**LOCAL, "engine": ENGINES[name]}):
+        agree(found, expected, 1e-5)
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero-0", "zero-1")]
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero-2", "zero-3", *SLOW])
+def test_the_path_in_shards_is_that_of_whole_weights(tmp_path: Path, name: str) -> None:
     expected = two_tasks(Comm.solo(), str(tmp_path), {**SI, "engine": DDP})
-    for found in run_in_world(two_tasks, 2, tmp_path / "fsdp2", str(tmp_path), {**SI, "engine": ENGINES["fsdp2"]}):
+    for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {**SI, "engine": ENGINES[name]}):
         agree(found, expected, 1e-6)
 
 
@@ -82,12 +146,14 @@ def last_part(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
 
 
 @pytest.mark.slow
-def test_a_path_goes_on_elsewhere(tmp_path: Path) -> None:
-    """Stopped in shards and ended on one process, against one process alone."""
-    alone, shards = {**SI, "engine": DDP}, {**SI, "engine": ENGINES["fsdp2"]}
-    (whole,) = run_in_world(last_part, 1, tmp_path / "one", str(tmp_path / "whole"), alone)
-    stopped = run_in_world(first_part, 2, tmp_path / "two", str(tmp_path / "run"), shards)[0]
-    (ended,) = run_in_world(last_part, 1, tmp_path / "three", str(tmp_path / "run"), alone)
+@pytest.mark.parametrize(("first", "second"), [("fsdp2", "ddp"), ("zero-2", "ddp"), ("zero-1", "zero-3"), ("ddp", "zero-2")])
+def test_a_path_goes_on_elsewhere(tmp_path: Path, first: str, second: str) -> None:
+    """Stopped on one engine and ended on another, against one process alone."""
+    (whole,) = run_in_world(last_part, 1, tmp_path / "one", str(tmp_path / "whole"), {**SI, "engine": DDP})
+    dismiss()  # DeepSpeed numbers modules as they are made, and wants equal numbers
+    stopped = run_in_world(first_part, 2, tmp_path / "two", str(tmp_path / "run"), {**SI, "engine": ENGINES[first]})[0]
+    dismiss()
+    ended = run_in_world(last_part, 2, tmp_path / "three", str(tmp_path / "run"), {**SI, "engine": ENGINES[second]})[0]
     assert 0 < stopped["step"] < ended["step"]
     for kept in ("credit", "begun"):
         for name, value in whole[kept].items():
