@@ -23,11 +23,6 @@ from hpccl.config.memory import GreedySelector, MemoryConfig, ReconstructionSele
 from hpccl.config.model import TimmModel
 from hpccl.config.optim import (
     LEARNING_SQUARES,
-    BsamOptim,
-    IvonOptim,
-    LieOptim,
-    SamOptim,
-    SobaOptim,
     TimmOptim,
     VognOptim,
 )
@@ -92,7 +87,6 @@ def clashes(config: RunConfig) -> tuple[Clash, ...]:
         _schedule,
         _lengths,
         _shards,
-        _trial_weights,
         _per_example,
         _learned_curvature,
         _grouped,
@@ -668,27 +662,6 @@ def _shards(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("optim.options.caution", "engine.kind"), problem)
     if engine.kind == "fsdp2" and engine.compile and engine.recompute:
         yield Clash(("engine.recompute", "engine.compile"), "blocks are compiled one by one; set one of the two")
-
-
-def _trial_weights(config: RunConfig) -> Iterator[Clash]:
-    """Of optimisers with gradients at other weights than theirs, on engines that show gradients to `step` alone."""
-    optim, engine = config.optim, config.engine
-    if isinstance(optim, TimmOptim) or not isinstance(engine, DeepspeedEngine) or engine.stage == 0:
-        return
-    if isinstance(optim, (SamOptim, BsamOptim)):
-        problem = "needs two gradients a step, and DeepSpeed shows one; use engine.kind=fsdp2, ddp, or engine.stage=0"
-        yield Clash(("optim.kind", "engine.kind"), problem)
-    elif optim.samples > 1:
-        problem = (
-            "needs the gradient of each draw, and DeepSpeed shows their sum; set it to 1, or use engine.kind=fsdp2"
-        )
-        yield Clash(("optim.samples", "engine.kind"), problem)
-    if isinstance(optim, (IvonOptim, SobaOptim, LieOptim)) and config.train.clip_norm is not None:
-        problem = (
-            "the curvature is learned from gradients as they are, and DeepSpeed shows clipped ones; leave it null, or "
-            "use engine.kind=fsdp2"
-        )
-        yield Clash(("train.clip_norm", "optim.kind", "engine.kind"), problem)
 
 
 def _per_example(config: RunConfig) -> Iterator[Clash]:

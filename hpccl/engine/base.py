@@ -284,8 +284,12 @@ class BaseEngine(ABC):
         """The tensors that the optimiser updates, and which elements are where in them."""
 
     @abstractmethod
-    def _show_gradients(self) -> bool:
-        """Put gradients where the optimiser looks for them; False if only `_update` can."""
+    def _show_gradients(self) -> None:
+        """Put averaged gradients where the optimiser looks for them."""
+
+    def _take_gradients(self) -> None:
+        """Put them back where `_update` looks: the optimiser may have made the last pass's a mean over passes."""
+        return  # they are the same tensors on most engines
 
     @abstractmethod
     def _clear_gradients(self) -> None:
@@ -326,8 +330,9 @@ class BaseEngine(ABC):
             yield
         if isinstance(optimiser, Vogn):
             self._give_squares(optimiser, num_rows)
-        if self._show_gradients():
-            optimiser.note(number, tensors, self._total_norm)
+        self._show_gradients()
+        optimiser.note(number, tensors, self._total_norm)
+        self._take_gradients()
         if number < optimiser.passes - 1:
             self._clear_gradients()
 

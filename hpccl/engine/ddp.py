@@ -121,8 +121,8 @@ class DdpEngine(BaseEngine):
     def _runs(self) -> dict[Tensor, list[Run]]:
         return {value: [Run(name, 0, value.numel())] for name, value in trainable(self._model).items()}
 
-    def _show_gradients(self) -> bool:
-        return True
+    def _show_gradients(self) -> None:
+        """They are there."""
 
     def _clear_gradients(self) -> None:
         assert self._optimizer is not None, "start() comes first"

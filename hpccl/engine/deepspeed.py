@@ -45,7 +45,7 @@ class DeepspeedEngine(BaseEngine):
     def __init__(self, model: nn.Module, config: RunConfig, comm: Comm) -> None:
         super().__init__(model, config, comm)
         assert isinstance(config.engine, DeepspeedConfig)
-        self._stage = config.engine.stage
+        self._stage, self._offloaded = config.engine.stage, config.engine.offload_optimizer
         comm.broadcast_(list(model.state_dict().values()))
         self._bare = skeleton(model)
         self._parameters = dict(model.named_parameters())
@@ -166,10 +166,10 @@ class DeepspeedEngine(BaseEngine):
         """See BaseEngine; between the last backward pass and the step DeepSpeed has averaged gradients in shards."""
         if self._stage == 0:
             return super()._gradients()
-        return {name: self._shard_of_gradient(name) for name in self.like}
+        return {name: self._shard_of_gradient(name).to(self.device) for name in self.like}
 
     def _shard_of_gradient(self, name: str) -> Tensor:
-        """The averaged gradient of the elements that this rank updates."""
+        """DeepSpeed's own averaged gradient of the elements that this rank updates."""
         parameter: Any = self._parameters[name]
         if self._stage == 3:
             part: Tensor = self._zero.get_local_fp32_grad_for_param(parameter)
@@ -177,8 +177,8 @@ class DeepspeedEngine(BaseEngine):
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             return torch.zeros(0, device=self.device)
-        fragment: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
-        return fragment.to(self.device)
+        fragment: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # in its shape, if it is whole
+        return fragment.view(-1)
 
     def _graded(self, name: str, value: Tensor) -> Tensor:
         """See BaseEngine: on stages 1 and 2 weights are whole and gradients are not."""
@@ -218,14 +218,50 @@ class DeepspeedEngine(BaseEngine):
             for flat, places in self._buckets()
         }
 
-    def _show_gradients(self) -> bool:
-        return self._stage == 0
+    def _show_gradients(self) -> None:
+        if self._stage == 0 or self._offloaded:  # then DeepSpeed keeps them there
+            return
+        for flat, places in self._buckets():
+            flat.grad = torch.zeros_like(flat)
+            for name, (span, first) in places.items():
+                flat.grad.narrow(0, first, span.numel).copy_(self._shard_of_gradient(name))
+
+    def _take_gradients(self) -> None:
+        if self._stage == 0:
+            return
+        for flat, places in self._buckets():
+            assert flat.grad is not None, "_show_gradients comes first"
+            for name, (span, first) in places.items() if self.passes > 1 else ():
+                own = flat.grad.narrow(0, first, span.numel)
+                if not self._offloaded:
+                    self._shard_of_gradient(name).copy_(own)
+                elif span.numel:  # by these it clips
+                    self._zero.norm_for_param_grads[self._zero.get_param_id(self._parameters[name])] = own.norm()
+            if not self._offloaded:
+                flat.grad = None
 
     def _clear_gradients(self) -> None:
+        """As DeepSpeed does when it drops a step: the next pass's gradients take the place of this one's."""
         self._engine.zero_grad()
+        if self._stage == 0:
+            return
+        self._zero.zero_grad()
+        if self._stage == 3:
+            return
+        self._zero.micro_step_id = -1
+        if self._offloaded:
+            self._zero.reset_cpu_buffers()
+        for kept in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
+            kept.update(dict.fromkeys(kept))
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
-        return torch.nn.utils.get_total_norm(gradients)
+        if self._stage == 0:
+            return torch.nn.utils.get_total_norm(gradients)
+        squares = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for norm in torch._foreach_norm(gradients) if gradients else ():
+            squares += norm.double().square().to(self.device)
+        self._comm.sum_([squares])
+        return squares[0].sqrt().float()
 
     @contextlib.contextmanager
     def _shown(self, tensors: list[Tensor], trial: list[Tensor] | None) -> Iterator[None]:

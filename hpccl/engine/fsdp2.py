@@ -143,11 +143,10 @@ class Fsdp2Engine(BaseEngine):
             for rows, name in self._names.items()
         }
 
-    def _show_gradients(self) -> bool:
+    def _show_gradients(self) -> None:
         for rows, name in self._names.items():
             gradient = self._spread[name].grad
             rows.grad = None if gradient is None else local(gradient)
-        return True
 
     def _clear_gradients(self) -> None:
         for parameter in (*self._spread.values(), *self._names):

@@ -142,8 +142,6 @@ class Sampling(Perturbing):
         """Of each tensor, the mean of displacement times gradient: once. None without trial weights."""
         found = []
         for tensor in tensors:
-            if tensor in self._displacements and tensor.grad is not None:  # an engine that shows no gradient before
-                self._products[tensor] = self._multiplied(tensor, tensor.grad)
             if tensor not in self._products:
                 return None
             found.append(self._products.pop(tensor))

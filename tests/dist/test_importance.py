@@ -15,7 +15,7 @@ from hpccl.dist.spread import streamed
 from hpccl.engine.sharded import Mesh, is_spread, shard
 from hpccl.train.fit import fit
 from tests.dist.test_curvature import COUNT, assert_same, shares
-from tests.dist.test_engines import DDP, ENGINES, SECTIONS, agree, two_tasks
+from tests.dist.test_engines import DDP, ENGINES, OFFLOAD, SECTIONS, agree, two_tasks
 from tests.dist.world import Result, dismiss, run_in_world
 from tests.run.method import learn, make_world, merged
 from tests.unit.curvature.oracle import NUM_CLASSES, StandardConv, build, examples
@@ -94,13 +94,14 @@ def test_the_local_importance_on_engines_with_shards(tmp_path: Path, name: str) 
         agree(found, expected, 1e-5)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero-0", "zero-1")]
+WHERE = {**ENGINES, **{f"{name}, offloaded": engine for name, engine in OFFLOAD.items()}}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero-0", "zero-1", "zero-1, offloaded", "zero-3, offloaded")]
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero-2", "zero-3", *SLOW])
 def test_the_path_in_shards_is_that_of_whole_weights(tmp_path: Path, name: str) -> None:
     expected = two_tasks(Comm.solo(), str(tmp_path), {**SI, "engine": DDP})
-    for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {**SI, "engine": ENGINES[name]}):
+    for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {**SI, "engine": WHERE[name]}):
         agree(found, expected, 1e-6)
 
 

@@ -53,10 +53,6 @@ def test_unknown_keys_and_kinds_are_explained() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["optim.kind=sam", "engine.kind=deepspeed"], "needs two gradients a step"),
-        (["optim.kind=bsam", "engine.kind=deepspeed", "engine.stage=1"], "needs two gradients a step"),
-        (["optim.kind=ivon", "optim.samples=2", "engine.kind=deepspeed"], "needs the gradient of each draw"),
-        (["optim.kind=ivon", "train.clip_norm=1", "engine.kind=deepspeed"], "learned from gradients as they are"),
         (["optim.kind=vogn", "engine.compile=true"], "compiled code does not show"),
         (["optim.kind=vogn", "engine.kind=fsdp2", "engine.compile=true"], "compiled code does not show"),
         (["optim.kind=vogn", "engine.recompute=true"], "calls layers twice in a pass"),
