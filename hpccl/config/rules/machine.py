@@ -14,7 +14,7 @@ from hpccl.config.machine import SlurmCluster
 if TYPE_CHECKING:
     from hpccl.config.run import RunConfig
 
-__all__ = ["deepspeed", "slurm"]
+__all__ = ["RULES"]
 
 # DeepSpeed's words for what hpccl's own sections say.
 _OURS = {
@@ -75,7 +75,7 @@ _OUR_SBATCH = {
 }
 
 
-def deepspeed(config: RunConfig) -> Iterator[Clash]:
+def _deepspeed(config: RunConfig) -> Iterator[Clash]:
     """Of an engine's stage, and of what is told twice."""
     engine = config.engine
     if not isinstance(engine, DeepspeedEngine):
@@ -96,7 +96,7 @@ def deepspeed(config: RunConfig) -> Iterator[Clash]:
         yield Clash((f"engine.deepspeed.{key}",), f"is set by hpccl; say it by {ours}")
 
 
-def slurm(config: RunConfig) -> Iterator[Clash]:
+def _slurm(config: RunConfig) -> Iterator[Clash]:
     """Of a job's processes, and of what is told twice."""
     cluster = config.cluster
     if not isinstance(cluster, SlurmCluster):
@@ -117,3 +117,6 @@ def slurm(config: RunConfig) -> Iterator[Clash]:
         elif re.fullmatch(r"[a-z][a-z0-9-]*", key) is None:
             problem = "is no parameter of sbatch; allowed are its long names without dashes in front, such as nodelist"
             yield Clash((f"cluster.extra.{key}",), problem)
+
+
+RULES = (_deepspeed, _slurm)

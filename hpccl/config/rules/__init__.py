@@ -1,0 +1,20 @@
+"""Combinations that say two things at once, or something that would be ignored. Defaults never clash."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hpccl.config.clash import Clash
+from hpccl.config.rules import adaptation, curvature, machine, memory, methods, stream, training
+
+if TYPE_CHECKING:
+    from hpccl.config.run import RunConfig
+
+__all__ = ["clashes"]
+
+_PARTS = (stream, memory, methods, adaptation, training, curvature, machine)
+
+
+def clashes(config: RunConfig) -> tuple[Clash, ...]:
+    """Every combination in `config` that cannot be meant."""
+    return tuple(clash for part in _PARTS for rule in part.RULES for clash in rule(config))

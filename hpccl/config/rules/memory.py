@@ -1,0 +1,83 @@
+"""What a memory asks of its budget, its selector and the terms that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from hpccl.config.clash import Clash
+from hpccl.config.memory import ReconstructionSelector, StratifiedMix
+from hpccl.config.prior import PriorConfig
+from hpccl.config.rules.common import budgets, differs
+from hpccl.config.stream import DigitsStream
+
+if TYPE_CHECKING:
+    from hpccl.config.run import RunConfig
+
+__all__ = ["RULES"]
+
+
+def _one_budget(config: RunConfig) -> Iterator[Clash]:
+    first, *others = budgets(config.memory) or [""]
+    if others:
+        yield Clash((first, *others), "each of these says how much is kept; leave one, and set the others to 0")
+
+
+def _selector(config: RunConfig) -> Iterator[Clash]:
+    selector = config.memory.selector
+    if not config.memory.kept or not isinstance(selector, ReconstructionSelector):
+        return
+    if selector.probes == 0 and config.prior.replay == 0:
+        problem = "soft labels say nothing at the weights that end a task; set probes > 0, or prior.replay > 0"
+        yield Clash(("memory.selector.probes", "prior.replay"), problem)
+
+
+def _needs_memory(config: RunConfig) -> Iterator[Clash]:
+    prior, usual = config.prior, PriorConfig()
+    if config.memory.kept:
+        return
+    # scale_to_task and balanced only say how a memory would be used, and may stand in a file that all methods share,
+    # as may the selector.
+    ignored = [f"prior.{key}" for key in ("replay", "weight") if differs(prior, usual, key)]
+    if isinstance(config.memory.mix, StratifiedMix):
+        ignored.append("memory.mix.kind")
+    for key in ignored:
+        yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
+
+
+def _copies(config: RunConfig) -> Iterator[Clash]:
+    if not config.memory.kept or config.memory.keep == "reference":
+        return
+    if isinstance(config.stream, DigitsStream):
+        problem = "the digits are a part of scikit-learn and cannot go missing; leave it reference"
+        yield Clash(("memory.keep", "stream.kind"), problem)
+
+
+def _needs_soft_labels(config: RunConfig) -> Iterator[Clash]:
+    prior, usual = config.prior, PriorConfig()
+    if config.memory.kept and prior.replay < 1:
+        return
+    empty = not config.memory.kept
+    cause = ("memory.size",) if empty else ("prior.replay",)
+    why = "there is no memory; set memory.size" if empty else "all of the memory has true labels; set prior.replay < 1"
+    for key in ("temperature", "view"):
+        if differs(prior, usual, key):
+            yield Clash((f"prior.{key}", *cause), f"is about soft labels, but {why}, or leave it {getattr(usual, key)}")
+
+
+def _fading(config: RunConfig) -> Iterator[Clash]:
+    """Of online EWC. Damping and anchor only say how a quadratic would be used, and may stand in a shared file."""
+    quadratic = config.prior.quadratic
+    if quadratic.weight == 0 and quadratic.decay < 1:
+        problem = "there is no quadratic whose past could fade; set prior.quadratic.weight, or leave it 1"
+        yield Clash(("prior.quadratic.decay", "prior.quadratic.weight"), problem)
+
+
+RULES = (
+    _one_budget,
+    _selector,
+    _needs_memory,
+    _copies,
+    _needs_soft_labels,
+    _fading,
+)

@@ -1,0 +1,289 @@
+"""What methods ask of each other: terms of the loss, what is trained, how it is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from hpccl.config.adaptation import NewPrecision
+from hpccl.config.clash import Clash
+from hpccl.config.curvature import MasCurvature, OptimizerCurvature, SiCurvature
+from hpccl.config.memory import GreedySelector, StratifiedMix
+from hpccl.config.prior import DistillConfig, FrompConfig, NormalConfig, PriorConfig
+from hpccl.config.rules.common import budgets, differs
+
+if TYPE_CHECKING:
+    from hpccl.config.run import RunConfig
+
+__all__ = ["RULES"]
+
+
+def _fresh_network(config: RunConfig) -> Iterator[Clash]:
+    train = config.train
+    if not train.restart:
+        if train.only_last:
+            keys = ("train.only_last", "train.restart")
+            yield Clash(keys, "skips earlier tasks, which changes nothing only with train.restart=true")
+        return
+    if train.only_last and train.data == "task":
+        keys = ("train.only_last", "train.data")
+        yield Clash(keys, "leaves the earlier tasks without a network of their own; set train.data=seen (joint)")
+    past = [] if train.data == "memory" else budgets(config.memory)
+    if config.prior.quadratic.weight > 0:
+        past.append("prior.quadratic.weight")
+    past += ["prior.distill.weight"] if config.prior.distill.weight > 0 else []
+    past += ["prior.topology.nodes"] if config.prior.topology.nodes > 0 else []
+    past += [f"train.{key}" for key in ("head_epochs", "frozen") if getattr(train, key)]
+    past += ["train.norms"] if train.norms == "running" else []
+    if train.first_task_from is not None:
+        past.append("train.first_task_from")
+    for key in past:
+        problem = "a network that restarts at every task has no past; unset it, or set train.restart=false"
+        yield Clash((key, "train.restart"), problem)
+
+
+def _counted_twice(config: RunConfig) -> Iterator[Clash]:
+    if config.train.data != "seen" or config.train.restart:  # with restart: _fresh_network speaks
+        return
+    quadratic = ["prior.quadratic.weight"] if config.prior.quadratic.weight > 0 else []
+    for key in (*budgets(config.memory), *quadratic):
+        yield Clash((key, "train.data"), "train.data=seen already trains on the past; unset one of the two")
+
+
+def _normal(config: RunConfig) -> Iterator[Clash]:
+    normal, key = config.prior.normal, "prior.normal.precision"
+    if normal.precision == 0 and isinstance(config.adapt, NewPrecision) and config.adapt.precision > 0:
+        key = "adapt.precision"
+    elif normal.precision == 0:
+        if normal.weight != NormalConfig().weight:
+            yield Clash(("prior.normal.weight", key), "weighs a normal prior that there is not; set its precision > 0")
+        return
+    for name in ("weight_decay", "prior_precision"):  # every optimiser has one of them, or none
+        if getattr(config.optim, name, 0) > 0:
+            problem = f"pulls to 0 beside {key}, which says where to: set it to 0"
+            yield Clash((f"optim.{name}", key), problem)
+    if isinstance(config.adapt, NewPrecision) and normal.weight != 1:
+        problem = "takes only a part of the old prior away, of which another takes the place; set it to 1"
+        yield Clash(("prior.normal.weight", "adapt.kind"), problem)
+
+
+def _fromp(config: RunConfig) -> Iterator[Clash]:
+    prior, usual, key = config.prior, FrompConfig(), "prior.fromp.weight"
+    fromp = prior.fromp
+    if fromp.weight == 0:
+        return
+    if not config.memory.kept:
+        yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
+    if prior.replay > 0:
+        yield Clash(("prior.replay", key), "memory's predictions are kept as they are, not its labels; set it to 0")
+    if prior.quadratic.weight > 0:
+        problem = f"stands for the past, as does {key}: it would count twice; set one of them to 0"
+        yield Clash(("prior.quadratic.weight", key), problem)
+    if prior.normal.precision > 0:
+        problem = f"after the first task it stands for the past, as does {key}; set one of them to 0"
+        yield Clash(("prior.normal.precision", key), problem)
+    for name in ("weight", "temperature", "view", "loss", "label_weight", "scale_to_task", "scale_to_new"):
+        if differs(prior, PriorConfig(), name):
+            problem = f"is about rows of memory, of which {key} makes none; leave it out"
+            yield Clash((f"prior.{name}", key), problem)
+    if isinstance(config.memory.mix, StratifiedMix):
+        yield Clash(
+            ("memory.mix.kind", key), "mixes rows of memory, but it is recalled beside a step's rows; set natural"
+        )
+    if config.memory.total > 0:
+        problem = "examples would leave memory whose predictions are coupled; set memory.size or memory.fraction"
+        yield Clash(("memory.total", key), problem)
+    if config.log.reconstruction > 0:
+        problem = "compares gradients of soft labels, replay and quadratic, which are not there; set it to 0"
+        yield Clash(("log.reconstruction", key), problem)
+    if fromp.kernel == "posterior" and isinstance(config.curvature, (MasCurvature, SiCurvature)):
+        problem = "is no Fisher matrix, of which the posterior's kernel is made; set another kind, or kernel=identity"
+        yield Clash(("curvature.kind", "prior.fromp.kernel"), problem)
+    if fromp.kernel == "posterior" and isinstance(config.curvature, OptimizerCurvature):
+        problem = "is learned without passes, and the posterior's kernel is made of measured ones; set it to diagonal"
+        yield Clash(("curvature.kind", "prior.fromp.kernel"), problem)
+    if fromp.kernel == "identity":
+        for name in ("precision", "jitter"):
+            if getattr(fromp, name) != getattr(usual, name):
+                yield Clash((f"prior.fromp.{name}", "prior.fromp.kernel"), "is of the posterior's kernel; leave it out")
+
+
+def _memory_alone(config: RunConfig) -> Iterator[Clash]:
+    """Of train.data=memory, and of the selectors that can choose before there is a network."""
+    train, memory = config.train, config.memory
+    if train.data != "memory":
+        return
+    if not train.restart:
+        problem = "trains on the memory alone, which holds the past already; set train.restart=true"
+        yield Clash(("train.data", "train.restart"), problem)
+    if train.only_last:
+        yield Clash(("train.only_last", "train.data"), "skips tasks whose examples the memory is made of")
+    if not memory.kept:
+        yield Clash(("train.data", "memory.total"), "needs a memory; set memory.total to the examples kept in all")
+        return
+    if memory.selector.kind not in ("uniform", "reservoir", "greedy"):
+        problem = (
+            "looks at a network, but the memory is chosen before one is trained; allowed: uniform, reservoir, greedy"
+        )
+        yield Clash(("memory.selector.kind", "train.data"), problem)
+    if isinstance(memory.mix, StratifiedMix):
+        yield Clash(("memory.mix.kind", "train.data"), "mixes memory with new data, of which there are none")
+    if config.prior.replay < 1:
+        yield Clash(("prior.replay", "train.data"), "all of memory is learned by its true labels; set prior.replay=1")
+    if differs(config.prior, PriorConfig(), "weight"):
+        problem = "weighs memory against new data, of which there are none; leave it 1"
+        yield Clash(("prior.weight", "train.data"), problem)
+
+
+def _distilled(config: RunConfig) -> Iterator[Clash]:
+    distill, usual, prior = config.prior.distill, DistillConfig(), config.prior
+    if distill.weight == 0:
+        return
+    if config.train.data == "seen" and not config.train.restart:
+        yield Clash(("prior.distill.weight", "train.data"), "train.data=seen already trains on the past; unset one")
+    if distill.images == "all" and not config.memory.kept:
+        yield Clash(("prior.distill.images", "memory.size"), "is about memory's images, but there is no memory")
+    elif distill.images == "all" and prior.replay < 1:
+        problem = "memory's soft labels say the same already; set prior.replay=1, or leave it new"
+        yield Clash(("prior.distill.images", "prior.replay"), problem)
+    if distill.balance == "classes" and config.train.head == "own":
+        problem = "weighs old classes against new ones, which do not compete; set train.head=seen, or leave it fixed"
+        yield Clash(("prior.distill.balance", "train.head"), problem)
+    if distill.scale_t2 and distill.temperature == 1:
+        yield Clash(("prior.distill.scale_t2", "prior.distill.temperature"), f"1^2 is 1; {usual.temperature} is usual")
+
+
+def _sigmoids(config: RunConfig) -> Iterator[Clash]:
+    train, prior = config.train, config.prior
+    if train.loss != "sigmoid":
+        return
+    because = "train.loss=sigmoid has no softmax"
+    if prior.quadratic.weight > 0:
+        yield Clash(("prior.quadratic.weight", "train.loss"), f"curvature is that of a softmax, and {because}")
+    if config.memory.kept and prior.replay < 1:
+        yield Clash(("prior.replay", "train.loss"), f"soft labels are a softmax's, and {because}; set prior.replay=1")
+    if train.label_smoothing > 0:
+        yield Clash(("train.label_smoothing", "train.loss"), f"spreads a label over a softmax, and {because}")
+    if prior.distill.weight > 0:
+        if train.head == "own":
+            problem = "the old network answers for the old classes of every image; set train.head=seen"
+            yield Clash(("train.head", "train.loss"), problem)
+        if config.memory.kept and prior.distill.images == "new":
+            problem = "nothing would be said of the old classes of memory's images; set it to all"
+            yield Clash(("prior.distill.images", "train.loss"), problem)
+        if config.memory.dtype != "fp32" and prior.distill.view == "recorded":
+            problem = "keeps differences of logits, of which a softmax is made, but not a sigmoid; set it to fp32"
+            yield Clash(("memory.dtype", "train.loss"), problem)
+
+
+def _logits_kept(config: RunConfig) -> Iterator[Clash]:
+    """Of what is said of memory by logits (DER) and by two rows (DER++)."""
+    prior, usual = config.prior, PriorConfig()
+    soft = config.memory.kept and prior.replay < 1
+    if not soft:
+        keys = [f"prior.{key}" for key in ("loss", "label_weight") if differs(prior, usual, key)]
+        keys += ["memory.labels"] if config.memory.labels == "kept" else []
+        for key in keys:
+            yield Clash((key, "prior.replay"), "is about soft-labelled memory, and there is none; set prior.replay < 1")
+        return
+    if config.memory.labels == "kept" and prior.view == "teacher":
+        problem = "asks the newest network; with kept labels, set it to stored or recorded"
+        yield Clash(("prior.view", "memory.labels"), problem)
+    if prior.label_weight > 0 and prior.replay > 0:
+        problem = "every example speaks by its soft and its true label already; set prior.replay=0"
+        yield Clash(("prior.replay", "prior.label_weight"), problem)
+    if prior.loss == "squared":
+        if prior.temperature != 1:
+            yield Clash(
+                ("prior.temperature", "prior.loss"), "squared differences are of logits as they are; set it to 1"
+            )
+        if config.memory.dtype != "fp32":
+            problem = "keeps differences of logits only; squared differences need the logits: set it to fp32"
+            yield Clash(("memory.dtype", "prior.loss"), problem)
+
+
+def _scaled(config: RunConfig) -> Iterator[Clash]:
+    if not config.prior.scale_to_new:
+        return
+    if config.prior.scale_to_task:
+        yield Clash(("prior.scale_to_new", "prior.scale_to_task"), "both say what memory stands for; unset one")
+    if not config.memory.kept:
+        yield Clash(("prior.scale_to_new", "memory.size"), "needs a memory; set memory.size, or memory.total")
+
+
+def _corrected(config: RunConfig) -> Iterator[Clash]:
+    memory, prior = config.memory, config.prior
+    if prior.correct.share == 0:
+        return
+    key = "prior.correct.share"
+    if memory.total == 0:
+        yield Clash((key, "memory.total"), "is a share of memory.total, which is 0; set it to the examples kept in all")
+    if not memory.balanced:
+        yield Clash(
+            ("memory.balanced", key), "held-out and kept examples are equally many of each class; set it to true"
+        )
+    if isinstance(memory.selector, GreedySelector) or memory.selector.kind == "reservoir":
+        problem = "keeps what it chooses from the whole past, without a part that is held out; choose another selector"
+        yield Clash(("memory.selector.kind", key), problem)
+    if config.train.head == "own":
+        yield Clash(("train.head", key), "corrects new classes against old ones, which do not compete; set it to seen")
+    if config.train.data != "task" or config.train.restart:
+        yield Clash(("train.data", key), "holds examples out of a task; set train.data=task and train.restart=false")
+    if config.evaluate.classifier != "head":
+        yield Clash(("evaluate.classifier", key), "corrects logits, which nearest means do not have; set it to head")
+    if prior.quadratic.weight > 0:
+        problem = "curvature would be measured on held-out examples, too; set it to 0"
+        yield Clash(("prior.quadratic.weight", key), problem)
+
+
+def _frozen(config: RunConfig) -> Iterator[Clash]:
+    train = config.train
+    if "features" in train.frozen and train.head_epochs > 0:
+        problem = "the last layer learns alone all the time; leave it 0, and set train.epochs"
+        yield Clash(("train.head_epochs", "train.frozen"), problem)
+
+
+def _topology(config: RunConfig) -> Iterator[Clash]:
+    topology, train = config.prior.topology, config.train
+    if topology.nodes == 0:
+        return
+    key = "prior.topology.nodes"
+    if train.data != "task" and not train.restart:  # with restart: _fresh_network speaks
+        yield Clash((key, "train.data"), "keeps the past in place while a task is learned; set train.data=task")
+    if topology.anchor == 0 and topology.minmax == 0:
+        yield Clash(
+            (key, "prior.topology.anchor"), "says nothing without anchor and minmax; set one above 0, or this to 0"
+        )
+    if getattr(config.engine, "compile", False):
+        problem = "looks into the network in every step, which compiled code does not show; set engine.compile=false"
+        yield Clash((key, "engine.compile"), problem)
+    if "features" in train.frozen:
+        yield Clash((key, "train.frozen"), "moves features, which are frozen; leave it 0")
+    if train.head_epochs:
+        yield Clash((key, "train.head_epochs"), "moves features, which stay at first; set train.head_epochs=0")
+
+
+def _tested(config: RunConfig) -> Iterator[Clash]:
+    if config.evaluate.classifier == "nearest_mean" and not config.memory.kept:
+        problem = "means are of memory's examples; set memory.size or memory.total"
+        yield Clash(("evaluate.classifier", "memory.size"), problem)
+    if config.evaluate.classifier == "prototype" and config.train.restart:
+        problem = "keeps the prototypes of classes from task to task; set train.restart=false"
+        yield Clash(("evaluate.classifier", "train.restart"), problem)
+
+
+RULES = (
+    _fresh_network,
+    _counted_twice,
+    _normal,
+    _fromp,
+    _memory_alone,
+    _distilled,
+    _sigmoids,
+    _logits_kept,
+    _scaled,
+    _corrected,
+    _frozen,
+    _topology,
+    _tested,
+)
