@@ -14,7 +14,7 @@ WITHOUT_TORCH = (
     "compat.py",
     "doctor.py",
     "machine.py",
-    "cli.py",
+    "cli",
     "config",
     "report",
     *(f"cluster/{name}.py" for name in ("cancel", "jobs", "logs", "queue", "records", "status", "status_table")),
@@ -28,7 +28,7 @@ WITHOUT_TORCH = (
 def modules(part: str) -> list[str]:
     """Dotted names of a module, or of a package and everything in it."""
     path = ROOT / "hpccl" / part
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path] * path.exists()
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
     return [name.removesuffix(".__init__") for name in names]
 

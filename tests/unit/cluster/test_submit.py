@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpccl.cli import _together
+from hpccl.cli.jobs import _together
 from hpccl.cluster.prepare import prepare
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.submit import check, submit

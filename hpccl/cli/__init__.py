@@ -1,0 +1,67 @@
+"""The command `hpccl`: parse, call, print. torch is imported only by what needs it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import hpccl
+from hpccl.cli import jobs, results, training
+from hpccl.cli.curvature import curvature
+from hpccl.cli.gp import gp
+from hpccl.cli.memory import memory
+from hpccl.cli.shards import shards
+from hpccl.cluster.outcome import INTERRUPTED, tell
+from hpccl.errors import HpcclError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hpccl",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Continual learning of image classifiers on a stream of tasks.",
+)
+for command in (
+    *(training.train, training.adapt),
+    *(jobs.submit, jobs.status, jobs.logs, jobs.cancel),
+    *(training.check, training.plan),
+    *(results.evaluate, results.report, results.choose, results.export, results.merge, results.doctor),
+):
+    app.command()(command)
+for group, name in ((shards, "shards"), (curvature, "curvature"), (memory, "memory"), (gp, "gp")):
+    app.add_typer(group, name=name)
+
+
+def main() -> None:
+    """Run the command and exit.
+
+    Exit codes: 0 done; 1 failed; 2 wrong command or configuration; 75 stopped and saved, the same command continues;
+    130 stopped by Ctrl-C.
+    """
+    try:
+        app()
+    except HpcclError as error:
+        sys.exit(tell(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hpccl {hpccl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass

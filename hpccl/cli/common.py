@@ -1,0 +1,62 @@
+"""What several commands take, and how they train."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpccl.cluster.outcome import DONE, INTERRUPTED, STOPPED
+from hpccl.config.load import is_override, sweep
+
+if TYPE_CHECKING:
+    from hpccl.config.run import RunConfig
+
+__all__ = ["Arguments", "Runs", "configs_of", "train_all"]
+
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILES... [key=value]...",
+        help="YAML files, merged from left to right, then settings; key=a,b is a sweep. "
+        "A file whose name holds '=' is written ./a=b.yaml.",
+    ),
+]
+
+Runs = Annotated[
+    list[Path], typer.Argument(metavar="RUNS...", help="Folders of runs, or of sweeps and campaigns with runs below.")
+]
+
+
+def configs_of(arguments: Sequence[str]) -> list[RunConfig]:
+    """Raises ConfigError."""
+    files = [Path(argument) for argument in arguments if not is_override(argument)]
+    return sweep(files, [argument for argument in arguments if is_override(argument)])
+
+
+def train_all(configs: Sequence[RunConfig]) -> int:
+    """Run each; a failure does not keep the others from running, a wish to stop does."""
+    from hpccl.cluster.local import launch
+
+    argv = ["hpccl", *sys.argv[1:]]
+    failed: list[str] = []
+    code = DONE
+    for number, config in enumerate(configs, start=1):
+        if len(configs) > 1:
+            typer.echo(f"run {number} of {len(configs)}: {config.path}", err=True)
+        ended = launch(config, argv=argv)
+        if ended in (STOPPED, INTERRUPTED):
+            if ended == STOPPED:
+                typer.echo(f"stopped and saved in {config.path}; run the same command again to continue", err=True)
+            return ended
+        if ended == DONE:
+            typer.echo(f"done: {config.path}", err=True)
+            continue
+        failed.append(config.path)
+        code = max(code, ended)
+    if failed and len(configs) > 1:
+        typer.echo(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}", err=True)
+    return code

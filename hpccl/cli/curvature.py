@@ -1,0 +1,44 @@
+"""`hpccl curvature show`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["curvature"]
+
+curvature = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a run measured of its past.")
+
+
+@curvature.callback()
+def _curvature_options() -> None:
+    """Keeps `show` a word of its own while it is the only command."""
+
+
+@curvature.command("show")
+def show_curvature(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    *,
+    task: Annotated[
+        int | None, typer.Option(help="The curvature after this task, counted from 0; the newest if not given.")
+    ] = None,
+    spectra: Annotated[
+        bool | None,
+        typer.Option(help="Eigenvalues and ranks of all layers, or of none; if not given, of those that are quick."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Print a run's curvature layer by layer: its size, its spectrum, what it takes and how exact it is."""
+    from hpccl.train.curvature_show import read_curvature, render
+
+    shown = read_curvature(run, task=task, spectra=spectra)
+    if as_json:
+        typer.echo(json.dumps(shown.as_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 200).print(render(shown))

@@ -1,0 +1,49 @@
+"""`hpccl gp fit`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+__all__ = ["gp"]
+
+gp = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Gaussian processes on what a run's network sees.")
+
+
+@gp.callback()
+def _gp_options() -> None:
+    """Keeps `fit` a word of its own while it is the only command."""
+
+
+@gp.command("fit")
+def fit_gp(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    *,
+    task: Annotated[
+        int | None, typer.Option(help="The network after this task, counted from 0; the newest if not given.")
+    ] = None,
+    kernel: Annotated[Literal["rbf", "matern52", "linear"], typer.Option(help="Of the process.")] = "rbf",
+    lengthscale: Annotated[
+        float | None, typer.Option(help="To begin with; the typical distance of features if not given.")
+    ] = None,
+    variance: Annotated[float, typer.Option(help="Of the kernel, to begin with.")] = 10.0,
+    inducing: Annotated[int, typer.Option(help="Most inducing inputs.")] = 200,
+    keep: Annotated[int, typer.Option(help="Examples of a task that are kept.")] = 50,
+    steps: Annotated[int, typer.Option(help="Of the sites of a task.")] = 20,
+    rate: Annotated[float, typer.Option(help="Longest step of the sites, above 0 and at most 1.")] = 0.5,
+    tune: Annotated[int, typer.Option(help="Steps of hyperparameters by the evidence, at each task.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; RUN/gp if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
+) -> None:
+    """Learn the tasks of a run with a Gaussian process on its network's features, keeping a few examples of each."""
+    from hpccl.gp.stream import Settings
+    from hpccl.train.gp_fit import fit_gp as find
+    from hpccl.train.gp_fit import markdown, write_gp
+
+    settings = Settings(inducing=inducing, steps=steps, rate=rate, memory=keep, tune=tune)
+    found = find(run, settings=settings, task=task, kernel=kernel, lengthscale=lengthscale, variance=variance)
+    folder = write_gp(found, out or run / "gp")
+    typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False) if as_json else f"{markdown(found)}\n{folder}")

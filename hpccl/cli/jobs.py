@@ -1,0 +1,117 @@
+"""`hpccl submit`, `status`, `logs` and `cancel`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpccl.cli.common import Arguments, Runs, configs_of, train_all
+from hpccl.cluster.outcome import DONE, FAILED
+
+if TYPE_CHECKING:
+    from hpccl.cluster.submit import Submitted
+
+__all__ = ["cancel", "logs", "status", "submit"]
+
+_LISTED = 10  # jobs that `submit` names one by one
+
+
+def submit(
+    arguments: Arguments,
+    *,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when all have ended; exit code 1 if one failed.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script; touch nothing.")] = False,
+    dependency: Annotated[
+        str | None, typer.Option(help="As of sbatch: afterok:ID and the like; a failed one cancels this.")
+    ] = None,
+) -> None:
+    """Hand runs to the cluster that cluster.* describes and return; a sweep becomes one job array."""
+    from hpccl.cluster.submit import check, script
+    from hpccl.cluster.submit import submit as hand_over
+
+    configs = configs_of(arguments)
+    if dry_run:
+        for text in script(configs, dependency=dependency):
+            typer.echo(text)
+        return
+    if all(config.cluster.kind == "inline" for config in configs):
+        check(configs, dependency)
+        raise typer.Exit(train_all(configs))
+    submitted = hand_over(configs, argv=["hpccl", *sys.argv[1:]], dependency=dependency)
+    _tell_submitted(submitted)
+    if wait:
+        from hpccl.cluster.status import wait_for
+
+        raise typer.Exit(wait_for([Path(each.folder) for each in submitted]))
+
+
+def _tell_submitted(submitted: Sequence[Submitted]) -> None:
+    """Which jobs there are now, and what to do next."""
+    for each in submitted[:_LISTED]:
+        word = {"slurm": f"job {each.id}", "local": f"process {each.id}", "done": "done already"}[each.kind]
+        typer.echo(f"{word}: {each.folder}")
+    if len(submitted) > _LISTED:
+        typer.echo(f"... and {len(submitted) - _LISTED} more, up to job {submitted[-1].id}: {submitted[-1].folder}")
+    folders = [each.folder for each in submitted if each.kind != "done"]
+    if folders:
+        where, one = _together(folders), shlex.quote(folders[0])
+        typer.echo(f"  hpccl status {where}\n  hpccl logs {one} --follow\n  hpccl cancel {where}", err=True)
+
+
+def _together(folders: Sequence[str]) -> str:
+    """The folder that holds these runs and no other, or all of their folders; as words of a shell."""
+    from hpccl.cluster.jobs import find_runs
+
+    above = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    if len(folders) > 1 and {os.path.abspath(run) for run in find_runs([Path(above)])} == set(
+        map(os.path.abspath, folders)
+    ):
+        return shlex.quote(above if os.path.isabs(folders[0]) else os.path.relpath(above))
+    return shlex.join(folders)
+
+
+def status(
+    runs: Runs,
+    *,
+    watch: Annotated[
+        float | None, typer.Option(min=1.0, metavar="SECONDS", help="Look again and again until all have ended.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Show what runs do: their jobs, where they stand, how fast, how long still, what went wrong."""
+    from hpccl.cluster import status_table
+
+    if watch is None:
+        status_table.show(runs, as_json=as_json)
+    else:
+        status_table.watch(runs, watch, as_json=as_json)
+
+
+def logs(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    *,
+    rank: Annotated[int, typer.Option(min=0, help="Of which process.")] = 0,
+    lines: Annotated[int, typer.Option(min=0, help="How many of the last lines; 0 is all.")] = 40,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run has ended.")] = False,
+) -> None:
+    """Print what a run printed."""
+    from hpccl.cluster.logs import print_log
+
+    print_log(run, rank=rank, lines=lines, follow=follow)
+
+
+def cancel(runs: Runs) -> None:
+    """End the jobs of runs, which save first; the folders stay, and can be continued."""
+    from hpccl.cluster import cancel as ending
+
+    lines, well = ending.cancel(runs)
+    typer.echo("\n".join(lines))
+    raise typer.Exit(DONE if well else FAILED)

@@ -1,0 +1,167 @@
+"""`hpccl train`, `adapt`, `check` and `plan`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hpccl.cli.common import Arguments, configs_of, train_all
+from hpccl.cluster.outcome import DONE
+from hpccl.cluster.step import end, in_step
+from hpccl.config.load import dump, is_override
+from hpccl.errors import ConfigError
+
+__all__ = ["adapt", "check", "plan", "train"]
+
+
+def train(
+    arguments: Arguments,
+    *,
+    nproc: Annotated[int | None, typer.Option(help="Processes; the same as cluster.nproc=N.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; the same as log.quiet=true.")] = False,
+) -> None:
+    """Train, or continue a run that was stopped. A sweep runs one after the other."""
+    options = [f"cluster.nproc={nproc}"] if nproc is not None else []
+    options += ["log.quiet=true"] if quiet else []
+    code = train_all(configs_of([*arguments, *options]))
+    if in_step():
+        end(code)
+    raise typer.Exit(code)
+
+
+def adapt(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run whose network is adapted.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...",
+            help="Over the run's: of train, optim, engine, cluster, checkpoint, log; prior.weight.",
+        ),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="A new folder, or that of an interrupted adaptation.")],
+    add: Annotated[
+        list[str] | None, typer.Option(metavar="SHARDS", help="Learn further images of known classes; may be repeated.")
+    ] = None,
+    remove: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Forget classes or ids: a,b,... or a file with one a line.")
+    ] = None,
+    prior_precision: Annotated[
+        float | None, typer.Option(min=0.0, help="Another prior.normal.precision of the weights.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Another network: model.kind; settings of model follow as key=value."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="`retrain` to train anew in OUT/reference, or a run's folder, to compare with.")
+    ] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes; the same as cluster.nproc=N.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; the same as log.quiet=true.")] = False,
+) -> None:
+    """Adapt a trained network to more data, less data, another prior or another architecture. Again: it continues."""
+    from hpccl.config.adapt import adapted_config, named, reference_config
+
+    options = [f"cluster.nproc={nproc}"] if nproc is not None else []
+    options += ["log.quiet=true"] if quiet else []
+    change = _change(add, None if remove is None else named(remove), prior_precision, model)
+    _refuse_files(settings or [])
+    from hpccl.train.adapt import check_adaptation, last_mark
+
+    given: dict[str, Any] = {
+        "task": last_mark(run).task,
+        "change": change,
+        "model": model,
+        "settings": [*(settings or []), *options],
+    }
+    config = adapted_config(run, out, **given)
+    check_adaptation(config)
+    runs = [config]
+    if reference == "retrain":
+        runs.append(reference_config(run, out / "reference", **given))
+    code = train_all(runs)
+    if in_step():
+        end(code)
+    if code == DONE:
+        from hpccl.report.adaptation import markdown, write_adaptation
+        from hpccl.train.adapt_compare import compare_adaptation
+
+        other = out / "reference" if reference == "retrain" else None if reference is None else Path(reference)
+        found = compare_adaptation(out, other)
+        page = write_adaptation(found, out)
+        typer.echo(f"{markdown(found)}\n\n{page}")
+    raise typer.Exit(code)
+
+
+def _change(
+    add: list[str] | None, remove: list[str] | None, precision: float | None, model: str | None
+) -> dict[str, Any]:
+    """Section adapt, as far as the options say it; ConfigError unless exactly one of them is given."""
+    given: dict[str, dict[str, Any] | None] = {
+        "--add": None if not add else {"kind": "add", "data": add},
+        "--remove": None if remove is None else {"kind": "remove", "names": remove},
+        "--prior-precision": None if precision is None else {"kind": "precision", "precision": precision},
+        "--model": None if model is None else {"kind": "model"},
+    }
+    found = {option: change for option, change in given.items() if change is not None}
+    if len(found) != 1:
+        said = ", ".join(found) or "none of them"
+        raise ConfigError(f"{said} given; an adaptation is one of {', '.join(given)}, one after the other for several")
+    return next(iter(found.values()))
+
+
+def _refuse_files(settings: Sequence[str]) -> None:
+    files = [setting for setting in settings if not is_override(setting)]
+    if files:
+        raise ConfigError(f"'{files[0]}' is no key=value; an adaptation takes its configuration from the run's folder")
+
+
+def check(arguments: Arguments) -> None:
+    """Validate a configuration and print all of it; touch nothing. A sweep prints one document for each run."""
+    configs = configs_of(arguments)
+    typer.echo("---\n".join(dump(config) for config in configs), nl=False)
+
+
+def plan(
+    arguments: Arguments,
+    *,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; as cluster.* says.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on each; as cluster.* says.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="What a process can send to others, in gigabytes a second.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Time a micro-batch on this machine, for seconds.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Predict what a run will hold, send and spend on a world of processes, without training."""
+    configs = configs_of(arguments)
+    from hpccl.train.plan.build import make_plan
+    from hpccl.train.plan.show import render
+
+    if bandwidth is not None and bandwidth <= 0:
+        raise ConfigError(f"--bandwidth is {bandwidth:g}; it must be above 0")
+    plans = [
+        make_plan(
+            config,
+            nodes=nodes or config.cluster.nodes,
+            nproc=nproc or config.cluster.nproc,
+            measured=measure,
+            gigabytes_per_second=bandwidth,
+        )
+        for config in configs
+    ]
+    if as_json:
+        found = [each.as_dict() for each in plans]
+        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+        return
+    from rich.console import Console
+
+    for each in plans:
+        Console(width=None if sys.stdout.isatty() else 200).print(render(each))
