@@ -28,6 +28,7 @@ __all__ = [
     "TimmOptim",
     "VognOptim",
     "passes_of",
+    "trials_of",
 ]
 
 # Of timm's optimisers: what their state calls the mean of squared gradients.
@@ -178,3 +179,10 @@ def passes_of(optim: AnyOptim) -> int:
     if isinstance(optim, (SamOptim, BsamOptim)):
         return 2
     return optim.samples if isinstance(optim, (IvonOptim, VognOptim, SobaOptim, LieOptim)) else 1
+
+
+def trials_of(optim: AnyOptim) -> int:
+    """Passes of a step that compute at other weights than those that the optimiser holds."""
+    if isinstance(optim, SamOptim):
+        return 1
+    return 0 if isinstance(optim, TimmOptim) else passes_of(optim)

@@ -142,8 +142,12 @@ def _refuse_free(coverage: Coverage) -> None:
 
 
 def _hebbian(model: nn.Module, coverage: Coverage, part: Examples) -> Mapping[str, Tensor]:
-    """Sums over examples of |d |y|^2 / d theta| by full name."""
+    """Sums over examples of |d |y|^2 / d theta| by full name.
+
+    All layers come before a refusal: in shards other ranks wait for this one at layers without a formula.
+    """
     total: dict[str, Tensor] = {}
+    diverged: str | None = None
     with captured(model, coverage.layers) as calls, _listening(model, coverage.layers) as said:
         model(part.pixels)
     for name, names in coverage.layers.items():
@@ -153,12 +157,13 @@ def _hebbian(model: nn.Module, coverage: Coverage, part: Examples) -> Mapping[st
         with nullcontext() if has_formula(layer) else whole_layer(model, name):  # a formula asks for no weights
             found = squares(layer, call.inputs, grad, names, len(part), power=1)
         for local, value in found.items():
-            if not bool(value.sum().isfinite()):
-                raise DivergedError(
-                    f"the output of layer '{name}' is not finite on an image; curvature needs a model that has not "
-                    "diverged"
-                )
+            if diverged is None and not bool(value.sum().isfinite()):
+                diverged = name
             total[names[local]] = value
+    if diverged is not None:
+        raise DivergedError(
+            f"the output of layer '{diverged}' is not finite on an image; curvature needs a model that has not diverged"
+        )
     return total
 
 

@@ -7,10 +7,11 @@ gradient is its share of the batch's: what its own rows of the layer add. Shares
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hpccl.curvature.layers import has_formula, squares
@@ -19,11 +20,11 @@ from hpccl.errors import CoverageError
 
 __all__ = ["watch_squares"]
 
-Add = Callable[[str, Tensor], None]
+Add = Callable[[Mapping[str, Tensor]], None]
 
 
 def watch_squares(model: nn.Module, add: Add) -> Callable[[], None]:
-    """Call add(name of a parameter, sum over examples of squared gradients) in every backward pass.
+    """Call `add` with sums over examples of squared gradients, by parameter, for each layer of every backward pass.
 
     Returns what ends it. `model` takes images as its first argument; its weights may be in shards: what a layer is
     called with and what comes back to it are whole anywhere.
@@ -76,9 +77,9 @@ def _listener(layer: str, names: dict[str, str], images: list[int], called: set[
         n = images[0]
 
         def square(gradient: Tensor) -> None:
-            found = squares(module, (x,), gradient.detach().float()[:, None], names, n)
-            for local, value in found.items():
-                add(names[local], value.detach())
+            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                found = squares(module, (x,), gradient.float()[:, None], names, n)
+            add({names[local]: value for local, value in found.items()})
 
         out.register_hook(square)
 

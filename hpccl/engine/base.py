@@ -232,7 +232,7 @@ class BaseEngine(ABC):
             now = self._locals()
             for name, gradient in gradients.items():
                 old = self._graded(name, before[name])
-                own = gradient.view_as(old)
+                own = gradient.to(old.device).view_as(old)  # shards of weights may rest in host memory
                 if self._pull is not None:
                     own = own - self._graded(name, self._pull(name, before[name]))
                 moved = self._graded(name, now[name]) - old
@@ -244,8 +244,8 @@ class BaseEngine(ABC):
         return value
 
     def _credited(self) -> dict[str, Tensor]:
-        """What each of this rank's weights did; collective where gradients are in smaller parts than weights."""
-        return self._credit
+        """A copy of what each of this rank's weights did; collective where gradients are in smaller parts."""
+        return {name: value.clone() for name, value in self._credit.items()}
 
     def _learned(self) -> dict[str, Tensor]:
         """A copy of this rank's elements of what is learned."""
@@ -269,7 +269,7 @@ class BaseEngine(ABC):
     def path(self) -> tuple[Leaves, Leaves]:
         """See the protocol."""
         assert self._follows, "no path was asked for"
-        credit = {name: self._leaf(name, value.clone()) for name, value in self._credited().items()}
+        credit = {name: self._leaf(name, value) for name, value in self._credited().items()}
         return credit, {name: self._leaf(name, value.clone()) for name, value in self._begun.items()}
 
     # ---------------------------------------------------------------- trial weights
@@ -298,6 +298,15 @@ class BaseEngine(ABC):
     @abstractmethod
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
         """Of the whole gradient, of which these are this rank's parts; collective where they are parts."""
+
+    def _norm_of_parts(self, gradients: Sequence[Tensor], *, count: bool = True) -> Tensor:
+        """Of the whole gradient, of which ranks have parts; count: or else copies of what another rank counts."""
+        squares = torch.zeros(1, dtype=torch.float64, device=self.device)
+        norms = torch._foreach_norm(list(gradients)) if gradients and count else ()
+        for norm in norms:
+            squares += norm.double().square().to(self.device)
+        self._comm.sum_([squares])
+        return squares[0].sqrt().float()
 
     @property
     def _perturbing(self) -> Perturbing | None:
@@ -365,14 +374,15 @@ class BaseEngine(ABC):
         if tensors:
             torch._foreach_copy_(tensors, values)
 
-    def add_squares(self, name: str, squares: Tensor) -> None:
+    def add_squares(self, squares: Mapping[str, Tensor]) -> None:
         """See the protocol; of what is spread, only this rank's elements are kept."""
-        span = self._spans.get(name)
-        if span is not None:
-            summed = squares.contiguous()
-            self._comm.sum_([summed])
-            squares = summed.reshape(-1)[span.start : span.stop].clone()
-        self._squares[name] = self._squares[name].add_(squares) if name in self._squares else squares
+        summed = {name: value.contiguous() for name, value in squares.items() if name in self._spans}
+        self._comm.sum_(list(summed.values()))
+        for name, value in squares.items():
+            own, span = value, self._spans.get(name)
+            if span is not None:
+                own = summed[name].view(-1)[span.start : span.stop].clone()
+            self._squares[name] = self._squares[name].add_(own) if name in self._squares else own
 
     def _give_squares(self, optimiser: Vogn, num_rows: int) -> None:
         """The mean over examples of squares of their nats' gradients.
@@ -389,13 +399,15 @@ class BaseEngine(ABC):
     def _squares_in(self, tensor: Tensor, runs: Sequence[Run]) -> Tensor | None:
         """The squares of what is in a tensor of the optimiser's, in its shape; None if there are none."""
         held = [(run, self._squares[run.name]) for run in runs if run.name in self._squares]
+        if not held:
+            return None
         if len(held) == 1 and held[0][1].numel() == tensor.numel():
             return held[0][1].view(tensor.shape).to(tensor.device)
         found = torch.zeros(tensor.numel(), device=tensor.device)
         for run, squares in held:
             part = squares if run.name in self._spans else squares.reshape(-1)[run.start : run.start + run.numel]
             found[run.first : run.first + run.numel] = part.to(tensor.device)
-        return found.view(tensor.shape) if held else None
+        return found.view(tensor.shape)
 
     def moments(self, names: Mapping[str, str]) -> dict[str, Leaves]:
         """See the protocol."""
@@ -529,7 +541,7 @@ class BaseEngine(ABC):
             own[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimiser state by parameter name, averages, the path and the position in the schedule."""
+        """Weights, optimiser state by parameter, averages, the path, the position in the schedule; collective."""
         average, credit, begun = self._average, self._credited(), self._begun
         return {
             "weights": self.gather(),

@@ -92,6 +92,7 @@ class DdpEngine(BaseEngine):
         with torch.no_grad():
             for name, value in self._model.named_buffers():
                 value.copy_(buffers[name])
+        self._squares.clear()
         self._last = last
 
     def _averaging(self) -> contextlib.AbstractContextManager[None]:

@@ -166,7 +166,7 @@ class DeepspeedEngine(BaseEngine):
         """See BaseEngine; between the last backward pass and the step DeepSpeed has averaged gradients in shards."""
         if self._stage == 0:
             return super()._gradients()
-        return {name: self._shard_of_gradient(name).to(self.device) for name in self.like}
+        return {name: self._shard_of_gradient(name) for name in self.like}
 
     def _shard_of_gradient(self, name: str) -> Tensor:
         """DeepSpeed's own averaged gradient of the elements that this rank updates."""
@@ -191,11 +191,10 @@ class DeepspeedEngine(BaseEngine):
 
     def _credited(self) -> dict[str, Tensor]:
         """See BaseEngine."""
-        if self._stage not in (1, 2):
-            return self._credit
-        summed = {name: value.clone() for name, value in self._credit.items()}
-        self._comm.sum_([summed[name] for name in sorted(summed)])
-        return summed
+        credit = super()._credited()
+        if self._stage in (1, 2):
+            self._comm.sum_([credit[name] for name in sorted(credit)])
+        return credit
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See BaseEngine; what each weight did goes on where its gradient is."""
@@ -231,14 +230,18 @@ class DeepspeedEngine(BaseEngine):
             return
         for flat, places in self._buckets():
             assert flat.grad is not None, "_show_gradients comes first"
-            for name, (span, first) in places.items() if self.passes > 1 else ():
-                own = flat.grad.narrow(0, first, span.numel)
-                if not self._offloaded:
-                    self._shard_of_gradient(name).copy_(own)
-                elif span.numel:  # by these it clips
-                    self._zero.norm_for_param_grads[self._zero.get_param_id(self._parameters[name])] = own.norm()
+            if self._perturbing is not None and self._perturbing.rewrites:
+                self._take_gradient(flat.grad, places)
             if not self._offloaded:
                 flat.grad = None
+
+    def _take_gradient(self, gradient: Tensor, places: Mapping[str, tuple[Span, int]]) -> None:
+        for name, (span, first) in places.items():
+            own = gradient.narrow(0, first, span.numel)
+            if not self._offloaded:
+                self._shard_of_gradient(name).copy_(own)
+            elif span.numel:  # by these it clips
+                self._zero.norm_for_param_grads[self._zero.get_param_id(self._parameters[name])] = own.norm()
 
     def _clear_gradients(self) -> None:
         """As DeepSpeed does when it drops a step: the next pass's gradients take the place of this one's."""
@@ -257,11 +260,7 @@ class DeepspeedEngine(BaseEngine):
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
         if self._stage == 0:
             return torch.nn.utils.get_total_norm(gradients)
-        squares = torch.zeros(1, dtype=torch.float64, device=self.device)
-        for norm in torch._foreach_norm(gradients) if gradients else ():
-            squares += norm.double().square().to(self.device)
-        self._comm.sum_([squares])
-        return squares[0].sqrt().float()
+        return self._norm_of_parts(gradients)
 
     @contextlib.contextmanager
     def _shown(self, tensors: list[Tensor], trial: list[Tensor] | None) -> Iterator[None]:

@@ -122,7 +122,7 @@ class Fsdp2Engine(BaseEngine):
         assert self._optimizer is not None, "start() comes first"
         self._show_gradients()
         gradients = [rows.grad for rows in self._names if rows.grad is not None]
-        norm = self._norm(gradients)
+        norm = self._total_norm(gradients)
         if bool(torch.isfinite(norm)):
             if self._train.clip_norm is not None and gradients:  # a small network leaves some ranks without rows
                 scale = (self._train.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device)
@@ -157,16 +157,7 @@ class Fsdp2Engine(BaseEngine):
         super()._write(tensors, values)
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
-        return self._norm(gradients)
-
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """Of the whole gradient: each copy of the shards counts once."""
-        squares = torch.zeros(1, dtype=torch.float64, device=self.device)
-        if self._mesh.copy == 0:
-            norms = torch._foreach_norm(gradients) if gradients else ()
-            squares += sum((norm.double().square().to(self.device) for norm in norms), squares.new_zeros(()))
-        self._comm.sum_([squares])
-        return squares[0].sqrt().float()
+        return self._norm_of_parts(gradients, count=self._mesh.copy == 0)
 
     def whole_module(self) -> nn.Module:
         """See the protocol."""

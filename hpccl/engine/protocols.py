@@ -83,8 +83,8 @@ class Engine(Protocol):
         Every step has all of its passes, in order, and `step` after them. num_rows: of the step over all ranks.
         """
 
-    def add_squares(self, name: str, squares: Tensor) -> None:
-        """Sums over this rank's examples of squared gradients of one parameter, of the present pass; VOGN learns them.
+    def add_squares(self, squares: Weights) -> None:
+        """Sums over this rank's examples of squared gradients of a layer's parameters, of the present pass, for VOGN.
 
         Of gradients as `backward` makes them, which calls this: collective where weights are spread, as it is.
         """
@@ -153,7 +153,7 @@ class Engine(Protocol):
         """Replace parameters and buffers."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimiser, averages: a nest of dicts and lists with tensors and JSON values as leaves."""
+        """Weights, optimiser, averages: a nest of dicts and lists, tensors and JSON values as leaves. Collective."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse, of any engine's on any number of ranks."""

@@ -39,10 +39,12 @@ class Perturbing(torch.optim.Optimizer):
 
     passes: forward and backward passes of a step
     num_train: N, examples that the mean loss is a mean of; the engine says it when a task begins
+    rewrites: whether `note` puts another gradient in the place of the last pass's
     """
 
     passes = 1
     num_train = 1
+    rewrites = False
 
     def begin(self, *, num_train: int) -> None:
         """A new task."""
@@ -91,7 +93,7 @@ class Sampling(Perturbing):
 
     def __init__(self, parameters: Any, settings: dict[str, Any], *, passes: int) -> None:
         super().__init__(parameters, settings)
-        self.passes = passes
+        self.passes, self.rewrites = passes, passes > 1
         self._displacements: dict[Tensor, tuple[Tensor, ...]] = {}
         self._products: dict[Tensor, tuple[Tensor, ...]] = {}
         self._gradients: dict[Tensor, Tensor] = {}

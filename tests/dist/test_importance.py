@@ -13,6 +13,7 @@ from hpccl.curvature.sweep import planned
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
 from hpccl.engine.sharded import Mesh, is_spread, shard
+from hpccl.errors import HpcclError
 from hpccl.train.fit import fit
 from tests.dist.test_curvature import COUNT, assert_same, shares
 from tests.dist.test_engines import DDP, ENGINES, OFFLOAD, SECTIONS, agree, two_tasks
@@ -79,6 +80,26 @@ def test_layers_in_shards_say_what_whole_layers_say(tmp_path: Path) -> None:
     alone = measured_in_shards(Comm.solo())
     for rank in run_in_world(measured_in_shards, 2, tmp_path):
         assert_same(alone, rank, rtol=1e-5)
+
+
+def diverged_in_shards(comm: Comm) -> Result:
+    """One image of rank 0 is not finite; after its first layer comes one that others wait at."""
+    model = blocks()
+    pixels = torch.ones(2, 2, 8, 8)
+    known = planned(model, examples(pixels))
+    shard(model, Mesh.of(comm, None))
+    pixels[0] = torch.nan if comm.rank == 0 else 1.0
+    try:
+        LocalMasEstimator(known).estimate(model, [examples(pixels)], comm)
+    except HpcclError as error:
+        return {"error": str(error)}
+    return {"error": "nothing"}
+
+
+def test_a_network_in_shards_that_has_diverged_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    told, heard = (found["error"] for found in run_in_world(diverged_in_shards, 2, tmp_path))
+    assert told.startswith("the output of layer '0' is not finite on an image")
+    assert "another rank could not measure its part" in heard
 
 
 LOCAL: dict[str, Any] = {

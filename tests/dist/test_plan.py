@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hpccl.config.optim import VognOptim
+from hpccl.curvature.online import watch_squares
 from hpccl.curvature.protocols import Precision
 from hpccl.dist.comm import Comm
 from hpccl.engine.moments import local
@@ -47,11 +49,12 @@ class Sending(TorchDispatchMode):
     def __init__(self, comm: Comm) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.share, self.num_bytes = (comm.size - 1) / comm.size, 0.0
+        self.rounds = {**ROUNDS, "allgather_": comm.size}  # of parts in a list
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             whole = max(leaf.nbytes for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-            self.num_bytes += ROUNDS[func._schema.name.removeprefix("c10d::")] * self.share * whole
+            self.num_bytes += self.rounds[func._schema.name.removeprefix("c10d::")] * self.share * whole
         return func(*args, **(kwargs or {}))
 
 
@@ -109,12 +112,16 @@ def two_tasks(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
         second = engine.module.parameters()
         found["network for passes outside training"] = num_bytes([local(value.detach()) for value in second])
     engine.start(num_steps=1, task=1)
+    if isinstance(world.config.optim, VognOptim):
+        watch_squares(engine.training_module, engine.add_squares)
     with Sending(comm) as sending:
-        for last in (False, True):
-            logits = engine.forward(torch.zeros(4, 1, 8, 8), torch.arange(4), last=last)
-            engine.backward(logits.logsumexp(1).sum())
-            if not last:
-                found["gradients"] = sum(value.untyped_storage().nbytes() for value in gradients(engine))
+        for number in range(engine.passes):
+            with engine.perturbed(number, num_rows=16):
+                for last in (False, True):
+                    logits = engine.forward(torch.zeros(4, 1, 8, 8), torch.arange(4), last=last)
+                    engine.backward(logits.logsumexp(1).sum())
+                    if not last:
+                        found["gradients"] = sum(value.untyped_storage().nbytes() for value in gradients(engine))
         engine.step()
     return {**found, "sent": sending.num_bytes}
 
@@ -128,6 +135,17 @@ def test_what_is_held_and_sent_is_what_was_planned(engine: str, size: int, tmp_p
 
 def test_a_path_is_planned(tmp_path: Path) -> None:
     assert "path" in compare({"engine": ENGINES["fsdp2"], "curvature": {"kind": "si"}}, 2, tmp_path)
+
+
+MORE = [("vogn", "zero-2"), ("vogn", "ddp"), ("bsam", "zero-1"), ("sam", "zero-3")]
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "engine"),
+    [("vogn", "fsdp2"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)],
+)
+def test_what_optimisers_with_trial_weights_send_is_planned(optimiser: str, engine: str, tmp_path: Path) -> None:
+    compare({"engine": ENGINES[engine], "optim": {"kind": optimiser}}, 2, tmp_path)
 
 
 def compare(changes: dict[str, Any], size: int, tmp_path: Path) -> dict[str, float]:

@@ -95,10 +95,12 @@ OFFLOADED = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("optimiser", ["ivon of two draws", "sam", "vogn"])
 @pytest.mark.parametrize("name", OFFLOADED)
-def test_an_optimiser_beside_the_device(tmp_path: Path, name: str, optimiser: str) -> None:
-    changes = {"optim": OPTIMISERS[optimiser], **CLIPPED}
+def test_an_optimiser_beside_the_device(tmp_path: Path, name: str, optimiser: str, accumulate: int) -> None:
+    changes: dict[str, Any] = {"optim": OPTIMISERS[optimiser], **CLIPPED}
+    changes["train"] = {**changes["train"], "accumulate": accumulate}
     expected = ended(tmp_path, 2, "ddp", changes)
     changes |= {"engine": OFFLOADED[name]}
     found = run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path / name / "run"), changes)[-1]
@@ -165,6 +167,24 @@ def test_vogn_learns_convolutions_in_shards_and_draws_no_norm(tmp_path: Path, na
     assert moved == {*kernels, "fc.bias"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimiser", ["sam", "vogn"])
+def test_several_copies_of_the_shards(tmp_path: Path, optimiser: str) -> None:
+    changes = {"optim": OPTIMISERS[optimiser], **CLIPPED}
+    expected = ended(tmp_path, 2, "ddp", changes)
+    changes |= {"engine": {"kind": "fsdp2", "shard_size": 1}}
+    found = run_in_world(two_tasks, 2, tmp_path / "copies", str(tmp_path / "copies" / "run"), changes)[-1]
+    assert difference(found, expected) < 1e-5
+
+
+def test_squares_are_in_fp32_where_passes_are_not(tmp_path: Path) -> None:
+    """Also those of DDP's first pass, which is for nothing."""
+    changes = {"optim": OPTIMISERS["vogn"], "engine": {"kind": "ddp", "precision": "bf16"}}
+    alone = run_in_world(two_tasks, 1, tmp_path / "one", str(tmp_path / "one" / "run"), changes)[-1]
+    found = run_in_world(two_tasks, 2, tmp_path / "two", str(tmp_path / "two" / "run"), changes)[-1]
+    assert difference(found, alone) < 1e-2
+
+
 def test_another_seed_draws_other_weights(tmp_path: Path) -> None:
     """Or the tests above would compare runs without noise."""
     found = [ended(tmp_path / str(seed), 1, "ddp", {"optim": IVON, "seed": seed}) for seed in (0, 1)]
@@ -177,9 +197,9 @@ def _same_age(name: str) -> None:
         dismiss()
 
 
-def stopped_and_ended(folder: Path, first: str, second: str | None) -> Result:
-    """Weights after two tasks with IVON; within the second task, engine and number of processes change to `second`."""
-    changes = {"optim": IVON, "train": {"clip_norm": None}}
+def stopped_and_ended(folder: Path, first: str, second: str | None, optimiser: str = "ivon") -> Result:
+    """Weights after two tasks; within the second task, engine and number of processes change to `second`."""
+    changes = {"optim": OPTIMISERS[optimiser], "train": {"clip_norm": None}, **(MODEL if optimiser == "vogn" else {})}
     found: Result = {}
     for where, run in ((first, half), (second or first, rest)):
         name, _, size = where.partition(" on ")
@@ -190,6 +210,16 @@ def stopped_and_ended(folder: Path, first: str, second: str | None) -> Result:
 
 
 PAIRS = [("zero-1 on 2", "fsdp2 on 3"), ("fsdp2 on 2", "ddp on 1"), ("ddp on 1", "zero-3 on 2"), ("zero-2 on 2", "zero-3 on 3")]
+
+
+MODEL = {"model": COMMON["model"]}  # VOGN's layers are those with a formula
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [("zero-2 on 2", "fsdp2 on 2"), ("fsdp2 on 2", "zero-3 on 2"), ("zero-3 on 2", "ddp on 2")])
+def test_vogn_goes_on_elsewhere(tmp_path: Path, first: str, second: str) -> None:
+    undisturbed = stopped_and_ended(tmp_path / "one", "ddp on 2", None, "vogn")
+    assert difference(stopped_and_ended(tmp_path / "two", first, second, "vogn"), undisturbed) < 1e-5
 
 
 @pytest.mark.slow

@@ -69,6 +69,21 @@ def test_shards_in_host_memory(tmp_path: Path, name: str) -> None:
     agree(found, expected, 1e-5, accuracy=0.02)
 
 
+KEPT_BESIDE: dict[str, dict[str, Any]] = {
+    "the path": {"curvature": {"kind": "si"}, "prior": {"quadratic": {"weight": 0.1, "decay": 0.9}}},
+    "draws": {"optim": {"kind": "ivon", "lr": 0.1, "initial_curvature": 0.1, "curvature_decay": 0.99, "samples": 2}},
+}
+
+
+@pytest.mark.parametrize("kept", KEPT_BESIDE)
+@pytest.mark.parametrize("name", OFFLOAD)
+def test_what_goes_with_shards_in_host_memory(tmp_path: Path, name: str, kept: str) -> None:
+    size = min(torch.cuda.device_count(), 2)
+    expected = trained(tmp_path, size, "ddp", {**KEPT_BESIDE[kept], "engine": ENGINES["ddp"]})
+    found = trained(tmp_path, size, name, {**KEPT_BESIDE[kept], "engine": OFFLOAD[name]})
+    agree(found, expected, 1e-4, accuracy=0.02)
+
+
 @pytest.mark.parametrize("name", ["ddp", *SHARDED])
 def test_recomputing_changes_nothing(tmp_path: Path, name: str) -> None:
     size = min(torch.cuda.device_count(), 2)

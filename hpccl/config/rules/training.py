@@ -72,7 +72,7 @@ def _shards(config: RunConfig) -> Iterator[Clash]:
 
 
 def _per_example(config: RunConfig) -> Iterator[Clash]:
-    """Of VOGN, whose squares are made layer by layer while whole weights are in place."""
+    """Of VOGN, whose squares are made of what goes into a layer and what comes back to it."""
     if not isinstance(config.optim, VognOptim):
         return
     if not isinstance(config.engine, DeepspeedEngine) and config.engine.compile:

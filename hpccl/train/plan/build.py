@@ -10,7 +10,7 @@ from typing import Any, Literal, assert_never
 
 from hpccl.config.curvature import PassCurvature, SiCurvature
 from hpccl.config.memory import StratifiedMix
-from hpccl.config.optim import TimmOptim, passes_of
+from hpccl.config.optim import TimmOptim, VognOptim, passes_of, trials_of
 from hpccl.config.run import RunConfig
 from hpccl.data.build import Outline, outline
 from hpccl.data.order import BatchPlan
@@ -23,7 +23,7 @@ from hpccl.train.kept import held_out, kept_of_tasks
 from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
 from hpccl.train.plan.network import Network, forward_flops, look, moments
-from hpccl.train.plan.spread import FLOAT, Spread, elements, held, rows, sent
+from hpccl.train.plan.spread import FLOAT, Spread, all_reduce, elements, held, rows, sent
 
 __all__ = ["Held", "Plan", "Sent", "Spent", "Views", "make_plan"]
 
@@ -260,6 +260,9 @@ class _Case:
         if not self.spread.has_second_network:  # ZeRO-3 puts back what its optimiser has
             whole = FLOAT * elements(self.network.shapes, self.spread, what="weights")
             yield Held("weights as they were", whole, "training")
+        if isinstance(self.config.optim, VognOptim):
+            squares = FLOAT * elements(self.network.shapes, self.spread, what="weights")
+            yield Held("squares of examples' gradients", squares, "training")
 
     def _held_curvature(self) -> Iterator[Held]:
         if self.curvature is None:
@@ -318,16 +321,27 @@ class _Case:
         """By a rank."""
         network, accumulate = self.network, self.config.train.accumulate
         parts = sent(network.num_weights, network.buffer_bytes, self.spread, accumulate=accumulate)
-        passes = passes_of(self.config.optim)
-        yield from (Sent(name, passes * num_bytes) for name, num_bytes in parts.items() if num_bytes)
-        if not isinstance(self.config.optim, TimmOptim) and self.spread.stage in (1, 2) and self.spread.ranks > 1:
-            share = (self.spread.ranks - 1) / self.spread.ranks
-            yield Sent("gather trial weights", share * FLOAT * network.num_weights)
+        passes, partly = passes_of(self.config.optim), self.spread.stage in (1, 2)
+        for name, num_bytes in parts.items():
+            if num_bytes:  # where only the update is in shards, what it gathers is of a step, not of a pass
+                yield Sent(name, num_bytes * (1 if partly and name == "gather weights" else passes))
+        yield from self._sent_trial()
         if self._has_teacher and self.spread.spreads_weights:
             share = (self.spread.shards - 1) / self.spread.shards
             yield Sent("gather the teacher's weights", accumulate * share * FLOAT * network.num_weights)
         if self.curvature is not None and self.spread.ranks > 1:
             yield Sent("curvature", max(self.curvature.sent), "task")
+
+    def _sent_trial(self) -> Iterator[Sent]:
+        """Of optimisers that take gradients elsewhere."""
+        optim, spread, whole = self.config.optim, self.spread, FLOAT * self.network.num_weights
+        if spread.ranks == 1:
+            return
+        if (trials := trials_of(optim)) and spread.stage in (1, 2):
+            yield Sent("gather trial weights", trials * (spread.ranks - 1) / spread.ranks * whole)
+        if isinstance(optim, VognOptim):  # in shards a layer's as they come, else a pass's
+            times = passes_of(optim) * (self.config.train.accumulate if spread.spreads_weights else 1)
+            yield Sent("squares of examples' gradients", times * all_reduce(whole, spread.ranks))
 
     def spent(self, rates: Rates, gigabytes_per_second: float | None) -> Iterator[Spent]:
         """In a step of the last task."""

@@ -279,6 +279,7 @@ def test_rules_hold_without_files() -> None:
         ("activation_checkpointing", "{cpu_checkpointing: true}", "engine.recompute"),
         ("prescale_gradients", "true", "nothing"),
         ("zero_optimization.stage", "2", "engine.stage"),
+        ("zero_optimization.round_robin_gradients", "true", "nothing"),
         ("zero_optimization.offload_optimizer", "{device: cpu}", "engine.offload_optimizer"),
         ("zero_optimization.offload_param", "{device: cpu}", "engine.offload_weights"),
     ],

@@ -215,7 +215,7 @@ def test_squares_of_a_step_are_those_of_every_example_alone() -> None:
     made = engine("vogn")
     pixels, noise = batch()
     found: dict[str, Tensor] = {}
-    stop = watch_squares(made.module, lambda name, value: found.update({name: value}))
+    stop = watch_squares(made.module, found.update)
     made.backward((made.forward(pixels, noise).logsumexp(1) * torch.arange(1.0, 7.0)).sum() / 6)
     stop()
     expected = {name: torch.zeros_like(value) for name, value in trainable(made.module).items()}
@@ -248,7 +248,7 @@ def test_squares_without_batch_norm_are_exact_for_every_layer() -> None:
     net.batch = nn.Identity()
     pixels, _ = batch()
     found: dict[str, Tensor] = {}
-    stop = watch_squares(net, lambda name, value: found.update({name: value}))
+    stop = watch_squares(net, found.update)
     net(pixels).logsumexp(1).sum().backward()
     stop()
     for name in trainable(net):
@@ -295,9 +295,9 @@ class Loose(nn.Module):
 
 def test_what_has_no_squares_is_refused_by_name() -> None:
     with pytest.raises(CoverageError, match="parameter 'token' is of a Loose"):
-        watch_squares(Loose(), lambda name, value: None)
+        watch_squares(Loose(), lambda squares: None)
     twice = Twice()
-    watch_squares(twice, lambda name, value: None)
+    watch_squares(twice, lambda squares: None)
     with pytest.raises(CoverageError, match="layer 'linear' is called twice"):
         twice(torch.ones(2, 4))
 
