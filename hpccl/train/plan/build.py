@@ -253,10 +253,10 @@ class _Case:
         """Of optimisers that take gradients elsewhere: displacements, means over passes, the weights as they were."""
         if isinstance(self.config.optim, TimmOptim):
             return
-        more = 2 if passes_of(self.config.optim) > 1 else 1
-        yield Held(
-            "trial weights", more * FLOAT * elements(self.network.shapes, self.spread, what="moments"), "training"
-        )
+        own = FLOAT * elements(self.network.shapes, self.spread, what="moments")
+        yield Held("trial weights", own * (2 if passes_of(self.config.optim) > 1 else 1), "training")
+        if self.spread.stage and not self.spread.state_on_host:  # DeepSpeed has them elsewhere
+            yield Held("gradients for the optimiser", own, "training")
         if not self.spread.has_second_network:  # ZeRO-3 puts back what its optimiser has
             whole = FLOAT * elements(self.network.shapes, self.spread, what="weights")
             yield Held("weights as they were", whole, "training")
