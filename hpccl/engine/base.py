@@ -19,11 +19,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, fetch, streamed, whole
+from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, streamed, whole
+from hpccl.engine.hooks import Hooks
 from hpccl.engine.moments import local
 from hpccl.engine.optim import learning_rate
 from hpccl.engine.protocols import GradientHook, Weights
-from hpccl.engine.trial import drawing
+from hpccl.engine.squares import Squares
+from hpccl.engine.trial import drawing, held_within
 from hpccl.errors import ConfigError, WorldError
 from hpccl.models.dropout import set_noise
 from hpccl.optim.noise import Run
@@ -43,10 +45,9 @@ class BaseEngine(ABC):
         self._comm, self._model = comm, model
         self._config, self._train, self._optim = config.engine, config.train, config.optim
         self._seed, self._num_train = config.seed, 1
-        self._squares: dict[str, Tensor] = {}
+        self._squares = Squares(comm)
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
-        self._hooks: dict[str, GradientHook] = {}
-        self._called: set[str] = set()
+        self._hooks = Hooks()
         self._average: dict[str, Tensor] | None = None
         self._follows = config.follows
         self._credit: dict[str, Tensor] = {}
@@ -57,8 +58,6 @@ class BaseEngine(ABC):
         self._held: dict[str, Tensor] = {}
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self._still: list[nn.Module] = []
-        self._far: set[str] | None = None
-        self._far_weights: dict[str, Tensor] = {}
         refuse_recompute(model, config)
 
     # ---------------------------------------------------------------- where things are
@@ -333,26 +332,17 @@ class BaseEngine(ABC):
         trial = optimiser.trial(number, tensors, drawing(runs, (self._seed, self._task, self._step)))
         if trial is not None and self._held:
             shapes = {name: value.shape for name, value in self.like.items()}
-            held = [self._held_in(tensor, runs[tensor], shapes) for tensor in tensors]
+            held = [held_within(tensor, runs[tensor], self._held, shapes) for tensor in tensors]
             trial = [own.where(mask, values) for own, mask, values in zip(tensors, held, trial, strict=True)]
         with self._without_statistics(number > 0), self._shown(tensors, trial):
             yield
         if isinstance(optimiser, Vogn):
-            self._give_squares(optimiser, num_rows)
+            self._squares.give(optimiser, runs, self._spans, num_rows=num_rows)
         self._show_gradients()
         optimiser.note(number, tensors, self._total_norm)
         self._take_gradients()
         if number < optimiser.passes - 1:
             self._clear_gradients()
-
-    def _held_in(self, tensor: Tensor, runs: Sequence[Run], shapes: Mapping[str, torch.Size]) -> Tensor:
-        """Where a tensor of the optimiser's has elements that are held, in its shape."""
-        found = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
-        for run in runs:
-            if (held := self._held.get(run.name)) is not None:
-                flat = held.expand(shapes[run.name]).reshape(-1)
-                found[run.first : run.first + run.numel] = flat[run.start : run.start + run.numel].to(tensor.device)
-        return found.view(tensor.shape)
 
     @contextlib.contextmanager
     def _shown(self, tensors: list[Tensor], trial: list[Tensor] | None) -> Iterator[None]:
@@ -376,38 +366,7 @@ class BaseEngine(ABC):
 
     def add_squares(self, squares: Mapping[str, Tensor]) -> None:
         """See the protocol; of what is spread, only this rank's elements are kept."""
-        summed = {name: value.contiguous() for name, value in squares.items() if name in self._spans}
-        self._comm.sum_(list(summed.values()))
-        for name, value in squares.items():
-            own, span = value, self._spans.get(name)
-            if span is not None:
-                own = summed[name].view(-1)[span.start : span.stop].clone()
-            self._squares[name] = self._squares[name].add_(own) if name in self._squares else own
-
-    def _give_squares(self, optimiser: Vogn, num_rows: int) -> None:
-        """The mean over examples of squares of their nats' gradients.
-
-        An example's share of the loss is its nats / num_rows, times the world size (see `backward`).
-        """
-        self._comm.sum_([self._squares[name] for name in sorted(self._squares) if name not in self._spans])
-        for tensor, runs in self._runs().items():
-            found = self._squares_in(tensor, runs)
-            if found is not None:
-                optimiser.add_squares(tensor, found * (num_rows / self._comm.size**2))
-        self._squares.clear()
-
-    def _squares_in(self, tensor: Tensor, runs: Sequence[Run]) -> Tensor | None:
-        """The squares of what is in a tensor of the optimiser's, in its shape; None if there are none."""
-        held = [(run, self._squares[run.name]) for run in runs if run.name in self._squares]
-        if not held:
-            return None
-        if len(held) == 1 and held[0][1].numel() == tensor.numel():
-            return held[0][1].view(tensor.shape).to(tensor.device)
-        found = torch.zeros(tensor.numel(), device=tensor.device)
-        for run, squares in held:
-            part = squares if run.name in self._spans else squares.reshape(-1)[run.start : run.start + run.numel]
-            found[run.first : run.first + run.numel] = part.to(tensor.device)
-        return found.view(tensor.shape)
+        self._squares.add(squares, self._spans)
 
     def moments(self, names: Mapping[str, str]) -> dict[str, Leaves]:
         """See the protocol."""
@@ -428,26 +387,13 @@ class BaseEngine(ABC):
     # ---------------------------------------------------------------- gradient hooks
 
     def on_gradient(self, hooks: Sequence[tuple[str, GradientHook]]) -> Callable[[], None]:
-        """See the protocol; several hooks of one parameter are called in turn."""
-        for name, hook in hooks:
-            self._hooks[name] = _both(self._hooks[name], hook) if name in self._hooks else hook
-        far = {needed for name, hook in hooks for needed in hook.needs if _layer(needed) != _layer(name)}
-        self._far = far if self._spans and self._comm.any(bool(far)) else None
-
-        def remove() -> None:
-            for name, _ in hooks:
-                self._hooks.pop(name, None)
-            self._far, self._far_weights = None, {}
-
-        return remove
+        """See the protocol."""
+        return self._hooks.add(hooks, self._comm, spread=bool(self._spans))
 
     def _fetch_far(self) -> None:
-        """Where weights are spread, a layer's are whole while its gradient is made; a hook may want other layers', too.
-
-        Only a dense curvature does, whose network is small.
-        """
-        if self._far is not None and self._last:
-            self._far_weights = fetch(self.gather(), self._far, self._comm)
+        """Of passes whose gradients are hooked."""
+        if self._last:
+            self._hooks.fetch(self.gather, self._comm)
 
     def _relay(self, name: str) -> Callable[[Tensor], Tensor]:
         """A tensor hook for one parameter, for good: calls what `on_gradient` has for it, on the last micro-batch.
@@ -456,10 +402,8 @@ class BaseEngine(ABC):
         """
 
         def call(gradient: Tensor) -> Tensor:
-            hook = self._hooks.get(name)
-            if hook is not None and self._last:
-                self._called.add(name)
-                gradient = hook.call(gradient, {needed: self._whole_now(needed) for needed in hook.needs})
+            if self._last:
+                gradient = self._hooks.call(name, gradient, self._whole_now)
             held = self._held.get(name)
             return gradient if held is None else gradient.masked_fill(held, 0.0)
 
@@ -471,8 +415,7 @@ class BaseEngine(ABC):
 
     def _refuse_silent_hooks(self) -> None:
         """A prior that never reaches the gradient must not go unnoticed."""
-        silent = self._hooks.keys() - self._called
-        self._called.clear()
+        silent = self._hooks.silent()
         self._last = False
         if silent:
             raise WorldError(
@@ -652,17 +595,6 @@ class BaseEngine(ABC):
 def _as_whole(value: Tensor | Slab | Stored) -> Tensor | Stored:
     assert not isinstance(value, Slab), "a part is not the whole"
     return value
-
-
-def _layer(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _both(first: GradientHook, second: GradientHook) -> GradientHook:
-    def call(gradient: Tensor, weights: Weights) -> Tensor:
-        return second.call(first.call(gradient, weights), weights)
-
-    return GradientHook(tuple(dict.fromkeys((*first.needs, *second.needs))), call)
 
 
 def refuse_recompute(model: nn.Module, config: RunConfig) -> None:

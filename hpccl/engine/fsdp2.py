@@ -88,7 +88,7 @@ class Fsdp2Engine(BaseEngine):
                 parameter.register_hook(self._relay(name))
 
     def _whole_now(self, name: str) -> Tensor:
-        far = self._far_weights.get(name)
+        far = self._hooks.far.get(name)
         return self._whole[name].detach() if far is None else far
 
     def _restart(self) -> None:

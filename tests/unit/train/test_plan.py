@@ -32,7 +32,7 @@ from hpccl.curvature.kfac import _size
 from hpccl.curvature.kronecker import layout_parts
 from hpccl.data.build import open_stream
 from hpccl.dist.comm import Comm
-from hpccl.engine.deepspeed import _settings
+from hpccl.engine.deepspeed_start import _settings
 from hpccl.errors import ConfigError, CoverageError, DataError
 from hpccl.models.build import build_model
 from hpccl.models.dropout import set_noise

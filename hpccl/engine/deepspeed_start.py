@@ -1,0 +1,136 @@
+"""Starting DeepSpeed: its settings, of which it knows no more than it says; the one importer of deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpccl.config.engine import DeepspeedEngine as DeepspeedConfig
+from hpccl.config.run import RunConfig
+from hpccl.dist.comm import Comm
+from hpccl.dist.mesh import meet_alone
+from hpccl.errors import ConfigError
+
+__all__ = ["initialize"]
+
+_BUCKET = 50_000_000
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, comm: Comm) -> Any:
+    """A DeepSpeed engine.
+
+    Raises:
+        ConfigError: DeepSpeed is missing, or refuses a setting.
+    """
+    os.environ["DS_ACCELERATOR"] = comm.device.type  # it would take a GPU that engine.device=cpu leaves alone
+    deepspeed = _import()
+    meet_alone(comm)
+    settings = _settings(config, sum(value.numel() for value in model.parameters()))
+    os.environ.setdefault("LOCAL_RANK", str(comm.device.index or 0))  # DeepSpeed wants its launcher's word
+    _refuse_unknown(deepspeed, settings, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own use of deprecated calls
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        except (ValueError, AssertionError) as error:
+            raise ConfigError(f"DeepSpeed {deepspeed.__version__} refuses its settings: {error}") from error
+    return engine
+
+
+def _import() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.kind=deepspeed needs the package deepspeed ({error}); install it: pip install 'hpccl[deepspeed]'"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+    # On CPUs it would compile a module at the first start, which only inference uses, and wait for ever for the lock of
+    # a process that was killed at it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _settings(config: RunConfig, count: int) -> dict[str, Any]:
+    """Ours, and the user's where they do not touch ours (config.rules refuses those that do); count: of parameters."""
+    engine = config.engine
+    assert isinstance(engine, DeepspeedConfig)
+    # Gradients on their way: as many as the network has, up to 200 MB. DeepSpeed would take 2 GB, whatever its size.
+    zero: dict[str, Any] = {"stage": engine.stage, "reduce_bucket_size": min(count, _BUCKET)}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload_weights:
+        zero["offload_param"] = {"device": "cpu"}
+    if engine.stage == 3:
+        # Its defaults keep up to 1e9 weights whole from the forward to the backward pass: most networks altogether.
+        zero |= {"stage3_max_live_parameters": _BUCKET, "stage3_max_reuse_distance": _BUCKET}
+        zero["stage3_param_persistence_threshold"] = 0
+    user = dict(engine.deepspeed)
+    zero |= user.pop("zero_optimization", {})
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's; batches are hpccl's
+        "gradient_accumulation_steps": config.train.accumulate,
+        "gradient_clipping": (config.train.clip_norm or 0.0) if engine.stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+        "torch_autocast": {
+            "enabled": engine.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # all weights travel in fp32
+        },
+        **user,
+    }
+
+
+class _Asked(dict[str, Any]):
+    """Remembers which keys anybody looked for: DeepSpeed passes over those that it does not know in silence."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.keys_asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked.add(str(key))
+        return super().__contains__(key)
+
+
+def _refuse_unknown(deepspeed: Any, settings: Mapping[str, Any], config: RunConfig) -> None:
+    """Ask DeepSpeed's own schema.
+
+    Raises:
+        ConfigError: naming the settings that it does not know or refuses.
+    """
+    asked = _Asked(settings)
+    try:
+        deepspeed.DeepSpeedConfig(asked)
+    except (ValueError, AssertionError, TypeError, KeyError) as error:
+        lines = " ".join(str(error).split())
+        raise ConfigError(f"engine.deepspeed: DeepSpeed {deepspeed.__version__} refuses it: {lines}") from error
+    assert isinstance(config.engine, DeepspeedConfig)
+    unknown = sorted(set(config.engine.deepspeed) - asked.keys_asked)
+    if unknown:
+        raise ConfigError(
+            f"engine.deepspeed.{unknown[0]}: DeepSpeed {deepspeed.__version__} knows no such setting; allowed are: "
+            f"{', '.join(sorted(asked.keys_asked - settings.keys()))}"
+        )

@@ -1,0 +1,73 @@
+"""What is done to gradients before ranks average them: hooks by parameter, once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+from torch import Tensor
+
+from hpccl.dist.comm import Comm
+from hpccl.dist.spread import Leaves, fetch
+from hpccl.engine.protocols import GradientHook, Weights
+
+__all__ = ["Hooks"]
+
+
+@final
+class Hooks:
+    """Several hooks of one parameter are called in turn.
+
+    far: whole weights that hooks want from other layers than theirs, where weights are spread. A layer's own are whole
+        while its gradient is made; only a dense curvature wants others, whose network is small
+    """
+
+    def __init__(self) -> None:
+        self.far: dict[str, Tensor] = {}
+        self._hooks: dict[str, GradientHook] = {}
+        self._called: set[str] = set()
+        self._wanted: set[str] | None = None
+
+    def add(self, hooks: Sequence[tuple[str, GradientHook]], comm: Comm, *, spread: bool) -> Callable[[], None]:
+        """Returns what removes them; collective where weights are spread."""
+        for name, hook in hooks:
+            self._hooks[name] = _both(self._hooks[name], hook) if name in self._hooks else hook
+        far = {needed for name, hook in hooks for needed in hook.needs if _layer(needed) != _layer(name)}
+        self._wanted = far if spread and comm.any(bool(far)) else None
+
+        def remove() -> None:
+            for name, _ in hooks:
+                self._hooks.pop(name, None)
+            self._wanted, self.far = None, {}
+
+        return remove
+
+    def fetch(self, weights: Callable[[], Leaves], comm: Comm) -> None:
+        """Before a pass whose gradients are hooked; collective where hooks want other layers' weights."""
+        if self._wanted is not None:
+            self.far = fetch(weights(), self._wanted, comm)
+
+    def call(self, name: str, gradient: Tensor, weights: Callable[[str], Tensor]) -> Tensor:
+        """What becomes of a parameter's gradient; weights: whole, by name."""
+        hook = self._hooks.get(name)
+        if hook is None:
+            return gradient
+        self._called.add(name)
+        return hook.call(gradient, {needed: weights(needed) for needed in hook.needs})
+
+    def silent(self) -> set[str]:
+        """Parameters whose hooks were not called since this was asked last."""
+        found = self._hooks.keys() - self._called
+        self._called.clear()
+        return found
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _both(first: GradientHook, second: GradientHook) -> GradientHook:
+    def call(gradient: Tensor, weights: Weights) -> Tensor:
+        return second.call(first.call(gradient, weights), weights)
+
+    return GradientHook(tuple(dict.fromkeys((*first.needs, *second.needs))), call)
