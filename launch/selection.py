@@ -44,7 +44,7 @@ SPLIT_CIFAR = Setting(
         "configs/method/ewc+fr+replay.yaml",
         "curvature.tasks.max_cost=5.0",
         "prior.temperature=2.0",
-        "prior.weight=1.0",  # chosen with the next on a validation split, with the uniform memory of 100: docs/results.md
+        "prior.weight=1.0",  # this and the next: chosen on a validation split, docs/results.md
         "prior.quadratic.weight=2.0",
     ),
 )
