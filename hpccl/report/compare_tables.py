@@ -22,7 +22,7 @@ from hpccl.report.metrics import NUM_BINS
 from hpccl.report.summary import RunReport
 from hpccl.report.text import TextTable, fixed, spread, whole
 
-__all__ = ["calibration", "cost", "rank_correlation", "reconstruction", "tables", "task_accuracy"]
+__all__ = ["calibration", "cost", "paired", "rank_correlation", "reconstruction", "tables", "task_accuracy"]
 
 _CALIBRATION_NOTE = (
     "Of the network after the last task, means over the tasks learned. NLL: negative log-likelihood, nats an image; "
@@ -37,6 +37,11 @@ _CALIBRATION: dict[str, tuple[float, int]] = {
     "nll_class_incremental": (1, 3),
     "ece_class_incremental": (100, 1),
 }
+_PAIRED = ("average_accuracy", "average_accuracy_class_incremental", "forgetting", "learning_accuracy")
+_PAIRED_NOTE = (
+    "in percentage points: mean ± standard error over the seeds that both have. "
+    "Better: with how many of them the average accuracy is higher."
+)
 _COST_NOTE = (
     "Wall-clock is of everything, resumes counted, pauses not; training is the steps alone. Tasks trained are fewer "
     "than all where another run gave the first (train.first_task_from) or only the last was trained (train.only_last): "
@@ -55,9 +60,45 @@ _TITLES = {"cosine": "Gradient reconstruction, cosine", "relative_error": "Gradi
 
 def tables(comparison: Comparison) -> list[TextTable]:
     """Those that have a line, in order."""
-    found = [calibration(comparison), cost(comparison), task_accuracy(comparison)]
+    found = [paired(comparison), calibration(comparison), cost(comparison), task_accuracy(comparison)]
     found += [reconstruction(comparison, key) for key in _FIGURES]
     return [table for table in found if table.rows]
+
+
+# ---------------------------------------------------------------- seed by seed
+
+
+def paired(comparison: Comparison) -> TextTable:
+    """Each group less the first one over the seeds that both have; no line where they share fewer than two.
+
+    What a seed decides for both, such as the first task, is not in the differences, so that they spread less than the
+    groups do.
+    """
+    first, *others = comparison.groups
+    header = [*group_header(comparison), "shared seeds", *(FIGURES[key] for key in _PAIRED), "better"]
+    rows = [row for group in others if (row := _paired_row(comparison, first, group))]
+    notes = [f"Less {first.label}, {_PAIRED_NOTE}"]
+    title = "Differences from the first, seed by seed"
+    return TextTable(title, header, rows, len(group_header(comparison)), notes)
+
+
+def _paired_row(comparison: Comparison, first: Group, group: Group) -> list[str]:
+    ours, theirs = ({run.seed: run for run in comparison.members(each)} for each in (group, first))
+    seeds = [seed for seed in ours if seed in theirs]
+    if len(seeds) < 2:
+        return []
+    cells = []
+    for key in _PAIRED:
+        found = statistic([_less(ours[seed], theirs[seed], key) for seed in seeds])
+        error = None if found.std is None else found.std / math.sqrt(found.n)
+        cells.append(spread(found.mean, error, scale=100, digits=1))
+    higher = sum((_less(ours[seed], theirs[seed], "average_accuracy") or 0.0) > 0 for seed in seeds)
+    return [*group_cells(comparison, group), str(len(seeds)), *cells, f"{higher} of {len(seeds)}"]
+
+
+def _less(run: RunReport, other: RunReport, figure: str) -> float | None:
+    one, two = getattr(run, figure), getattr(other, figure)
+    return None if one is None or two is None else one - two
 
 
 # ---------------------------------------------------------------- likelihood and calibration

@@ -12,7 +12,15 @@ import pytest
 from hpccl.config.train import EvaluateConfig
 from hpccl.report.compare import Comparison, compare_runs, mean_reconstruction
 from hpccl.report.compare_files import write_comparison
-from hpccl.report.compare_tables import calibration, cost, rank_correlation, reconstruction, tables, task_accuracy
+from hpccl.report.compare_tables import (
+    calibration,
+    cost,
+    paired,
+    rank_correlation,
+    reconstruction,
+    tables,
+    task_accuracy,
+)
 from hpccl.report.events import EventLog
 from tests.unit.report import synthetic
 
@@ -53,6 +61,22 @@ def write(
                     log.write(event, **fields)
         log.write("done", weights_sha256=folder.name, images_per_second=100.0)
     return folder
+
+
+def test_differences_are_of_the_seeds_that_both_have(tmp_path: Path) -> None:
+    """Shifts by hand: of the seeds 1 and 2 the second group is 1/32 and 3/32 better; seeds 0 and 3 have no partner."""
+    first = [write(tmp_path / f"a{seed}", seed=seed, shift=shift) for seed, shift in ((0, 0.0), (1, 0.0), (2, 0.03125))]
+    second = [
+        write(tmp_path / f"b{seed}", seed=seed, quadratic=2.0, shift=shift)
+        for seed, shift in ((1, 0.03125), (2, 0.125), (3, 0.25))
+    ]
+    alone = write(tmp_path / "c", seed=1, quadratic=3.0)
+    found = paired(compare_runs([*first, *second, alone]))
+    (row,) = found.rows
+    mean, error = 100 * 2 / 32, 100 * 1 / 32  # half the range, over root 2, times root 2 of the deviation
+    assert row[-6:] == ["2", f"{mean:.1f} ± {error:.1f}", f"{mean:.1f} ± {error:.1f}", *row[-3:-1], "2 of 2"]
+    assert found.notes[0].startswith("Less ewc+fr+replay m=20 ")
+    assert not paired(compare_runs(first)).rows
 
 
 def evaluation(task: int, shift: float, *, calibrated: bool) -> dict[str, Any]:
