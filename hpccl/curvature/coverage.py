@@ -30,6 +30,10 @@ from hpccl.errors import CoverageError
 __all__ = ["Coverage", "footprint", "plan", "plan_ahead", "refuse_unfit", "widen"]
 
 _AGREE = 1e-2  # relative difference of squared gradients that still counts as rounding
+# How often a layer must disagree for it to count: an activation that is zero up to rounding may be on in a batch of two
+# images and off in one of one, and so its gradient; but hardly again at other images.
+_PROBES = 3
+_JITTER = 0.1  # of the images' deviation, to get others
 _NOISE = 1e-13  # of the largest squared gradient: below it a gradient is rounding alone (exact zeros by symmetry)
 
 
@@ -82,31 +86,59 @@ def plan(model: nn.Module, pixels: Tensor) -> Coverage:
         CoverageError: a trainable parameter does not influence the logits of any of them.
     """
     coverage = _by_structure(model, pixels)
-    with captured(model, coverage.layers) as calls:
-        logits = model(pixels)
-    columns = _random_columns(logits)
-    truth, reached = looped_squares(model, None, pixels, columns)
-    _refuse_unreached(truth.keys() - reached)
-    found = layer_squares(model, coverage.layers, calls, logits, columns, group=1)
-    largest = [float(value.max()) for value in truth.values() if value.numel()]
-    noise = _NOISE * max((value for value in largest if isfinite(value)), default=0.0)
-
-    def agreeing(squares: Mapping[str, Tensor], names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(name for name in names if name in squares and _agrees(squares[name], truth[name], noise))
-
-    layers = {
-        name: names for name, names in coverage.layers.items() if len(agreeing(found, names.values())) == len(names)
-    }
+    probe, agreed = _measured(model, coverage.layers, pixels)
+    _refuse_unreached(probe.truth.keys() - probe.reached)
+    for number in range(1, _PROBES):
+        doubtful = {name: names for name, names in coverage.layers.items() if name not in agreed}
+        if doubtful:
+            agreed |= _measured(model, doubtful, _others(pixels, number))[1]
+    layers = {name: names for name, names in coverage.layers.items() if name in agreed}
     covered = {full for names in layers.values() for full in names.values()}
-    rest = tuple(name for name in truth if name not in covered)
-    mapped = agreeing(_mapped(model, rest, pixels, columns), rest)
+    rest = tuple(name for name in probe.truth if name not in covered)
+    mapped = probe.agreeing(_mapped(model, rest, pixels, probe.columns), rest)
     return replace(
         coverage,
         layers=layers,
         mapped=mapped,
         looped=tuple(name for name in rest if name not in mapped),
-        widened=agreeing(_widened(model, mapped, pixels, columns), mapped),
+        widened=probe.agreeing(_widened(model, mapped, pixels, probe.columns), mapped),
     )
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Squared gradients of a few examples, one by one.
+
+    truth: by parameter
+    reached: parameters that the logits depend on
+    columns: [1, m, C], of the logits
+    """
+
+    truth: Mapping[str, Tensor]
+    reached: Collection[str]
+    columns: Tensor
+
+    def agreeing(self, squares: Mapping[str, Tensor], names: Iterable[str]) -> tuple[str, ...]:
+        """Those of `names` whose squares are the true ones."""
+        largest = [float(value.max()) for value in self.truth.values() if value.numel()]
+        noise = _NOISE * max((value for value in largest if isfinite(value)), default=0.0)
+        return tuple(name for name in names if name in squares and _agrees(squares[name], self.truth[name], noise))
+
+
+def _measured(model: nn.Module, layers: Mapping[str, Mapping[str, str]], pixels: Tensor) -> tuple[_Probe, set[str]]:
+    """The truth, and the layers whose hooks tell it."""
+    with captured(model, layers) as calls:
+        logits = model(pixels)
+    columns = _random_columns(logits)
+    probe = _Probe(*looped_squares(model, None, pixels, columns), columns)
+    found = layer_squares(model, layers, calls, logits, columns, group=1)
+    return probe, {name for name, own in layers.items() if len(probe.agreeing(found, own.values())) == len(own)}
+
+
+def _others(pixels: Tensor, number: int) -> Tensor:
+    """Images a little beside these, the same every time."""
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(number)).to(pixels)
+    return pixels + _JITTER * pixels.std().clamp(min=1e-3) * noise
 
 
 def plan_ahead(model: nn.Module, image_shape: Sequence[int]) -> Coverage:

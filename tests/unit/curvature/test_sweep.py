@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from hpccl.curvature import coverage
 from hpccl.curvature.capture import captured, measuring
 from hpccl.curvature.coverage import plan
 from hpccl.curvature.layers import acts_as_known
@@ -167,3 +168,25 @@ def test_names_are_listed_briefly() -> None:
 def test_columns_per_example() -> None:
     data = examples(torch.randn(2, 3))
     assert [Sweep(fisher, 5, 0).num_columns(data) for fisher in ("ggn", "mc", "empirical")] == [3, 5, 1]
+
+
+class Rounded(nn.Module):
+    """An activation whose input is rounded up in a batch of one image and down in larger ones, as sums may be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + (1e-9 if len(x) == 1 else -1e-9)).relu()
+
+
+@pytest.mark.parametrize(("probes", "layers"), [(1, {"3"}), (3, {"1", "3"})])
+def test_rounding_at_one_pair_of_images_does_not_decide_how_a_layer_is_measured(
+    probes: int, layers: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a single probe it would: half of the activations are zero up to rounding there, and nowhere else."""
+    monkeypatch.setattr(coverage, "_PROBES", probes)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 4, bias=False), Rounded(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model.get_parameter("1.weight")[:2] = torch.tensor([1.0, -1.0])
+    pixels = torch.tensor([1.0, 2.0], dtype=torch.float64).view(2, 1, 1, 1).expand(2, 1, 1, 2).clone()
+    with measuring(model, pixels.device):
+        assert set(plan(model, pixels).layers) == layers
