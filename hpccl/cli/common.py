@@ -15,7 +15,7 @@ from hpccl.config.load import is_override, sweep
 if TYPE_CHECKING:
     from hpccl.config.run import RunConfig
 
-__all__ = ["Arguments", "Runs", "configs_of", "train_all"]
+__all__ = ["Arguments", "configs_of", "train_all"]
 
 Arguments = Annotated[
     list[str],
@@ -24,10 +24,6 @@ Arguments = Annotated[
         help="YAML files, merged from left to right, then settings; key=a,b is a sweep. "
         "A file whose name holds '=' is written ./a=b.yaml.",
     ),
-]
-
-Runs = Annotated[
-    list[Path], typer.Argument(metavar="RUNS...", help="Folders of runs, or of sweeps and campaigns with runs below.")
 ]
 
 

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpccl.cli.common import Arguments, Runs, configs_of, train_all
+from hpccl.cli.common import Arguments, configs_of, train_all
 from hpccl.cluster.outcome import DONE, FAILED
 
 if TYPE_CHECKING:
     from hpccl.cluster.submit import Submitted
 
 __all__ = ["cancel", "logs", "status", "submit"]
+
+Runs = Annotated[
+    list[Path], typer.Argument(metavar="RUNS...", help="Folders of runs, or of sweeps and campaigns with runs below.")
+]
 
 _LISTED = 10  # jobs that `submit` names one by one
 

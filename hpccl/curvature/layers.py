@@ -79,20 +79,13 @@ def squares(
 
 def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
     """Of a parameter of a layer that has a formula."""
-    if isinstance(module, nn.Linear):
-        weight: tuple[int, ...] = (module.out_features, module.in_features)
-    elif isinstance(module, nn.Conv2d):
-        weight = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-    elif isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm):
         return module.normalized_shape
-    else:
-        return (module.num_channels if isinstance(module, nn.GroupNorm) else _num_features(module),)
-    return weight if name == "weight" else weight[:1]
-
-
-def _num_features(module: nn.Module) -> int:
-    assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-    return module.num_features
+    if isinstance(module, nn.Linear) and name == "weight":
+        return (module.out_features, module.in_features)
+    if isinstance(module, nn.Conv2d) and name == "weight":
+        return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    return (-1,)
 
 
 def _in_a_patch(module: nn.Conv2d) -> int:

@@ -41,8 +41,8 @@ _OUR_ZERO = {
     "offload_optimizer": "engine.offload_optimizer",
     "offload_param": "engine.offload_weights",
     "cpu_offload": "engine.offload_optimizer",
-    "round_robin_gradients": "nothing: DeepSpeed then says of shards that they are where they are not",
-    "parameter_alignment": "nothing: shards are where they are without it",
+    "round_robin_gradients": "nothing: with it shards are not where DeepSpeed says they are",
+    "parameter_alignment": "nothing: hpccl reads shards that lie side by side",
 }
 
 
