@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
-from hpccl.config.memory import SELECTORS
+from hpccl.config.memory import NAMED_SELECTORS, SELECTORS
+
+COMPARED = (*SELECTORS, "reconstruction+equal")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def trainings(setting: Setting, selectors: Sequence[str]) -> Iterator[Step]:
                 after = () if name == first else (first,)
                 shared = [f"train.first_task_from={setting.folder}/{first}"] if after else []
                 names = [f"folder={setting.folder}/{name}", f"name={selector}-{number}", f"seed={seed}"]
-                kept = [f"memory.size={number}", f"memory.selector.kind={selector}"]
+                kept = [f"memory.size={number}"]
+                kept += [f"memory.selector.{key}={value}" for key, value in NAMED_SELECTORS[selector].items()]
                 yield Step(name, ("train", *setting.arguments, *kept, *shared, *names), after)
 
 
@@ -81,7 +84,7 @@ def campaign(setting: Setting, selectors: Sequence[str]) -> Campaign:
     for seed in setting.seeds:
         run = f"uniform-{setting.sizes[0]}-{seed}"
         command = ("memory", "reconstruct", f"{setting.folder}/{run}", "--sizes", sizes, "--past", "0.1")
-        out = ("--points", "5", "--out", f"{setting.out}/reconstruction-{seed}")
+        out = ("--selectors", ",".join(selectors), "--points", "5", "--out", f"{setting.out}/reconstruction-{seed}")
         along.append(Step(f"reconstruct-{seed}", (*command, *out), (run,)))
     return Campaign(setting.folder, (*steps, *along, report))
 
@@ -89,7 +92,7 @@ def campaign(setting: Setting, selectors: Sequence[str]) -> Campaign:
 if __name__ == "__main__":
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
-    parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=SELECTORS, metavar="KIND", help="all")
+    parser.add_argument("--selectors", nargs="+", choices=NAMED_SELECTORS, default=COMPARED, metavar="NAME", help="all")
     parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="examples a task in memory")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="0 1 2")
     chosen = parser.parse_args()

@@ -58,7 +58,10 @@ def reconstruct_memory(
     *,
     sizes: Annotated[str, typer.Option(help="Examples kept of each task, as in 50,100.")] = "50,100,200",
     selectors: Annotated[
-        str | None, typer.Option(help="Kinds of memory.selector, as in uniform,gini+sampled; all if not given.")
+        str | None,
+        typer.Option(
+            help="Kinds of memory.selector, as in uniform,gini+sampled,reconstruction+equal; all if not given."
+        ),
     ] = None,
     task: Annotated[
         int | None, typer.Option(help="Choose after this task, counted from 0; the last with a next one if not given.")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from hpccl.config.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 __all__ = [
-    "SAMPLED_SELECTORS",
+    "NAMED_SELECTORS",
     "SELECTORS",
     "FeatureSelector",
     "GreedySelector",
@@ -96,7 +96,7 @@ class FeatureSelector(Section):
 
 
 class ReconstructionSelector(Section):
-    """Greedily by class, with weights: the weighted sum of the last layer's gradients comes close to the task's.
+    """Greedily by class: the sum of the last layer's gradients comes close to the task's.
 
     Gradients are those at the weights that end the task and at `probes` random steps of the last layer from them, less
     what a quadratic says of these steps if the prior has one; in a random projection.
@@ -106,7 +106,10 @@ class ReconstructionSelector(Section):
     probes: NonNegativeInt = 4  # random steps of the last layer
     radius: PositiveFloat = 1.0  # standard deviation of the change of a logit by such a step
     projection: PositiveInt = 512  # numbers that stand for a gradient
-    ridge: PositiveFloat = 0.01  # pull of the weights to equal ones
+    # fitted: every example counts as much as brings the sum closest; equal: all count 1, and their mean comes close to
+    # the task's, whose size is left to prior.weight
+    weights: Literal["fitted", "equal"] = "fitted"
+    ridge: PositiveFloat = 0.01  # pull of fitted weights to equal ones
 
 
 SelectorConfig = Annotated[
@@ -121,18 +124,20 @@ SelectorConfig = Annotated[
 ]
 
 
-# Kinds that choose within a task, in the order of the union above (a reservoir is a uniform sample there), and those of
-# them that can be drawn with chances.
+# Kinds that choose within a task, in the order of the union above; a reservoir is a uniform sample there.
 _SELECTORS = (UniformSelector, ScoreSelector, PosteriorSelector, FeatureSelector, ReconstructionSelector)
 SELECTORS: tuple[str, ...] = tuple(
     kind for each in _SELECTORS for kind in get_args(each.model_fields["kind"].annotation)
 )
-SAMPLED_SELECTORS: tuple[str, ...] = tuple(
-    kind
+_VARIANTS: dict[str, dict[str, Any]] = {"sampled": {"sampled": True}, "equal": {"weights": "equal"}}
+# By name (a kind, or one and a variant of it: `gini+sampled`, `reconstruction+equal`), the keys of `memory.selector`.
+NAMED_SELECTORS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in SELECTORS} | {
+    f"{kind}+{variant}": {"kind": kind, **keys}
+    for variant, keys in _VARIANTS.items()
     for each in _SELECTORS
-    if "sampled" in each.model_fields
+    if keys.keys() <= each.model_fields.keys()
     for kind in get_args(each.model_fields["kind"].annotation)
-)
+}
 
 
 class MemoryConfig(Section):

@@ -1,6 +1,6 @@
 """Greedy choices within one class, from a vector for every example: herding, k-center, matching of a sum.
 
-    herding    argmin_i | mu - (x_i + sum of chosen) / k |          x normalised, mu their mean
+    herding    argmin_i | mu - (x_i + sum of chosen) / k |          mu the mean of x, normalised or as they are
     k-center   argmax_i min_{j chosen} | x_i - x_j |
     matching   argmin_i min_t |r - t u_i|,  then weights t >= 0 of the chosen that minimise |r|,  r = b - sum t_j u_j,
                b = sum_i u_i
@@ -32,11 +32,12 @@ _TIE = 1e-9  # relative difference that is rounding
 _BLOCK = 20_000  # examples among which centers are searched at a time
 
 
-def herding(rows: Floats, keep: int) -> Ints:
-    """[keep] positions of the rows [n, D] whose running mean stays closest to the mean; rows are normalised first."""
+def herding(rows: Floats, keep: int, *, normalise: bool = True) -> Ints:
+    """[keep] positions of the rows [n, D] whose running mean stays closest to the mean; iCaRL normalises rows first."""
     wide = rows.astype(np.float64)
-    norms = np.linalg.norm(wide, axis=1)
-    wide /= np.where(norms > 0, norms, 1.0)[:, None]
+    if normalise:
+        norms = np.linalg.norm(wide, axis=1)
+        wide /= np.where(norms > 0, norms, 1.0)[:, None]
     mean, half = wide.mean(axis=0), 0.5 * np.square(wide).sum(axis=1)
     free = np.ones(len(wide), dtype=np.bool_)
     order = np.empty(keep, dtype=np.int64)

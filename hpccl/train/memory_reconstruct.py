@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hpccl.checkpoint.store import Mark, load, marks
-from hpccl.config.memory import SAMPLED_SELECTORS, SELECTORS
+from hpccl.config.memory import NAMED_SELECTORS, SELECTORS
 from hpccl.config.run import RunConfig
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import placed_whole, wholes
@@ -81,7 +81,7 @@ def reconstruct_memory(
     Args:
         path: the run's folder.
         sizes: examples kept of each task.
-        selectors: kinds of memory.selector; `+sampled` behind one that can draw.
+        selectors: kinds of memory.selector, or variants (`config.memory.NAMED_SELECTORS`).
         task: t, counted from 0; None: the last that has a next one.
         points: on the path, the last of which are the weights after task t + 1.
         past: share of the past that gives the true gradient; None: log.reconstruction, or all.
@@ -118,10 +118,9 @@ def reconstruct_memory(
 def _check(sizes: Sequence[int], selectors: Sequence[str], *, points: int, past: float | None, fraction: float) -> None:
     if not sizes or min(sizes) < 1:
         raise ConfigError(f"--sizes {' '.join(map(str, sizes))}: at least one number, each at least 1")
-    allowed = [*SELECTORS, *(f"{kind}+sampled" for kind in SAMPLED_SELECTORS)]
-    unknown = [each for each in selectors if each not in allowed]
+    unknown = [each for each in selectors if each not in NAMED_SELECTORS]
     if unknown or not selectors:
-        raise ConfigError(f"--selectors {' '.join(unknown)}: allowed are {', '.join(allowed)}")
+        raise ConfigError(f"--selectors {' '.join(unknown)}: allowed are {', '.join(NAMED_SELECTORS)}")
     if points < 1:
         raise ConfigError(f"--points {points}: at least 1")
     if past is not None and not 0 < past <= 1:
@@ -218,10 +217,8 @@ def _configured(path: Path, config: RunConfig, selector: str, number: int, fract
     Raises:
         ConfigError: the two contradict each other.
     """
-    kind, _, drawn = selector.partition("+")
     tree = config.model_dump()
-    chosen: dict[str, Any] = {"kind": kind, **({"sampled": True} if drawn else {})}
-    tree["memory"] |= {"size": number, "total": 0, "fraction": 0.0, "selector": chosen}
+    tree["memory"] |= {"size": number, "total": 0, "fraction": 0.0, "selector": NAMED_SELECTORS[selector]}
     if fraction:
         tree["curvature"]["fraction"] = fraction
     try:

@@ -196,7 +196,7 @@ def _labels(sample: Ints, classes: list[int], world: World) -> Tensor:
 def _reconstruction(
     config: ReconstructionSelector, task: Task, given: Candidates, state: RunState, world: World
 ) -> Choice:
-    """Matching, by class, of gradients of the last layer; see docs/memory.md for the objective."""
+    """Matching, by class, of sums or means of gradients of the last layer; see docs/memory.md for the objectives."""
     prior, comm = world.config.prior, world.comm
     seen = _Share.of(task, given, state, world)
     good = torch.from_numpy(seen.valid)
@@ -224,12 +224,17 @@ def _reconstruction(
         return torch.cat([own, weight * project(residuals.first_order(logits, x), x)], dim=1) if weight else own
 
     def pick(rows: Floats, keep: int) -> tuple[Ints, npt.NDArray[np.float64]]:
-        return matching(rows[:, :width], keep, ridge=config.ridge, given=rows[:, width:] if weight else None)
+        own, others = rows[:, :width], rows[:, width:] if weight else None
+        if config.weights == "equal":
+            return herding(own if others is None else own - others, keep, normalise=False), np.ones(keep)
+        return matching(own, keep, ridge=config.ridge, given=others)
 
     parts = [slice(start, start + _TOGETHER) for start in range(0, len(seen.x), _TOGETHER)]
     empty = torch.zeros(0, 2 * width if weight else width)
     gradients = torch.cat([empty, *map(vectors, parts)])
     choice = by_class(gradients, seen.sample, seen.valid, given=given, comm=comm, pick=pick)
+    if config.weights == "equal":
+        return replace(choice, weight=np.ones(len(choice.weight)))
     # Beside a quadratic an example stands for itself, whatever the size of the memory, unless the prior scales it up.
     alone = weight > 0 and not prior.scale_to_task
     return replace(choice, weight=choice.weight * len(given.samples) / max(given.keep, 1)) if alone else choice

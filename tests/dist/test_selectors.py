@@ -26,6 +26,7 @@ SELECTORS: list[dict[str, Any]] = [
     {"kind": "herding"},
     {"kind": "k_center"},
     {"kind": "reconstruction"},
+    {"kind": "reconstruction", "weights": "equal"},
 ]
 
 

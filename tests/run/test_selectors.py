@@ -12,6 +12,7 @@ from torch.nn import functional
 from hpccl.checkpoint.store import Mark, load
 from hpccl.data.rows import Request
 from hpccl.errors import ConfigError
+from hpccl.memory.greedy import herding
 from hpccl.memory.score import whole_leverage, whole_sensitivity
 from hpccl.memory.store import Memory
 from hpccl.train.compose import Composer
@@ -38,6 +39,7 @@ SELECTORS: list[dict[str, Any]] = [
     {"kind": "k_center"},
     {"kind": "reconstruction"},
     {"kind": "reconstruction", "projection": 64, "probes": 0},
+    {"kind": "reconstruction", "weights": "equal"},
 ]
 
 
@@ -69,7 +71,8 @@ def test_two_tasks(tmp_path: Path, selector: dict[str, Any]) -> None:
         own = memory.task == task
         assert sorted(memory.rank[own].tolist()) == list(range(20))
         assert torch.bincount(memory.label[own]).tolist()[-2:] == [10, 10]
-    if not selector.get("sampled") and selector["kind"] != "reconstruction":
+    fitted = selector["kind"] == "reconstruction" and selector.get("weights") != "equal"
+    if not selector.get("sampled") and not fitted:
         assert memory.weight.unique().tolist() == [1.0]
     assert world.stream.tasks[1].samples("train").start <= int(memory.sample.max())
 
@@ -79,6 +82,18 @@ def test_uniform_keeps_what_it_always_kept(tmp_path: Path) -> None:
     state, _ = after(1, tmp_path, {"size": 12})
     assert state.prior.memory.sample.tolist() == KEPT
     assert state.prior.memory.sample[state.prior.memory.replay].tolist() == REPLAYED
+
+
+def test_equal_weights_herd_the_gradients_of_the_last_layer(tmp_path: Path) -> None:
+    """Of (p - y) x', whole; beside a quadratic the same without probes, at which alone it says something."""
+    kept = {"kind": "reconstruction", "weights": "equal", "probes": 0, "projection": 10_000}
+    state, world = after(1, tmp_path, {"size": 20, "selector": kept})
+    (look,) = looks(np.arange(len(world.stream.tasks[0].samples("train"))), [0, 1], state, world, inputs=True)
+    labels = torch.from_numpy(world.stream.labels("train")[look.sample])
+    error = look.logits.softmax(dim=1) - torch.nn.functional.one_hot(labels, 2)
+    gradients = torch.einsum("nk,nd->nkd", error, look.x).flatten(1).numpy()
+    expected = [np.flatnonzero(labels == k)[herding(gradients[labels == k], 10, normalise=False)] for k in (0, 1)]
+    assert state.prior.memory.sample.tolist() == sorted(np.concatenate(expected).tolist())
 
 
 def best(state: RunState, world: World, score: Any, keep: int) -> set[int]:

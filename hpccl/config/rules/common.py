@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+from hpccl.config.base import Section
 from hpccl.config.memory import MemoryConfig
-from hpccl.config.prior import PriorConfig
 
 __all__ = ["budgets", "differs"]
+
+SomeSection = TypeVar("SomeSection", bound=Section)
 
 
 def budgets(memory: MemoryConfig) -> list[str]:
@@ -13,6 +17,6 @@ def budgets(memory: MemoryConfig) -> list[str]:
     return [f"memory.{key}" for key in ("size", "total", "fraction") if getattr(memory, key) > 0]
 
 
-def differs(one: PriorConfig, other: PriorConfig, key: str) -> bool:
-    """Whether two priors say different things of `key`."""
+def differs(one: SomeSection, other: SomeSection, key: str) -> bool:
+    """Whether two sections of a kind say different things of `key`."""
     return bool(getattr(one, key) != getattr(other, key))

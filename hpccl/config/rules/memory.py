@@ -30,6 +30,10 @@ def _selector(config: RunConfig) -> Iterator[Clash]:
     if selector.probes == 0 and config.prior.replay == 0:
         problem = "soft labels say nothing at the weights that end a task; set probes > 0, or prior.replay > 0"
         yield Clash(("memory.selector.probes", "prior.replay"), problem)
+    if selector.weights == "equal" and differs(selector, ReconstructionSelector(), "ridge"):
+        yield Clash(
+            ("memory.selector.ridge", "memory.selector.weights"), "equal weights are not fitted; unset the ridge"
+        )
 
 
 def _needs_memory(config: RunConfig) -> Iterator[Clash]:

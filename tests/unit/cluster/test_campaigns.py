@@ -40,7 +40,7 @@ def campaign_of(name: str, setting: str) -> Campaign:
         "split_cifar": [getattr(module, "METHODS", ()), None],
         "tune": [list(getattr(module, "GRID", {}))],
         "ablation": [list(getattr(module, "ROWS", {}))],
-        "selection": [getattr(module, "SELECTORS", ())],
+        "selection": [getattr(module, "COMPARED", ())],
         "optimizers": [getattr(module, "OPTIMIZERS", ())],
         "methods": [getattr(module, "METHODS", ())],
     }

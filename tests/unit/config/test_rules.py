@@ -115,6 +115,7 @@ DOMAINS = "stream.scenario.kind=domains"
         (["memory.total=20", "memory.fraction=0.1"], "memory.total"),
         (["memory.fraction=0.1", "train.data=seen"], "memory.fraction"),
         ([MEMORY, "memory.selector={kind: reconstruction, probes: 0}"], "memory.selector.probes"),
+        ([MEMORY, "memory.selector={kind: reconstruction, weights: equal, ridge: 0.1}"], "memory.selector.ridge"),
         (["train.restart=true", MEMORY], "memory.size"),
         (["train.restart=true", "prior.quadratic.weight=1"], "prior.quadratic.weight"),
         (["train.restart=true", "train.first_task_from=runs/a"], "train.first_task_from"),

@@ -20,10 +20,11 @@ def test_herding_of_the_published_example() -> None:
     assert herding(vectors, 5).tolist() == [1, 3, 0, 4, 2]
 
 
-def test_herding_is_that_of_the_paper() -> None:
-    """Rebuffi et al. 2017, algorithm 4, word by word."""
+@pytest.mark.parametrize("normalise", [True, False])
+def test_herding_is_that_of_the_paper(normalise: bool) -> None:
+    """Rebuffi et al. 2017, algorithm 4, word by word; of rows as they are, the same."""
     given = rows(40, 6)
-    x = given / np.linalg.norm(given, axis=1, keepdims=True)
+    x = given / np.linalg.norm(given, axis=1, keepdims=True) if normalise else given
     mean = x.mean(axis=0)
     chosen: list[int] = []
     for k in range(1, 21):
@@ -31,8 +32,8 @@ def test_herding_is_that_of_the_paper() -> None:
             np.inf if i in chosen else np.linalg.norm(mean - (x[i] + x[chosen].sum(axis=0)) / k) for i in range(40)
         ]
         chosen.append(int(np.argmin(np.array(distance))))
-    assert herding(given.astype(np.float32), 20).tolist() == chosen
-    assert herding(given, 7).tolist() == chosen[:7]
+    assert herding(given.astype(np.float32), 20, normalise=normalise).tolist() == chosen
+    assert herding(given, 7, normalise=normalise).tolist() == chosen[:7]
 
 
 def radius(given: np.ndarray, chosen: np.ndarray) -> float:
