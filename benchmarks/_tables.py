@@ -4,7 +4,8 @@
 
 In a page, `<!-- table: NAME -->` begins a table and `<!-- end -->` ends it. NAME is that of a benchmark, which leaves
 JSON lines in docs/results/benchmarks/, or FOLDER/TITLE: the table of that title, such as `wall-clock-and-images`, in
-docs/results/FOLDER/comparison.md. A table whose file is not there stays as it is.
+docs/results/FOLDER/comparison.md, or FOLDER/reconstruction: the means over docs/results/FOLDER/reconstruction-*/, which
+`hpccl memory reconstruct` wrote of several runs. A table whose file is not there stays as it is.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from hpccl.folder import replacing
+from hpccl.report.reconstruction import FIGURES
+from hpccl.report.text import fixed
 
 __all__ = ["FOLDER", "PAGES", "filled"]
 
@@ -44,7 +47,13 @@ def filled(page: str, folder: Path) -> str:
 
 def _table(found: re.Match[str], folder: Path) -> str:
     name = found["name"]
-    made = _of_comparison(name, folder.parent) if "/" in name else _of_benchmark(name, folder)
+    where, _, title = name.rpartition("/")
+    if not where:
+        made = _of_benchmark(name, folder)
+    elif title == "reconstruction":
+        made = _of_reconstructions(folder.parent / where)
+    else:
+        made = _of_comparison(name, folder.parent)
     rows = "".join(f"{row}\n" for row in made) or found["rows"]
     return f"<!-- table: {name} -->\n{rows}<!-- end -->"
 
@@ -71,6 +80,27 @@ def _of_comparison(name: str, results: Path) -> list[str]:
     if title not in found:
         raise ValueError(f"unknown table '{name}'; of {file} allowed: {', '.join(found)}")
     return re.findall(r"^\|.*$", found[title].partition("\n## ")[0], flags=re.MULTILINE)
+
+
+def _of_reconstructions(folder: Path) -> list[str]:
+    """Mean and sample standard deviation over runs, of each one's mean along its path."""
+    groups: dict[tuple[str, int], list[Details]] = {}
+    for file in sorted(folder.glob("reconstruction-*/reconstruction.json")):
+        for row in json.loads(file.read_text())["means"]:
+            groups.setdefault((row["selector"], row["size"]), []).append(row)
+    cells = [
+        (selector, str(size), str(len(rows)), *(_spread([row[name] for row in rows]) for name in FIGURES))
+        for (selector, size), rows in groups.items()
+    ]
+    head = ("selector", "m", "seeds", "cosine", "relative error", "cosine of change", "error of change")
+    return _rows(head, sorted(cells, key=lambda row: int(row[1]))) if cells else []
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return fixed(known[0] if known else None)
+    return f"{fixed(mean(known))} ± {fixed(stdev(known))}"
 
 
 def _rows(head: Sequence[str], cells: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:

@@ -56,6 +56,24 @@ def test_curvature_of_whichever_files_there_are(tmp_path: Path) -> None:
     ]
 
 
+def test_reconstruction_of_several_runs(tmp_path: Path) -> None:
+    name = "selection/reconstruction"
+    assert table(name, tmp_path / "benchmarks") == []
+    figures = {"cosine": 0.5, "relative_error": 0.75, "change_cosine": None, "change_error": 2.0}
+    for seed, better in enumerate((0.0, 0.25)):
+        folder = tmp_path / "selection" / f"reconstruction-{seed}"
+        folder.mkdir(parents=True)
+        means = [
+            {"selector": "uniform", "size": 500, **figures},
+            {"selector": "gini", "size": 100, **figures, "cosine": 0.5 + better, "change_cosine": better or None},
+        ]
+        (folder / "reconstruction.json").write_text(json.dumps({"means": means}))
+    assert table(name, tmp_path / "benchmarks") == [
+        ["gini", "100", "2", "0.625 ± 0.177", "0.750 ± 0.000", "0.250", "2.000 ± 0.000"],
+        ["uniform", "500", "2", "0.500 ± 0.000", "0.750 ± 0.000", "–", "2.000 ± 0.000"],
+    ]
+
+
 def test_engines_of_several_files(tmp_path: Path) -> None:
     methods = {"finetune": 1.0, "exact": 1.5, "truncated": 1.25, "again": 1.01}
     measured = {
