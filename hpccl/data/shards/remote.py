@@ -2,7 +2,7 @@
 
 A URL is whatever fsspec understands: s3://, gs://, https://, file://, memory://. Processes of a machine share the
 folder: a shard is downloaded once, written beside and renamed. What was not used for longest goes first; a file that
-is being read stays readable.
+is being read stays readable. Files of others in the folder are left alone and not counted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ Result = TypeVar("Result")
 _CHUNK = 1 << 23
 _LONGEST_PAUSE = 60.0
 _STALE = 3600.0  # seconds after which half a download belongs to nobody any more
+_KEPT = re.compile(r"[0-9a-f]{64}")  # a file is called by its checksum
+_HALF = re.compile(r"\.[0-9a-f]{64}\.[0-9]+\.part")
 
 
 def is_url(path: str) -> bool:
@@ -51,7 +54,9 @@ def load_manifest(path: str, split: str) -> Manifest:
 class ShardCache:
     """Files of an object store, on this machine.
 
-    max_bytes: of all shards kept; tries: of a download; pause: seconds after the first failure, doubled each time
+    max_bytes: of all shards kept, those that come included; only while more than that is coming at once, the folder
+        holds what comes
+    tries: of a download; pause: seconds after the first failure, doubled each time
     """
 
     folder: Path = Path("~/.cache/hpccl/shards")
@@ -99,8 +104,9 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / f".lock-{sha256[:2]}"):
                 if not _used(path):  # another process may have been quicker
-                    self._make_room(size)
-                    self._persistently(lambda: self._download(url, path, size, sha256), url)
+                    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+                    self._make_room(size, beside)
+                    self._persistently(lambda: self._download(url, path, beside, size), url)
         except OSError as error:
             raise DataError(
                 f"shards cannot be kept in '{self.folder}': {explain_os_error(error)}; set data.shard_cache to a "
@@ -108,35 +114,47 @@ class ShardCache:
             ) from error
         return path
 
-    def _download(self, url: str, path: Path, size: int, sha256: str) -> None:
-        beside, digest, written = path.with_name(f".{path.name}.{os.getpid()}.part"), hashlib.sha256(), 0
+    def _download(self, url: str, path: Path, beside: Path, size: int) -> None:
+        digest, written = hashlib.sha256(), 0
         try:
             with _local(beside.open, "wb") as file:
+                _local(file.truncate, size)  # so that others count all of it
                 for chunk in _chunks(url):
                     _local(file.write, chunk)
                     digest.update(chunk)
                     written += len(chunk)
-            if written != size or digest.hexdigest() != sha256:
+            if written != size or digest.hexdigest() != path.name:
                 raise ValueError(f"it has {written} bytes and not the checksum of the {size} in the manifest")
-            _local(os.replace, beside, path)
+            with _locked(self.folder / ".lock"):
+                _local(os.replace, beside, path)
+                self._shrink(spared=path.name)  # others may have come at the same time
         finally:
             beside.unlink(missing_ok=True)
 
-    def _make_room(self, size: int) -> None:
-        """Delete what was not used for longest, until `size` bytes more are within the bound."""
-        with _locked(self.folder / ".lock"):
-            there = []
-            for entry in os.scandir(self.folder):
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat()
-                    if not entry.name.startswith("."):
-                        there.append((status.st_mtime_ns, status.st_size, entry.path))
-                    elif entry.name.endswith(".part") and status.st_mtime < time.time() - _STALE:
-                        os.unlink(entry.path)
-            total = sum(kept for _, kept, _ in there)
-            for _, kept, oldest in sorted(there):
-                if total + size <= self.max_bytes:
-                    return
+    def _make_room(self, size: int, beside: Path) -> None:
+        """Delete what was not used for longest, until `size` bytes are free within the bound, and take them."""
+        with _locked(self.folder / ".lock"), beside.open("wb") as file:
+            file.truncate(size)
+            self._shrink()
+
+    def _shrink(self, spared: str = "") -> None:
+        """Delete what was not used for longest, until all is within the bound."""
+        there, total = [], 0
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat()
+                if _KEPT.fullmatch(entry.name) and entry.is_file():
+                    there.append((status.st_mtime_ns, status.st_size, entry.path))
+                elif not _HALF.fullmatch(entry.name):
+                    continue
+                elif status.st_mtime < time.time() - _STALE:
+                    os.unlink(entry.path)
+                    continue
+                total += status.st_size
+        for _, kept, oldest in sorted(there):
+            if total <= self.max_bytes:
+                return
+            if Path(oldest).name != spared:
                 Path(oldest).unlink(missing_ok=True)
                 total -= kept
 

@@ -33,6 +33,7 @@ SPLITS = ("train", "test", "val")
 _IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm)$", re.IGNORECASE)
 _TAR = re.compile(r"\.tar$", re.IGNORECASE)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_READ = 1 << 20  # bytes at a time
 _LOCAL_HEADER = 30  # bytes of a zip's local header before the name (APPNOTE.TXT 4.3.7)
 
 
@@ -214,6 +215,7 @@ def _scan_inner_tars(source: Path, tars: list[tuple[str, str, int, int]]) -> Ite
 
 def _tar_entries(path: Path, source: Path, start: int, end: int) -> Iterator[tuple[str, int, int]]:
     """(name, first byte in the file, bytes) of the images and tars in the tar at [start, end)."""
+    last = ""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
         file.seek(start)
@@ -222,14 +224,30 @@ def _tar_entries(path: Path, source: Path, start: int, end: int) -> Iterator[tup
             while (entry := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
                 if entry.offset >= end:
-                    return
-                name = _safe(entry.name, source)
+                    break
+                name = last = _safe(entry.name, source)
                 if entry.isdir() or not (_IMAGE.search(name) or _TAR.search(name)):
                     continue
                 _check_tar_entry(entry, name, source, end)
                 yield name, entry.offset_data, entry.size
+            _check_tar_end(file, archive.offset if entry is None else end, end, source, last)
         except tarfile.TarError as error:
             raise DataError(f"'{source}' is neither a folder, a zip nor a whole tar ({error})") from error
+
+
+def _check_tar_end(file: BinaryIO, offset: int, end: int, source: Path, last: str) -> None:
+    """Of a tar nothing but zeros follows the last member: tarfile takes a damaged header for the end as well."""
+    where = f"after '{last}', at byte {offset}"
+    if offset + tarfile.BLOCKSIZE > end:
+        raise DataError(f"'{source}' is truncated {where}: it has no end mark; fetch or pack it again")
+    while offset < end:
+        part = _pread(file, offset, min(_READ, end - offset))
+        if part.count(0) < len(part):
+            raise DataError(
+                f"'{source}' is damaged {where}: what follows is neither a member nor the end; fetch or pack it again "
+                "(of several tars, one behind the other, make one)"
+            )
+        offset += len(part)
 
 
 def _check_tar_entry(entry: tarfile.TarInfo, name: str, source: Path, end: int) -> None:

@@ -139,6 +139,34 @@ def test_the_cache_stays_bounded_and_forgets_what_was_not_used(shards: Path, tmp
     assert len(fetched) > len(sizes)
 
 
+def fetch(cache: ShardCache, source: Path, barrier: Any) -> None:
+    barrier.wait()
+    data = source.read_bytes()
+    cache.fetch(f"file://{source}", len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_the_cache_is_bounded_when_processes_come_together(tmp_path: Path) -> None:
+    """Also where more is coming at a time than may stay; files of others are left alone, however large."""
+    cache = cache_in(tmp_path, max_bytes=2000)
+    cache.folder.mkdir(parents=True)
+    (cache.folder / "thesis.doc").write_bytes(bytes(3000))
+    (cache.folder / "results").mkdir()
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(6)
+    for number in range(6):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 900)
+    ranks = [context.Process(target=fetch, args=(cache, tmp_path / str(number), barrier)) for number in range(6)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * 6
+    ours = {path.name: path.stat().st_size for path in kept(tmp_path) if len(path.name) == 64}
+    assert list(ours.values()) == [900, 900]
+    assert (cache.folder / "thesis.doc").stat().st_size == 3000
+    assert not [path for path in cache.folder.iterdir() if path.name.endswith(".part")]
+
+
 def test_a_shard_that_cannot_fit_and_a_folder_that_cannot_be_written(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"more than the 10 of all that is kept: raise data.shard_gib"):
         ShardSet.open(f"file://{shards}", "train", cache_in(tmp_path, max_bytes=10))

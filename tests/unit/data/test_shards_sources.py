@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import tarfile
 import zipfile
 from pathlib import Path
@@ -97,6 +98,46 @@ def test_a_truncated_tar_and_zip_are_named(tmp_path: Path) -> None:
     for name in ("set.tar", "set.zip"):
         with pytest.raises(DataError, match=name):
             scan(tmp_path / name)
+
+
+def damaged(whole: bytes, how: str) -> bytes:
+    """Cut or altered at the header of the third member, where tarfile sees the end of the archive."""
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        at = archive.getmembers()[2].offset
+    flipped = bytearray(whole)
+    flipped[at + 10] ^= 0xFF
+    return {
+        "cut between members": whole[:at],
+        "cut in a header": whole[: at + 200],
+        "cut in padding": whole[: at - 10],
+        "a flipped bit": bytes(flipped),
+        "a hole": whole[:at] + bytes(512) + whole[at + 512 :],
+        "no end mark": whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512),
+        "two archives": whole + whole,
+    }[how]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "cut between members",
+        "cut in a header",
+        "cut in padding",
+        "a flipped bit",
+        "a hole",
+        "no end mark",
+        "two archives",
+    ],
+)
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_tar_that_is_damaged_in_a_header_loses_no_image_silently(tmp_path: Path, how: str, inner: bool) -> None:
+    files = tiny_set(splits=("",))
+    whole = tar_bytes({name.partition("/")[2]: data for name, data in files.items()} if inner else files)
+    broken = damaged(whole, how)
+    source = tmp_path / "set.tar"
+    source.write_bytes(tar_bytes({"a.tar": whole, "b.tar": broken, "c.tar": whole}) if inner else broken)
+    with pytest.raises(DataError, match=r"set\.tar' is (damaged|truncated|neither)"):
+        scan(source)
 
 
 def test_an_altered_zip_is_found_by_its_checksum(tmp_path: Path) -> None:
