@@ -1,7 +1,7 @@
 """Which memory is worth keeping: every selector on Split-CIFAR with `ewc+fr+replay`, m = 100 and 500, three seeds.
 
     python launch/selection.py [--jobs 2] [--quick]
-    python launch/selection.py --selectors uniform hinge --sizes 100 --seeds 0
+    python launch/selection.py --selectors uniform herding --sizes 100 --seeds 0
 
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
 is not repeated and one that was killed continues, so start it again at any time. Each seed's first task is trained once
@@ -84,7 +84,8 @@ def campaign(setting: Setting, selectors: Sequence[str]) -> Campaign:
     for seed in setting.seeds:
         run = f"uniform-{setting.sizes[0]}-{seed}"
         command = ("memory", "reconstruct", f"{setting.folder}/{run}", "--sizes", sizes, "--past", "0.1")
-        out = ("--selectors", ",".join(selectors), "--points", "5", "--out", f"{setting.out}/reconstruction-{seed}")
+        names = ",".join(dict.fromkeys(("uniform", *selectors)))
+        out = ("--selectors", names, "--points", "5", "--out", f"{setting.out}/reconstruction-{seed}")
         along.append(Step(f"reconstruct-{seed}", (*command, *out), (run,)))
     return Campaign(setting.folder, (*steps, *along, report))
 

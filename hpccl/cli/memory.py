@@ -60,7 +60,8 @@ def reconstruct_memory(
     selectors: Annotated[
         str | None,
         typer.Option(
-            help="Kinds of memory.selector, as in uniform,gini+sampled,reconstruction+equal; all if not given."
+            help="Kinds of memory.selector, as in uniform,gini+sampled,reconstruction+equal; if not given, all kinds "
+            "that look at one task, without variants."
         ),
     ] = None,
     task: Annotated[
@@ -84,7 +85,7 @@ def reconstruct_memory(
     found = find(
         run,
         sizes=_numbers(sizes),
-        selectors=SELECTORS if selectors is None else selectors.split(","),
+        selectors=SELECTORS if selectors is None else [each.strip() for each in selectors.split(",") if each.strip()],
         task=task,
         points=points,
         past=past,

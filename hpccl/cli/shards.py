@@ -92,7 +92,7 @@ def _encoding(*, max_side: int | None, quality: int | None, lossless: bool) -> E
     if lossless:
         raise ConfigError("--lossless together with --max-side or --quality: choose one way to store images")
     usual = Reencode()
-    return Reencode(max_side or usual.max_side, usual.quality if quality is None else quality)
+    return Reencode(usual.max_side if max_side is None else max_side, usual.quality if quality is None else quality)
 
 
 @shards.command("verify")
@@ -108,6 +108,10 @@ def verify_shards(
     for problem in problems:
         typer.echo(f"{problem.file}: {problem.what}")
     if problems:
-        typer.echo(f"{len(problems)} problems; build these shards again: hpccl shards build SOURCE {out}", err=True)
+        typer.echo(
+            f"{len(problems)} problems. Delete the shards named here (of an index or a manifest, the folder of its "
+            f"split), then run the command that built them, hpccl shards build SOURCE {out}: it writes what is missing",
+            err=True,
+        )
         raise typer.Exit(FAILED)
     typer.echo(f"{out}: all shards are as the manifest says")

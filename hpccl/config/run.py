@@ -31,6 +31,7 @@ _READING = (
     "shard_gib",
     "retries",
     "workers",
+    "timeout",
 )  # of section data: how images are fetched, not which
 _LIMITS = ("batch_size", "max_factor", "max_parameters")  # of section curvature: memory, and what is refused
 

@@ -515,7 +515,9 @@ def _encoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, 
         )
         for split in SPLITS
     }
-    return EncodedImages(makers, normalise, workers=data.workers, stop_at_bad=data.bad_images == "stop")
+    return EncodedImages(
+        makers, normalise, workers=data.workers, timeout=data.timeout, stop_at_bad=data.bad_images == "stop"
+    )
 
 
 def _explain_bad(stream: ImageStream) -> str:

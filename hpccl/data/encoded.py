@@ -126,6 +126,7 @@ class EncodedImages:
     makers: Mapping[Split, Maker]
     normalise: Normaliser
     workers: int
+    timeout: float
     stop_at_bad: bool
     seen_bad: dict[tuple[Split, int], str] = field(default_factory=dict)
 
@@ -140,7 +141,11 @@ class EncodedImages:
         """
         maker = self.makers[split]
         # Begun in this thread: the system kills workers when the thread that made them ends.
-        made = in_workers(maker, requests, self.workers) if self.workers else _inline(maker, requests)
+        made = (
+            in_workers(maker, requests, self.workers, timeout=self.timeout)
+            if self.workers
+            else _inline(maker, requests)
+        )
         # In this process timm draws from the trainer's generators, which no other thread may do.
         yield from delivered(self._views(made, split), self.normalise, device, background=self.workers > 0)
 

@@ -41,16 +41,18 @@ _AHEAD = 2  # items that every worker is asked for in advance
 _LENGTH = struct.Struct("<Q")
 
 
-def in_workers(make: Callable[[Key], Item], keys: Iterable[Key], workers: int) -> Generator[Item, None, None]:
+def in_workers(
+    make: Callable[[Key], Item], keys: Iterable[Key], workers: int, *, timeout: float = 600.0
+) -> Generator[Item, None, None]:
     """make(key) of every key, in order, by `workers` processes that are started now and end with the iterator.
 
     Arrays of the items should be numpy's: those travel without being copied.
 
     Raises:
-        DataError: a worker died.
+        DataError: a worker died, or did not answer for `timeout` seconds.
         RuntimeError: `make` raised an exception; says where.
     """
-    return _received(_Crew.start(make, workers), iter(keys))
+    return _received(_Crew.start(make, workers, timeout), iter(keys))
 
 
 def _received(crew: _Crew, keys: Iterator[Any]) -> Generator[Any, None, None]:
@@ -74,17 +76,28 @@ class _Worker:
     def ask(self, key: Any, crew: int) -> None:
         try:
             self.channel.send(key)
+        except TimeoutError as error:
+            raise DataError(self._silence(crew)) from error
         except OSError as error:
             raise DataError(self._obituary(crew)) from error
 
     def receive(self, crew: int) -> Any:
         try:
             item = self.channel.receive()
+        except TimeoutError as error:
+            raise DataError(self._silence(crew)) from error
         except (OSError, EOFError) as error:
             raise DataError(self._obituary(crew)) from error
         if isinstance(item, _Failure):
             raise RuntimeError(f"in a decoding process:\n{item.trace}")
         return item
+
+    def _silence(self, crew: int) -> str:
+        return (
+            f"a decoding process (pid {self.process.pid}, one of {crew}) did not answer for "
+            f"{self.channel.socket.gettimeout():g} s: it was stopped, or the disk or mount with the images hangs. Mend "
+            "that and run the same command again to continue; data.timeout is how long is waited"
+        )
 
     def _obituary(self, crew: int) -> str:
         self.process.join(5)
@@ -107,12 +120,12 @@ class _Crew:
     workers: list[_Worker]
 
     @classmethod
-    def start(cls, make: Callable[[Any], Any], count: int) -> _Crew:
+    def start(cls, make: Callable[[Any], Any], count: int, timeout: float) -> _Crew:
         crew = cls([])
         atexit.register(crew.close)  # before multiprocessing waits for its children
         with _signals_held():
             for _ in range(count):
-                crew.workers.append(_hired(make))
+                crew.workers.append(_hired(make, timeout))
         return crew
 
     def ask(self, turn: int, keys: Iterator[Any], waiting: deque[_Worker]) -> None:
@@ -132,8 +145,9 @@ class _Crew:
             worker.channel.socket.close()
 
 
-def _hired(make: Callable[[Any], Any]) -> _Worker:
+def _hired(make: Callable[[Any], Any], timeout: float) -> _Worker:
     ours, theirs = socket.socketpair()
+    ours.settimeout(timeout)  # of the trainer's end alone: a worker may wait as long as the trainer takes
     # Forked, because indices are large and torch takes seconds to import.
     process = multiprocessing.get_context("fork").Process(target=_work, args=(make, _Channel(theirs)), daemon=True)
     with warnings.catch_warnings(), theirs:
@@ -205,7 +219,7 @@ class _Channel:
             self.socket.sendall(message)
 
     def receive(self) -> Any:
-        """Raises EOFError if the other side is gone."""
+        """Raises EOFError if the other side is gone, TimeoutError if it is silent."""
         start, numbers, _, _ = socket.recv_fds(self.socket, _LENGTH.size, 1)
         try:
             start += self._exactly(_LENGTH.size - len(start))

@@ -120,7 +120,10 @@ def _check(sizes: Sequence[int], selectors: Sequence[str], *, points: int, past:
         raise ConfigError(f"--sizes {' '.join(map(str, sizes))}: at least one number, each at least 1")
     unknown = [each for each in selectors if each not in NAMED_SELECTORS]
     if unknown or not selectors:
-        raise ConfigError(f"--selectors {' '.join(unknown)}: allowed are {', '.join(NAMED_SELECTORS)}")
+        raise ConfigError(
+            f"--selectors {','.join(map(repr, unknown))}: give names with commas between them; allowed are "
+            f"{', '.join(NAMED_SELECTORS)} (a reservoir of one task is `uniform`; `greedy` looks at labels alone)"
+        )
     if points < 1:
         raise ConfigError(f"--points {points}: at least 1")
     if past is not None and not 0 < past <= 1:
@@ -190,7 +193,7 @@ def _asked(
         )
     smallest = min(len(task.samples("train")) for task in world.stream.tasks[: state.mark.task + 1])
     if max(sizes) > smallest:
-        raise ConfigError(f"--sizes {max(sizes)}: the smallest task has {smallest} examples")
+        raise ConfigError(f"--sizes {max(sizes)}: the smallest task has {smallest} examples; give at most as many")
     return {
         (selector, number): _configured(path, world.config, selector, number, fraction)
         for selector, number in itertools.product(selectors, sizes)
@@ -218,7 +221,8 @@ def _configured(path: Path, config: RunConfig, selector: str, number: int, fract
         ConfigError: the two contradict each other.
     """
     tree = config.model_dump()
-    tree["memory"] |= {"size": number, "total": 0, "fraction": 0.0, "selector": NAMED_SELECTORS[selector]}
+    kept = _selector(tree["memory"]["selector"], NAMED_SELECTORS[selector])
+    tree["memory"] |= {"size": number, "total": 0, "fraction": 0.0, "selector": kept}
     if fraction:
         tree["curvature"]["fraction"] = fraction
     try:
@@ -229,6 +233,14 @@ def _configured(path: Path, config: RunConfig, selector: str, number: int, fract
             f"--selectors {selector} --sizes {number}: '{path}' cannot have such a memory ({wrong}); leave it out, or "
             "take a run that may"
         ) from error
+
+
+def _selector(own: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """What a name says; where the run has that kind, with its other settings."""
+    if own["kind"] != named["kind"]:
+        return dict(named)
+    left = {"sampled", "weights"} | ({"ridge"} if named.get("weights") == "equal" else set())
+    return {key: value for key, value in own.items() if key not in left} | dict(named)
 
 
 def _chosen(learned: Sequence[Task], own: Prior, fraction: float, state: RunState, world: World) -> Prior:

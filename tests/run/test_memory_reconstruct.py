@@ -54,6 +54,17 @@ def test_the_same_choice_has_the_same_error(run: Path) -> None:
         assert anew[name] == pytest.approx(own[name], rel=1e-3)
 
 
+def test_a_selector_of_the_runs_kind_has_the_runs_settings(tmp_path: Path) -> None:
+    """The same choice; a variant says otherwise, and is another one."""
+    kept = ("memory.selector.kind=reconstruction", "memory.selector.ridge=50", "memory.selector.probes=2")
+    run = trained(tmp_path / "one", *SETTINGS, "stream.tasks=5", "train.only_last=false", *kept)
+    names = ["reconstruction", "reconstruction+equal"]
+    own, anew, equal = reconstruct_memory(run, sizes=[30], selectors=names, task=0, points=1).rows
+    for name in FIGURES:
+        assert anew[name] == pytest.approx(own[name], rel=1e-3)
+    assert equal["relative_error"] != pytest.approx(own["relative_error"], rel=1e-2)
+
+
 def test_all_examples_replayed_leave_no_error(replayed: Path, tmp_path: Path) -> None:
     smallest = 283  # of the digits' tasks, the last
     found = reconstruct_memory(replayed, sizes=[20, smallest], selectors=["uniform", "herding"], task=0, past=1.0)
@@ -138,7 +149,9 @@ def test_what_cannot_be_done_says_why(run: Path, tmp_path: Path) -> None:
         FolderError, match=r"no checkpoint both at the end of task 4 and after it; --task may be 0, 1, 2, 3 "
     ):
         reconstruct_memory(run, task=4)
-    with pytest.raises(ConfigError, match="--selectors best: allowed are uniform, gini"):
+    with pytest.raises(
+        ConfigError, match="--selectors 'best': give names with commas between them; allowed are uniform, gini"
+    ):
         reconstruct_memory(run, selectors=["best"])
     with pytest.raises(ConfigError, match="--sizes 0: at least one number, each at least 1"):
         reconstruct_memory(run, sizes=[0])

@@ -13,7 +13,7 @@ from hpccl.checkpoint.store import Mark, load
 from hpccl.data.rows import Request
 from hpccl.errors import ConfigError
 from hpccl.memory.greedy import herding
-from hpccl.memory.score import whole_leverage, whole_sensitivity
+from hpccl.memory.score import signs, step_size, whole_leverage, whole_sensitivity
 from hpccl.memory.store import Memory
 from hpccl.train.compose import Composer
 from hpccl.train.consolidate import select
@@ -93,6 +93,30 @@ def test_equal_weights_herd_the_gradients_of_the_last_layer(tmp_path: Path) -> N
     error = look.logits.softmax(dim=1) - torch.nn.functional.one_hot(labels, 2)
     gradients = torch.einsum("nk,nd->nkd", error, look.x).flatten(1).numpy()
     expected = [np.flatnonzero(labels == k)[herding(gradients[labels == k], 10, normalise=False)] for k in (0, 1)]
+    assert state.prior.memory.sample.tolist() == sorted(np.concatenate(expected).tolist())
+
+
+def test_equal_weights_leave_out_what_the_quadratic_says(tmp_path: Path) -> None:
+    """Herding of u - c at random steps of the last layer, with c from the definition of the quadratic."""
+    kept = {"kind": "reconstruction", "weights": "equal", "probes": 2, "projection": 100_000}
+    prior = {"replay": 0.5, "quadratic": {"weight": 3.0}}
+    state, world = after(1, tmp_path, {"size": 20, "selector": kept}, prior=prior)
+    samples = np.arange(len(world.stream.tasks[0].samples("train")))
+    (look,) = looks(samples, [0, 1], state, world, inputs=True)
+    labels = torch.from_numpy(world.stream.labels("train")[look.sample])
+    x, z = look.x.double(), look.logits.double()
+    size = step_size(float(x.square().sum(dim=1).mean()), 1.0)
+    selecting, probing = 101, 11  # what hashes are for
+    steps = signs(2 * 2 * x.shape[1], world.config.seed, selecting, 0, probing).view(2, 2, x.shape[1]).double() * size
+    p = z.softmax(dim=1)
+    parts = []
+    for step in (torch.zeros_like(steps[0]), *steps):
+        moved = x @ step.T
+        error = (z + moved).softmax(dim=1) - functional.one_hot(labels, 2)
+        says = 3.0 * (p * moved - p * (p * moved).sum(dim=1, keepdim=True))
+        parts.append((error - says)[:, :, None] * x[:, None, :])
+    vectors = torch.stack(parts, dim=1).flatten(1).numpy()
+    expected = [np.flatnonzero(labels == k)[herding(vectors[labels == k], 10, normalise=False)] for k in (0, 1)]
     assert state.prior.memory.sample.tolist() == sorted(np.concatenate(expected).tolist())
 
 

@@ -1,7 +1,8 @@
 """From a source of images to shards: in parallel, and resumable after a kill at any moment.
 
 A shard is the unit of work. It is written beside and renamed, then a note about it is written to `.build/`; a later
-run of the same command skips the shards that have a note. The notes together make the manifest, which comes last.
+run of the same command skips the shards that have a note. The notes together make the manifest, which comes last. Run
+again when all is done, the command writes only the shards that are missing or have another size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -31,6 +32,7 @@ from hpccl.data.shards.encodings import Encoding, Original, describe, encode
 from hpccl.data.shards.labels import Labels
 from hpccl.data.shards.manifest import (
     FORMAT,
+    INDEX,
     MANIFEST,
     UNFINISHED,
     Index,
@@ -163,7 +165,7 @@ class _Unit:
         return self.folder / UNFINISHED / f"{self.stem}.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Plan:
     """What one split is made of and where it goes."""
 
@@ -260,20 +262,41 @@ class _Plan:
         """The manifest of an earlier, complete build.
 
         Raises:
-            DataError: the shards were damaged since, or images were skipped then and may not be now.
+            DataError: images were skipped then and may not be now, or the index is missing.
         """
         if not (self.folder / MANIFEST).exists():
             return None
         manifest = Manifest.load(self.folder)
         shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)  # killed between the manifest and the tidying
-        for shard in manifest.shards:
-            if not _has_size(self.folder / shard.file, shard.bytes):
-                raise DataError(
-                    f"'{self.folder / shard.file}' of a finished build is missing or truncated: delete '{self.folder}' "
-                    "and run the same command again"
-                )
         self._refuse_skipped(manifest.skipped)
+        if not _has_size(self.folder / INDEX, manifest.index_bytes):
+            raise DataError(
+                f"'{self.folder / INDEX}' of a finished build is missing or truncated: delete '{self.folder}' and run "
+                "the same command again"
+            )
         return manifest
+
+    def lost(self, manifest: Manifest) -> list[_Unit]:
+        """Shards of a finished build that are missing or have another size."""
+        lost = {shard.file for shard in manifest.shards if not _has_size(self.folder / shard.file, shard.bytes)}
+        return [unit for unit in self.units if unit.file.name in lost]
+
+    def check_mended(self, manifest: Manifest, units: Collection[_Unit]) -> None:
+        """Forget the notes of shards that were written anew.
+
+        Raises:
+            DataError: one is not what it was.
+        """
+        known = {shard.file: shard for shard in manifest.shards}
+        found = {unit.file.name: ShardEntry(**_load_json(unit.note)["shard"]) for unit in units}
+        changed = sorted(name for name, shard in found.items() if shard != known[name])
+        if changed:
+            raise DataError(
+                f"'{self.folder / changed[0]}' was written anew and is not what it was ({len(changed)} of "
+                f"{len(found)}): the images changed, or the program that encodes them did. Delete '{self.folder}' and "
+                "run the same command again"
+            )
+        shutil.rmtree(self.folder / UNFINISHED)
 
     def _refuse_skipped(self, skipped: tuple[SkippedImage, ...]) -> None:
         if skipped and self.bad_images == "stop":
@@ -347,16 +370,22 @@ class _Counter:
 def _run(plans: list[_Plan], workers: int, counter: _Counter) -> dict[str, Manifest]:
     manifests: dict[str, Manifest | None] = {plan.folder.name: plan.finished() for plan in plans}
     unfinished = [plan for plan in plans if manifests[plan.folder.name] is None]
+    lost = {plan: units for plan in plans if (known := manifests[plan.folder.name]) and (units := plan.lost(known))}
     with contextlib.ExitStack() as locks:
-        for plan in unfinished:
+        for plan in (*unfinished, *lost):
             _prepare(plan)
             locks.enter_context(_locked(plan.folder))
             plan.remove_halves()
         missing = [unit for plan in unfinished for unit in plan.units if not _is_done(unit)]
+        missing += [unit for units in lost.values() for unit in units]
         counter.skip(sum(len(unit.members) for unit in missing))
         for unit in _write_all(missing, workers):
             counter.add(unit)
         finished = {plan.folder.name: plan.finish() for plan in unfinished}
+        for plan, units in lost.items():
+            known = manifests[plan.folder.name]
+            assert known is not None, "only a finished build has lost something"
+            plan.check_mended(known, units)
     return {name: manifest or finished[name] for name, manifest in manifests.items()}
 
 

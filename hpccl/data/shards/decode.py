@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
 from hpccl.errors import DataError
@@ -211,4 +211,6 @@ def _rgb(image: Image.Image) -> Pixels:
 
 
 def _undecodable(name: str, error: BaseException) -> DataError:
-    return DataError(f"image '{name}' cannot be decoded ({type(error).__name__}: {error})")
+    # Pillow's own text has an address of memory in it, which would make every build's manifest another one.
+    why = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else error
+    return DataError(f"image '{name}' cannot be decoded ({type(error).__name__}: {why})")

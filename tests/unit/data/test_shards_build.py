@@ -20,7 +20,7 @@ import webdataset
 from hpccl.data.shards.build import Progress, build
 from hpccl.data.shards.decode import decode
 from hpccl.data.shards.encodings import Encoding, Lossless, Original, Reencode
-from hpccl.data.shards.manifest import Manifest
+from hpccl.data.shards.manifest import INDEX, Manifest
 from hpccl.data.shards.reader import ShardSet
 from hpccl.data.shards.verify import verify
 from hpccl.errors import DataError, FolderError
@@ -182,9 +182,36 @@ def test_a_finished_build_is_left_alone(tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert build(source, tmp_path / "out") == manifests
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    (tmp_path / "out" / "train" / "c0000-000.tar").unlink()
-    with pytest.raises(DataError, match=r"c0000-000.tar.* missing or truncated: delete"):
+    (tmp_path / "out" / "train" / INDEX).unlink()
+    with pytest.raises(DataError, match=r"index.* missing or truncated: delete"):
         build(source, tmp_path / "out")
+
+
+def test_lost_shards_of_a_finished_build_are_written_anew(tmp_path: Path) -> None:
+    source, out = write_folder(tmp_path / "set", tiny_set()), tmp_path / "out"
+    manifests, before = build(source, out), tree(out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    whole = (out / "train" / "c0000-000.tar").read_bytes()
+    (out / "train" / "c0000-000.tar").write_bytes(whole[:-5])
+    (out / "test" / "c0001-000.tar").unlink()
+    assert build(source, out) == manifests
+    assert tree(out) == before
+    assert verify(out) == []
+    changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"c0000-000.tar", "c0001-000.tar"}
+
+
+def test_a_shard_that_is_not_what_it_was_is_refused(tmp_path: Path) -> None:
+    """Its images changed, though not their sizes."""
+    files = tiny_set()
+    source, out = write_folder(tmp_path / "set", files), tmp_path / "out"
+    build(source, out)
+    name, data = next((name, data) for name, data in files.items() if name.startswith("train/class_0/"))
+    position = len(data) - 20  # in the pixels of the JPEG
+    (source / name).write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+    (out / "train" / "c0000-000.tar").unlink()
+    with pytest.raises(DataError, match=r"c0000-000.tar' was written anew and is not what it was .1 of 1"):
+        build(source, out)
 
 
 def test_another_source_or_encoding_says_what_differs(tmp_path: Path) -> None:

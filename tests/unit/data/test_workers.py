@@ -67,6 +67,17 @@ def test_a_killed_worker_is_named(number: signal.Signals) -> None:
     assert not workers()
 
 
+def test_a_worker_that_stands_still_is_named() -> None:
+    """As one does whose images lie on a mount that hangs."""
+    made = in_workers(Numbers(), range(1000), 2, timeout=1.5)
+    next(made)
+    victim = workers()[0]
+    os.kill(victim, signal.SIGSTOP)
+    with pytest.raises(DataError, match=rf"\(pid {victim}, one of 2\) did not answer for 1.5 s.*data.timeout"):
+        list(made)
+    assert not workers()
+
+
 def test_a_death_is_no_exception_where_the_trainer_happens_to_be() -> None:
     """Torch's own handler of SIGCHLD raises in the middle of whatever the main thread does."""
     made = in_workers(Numbers(), range(1000), 1)
