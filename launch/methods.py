@@ -8,8 +8,9 @@
 Task-incremental is train.head=own, class-incremental train.head=seen; methods whose file says `seen` are of no other
 kind. m is examples of each task; where a method has one budget for all tasks, it is m times their number, so that all
 methods hold as much in the end. FROMP, which recalls all of its memory in every step, holds a fifth and recalls 50 of
-each task. Strengths are those of configs/split_cifar/METHOD.yaml where there is such a file, and of configs/method
-otherwise: they are not tuned for this comparison.
+each task. Strengths are those that launch/tune.py chose, or those of configs/split_cifar/METHOD.yaml where there is
+such a file, and of configs/method otherwise: then they are not tuned for this comparison. GDumb's one network, which
+is trained on the memory alone, has about as many images as those of other methods see in all.
 
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in minutes instead. A run that is done is
 not repeated and one that was killed continues, so start it again at any time. One seed after the other. A seed's first
@@ -43,7 +44,8 @@ class Setting:
     """What is trained.
 
     folder: of the runs; out: of the comparisons; base: files and settings of every run; weights: folders of files by
-    method that set the weights of the terms; size: of the memory, examples a task; tasks: of the stream
+    method that set the weights of the terms; size: of the memory, examples a task; tasks: of the stream; gdumb: epochs
+        of its network, which has no other training
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Setting:
     weights: tuple[Path, ...]
     size: int
     tasks: int
+    gdumb: int
     seeds: tuple[int, ...]
     heads: tuple[str, ...] = tuple(HEADS)
 
@@ -63,6 +66,7 @@ SPLIT_CIFAR = Setting(
     weights=(Path("configs/split_cifar"), Path("configs/split_cifar/chosen")),
     size=1000,
     tasks=6,
+    gdumb=80,
     seeds=(0, 1, 2),
 )
 DIGITS = Setting(
@@ -72,6 +76,7 @@ DIGITS = Setting(
     weights=(),
     size=50,
     tasks=2,
+    gdumb=10,
     seeds=(0,),
 )
 
@@ -90,7 +95,9 @@ def _training(setting: Setting, method: str, head: str, seed: int) -> Step:
     arguments = [*setting.base, f"configs/method/{method}.yaml"]
     arguments += [str(path) for folder in setting.weights if (path := folder / f"{method}.yaml").exists()]
     arguments += [f"train.head={head}", *_memory(setting, method)]
-    arguments += ["train.only_last=true"] if method == "joint" else []  # earlier tasks do not change its last row
+    alone = method in ("joint", "gdumb")  # earlier tasks do not change their last row
+    arguments += ["train.only_last=true"] if alone else []
+    arguments += [f"train.epochs={setting.gdumb}"] if method == "gdumb" else []
     shared = method not in OWN_FIRST
     arguments += [f"train.first_task_from={setting.folder}/{first}"] if shared else []
     arguments += [f"folder={setting.folder}/{name}", f"name={method}-{head}", f"seed={seed}"]

@@ -4,8 +4,8 @@
 
 Every candidate of GRID is trained with a tenth of the training images held out (data.validation) at two sizes of
 memory; `hpccl choose` then takes each method's best mean and writes configs/split_cifar/chosen/METHOD.yaml, which
-launch/split_cifar.py and launch/ablation.py read. Needs the shards that README.md builds; `--quick` learns
-scikit-learn's digits in a minute instead. A run that is done is not repeated, so start it again at any time.
+launch/split_cifar.py, launch/ablation.py and launch/methods.py read. Needs the shards that README.md builds; `--quick`
+learns scikit-learn's digits in a minute instead. A run that is done is not repeated, so start it again at any time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ GRID: dict[str, Grid] = {
     "ewc+fr": _BOTH,
     "ewc+replay": _BOTH,
     "ewc+fr+replay": _BOTH,
+    "online_ewc": {LAMBDA: ("1.0", "3.0", "10.0", "30.0")},
+    "mas": {LAMBDA: ("0.01", "0.1", "1.0")},
+    "mas_local": {LAMBDA: ("0.01", "0.1", "1.0")},
+    "si": {LAMBDA: ("0.1", "1.0", "10.0")},
 }
+ALONE = ("ewc", "online_ewc", "mas", "mas_local", "si")  # without a memory
+OWN_FIRST = ("si",)  # needs the first task's path
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,14 @@ def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
         files = [f"configs/method/{method}.yaml"]
         fixed = setting.fixed / f"{method}.yaml" if setting.fixed else None
         files += [str(fixed)] if fixed and fixed.exists() else []
-        for number in (0,) if method == "ewc" else setting.sizes:
+        for number in (0,) if method in ALONE else setting.sizes:
             for label, settings in candidates(GRID[method]):
                 name = f"{method}-{number}-{label}" if number else f"{method}-{label}"
                 memory = [f"memory.size={number}"] if number else []
-                own = [f"train.first_task_from={first}", f"folder={setting.folder}/{name}", f"name={name}", seed]
-                yield Step(name, ("train", *held, *files, *memory, *settings, *own), ("first",))
+                shared = () if method in OWN_FIRST else (f"train.first_task_from={first}",)
+                own = [*shared, f"folder={setting.folder}/{name}", f"name={name}", seed]
+                after = ("first",) if shared else ()
+                yield Step(name, ("train", *held, *files, *memory, *settings, *own), after)
 
 
 def campaign(setting: Setting, methods: Sequence[str]) -> Campaign:

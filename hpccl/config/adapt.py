@@ -69,7 +69,7 @@ def reference_config(
         "memory.mix.kind=natural",
         "prior.normal.weight=1",
     ]
-    words += ["prior.replay=0", "prior.weight=1.0", "prior.temperature=1.0", "prior.view=stored"]
+    words += ["prior.replay=0", "prior.weight=1.0", "prior.temperature=1.0", "prior.view=stored", "prior.classes=seen"]
     pulls = _PULLS if change["kind"] == "precision" else ()
     keys = [setting.split("=", 1)[0] for setting in settings]
     shared = [

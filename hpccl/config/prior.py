@@ -56,7 +56,7 @@ class FrompConfig(Section):
     is then measured on all examples of a task, memory included.
     """
 
-    weight: NonNegativeFloat = 0.0  # the published code's 1 / tau, times the task's examples; 0: no such term
+    weight: NonNegativeFloat = 0.0  # the published code's tau, times the task's examples; 0: no such term
     # posterior: K = J (F + precision)^-1 J' + jitter, F the curvature of all past tasks; identity: K = 1
     kernel: Literal["posterior", "identity"] = "posterior"
     precision: PositiveFloat = 1e-3  # delta of the posterior
@@ -130,6 +130,10 @@ class PriorConfig(Section):
     # of soft labels: of probabilities; or squared differences of logits, their mean over classes (DER)
     loss: Literal["cross_entropy", "squared"] = "cross_entropy"
     temperature: PositiveFloat = 1.0  # of the soft labels
+    # which classes compete in rows with soft labels (cross_entropy): seen: those of rows with true labels, classes that
+    # came later with target 0, as the past's own loss has it; known: only those that the old network knew. With
+    # train.head=own there is no difference
+    classes: Literal["seen", "known"] = "seen"
     # stored: student and label on one stored view; teacher: the old model labels the student's view;
     # recorded: label of the stored view, student on a fresh view (the published code)
     view: Literal["stored", "teacher", "recorded"] = "stored"

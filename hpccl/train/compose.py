@@ -345,7 +345,9 @@ class Composer:
         logits = said.gather(1, columns.clamp(min=0)) if renewed else self.memory.soft[slots]
         if self.soft_kind == SQUARED:
             return scattered(logits.float(), columns, num_classes=num_classes)
-        return spread(logits, columns, temperature=temperature, num_classes=num_classes)
+        target, known = spread(logits, columns, temperature=temperature, num_classes=num_classes)
+        later = self.config.train.head == "seen" and self.config.prior.classes == "seen"
+        return target, known | self.heads[-1] if later else known
 
 
 def _with(

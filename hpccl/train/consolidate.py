@@ -84,9 +84,15 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
 
 
 def admit_first(task: Task, state: RunState, world: World) -> None:
-    """Choose the task's memory before it is trained on, where the memory is all that is trained on."""
-    if world.config.train.data == "memory":
-        state.prior = replace(state.prior, memory=select(task, state.prior.memory, state, world))
+    """Choose the task's memory before it is trained on, where the memory is all that is trained on.
+
+    With train.only_last, that of the tasks that are skipped first: the choice knows no network.
+    """
+    if world.config.train.data != "memory":
+        return
+    for each in world.stream.tasks[0 if world.config.train.only_last else task.index : task.index + 1]:
+        if each.index not in state.prior.memory.task:  # it is, where a run was stopped before the first step
+            state.prior = replace(state.prior, memory=select(each, state.prior.memory, state, world))
 
 
 def select(task: Task, memory: Memory, state: RunState, world: World) -> Memory:

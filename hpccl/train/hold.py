@@ -16,7 +16,7 @@ from hpccl.errors import ConfigError
 from hpccl.train.score import last_layer
 from hpccl.train.state import RunState, World
 
-__all__ = ["hold", "last_name"]
+__all__ = ["check_frozen", "hold", "last_name"]
 
 _OLD = "old_classes"  # rows of the last layer
 _LAYERS = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -49,6 +49,19 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
         held = {**rows, **held}
     norms = (name for name in _norms(state.engine.module) if f"{name}.running_mean" in names)
     state.engine.hold(held, frozenset(norms) | still)
+
+
+def check_frozen(state: RunState, world: World) -> None:
+    """See before the first task what will be held after it; collective.
+
+    Raises:
+        ConfigError: as `hold`.
+    """
+    for pattern in world.config.train.frozen:
+        if pattern == _OLD:
+            last_name(state, world, f"train.frozen={_OLD}")
+        else:
+            _matching(pattern, state, world)
 
 
 def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Tensor:

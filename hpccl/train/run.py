@@ -43,6 +43,7 @@ from hpccl.train.consolidate import admit_first, consolidate
 from hpccl.train.copies import check_images, drop_images, open_for, reopened_stream
 from hpccl.train.evaluate import evaluate, test
 from hpccl.train.fit import fit
+from hpccl.train.hold import check_frozen
 from hpccl.train.reconstruction import reconstruct
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop, Stopped
@@ -89,6 +90,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     state = _state_of(model, config, stream, world.comm)
     if config.measures and isinstance(config.curvature, PassCurvature):
         build_estimator(config.curvature, config.seed, state.coverage).check(state.engine.module)
+    check_frozen(state, world)
     if found is None:
         begin_adapting(state, world)
     _introduce(world, command, found, state)
@@ -200,12 +202,31 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
             f"prior.topology.nodes={nodes} is more than the {first} training examples of the first task; allowed: 1 to "
             f"{first}, or 0 for no topology"
         )
+    _check_means(config, stream)
     share, classes = config.prior.correct.share, len(stream.class_names)
     if share > 0 and 0 in per_class(config.memory.total, share, classes):
         raise ConfigError(
             f"prior.correct.share={share} of memory.total={config.memory.total} leaves no example of each of {classes} "
             f"classes to hold out, or none to learn from; allowed: memory.total >= {math.ceil(classes / share)}, and a "
             "share below 1/2"
+        )
+
+
+def _check_means(config: RunConfig, stream: Stream) -> None:
+    """Of a class without examples in memory there is no mean, so that it would never be predicted."""
+    memory, classes = config.memory, len(stream.class_names)
+    if config.evaluate.classifier != "nearest_mean":
+        return
+    if 0 < memory.total < classes:
+        raise ConfigError(
+            f"memory.total={memory.total} is less than the {classes} classes, each of which needs an example for its "
+            f"mean (evaluate.classifier=nearest_mean); allowed: at least {classes}"
+        )
+    largest = max(len(task.classes) for task in stream.tasks)
+    if 0 < memory.size < largest:
+        raise ConfigError(
+            f"memory.size={memory.size} is less than the {largest} classes of a task, each of which needs an example "
+            f"for its mean (evaluate.classifier=nearest_mean); allowed: at least {largest}"
         )
 
 

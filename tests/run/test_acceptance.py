@@ -20,8 +20,10 @@ from hpccl.engine.protocols import trainable
 from hpccl.errors import CoverageError
 from hpccl.prior.prior import Prior
 from hpccl.train.compose import Composer, plan_task, split
-from hpccl.train.consolidate import measure
+from hpccl.train.consolidate import measure, relabel
+from hpccl.train.fit import fit
 from hpccl.train.loss import row_nats, weighted_nats
+from hpccl.train.reconstruction import prior_gradients, true_gradient
 from hpccl.train.run import run
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
@@ -233,3 +235,33 @@ def test_memory_is_paired_across_methods(tmp_path: Path) -> None:
     state, world = make_world(merged({"memory": {"size": 30}, "seed": 1}), tmp_path / "other")
     learn(state, world, 1)
     assert state.prior.memory.sample.tolist() != kept[0]
+
+
+@pytest.mark.parametrize("classes", ["seen", "known"])
+def test_soft_labels_of_the_whole_past_give_the_change_of_its_gradient(tmp_path: Path, classes: str) -> None:
+    """Class-incremental and linear, where K-priors are exact (Khan and Swaroop 2021), if all seen classes compete."""
+    config = merged(
+        {"model": {"kind": "mlp", "hidden": []}, "train": {"head": "seen"}, "memory": {"size": 283}},
+        {"prior": {"classes": classes}, "stream": {"kind": "digits", "tasks": 5}},
+    )
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 1)
+    task, prior = world.stream.tasks[1], state.prior
+    everything = world.stream.tasks[0].samples("train")
+    missing = sorted(set(everything) - set(prior.memory.sample.tolist()))
+    labels = torch.from_numpy(world.stream.labels("train")[missing])
+    memory = prior.memory.admit(
+        task=0, sample=torch.tensor(missing), label=labels, replay=torch.zeros(len(missing), dtype=torch.bool)
+    )
+    state.prior = prior = replace(prior, memory=relabel(world.stream.tasks[0], memory, state, world))
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        found = true_gradient(task, 1.0, state, world), prior_gradients(task, prior, state, world)["total"]
+        true, said = (torch.cat([each[name].flatten() for name in sorted(each)]) for each in found)
+        return true, said
+
+    before = gradients()
+    fit(task, state, world)
+    true, said = (now - old for now, old in zip(gradients(), before, strict=True))
+    error = float((said - true).norm() / true.norm())
+    assert error < 1e-5 if classes == "seen" else error > 0.1

@@ -71,6 +71,29 @@ def finished(config: RunConfig, *, stops: tuple[int, ...] = ()) -> str:
     return weights(Path(config.path))
 
 
+def test_gdumb_of_the_last_task_alone_is_that_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is chosen by labels, so that no network of an earlier task is asked; also where the run is stopped."""
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+    whole = finished(config_of("gdumb", tmp_path / "whole"))
+    for stops in ((), (1,), (2,)):
+        folder = tmp_path / f"last-{sum(stops)}"
+        assert finished(config_of("gdumb", folder, "train.only_last=true"), stops=stops) == whole
+        assert {event["task"] for event in events(folder, "task")} == {4}
+
+
+@pytest.mark.parametrize("number", ["total=9", "size=1"])
+def test_a_class_without_a_mean_is_refused_before_training(tmp_path: Path, number: str) -> None:
+    settings = ("memory.total=0", f"memory.{number}")
+    with pytest.raises(ConfigError, match=rf"memory.{number} is less than the \d+ classes.*allowed: at least"):
+        finished(config_of("icarl", tmp_path / "run", *settings))
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.frozen: 'nonsense\*' matches no parameter"):
+        finished(config_of("feature_extraction", tmp_path / "run", "train.frozen=[nonsense*]"))
+    assert not events(tmp_path / "run", "phase")
+
+
 @pytest.mark.parametrize("method", SETTINGS)
 def test_stopped_and_continued_to_the_same_weights(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch

@@ -64,7 +64,7 @@ def _needs_soft_labels(config: RunConfig) -> Iterator[Clash]:
     empty = not config.memory.kept
     cause = ("memory.size",) if empty else ("prior.replay",)
     why = "there is no memory; set memory.size" if empty else "all of the memory has true labels; set prior.replay < 1"
-    for key in ("temperature", "view"):
+    for key in ("temperature", "view", "classes"):
         if differs(prior, usual, key):
             yield Clash((f"prior.{key}", *cause), f"is about soft labels, but {why}, or leave it {getattr(usual, key)}")
 

@@ -27,7 +27,10 @@ def _fresh_network(config: RunConfig) -> Iterator[Clash]:
         return
     if train.only_last and train.data == "task":
         keys = ("train.only_last", "train.data")
-        yield Clash(keys, "leaves the earlier tasks without a network of their own; set train.data=seen (joint)")
+        yield Clash(
+            keys,
+            "leaves the earlier tasks without a network of their own; set train.data=seen (joint) or memory (GDumb)",
+        )
     past = [] if train.data == "memory" else budgets(config.memory)
     if config.prior.quadratic.weight > 0:
         past.append("prior.quadratic.weight")
@@ -82,7 +85,7 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
     if prior.normal.precision > 0:
         problem = f"after the first task it stands for the past, as does {key}; set one of them to 0"
         yield Clash(("prior.normal.precision", key), problem)
-    for name in ("weight", "temperature", "view", "loss", "label_weight", "scale_to_task", "scale_to_new"):
+    for name in ("weight", "temperature", "classes", "view", "loss", "label_weight", "scale_to_task", "scale_to_new"):
         if differs(prior, PriorConfig(), name):
             problem = f"is about rows of memory, of which {key} makes none; leave it out"
             yield Clash((f"prior.{name}", key), problem)
@@ -116,8 +119,6 @@ def _memory_alone(config: RunConfig) -> Iterator[Clash]:
     if not train.restart:
         problem = "trains on the memory alone, which holds the past already; set train.restart=true"
         yield Clash(("train.data", "train.restart"), problem)
-    if train.only_last:
-        yield Clash(("train.only_last", "train.data"), "skips tasks whose examples the memory is made of")
     if not memory.kept:
         yield Clash(("train.data", "memory.total"), "needs a memory; set memory.total to the examples kept in all")
         return
@@ -192,7 +193,12 @@ def _logits_kept(config: RunConfig) -> Iterator[Clash]:
     if prior.label_weight > 0 and prior.replay > 0:
         problem = "every example speaks by its soft and its true label already; set prior.replay=0"
         yield Clash(("prior.replay", "prior.label_weight"), problem)
+    if prior.classes == "known" and config.train.head == "own":
+        problem = "old classes never compete with new ones there; leave it seen"
+        yield Clash(("prior.classes", "train.head"), problem)
     if prior.loss == "squared":
+        if prior.classes == "known":
+            yield Clash(("prior.classes", "prior.loss"), "is about a softmax, and there is none; leave it seen")
         if prior.temperature != 1:
             yield Clash(
                 ("prior.temperature", "prior.loss"), "squared differences are of logits as they are; set it to 1"
