@@ -18,6 +18,7 @@ from hpccl.curvature.grouped import GroupedEstimator
 from hpccl.curvature.protocols import Examples
 from hpccl.dist.comm import Comm
 from hpccl.errors import DataError, DivergedError
+from hpccl.prior.quadratic import Quadratic
 from hpccl.train.task_pass import TaskPass
 from tests.run.method import make_world, merged
 from tests.unit.curvature.oracle import build, examples
@@ -114,6 +115,23 @@ def test_numbers_of_the_weighted_label() -> None:
     data = two([[1.0, 2.0], [1.0, 2.0]], [0, 0])
     found = DiagonalEstimator("weighted").estimate(model, [data], SOLO).values["weight"] / 2
     torch.testing.assert_close(found, torch.tensor([[0.146280, 0.585121]] * 2), rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_of_the_fisher_matrix_and_its_penalty() -> None:
+    """o = x / 2, (1, 2) of class 0; all weights moved by .1, lambda = 10: 5 d'Fd (Kirkpatrick et al. 2017)."""
+    model = linear([[0.5, 0.0], [0.0, 0.5]])
+    data = two([[1.0, 2.0], [1.0, 2.0]], [0, 0]).select(slice(0, 1))
+    rows: dict[Literal["ggn", "empirical"], list[float]] = {
+        "empirical": [0.387456, 1.549822],
+        "ggn": [0.235004, 0.940015],
+    }
+    for fisher, row in rows.items():
+        found = DiagonalEstimator(fisher).estimate(model, [data], SOLO)
+        torch.testing.assert_close(found.values["weight"], torch.tensor([row] * 2), rtol=0, atol=1e-6)
+    anchor = {"weight": next(model.parameters()).detach()}
+    exact = DiagonalEstimator("ggn").estimate(model, [data], SOLO)
+    quadratic = Quadratic(exact, anchor, weight=10.0, damping=0.0)
+    assert quadratic.value({"weight": anchor["weight"] + 0.1}, SOLO) == pytest.approx(0.117502, abs=1e-6)
 
 
 def test_what_is_broken_is_named() -> None:

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from hpccl.curvature.dense import DenseEstimator
+from hpccl.curvature.posterior import Posterior
+from hpccl.curvature.protocols import Examples
+from hpccl.dist.comm import Comm
 from hpccl.memory.perturbation import Variance, best_prior_precision, deviation, perturbed, top_layer_variance
 from hpccl.memory.score import TopLayer, leverage, sensitivity
 
@@ -21,15 +25,22 @@ def spearman(one: Tensor, other: Tensor) -> float:
 
 
 def test_ridge_leave_one_out_is_exact() -> None:
-    """M1: the residual without an example is e / (1 - v)."""
-    inverse = torch.linalg.inv(X.T @ X + torch.eye(2, dtype=torch.float64))
-    error = X @ inverse @ X.T @ Y_REAL - Y_REAL
-    v = torch.einsum("ni,ij,nj->n", X, inverse, X)
-    moved = deviation(v[:, None, None], ONE, error[:, None])[:, 0]
+    """M1: the residual without an example is e / (1 - v). Squares are a last layer of one output, of curvature 1."""
+    layer = TopLayer.of(X.T @ X / 5, 5 * ONE, prior_precision=1.0)
+    weights = layer.solve((X.T @ Y_REAL)[None])[0]
+    assert weights.tolist() == pytest.approx([0.41666667, 0.77272727], abs=1e-8)
+    error = X @ weights - Y_REAL
+    given = [-0.08333333, 0.18939394, -0.53787879, 0.14393939, -0.12878788]
+    assert error.tolist() == pytest.approx(given, abs=1e-8)
+    variance = top_layer_variance(X, layer)
+    v = variance.marginal()[:, 0]
+    assert v.tolist() == pytest.approx([0.16666667, 0.25757576, 0.53030303, 0.25757576, 0.53030303], abs=1e-8)
+    moved = deviation(layer.covariance(X), ONE, error[:, None])[:, 0]
+    torch.testing.assert_close(moved, v / (1 - v) * error)
     expected = [-0.1, 0.25510204, -1.14516129, 0.19387755, -0.27419355]
     assert (error + moved).tolist() == pytest.approx(expected, abs=1e-8)
     first = [-0.09722222, 0.23817723, -0.82311754, 0.18101469, -0.19708448]
-    assert (error + v * error).tolist() == pytest.approx(first, abs=1e-8)
+    assert (error + variance.times(error[:, None])[:, 0]).tolist() == pytest.approx(first, abs=1e-8)
 
 
 def test_ridge_without_a_group_is_exact() -> None:
@@ -54,10 +65,40 @@ def test_logistic_golden_values() -> None:
         [0.12076328, 0.18499654, 0.30030657, 0.19308473, 0.35810481], abs=1e-7
     )
     assert found.left_out_newton is not None
+    p = torch.where(Y == 1, 1 - found.error, found.error)
+    assert p.tolist() == pytest.approx([0.56063717, 0.70290499, 0.81435969, 0.4076538, 0.27069597], abs=1e-8)
     assert float(found.nats.mean()) == pytest.approx(0.51866360, abs=1e-7)
     assert float(found.left_out.mean()) == pytest.approx(0.67736679, abs=1e-7)
     assert float(found.left_out_newton.mean()) == pytest.approx(0.73339541, abs=1e-7)
     assert float(found.left_out_newton.mean()) == pytest.approx(0.73907098, abs=0.01)  # five refits
+
+
+class Logistic(nn.Module):
+    """Logits (0, x'theta), at the mode for a prior precision of 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor([0.24374838, 0.61742138], dtype=torch.float64))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        score = pixels @ self.theta
+        return torch.stack([torch.zeros_like(score), score], dim=1)
+
+
+def test_logistic_golden_values_from_a_measured_posterior() -> None:
+    """M3: v, leverage and the error without an example, of the Laplace posterior of the model itself."""
+    model = Logistic()
+    everyone = Examples(X, Y, torch.ones(2, dtype=torch.bool), torch.arange(5), torch.ones(5))
+    precision = DenseEstimator().estimate(model, [everyone], Comm.solo())
+    posterior = Posterior.of(precision, {"theta": model.theta.detach()}, prior_precision=1.0)
+    variance = posterior.logit_variance(model, X)
+    given = [0.49026367, 0.88587331, 1.98644375, 0.79961482, 1.81392678]
+    assert variance[:, 1, 1].tolist() == pytest.approx(given, abs=1e-6)
+    found = perturbed(model(X).detach(), Y, Variance.of(variance))
+    assert found.leverage.tolist() == pytest.approx(
+        [0.12076328, 0.18499654, 0.30030657, 0.19308473, 0.35810481], abs=1e-6
+    )
+    assert float(found.left_out.mean()) == pytest.approx(0.67736679, abs=1e-6)
 
 
 class Softmax:

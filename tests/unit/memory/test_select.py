@@ -29,6 +29,24 @@ def test_uniform_is_uniform() -> None:
     assert np.abs(counts / 2000 - 0.25).max() < 0.05
 
 
+def test_a_reservoir_includes_every_item_alike() -> None:
+    """Vitter 1985: 200 of 1000 over 10^4 seeds, each with chance .2, by the words of a run's reservoir.
+
+    A count has a standard deviation of .004, so that of a fair reservoir, too, 12 of 1000 are further off than .01.
+    """
+    items, keep, seeds = 1000, 200, 10_000
+    labels, samples, counts = np.zeros(items, np.int64), np.arange(items), np.zeros(items)
+    for seed in range(seeds):
+        counts[choose(labels, samples, keep=keep, balanced=False, words=(seed, 101))] += 1
+    assert counts.sum() == keep * seeds
+    off = np.abs(counts / seeds - 0.2)
+    assert (off > 0.01).sum() < 12.4 + 4 * 3.5
+    assert off.max() < 5 * 0.004
+    variance = seeds * 0.2 * 0.8
+    chi_square = float(((counts - seeds * 0.2) ** 2).sum()) / variance * (items - 1) / items
+    assert chi_square == pytest.approx(items - 1, abs=4 * (2 * (items - 1)) ** 0.5)
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.floats(0, 1), st.integers(0, 99))
 def test_quotas_sum_and_never_exceed(counts: list[int], share: float, seed: int) -> None:
     available = np.array(counts)

@@ -275,6 +275,30 @@ def test_soba_ends_at_a_constant_hessian() -> None:
     assert float(optimizer.state[w]["curvature"]) == pytest.approx(2.0, abs=1e-9)
 
 
+def test_soba_estimates_the_hessian_by_gradient_times_displacement() -> None:
+    """S1: g s e = -4.08 at s = 4, e = .3; with sqrt(s) for s it would be -2.04."""
+    w = weights(1.0)
+    optimizer = soba(w, rate=0.1, first=4.0)
+    trial = optimizer.trial(0, [w], constant(0.6))
+    assert trial is not None
+    w.grad = 2 * (trial[0] - 3)
+    optimizer.note(0, [w], lambda gradients: gradients[0].norm())
+    products = optimizer.products([w])
+    assert products is not None
+    assert float(products[0][0] * optimizer.state[w]["curvature"]) == pytest.approx(-4.08, abs=1e-12)
+
+
+def test_soba_ends_near_the_hessian_of_a_drawn_quadratic() -> None:
+    """S2: a = 2, rho = .02: the median of s is 2.02; with g sqrt(s) e and h^2 in the rule it is 1.6."""
+    w = torch.zeros(2000, dtype=torch.float64)
+    optimizer = soba(w, rate=0.02, lr=1e-9)
+    medians = []
+    for step in range(600):
+        take(optimizer, w, quadratic(2.0, 0.0), drawing(step))  # type: ignore[arg-type]
+        medians.append(float(optimizer.state[w]["curvature"].median()))
+    assert sum(medians[300:]) / 300 == pytest.approx(2.02, abs=0.01)
+
+
 @pytest.mark.slow
 def test_soba_in_units_of_the_summed_loss() -> None:
     """N and the prior: s -> N a + delta, m -> N a b / (N a + delta)."""

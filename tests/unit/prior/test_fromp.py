@@ -17,6 +17,7 @@ from hpccl.dist.comm import Comm
 from hpccl.errors import DivergedError
 from hpccl.prior.fromp import Block, Fromp, cholesky, equal_blocks, probabilities
 from hpccl.prior.quadratic import Quadratic
+from hpccl.train.loss import row_nats
 
 SOLO = Comm.solo()
 X = torch.tensor([[1, 0], [1, 1], [1, 2], [1, -1], [1, -2]], dtype=torch.float64)
@@ -66,10 +67,35 @@ def test_golden_numbers() -> None:
     torch.testing.assert_close(one, torch.tensor([0.1060976, -0.20207505], dtype=torch.float64), atol=1e-7, rtol=0)
     (both,) = torch.autograd.grad((pull * m).sum(), now.theta)
     torch.testing.assert_close(both, 2 * one)
-    mean = X.T @ (torch.sigmoid(X @ now.theta.detach()) - BINARY) / 5
+    target = torch.stack([1 - BINARY, BINARY], dim=1)
+    (mean,) = torch.autograd.grad(row_nats(now(X), target, torch.ones(5, 2).bool()).mean(), now.theta)
     torch.testing.assert_close(mean, torch.tensor([-0.03090962, -0.21227883], dtype=torch.float64), atol=1e-8, rtol=0)
     total = mean / 10 + one
     torch.testing.assert_close(total, torch.tensor([0.10300664, -0.22330293], dtype=torch.float64), atol=1e-7, rtol=0)
+
+
+def test_golden_numbers_to_first_order() -> None:
+    """F2: near the old weights, two memories of two weights pull as Sigma^-1 (w - w_old) does."""
+    old, delta, limit = Logistic([0.2, 0.5]), 1e-3, [0.11064919, -0.20343877]
+    everyone = Examples(X, BINARY.long(), torch.ones(2, dtype=torch.bool), torch.arange(5), torch.ones(5))
+    fisher = build_estimator(DiagonalCurvature(fisher="ggn"), 0).estimate(old, [everyone], SOLO)
+    quadratic = Quadratic(fisher, {"theta": old.theta.detach()}, weight=1.0, damping=delta)
+    force = quadratic.force({"theta": torch.tensor([0.3, 0.4], dtype=torch.float64)}, SOLO)["theta"]
+    assert isinstance(force, Tensor)
+    assert force.tolist() == pytest.approx(limit, abs=1e-6)
+
+    kept = X[[0, 1]]
+    mean = {"theta": old.theta.detach()}
+    kernel = probability_kernel(Posterior.of(fisher, mean, prior_precision=delta), old, kept, [0, 1])
+    block = Block(torch.arange(2), torch.tensor([0, 1]), old(kept).detach().softmax(1), cholesky(kernel, 0.0)[0])
+    off = []
+    for step in (1e-2, 1e-3):
+        now = Logistic([0.2 + 0.1 * step, 0.5 - 0.1 * step])
+        m = now(kept).softmax(1)
+        (pull,) = torch.autograd.grad((block.pull(m.detach())[:, 1] * m[:, 1]).sum(), now.theta)
+        off.append(float((pull / step - torch.tensor(limit, dtype=torch.float64)).norm()))
+    assert off[1] < 1e-4
+    assert off[0] / off[1] == pytest.approx(10, rel=0.1)  # the error is of first order in the step
 
 
 def test_as_many_independent_memories_as_weights_are_the_quadratic() -> None:

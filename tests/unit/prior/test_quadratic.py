@@ -4,10 +4,13 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hpccl.config.curvature import DenseCurvature, DiagonalCurvature
 from hpccl.config.run import RunConfig
+from hpccl.curvature.build import build_estimator
 from hpccl.curvature.diagonal import Diagonal
+from hpccl.curvature.protocols import Examples, Precision
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves, Slab, Stored, wholes
 from hpccl.engine.ddp import DdpEngine
@@ -137,6 +140,58 @@ def test_decay_forgets_the_curvature_of_earlier_tasks() -> None:
     later = first.plus(diagonal({"a": torch.tensor([0.2])}), {"a": torch.tensor([3.0])}, SOLO, decay=0.9)
     force = wholes(later.force({"a": torch.tensor([4.0])}, SOLO))["a"]
     torch.testing.assert_close(force, torch.tensor([0.65]))
+
+
+X = torch.tensor([[1, 0], [1, 1], [1, 2], [1, -1], [1, -2]], dtype=torch.float64)
+Y = torch.tensor([0.5, 1.0, 2.5, -0.5, -1.0], dtype=torch.float64)
+
+
+class Even(nn.Module):
+    """Logits (0, x'theta) at theta = 0: the curvature of the two classes' cross-entropy is 1/4 sum x x'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        score = pixels @ self.theta
+        return torch.stack([torch.zeros_like(score), score], dim=1)
+
+
+def of_squares(config: DenseCurvature | DiagonalCurvature, x: Tensor) -> Precision:
+    """The curvature of 1/2 |x theta - y|^2, sum x x' or its diagonal: four times that of `Even`."""
+    count = len(x)
+    fours = torch.full((count,), 4.0)
+    part = Examples(x, torch.zeros(count, dtype=torch.int64), torch.ones(2).bool(), torch.arange(count), fours)
+    return build_estimator(config, 0).estimate(Even(), [part], SOLO)
+
+
+def regression(x: Tensor, y: Tensor, prior: Quadratic) -> Tensor:
+    """The minimum of 1/2 |x theta - y|^2 + prior: one Newton step, columns of the Hessian by unit vectors."""
+
+    def slope(theta: Tensor) -> Tensor:
+        return x.T @ (x @ theta - y) + wholes(prior.force({"theta": theta}, SOLO))["theta"]
+
+    zero = torch.zeros(2, dtype=torch.float64)
+    hessian = torch.stack([slope(unit) - slope(zero) for unit in torch.eye(2, dtype=torch.float64)], dim=1)
+    found: Tensor = torch.linalg.solve(hessian, -slope(zero))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config", "end"),
+    [(DenseCurvature(), [0.41666667, 0.77272727]), (DiagonalCurvature(), [0.40350877, 0.77368421])],
+    ids=["dense", "diagonal"],
+)
+def test_two_regressions_one_after_the_other(config: DenseCurvature | DiagonalCurvature, end: list[float]) -> None:
+    """E1: rows 0 to 2, then 3 and 4, delta = 1: the whole curvature ends at the ridge regression on all; EWC beside."""
+    nothing = of_squares(config, X[:3]).times(0.0)
+    prior = Quadratic(nothing, {"theta": torch.zeros(2)}, weight=1.0, damping=1.0)
+    joint = regression(X, Y, prior)
+    assert joint.tolist() == pytest.approx([0.41666667, 0.77272727], abs=1e-8)
+    first = regression(X[:3], Y[:3], prior)
+    after = prior.plus(of_squares(config, X[:3]), {"theta": first.float()}, SOLO)
+    assert regression(X[3:], Y[3:], after).tolist() == pytest.approx(end, abs=2e-7)
 
 
 def test_decay_with_own_anchors_is_the_decayed_sum_of_quadratics() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hpccl.checkpoint.store import Mark
+from hpccl.data.build import open_stream
 from hpccl.data.rows import DISTILL, NEW, REPLAY, SIGMOID, Rows
 from hpccl.dist.spread import wholes
 from hpccl.train.compose import Composer, plan_task, split
@@ -128,6 +129,65 @@ def test_t_squared(tmp_path: Path) -> None:
     assert times.weight == pytest.approx(9 * once.weight)
     assert Distilled.of(world.config, world.stream, world.stream.tasks[0]) is None
     assert state.prior.anchor is not None
+
+
+Distances = tuple[float, float, list[float]]
+ONE, OTHER = ([1.0, 1.0, 0.0], [2.0, 0.0, -2.0]), ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])  # student, teacher
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_t_squared_by_hand(squared: bool) -> None:
+    """Hinton et al. 2015 at T = 2, from the configuration to the gradient; three old classes."""
+    cross_entropy, divergence, slope = distilled_loss(*ONE, temperature=2.0, squared=squared)
+    expected = [4.012141, -0.563178, 0.277847, 0.285332] if squared else [1.003035, -0.140795, 0.069462, 0.071333]
+    assert [cross_entropy, *slope] == pytest.approx(expected, abs=1e-6)
+    assert divergence / (4 if squared else 1) == pytest.approx(0.170640, abs=1e-6)
+
+
+def test_t_squared_as_the_temperature_grows() -> None:
+    """Logits (1, 2, 3), teacher (3, 2, 1): KL and T^2 KL at T = 2, T^2 KL at T = 100, T (q - p)."""
+    assert distilled_loss(*OTHER, temperature=2.0, squared=False)[1] == pytest.approx(0.3201566678, abs=1e-10)
+    _, divergence, slope = distilled_loss(*OTHER, temperature=2.0, squared=True)
+    assert divergence == pytest.approx(1.2806266713, abs=1e-10)
+    assert slope == pytest.approx([-0.64031334, 0.0, 0.64031334], abs=1e-8)
+    _, divergence, slope = distilled_loss(*OTHER, temperature=100.0, squared=True)
+    assert divergence == pytest.approx(1.33331111, abs=1e-8)
+    assert slope == pytest.approx([-0.66665556, 0.0, 0.66665556], abs=1e-8)
+
+
+def test_t_squared_has_a_limit() -> None:
+    """T -> infinity: |z - v|^2 / 2C and (z - v) / C (Hinton et al. 2015, eq. 4), here 4/3 and -2/3, 0, 2/3."""
+    off = []
+    for temperature in (100.0, 1000.0):
+        _, divergence, slope = distilled_loss(*OTHER, temperature=temperature, squared=True)
+        off.append((4 / 3 - divergence, 2 / 3 - slope[2]))
+        assert slope[0] == pytest.approx(-slope[2], abs=1e-9)
+    for far, near in zip(*off, strict=True):
+        assert 0 < far < 1e-4
+        assert near == pytest.approx(far / 100, rel=0.01)
+
+
+def distilled_loss(student: list[float], teacher: list[float], *, temperature: float, squared: bool) -> Distances:
+    """(cross-entropy, Kullback-Leibler divergence, gradient by the student's logits) of one image."""
+    distill = {"weight": 1.0, "temperature": temperature, "scale_t2": squared}
+    stream_config = {"kind": "digits", "tasks": 10}
+    config = merged({"stream": stream_config, "train": {"head": "seen"}, "prior": {"distill": distill}})
+    stream = open_stream(config.stream, config.data)
+    distilled = Distilled.of(config, stream, stream.tasks[3])  # of one class each
+    assert distilled is not None
+    said, other = torch.zeros(2, 1, 10, dtype=torch.float64)
+    said[0, :3], other[0, :3] = torch.tensor([teacher, student], dtype=torch.float64)
+    target, head = distilled.targets(said)
+    rows = Rows(
+        pixels=torch.zeros(1, 1), noise=torch.zeros(1), image=torch.zeros(1, dtype=torch.int64), target=target,
+        weight=torch.tensor([distilled.weight], dtype=torch.float64), head=head,
+        temperature=torch.tensor([distilled.config.temperature], dtype=torch.float64), term=torch.tensor([DISTILL]),
+    )  # fmt: skip
+    nats = weighted_nats(other.requires_grad_(), rows).sum()
+    (slope,) = torch.autograd.grad(nats, other)
+    assert not bool(slope[0, 3:].any())
+    least = float(weighted_nats(said, rows).sum())
+    return float(nats.detach()), float(nats.detach()) - least, slope[0, :3].tolist()
 
 
 NORMS: dict[str, Any] = {

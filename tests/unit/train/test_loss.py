@@ -84,21 +84,25 @@ def softened(logits: list[float], temperature: float) -> list[float]:
 
 
 OUT = -1e9
-KD = {
-    1.0: (0.877871, [-0.444495, 0.305008, 0.139486]),
-    2.0: (1.003035, [-0.140795, 0.069462, 0.071333]),
-    4.0: (1.068600, [-0.036653, 0.013168, 0.023485]),
+KD = {  # temperature: cross-entropy, Kullback-Leibler divergence, gradient of both
+    1.0: (0.877871, 0.436814, [-0.444495, 0.305008, 0.139486]),
+    2.0: (1.003035, 0.170640, [-0.140795, 0.069462, 0.071333]),
+    4.0: (1.068600, 0.048409, [-0.036653, 0.013168, 0.023485]),
 }
 
 
 @pytest.mark.parametrize("temperature", KD)
 def test_distillation_by_hand(temperature: float) -> None:
-    """Hinton et al. 2015: teacher (2, 0, -2), student (1, 1, 0)."""
+    """Hinton et al. 2015: teacher (2, 0, -2), student (1, 1, 0); KL is that less the teacher's entropy."""
+    cross_entropy, divergence, slope = KD[temperature]
     logits = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    nats = weighted_nats(logits, rows_of((0, softened([2, 0, -2], temperature), 1.0, temperature, CROSS_ENTROPY)))
+    rows = rows_of((0, softened([2, 0, -2], temperature), 1.0, temperature, CROSS_ENTROPY))
+    nats = weighted_nats(logits, rows)
     (gradient,) = torch.autograd.grad(nats.sum(), logits)
-    assert float(nats.detach()) == pytest.approx(KD[temperature][0], abs=1e-6)
-    assert gradient[0].tolist() == pytest.approx(KD[temperature][1], abs=1e-6)
+    least = weighted_nats(torch.tensor([[2.0, 0.0, -2.0]], dtype=torch.float64), rows)
+    assert float(nats.detach()) == pytest.approx(cross_entropy, abs=1e-6)
+    assert float(nats.detach() - least) == pytest.approx(divergence, abs=1e-6)
+    assert gradient[0].tolist() == pytest.approx(slope, abs=1e-6)
     assert float(gradient.sum()) == pytest.approx(0.0, abs=1e-12)
 
 
@@ -108,6 +112,7 @@ def test_learning_without_forgetting_by_hand() -> None:
     old, new = [*softened([2, 0, -2], 2.0), OUT, OUT], [OUT, OUT, OUT, 1.0, 0.0]
     nats = weighted_nats(logits, rows_of((0, new, 1.0, 1.0, CROSS_ENTROPY), (0, old, 1.0, 2.0, CROSS_ENTROPY)))
     assert nats.tolist() == pytest.approx([0.313262, 1.003035], abs=1e-6)
+    assert float(nats.sum()) == pytest.approx(1.316297, abs=1e-6)
 
 
 def test_first_stage_of_bias_correction_by_hand() -> None:
@@ -123,8 +128,9 @@ def test_a_sigmoid_for_each_class_by_hand() -> None:
     """Rebuffi et al. 2017: logits (.5, -1, 2), the old network's (0, 1) of the first two classes, label 2."""
     logits = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64)
     old = [*torch.tensor([0.0, 1.0], dtype=torch.float64).sigmoid().tolist(), OUT]
-    nats = weighted_nats(logits, rows_of((0, [OUT, OUT, 1.0], 1.0, 1.0, SIGMOID), (0, old, 1.0, 1.0, SIGMOID)))
-    assert float(nats.sum()) == pytest.approx(1.895325, abs=1e-6)
+    for weight, total in ((1.0, 1.895325), (1 / 3, 0.631775)):  # the sum over classes, and their mean
+        rows = rows_of((0, [OUT, OUT, 1.0], weight, 1.0, SIGMOID), (0, old, weight, 1.0, SIGMOID))
+        assert float(weighted_nats(logits, rows).sum()) == pytest.approx(total, abs=1e-6)
     target = torch.tensor([[0.5, 0.731059, 1.0]], dtype=torch.float64)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
     torch.testing.assert_close(row_questions(logits, target, torch.ones(1, 3, dtype=torch.bool))[0], expected)
@@ -138,6 +144,8 @@ def test_dark_experience_by_hand() -> None:
     nats = weighted_nats(logits, rows)
     assert nats.tolist() == pytest.approx([0.407606, 0.2 * 0.5, 0.5 * 0.958020], abs=1e-6)
     assert float(nats.sum()) == pytest.approx(0.986616, abs=1e-6)
+    summed = rows_of((0, first, 1.0, 1.0, 0), (1, kept, 3 * 0.2, 1.0, SQUARED), (1, first, 0.5, 1.0, 0))
+    assert float(weighted_nats(logits, summed).sum()) == pytest.approx(1.186616, abs=1e-6)  # a sum over three classes
 
 
 @given(st.integers(0, 10**6))
