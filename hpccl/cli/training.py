@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def adapt(
         str | None, typer.Option(metavar="NAMES", help="Forget classes or ids: a,b,... or a file with one a line.")
     ] = None,
     prior_precision: Annotated[
-        float | None, typer.Option(min=0.0, help="Another prior.normal.precision of the weights.")
+        float | None, typer.Option(help="Another prior.normal.precision of the weights; at least 0.")
     ] = None,
     model: Annotated[
         str | None,
@@ -101,7 +102,12 @@ def adapt(
 def _change(
     add: list[str] | None, remove: list[str] | None, precision: float | None, model: str | None
 ) -> dict[str, Any]:
-    """Section adapt, as far as the options say it; ConfigError unless exactly one of them is given."""
+    """Section adapt, as far as the options say it; ConfigError unless one of them is given, and can be meant."""
+    if precision is not None and not (math.isfinite(precision) and precision >= 0):
+        raise ConfigError(
+            f"--prior-precision {precision:g}: a precision is a finite number >= 0, in nats per squared weight (0: no "
+            "prior); give one"
+        )
     given: dict[str, dict[str, Any] | None] = {
         "--add": None if not add else {"kind": "add", "data": add},
         "--remove": None if remove is None else {"kind": "remove", "names": remove},

@@ -25,7 +25,7 @@ from hpccl.data.shards.build import build
 from hpccl.data.shards.encodings import Lossless
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
-from hpccl.errors import ConfigError, DataError, FolderError
+from hpccl.errors import ConfigError, DataError, FolderError, HpcclError
 from hpccl.memory.store import Memory
 from hpccl.prior.normal import NormalPrior
 from hpccl.prior.prior import Prior
@@ -474,6 +474,19 @@ def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the command
+
+
+def refused(*words: str) -> str:
+    """What `hpccl adapt` says against a command."""
+    result = CliRunner().invoke(app, ["adapt", *words])
+    assert isinstance(result.exception, HpcclError), result.output
+    return str(result.exception)
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_a_precision_that_cannot_be(tmp_path: Path, value: str) -> None:
+    message = refused("nowhere", "--out", str(tmp_path / "out"), "--prior-precision", value)
+    assert message.startswith(f"--prior-precision {value}: a precision is a finite number >= 0")
 
 
 @pytest.mark.slow
