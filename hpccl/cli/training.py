@@ -7,15 +7,19 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hpccl.cli.common import Arguments, configs_of, train_all
 from hpccl.cluster.outcome import DONE
 from hpccl.cluster.step import end, in_step
+from hpccl.config.adapt import SETTINGS, adapted_config, named, reference_config
 from hpccl.config.load import dump, is_override
 from hpccl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hpccl.config.run import RunConfig
 
 __all__ = ["adapt", "check", "plan", "train"]
 
@@ -41,7 +45,7 @@ def adapt(
         list[str] | None,
         typer.Argument(
             metavar="[key=value]...",
-            help="Over the run's: of train, optim, engine, cluster, checkpoint, log; prior.weight.",
+            help=f"Over the run's: {SETTINGS}.",
         ),
     ] = None,
     *,
@@ -60,14 +64,13 @@ def adapt(
         typer.Option(metavar="KIND", help="Another network: model.kind; settings of model follow as key=value."),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="`retrain` to train anew in OUT/reference, or a run's folder, to compare with.")
+        str | None,
+        typer.Option(help="`retrain` to train anew in OUT/reference, or a run's folder, to compare with."),
     ] = None,
     nproc: Annotated[int | None, typer.Option(help="Processes; the same as cluster.nproc=N.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; the same as log.quiet=true.")] = False,
 ) -> None:
     """Adapt a trained network to more data, less data, another prior or another architecture. Again: it continues."""
-    from hpccl.config.adapt import adapted_config, named, reference_config
-
     options = [f"cluster.nproc={nproc}"] if nproc is not None else []
     options += ["log.quiet=true"] if quiet else []
     change = _change(add, None if remove is None else named(remove), prior_precision, model)
@@ -85,6 +88,7 @@ def adapt(
     runs = [config]
     if reference == "retrain":
         runs.append(reference_config(run, out / "reference", **given))
+    _refuse_folders(runs)
     code = train_all(runs)
     if in_step():
         end(code)
@@ -97,6 +101,15 @@ def adapt(
         page = write_adaptation(found, out)
         typer.echo(f"{markdown(found)}\n\n{page}")
     raise typer.Exit(code)
+
+
+def _refuse_folders(runs: Sequence[RunConfig]) -> None:
+    """Before anything is trained: folders in use by other runs."""
+    from hpccl.cluster.prepare import refuse_another
+
+    if not in_step():  # there, one task may take a folder over while others look
+        for config in runs:
+            refuse_another(config)
 
 
 def _change(

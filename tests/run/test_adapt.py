@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hpccl.cli import app
 from hpccl.cluster.prepare import prepare
-from hpccl.config.adapt import adapted_config, named, reference_config
+from hpccl.config.adapt import SETTINGS, adapted_config, named, reference_config
 from hpccl.config.load import dump
 from hpccl.config.run import RunConfig
 from hpccl.data.shards.build import build
@@ -367,6 +367,13 @@ def test_stopped_and_again_gives_the_same_weights(digits: Path, tmp_path: Path, 
 
 # ---------------------------------------------------------------- what is refused
 
+FIXED = (
+    *("seed", "stream.tasks", "data.test_size", "memory.size", "curvature.damping", "adapt.retrain"),
+    *("evaluate.classifier", "prior.replay", "prior.normal.precision", "prior.normal.weight", "prior.quadratic.weight"),
+    *("prior.label_weight", "train.head", "train.loss", "train.flip_test", "train.label_smoothing", "train.data"),
+    *("train.restart", "train.only_last", "train.head_epochs", "train.first_task_from", "train.weights"),
+)
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -420,18 +427,34 @@ def test_a_run_without_memory_or_without_an_end_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stream.tasks=2", "keeps stream"),
-        ("memory.size=3", "keeps memory"),
-        ("prior.replay=0.5", "keeps prior.replay"),
-        ("prior.normal.precision=2", "keeps prior.normal.precision"),
+        *((f"{key}=1", f"keeps {key} as its run has it; .*: train.epochs, .*, prior.view; of optim") for key in FIXED),
+        ("train={head: own}", "keeps train as its run has it; leave it out. What may be set, key by key: train.epochs"),
         ("model.hidden=[3]", "give its kind with --model"),
-        ("train.restart=true", "an adaptation is one task"),
-        ("train.data=seen", "the reference trains on all data"),
+        ("folder=elsewhere", "folder=elsewhere: --out says where an adaptation goes"),
+        ("name=other", "name=other: --out says .* what it is called"),
     ],
 )
-def test_settings_that_an_adaptation_cannot_change(digits: Path, tmp_path: Path, setting: str, message: str) -> None:
+def test_settings_that_an_adaptation_cannot_change(tmp_path: Path, setting: str, message: str) -> None:
+    """`train.head` and the like would have the network tested otherwise than before, and look like a gain."""
+    (tmp_path / "config.yaml").write_text(dump(merged(SECTIONS, {})))
     with pytest.raises(ConfigError, match=message):
-        both(digits, tmp_path / "out", REMOVE, setting)
+        both(tmp_path, tmp_path / "out", REMOVE, setting)
+
+
+def test_settings_that_an_adaptation_can_change(tmp_path: Path) -> None:
+    """As documentation and help name them."""
+    (tmp_path / "config.yaml").write_text(dump(merged(SECTIONS, {})))
+    settings = ["train.epochs=3", "train.batch_size=9", "train.accumulate=2", "train.clip_norm=2.0", "train.ema=0.5"]
+    settings += ["train.frozen=[features]", "train.norms=running", "prior.weight=2.0", "prior.scale_to_task=false"]
+    settings += ["prior.temperature=2.0", "prior.view=recorded"]
+    config, _ = both(tmp_path, tmp_path / "out", REMOVE, *settings, "optim=sam", "engine.precision=bf16", "log.every=7")
+    assert (config.train.epochs, config.prior.view, config.optim.kind) == ((3,), "recorded", "sam")
+    named_there, sections = SETTINGS.split("; of ")
+    assert named_there.split(", ") == [setting.split("=")[0] for setting in settings]
+    page = (ROOT / "docs" / "adapt.md").read_text()
+    for name in [*named_there.split(", "), *sections.split(" all")[0].split(", "), "model"]:
+        assert f"`{name}`" in page
+    assert SETTINGS.replace(" ", "") in "".join(CliRunner().invoke(app, ["adapt", "--help"]).output.split())
 
 
 def test_another_prior_takes_the_place_of_weight_decay(tmp_path: Path) -> None:
@@ -481,6 +504,20 @@ def refused(*words: str) -> str:
     result = CliRunner().invoke(app, ["adapt", *words])
     assert isinstance(result.exception, HpcclError), result.output
     return str(result.exception)
+
+
+def test_a_folder_in_use_is_kept(digits: Path, tmp_path: Path) -> None:
+    """The adaptation's and the reference's, before anything is trained. No advice is to delete it."""
+    words = [str(digits), "--remove", "3", "train.epochs=1", "--reference", "retrain", "--out"]
+    assert refused(*words, str(digits)).endswith("is the run that is adapted, which stays as it is; give another --out")
+    for folder in (tmp_path / "used", tmp_path / "out" / "reference"):
+        prepare(merged(SECTIONS, {}).model_copy(update={"folder": str(folder)}), [])
+        message = refused(*words, str(tmp_path / folder.relative_to(tmp_path).parts[0]))
+        assert f"'{folder}' holds a run of another configuration" in message
+        assert message.endswith("give another --out, or undo the change to continue what is there")
+    assert not (tmp_path / "out" / "config.yaml").exists()
+    (tmp_path / "used" / "config.yaml").write_text("seed: [")
+    assert refused(*words, str(tmp_path / "used")).endswith("give another --out")
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])
