@@ -65,7 +65,9 @@ def adapt(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="`retrain` to train anew in OUT/reference, or a run's folder, to compare with."),
+        typer.Option(
+            help="What to compare with: `retrain` to train anew in OUT/reference, or the folder of one that was."
+        ),
     ] = None,
     nproc: Annotated[int | None, typer.Option(help="Processes; the same as cluster.nproc=N.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; the same as log.quiet=true.")] = False,
@@ -83,33 +85,40 @@ def adapt(
         "model": model,
         "settings": [*(settings or []), *options],
     }
-    config = adapted_config(run, out, **given)
+    config, other = adapted_config(run, out, **given), None
     check_adaptation(config)
-    runs = [config]
-    if reference == "retrain":
-        runs.append(reference_config(run, out / "reference", **given))
-    _refuse_folders(runs)
+    if reference is not None:
+        folder = out / "reference" if reference == "retrain" else Path(reference)
+        other = reference_config(run, folder, **given)
+    runs = [config, other] if other is not None and reference == "retrain" else [config]
+    _refuse_folders(runs, None if reference == "retrain" else other)
     code = train_all(runs)
     if in_step():
         end(code)
     if code == DONE:
-        from hpccl.report.adaptation import markdown, write_adaptation
-        from hpccl.train.adapt_compare import compare_adaptation
-
-        other = out / "reference" if reference == "retrain" else None if reference is None else Path(reference)
-        found = compare_adaptation(out, other)
-        page = write_adaptation(found, out)
-        typer.echo(f"{markdown(found)}\n\n{page}")
+        _compare(out, other)
     raise typer.Exit(code)
 
 
-def _refuse_folders(runs: Sequence[RunConfig]) -> None:
-    """Before anything is trained: folders in use by other runs."""
+def _refuse_folders(runs: Sequence[RunConfig], reference: RunConfig | None) -> None:
+    """Before anything is trained: folders in use by other runs, and one to compare with that is no such reference."""
     from hpccl.cluster.prepare import refuse_another
+    from hpccl.train.adapt_compare import check_reference
 
     if not in_step():  # there, one task may take a folder over while others look
         for config in runs:
             refuse_another(config)
+    if reference is not None:
+        check_reference(reference)
+
+
+def _compare(out: Path, reference: RunConfig | None) -> None:
+    from hpccl.report.adaptation import markdown, write_adaptation
+    from hpccl.train.adapt_compare import compare_adaptation
+
+    found = compare_adaptation(out, reference)
+    page = write_adaptation(found, out)
+    typer.echo(f"{markdown(found)}\n\n{page}")
 
 
 def _change(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,7 +33,7 @@ from hpccl.prior.prior import Prior
 from hpccl.report.adaptation import Adaptation, write_adaptation
 from hpccl.report.events import latest, read_events
 from hpccl.train.adapt import adaptation_task, begin_adapting, check_adaptation
-from hpccl.train.adapt_compare import compare_adaptation
+from hpccl.train.adapt_compare import check_reference, compare_adaptation
 from hpccl.train.compose import Composer, plan_task, split
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate import test as evaluate_all
@@ -86,7 +87,7 @@ def adapt(run_folder: Path, out: Path, change: dict[str, Any], *settings: str) -
     config, reference = both(run_folder, out, change, *settings)
     check_adaptation(config)
     assert learn(config) == learn(reference) == "done"
-    return compare_adaptation(out, out / "reference")
+    return compare_adaptation(out, reference)
 
 
 def digest(folder: Path) -> str:
@@ -496,6 +497,78 @@ def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
         named(" , ")
 
 
+# ---------------------------------------------------------------- the reference
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> Path:
+    """The folder of a run that nobody trained: its configuration is enough to say what its reference is."""
+    prepare(merged(SECTIONS, {}).model_copy(update={"folder": str(tmp_path / "run")}), [])
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (
+            {"kind": "remove", "names": ["3"]},
+            (),
+            r"adapt.names: \['3', '5'\] there, \['3'\] expected\ngive --reference",
+        ),
+        (PRECISION, (), "adapt.kind: remove there, precision expected\n  adapt.names: .* there, absent expected"),
+        ({"kind": "remove", "names": ["5", "3"]}, ("engine.precision=bf16",), "engine.precision: fp32 there, bf16"),
+        ({"kind": "remove", "names": ["5", "3"]}, (), "has no checkpoint yet"),  # the very one, if it were trained
+    ],
+)
+def test_a_reference_is_of_the_same_adaptation_and_at_its_end(
+    described: Path, tmp_path: Path, change: dict[str, Any], settings: tuple[str, ...], message: str
+) -> None:
+    _, made = both(described, tmp_path / "out", {"kind": "remove", "names": ["3", "5"]})
+    prepare(made, [])
+    _, wanted = both(described, tmp_path / "out", change, *settings)
+    with pytest.raises(FolderError, match=message):
+        check_reference(wanted)
+
+
+def test_a_run_an_adaptation_and_the_reference_of_another_run_are_no_reference(described: Path, tmp_path: Path) -> None:
+    prepare(merged(SECTIONS, {}).model_copy(update={"folder": str(tmp_path / "twin")}), [])
+    adapted, wanted = both(described, tmp_path / "out", REMOVE)
+    prepare(adapted, [])
+    prepare(both(tmp_path / "twin", tmp_path / "other", REMOVE)[1], [])
+    for folder, message in (
+        (described, "adapt.kind: none there, remove expected"),
+        (tmp_path / "out", "adapt.retrain: False there, True expected"),
+        (tmp_path / "other" / "reference", "adapt.source: .* there, .* expected"),
+        (tmp_path / "nowhere", "is not a run folder"),
+    ):
+        with pytest.raises(FolderError, match=f"--reference '{folder}' .*(\n.*)*{message}(.*\n)*.*--reference retrain"):
+            check_reference(wanted.model_copy(update={"folder": str(folder)}))
+
+
+def test_a_reference_of_other_images_is_refused(tmp_path: Path) -> None:
+    def built(value: int) -> None:
+        for where in ("train", "test"):
+            for label in range(2):
+                for number in range(4):
+                    path = tmp_path / "images" / where / f"class_{label}" / f"{number}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.new("RGB", (8, 8), (value, 99 * label, number)).save(path)
+        build(tmp_path / "images", tmp_path / "shards", encoding=Lossless(), workers=1)
+
+    built(1)
+    sections = {"stream": {"kind": "shards", "parts": [{"path": str(tmp_path / "shards")}]}, "train": {"epochs": 1}}
+    sections["data"] = {"cache": str(tmp_path / "cache"), "storage": "decoded"}
+    prepare(merged(SECTIONS, sections).model_copy(update={"folder": str(tmp_path / "run")}), [])
+    change = {"kind": "remove", "names": ["class_1"]}
+    reference = both(tmp_path / "run", tmp_path / "out", change)[1]
+    assert learn(reference) == "done"
+    check_reference(reference)
+    shutil.rmtree(tmp_path / "shards")
+    built(2)
+    with pytest.raises(FolderError, match="the data changed since --reference"):
+        check_reference(reference)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -504,6 +577,13 @@ def refused(*words: str) -> str:
     result = CliRunner().invoke(app, ["adapt", *words])
     assert isinstance(result.exception, HpcclError), result.output
     return str(result.exception)
+
+
+def test_a_folder_that_is_no_reference_is_refused_before_anything_is_trained(digits: Path, tmp_path: Path) -> None:
+    words = [str(digits), "--remove", "3", "--out", str(tmp_path / "out"), "train.epochs=1", "--reference"]
+    assert "adapt.kind: none there, remove expected" in refused(*words, str(digits))
+    assert "is not a run folder" in refused(*words, str(tmp_path / "nowhere"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_in_use_is_kept(digits: Path, tmp_path: Path) -> None:
