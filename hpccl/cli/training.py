@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hpccl.cli.common import Arguments, configs_of, train_all
 from hpccl.cluster.outcome import DONE
 from hpccl.cluster.step import end, in_step
+from hpccl.config.adapt import SETTINGS, adapted_config, named, reference_config
 from hpccl.config.load import dump, is_override
 from hpccl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hpccl.config.run import RunConfig
 
 __all__ = ["adapt", "check", "plan", "train"]
 
@@ -40,7 +45,7 @@ def adapt(
         list[str] | None,
         typer.Argument(
             metavar="[key=value]...",
-            help="Over the run's: of train, optim, engine, cluster, checkpoint, log; prior.weight.",
+            help=f"Over the run's: {SETTINGS}.",
         ),
     ] = None,
     *,
@@ -52,21 +57,22 @@ def adapt(
         str | None, typer.Option(metavar="NAMES", help="Forget classes or ids: a,b,... or a file with one a line.")
     ] = None,
     prior_precision: Annotated[
-        float | None, typer.Option(min=0.0, help="Another prior.normal.precision of the weights.")
+        float | None, typer.Option(help="Another prior.normal.precision of the weights; at least 0.")
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="KIND", help="Another network: model.kind; settings of model follow as key=value."),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="`retrain` to train anew in OUT/reference, or a run's folder, to compare with.")
+        str | None,
+        typer.Option(
+            help="What to compare with: `retrain` to train anew in OUT/reference, or the folder of one that was."
+        ),
     ] = None,
     nproc: Annotated[int | None, typer.Option(help="Processes; the same as cluster.nproc=N.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; the same as log.quiet=true.")] = False,
 ) -> None:
     """Adapt a trained network to more data, less data, another prior or another architecture. Again: it continues."""
-    from hpccl.config.adapt import adapted_config, named, reference_config
-
     options = [f"cluster.nproc={nproc}"] if nproc is not None else []
     options += ["log.quiet=true"] if quiet else []
     change = _change(add, None if remove is None else named(remove), prior_precision, model)
@@ -79,29 +85,51 @@ def adapt(
         "model": model,
         "settings": [*(settings or []), *options],
     }
-    config = adapted_config(run, out, **given)
+    config, other = adapted_config(run, out, **given), None
     check_adaptation(config)
-    runs = [config]
-    if reference == "retrain":
-        runs.append(reference_config(run, out / "reference", **given))
+    if reference is not None:
+        folder = out / "reference" if reference == "retrain" else Path(reference)
+        other = reference_config(run, folder, **given)
+    runs = [config, other] if other is not None and reference == "retrain" else [config]
+    _refuse_folders(runs, None if reference == "retrain" else other)
     code = train_all(runs)
     if in_step():
         end(code)
     if code == DONE:
-        from hpccl.report.adaptation import markdown, write_adaptation
-        from hpccl.train.adapt_compare import compare_adaptation
-
-        other = out / "reference" if reference == "retrain" else None if reference is None else Path(reference)
-        found = compare_adaptation(out, other)
-        page = write_adaptation(found, out)
-        typer.echo(f"{markdown(found)}\n\n{page}")
+        _compare(out, other)
     raise typer.Exit(code)
+
+
+def _refuse_folders(runs: Sequence[RunConfig], reference: RunConfig | None) -> None:
+    """Before anything is trained: folders in use by other runs, and one to compare with that is no such reference."""
+    from hpccl.cluster.prepare import refuse_another
+    from hpccl.train.adapt_compare import check_reference
+
+    if not in_step():  # there, one task may take a folder over while others look
+        for config in runs:
+            refuse_another(config)
+    if reference is not None:
+        check_reference(reference)
+
+
+def _compare(out: Path, reference: RunConfig | None) -> None:
+    from hpccl.report.adaptation import markdown, write_adaptation
+    from hpccl.train.adapt_compare import compare_adaptation
+
+    found = compare_adaptation(out, reference)
+    page = write_adaptation(found, out)
+    typer.echo(f"{markdown(found)}\n\n{page}")
 
 
 def _change(
     add: list[str] | None, remove: list[str] | None, precision: float | None, model: str | None
 ) -> dict[str, Any]:
-    """Section adapt, as far as the options say it; ConfigError unless exactly one of them is given."""
+    """Section adapt, as far as the options say it; ConfigError unless one of them is given, and can be meant."""
+    if precision is not None and not (math.isfinite(precision) and precision >= 0):
+        raise ConfigError(
+            f"--prior-precision {precision:g}: a precision is a finite number >= 0, in nats per squared weight (0: no "
+            "prior); give one"
+        )
     given: dict[str, dict[str, Any] | None] = {
         "--add": None if not add else {"kind": "add", "data": add},
         "--remove": None if remove is None else {"kind": "remove", "names": remove},

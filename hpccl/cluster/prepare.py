@@ -16,6 +16,7 @@ from typing import Any
 import hpccl
 from hpccl.cluster.lock import holding
 from hpccl.cluster.records import read_records
+from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.load import dump, load
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
@@ -59,7 +60,7 @@ def refuse_another(config: RunConfig) -> RunConfig | None:
         FolderError: the folder holds another run, or cannot be read.
     """
     folder = RunFolder(Path(config.path))
-    before = _earlier(folder)
+    before = _earlier(folder, config)
     if before is None or (before.identity() != config.identity() and _refusal(folder) is not None):
         return None
     _refuse_another(before, config, folder)
@@ -73,7 +74,7 @@ def refuse_any_other(config: RunConfig) -> None:
         FolderError: the folder holds another run, learned or not, or cannot be read.
     """
     folder = RunFolder(Path(config.path))
-    before = _earlier(folder)
+    before = _earlier(folder, config)
     if before is not None:
         _refuse_another(before, config, folder)
 
@@ -132,8 +133,8 @@ def _write(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def _earlier(folder: RunFolder) -> RunConfig | None:
-    """The configuration in the folder, or None where there is none."""
+def _earlier(folder: RunFolder, here: RunConfig) -> RunConfig | None:
+    """The configuration in the folder that `here` is to go into, or None where there is none."""
     try:
         if not folder.config.exists():
             return None
@@ -143,7 +144,7 @@ def _earlier(folder: RunFolder) -> RunConfig | None:
     except ConfigError as error:
         raise FolderError(
             f"run folder '{folder.path}' cannot be taken up again, for its config.yaml cannot be read:\n{error}\n"
-            "set folder=... to another one, or delete it"
+            f"{'give another --out' if _adapts(here) else 'set folder=... to another one, or delete it'}"
         ) from error
 
 
@@ -154,10 +155,15 @@ def _refuse_another(there: RunConfig, here: RunConfig, folder: RunFolder) -> Non
         return
     lines = [f"  {key}: {old.get(key, _ABSENT)} there, {new.get(key, _ABSENT)} here" for key in changed]
     differs = "\n".join(lines)
-    raise FolderError(
-        f"run folder '{folder.path}' holds a run of another configuration:\n{differs}\n"
-        f"set folder=... (or name=...) for a new run, or delete '{folder.path}', or undo the change to resume"
-    )
+    advice = f"set folder=... (or name=...) for a new run, or delete '{folder.path}', or undo the change to resume"
+    if _adapts(here):  # deleting is no advice: the folder may be that of a run to adapt
+        advice = "give another --out, or undo the change to continue what is there"
+    raise FolderError(f"run folder '{folder.path}' holds a run of another configuration:\n{differs}\n{advice}")
+
+
+def _adapts(config: RunConfig) -> bool:
+    """Whether it is of `hpccl adapt`, whose folder is an option and no setting."""
+    return isinstance(config.adapt, AnyAdaptation)
 
 
 _ABSENT = "absent"

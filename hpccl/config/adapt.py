@@ -12,11 +12,15 @@ from hpccl.config.load import load
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
 
-__all__ = ["adapted_config", "named", "reference_config"]
+__all__ = ["SETTINGS", "adapted_config", "named", "reference_config"]
 
-# What an adaptation takes over as it is: other values would change what its memory means.
-_FIXED = ("stream", "data", "memory", "adapt", "curvature")
-_FIXED_PRIOR = ("prior.replay", "prior.quadratic", "prior.fromp", "prior.normal.precision")
+# What may be set over the run's: how weights are found, and how memory is weighed. Other values of all else would
+# change what memory means, or how the network is tested: what it then gains over the run is not the adaptation's.
+_SECTIONS = ("optim", "engine", "cluster", "checkpoint", "log")
+_TRAIN = ("epochs", "batch_size", "accumulate", "clip_norm", "ema", "frozen", "norms")
+_PRIOR = ("weight", "scale_to_task", "temperature", "view")
+_KEYS = (*(f"train.{name}" for name in _TRAIN), *(f"prior.{name}" for name in _PRIOR))
+SETTINGS = f"{', '.join(_KEYS)}; of {', '.join(_SECTIONS)} all; with --model, of model"  # in words
 _REFERENCE = ("model", "engine", "cluster", "checkpoint", "log")  # settings that are the reference's, too
 _PULLS = ("optim.weight_decay", "optim.prior_precision")  # likewise, where another prior takes the place of the run's
 _NO_QUADRATIC = ("prior.quadratic.weight=0", "prior.quadratic.decay=1")  # it is of other weights
@@ -38,9 +42,11 @@ def adapted_config(
 
     Raises:
         ConfigError: a setting is not allowed, or clashes.
-        FolderError: RUN is no run, or an adaptation itself.
+        FolderError: RUN is no run, an adaptation itself, or what `out` names.
     """
     source = _source(run)
+    if out.resolve() == run.resolve():
+        raise FolderError(f"--out '{out}' is the run that is adapted, which stays as it is; give another --out")
     for setting in settings:
         _refuse_fixed(setting, model)
     words = _words(run, out, source, task=task, change=change)
@@ -106,13 +112,15 @@ def _model(kind: str | None) -> list[str]:
 def _refuse_fixed(setting: str, model: str | None) -> None:
     key = setting.split("=", 1)[0]
     root = key.split(".", 1)[0]
-    if root in _FIXED or key.startswith(_FIXED_PRIOR):
-        raise ConfigError(
-            f"{setting}: an adaptation keeps {key if root == 'prior' else root} as its run has it; allowed: settings "
-            "of train, optim, engine, cluster, checkpoint, log and prior.weight, and the options of hpccl adapt"
-        )
-    if root == "model" and model is None:
+    if key in _KEYS or root in _SECTIONS or (root == "model" and model is not None):
+        return
+    if key in ("folder", "name"):
+        raise ConfigError(f"{setting}: --out says where an adaptation goes and what it is called; give that alone")
+    if root == "model":
         raise ConfigError(f"{setting}: the network stays what it is; give its kind with --model to adapt another one")
+    raise ConfigError(
+        f"{setting}: an adaptation keeps {key} as its run has it; leave it out. What may be set, key by key: {SETTINGS}"
+    )
 
 
 def named(text: str) -> list[str]:

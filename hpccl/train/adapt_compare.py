@@ -6,25 +6,31 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hpccl.checkpoint.store import latest, load
 from hpccl.config.adaptation import AnyAdaptation, RemoveData
 from hpccl.config.load import load as load_config
+from hpccl.config.run import RunConfig
+from hpccl.data.shards.remote import is_url
 from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.adaptation import Adaptation, Cost, Network
+from hpccl.report.compare import flat
 from hpccl.report.events import latest as latest_events
 from hpccl.report.events import read_events
+from hpccl.train.copies import open_for
 from hpccl.train.evaluate_run import reopened
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
-__all__ = ["compare_adaptation"]
+__all__ = ["check_reference", "compare_adaptation"]
 
 _PHASES = ("fit", "relabel")  # what an adaptation costs; testing is left out
 
@@ -39,39 +45,94 @@ class _Tested:
     classes: tuple[str, ...]
 
 
-def compare_adaptation(run: Path, reference: Path | None = None) -> Adaptation:
+def check_reference(reference: RunConfig) -> None:
+    """Refuse a folder to compare with, unless the run in it is the reference of this very adaptation, at its end.
+
+    Args:
+        reference: what `reference_config` makes of the adaptation's command, with the folder to compare with.
+
+    Raises:
+        ConfigError: the folder's configuration cannot be read.
+        DataError: the data cannot be opened.
+        FolderError: it is no run, another one, not at its end, or the data changed since.
+    """
+    folder = RunFolder(Path(reference.path))
+    given = f"--reference '{folder.path}'"
+    if not folder.config.is_file():
+        raise FolderError(f"{given} is not a run folder (it has no config.yaml); {_INSTEAD}")
+    there, here = _decided(load_config([folder.config], [])), _decided(reference)
+    lines = [
+        f"  {key}: {_short(there.get(key, _ABSENT))} there, {_short(here.get(key, _ABSENT))} expected"
+        for key in {**there, **here}
+        if there.get(key, _ABSENT) != here.get(key, _ABSENT)
+    ]
+    if lines:
+        raise FolderError("\n".join([f"{given} is not the reference of this adaptation:", *lines, _INSTEAD]))
+    mark = latest(folder.checkpoints)
+    if mark is None or mark.phase != "done":
+        where = "has no checkpoint yet" if mark is None else f"has only come to {mark.name}"
+        raise FolderError(f"{given} {where}; repeat the command that began it, or {_INSTEAD}")
+    if load(folder.checkpoints, mark)["data"] != open_for(reference, folder).fingerprint:
+        raise FolderError(f"the data changed since {given} was trained; restore the shards of then, or {_INSTEAD}")
+
+
+_ABSENT = "absent"
+_INSTEAD = (
+    "give --reference retrain, or the folder `reference` that it made beside the same adaptation of the same run, with "
+    "the same settings of model, engine and weight decay"
+)
+
+
+def _short(value: Any) -> str:
+    """Cut when long, as ids to be forgotten are."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _decided(config: RunConfig) -> dict[str, Any]:
+    """What decides the result, however the command wrote paths, and in whatever order the names."""
+    found = config.identity()
+    adapt = found["adapt"]
+    if "source" in adapt:
+        adapt["source"] = str(Path(adapt["source"]).resolve())
+    if "names" in adapt:
+        adapt["names"] = sorted(adapt["names"])
+    if "data" in adapt:
+        adapt["data"] = [path if is_url(path) else str(Path(path).resolve()) for path in adapt["data"]]
+    return flat(found)
+
+
+def compare_adaptation(run: Path, reference: RunConfig | None = None) -> Adaptation:
     """Test the adapted network in `run`, the one that it began from, and the reference; on one process.
 
     Args:
         run: folder of an adaptation that is done.
-        reference: folder of a run with the same classes and test images that was trained anew; None: no comparison.
+        reference: of what was trained anew, in its folder, see `check_reference`; None: no comparison.
 
     Raises:
-        FolderError: a folder is no run, has not ended, or the reference is about other data.
+        FolderError: a folder is no run, has not ended, or the reference is another one.
     """
+    if reference is not None:
+        check_reference(reference)
     config = load_config([RunFolder(run).config], [])
     adapt = config.adapt
     if not isinstance(adapt, AnyAdaptation):
         raise FolderError(f"'{run}' is no adaptation; give a folder that hpccl adapt wrote")
     adapted, start = _tested(run), _tested(Path(adapt.source))
-    other = None if reference is None else _tested(reference)
-    if other is not None and (other.classes != adapted.classes or not torch.equal(other.labels, adapted.labels)):
-        raise FolderError(
-            f"--reference '{reference}' was tested on other images or classes than '{run}'; give a run of the same "
-            "stream, or --reference retrain"
-        )
+    anew = None if reference is None else Path(reference.path)
+    other = None if anew is None else _tested(anew)
     gone = list(adapt.names) if isinstance(adapt, RemoveData) else []
     removed = torch.tensor([name in gone for name in adapted.classes])[adapted.labels]
     return Adaptation(
         kind=adapt.kind,
         run=str(run),
         source=adapt.source,
-        reference=None if reference is None else str(reference),
+        reference=None if anew is None else str(anew),
         start=_network(start, other, removed),
         adapted=_network(adapted, other, removed),
         retrained=None if other is None else _network(other, None, removed),
         cost=_cost(run),
-        reference_cost=None if reference is None else _cost(reference),
+        reference_cost=None if anew is None else _cost(anew),
     )
 
 

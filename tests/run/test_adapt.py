@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,21 +19,21 @@ from typer.testing import CliRunner
 
 from hpccl.cli import app
 from hpccl.cluster.prepare import prepare
-from hpccl.config.adapt import adapted_config, named, reference_config
+from hpccl.config.adapt import SETTINGS, adapted_config, named, reference_config
 from hpccl.config.load import dump
 from hpccl.config.run import RunConfig
 from hpccl.data.shards.build import build
 from hpccl.data.shards.encodings import Lossless
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
-from hpccl.errors import ConfigError, DataError, FolderError
+from hpccl.errors import ConfigError, DataError, FolderError, HpcclError
 from hpccl.memory.store import Memory
 from hpccl.prior.normal import NormalPrior
 from hpccl.prior.prior import Prior
 from hpccl.report.adaptation import Adaptation, write_adaptation
 from hpccl.report.events import latest, read_events
 from hpccl.train.adapt import adaptation_task, begin_adapting, check_adaptation
-from hpccl.train.adapt_compare import compare_adaptation
+from hpccl.train.adapt_compare import check_reference, compare_adaptation
 from hpccl.train.compose import Composer, plan_task, split
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate import test as evaluate_all
@@ -86,7 +87,7 @@ def adapt(run_folder: Path, out: Path, change: dict[str, Any], *settings: str) -
     config, reference = both(run_folder, out, change, *settings)
     check_adaptation(config)
     assert learn(config) == learn(reference) == "done"
-    return compare_adaptation(out, out / "reference")
+    return compare_adaptation(out, reference)
 
 
 def digest(folder: Path) -> str:
@@ -367,6 +368,13 @@ def test_stopped_and_again_gives_the_same_weights(digits: Path, tmp_path: Path, 
 
 # ---------------------------------------------------------------- what is refused
 
+FIXED = (
+    *("seed", "stream.tasks", "data.test_size", "memory.size", "curvature.damping", "adapt.retrain"),
+    *("evaluate.classifier", "prior.replay", "prior.normal.precision", "prior.normal.weight", "prior.quadratic.weight"),
+    *("prior.label_weight", "train.head", "train.loss", "train.flip_test", "train.label_smoothing", "train.data"),
+    *("train.restart", "train.only_last", "train.head_epochs", "train.first_task_from", "train.weights"),
+)
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -420,18 +428,34 @@ def test_a_run_without_memory_or_without_an_end_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stream.tasks=2", "keeps stream"),
-        ("memory.size=3", "keeps memory"),
-        ("prior.replay=0.5", "keeps prior.replay"),
-        ("prior.normal.precision=2", "keeps prior.normal.precision"),
+        *((f"{key}=1", f"keeps {key} as its run has it; .*: train.epochs, .*, prior.view; of optim") for key in FIXED),
+        ("train={head: own}", "keeps train as its run has it; leave it out. What may be set, key by key: train.epochs"),
         ("model.hidden=[3]", "give its kind with --model"),
-        ("train.restart=true", "an adaptation is one task"),
-        ("train.data=seen", "the reference trains on all data"),
+        ("folder=elsewhere", "folder=elsewhere: --out says where an adaptation goes"),
+        ("name=other", "name=other: --out says .* what it is called"),
     ],
 )
-def test_settings_that_an_adaptation_cannot_change(digits: Path, tmp_path: Path, setting: str, message: str) -> None:
+def test_settings_that_an_adaptation_cannot_change(tmp_path: Path, setting: str, message: str) -> None:
+    """`train.head` and the like would have the network tested otherwise than before, and look like a gain."""
+    (tmp_path / "config.yaml").write_text(dump(merged(SECTIONS, {})))
     with pytest.raises(ConfigError, match=message):
-        both(digits, tmp_path / "out", REMOVE, setting)
+        both(tmp_path, tmp_path / "out", REMOVE, setting)
+
+
+def test_settings_that_an_adaptation_can_change(tmp_path: Path) -> None:
+    """As documentation and help name them."""
+    (tmp_path / "config.yaml").write_text(dump(merged(SECTIONS, {})))
+    settings = ["train.epochs=3", "train.batch_size=9", "train.accumulate=2", "train.clip_norm=2.0", "train.ema=0.5"]
+    settings += ["train.frozen=[features]", "train.norms=running", "prior.weight=2.0", "prior.scale_to_task=false"]
+    settings += ["prior.temperature=2.0", "prior.view=recorded"]
+    config, _ = both(tmp_path, tmp_path / "out", REMOVE, *settings, "optim=sam", "engine.precision=bf16", "log.every=7")
+    assert (config.train.epochs, config.prior.view, config.optim.kind) == ((3,), "recorded", "sam")
+    named_there, sections = SETTINGS.split("; of ")
+    assert named_there.split(", ") == [setting.split("=")[0] for setting in settings]
+    page = (ROOT / "docs" / "adapt.md").read_text()
+    for name in [*named_there.split(", "), *sections.split(" all")[0].split(", "), "model"]:
+        assert f"`{name}`" in page
+    assert SETTINGS.replace(" ", "") in "".join(CliRunner().invoke(app, ["adapt", "--help"]).output.split())
 
 
 def test_another_prior_takes_the_place_of_weight_decay(tmp_path: Path) -> None:
@@ -473,7 +497,113 @@ def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
         named(" , ")
 
 
+# ---------------------------------------------------------------- the reference
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> Path:
+    """The folder of a run that nobody trained: its configuration is enough to say what its reference is."""
+    prepare(merged(SECTIONS, {}).model_copy(update={"folder": str(tmp_path / "run")}), [])
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (
+            {"kind": "remove", "names": ["3"]},
+            (),
+            r"adapt.names: \['3', '5'\] there, \['3'\] expected\ngive --reference",
+        ),
+        (PRECISION, (), "adapt.kind: remove there, precision expected\n  adapt.names: .* there, absent expected"),
+        ({"kind": "remove", "names": ["5", "3"]}, ("engine.precision=bf16",), "engine.precision: fp32 there, bf16"),
+        ({"kind": "remove", "names": ["5", "3"]}, (), "has no checkpoint yet"),  # the very one, if it were trained
+    ],
+)
+def test_a_reference_is_of_the_same_adaptation_and_at_its_end(
+    described: Path, tmp_path: Path, change: dict[str, Any], settings: tuple[str, ...], message: str
+) -> None:
+    _, made = both(described, tmp_path / "out", {"kind": "remove", "names": ["3", "5"]})
+    prepare(made, [])
+    _, wanted = both(described, tmp_path / "out", change, *settings)
+    with pytest.raises(FolderError, match=message):
+        check_reference(wanted)
+
+
+def test_a_run_an_adaptation_and_the_reference_of_another_run_are_no_reference(described: Path, tmp_path: Path) -> None:
+    prepare(merged(SECTIONS, {}).model_copy(update={"folder": str(tmp_path / "twin")}), [])
+    adapted, wanted = both(described, tmp_path / "out", REMOVE)
+    prepare(adapted, [])
+    prepare(both(tmp_path / "twin", tmp_path / "other", REMOVE)[1], [])
+    for folder, message in (
+        (described, "adapt.kind: none there, remove expected"),
+        (tmp_path / "out", "adapt.retrain: False there, True expected"),
+        (tmp_path / "other" / "reference", "adapt.source: .* there, .* expected"),
+        (tmp_path / "nowhere", "is not a run folder"),
+    ):
+        with pytest.raises(FolderError, match=f"--reference '{folder}' .*(\n.*)*{message}(.*\n)*.*--reference retrain"):
+            check_reference(wanted.model_copy(update={"folder": str(folder)}))
+
+
+def test_a_reference_of_other_images_is_refused(tmp_path: Path) -> None:
+    def built(value: int) -> None:
+        for where in ("train", "test"):
+            for label in range(2):
+                for number in range(4):
+                    path = tmp_path / "images" / where / f"class_{label}" / f"{number}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.new("RGB", (8, 8), (value, 99 * label, number)).save(path)
+        build(tmp_path / "images", tmp_path / "shards", encoding=Lossless(), workers=1)
+
+    built(1)
+    sections = {"stream": {"kind": "shards", "parts": [{"path": str(tmp_path / "shards")}]}, "train": {"epochs": 1}}
+    sections["data"] = {"cache": str(tmp_path / "cache"), "storage": "decoded"}
+    prepare(merged(SECTIONS, sections).model_copy(update={"folder": str(tmp_path / "run")}), [])
+    change = {"kind": "remove", "names": ["class_1"]}
+    reference = both(tmp_path / "run", tmp_path / "out", change)[1]
+    assert learn(reference) == "done"
+    check_reference(reference)
+    shutil.rmtree(tmp_path / "shards")
+    built(2)
+    with pytest.raises(FolderError, match="the data changed since --reference"):
+        check_reference(reference)
+
+
 # ---------------------------------------------------------------- the command
+
+
+def refused(*words: str) -> str:
+    """What `hpccl adapt` says against a command."""
+    result = CliRunner().invoke(app, ["adapt", *words])
+    assert isinstance(result.exception, HpcclError), result.output
+    return str(result.exception)
+
+
+def test_a_folder_that_is_no_reference_is_refused_before_anything_is_trained(digits: Path, tmp_path: Path) -> None:
+    words = [str(digits), "--remove", "3", "--out", str(tmp_path / "out"), "train.epochs=1", "--reference"]
+    assert "adapt.kind: none there, remove expected" in refused(*words, str(digits))
+    assert "is not a run folder" in refused(*words, str(tmp_path / "nowhere"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_kept(digits: Path, tmp_path: Path) -> None:
+    """The adaptation's and the reference's, before anything is trained. No advice is to delete it."""
+    words = [str(digits), "--remove", "3", "train.epochs=1", "--reference", "retrain", "--out"]
+    assert refused(*words, str(digits)).endswith("is the run that is adapted, which stays as it is; give another --out")
+    for folder in (tmp_path / "used", tmp_path / "out" / "reference"):
+        prepare(merged(SECTIONS, {}).model_copy(update={"folder": str(folder)}), [])
+        message = refused(*words, str(tmp_path / folder.relative_to(tmp_path).parts[0]))
+        assert f"'{folder}' holds a run of another configuration" in message
+        assert message.endswith("give another --out, or undo the change to continue what is there")
+    assert not (tmp_path / "out" / "config.yaml").exists()
+    (tmp_path / "used" / "config.yaml").write_text("seed: [")
+    assert refused(*words, str(tmp_path / "used")).endswith("give another --out")
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_a_precision_that_cannot_be(tmp_path: Path, value: str) -> None:
+    message = refused("nowhere", "--out", str(tmp_path / "out"), "--prior-precision", value)
+    assert message.startswith(f"--prior-precision {value}: a precision is a finite number >= 0")
 
 
 @pytest.mark.slow
