@@ -271,5 +271,5 @@ def _check_files(folder: Path, manifest: Manifest, path: Path) -> None:
         listed = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise DataError(
             f"shards in '{folder}' are missing or truncated: {listed}. `hpccl shards verify {path}` names all of them; "
-            "copy them again, or delete the folder and build again"
+            "copy them again, or run the command that built them again, which writes what is missing"
         )
