@@ -9,7 +9,7 @@ from typing import Any
 
 from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.load import load
-from hpccl.config.run import RunConfig
+from hpccl.config.run import READING, RunConfig
 from hpccl.errors import ConfigError, FolderError
 
 __all__ = ["SETTINGS", "adapted_config", "named", "reference_config"]
@@ -19,7 +19,8 @@ __all__ = ["SETTINGS", "adapted_config", "named", "reference_config"]
 _SECTIONS = ("optim", "engine", "cluster", "checkpoint", "log")
 _TRAIN = ("epochs", "batch_size", "accumulate", "clip_norm", "ema", "frozen", "norms")
 _PRIOR = ("weight", "scale_to_task", "temperature", "view")
-_KEYS = (*(f"train.{name}" for name in _TRAIN), *(f"prior.{name}" for name in _PRIOR))
+_DATA = tuple(f"data.{name}" for name in READING)  # how images are fetched
+_KEYS = (*(f"train.{name}" for name in _TRAIN), *(f"prior.{name}" for name in _PRIOR), *_DATA)
 SETTINGS = f"{', '.join(_KEYS)}; of {', '.join(_SECTIONS)} all; with --model, of model"  # in words
 _REFERENCE = ("model", "engine", "cluster", "checkpoint", "log")  # settings that are the reference's, too
 _PULLS = ("optim.weight_decay", "optim.prior_precision")  # likewise, where another prior takes the place of the run's
@@ -81,7 +82,7 @@ def reference_config(
     shared = [
         setting
         for key, setting in zip(keys, settings, strict=True)
-        if key.split(".", 1)[0] in _REFERENCE or key in pulls
+        if key.split(".", 1)[0] in _REFERENCE or key in (*_DATA, *pulls)
     ]
     return load([run / "config.yaml"], [*words, *shared])
 
@@ -112,7 +113,11 @@ def _model(kind: str | None) -> list[str]:
 def _refuse_fixed(setting: str, model: str | None) -> None:
     key = setting.split("=", 1)[0]
     root = key.split(".", 1)[0]
-    if key in _KEYS or root in _SECTIONS or (root == "model" and model is not None):
+    if (
+        any(f"{key}.".startswith(f"{each}.") for each in _KEYS)
+        or root in _SECTIONS
+        or (root == "model" and model is not None)
+    ):
         return
     if key in ("folder", "name"):
         raise ConfigError(f"{setting}: --out says where an adaptation goes and what it is called; give that alone")

@@ -21,11 +21,11 @@ from hpccl.config.rules import clashes
 from hpccl.config.stream import DigitsStream, StreamConfig
 from hpccl.config.train import EvaluateConfig, TrainConfig
 
-__all__ = ["RunConfig"]
+__all__ = ["READING", "RunConfig"]
 
 # Where and how a run is watched or carried out; these may change on resume, everything else may not.
 _MACHINERY = ("name", "folder", "log", "checkpoint", "cluster")
-_READING = (
+READING = (
     "cache",
     "shard_cache",
     "shard_gib",
@@ -139,7 +139,7 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What decides the result: two runs with equal identity give equal weights."""
         decided = self.model_dump(mode="json", exclude=set(_MACHINERY))
-        for key in _READING:
+        for key in READING:
             del decided["data"][key]
         del decided["memory"]["keep"]
         for key in _LIMITS:

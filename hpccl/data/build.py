@@ -515,8 +515,13 @@ def _encoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, 
         )
         for split in SPLITS
     }
+    remote = any(each.remote for maker in makers.values() for each in maker.sets)
     return EncodedImages(
-        makers, normalise, workers=data.workers, timeout=data.timeout, stop_at_bad=data.bad_images == "stop"
+        makers,
+        normalise,
+        workers=data.workers,
+        timeout=None if remote else data.timeout,
+        stop_at_bad=data.bad_images == "stop",
     )
 
 

@@ -126,7 +126,7 @@ class EncodedImages:
     makers: Mapping[Split, Maker]
     normalise: Normaliser
     workers: int
-    timeout: float
+    timeout: float | None
     stop_at_bad: bool
     seen_bad: dict[tuple[Split, int], str] = field(default_factory=dict)
 

@@ -42,14 +42,14 @@ _LENGTH = struct.Struct("<Q")
 
 
 def in_workers(
-    make: Callable[[Key], Item], keys: Iterable[Key], workers: int, *, timeout: float = 600.0
+    make: Callable[[Key], Item], keys: Iterable[Key], workers: int, *, timeout: float | None = None
 ) -> Generator[Item, None, None]:
     """make(key) of every key, in order, by `workers` processes that are started now and end with the iterator.
 
     Arrays of the items should be numpy's: those travel without being copied.
 
     Raises:
-        DataError: a worker died, or did not answer for `timeout` seconds.
+        DataError: a worker died, or did not answer for `timeout` seconds (None: however long it takes).
         RuntimeError: `make` raised an exception; says where.
     """
     return _received(_Crew.start(make, workers, timeout), iter(keys))
@@ -120,7 +120,7 @@ class _Crew:
     workers: list[_Worker]
 
     @classmethod
-    def start(cls, make: Callable[[Any], Any], count: int, timeout: float) -> _Crew:
+    def start(cls, make: Callable[[Any], Any], count: int, timeout: float | None) -> _Crew:
         crew = cls([])
         atexit.register(crew.close)  # before multiprocessing waits for its children
         with _signals_held():
@@ -145,7 +145,7 @@ class _Crew:
             worker.channel.socket.close()
 
 
-def _hired(make: Callable[[Any], Any], timeout: float) -> _Worker:
+def _hired(make: Callable[[Any], Any], timeout: float | None) -> _Worker:
     ours, theirs = socket.socketpair()
     ours.settimeout(timeout)  # of the trainer's end alone: a worker may wait as long as the trainer takes
     # Forked, because indices are large and torch takes seconds to import.

@@ -91,8 +91,7 @@ def admit_first(task: Task, state: RunState, world: World) -> None:
     if world.config.train.data != "memory":
         return
     for each in world.stream.tasks[0 if world.config.train.only_last else task.index : task.index + 1]:
-        if each.index not in state.prior.memory.task:  # it is, where a run was stopped before the first step
-            state.prior = replace(state.prior, memory=select(each, state.prior.memory, state, world))
+        state.prior = replace(state.prior, memory=select(each, state.prior.memory, state, world))
 
 
 def select(task: Task, memory: Memory, state: RunState, world: World) -> Memory:

@@ -29,7 +29,7 @@ from hpccl.engine.build import build_engine, spreads_weights
 from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, slurm_job, versions
-from hpccl.memory.budget import per_class
+from hpccl.memory.budget import kept_of, per_class
 from hpccl.memory.store import Memory
 from hpccl.models.build import build_model, refuse_sizes
 from hpccl.models.pretrained import Start, start_from
@@ -214,20 +214,22 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
 
 def _check_means(config: RunConfig, stream: Stream) -> None:
     """Of a class without examples in memory there is no mean, so that it would never be predicted."""
-    memory, classes = config.memory, len(stream.class_names)
     if config.evaluate.classifier != "nearest_mean":
         return
-    if 0 < memory.total < classes:
+    needs = "each of which needs an example for its mean (evaluate.classifier=nearest_mean)"
+    total, classes = config.memory.total, len(stream.class_names)
+    if 0 < total < classes:
         raise ConfigError(
-            f"memory.total={memory.total} is less than the {classes} classes, each of which needs an example for its "
-            f"mean (evaluate.classifier=nearest_mean); allowed: at least {classes}"
+            f"memory.total={total} is less than the {classes} classes, {needs}; allowed: at least {classes}"
         )
-    largest = max(len(task.classes) for task in stream.tasks)
-    if 0 < memory.size < largest:
-        raise ConfigError(
-            f"memory.size={memory.size} is less than the {largest} classes of a task, each of which needs an example "
-            f"for its mean (evaluate.classifier=nearest_mean); allowed: at least {largest}"
-        )
+    for task in stream.tasks:
+        kept = kept_of(config.memory, len(task.samples("train")))
+        if kept < len(task.classes):
+            key = "memory.size" if config.memory.size else "memory.fraction"
+            raise ConfigError(
+                f"{key}={getattr(config.memory, key[7:])} keeps {kept} examples of task '{task.name}', less than its "
+                f"{len(task.classes)} classes, {needs}; raise it"
+            )
 
 
 def check_sizes(config: RunConfig, stream: Stream) -> None:

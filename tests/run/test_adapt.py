@@ -428,7 +428,10 @@ def test_a_run_without_memory_or_without_an_end_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        *((f"{key}=1", f"keeps {key} as its run has it; .*: train.epochs, .*, prior.view; of optim") for key in FIXED),
+        *(
+            (f"{key}=1", f"keeps {key} as its run has it; .*: train.epochs, .*, prior.view, data.cache, .*; of optim")
+            for key in FIXED
+        ),
         ("train={head: own}", "keeps train as its run has it; leave it out. What may be set, key by key: train.epochs"),
         ("model.hidden=[3]", "give its kind with --model"),
         ("folder=elsewhere", "folder=elsewhere: --out says where an adaptation goes"),
@@ -448,7 +451,10 @@ def test_settings_that_an_adaptation_can_change(tmp_path: Path) -> None:
     settings = ["train.epochs=3", "train.batch_size=9", "train.accumulate=2", "train.clip_norm=2.0", "train.ema=0.5"]
     settings += ["train.frozen=[features]", "train.norms=running", "prior.weight=2.0", "prior.scale_to_task=false"]
     settings += ["prior.temperature=2.0", "prior.view=recorded"]
+    settings += ["data.cache=here", "data.shard_cache=here", "data.shard_gib=2.0", "data.retries=3", "data.workers=1"]
+    settings += ["data.timeout=9.0"]
     config, _ = both(tmp_path, tmp_path / "out", REMOVE, *settings, "optim=sam", "engine.precision=bf16", "log.every=7")
+    assert both(tmp_path, tmp_path / "out", REMOVE, "train.epochs.0=2")[0].train.epochs == (2,)
     assert (config.train.epochs, config.prior.view, config.optim.kind) == ((3,), "recorded", "sam")
     named_there, sections = SETTINGS.split("; of ")
     assert named_there.split(", ") == [setting.split("=")[0] for setting in settings]

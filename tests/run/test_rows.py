@@ -81,10 +81,12 @@ def test_gdumb_of_the_last_task_alone_is_that_of_all(tmp_path: Path, monkeypatch
         assert {event["task"] for event in events(folder, "task")} == {4}
 
 
-@pytest.mark.parametrize("number", ["total=9", "size=1"])
+@pytest.mark.parametrize("number", ["total=9", "size=1", "fraction=0.003"])
 def test_a_class_without_a_mean_is_refused_before_training(tmp_path: Path, number: str) -> None:
     settings = ("memory.total=0", f"memory.{number}")
-    with pytest.raises(ConfigError, match=rf"memory.{number} is less than the \d+ classes.*allowed: at least"):
+    with pytest.raises(
+        ConfigError, match=rf"memory.{number} .*less than \w+ \d+ classes, each of which needs an example"
+    ):
         finished(config_of("icarl", tmp_path / "run", *settings))
 
 

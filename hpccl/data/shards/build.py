@@ -18,11 +18,11 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -52,6 +52,7 @@ BadImages = Literal["stop", "skip"]
 
 _MAX_KEY = 80  # characters; a plain tar header holds names of 100 bytes
 _PLAN = "plan.json"
+_LOCK = ".lock"
 
 
 class Progress(NamedTuple):
@@ -155,6 +156,7 @@ class _Unit:
     keys: tuple[str, ...]
     encoding: Encoding
     bad_images: BadImages
+    expected: ShardEntry | None = None  # what it was, where a lost one is written anew
 
     @property
     def file(self) -> Path:
@@ -241,7 +243,7 @@ class _Plan:
             self._compare(Manifest.load(self.folder).identity())
         elif (self.folder / UNFINISHED / _PLAN).exists():
             self._compare(_load_json(self.folder / UNFINISHED / _PLAN))
-        elif self.folder.is_dir() and any(entry.name != UNFINISHED for entry in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(entry.name not in (UNFINISHED, _LOCK) for entry in self.folder.iterdir()):
             raise DataError(f"'{self.folder}' is not empty and was not written by this command: choose another folder")
         elif self.folder.exists() and not self.folder.is_dir():
             raise DataError(f"'{self.folder}' is a file: choose another folder")
@@ -267,7 +269,6 @@ class _Plan:
         if not (self.folder / MANIFEST).exists():
             return None
         manifest = Manifest.load(self.folder)
-        shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)  # killed between the manifest and the tidying
         self._refuse_skipped(manifest.skipped)
         if not _has_size(self.folder / INDEX, manifest.index_bytes):
             raise DataError(
@@ -276,36 +277,28 @@ class _Plan:
             )
         return manifest
 
-    def lost(self, manifest: Manifest) -> list[_Unit]:
-        """Shards of a finished build that are missing or have another size."""
-        lost = {shard.file for shard in manifest.shards if not _has_size(self.folder / shard.file, shard.bytes)}
-        return [unit for unit in self.units if unit.file.name in lost]
+    def missing(self, manifest: Manifest | None) -> list[_Unit]:
+        """Shards that are not written yet; of a finished build, those that are gone or have another size."""
+        if manifest is None:
+            return [unit for unit in self.units if not _is_done(unit)]
+        lost = {shard.file: shard for shard in manifest.shards if not _has_size(self.folder / shard.file, shard.bytes)}
+        return [replace(unit, expected=lost[unit.file.name]) for unit in self.units if unit.file.name in lost]
 
-    def check_mended(self, manifest: Manifest, units: Collection[_Unit]) -> None:
-        """Forget the notes of shards that were written anew.
+    def is_whole(self) -> bool:
+        """Whether there is nothing to do."""
+        manifest = None if (self.folder / UNFINISHED).exists() else self.finished()
+        return manifest is not None and not self.missing(manifest)
 
-        Raises:
-            DataError: one is not what it was.
-        """
-        known = {shard.file: shard for shard in manifest.shards}
-        found = {unit.file.name: ShardEntry(**_load_json(unit.note)["shard"]) for unit in units}
-        changed = sorted(name for name, shard in found.items() if shard != known[name])
-        if changed:
-            raise DataError(
-                f"'{self.folder / changed[0]}' was written anew and is not what it was ({len(changed)} of "
-                f"{len(found)}): the images changed, or the program that encodes them did. Delete '{self.folder}' and "
-                "run the same command again"
-            )
-        shutil.rmtree(self.folder / UNFINISHED)
+    def tidy(self) -> None:
+        """Delete what a killed build had not finished writing, or had not tidied away after the manifest."""
+        for half in self.folder.glob(".*.part"):
+            half.unlink(missing_ok=True)
+        if (self.folder / MANIFEST).exists():
+            shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
 
     def _refuse_skipped(self, skipped: tuple[SkippedImage, ...]) -> None:
         if skipped and self.bad_images == "stop":
             raise DataError(f"{skipped[0].reason}. {_BAD_IMAGE_ADVICE}")
-
-    def remove_halves(self) -> None:
-        """Delete what a killed build had not finished writing."""
-        for half in self.folder.glob(".*.part"):
-            half.unlink(missing_ok=True)
 
     def finish(self) -> Manifest:
         """Write index and manifest from the notes; forget the notes."""
@@ -316,8 +309,7 @@ class _Plan:
         shards = tuple(ShardEntry(**note["shard"]) for note in notes if note["rows"])
         manifest = self.manifest(shards, index, skipped)
         manifest.save(self.folder)
-        self.remove_halves()  # again: processes of a killed build live on for some milliseconds
-        shutil.rmtree(self.folder / UNFINISHED)
+        self.tidy()  # of halves again: processes of a killed build live on for some milliseconds
         return manifest
 
 
@@ -368,33 +360,25 @@ class _Counter:
 
 
 def _run(plans: list[_Plan], workers: int, counter: _Counter) -> dict[str, Manifest]:
-    manifests: dict[str, Manifest | None] = {plan.folder.name: plan.finished() for plan in plans}
-    unfinished = [plan for plan in plans if manifests[plan.folder.name] is None]
-    lost = {plan: units for plan in plans if (known := manifests[plan.folder.name]) and (units := plan.lost(known))}
     with contextlib.ExitStack() as locks:
-        for plan in (*unfinished, *lost):
-            _prepare(plan)
-            locks.enter_context(_locked(plan.folder))
-            plan.remove_halves()
-        missing = [unit for plan in unfinished for unit in plan.units if not _is_done(unit)]
-        missing += [unit for units in lost.values() for unit in units]
+        for plan in plans:
+            if not plan.is_whole():
+                locks.enter_context(_locked(plan.folder))
+                plan.tidy()
+        known = {plan: plan.finished() for plan in plans}  # another build may have ended before the lock was ours
+        for plan, manifest in known.items():
+            if manifest is None:
+                _prepare(plan)
+        missing = [unit for plan, manifest in known.items() for unit in plan.missing(manifest)]
         counter.skip(sum(len(unit.members) for unit in missing))
         for unit in _write_all(missing, workers):
             counter.add(unit)
-        finished = {plan.folder.name: plan.finish() for plan in unfinished}
-        for plan, units in lost.items():
-            known = manifests[plan.folder.name]
-            assert known is not None, "only a finished build has lost something"
-            plan.check_mended(known, units)
-    return {name: manifest or finished[name] for name, manifest in manifests.items()}
+        return {plan.folder.name: manifest or plan.finish() for plan, manifest in known.items()}
 
 
 def _prepare(plan: _Plan) -> None:
     folder = plan.folder / UNFINISHED
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FolderError(f"'{folder}' cannot be made: {explain_os_error(error)}") from error
+    folder.mkdir(exist_ok=True)
     if not (folder / _PLAN).exists():
         with replacing(folder / _PLAN) as path:
             path.write_text(json.dumps({"format": FORMAT, **plan.identity}))
@@ -402,8 +386,13 @@ def _prepare(plan: _Plan) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One build of a folder at a time."""
-    with (folder / UNFINISHED / "lock").open("w") as file:
+    """One build of a folder at a time. The lock's file stays: whoever deleted it would let others in."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a")
+    except OSError as error:
+        raise FolderError(f"'{folder}' cannot be made or written: {explain_os_error(error)}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -468,16 +457,29 @@ def _write_shard(unit: _Unit) -> None:
     """Write the tar, then the note about it.
 
     Raises:
-        DataError: an image cannot be read or decoded.
+        DataError: an image cannot be read or decoded, or a shard that was lost is not what it was.
         FolderError: the disk is full, or the folder cannot be written.
     """
-    with replacing(unit.file) as path, path.open("wb") as file, closing(ShardWriter(file, unit.label)) as writer:
-        skipped = _write_samples(unit, writer)
+    with replacing(unit.file) as path:
+        with path.open("wb") as file, closing(ShardWriter(file, unit.label)) as writer:
+            skipped = _write_samples(unit, writer)
+        shard = writer.entry(unit.file.name, unit.class_name)
+        if unit.expected is not None:
+            _refuse_changed(unit, shard)
+    if unit.expected is not None:
+        return  # the manifest knows it
     if not writer.rows:
         unit.file.unlink()
-    shard = writer.entry(unit.file.name, unit.class_name)
     with replacing(unit.note) as path:
         path.write_text(json.dumps({"shard": vars(shard), "rows": writer.rows, "skipped": skipped}))
+
+
+def _refuse_changed(unit: _Unit, shard: ShardEntry) -> None:
+    if shard != unit.expected:
+        raise DataError(
+            f"'{unit.file}' was written anew and is not what it was: its images changed, or the program that encodes "
+            f"them did. Delete '{unit.folder}' and run the same command again"
+        )
 
 
 def _write_samples(unit: _Unit, writer: ShardWriter) -> list[tuple[str, str]]:

@@ -109,6 +109,11 @@ class ShardSet:
         return self.manifest.split
 
     @property
+    def remote(self) -> bool:
+        """Whether reading may download."""
+        return self.files.cache is not None
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Names as in the source, sorted."""
         return self.manifest.classes

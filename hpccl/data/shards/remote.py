@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from hpccl.data.shards.manifest import INDEX, MANIFEST, Index, Manifest, ShardEntry
 from hpccl.errors import DataError
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 _CHUNK = 1 << 23
 _LONGEST_PAUSE = 60.0
-_STALE = 3600.0  # seconds after which half a download belongs to nobody any more
+_STALE = 3600.0  # seconds after which half a download belongs to nobody any more, where files cannot be locked
 _KEPT = re.compile(r"[0-9a-f]{64}")  # a file is called by its checksum
 _HALF = re.compile(r"\.[0-9a-f]{64}\.[0-9]+\.part")
 
@@ -100,63 +100,63 @@ class ShardCache:
             raise DataError(
                 f"'{url}' has {size} bytes, more than the {self.max_bytes} of all that is kept: raise data.shard_gib"
             )
+        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / f".lock-{sha256[:2]}"):
                 if not _used(path):  # another process may have been quicker
-                    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
                     self._make_room(size, beside)
                     self._persistently(lambda: self._download(url, path, beside, size), url)
+                    self._shrink(spared=sha256)  # others may have come at the same time
         except OSError as error:
             raise DataError(
                 f"shards cannot be kept in '{self.folder}': {explain_os_error(error)}; set data.shard_cache to a "
                 "folder that can be written, or data.shard_gib to what it has room for"
             ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
         return path
 
     def _download(self, url: str, path: Path, beside: Path, size: int) -> None:
         digest, written = hashlib.sha256(), 0
-        try:
-            with _local(beside.open, "wb") as file:
-                _local(file.truncate, size)  # so that others count all of it
-                for chunk in _chunks(url):
-                    _local(file.write, chunk)
-                    digest.update(chunk)
-                    written += len(chunk)
+        with _local(_taken, beside, size) as file:
+            for chunk in _chunks(url):
+                _local(file.write, chunk)
+                digest.update(chunk)
+                written += len(chunk)
+            _local(file.flush)
             if written != size or digest.hexdigest() != path.name:
                 raise ValueError(f"it has {written} bytes and not the checksum of the {size} in the manifest")
-            with _locked(self.folder / ".lock"):
-                _local(os.replace, beside, path)
-                self._shrink(spared=path.name)  # others may have come at the same time
-        finally:
-            beside.unlink(missing_ok=True)
+            _local(os.replace, beside, path)
 
     def _make_room(self, size: int, beside: Path) -> None:
         """Delete what was not used for longest, until `size` bytes are free within the bound, and take them."""
-        with _locked(self.folder / ".lock"), beside.open("wb") as file:
-            file.truncate(size)
+        with _taken(beside, size):
             self._shrink()
 
     def _shrink(self, spared: str = "") -> None:
-        """Delete what was not used for longest, until all is within the bound."""
+        """Delete what was not used for longest, until all is within the bound; what others may not delete stays."""
         there, total = [], 0
-        for entry in os.scandir(self.folder):
-            with contextlib.suppress(FileNotFoundError):
-                status = entry.stat()
-                if _KEPT.fullmatch(entry.name) and entry.is_file():
-                    there.append((status.st_mtime_ns, status.st_size, entry.path))
-                elif not _HALF.fullmatch(entry.name):
-                    continue
-                elif status.st_mtime < time.time() - _STALE:
-                    os.unlink(entry.path)
-                    continue
-                total += status.st_size
-        for _, kept, oldest in sorted(there):
-            if total <= self.max_bytes:
-                return
-            if Path(oldest).name != spared:
-                Path(oldest).unlink(missing_ok=True)
-                total -= kept
+        with _locked(self.folder / ".lock"):
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(OSError):  # gone, or of another user
+                    status = entry.stat()
+                    if _KEPT.fullmatch(entry.name) and entry.is_file():
+                        there.append((status.st_mtime_ns, status.st_size, entry.path))
+                    elif not _HALF.fullmatch(entry.name):
+                        continue
+                    elif _abandoned(entry.path, status.st_mtime):
+                        os.unlink(entry.path)
+                        continue
+                    total += status.st_size
+            for _, kept, oldest in sorted(there):
+                if total <= self.max_bytes:
+                    return
+                if Path(oldest).name != spared:
+                    with contextlib.suppress(OSError):
+                        Path(oldest).unlink(missing_ok=True)
+                        total -= kept
 
     def _persistently(self, action: Callable[[], Result], url: str) -> Result:
         """Try again after a pause, as stores are busy now and then; what cannot get better is not tried again."""
@@ -211,6 +211,27 @@ def _chunks(url: str) -> Iterator[bytes]:
     with fsspec.open(url, "rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk
+
+
+def _taken(path: Path, size: int) -> BinaryIO:
+    """A file of `size` bytes to be written, which is held as long as it is open."""
+    file = path.open("wb")
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.truncate(size)
+    return file
+
+
+def _abandoned(path: str, changed: float) -> bool:
+    """Whether half a download belongs to no process any more."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return changed < time.time() - _STALE
+    return True
 
 
 def _used(path: Path) -> bool:

@@ -167,6 +167,36 @@ def test_the_cache_is_bounded_when_processes_come_together(tmp_path: Path) -> No
     assert not [path for path in cache.folder.iterdir() if path.name.endswith(".part")]
 
 
+def test_half_a_download_of_a_killed_process_gives_its_room_back(tmp_path: Path) -> None:
+    cache = cache_in(tmp_path, max_bytes=2000)
+    cache.folder.mkdir(parents=True)
+    (cache.folder / f".{'0' * 64}.1.part").write_bytes(bytes(1500))
+    for number in range(2):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 900)
+        fetch(cache, tmp_path / str(number), multiprocessing.Barrier(1))
+    assert [path.stat().st_size for path in kept(tmp_path)] == [900, 900]
+    assert not [path for path in cache.folder.iterdir() if path.name.endswith(".part")]
+
+
+def test_what_may_not_be_deleted_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As files of another user in a folder like /tmp; what was fetched is fetched once."""
+    cache = cache_in(tmp_path, max_bytes=1000)
+    unlink = Path.unlink
+
+    def denied(path: Path, missing_ok: bool = False) -> None:
+        if len(path.name) == 64:
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", denied)
+    for number in range(2):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 900)
+        data = (tmp_path / str(number)).read_bytes()
+        cache.fetch(f"flaky://{tmp_path / str(number)}", len(data), hashlib.sha256(data).hexdigest())
+    assert len(kept(tmp_path)) == 2
+    assert Flaky.opened == ["0", "1"]
+
+
 def test_a_shard_that_cannot_fit_and_a_folder_that_cannot_be_written(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"more than the 10 of all that is kept: raise data.shard_gib"):
         ShardSet.open(f"file://{shards}", "train", cache_in(tmp_path, max_bytes=10))
