@@ -22,6 +22,7 @@ from benchmarks._common import print_result
 from benchmarks._steps import make_world
 from hpccl.checkpoint.store import Mark
 from hpccl.config.load import load
+from hpccl.config.memory import NAMED_SELECTORS
 from hpccl.data.build import open_stream
 from hpccl.dist.comm import Comm
 from hpccl.prior.reconstruct import compare_gradients
@@ -31,7 +32,7 @@ from hpccl.train.fit import fit
 from hpccl.train.reconstruction import prior_gradients, true_gradient
 from hpccl.train.run import fresh_state
 
-SELECTORS = ("uniform", "herding", "sensitivity+sampled", "sensitivity", "reconstruction")
+SELECTORS = ("uniform", "herding", "sensitivity+sampled", "sensitivity", "reconstruction", "reconstruction+equal")
 PRIORS = {
     "replay": ("prior.replay=1.0", "prior.scale_to_task=true"),
     "replay + quadratic": ("prior.replay=1.0", "prior.quadratic.weight=1.0"),
@@ -48,9 +49,8 @@ SETTINGS = (
 
 def learned(prior: Sequence[str], selector: str, seed: int, folder: Path) -> tuple[float, float]:
     """(error of the prior's gradient, accuracy on the first task) at the end of the second task."""
-    kind, _, drawn = selector.partition("+")
-    chosen = f"memory.selector={{kind: {kind}{', sampled: true' if drawn else ''}}}"
-    config = load([], [*SETTINGS, *prior, chosen, f"seed={seed}"])
+    chosen = [f"memory.selector.{key}={str(value).lower()}" for key, value in NAMED_SELECTORS[selector].items()]
+    config = load([], [*SETTINGS, *prior, *chosen, f"seed={seed}"])
     comm = Comm.solo()
     stream = open_stream(config.stream, config.data)
     world, state = make_world(config, comm, stream, folder), fresh_state(config, stream, comm)
