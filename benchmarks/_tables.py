@@ -4,8 +4,9 @@
 
 In a page, `<!-- table: NAME -->` begins a table and `<!-- end -->` ends it. NAME is that of a benchmark, which leaves
 JSON lines in docs/results/benchmarks/, or FOLDER/TITLE: the table of that title, such as `wall-clock-and-images`, in
-docs/results/FOLDER/comparison.md, or FOLDER/reconstruction: the means over docs/results/FOLDER/reconstruction-*/, which
-`hpccl memory reconstruct` wrote of several runs. A table whose file is not there stays as it is.
+docs/results/FOLDER/comparison.md (TITLE=CELL: the rows with such a cell), or FOLDER/reconstruction: the means over
+docs/results/FOLDER/reconstruction-*/, which `hpccl memory reconstruct` wrote of several runs. A table whose file is not
+there stays as it is.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ def _of_benchmark(name: str, folder: Path) -> list[str]:
 
 
 def _of_comparison(name: str, results: Path) -> list[str]:
-    """The first rows below a title of results/FOLDER/comparison.md."""
+    """The first rows below a title of results/FOLDER/comparison.md; with `=CELL`, those that have such a cell."""
     where, _, title = name.partition("/")
+    title, _, cell = title.partition("=")
     file = results / where / "comparison.md"
     if not file.exists():
         return []
@@ -79,7 +81,8 @@ def _of_comparison(name: str, results: Path) -> list[str]:
         found[re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")] = text
     if title not in found:
         raise ValueError(f"unknown table '{name}'; of {file} allowed: {', '.join(found)}")
-    return re.findall(r"^\|.*$", found[title].partition("\n## ")[0], flags=re.MULTILINE)
+    rows: list[str] = re.findall(r"^\|.*$", found[title].partition("\n## ")[0], flags=re.MULTILINE)
+    return rows[:2] + [row for row in rows[2:] if not cell or cell in map(str.strip, row.split("|"))]
 
 
 def _of_reconstructions(folder: Path) -> list[str]:

@@ -161,6 +161,7 @@ def test_tables_of_a_comparison(tmp_path: Path) -> None:
     (tmp_path / "cifar").mkdir()
     (tmp_path / "cifar" / "comparison.md").write_text(COMPARISON, encoding="utf-8")
     assert table("cifar/wall-clock-and-images", folder) == [["ewc", "3.0"], ["fr", "4.5"]]
+    assert table("cifar/wall-clock-and-images=fr", folder) == [["fr", "4.5"]]
     assert table("cifar/runs", folder) == [["a"]]
     assert table("cifar/accuracy-and-forgetting", folder) == [["ewc", "–"]]  # without a title, as it once was
     titled = COMPARISON.replace("| method | m |", "## Accuracy and forgetting\n\n| method | m |").replace("–", "20")
