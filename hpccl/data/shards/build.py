@@ -378,7 +378,10 @@ def _run(plans: list[_Plan], workers: int, counter: _Counter) -> dict[str, Manif
 
 def _prepare(plan: _Plan) -> None:
     folder = plan.folder / UNFINISHED
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"'{folder}' cannot be made: {explain_os_error(error)}") from error
     if not (folder / _PLAN).exists():
         with replacing(folder / _PLAN) as path:
             path.write_text(json.dumps({"format": FORMAT, **plan.identity}))
