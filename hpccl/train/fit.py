@@ -78,7 +78,7 @@ def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer:
     """Run steps until the end or a wish to stop (then saved); returns the step it stands at."""
     with (
         contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches,
-        contextlib.closing(_recalled(plan, state, world)) as past,
+        contextlib.closing(_recalled(task, plan, state, world)) as past,
     ):
         layer = None if composer.topology is None else composer.topology.layer
         return _run_steps(task, state, world, plan, batches=batches, past=past, layer=layer)
@@ -136,14 +136,16 @@ def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> B
             yield parts, [composer.rows(part, next(images)) for part in parts]
 
 
-def _recalled(plan: BatchPlan, state: RunState, world: World) -> Generator[Recalled | None, None, None]:
+def _recalled(
+    task: Task, plan: BatchPlan, state: RunState, world: World
+) -> Generator[Recalled | None, None, None]:
     """What each step recalls of the past for the functional prior: nothing where there is none."""
-    prior, first = state.prior, state.mark.step
-    if prior.fromp is None:
+    fromp, memory = state.prior.fromp, state.prior.memory
+    if fromp is None:
         yield from itertools.repeat(None)
         return
-    stop = plan.num_steps
-    yield from recalled(prior.fromp, prior.memory, world, num_train=plan.num_train, first=first, stop=stop)
+    first, stop, num = state.mark.step, plan.num_steps, plan.num_train
+    yield from recalled(fromp, memory, world, task=task.index, num_train=num, first=first, stop=stop)
 
 
 def _learn_all(task: Task, state: RunState, world: World, plan: BatchPlan) -> None:

@@ -3,6 +3,10 @@
 In a step each rank passes its share of the recalled examples through the network, in evaluation mode; their
 probabilities, b K numbers, are gathered, for the kernel couples them; then each rank's share of (K^-1 d) m is
 differentiated as a micro-batch of its own. Images do not travel, and the result does not depend on who has which.
+
+In class-incremental streams the probabilities of a step are of a softmax in which the new task's classes compete, too
+(`prior.classes=seen`): what they take from the old classes is a change like any other, so the past is against it. Of a
+softmax over the old classes alone, new logits could grow beyond all old ones and nothing would have changed.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from hpccl.data.protocols import Task
 from hpccl.data.rows import Images, Request
 from hpccl.dist.comm import Comm
 from hpccl.engine.protocols import Engine
-from hpccl.memory.store import Memory
+from hpccl.memory.store import Memory, head_columns
 from hpccl.prior.fromp import Block, Fromp, cholesky, equal_blocks, probabilities
 from hpccl.train.state import RunState, World
 
@@ -118,7 +122,8 @@ class Recalled:
 
     blocks: each with the number of blocks that it stands for
     share: this rank's, among the examples of all blocks
-    columns: [b, K] by example of all blocks, the classes of its probabilities, -1 beyond its head
+    columns: [b, K + E] by example of all blocks, the classes of its probabilities, -1 beyond its head; then classes that
+        came later and compete with them, -1 for none
     images: of the share; one image that counts for nothing where the share is empty
     weight: of R(w), per training example
     """
@@ -163,9 +168,10 @@ class Recalled:
 
 
 def recalled(
-    fromp: Fromp, memory: Memory, world: World, *, num_train: int, first: int, stop: int
+    fromp: Fromp, memory: Memory, world: World, *, task: int, num_train: int, first: int, stop: int
 ) -> Generator[Recalled, None, None]:
-    """What each step from `first` to `stop` recalls; images are made ahead of time, in the evaluation view."""
+    """What each step of a task from `first` to `stop` recalls; images are made ahead of time, in the evaluation view."""
+    competing = _competing(memory.heads, world, task)
 
     def requests() -> Iterator[Request]:
         for step in range(first, stop):
@@ -180,11 +186,24 @@ def recalled(
             yield Recalled(
                 blocks=fromp.at(step),
                 share=world.comm.share(len(slots)),
-                columns=memory.columns(slots),
+                columns=competing[memory.task[slots]],
                 images=next(images),
                 weight=fromp.weight / num_train,
                 comm=world.comm,
             )
+
+
+def _competing(heads: Tensor, world: World, task: int) -> Tensor:
+    """[T, K + E] what competes while a task is learned: heads [T, K], then the seen classes that are not among them.
+
+    E is 0 where old classes compete among themselves.
+    """
+    config = world.config
+    if config.train.head == "own" or config.prior.classes == "known":
+        return heads
+    seen = {number for other in world.stream.tasks[: task + 1] for number in other.classes}
+    later = head_columns([sorted(seen - set(head)) for head in heads.tolist()])
+    return torch.cat([heads, later], dim=1)
 
 
 def _slots(fromp: Fromp, step: int) -> Tensor:

@@ -49,7 +49,7 @@ def recalled_gradient(state: RunState, world: World, step: int, num_train: int) 
     prior, engine = state.prior, state.engine
     assert prior.fromp is not None
     engine.start(num_steps=1, task=1)
-    (past,) = recalled(prior.fromp, prior.memory, world, num_train=num_train, first=step, stop=step + 1)
+    (past,) = recalled(prior.fromp, prior.memory, world, task=1, num_train=num_train, first=step, stop=step + 1)
     value = float(past.learn(engine))
     found = {name: part.grad.clone() for name, part in trainable(engine.module).items() if part.grad is not None}
     engine.module.zero_grad()
@@ -62,8 +62,10 @@ def recalled_gradient(state: RunState, world: World, step: int, num_train: int) 
         {},
         {"prior": {"fromp": {"weight": 2.0, "kernel": "identity"}}},
         {"curvature": {"kind": "kronecker", "fisher": "ggn"}},
+        {"train": {"head": "seen"}},
+        {"train": {"head": "seen"}, "prior": {"classes": "known"}},
     ],
-    ids=["diagonal", "identity", "Kronecker"],
+    ids=["diagonal", "identity", "Kronecker", "new classes compete", "old classes alone"],
 )
 def test_a_step_adds_the_sum_over_jacobians(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Dense Jacobians of all memory at moved weights, float64, against the one backward pass of a step."""
@@ -81,7 +83,10 @@ def test_a_step_adds_the_sum_over_jacobians(tmp_path: Path, changes: dict[str, A
     model = state.engine.module.double()
     memory = state.prior.memory
     (images,) = world.stream.load([_request(memory.sample[block.slots])])
-    now = probabilities(model(images.pixels.double()), block.classes.expand(20, -1))
+    new = world.config.train.head == "seen" and world.config.prior.classes == "seen"
+    later = torch.tensor(world.stream.tasks[1].classes if new else [], dtype=torch.int64)
+    competing = torch.cat([block.classes, later])
+    now = model(images.pixels.double())[:, competing].softmax(dim=1)
     identity = torch.eye(20, dtype=torch.float64)
     expected = [torch.zeros_like(parameter) for parameter in model.parameters()]
     total = 0.0
@@ -139,6 +144,20 @@ def test_it_keeps_the_past_better_than_fine_tuning(tmp_path: Path) -> None:
         kept.append([result["task_incremental"]["accuracy"] for result in evaluate_all(state, world, last=1)])
     assert kept[0][0] > kept[1][0] + 0.02
     assert kept[0][1] > 0.8
+
+
+def test_old_classes_hold_against_new_ones(tmp_path: Path) -> None:
+    """Class-incremental: the first task's accuracy among all classes; old classes alone would not see new logits grow."""
+    kept = {}
+    for classes in ("seen", "known"):
+        prior = {"classes": classes, "fromp": {"weight": 50.0, "kernel": "identity"}}
+        changes = {"prior": prior, "train": {"epochs": 10, "head": "seen"}, "memory": {"size": 50}}
+        state, world = after_one_task(changes, tmp_path / classes)
+        state.mark = type(state.mark).at(1, "fit", 0)
+        assert fit(world.stream.tasks[1], state, world)
+        kept[classes] = evaluate_all(state, world, last=1)[0]["class_incremental"]["accuracy"]
+    assert kept["seen"] > 0.4
+    assert kept["known"] < 0.2
 
 
 # ---------------------------------------------------------------- processes and engines

@@ -70,6 +70,9 @@ def _normal(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("prior.normal.weight", "adapt.kind"), problem)
 
 
+_NEVER_COMPETE = "old classes never compete with new ones there; leave it seen"
+
+
 def _fromp(config: RunConfig) -> Iterator[Clash]:
     prior, usual, key = config.prior, FrompConfig(), "prior.fromp.weight"
     fromp = prior.fromp
@@ -85,10 +88,12 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
     if prior.normal.precision > 0:
         problem = f"after the first task it stands for the past, as does {key}; set one of them to 0"
         yield Clash(("prior.normal.precision", key), problem)
-    for name in ("weight", "temperature", "classes", "view", "loss", "label_weight", "scale_to_task", "scale_to_new"):
+    for name in ("weight", "temperature", "view", "loss", "label_weight", "scale_to_task", "scale_to_new"):
         if differs(prior, PriorConfig(), name):
             problem = f"is about rows of memory, of which {key} makes none; leave it out"
             yield Clash((f"prior.{name}", key), problem)
+    if prior.classes == "known" and config.train.head == "own":
+        yield Clash(("prior.classes", "train.head"), _NEVER_COMPETE)
     if isinstance(config.memory.mix, StratifiedMix):
         yield Clash(
             ("memory.mix.kind", key), "mixes rows of memory, but it is recalled beside a step's rows; set natural"
@@ -194,8 +199,7 @@ def _logits_kept(config: RunConfig) -> Iterator[Clash]:
         problem = "every example speaks by its soft and its true label already; set prior.replay=0"
         yield Clash(("prior.replay", "prior.label_weight"), problem)
     if prior.classes == "known" and config.train.head == "own":
-        problem = "old classes never compete with new ones there; leave it seen"
-        yield Clash(("prior.classes", "train.head"), problem)
+        yield Clash(("prior.classes", "train.head"), _NEVER_COMPETE)
     if prior.loss == "squared":
         if prior.classes == "known":
             yield Clash(("prior.classes", "prior.loss"), "is about a softmax, and there is none; leave it seen")

@@ -112,6 +112,7 @@ DOMAINS = "stream.scenario.kind=domains"
         (["prior.view=recorded"], "prior.view"),
         (["prior.classes=known"], "prior.classes"),
         ([MEMORY, "prior.classes=known"], "prior.classes"),
+        ([*FROMP, "prior.classes=known"], "prior.classes"),
         ([MEMORY, "prior.classes=known", "train.head=seen", "prior.loss=squared"], "prior.classes"),
         (["train.only_last=true"], "train.only_last"),
         ([MEMORY, "memory.total=20"], "memory.size"),
