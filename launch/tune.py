@@ -3,9 +3,10 @@
     python launch/tune.py [--methods ewc+fr+replay ewc] [--jobs 2] [--quick]
 
 Every candidate of GRID is trained with a tenth of the training images held out (data.validation) at two sizes of
-memory; `hpccl choose` then takes each method's best mean and writes configs/split_cifar/chosen/METHOD.yaml, which
-launch/split_cifar.py, launch/ablation.py and launch/methods.py read. Needs the shards that README.md builds; `--quick`
-learns scikit-learn's digits in a minute instead. A run that is done is not repeated, so start it again at any time.
+memory (`--sizes`); `hpccl choose` then takes each method's best mean and writes
+configs/split_cifar/chosen/METHOD.yaml, which launch/split_cifar.py, launch/ablation.py and launch/methods.py read.
+Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
+is not repeated, so start it again at any time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
@@ -112,5 +113,8 @@ if __name__ == "__main__":
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
     parser.add_argument("--methods", nargs="+", choices=list(GRID), default=list(GRID), metavar="METHOD", help="all")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="examples a task in memory, 200 1000")
     chosen = parser.parse_args()
-    sys.exit(carry_out(campaign(DIGITS if chosen.quick else SPLIT_CIFAR, chosen.methods), chosen))
+    setting = DIGITS if chosen.quick else SPLIT_CIFAR
+    setting = replace(setting, sizes=tuple(chosen.sizes or setting.sizes))
+    sys.exit(carry_out(campaign(setting, chosen.methods), chosen))
