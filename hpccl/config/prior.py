@@ -130,9 +130,9 @@ class PriorConfig(Section):
     # of soft labels: of probabilities; or squared differences of logits, their mean over classes (DER)
     loss: Literal["cross_entropy", "squared"] = "cross_entropy"
     temperature: PositiveFloat = 1.0  # of the soft labels
-    # which classes compete in rows with soft labels (cross_entropy) and in FROMP's predictions: seen: those of rows with
-    # true labels, classes that came later with target 0, as the past's own loss has it; known: only those that the old
-    # network knew. With train.head=own there is no difference
+    # which classes compete in rows with soft labels (cross_entropy) and in FROMP's predictions: seen: those of rows
+    # with true labels, classes that came later with target 0, as the past's own loss has it; known: only those that the
+    # old network knew. With train.head=own there is no difference
     classes: Literal["seen", "known"] = "seen"
     # stored: student and label on one stored view; teacher: the old model labels the student's view;
     # recorded: label of the stored view, student on a fresh view (the published code)

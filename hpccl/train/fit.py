@@ -136,9 +136,7 @@ def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> B
             yield parts, [composer.rows(part, next(images)) for part in parts]
 
 
-def _recalled(
-    task: Task, plan: BatchPlan, state: RunState, world: World
-) -> Generator[Recalled | None, None, None]:
+def _recalled(task: Task, plan: BatchPlan, state: RunState, world: World) -> Generator[Recalled | None, None, None]:
     """What each step recalls of the past for the functional prior: nothing where there is none."""
     fromp, memory = state.prior.fromp, state.prior.memory
     if fromp is None:

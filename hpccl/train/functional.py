@@ -122,8 +122,8 @@ class Recalled:
 
     blocks: each with the number of blocks that it stands for
     share: this rank's, among the examples of all blocks
-    columns: [b, K + E] by example of all blocks, the classes of its probabilities, -1 beyond its head; then classes that
-        came later and compete with them, -1 for none
+    columns: [b, K + E] by example of all blocks, the classes of its probabilities, -1 beyond its head; then classes
+        that came later and compete with them, -1 for none
     images: of the share; one image that counts for nothing where the share is empty
     weight: of R(w), per training example
     """
@@ -170,7 +170,7 @@ class Recalled:
 def recalled(
     fromp: Fromp, memory: Memory, world: World, *, task: int, num_train: int, first: int, stop: int
 ) -> Generator[Recalled, None, None]:
-    """What each step of a task from `first` to `stop` recalls; images are made ahead of time, in the evaluation view."""
+    """What each step of a task from `first` to `stop` recalls; images are made ahead, in the evaluation view."""
     competing = _competing(memory.heads, world, task)
 
     def requests() -> Iterator[Request]:

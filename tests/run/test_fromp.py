@@ -13,7 +13,6 @@ from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed, wholes
 from hpccl.engine.protocols import trainable
-from hpccl.prior.fromp import probabilities
 from hpccl.report.events import read_events
 from hpccl.train.consolidate import consolidate
 from hpccl.train.evaluate import test as evaluate_all
@@ -147,7 +146,7 @@ def test_it_keeps_the_past_better_than_fine_tuning(tmp_path: Path) -> None:
 
 
 def test_old_classes_hold_against_new_ones(tmp_path: Path) -> None:
-    """Class-incremental: the first task's accuracy among all classes; old classes alone would not see new logits grow."""
+    """Class-incremental: the first task among all classes; old classes alone would not see new logits grow."""
     kept = {}
     for classes in ("seen", "known"):
         prior = {"classes": classes, "fromp": {"weight": 50.0, "kernel": "identity"}}
