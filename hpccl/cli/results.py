@@ -71,10 +71,13 @@ def evaluate(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, and runs.jsonl.xz of earlier comparisons."),
+    ],
     *,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the comparison: md, html, csv, json, tex and plots.")
+        Path | None, typer.Option(help="Folder for the comparison: md, html, csv, json, tex, plots and runs.jsonl.xz.")
     ] = None,
     compare: Annotated[Path | None, typer.Option(help="CSV file of published values to put beside.")] = None,
     dataset: Annotated[
@@ -86,17 +89,18 @@ def report(
     from hpccl.report.compare_files import write_comparison
     from hpccl.report.write import report_run
 
-    for folder in runs:
+    folders = [path for path in runs if not path.is_file()]
+    for folder in folders:
         report_run(folder)
     comparison = compare_runs(runs, published=compare, dataset=dataset)
     print_comparison(comparison)
-    pages = [write_comparison(comparison, out)] if out is not None else [folder / "report.html" for folder in runs]
+    pages = [write_comparison(comparison, out)] if out is not None else [folder / "report.html" for folder in folders]
     for page in pages:
         typer.echo(str(page))
 
 
 def choose(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs, and runs.jsonl.xz.")],
     *,
     out: Annotated[Path | None, typer.Option(help="Folder for METHOD.yaml files with what was chosen.")] = None,
 ) -> None:

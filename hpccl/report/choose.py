@@ -18,10 +18,9 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from hpccl.errors import ConfigError
-from hpccl.folder import RunFolder
+from hpccl.report.archive import read_runs
 from hpccl.report.compare import IGNORED, flat
-from hpccl.report.events import read_events
-from hpccl.report.summary import RunReport, read_config, summarise_events
+from hpccl.report.summary import RunReport
 from hpccl.report.write import write_text
 
 __all__ = ["Candidate", "Choice", "choose", "choose_runs", "write_choices"]
@@ -74,21 +73,16 @@ class Choice:
         return float(differences.std(ddof=1) / len(differences) ** 0.5)
 
 
-def choose_runs(folders: Sequence[Path]) -> list[Choice]:
-    """The choice for each method that has runs in `folders`, in the order in which they come.
+def choose_runs(paths: Sequence[Path]) -> list[Choice]:
+    """The choice for each method that has runs in `paths` (folders, and archives), in the order in which they come.
 
     Raises:
-        FolderError: a folder is not one of a run.
+        FolderError: a path is neither.
         ConfigError: a run is not finished or was measured on test images, or candidates do not have the same sizes and
             seeds.
     """
-    distinct = list(dict.fromkeys(folder.resolve() for folder in folders))
-    configs = [read_config(folder) for folder in distinct]
-    runs = [
-        summarise_events(config, read_events(RunFolder(folder).events))
-        for config, folder in zip(configs, distinct, strict=True)
-    ]
-    return choose([flat(config.identity()) for config in configs], runs)
+    recorded = read_runs(paths)
+    return choose([flat(run.config.identity()) for run in recorded], [run.report() for run in recorded])
 
 
 def choose(identities: Sequence[Flat], runs: Sequence[RunReport]) -> list[Choice]:

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hpccl.errors import FolderError
-from hpccl.folder import RunFolder
-from hpccl.report.events import number, read_events, valid_json
+from hpccl.report.archive import Recorded, read_runs
+from hpccl.report.events import number, valid_json
 from hpccl.report.published import FIGURES as PUBLISHED
 from hpccl.report.published import Published, PublishedTable, read_published
-from hpccl.report.summary import RunReport, read_config, summarise_events
+from hpccl.report.summary import RunReport
 from hpccl.report.text import TextTable, percent, signed, spread, time_span
 
 __all__ = [
@@ -110,11 +110,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups in the order in which their first runs were given, and every run."""
+    """Groups in the order in which their first runs were given, every run, and what it was made of."""
 
     groups: list[Group]
     runs: list[RunReport]
     published: PublishedTable | None
+    recorded: list[Recorded]
 
     @property
     def dataset(self) -> str | None:
@@ -174,29 +175,25 @@ def _run_dict(run: RunReport) -> dict[str, Any]:
     }
 
 
-def compare_runs(folders: Sequence[Path], published: Path | None = None, *, dataset: str | None = None) -> Comparison:
+def compare_runs(paths: Sequence[Path], published: Path | None = None, *, dataset: str | None = None) -> Comparison:
     """Compare runs.
 
     Args:
-        folders: of the runs.
+        paths: folders of runs, and archives of earlier comparisons.
         published: a CSV file of published values to put beside.
         dataset: which data set of that file; None: the one with as many tasks as the runs.
 
     Raises:
-        FolderError: a folder is not one of a run, or a file cannot be read.
+        FolderError: a path is neither, or a file cannot be read.
         ConfigError: the published values do not fit, or it is not clear which data set is meant.
     """
-    if not folders:
+    recorded = read_runs(paths)
+    if not recorded:
         raise FolderError("there is nothing to compare: give the folders of at least one run")
-    distinct = list(dict.fromkeys(folder.resolve() for folder in folders))  # one run twice is not two seeds
-    configs = [read_config(folder) for folder in distinct]
-    runs = [
-        summarise_events(config, read_events(RunFolder(folder).events))
-        for config, folder in zip(configs, distinct, strict=True)
-    ]
+    runs = [run.report() for run in recorded]
     table = read_published(published, dataset=dataset, num_tasks=_num_tasks(runs)) if published is not None else None
-    groups = _groups([flat(config.identity()) for config in configs], runs, table.values if table else {})
-    return Comparison(groups, runs, table)
+    groups = _groups([flat(run.config.identity()) for run in recorded], runs, table.values if table else {})
+    return Comparison(groups, runs, table, recorded)
 
 
 def _num_tasks(runs: Iterable[RunReport]) -> int:

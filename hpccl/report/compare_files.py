@@ -1,4 +1,4 @@
-"""The files of a comparison: comparison.{md,csv,json,html,tex}, and its plots as PNG and SVG."""
+"""The files of a comparison: comparison.{md,csv,json,html,tex}, its plots as PNG and SVG, an archive of its runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from hpccl.report import plots
+from hpccl.report.archive import NAME, write_archive
 from hpccl.report.compare import Comparison, group_table, run_table
 from hpccl.report.compare_latex import render_latex
 from hpccl.report.compare_plots import AGAINST_MEMORY, figures
@@ -29,7 +30,7 @@ _BESIDE = " Full: here, ± standard deviation over seeds; open and dashed: publi
 
 
 def write_comparison(comparison: Comparison, out: Path) -> Path:
-    """Write comparison.{md,csv,json,html,tex} and comparison_NAME.{png,svg} for each plot; returns the page.
+    """Write comparison.{md,csv,json,html,tex}, comparison_NAME.{png,svg} for each plot, an archive; returns the page.
 
     A plot that has nothing to show is left out, and one of an earlier comparison removed.
 
@@ -38,6 +39,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
     """
     drawn = figures(comparison)
     shown = {name: figure for name, figure in drawn.items() if figure is not None}
+    write_archive(out / NAME, comparison.recorded)
     write_json(out / "comparison.json", comparison.to_dict())
     write_text(out / "comparison.csv", _render_csv(comparison))
     write_text(out / "comparison.tex", render_latex(comparison))

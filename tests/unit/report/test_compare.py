@@ -226,7 +226,7 @@ def test_the_files(seeds: list[Path], tmp_path: Path, published: Path) -> None:
     assert write_comparison(comparison, out) == out / "comparison.html"
     # Of one size of memory there is only a plot beside published values, and class-incremental ones are not published.
     plots = [f"comparison_{name}" for name in ("accuracy", "configurations", "forgetting", "reconstruction")]
-    expected = [f"comparison.{suffix}" for suffix in ("csv", "html", "json", "md", "tex")]
+    expected = ["runs.jsonl.xz", *(f"comparison.{suffix}" for suffix in ("csv", "html", "json", "md", "tex"))]
     expected += [f"{name}.{suffix}" for name in plots for suffix in ("png", "svg")]
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
     content = json.loads((out / "comparison.json").read_text())

@@ -1,0 +1,108 @@
+"""Archives of runs: reported again, they give what their folders gave."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+
+from hpccl.config.data import DataConfig
+from hpccl.errors import FolderError
+from hpccl.folder import RunFolder
+from hpccl.report.archive import NAME, read_runs, write_archive
+from hpccl.report.choose import choose_runs
+from hpccl.report.compare import compare_runs
+from hpccl.report.compare_files import write_comparison
+from hpccl.report.events import EventLog, read_events
+from tests.unit.report import synthetic
+
+
+def write(folder: Path, *, start: float = 1_000_000.0, **settings: object) -> Path:
+    run = synthetic.config(name=folder.name, **settings)  # type: ignore[arg-type]
+    events = RunFolder(folder).events
+    synthetic.write_run(folder, run)
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    moved = [{**line, "time": line["time"] - lines[0]["time"] + start} for line in lines]
+    events.write_text("".join(f"{json.dumps(line)}\n" for line in moved))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [write(tmp_path / "a", seed=0), write(tmp_path / "b", seed=1), write(tmp_path / "c", size=0, replay=0.0)]
+
+
+def test_an_archive_gives_the_same_comparison_as_the_folders(runs: list[Path], tmp_path: Path) -> None:
+    first = compare_runs(runs)
+    write_comparison(first, tmp_path / "out")
+    again = compare_runs([tmp_path / "out" / NAME])
+    assert again.groups == first.groups
+    hidden = [{**run.to_dict(), "machine": None} for run in first.runs]
+    assert [{**run.to_dict(), "machine": None} for run in again.runs] == hidden
+    write_comparison(again, tmp_path / "again")
+    for name in (NAME, "comparison.md", "comparison.csv", "comparison.json", "comparison.tex"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_runs_are_added_to_those_of_an_archive(runs: list[Path], tmp_path: Path) -> None:
+    write_archive(tmp_path / "old.xz", read_runs(runs[:1]))
+    comparison = compare_runs([tmp_path / "old.xz", *runs])
+    assert [run.name for run in comparison.runs] == ["a", "b", "c"], "that of the archive is not counted twice"
+    assert [group.seeds for group in comparison.groups] == [[0, 1], [0]]
+
+
+def test_a_run_that_went_on_is_taken_as_it_is_now(runs: list[Path], tmp_path: Path) -> None:
+    write_archive(tmp_path / "old.xz", read_runs(runs[:1]))
+    now = read_events(RunFolder(runs[0]).events)[-1]["time"] + 5
+    with EventLog(RunFolder(runs[0]).events, clock=lambda: now) as log:
+        log.write("error", kind="DivergedError", message="the loss is NaN")
+    for paths in ([tmp_path / "old.xz", runs[0]], [runs[0], tmp_path / "old.xz"]):
+        (run,) = read_runs(paths)
+        assert run.report().status == "failed"
+
+
+def test_time_of_a_killed_part_is_kept_and_steps_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    synthetic.write_run(folder, synthetic.config(name="killed"), finished=False)
+    times = iter(range(2_000_000, 3_000_000, 100))
+    with EventLog(RunFolder(folder).events, clock=lambda: float(next(times))) as log:
+        for _ in range(3):
+            log.write("run", machine={"hostname": "node-7", "cpu": "x"})
+            for step in range(5):
+                log.write("step", task=0, step=step)
+        log.write("done", weights_sha256="0")
+    (before,) = read_runs([folder])
+    write_archive(tmp_path / "old.xz", [before])
+    (after,) = read_runs([tmp_path / "old.xz"])
+    assert after.report().wall_seconds == before.report().wall_seconds > 1500
+    assert sum(event["event"] == "step" for event in after.events) == 2, "the last before a start; after it, `done`"
+    assert b"node-7" not in lzma.decompress((tmp_path / "old.xz").read_bytes())
+
+
+def test_a_choice_can_be_made_from_an_archive(tmp_path: Path) -> None:
+    held = [write(tmp_path / name, data=DataConfig(validation=0.1)) for name in ("a", "b")]
+    write_archive(tmp_path / "old.xz", read_runs(held))
+    assert choose_runs([tmp_path / "old.xz"]) == choose_runs(held)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no xz", "neither a run's folder nor a whole runs.jsonl.xz"),
+        (lzma.compress(b'{"format": 1}\n' * 3)[:-9], "neither a run's folder nor a whole runs.jsonl.xz"),
+        (lzma.compress(b"{}\n"), "line 1 of .* is not a run"),
+        (lzma.compress(b'{"format": 2}\n'), "of format 2, this version reads 1; update hpccl"),
+        (lzma.compress(b'{"format": 1, "config": {}, "events": []}\n'), "line 1 of .* is not a run"),
+        (
+            lzma.compress(b'{"format": 1, "config": {"sede": 3}, "events": [{"event": "run", "time": 1}]}\n'),
+            "run 1 of .* does not fit this version of hpccl: .*sede",
+        ),
+    ],
+)
+def test_a_damaged_archive_is_one_clear_error(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    path.write_bytes(content)
+    with pytest.raises(FolderError, match=message):
+        compare_runs([path])
