@@ -32,6 +32,8 @@ class QuadraticConfig(Section):
 
     weight: NonNegativeFloat = 0.0  # lambda; 1 is the un-tempered value
     damping: NonNegativeFloat = 1e-3  # delta
+    # of a step with Kronecker factors or eigenbases; bf16: differences, sums and what is kept stay fp32
+    products: Literal["fp32", "bf16"] = "fp32"
     # newest: one quadratic around the newest weights; each: every task's own around the weights at its end
     anchor: Literal["newest", "each"] = "newest"
     # what is left of all earlier tasks' curvature when one ends; below 1: online EWC (Schwarz et al. 2018)

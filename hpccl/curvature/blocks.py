@@ -21,6 +21,7 @@ from hpccl.kron.eigen import Eigen
 from hpccl.kron.factor import Dense, Factor, LowRank
 from hpccl.kron.merge import gram, sum_norm
 from hpccl.kron.pair import Pair
+from hpccl.kron.product import matmul
 
 __all__ = ["WHOLE", "Block", "Layout", "Part", "Term"]
 
@@ -206,12 +207,15 @@ class Block:
     def add_matvec_(self, target: Tensor, matrix: Tensor, *, scale: float) -> None:
         """Add `scale` times the product with `matrix` [g, o, d] to `target`: this part's rows or columns, as a view.
 
-        The target may lack the last column, the bias's. No product is made apart from it.
+        The target may lack the last column, the bias's. No product is made apart from it, but where the terms' numbers
+        are narrower than the target's.
         """
         for term in self.terms:
-            left, right = term.halves(matrix)
+            left, right = term.halves(_in_type_of(term, matrix))
             right = right[..., : target.shape[2]]
-            if len(target) == 1:
+            if left.dtype != target.dtype:
+                target.add_(matmul(left, right), alpha=scale)
+            elif len(target) == 1:
                 target[0].addmm_(left[0], right[0], alpha=scale)
             else:
                 target.baddbmm_(left, right, alpha=scale)
@@ -220,12 +224,13 @@ class Block:
         """The last column of the product with [g, o, d], cheaply: [g, o or this part's rows]."""
         total: Tensor | None = None
         for term in self.terms:
+            delta = _in_type_of(term, matrix)
             if isinstance(term, Eigen):
-                left, right = term.halves(matrix)
+                left, right = term.halves(delta)
                 column = (left @ right[..., -1:])[..., 0]
             else:
-                column = _left(term.b, matrix @ _last_column(term.a))[..., 0]
-            total = column if total is None else total + column
+                column = _left(term.b, delta @ _last_column(term.a))[..., 0]
+            total = column.to(matrix.dtype) if total is None else total + column
         assert total is not None
         return total
 
@@ -246,9 +251,9 @@ class Block:
         squares = [old.norm() ** 2 - new.norm() ** 2 for old, new in zip(self.terms, terms, strict=True)]
         return replace(self, terms=terms, lost=self.lost + sum(max(square, 0.0) ** 0.5 for square in squares))
 
-    def to(self, device: torch.device) -> Block:
-        """The same on a device."""
-        return replace(self, terms=tuple(term.to(device) for term in self.terms))
+    def to(self, other: torch.device | torch.dtype) -> Block:
+        """The same on a device, or in numbers of another type."""
+        return replace(self, terms=tuple(term.to(other) for term in self.terms))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON scalars; the layout is saved apart."""
@@ -307,6 +312,12 @@ def _trace(term: Term, part: Part) -> float:
     cut, other = (a, b) if part.axis == "input" else (b.mT, a)
     diagonal = cut[:, part.range].diagonal(dim1=1, dim2=2).double().sum(1)
     return float((diagonal * other.diagonal(dim1=1, dim2=2).double().sum(1)).sum())
+
+
+def _in_type_of(term: Term, matrix: Tensor) -> Tensor:
+    """Rounded to bf16 where the term is; other types are the same already."""
+    held = term.values if isinstance(term, Eigen) else term.a.chain[-1]
+    return matrix.to(held.dtype) if held.dtype == torch.bfloat16 else matrix
 
 
 def _left(factor: Factor, matrix: Tensor) -> Tensor:

@@ -128,6 +128,10 @@ class Kronecker:
         assert scale >= 0, "a precision stays positive semi-definite"
         return replace(self, blocks=tuple(block.times(scale) for block in self.blocks), rest=self.rest.times(scale))
 
+    def rounded(self) -> Kronecker:
+        """Factors in bf16; the diagonal of the rest stays as it is."""
+        return replace(self, blocks=tuple(block.to(torch.bfloat16) for block in self.blocks))
+
     def totals(self, comm: Comm) -> Totals:
         """Over all ranks; collective."""
         own = sum(block.num_bytes for block in self.blocks)

@@ -106,6 +106,9 @@ class Precision(Protocol):
     def times(self, scale: float) -> Precision:
         """The precision scaled by `scale` >= 0."""
 
+    def rounded(self) -> Precision:
+        """With matrices in bf16, for faster products with them; itself where there are none."""
+
     def totals(self, comm: Comm) -> Totals:
         """Size and trace over all ranks; collective."""
 

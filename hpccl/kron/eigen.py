@@ -85,9 +85,9 @@ class Eigen:
         assert scale >= 0, "a precision stays positive semi-definite"
         return Eigen(self.qa, self.qb, self.values * scale, self.a, self.b * scale)
 
-    def to(self, device: torch.device) -> Eigen:
-        """The same on a device."""
-        return Eigen(*(tensor.to(device) for tensor in (self.qa, self.qb, self.values, self.a, self.b)))
+    def to(self, other: torch.device | torch.dtype) -> Eigen:
+        """The same on a device, or in numbers of another type."""
+        return Eigen(*(tensor.to(other) for tensor in (self.qa, self.qb, self.values, self.a, self.b)))
 
 
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,9 +67,9 @@ class Dense:
         assert scale >= 0, "a factor stays positive semi-definite"
         return Dense(self.matrix * scale)
 
-    def to(self, device: torch.device) -> Dense:
-        """The same on a device."""
-        return Dense(self.matrix.to(device))
+    def to(self, other: torch.device | torch.dtype) -> Dense:
+        """The same on a device, or in numbers of another type."""
+        return Dense(self.matrix.to(other))
 
 
 @final
@@ -121,9 +121,9 @@ class LowRank:
         assert scale >= 0, "a factor stays positive semi-definite"
         return LowRank(self.vectors, self.values * scale)
 
-    def to(self, device: torch.device) -> LowRank:
-        """The same on a device."""
-        return LowRank(self.vectors.to(device), self.values.to(device))
+    def to(self, other: torch.device | torch.dtype) -> LowRank:
+        """The same on a device, or in numbers of another type."""
+        return LowRank(self.vectors.to(other), self.values.to(other))
 
 
 Factor: TypeAlias = Dense | LowRank

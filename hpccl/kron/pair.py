@@ -102,9 +102,9 @@ class Pair:
         of_b, of_a = min(_sufficient(b.shares, a.shares, keep), key=cost)
         return Pair(a.leading(of_a), b.leading(of_b))
 
-    def to(self, device: torch.device) -> Pair:
-        """The same on a device."""
-        return Pair(self.a.to(device), self.b.to(device))
+    def to(self, other: torch.device | torch.dtype) -> Pair:
+        """The same on a device, or in numbers of another type."""
+        return Pair(self.a.to(other), self.b.to(other))
 
 
 def _left(factor: Factor) -> Tensor:

@@ -7,9 +7,9 @@ F is a Precision summed over the examples that are not in memory, a the weights 
 anchor for all tasks (Daxberger et al. 2023), c = 0. With each task's own anchor (Kirkpatrick et al. 2017),
 sum_t F_t (w - a_t) = F (w - a) + c with the constant c = sum_t F_t (a - a_t): no old weights are kept.
 
-The gradient enters the parameters' gradient hooks in fp32, outside autocast and loss scaling: the rank that holds a
-layer's curvature adds world size times the force, and the averaging of gradients that happens anyway delivers it to all
-ranks. No collective of its own, no dependence on the number of micro-batches.
+The gradient enters the parameters' gradient hooks in fp32 (products with factors may be in bf16), outside autocast and
+loss scaling: the rank that holds a layer's curvature adds world size times the force, and the averaging of gradients
+that happens anyway delivers it to all ranks. No collective of its own, no dependence on the number of micro-batches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ from hpccl.dist.placement import owners
 from hpccl.dist.spread import Leaf, Leaves, Place, Slab, elements, fetch
 from hpccl.engine.protocols import Engine, GradientHook, Weights
 
-__all__ = ["Quadratic"]
+__all__ = ["Products", "Quadratic"]
+
+Products: TypeAlias = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Quadratic:
     weight: lambda
     damping: delta
     pull: c by name of parameter; None where it is zero
+    products: of a step with the curvature's matrices: fp32, or bf16 with a relative error of about 2^-8
     """
 
     precision: Precision
@@ -49,6 +52,7 @@ class Quadratic:
     weight: float
     damping: float
     pull: Leaves | None = None
+    products: Products = "fp32"
 
     def force(self, weights: Leaves, comm: Comm) -> Leaves:
         """dR/dw of the named parameters, in fp32, whole or spread as `weights` are; collective."""
@@ -92,7 +96,8 @@ class Quadratic:
     def attach(self, engine: Engine, comm: Comm, *, num_train: int) -> Callable[[], None]:
         """Add dR/dw / num_train to every step's gradient until the returned function is called."""
         like = engine.like
-        pieces = self._pieces(like, comm)
+        used = replace(self, precision=self.precision.rounded()) if self.products == "bf16" else self
+        pieces = used._pieces(like, comm)
         needed = {name for piece in pieces for name in piece.needs}
         anchor = {name: strided_like(value, like[name]) for name, value in fetch(self.anchor, needed, comm).items()}
         scale = comm.size * self.weight / num_train
@@ -140,7 +145,7 @@ class Quadratic:
         if own_anchors:
             moved = {name: anchor[name] for name in own_anchors}
             pull = replace(past, weight=1.0, damping=0.0).force(moved, comm)
-        return Quadratic(past.precision.plus(precision, comm), anchor, self.weight, self.damping, pull)
+        return replace(past, precision=past.precision.plus(precision, comm), anchor=anchor, pull=pull)
 
     def to(self, device: torch.device, anchor: Leaves) -> Quadratic:
         """The same with its tensors on a device, where `anchor` is already."""
@@ -154,6 +159,7 @@ class Quadratic:
             "weight": self.weight,
             "damping": self.damping,
             "pull": self.pull,
+            "products": self.products,
         }
 
     @classmethod
@@ -163,7 +169,8 @@ class Quadratic:
         """The inverse; `shards` reads what ranks held alone, on any number of ranks; `place` spreads weights."""
         precision = precision_from_state(state["precision"], shards, comm, place)
         pull = state.get("pull")
-        return cls(precision, anchor, state["weight"], state["damping"], None if pull is None else place(pull))
+        placed = None if pull is None else place(pull)
+        return cls(precision, anchor, state["weight"], state["damping"], placed, state.get("products", "fp32"))
 
     def _pieces(self, weights: Weights, comm: Comm) -> list[Piece]:
         """Collective where the pull is spread. weights: shape and memory layout count."""

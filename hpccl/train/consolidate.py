@@ -186,7 +186,7 @@ def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: 
         phase.images = count if isinstance(world.config.curvature, PassCurvature) else 0
         new = precision.totals(world.comm)
         if state.prior.quadratic is None:
-            quadratic = Quadratic(precision, anchor, config.weight, config.damping)
+            quadratic = Quadratic(precision, anchor, config.weight, config.damping, products=config.products)
         else:
             own = state.engine.like if config.anchor == "each" else ()
             quadratic = state.prior.quadratic.plus(precision, anchor, world.comm, own_anchors=own, decay=config.decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -24,7 +25,7 @@ from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
 from hpccl.engine.ddp import DdpEngine
 from hpccl.kron.eigen import Eigen
-from hpccl.prior.quadratic import Quadratic
+from hpccl.prior.quadratic import Products, Quadratic
 from tests.dist.world import Result, run_in_world
 from tests.unit.curvature.oracle import NUM_CLASSES, examples
 
@@ -39,6 +40,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "diagonal": DiagonalEstimator("ggn"),
 }
 SETTINGS = [(kind, "newest") for kind in ESTIMATORS] + [("kronecker", "each"), ("dense", "each")]
+ROUNDED = ("kronecker", "low rank", "ekfac")
 
 
 def net() -> nn.Module:
@@ -102,10 +104,11 @@ def quadratic(precisions: list[Precision], anchors: list[dict[str, Tensor]], whi
     return first.plus(precisions[1], anchors[1], comm, own_anchors=anchors[0] if which == "each" else ())
 
 
-def trained(kind: str, which: str, comm: Comm) -> Result:
+def trained(kind: str, which: str, comm: Comm, *, products: Products = "fp32") -> Result:
     """Weights after some steps, of two micro-batches each."""
     made = engine(comm)
-    detach = quadratic(*two_tasks(kind, made, comm), which, comm).attach(made, comm, num_train=NUM_TRAIN)
+    made_of = replace(quadratic(*two_tasks(kind, made, comm), which, comm), products=products)
+    detach = made_of.attach(made, comm, num_train=NUM_TRAIN)
     for step in range(STEPS):
         data = batch(step)
         for part in (slice(0, 5), slice(5, ROWS)):
@@ -172,6 +175,7 @@ def traffic(comm: Comm) -> Result:
 
 def everything(comm: Comm) -> Result:
     found: Result = {f"{kind}, {which}": trained(kind, which, comm) for kind, which in SETTINGS}
+    found |= {f"{kind}, rounded": trained(kind, "newest", comm, products="bf16") for kind in ROUNDED}
     found["bf16"] = gradients(comm)
     if comm.size > 1:
         found["traffic"] = traffic(comm)
@@ -265,6 +269,21 @@ def test_steps_equal_those_with_the_penalty_in_the_loss(ranks: list[Result], kin
         for name, value in expected.items():
             assert float((found[name] - value).norm()) <= 2e-6 * float(value.norm()), name
             assert torch.equal(found[name], ranks[0][f"{kind}, {which}"][name])
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_products_in_bf16_are_close_and_equal_on_all_ranks(ranks: list[Result], kind: str) -> None:
+    expected = penalised(kind, "newest")
+    start = {name: value.detach() for name, value in net().named_parameters()}
+    rounded = 0.0
+    for rank in ranks:
+        found = rank[f"{kind}, rounded"]
+        for name, value in expected.items():
+            error = float((found[name] - value).norm()) / float((value - start[name]).norm())
+            assert error <= 2**-7, name
+            rounded = max(rounded, error)
+            assert torch.equal(found[name], ranks[0][f"{kind}, rounded"][name])
+    assert rounded > 1e-5, "they are in bf16 indeed"
 
 
 def test_a_large_curvature_is_exact_in_bf16(ranks: list[Result]) -> None:

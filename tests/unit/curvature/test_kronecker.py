@@ -110,6 +110,32 @@ def test_pieces_are_the_dense_product() -> None:
     torch.testing.assert_close(found["norm"], (curvature.rest.values["norm"] + 0.5) * delta["norm"])
 
 
+@pytest.mark.parametrize("kind", ["dense", "low rank", "refit"])
+def test_rounded_pieces_are_the_product_but_for_rounding(kind: str) -> None:
+    """Matrices in bf16, 8 bits: each product errs by 2^-8 of what it adds up; biases are a matter of their own."""
+    curvature = precision(0, RefitTasks()).plus(precision(1), SOLO) if kind == "refit" else precision(0)
+    if kind == "low rank":
+        curvature = replace(curvature, blocks=tuple(block.truncated(0.9) for block in curvature.blocks))
+    delta = weights(3)
+    expected = product(curvature.pieces(SOLO, delta), delta, damping=0.5)
+    found = product(curvature.rounded().pieces(SOLO, delta), delta, damping=0.5)
+    for name, value in expected.items():
+        error = float((found[name] - value).norm() / value.norm())
+        assert (error == 0) if name == "norm" else (0 < error < 0.02), name
+        assert found[name].dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in tensors(curvature)), "what is kept stays as it is"
+    assert {value.dtype for value in tensors(curvature.rounded())} == {torch.bfloat16}
+
+
+def tensors(curvature: Kronecker) -> list[Tensor]:
+    """All tensors of the blocks' terms."""
+    held: list[Tensor] = []
+    for block in curvature.blocks:
+        for term in block.terms:
+            held += [term.qa, term.qb, term.values] if isinstance(term, Eigen) else [*term.a.chain, *term.b.chain]
+    return held
+
+
 def test_gradients_may_lie_otherwise_in_memory() -> None:
     curvature, delta = precision(0), weights(3)
     expected = product(curvature.pieces(SOLO, delta), delta, damping=0.5)

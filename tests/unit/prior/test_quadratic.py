@@ -1,6 +1,7 @@
 """The quadratic: zero at its anchor, exact on a toy, in fp32 whatever the forward pass is in."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,9 +90,10 @@ def test_each_task_may_keep_its_own_anchor() -> None:
     third = both.plus(second.times(0.0), last, SOLO, own_anchors=["a", "b"])
     for name, force in third.force(weights, SOLO).items():
         torch.testing.assert_close(force, expected[name])
-    saved = third.state_dict()
+    saved = replace(third, products="bf16").state_dict()
     again = Quadratic.from_state_dict(saved, last, lambda wanted: {}, SOLO, place=as_they_are)
     assert again.value(weights, SOLO) == pytest.approx(third.value(weights, SOLO))
+    assert again.products == again.plus(second, last, SOLO).products == "bf16"
 
 
 def attached(precision: str, curvature: float, accumulate: int = 1) -> tuple[Tensor, Tensor, float]:
