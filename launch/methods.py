@@ -8,8 +8,8 @@
 Task-incremental is train.head=own, class-incremental train.head=seen; methods whose file says `seen` are of no other
 kind. m is examples of each task; where a method has one budget for all tasks, it is m times their number, so that all
 methods hold as much in the end. FROMP, which recalls all of its memory in every step, holds a fifth and recalls 50 of
-each task. Strengths are those that launch/tune.py chose, or those of configs/split_cifar/METHOD.yaml where there is
-such a file, and of configs/method otherwise: then they are not tuned for this comparison. GDumb's one network, which
+each task. Strengths are those that launch/tune.py chose where it did, and of configs/method otherwise: then they are
+not tuned for this comparison. GDumb's one network, which
 is trained on the memory alone, has about as many images as those of other methods see in all.
 
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in minutes instead. A run that is done is
@@ -43,15 +43,15 @@ OWN_FIRST = ("finetune", "joint", "separate", "gdumb", "si", "kpriors", "icarl",
 class Setting:
     """What is trained.
 
-    folder: of the runs; out: of the comparisons; base: files and settings of every run; weights: folders of files by
-    method that set the weights of the terms; size: of the memory, examples a task; tasks: of the stream; gdumb: epochs
-        of its network, which has no other training
+    folder: of the runs; out: of the comparisons; base: files and settings of every run; weights: folder of files by
+    method that set the weights of the terms, or None; size: of the memory, examples a task; tasks: of the stream;
+    gdumb: epochs of its network, which has no other training
     """
 
     folder: Path
     out: Path
     base: tuple[str, ...]
-    weights: tuple[Path, ...]
+    weights: Path | None
     size: int
     tasks: int
     gdumb: int
@@ -63,7 +63,7 @@ SPLIT_CIFAR = Setting(
     folder=Path("runs/methods"),
     out=Path("docs/results/methods"),
     base=("configs/split_cifar.yaml", "log.reconstruction=0"),
-    weights=(Path("configs/split_cifar"), Path("configs/split_cifar/chosen")),
+    weights=Path("configs/split_cifar/chosen"),
     size=1000,
     tasks=6,
     gdumb=80,
@@ -73,7 +73,7 @@ DIGITS = Setting(
     folder=Path("runs/methods_quick"),
     out=Path("runs/methods_quick/comparison"),
     base=("configs/quickstart.yaml", "train.epochs=2", "stream.tasks=2", "log.reconstruction=0"),
-    weights=(),
+    weights=None,
     size=50,
     tasks=2,
     gdumb=10,
@@ -93,7 +93,8 @@ def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
 def _training(setting: Setting, method: str, head: str, seed: int) -> Step:
     first, name = _name("finetune", head, seed), _name(method, head, seed)
     arguments = [*setting.base, f"configs/method/{method}.yaml"]
-    arguments += [str(path) for folder in setting.weights if (path := folder / f"{method}.yaml").exists()]
+    own = setting.weights / f"{method}.yaml" if setting.weights else None
+    arguments += [str(own)] if own and own.exists() else []
     arguments += [f"train.head={head}", *_memory(setting, method)]
     alone = method in ("joint", "gdumb")  # earlier tasks do not change their last row
     arguments += ["train.only_last=true"] if alone else []

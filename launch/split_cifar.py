@@ -8,8 +8,7 @@
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
 is not repeated and one that was killed continues, so start it again at any time. One seed after the other, so that a
 campaign that is cut short has whole tables of fewer seeds. A seed's first task is trained once, by finetune, and
-shared: it does not depend on the method. The weights of the terms are those of configs/split_cifar/METHOD.yaml, or what
-launch/tune.py chose.
+shared: it does not depend on the method. All terms weigh 1, as the theory has it, or what launch/tune.py chose.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ METHODS = (*ALONE, "replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+
 class Setting:
     """What is trained.
 
-    folder: of the runs; out: of the comparison; base: files and settings of every run; weights: folders of files by
-    method that set the weights of the terms; sizes: of the memory, examples a task
+    folder: of the runs; out: of the comparison; base: files and settings of every run; weights: folder of files by
+    method that set the weights of the terms, or None; sizes: of the memory, examples a task
     """
 
     folder: Path
     out: Path
     base: tuple[str, ...]
-    weights: tuple[Path, ...]
+    weights: Path | None
     sizes: tuple[int, ...]
     seeds: tuple[int, ...]
 
@@ -45,7 +44,7 @@ SPLIT_CIFAR = Setting(
     folder=Path("runs/split_cifar"),
     out=Path("docs/results/split_cifar"),
     base=("configs/split_cifar.yaml",),
-    weights=(Path("configs/split_cifar"), Path("configs/split_cifar/chosen")),
+    weights=Path("configs/split_cifar/chosen"),
     sizes=(100, 200, 500, 1000, 2000, 5000),
     seeds=(0, 1, 2),
 )
@@ -53,7 +52,7 @@ DIGITS = Setting(
     folder=Path("runs/split_cifar_quick"),
     out=Path("runs/split_cifar_quick/comparison"),
     base=("configs/quickstart.yaml", "train.epochs=2", "stream.tasks=2"),
-    weights=(),
+    weights=None,
     sizes=(10, 20),
     seeds=(0,),
 )
@@ -71,7 +70,8 @@ def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
 
 def _training(setting: Setting, method: str, number: int, seed: int, *, name: str, first: str) -> Step:
     arguments = [*setting.base, f"configs/method/{method}.yaml"]
-    arguments += [str(path) for folder in setting.weights if (path := folder / f"{method}.yaml").exists()]
+    own = setting.weights / f"{method}.yaml" if setting.weights else None
+    arguments += [str(own)] if own and own.exists() else []
     arguments += [f"memory.size={number}"] if number else []
     arguments += ["train.only_last=true"] if method == "joint" else []  # earlier tasks do not change its last row
     shared = method not in ("finetune", "joint", "separate")

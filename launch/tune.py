@@ -4,7 +4,8 @@
 
 Every candidate of GRID is trained with a tenth of the training images held out (data.validation) at two sizes of
 memory (`--sizes`); `hpccl choose` then takes each method's best mean and writes
-configs/split_cifar/chosen/METHOD.yaml, which launch/split_cifar.py, launch/ablation.py and launch/methods.py read.
+configs/split_cifar/chosen/METHOD.yaml, which launch/split_cifar.py and launch/methods.py read, and launch/ablation.py
+for one of its rows.
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
 is not repeated, so start it again at any time.
 """
@@ -23,7 +24,7 @@ Grid = Mapping[str, Sequence[str]]
 
 LAMBDA = "prior.quadratic.weight"
 TAU = "prior.weight"
-_STRENGTHS = ("3.0", "10.0", "30.0")
+_STRENGTHS = ("1.0", "3.0", "10.0")
 _MEMORY: Grid = {TAU: ("0.25", "1.0", "4.0")}
 # Memory counts as its examples do, as the theory has it; how much the quadratic counts is found.
 _BOTH: Grid = {TAU: ("1.0",), LAMBDA: ("0.5", "2.0", "8.0")}
@@ -49,14 +50,13 @@ OWN_FIRST = ("si",)  # needs the first task's path
 class Setting:
     """What is trained.
 
-    folder: of the runs; out: of the files that are written; base: files and settings of every run; fixed: folder of
-    files by method, or None; sizes: of the memory, examples a task
+    folder: of the runs; out: of the files that are written; base: files and settings of every run; sizes: of the
+    memory, examples a task
     """
 
     folder: Path
     out: Path
     base: tuple[str, ...]
-    fixed: Path | None
     sizes: tuple[int, ...]
     seed: int = 100
 
@@ -65,14 +65,12 @@ SPLIT_CIFAR = Setting(
     folder=Path("runs/tune"),
     out=Path("configs/split_cifar/chosen"),
     base=("configs/split_cifar.yaml",),
-    fixed=Path("configs/split_cifar"),
     sizes=(200, 1000),
 )
 DIGITS = Setting(
     folder=Path("runs/tune_quick"),
     out=Path("runs/tune_quick/chosen"),
     base=("configs/quickstart.yaml", "train.epochs=2", "stream.tasks=2"),
-    fixed=None,
     sizes=(20,),
 )
 
@@ -91,8 +89,6 @@ def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
     yield Step("first", ("train", *held, "configs/method/finetune.yaml", f"folder={first}", "name=first", seed))
     for method in methods:
         files = [f"configs/method/{method}.yaml"]
-        fixed = setting.fixed / f"{method}.yaml" if setting.fixed else None
-        files += [str(fixed)] if fixed and fixed.exists() else []
         for number in (0,) if method in ALONE else setting.sizes:
             for label, settings in candidates(GRID[method]):
                 name = f"{method}-{number}-{label}" if number else f"{method}-{label}"
