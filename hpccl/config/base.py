@@ -23,6 +23,7 @@ __all__ = [
     "PositiveFloatPerTask",
     "PositiveInt",
     "Section",
+    "SharePerTask",
     "TimeLimit",
     "Variable",
     "Word",
@@ -54,6 +55,9 @@ _PER_TASK = Field(min_length=1, json_schema_extra={"per_task": True})
 IntPerTask = Annotated[tuple[PositiveInt, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
 FloatPerTask = Annotated[tuple[NonNegativeFloat, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
 PositiveFloatPerTask = Annotated[tuple[PositiveFloat, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
+SharePerTask = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK
+]
 Floats = Annotated[tuple[float, ...], Strict(False)]
 # Text that goes into a script: a line break in it would begin another command.
 Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", json_schema_extra={"words": "text of one line"})]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, Strict
 
-from hpccl.config.base import PositiveFloat, PositiveInt, Section
+from hpccl.config.base import PositiveFloat, PositiveInt, Section, SharePerTask
 
 __all__ = [
     "CurvatureConfig",
@@ -68,7 +68,7 @@ class Measured(Section):
     # exact over labels, labels drawn from the model, true labels; weighted: true ones, by their probability (Mammoth)
     fisher: Literal["ggn", "mc", "empirical", "weighted"] = "ggn"
     samples: PositiveInt = 1  # labels drawn per example for fisher=mc
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the task's examples that is used
+    fraction: SharePerTask = (1.0,)  # of a task's examples that is used; one value, or one a task
     batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
 
 
@@ -120,7 +120,7 @@ class MasCurvature(Section):
     # examples whose gradients are averaged before their absolute values are taken. Above 1 signs cancel, as they do in
     # the authors' code (200) and in Avalanche; with variant=global
     group: PositiveInt = 1
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the task's examples that is used
+    fraction: SharePerTask = (1.0,)  # of a task's examples that is used; one value, or one a task
     batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
 
 
@@ -135,7 +135,7 @@ class SiCurvature(Section):
     # task: what a step did for the loss; total: for the loss and the quadratic together (Avalanche)
     gradient: Literal["task", "total"] = "task"
     limit: PositiveFloat | None = None  # largest Omega that a task adds to a weight's; null: none
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of a pass over the task: there is none, leave it 1
+    fraction: SharePerTask = (1.0,)  # of a pass over the task: there is none, leave it 1
     batch_size: PositiveInt = 256  # examples at a time, of other passes over a task
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hpccl.checkpoint.apart import Apart, read_apart, write_apart
+from hpccl.config.base import per_task
 from hpccl.config.curvature import (
     DenseCurvature,
     DiagonalCurvature,
@@ -376,7 +377,7 @@ def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:
     """The task's samples that are not in memory (or a random share of them), and how many each stands for."""
     samples = np.arange(task.samples("train").start, task.samples("train").stop)
     rest = samples[~np.isin(samples, memory.sample.numpy())]
-    fraction = world.config.curvature.fraction
+    fraction = per_task(world.config.curvature.fraction, task.index)
     if fraction == 1 or len(rest) == 0:
         return rest, 1.0
     count = max(1, round(fraction * len(rest)))

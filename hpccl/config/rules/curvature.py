@@ -89,7 +89,7 @@ def _path(config: RunConfig) -> Iterator[Clash]:
     train = config.train
     if not isinstance(config.curvature, SiCurvature):
         return
-    if config.curvature.fraction != 1:
+    if set(config.curvature.fraction) != {1}:
         yield Clash(("curvature.fraction", "curvature.kind"), "si makes no pass over examples; leave it 1")
     if not config.follows:
         return
