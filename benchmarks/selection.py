@@ -1,10 +1,12 @@
 """How fast memory is chosen, and in how much room: every selector on synthetic scores, logits and features.
 
-    top-k                scores of 1.28 M examples in 1000 classes, 128,000 of them kept, equally many a class
-    sampled              the same, drawn with chances that grow with the score, with importance weights
-    gini ... sensitivity the scores themselves, from logits of 100 classes and inputs of 128 numbers, chunk by chunk
-    herding, k-center    greedily by class, features of 128 numbers, 20 kept of every 1000
-    reconstruction       matching by class of vectors of 128 numbers (the projected gradients), 20 kept of every 1000
+    top-k                 scores of 1.28 M examples in 1000 classes, 128,000 of them kept, equally many a class
+    sampled               the same, drawn with chances that grow with the score, with importance weights
+    gini ... sensitivity  the scores themselves, from logits of 100 classes and inputs of 128 numbers, chunk by chunk
+    herding, k-center     greedily by class, features of 128 numbers, 20 kept of every 1000
+    reconstruction+fitted matching by class of vectors of 128 numbers (the projected gradients), 20 kept of every 1000
+
+`reconstruction` with equal weights is herding of such vectors.
 
 Every rank has its share of the examples and one thread; what is timed begins when inputs are there and ends when all
 ranks know the choice. `numpy` is one process that has all of it and does the usual thing: a sort of every class, the
@@ -111,7 +113,7 @@ def cases(comm: Comm, size: Size) -> Iterator[tuple[str, int, Work]]:
     picks = {
         "herding": lambda vectors, keep: (herding(vectors, keep), np.ones(keep)),
         "k_center": lambda vectors, keep: (k_center(vectors, keep), np.ones(keep)),
-        "reconstruction": lambda vectors, keep: matching(vectors, keep, ridge=0.01),
+        "reconstruction+fitted": lambda vectors, keep: matching(vectors, keep, ridge=0.01),
     }
     valid = np.ones(len(mine), dtype=np.bool_)
     for name, pick in picks.items():
@@ -213,7 +215,8 @@ def references(size: Size) -> Iterator[tuple[str, int, Work]]:
     for name in SCORES:
         yield name, size.rows, plain_scoring(name, logits, x, classes.astype(np.int64), size.rows // 1000)
     labels, features = labels_of(size.rows, size.classes), rows_of(range(size.rows))
-    for name, pick in {"herding": plain_herding, "k_center": plain_k_center, "reconstruction": plain_matching}.items():
+    picks = {"herding": plain_herding, "k_center": plain_k_center, "reconstruction+fitted": plain_matching}
+    for name, pick in picks.items():
         yield (
             name,
             size.rows,
@@ -350,7 +353,7 @@ def main() -> None:
         "topk_peak_mib": found[most]["top-k"]["peak_bytes"] / 2**20,
         **{
             f"{name}_over_numpy": found["numpy"][name]["seconds"] / two[name]["seconds"]
-            for name in ("herding", "k_center", "reconstruction")
+            for name in ("herding", "k_center", "reconstruction+fitted")
         },
     }
     print_result("selection", headline, cases=found, size=vars(size), width=WIDTH, head=HEAD)

@@ -19,7 +19,7 @@ from pathlib import Path
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
 from hpccl.config.memory import NAMED_SELECTORS, SELECTORS
 
-COMPARED = (*SELECTORS, "reconstruction+equal")
+COMPARED = (*SELECTORS, "reconstruction+fitted")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def reconstruct_memory(
     selectors: Annotated[
         str | None,
         typer.Option(
-            help="Kinds of memory.selector, as in uniform,gini+sampled,reconstruction+equal; if not given, all kinds "
+            help="Kinds of memory.selector, as in uniform,gini+sampled,reconstruction+fitted; if not given, all kinds "
             "that look at one task, without variants."
         ),
     ] = None,

@@ -96,7 +96,7 @@ class FeatureSelector(Section):
 
 
 class ReconstructionSelector(Section):
-    """Greedily by class: the sum of the last layer's gradients comes close to the task's.
+    """Greedily by class: the mean, or a weighted sum, of the last layer's gradients comes close to the task's.
 
     Gradients are those at the weights that end the task and at `probes` random steps of the last layer from them, less
     what a quadratic says of these steps if the prior has one; in a random projection.
@@ -106,9 +106,9 @@ class ReconstructionSelector(Section):
     probes: NonNegativeInt = 4  # random steps of the last layer
     radius: PositiveFloat = 1.0  # standard deviation of the change of a logit by such a step
     projection: PositiveInt = 512  # numbers that stand for a gradient
-    # fitted: every example counts as much as brings the sum closest; equal: all count 1, and their mean comes close to
-    # the task's, whose size is left to prior.weight
-    weights: Literal["fitted", "equal"] = "fitted"
+    # equal: all count 1, and their mean comes close to the task's, whose size is left to prior.weight; fitted: every
+    # example counts as much as brings the sum closest, with which new tasks were learned far worse (docs/results.md)
+    weights: Literal["equal", "fitted"] = "equal"
     ridge: PositiveFloat = 0.01  # pull of fitted weights to equal ones
 
 
@@ -129,8 +129,8 @@ _SELECTORS = (UniformSelector, ScoreSelector, PosteriorSelector, FeatureSelector
 SELECTORS: tuple[str, ...] = tuple(
     kind for each in _SELECTORS for kind in get_args(each.model_fields["kind"].annotation)
 )
-_VARIANTS: dict[str, dict[str, Any]] = {"sampled": {"sampled": True}, "equal": {"weights": "equal"}}
-# By name (a kind, or one and a variant of it: `gini+sampled`, `reconstruction+equal`), the keys of `memory.selector`.
+_VARIANTS: dict[str, dict[str, Any]] = {"sampled": {"sampled": True}, "fitted": {"weights": "fitted"}}
+# By name (a kind, or one and a variant of it: `gini+sampled`, `reconstruction+fitted`), the keys of `memory.selector`.
 NAMED_SELECTORS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in SELECTORS} | {
     f"{kind}+{variant}": {"kind": kind, **keys}
     for variant, keys in _VARIANTS.items()

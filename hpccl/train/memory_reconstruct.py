@@ -239,7 +239,7 @@ def _selector(own: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any
     """What a name says; where the run has that kind, with its other settings."""
     if own["kind"] != named["kind"]:
         return dict(named)
-    left = {"sampled", "weights"} | ({"ridge"} if named.get("weights") == "equal" else set())
+    left = {"sampled", "weights"} | (set() if named.get("weights") == "fitted" else {"ridge"})
     return {key: value for key, value in own.items() if key not in left} | dict(named)
 
 

@@ -25,8 +25,8 @@ SELECTORS: list[dict[str, Any]] = [
     {"kind": "leverage", "network": "all"},
     {"kind": "herding"},
     {"kind": "k_center"},
+    {"kind": "reconstruction", "weights": "fitted"},
     {"kind": "reconstruction"},
-    {"kind": "reconstruction", "weights": "equal"},
 ]
 
 

@@ -56,9 +56,9 @@ def test_the_same_choice_has_the_same_error(run: Path) -> None:
 
 def test_a_selector_of_the_runs_kind_has_the_runs_settings(tmp_path: Path) -> None:
     """The same choice; a variant says otherwise, and is another one."""
-    kept = ("memory.selector.kind=reconstruction", "memory.selector.ridge=50", "memory.selector.probes=2")
+    kept = [f"memory.selector.{key}" for key in ("kind=reconstruction", "weights=fitted", "ridge=50", "probes=2")]
     run = trained(tmp_path / "one", *SETTINGS, "stream.tasks=5", "train.only_last=false", *kept)
-    names = ["reconstruction", "reconstruction+equal"]
+    names = ["reconstruction+fitted", "reconstruction"]
     own, anew, equal = reconstruct_memory(run, sizes=[30], selectors=names, task=0, points=1).rows
     for name in FIGURES:
         assert anew[name] == pytest.approx(own[name], rel=1e-3)

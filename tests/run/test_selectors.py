@@ -38,8 +38,8 @@ SELECTORS: list[dict[str, Any]] = [
     {"kind": "herding"},
     {"kind": "k_center"},
     {"kind": "reconstruction"},
-    {"kind": "reconstruction", "projection": 64, "probes": 0},
-    {"kind": "reconstruction", "weights": "equal"},
+    {"kind": "reconstruction", "weights": "fitted"},
+    {"kind": "reconstruction", "weights": "fitted", "projection": 64, "probes": 0},
 ]
 
 
@@ -71,8 +71,7 @@ def test_two_tasks(tmp_path: Path, selector: dict[str, Any]) -> None:
         own = memory.task == task
         assert sorted(memory.rank[own].tolist()) == list(range(20))
         assert torch.bincount(memory.label[own]).tolist()[-2:] == [10, 10]
-    fitted = selector["kind"] == "reconstruction" and selector.get("weights") != "equal"
-    if not selector.get("sampled") and not fitted:
+    if not selector.get("sampled") and selector.get("weights") != "fitted":
         assert memory.weight.unique().tolist() == [1.0]
     assert world.stream.tasks[1].samples("train").start <= int(memory.sample.max())
 
@@ -86,7 +85,7 @@ def test_uniform_keeps_what_it_always_kept(tmp_path: Path) -> None:
 
 def test_equal_weights_herd_the_gradients_of_the_last_layer(tmp_path: Path) -> None:
     """Of (p - y) x', whole; beside a quadratic the same without probes, at which alone it says something."""
-    kept = {"kind": "reconstruction", "weights": "equal", "probes": 0, "projection": 10_000}
+    kept = {"kind": "reconstruction", "probes": 0, "projection": 10_000}
     state, world = after(1, tmp_path, {"size": 20, "selector": kept})
     (look,) = looks(np.arange(len(world.stream.tasks[0].samples("train"))), [0, 1], state, world, inputs=True)
     labels = torch.from_numpy(world.stream.labels("train")[look.sample])

@@ -31,9 +31,9 @@ def _selector(config: RunConfig) -> Iterator[Clash]:
         problem = "soft labels say nothing at the weights that end a task; set probes > 0, or prior.replay > 0"
         yield Clash(("memory.selector.probes", "prior.replay"), problem)
     if selector.weights == "equal" and differs(selector, ReconstructionSelector(), "ridge"):
-        yield Clash(
-            ("memory.selector.ridge", "memory.selector.weights"), "equal weights are not fitted; unset the ridge"
-        )
+        usual = ReconstructionSelector().ridge
+        problem = f"pulls fitted weights, and there are none; set memory.selector.weights=fitted, or leave it {usual}"
+        yield Clash(("memory.selector.ridge", "memory.selector.weights"), problem)
 
 
 def _needs_memory(config: RunConfig) -> Iterator[Clash]:

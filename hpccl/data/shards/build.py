@@ -8,7 +8,6 @@ again when all is done, the command writes only the shards that are missing or h
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -30,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 from hpccl.data.shards.checksum import check_source
 from hpccl.data.shards.encodings import Encoding, Original, describe, encode
 from hpccl.data.shards.labels import Labels
+from hpccl.data.shards.lost import LOCK, has_size, locked, lost_shards, refuse_changed
 from hpccl.data.shards.manifest import (
     FORMAT,
     INDEX,
@@ -52,7 +52,6 @@ BadImages = Literal["stop", "skip"]
 
 _MAX_KEY = 80  # characters; a plain tar header holds names of 100 bytes
 _PLAN = "plan.json"
-_LOCK = ".lock"
 
 
 class Progress(NamedTuple):
@@ -243,7 +242,7 @@ class _Plan:
             self._compare(Manifest.load(self.folder).identity())
         elif (self.folder / UNFINISHED / _PLAN).exists():
             self._compare(_load_json(self.folder / UNFINISHED / _PLAN))
-        elif self.folder.is_dir() and any(entry.name not in (UNFINISHED, _LOCK) for entry in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(entry.name not in (UNFINISHED, LOCK) for entry in self.folder.iterdir()):
             raise DataError(f"'{self.folder}' is not empty and was not written by this command: choose another folder")
         elif self.folder.exists() and not self.folder.is_dir():
             raise DataError(f"'{self.folder}' is a file: choose another folder")
@@ -270,7 +269,7 @@ class _Plan:
             return None
         manifest = Manifest.load(self.folder)
         self._refuse_skipped(manifest.skipped)
-        if not _has_size(self.folder / INDEX, manifest.index_bytes):
+        if not has_size(self.folder / INDEX, manifest.index_bytes):
             raise DataError(
                 f"'{self.folder / INDEX}' of a finished build is missing or truncated: delete '{self.folder}' and run "
                 "the same command again"
@@ -281,7 +280,7 @@ class _Plan:
         """Shards that are not written yet; of a finished build, those that are gone or have another size."""
         if manifest is None:
             return [unit for unit in self.units if not _is_done(unit)]
-        lost = {shard.file: shard for shard in manifest.shards if not _has_size(self.folder / shard.file, shard.bytes)}
+        lost = lost_shards(self.folder, manifest)
         return [replace(unit, expected=lost[unit.file.name]) for unit in self.units if unit.file.name in lost]
 
     def is_whole(self) -> bool:
@@ -363,7 +362,7 @@ def _run(plans: list[_Plan], workers: int, counter: _Counter) -> dict[str, Manif
     with contextlib.ExitStack() as locks:
         for plan in plans:
             if not plan.is_whole():
-                locks.enter_context(_locked(plan.folder))
+                locks.enter_context(locked(plan.folder))
                 plan.tidy()
         known = {plan: plan.finished() for plan in plans}  # another build may have ended before the lock was ours
         for plan, manifest in known.items():
@@ -387,29 +386,11 @@ def _prepare(plan: _Plan) -> None:
             path.write_text(json.dumps({"format": FORMAT, **plan.identity}))
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One build of a folder at a time. The lock's file stays: whoever deleted it would let others in."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("a")
-    except OSError as error:
-        raise FolderError(f"'{folder}' cannot be made or written: {explain_os_error(error)}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is building '{folder}': wait for it or stop it") from None
-        except OSError:
-            pass  # a file system without locks; writing beside and renaming still keeps shards whole
-        yield
-
-
 def _is_done(unit: _Unit) -> bool:
     if not unit.note.exists():
         return False
     note = _load_json(unit.note)
-    return not note["rows"] or _has_size(unit.file, note["shard"]["bytes"])
+    return not note["rows"] or has_size(unit.file, note["shard"]["bytes"])
 
 
 def _write_all(units: list[_Unit], workers: int) -> Iterator[_Unit]:
@@ -468,21 +449,13 @@ def _write_shard(unit: _Unit) -> None:
             skipped = _write_samples(unit, writer)
         shard = writer.entry(unit.file.name, unit.class_name)
         if unit.expected is not None:
-            _refuse_changed(unit, shard)
+            refuse_changed(unit.file, shard, unit.expected)
     if unit.expected is not None:
         return  # the manifest knows it
     if not writer.rows:
         unit.file.unlink()
     with replacing(unit.note) as path:
         path.write_text(json.dumps({"shard": vars(shard), "rows": writer.rows, "skipped": skipped}))
-
-
-def _refuse_changed(unit: _Unit, shard: ShardEntry) -> None:
-    if shard != unit.expected:
-        raise DataError(
-            f"'{unit.file}' was written anew and is not what it was: its images changed, or the program that encodes "
-            f"them did. Delete '{unit.folder}' and run the same command again"
-        )
 
 
 def _write_samples(unit: _Unit, writer: ShardWriter) -> list[tuple[str, str]]:
@@ -500,13 +473,6 @@ def _write_samples(unit: _Unit, writer: ShardWriter) -> list[tuple[str, str]]:
                 continue
             writer.add(key, image.extension, image.data, width=image.width, height=image.height)
     return skipped
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
 
 
 def _load_json(path: Path) -> dict[str, Any]:

@@ -120,6 +120,7 @@ DOMAINS = "stream.scenario.kind=domains"
         (["memory.fraction=0.1", "train.data=seen"], "memory.fraction"),
         ([MEMORY, "memory.selector={kind: reconstruction, probes: 0}"], "memory.selector.probes"),
         ([MEMORY, "memory.selector={kind: reconstruction, weights: equal, ridge: 0.1}"], "memory.selector.ridge"),
+        ([MEMORY, "memory.selector={kind: reconstruction, ridge: 0.1}"], "memory.selector.ridge"),
         (["train.restart=true", MEMORY], "memory.size"),
         (["train.restart=true", "prior.quadratic.weight=1"], "prior.quadratic.weight"),
         (["train.restart=true", "train.first_task_from=runs/a"], "train.first_task_from"),
@@ -219,6 +220,7 @@ def test_a_combination_that_cannot_be_meant(arguments: list[str], key: str) -> N
         [*SESSIONS, "stream.scenario.lists=a"],
         [MEMORY, "prior.replay=1"],
         ["memory.total=20", "memory.selector=reconstruction", "memory.selector.probes=0", "prior.replay=0.5"],
+        [MEMORY, "memory.selector={kind: reconstruction, weights: fitted, ridge: 0.1}"],
         [
             "memory.fraction=0.5",
             "memory.selector.kind=sensitivity",
@@ -264,6 +266,15 @@ def test_several_clashes_are_told_together_and_name_the_values() -> None:
         "or leave it 1.0 (argument 'prior.temperature=3')"
     )
     assert only_last.startswith("train.only_last = true with train.restart = false: skips earlier tasks")
+
+
+def test_a_ridge_alone_names_the_weights_that_it_is_for() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([], [MEMORY, "memory.selector.kind=reconstruction", "memory.selector.ridge=0.1"])
+    assert str(caught.value) == (
+        "memory.selector.ridge = 0.1 with memory.selector.weights = equal: pulls fitted weights, and there are none; "
+        "set memory.selector.weights=fitted, or leave it 0.01 (argument 'memory.selector.ridge=0.1')"
+    )
 
 
 def test_rules_hold_without_files() -> None:
