@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpccl.config.load import dump
 from hpccl.data.order import BatchPlan
 from hpccl.data.rows import Request
 from hpccl.dist.comm import Comm
@@ -19,6 +20,7 @@ from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
 from hpccl.errors import CoverageError
 from hpccl.prior.prior import Prior
+from hpccl.report.events import read_events
 from hpccl.train.compose import Composer, plan_task, split
 from hpccl.train.consolidate import measure, relabel
 from hpccl.train.fit import fit
@@ -265,3 +267,25 @@ def test_soft_labels_of_the_whole_past_give_the_change_of_its_gradient(tmp_path:
     true, said = (now - old for now, old in zip(gradients(), before, strict=True))
     error = float((said - true).norm() / true.norm())
     assert error < 1e-5 if classes == "seen" else error > 0.1
+
+
+def test_the_share_that_curvature_is_measured_on_may_differ_by_task(tmp_path: Path) -> None:
+    """Each example measured stands for several, so that the curvature is that of all that are not in memory."""
+    images, examples = {}, {}
+    for name, fraction in (("shares", [0.1, 0.5]), ("all", 1.0)):
+        curvature = {"kind": "diagonal", "fraction": fraction}
+        prior = {"quadratic": {"weight": 1.0}}
+        config = merged(
+            {"curvature": curvature, "memory": {"size": 10}, "prior": prior, "folder": str(tmp_path / name)}
+        )
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(dump(config))
+        run(config, Comm.solo(), Stop(), quiet=True)
+        events = read_events(tmp_path / name / "events.jsonl")
+        phases = [event for event in events if event["event"] == "phase"]
+        images[name] = [event["images"] for event in phases if event["phase"] == "curvature"]
+        examples[name] = [event["num_examples"] for event in events if event["event"] == "curvature"]
+    assert examples["all"] == images["all"]
+    shares = (0.1, *[0.5] * (len(images["all"]) - 1))
+    assert images["shares"] == [round(share * count) for share, count in zip(shares, images["all"], strict=True)]
+    assert len(set(images["shares"])) > 1
