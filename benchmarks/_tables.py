@@ -155,6 +155,7 @@ def _pull(results: Sequence[Details]) -> list[str]:
         "processes",
         "cores",
         "trace kept",
+        "products",
         "exact",
         "truncated",
         "nothing, once more (noise)",
@@ -173,7 +174,8 @@ def _pull(results: Sequence[Details]) -> list[str]:
         details, machine = result["details"], result["machine"]
         for case, found in details["cases"].items():
             for nproc, of in found["processes"].items():
-                where = (machine["cpu"], nproc, str(machine["cores"]), f"{details['keep_trace']:.0%}")
+                kept, products = f"{details['keep_trace']:.0%}", details.get("products", "fp32")
+                where = (machine["cpu"], nproc, str(machine["cores"]), kept, products)
                 cells.append((case, *where, *_of_pull(found, of)))
     return _rows(head, cells, left=2)
 

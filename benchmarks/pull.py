@@ -11,7 +11,8 @@ own functions (train_step, Quadratic.attach, DdpEngine), with each world size's 
 
     step_ratio                    exact over plain, resnet18 at 224 px, 32 images a process, 2 processes
     step_ratio_truncated          truncated over plain, resnet18 at 64 px, 64 images a process, 2 processes
-    relative_error                |F_truncated (w - a) - F (w - a)| / |F (w - a)| there, over all parameters
+    relative_error                |F_truncated (w - a) - F (w - a)| / |F (w - a)| there, over all parameters, rounding
+                                  by --products bf16 counted
     extra_bytes_per_step          largest difference over all cases of what the collectives of a step carry, exact or
                                   truncated against plain (counted where torch.distributed hands them to its backend)
     factor_bytes_N                of the rank that holds most, exact, resnet18 at 224 px, N processes
@@ -102,19 +103,22 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=60, help="before the curvature is measured")
     parser.add_argument("--away-steps", type=int, default=20, help="after it, towards the other task")
     parser.add_argument("--keep-trace", type=float, nargs="+", default=[0.99], help="a line of its own for each")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="of the network's passes")
+    parser.add_argument("--products", choices=("bf16", "fp32"), default="fp32", help="prior.quadratic.products")
     options = parser.parse_args()
     found: dict[float, dict[str, dict[str, Any]]] = {keep: {} for keep in options.keep_trace}
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         for case in cases(options):
             trained = train(case, options)
             for keep, results in found.items():
-                results[case.title] = {**prepare(case, trained, keep, Path(folder)), "processes": {}}
+                prepared = prepare(case, trained, keep, options.products, Path(folder))
+                results[case.title] = {**prepared, "processes": {}}
                 for nproc in processes(options):
-                    results[case.title]["processes"][nproc] = measure(case, nproc, options.precision, Path(folder))
+                    results[case.title]["processes"][nproc] = measure(case, nproc, options, Path(folder))
                     show(case.title, results[case.title])
                     # After each, so that what was measured is there if the rest is cut short.
-                    report(results, quick=options.quick, precision=options.precision, keep_trace=keep)
+                    kinds = {name: getattr(options, name) for name in ("quick", "precision", "products")}
+                    report(results, **kinds, keep_trace=keep)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -171,19 +175,22 @@ def train(case: Case, options: argparse.Namespace) -> Trained:
     return Trained(engine, anchor, exact, said)
 
 
-def prepare(case: Case, trained: Trained, keep_trace: float, folder: Path) -> dict[str, Any]:
+def prepare(case: Case, trained: Trained, keep_trace: float, products: str, folder: Path) -> dict[str, Any]:
     """Leave weights, anchor and both forms of the factors in `folder`."""
     start = time.perf_counter()
     engine, anchor = trained.engine, trained.anchor
     forms = {"exact": trained.exact, "truncated": truncated(trained.exact, keep_trace)}
     cut = time.perf_counter() - start
     weights = {name: value.detach() for name, value in trainable(engine.module).items()}
-    pulls = {form: force(precision, weights, anchor) for form, precision in forms.items()}
+    true = force(trained.exact, weights, anchor)
+    used = {form: each.rounded() if products == "bf16" else each for form, each in forms.items()}
+    errors = {form: float((force(each, weights, anchor) - true).norm() / true.norm()) for form, each in used.items()}
     states = {form: [precision.state_dict(), precision.shard_dict()] for form, precision in forms.items()}
     torch.save({"weights": engine.gather(), "anchor": anchor, **states}, folder / f"{case.title}.pt")
     return {
         **trained.said,
-        "relative_error": float((pulls["truncated"] - pulls["exact"]).norm() / pulls["exact"].norm()),
+        "relative_error": errors["truncated"],
+        "relative_error_exact": errors["exact"],  # of rounding alone
         "gflop": {form: sum(block.flops for block in each.blocks) / 1e9 for form, each in forms.items()},
         "factor_bytes": {form: sum(block.num_bytes for block in each.blocks) for form, each in forms.items()},
         "ranks_kept": ranks_kept(forms["truncated"]),
@@ -218,22 +225,22 @@ def ranks_kept(precision: Kronecker) -> dict[str, list[int]]:
 # ---------------------------------------------------------------- steps
 
 
-def measure(case: Case, nproc: int, precision: str, folder: Path) -> dict[str, Any]:
+def measure(case: Case, nproc: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Of `nproc` processes: what rank 0 found."""
     (folder / "meet").unlink(missing_ok=True)
-    spawn(work, (case, nproc, precision, folder), nproc)
+    spawn(work, (case, nproc, options, folder), nproc)
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
 
 
-def work(rank: int, case: Case, nproc: int, precision: str, folder: Path) -> None:
+def work(rank: int, case: Case, nproc: int, options: argparse.Namespace, folder: Path) -> None:
     """One process."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if nproc > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=nproc)
     try:
-        found = timed(case, precision, Comm(rank, nproc, torch.device("cpu")), folder)
+        found = timed(case, options, Comm(rank, nproc, torch.device("cpu")), folder)
     finally:
         if nproc > 1:
             dist.destroy_process_group()
@@ -241,9 +248,9 @@ def work(rank: int, case: Case, nproc: int, precision: str, folder: Path) -> Non
         (folder / "found.json").write_text(json.dumps(found))
 
 
-def timed(case: Case, precision: str, comm: Comm, folder: Path) -> dict[str, Any]:
+def timed(case: Case, options: argparse.Namespace, comm: Comm, folder: Path) -> dict[str, Any]:
     """Seconds a step of every turn, processor seconds of all ranks, bytes of a step's collectives, bytes of factors."""
-    config = configuration(case, precision, case.batch * comm.size)
+    config = configuration(case, options.precision, case.batch * comm.size)
     stream = replace(
         random_stream(case.size, tasks=2, classes=CLASSES, train=case.batch * comm.size),
         source=RandomImages.of(case.size, count=min(2 * case.batch, 128)),
@@ -258,7 +265,7 @@ def timed(case: Case, precision: str, comm: Comm, folder: Path) -> dict[str, Any
     steps = {"plain": plain}
     for form, factors in forms.items():
         # So weak that the weights stay where they are; the time is the same.
-        quadratic = Quadratic(factors, saved["anchor"], weight=1e-6, damping=1e-3)
+        quadratic = Quadratic(factors, saved["anchor"], weight=1e-6, damping=1e-3, products=options.products)
         steps[form] = replace(plain, prior=Prior(Memory.empty(), quadratic, saved["anchor"]))
     steps["again"] = replace(plain)
     engine.start(num_steps=case.steps * (case.turns + 3) * len(steps), task=1)
