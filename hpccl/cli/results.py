@@ -79,12 +79,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the comparison: md, html, csv, json, tex, plots and runs.jsonl.xz.")
     ] = None,
+    add: Annotated[bool, typer.Option("--add", help="With the runs of the comparison that OUT has, if any.")] = False,
     compare: Annotated[Path | None, typer.Option(help="CSV file of published values to put beside.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Which data set of that file, where several could be meant.")
     ] = None,
 ) -> None:
     """Write report.{json,md,html} in each run's folder, and compare the runs."""
+    from hpccl.report.archive import NAME
     from hpccl.report.compare import compare_runs, print_comparison
     from hpccl.report.compare_files import write_comparison
     from hpccl.report.write import report_run
@@ -92,7 +94,10 @@ def report(
     folders = [path for path in runs if not path.is_file()]
     for folder in folders:
         report_run(folder)
-    comparison = compare_runs(runs, published=compare, dataset=dataset)
+    if add and out is None:
+        raise ConfigError("--add without --out: it adds to the comparison in that folder; give it, or leave --add out")
+    earlier = [out / NAME] if add and out is not None and (out / NAME).exists() else []
+    comparison = compare_runs([*earlier, *runs], published=compare, dataset=dataset)
     print_comparison(comparison)
     pages = [write_comparison(comparison, out)] if out is not None else [folder / "report.html" for folder in folders]
     for page in pages:

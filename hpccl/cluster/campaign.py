@@ -71,6 +71,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where (default: this machine)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="local: commands at the same time (1)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    parser.add_argument("--add", action="store_true", help="reports: with the runs of earlier ones in their folders")
     parser.add_argument(
         "--with",
         dest="more",
@@ -90,7 +91,7 @@ def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
         chosen: what `options` parsed.
     """
     try:
-        steps = [_with(step, chosen.more) for step in campaign.steps]
+        steps = [_with(step, chosen.more, add=chosen.add) for step in campaign.steps]
         if chosen.jobs < 1:
             raise ConfigError(f"--jobs {chosen.jobs}: at least 1")
         if chosen.dry_run:
@@ -102,8 +103,10 @@ def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
         return tell(error)
 
 
-def _with(step: Step, more: Sequence[str]) -> Step:
+def _with(step: Step, more: Sequence[str], *, add: bool) -> Step:
     """Files before settings, as the command has them."""
+    if step.arguments[0] == "report" and add:
+        return Step(step.name, (*step.arguments, "--add"), step.after)
     if step.arguments[0] != "train":
         return step
     given = step.arguments[1:]

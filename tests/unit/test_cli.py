@@ -144,6 +144,11 @@ def test_train_evaluate_and_report(tmp_path: Path) -> None:
 
     reported = command("report", "runs/quickstart", "--out", "comparison", folder=tmp_path)
     assert reported.returncode == 0, reported.stderr
+    again = command("report", "comparison/runs.jsonl.xz", "--add", "--out", "comparison", folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == reported.stdout, "the same run, once"
+    refused = command("report", "runs/quickstart", "--add", folder=tmp_path)
+    assert (refused.returncode, "--add without --out" in refused.stderr) == (2, True)
     assert reported.stdout.endswith("comparison/comparison.html\n")
     assert (tmp_path / "comparison" / "comparison.html").exists()
 

@@ -46,10 +46,11 @@ def test_steps_run_after_those_they_wait_for_and_a_failure_skips_the_rest(
 def test_settings_for_all_go_to_trainings_alone(capsys: pytest.CaptureFixture[str]) -> None:
     steps = (Step("a", ("train", "x.yaml", "seed=1")), Step("b", ("report", "runs/a"), after=("a",)))
     campaign = Campaign(Path("runs"), steps)
-    assert carry_out(campaign, chosen("--dry-run", "--with", "c.yaml", "seed=2", "train.epochs=[1, 2]")) == 0
+    more = ("--add", "--with", "c.yaml", "seed=2", "train.epochs=[1, 2]")
+    assert carry_out(campaign, chosen("--dry-run", *more)) == 0
     assert capsys.readouterr().out.splitlines() == [
         "+ hpccl train x.yaml c.yaml seed=2 'train.epochs=[1, 2]' seed=1",  # what the campaign itself says counts
-        "+ hpccl report runs/a",
+        "+ hpccl report runs/a --add",
     ]
 
 
