@@ -97,6 +97,11 @@ def report(
     if add and out is None:
         raise ConfigError("--add without --out: it adds to the comparison in that folder; give it, or leave --add out")
     earlier = [out / NAME] if add and out is not None and (out / NAME).exists() else []
+    if add and out is not None and not earlier and (out / "comparison.json").exists():
+        raise ConfigError(
+            f"--add: '{out}' has a comparison, but no {NAME} of its runs, so that they would be lost; give another "
+            "--out, or leave --add out to replace it"
+        )
     comparison = compare_runs([*earlier, *runs], published=compare, dataset=dataset)
     print_comparison(comparison)
     pages = [write_comparison(comparison, out)] if out is not None else [folder / "report.html" for folder in folders]

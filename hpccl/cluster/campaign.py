@@ -92,6 +92,8 @@ def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
     """
     try:
         steps = [_with(step, chosen.more, add=chosen.add) for step in campaign.steps]
+        if chosen.add and not any(step.arguments[0] == "report" for step in steps):
+            raise ConfigError("--add is for reports, of which this campaign makes none; leave it out")
         if chosen.jobs < 1:
             raise ConfigError(f"--jobs {chosen.jobs}: at least 1")
         if chosen.dry_run:

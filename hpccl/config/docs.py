@@ -136,7 +136,7 @@ def _comments(section: type[Section]) -> dict[str, str]:
 
 
 def _main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.stderr.write("usage: python -m hpccl.config.docs FILE\n")
         return 2
     with replacing(Path(arguments[0])) as beside:

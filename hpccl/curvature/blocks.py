@@ -210,8 +210,9 @@ class Block:
         The target may lack the last column, the bias's. No product is made apart from it, but where the terms' numbers
         are narrower than the target's.
         """
+        matrix = _in_type_of(self.terms[0], matrix)
         for term in self.terms:
-            left, right = term.halves(_in_type_of(term, matrix))
+            left, right = term.halves(matrix)
             right = right[..., : target.shape[2]]
             if left.dtype != target.dtype:
                 target.add_(matmul(left, right), alpha=scale)
@@ -223,8 +224,8 @@ class Block:
     def bias_column(self, matrix: Tensor) -> Tensor:
         """The last column of the product with [g, o, d], cheaply: [g, o or this part's rows]."""
         total: Tensor | None = None
+        delta = _in_type_of(self.terms[0], matrix)
         for term in self.terms:
-            delta = _in_type_of(term, matrix)
             if isinstance(term, Eigen):
                 left, right = term.halves(delta)
                 column = (left @ right[..., -1:])[..., 0]
@@ -316,7 +317,8 @@ def _trace(term: Term, part: Part) -> float:
 
 def _in_type_of(term: Term, matrix: Tensor) -> Tensor:
     """Rounded to bf16 where the term is; other types are the same already."""
-    held = term.values if isinstance(term, Eigen) else term.a.chain[-1]
+    own = term if isinstance(term, Eigen) else term.a
+    held = own.matrix if isinstance(own, Dense) else own.values
     return matrix.to(held.dtype) if held.dtype == torch.bfloat16 else matrix
 
 

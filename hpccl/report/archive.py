@@ -1,13 +1,15 @@
 """Runs without their folders: configuration and events of many in one small file, to report them again at any time.
 
 The file is JSON lines, a run each, compressed with xz. Of the events all are kept but the steps, of which there are
-thousands: a comparison reads only the last one before a pause. The names of machines are left out.
+thousands: of these a report without curves reads the last one, and the last before a pause. What the cluster is called,
+and its machines, is left out.
 """
 
 from __future__ import annotations
 
 import json
 import lzma
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,10 @@ __all__ = ["NAME", "Recorded", "read_runs", "write_archive"]
 
 NAME = "runs.jsonl.xz"
 _FORMAT = 1
-_LARGEST = 1 << 30  # bytes of an archive's text; a small file could hold as much as fills the memory
+_LONGEST = 1 << 26  # bytes of a run's text, and
+_LARGEST = 1 << 30  # of an archive's: a small file could hold as much as fills the memory
 
-Key: TypeAlias = tuple[float, str, int]
+Key: TypeAlias = tuple[float, str]
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Recorded:
 
     @property
     def key(self) -> Key:
-        """When it began, its name and seed: the same run, however often and from wherever it was read."""
-        return self.events[0]["time"], self.config.name, self.config.seed
+        """When it began and its settings: the same run, however often and from wherever it was read."""
+        return self.events[0]["time"], json.dumps(_settings(self.config), sort_keys=True)
 
     def report(self) -> RunReport:
         """Its figures."""
@@ -82,18 +85,25 @@ def _read_folder(folder: Path) -> Recorded:
     config, events = read_config(folder), read_events(RunFolder(folder).events)
     if not events:
         raise FolderError(f"run '{folder}' has not started: its events.jsonl is empty. Continue it, or leave it out")
-    return Recorded(config, tuple(events))
+    return Recorded(config, tuple(_kept(events)))
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """All but what is only about the cluster it ran on."""
+    found: dict[str, Any] = valid_json(config.model_dump(mode="json", exclude={"cluster"}))
+    return found
 
 
 def _record(run: Recorded) -> dict[str, Any]:
-    config = valid_json(run.config.model_dump(mode="json"))
-    return {"format": _FORMAT, "config": config, "events": [_nameless(event) for event in _kept(run.events)]}
+    events = [_nameless(event) for event in run.events]
+    return {"format": _FORMAT, "config": _settings(run.config), "events": events}
 
 
 def _kept(events: Sequence[Event]) -> list[Event]:
-    """All but steps; of these the last before a start, which ends a stretch of time that was killed, and the last."""
-    ends = [*(event["event"] == "run" for event in events[1:]), True]
-    return [event for event, end in zip(events, ends, strict=True) if end or event["event"] != "step"]
+    """All but steps; of these the last, and the last before a start, which ends a stretch of time that was killed."""
+    last = max((number for number, event in enumerate(events) if event["event"] == "step"), default=-1)
+    before = {number - 1 for number, event in enumerate(events) if event["event"] == "run"} | {last}
+    return [event for number, event in enumerate(events) if event["event"] != "step" or number in before]
 
 
 def _nameless(event: Mapping[str, Any]) -> Event:
@@ -106,9 +116,18 @@ def _nameless(event: Mapping[str, Any]) -> Event:
 
 
 def _read_archive(path: Path) -> list[Recorded]:
+    found: list[Recorded] = []
+    size = 0
     try:
         with lzma.open(path) as file:
-            data = file.read(_LARGEST + 1)
+            while line := file.readline(_LONGEST + 1):
+                size += len(line)
+                if len(line) > _LONGEST or size > _LARGEST:
+                    raise FolderError(
+                        f"'{path}' holds more than a {NAME} does: at most {_LONGEST >> 20} MiB a run, {_LARGEST >> 20} "
+                        "MiB in all; give another file"
+                    )
+                found.append(_recorded(path, len(found) + 1, line))
     except OSError as error:
         raise FolderError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
     except (lzma.LZMAError, EOFError) as error:
@@ -116,9 +135,7 @@ def _read_archive(path: Path) -> list[Recorded]:
             f"'{path}' is neither a run's folder nor a whole {NAME} of `hpccl report --out`: {error}. Give "
             "runs/<name>, or fetch the file anew"
         ) from error
-    if len(data) > _LARGEST:
-        raise FolderError(f"'{path}' holds more than {_LARGEST >> 30} GiB of text, which no {NAME} does; give another")
-    return [_recorded(path, number, line) for number, line in enumerate(data.splitlines(), start=1)]
+    return found
 
 
 def _recorded(path: Path, number: int, line: bytes) -> Recorded:
@@ -126,12 +143,22 @@ def _recorded(path: Path, number: int, line: bytes) -> Recorded:
         found = json.loads(line)
         if found["format"] != _FORMAT:
             raise FolderError(f"'{path}' is of format {found['format']}, this version reads {_FORMAT}; update hpccl")
-        events = tuple(found["events"])
-        if not all(isinstance(event, dict) and {"event", "time"} <= event.keys() for event in events) or not events:
-            raise ValueError("events are missing")
-        return Recorded(RunConfig.model_validate(found["config"]), events)
+        run = Recorded(RunConfig.model_validate(found["config"]), tuple(map(_checked, found["events"])))
+        if not run.events:
+            raise ValueError("it has no events")
+        run.report()  # what lacks in an event shows here, where it can be said whose it is
     except ValidationError as error:
         mistakes = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        raise FolderError(f"run {number} of '{path}' does not fit this version of hpccl: {mistakes}") from error
-    except (ValueError, KeyError, TypeError) as error:
+        raise FolderError(
+            f"run {number} of '{path}' does not fit this version of hpccl: {mistakes}. Report it with the version that "
+            "wrote it, or give the folders of the other runs"
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"line {number} of '{path}' is not a run ({error!r}); fetch the file anew") from error
+    return run
+
+
+def _checked(event: Any) -> Event:
+    if not isinstance(event["event"], str) or not math.isfinite(event["time"]):
+        raise ValueError(f"an event is called {event['event']!r} at {event['time']!r}")
+    return dict(event)

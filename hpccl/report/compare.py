@@ -408,6 +408,8 @@ def _notes(comparison: Comparison) -> list[str]:
     notes += (
         [f"Not on test images but on held-out training images (data.validation): {', '.join(held)}."] if held else []
     )
+    twice = [group.label for group in comparison.groups if len(set(group.seeds)) < len(group.seeds)]
+    notes += [f"Several runs of one seed, each of which counts: {', '.join(twice)}."] if twice else []
     left_out = [name for group in comparison.groups for name in group.left_out]
     notes += [f"Not finished and left out: {', '.join(left_out)}."] if left_out else []
     early = [run.name for run in comparison.runs if run.status != "done" and run.name not in _names(left_out)]

@@ -149,6 +149,9 @@ def test_train_evaluate_and_report(tmp_path: Path) -> None:
     assert again.stdout == reported.stdout, "the same run, once"
     refused = command("report", "runs/quickstart", "--add", folder=tmp_path)
     assert (refused.returncode, "--add without --out" in refused.stderr) == (2, True)
+    (tmp_path / "comparison" / "runs.jsonl.xz").unlink()
+    refused = command("report", "runs/quickstart", "--add", "--out", "comparison", folder=tmp_path)
+    assert (refused.returncode, "would be lost; give another --out" in refused.stderr) == (2, True)
     assert reported.stdout.endswith("comparison/comparison.html\n")
     assert (tmp_path / "comparison" / "comparison.html").exists()
 

@@ -94,6 +94,8 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
             yield Clash((f"prior.{name}", key), problem)
     if prior.classes == "known" and config.train.head == "own":
         yield Clash(("prior.classes", "train.head"), _NEVER_COMPETE)
+    if config.memory.labels == "kept":
+        yield Clash(("memory.labels", key), "its predictions are renewed after every task; set renewed")
     if isinstance(config.memory.mix, StratifiedMix):
         yield Clash(
             ("memory.mix.kind", key), "mixes rows of memory, but it is recalled beside a step's rows; set natural"

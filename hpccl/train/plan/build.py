@@ -272,6 +272,8 @@ class _Case:
             path = 2 * FLOAT * elements(self.network.shapes, self.spread, what="weights")
             yield Held("path", path)  # what each weight did, and where it began
             yield Held("a step of the path", path, "training")
+        if self.config.prior.quadratic.products == "bf16" and self.config.curvature.kind in ("kronecker", "ekfac"):
+            yield Held("curvature in bf16", max(self.curvature.held) // 2, "training")
         yield Held("sums of the next curvature", self.curvature.measuring, "measuring")
         if self.config.prior.quadratic.anchor == "each":
             pulled = elements(self.network.shapes, self.spread, what="weights")

@@ -54,6 +54,12 @@ def test_settings_for_all_go_to_trainings_alone(capsys: pytest.CaptureFixture[st
     ]
 
 
+def test_nothing_is_added_where_nothing_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    campaign = Campaign(Path("runs"), (Step("a", ("train", "x.yaml")),))
+    assert carry_out(campaign, chosen("--dry-run", "--add")) == 2
+    assert "--add is for reports, of which this campaign makes none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [

@@ -39,7 +39,7 @@ def campaign_of(name: str, setting: str) -> Campaign:
     more: dict[str, Sequence[Any]] = {
         "split_cifar": [getattr(module, "METHODS", ()), None],
         "tune": [list(getattr(module, "GRID", {}))],
-        "ablation": [list(getattr(module, "ROWS", {}))],
+        "ablation": [module.available() if name == "ablation" else ()],
         "selection": [getattr(module, "COMPARED", ())],
         "optimizers": [getattr(module, "OPTIMIZERS", ())],
         "methods": [getattr(module, "METHODS", ())],
@@ -130,6 +130,16 @@ def test_every_method_is_trained_in_both_ways_that_it_has(monkeypatch: pytest.Mo
             assert config.memory.size in (0, 1000)
     assert [step.name for step in steps[len(names) :]] == ["report-own", "report-seen"]
     assert sorted(name for step in steps[len(names) :] for name in step.after) == sorted(names)
+
+
+@pytest.mark.parametrize("row", ["diagonal", "ekfac"])
+def test_another_kind_of_curvature_is_the_only_change_of_its_row(monkeypatch: pytest.MonkeyPatch, row: str) -> None:
+    monkeypatch.chdir(ROOT)
+    steps = {step.name: trained(step)[0] for step in campaign_of("ablation", "SPLIT_CIFAR").steps[:-1]}
+    base, other = (steps[f"{name}-0"].curvature.model_dump() for name in ("base", row))
+    shared = (base.keys() & other.keys()) - {"kind"}
+    assert {"fisher", "fraction", "batch_size"} <= shared
+    assert {key: other[key] for key in shared} == {key: base[key] for key in shared}
 
 
 @pytest.mark.parametrize("name", ["split_cifar", "methods"])

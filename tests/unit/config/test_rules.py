@@ -87,6 +87,7 @@ DOMAINS = "stream.scenario.kind=domains"
         (["prior.fromp.weight=1", "memory.total=10"], "memory.total"),
         ([*FROMP, "log.reconstruction=0.5"], "log.reconstruction"),
         ([*FROMP, "prior.fromp.kernel=identity", "prior.fromp.jitter=0.1"], "prior.fromp.jitter"),
+        ([*FROMP, "memory.labels=kept"], "memory.labels"),
         ([*FROMP, "curvature.kind=mas"], "curvature.kind"),
         ([ADAPT[0], "train.data=seen"], "train.data"),
         ([*ADAPT, "prior.normal={precision: 1.0, weight: 0.5}"], "prior.normal.weight"),

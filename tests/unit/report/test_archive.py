@@ -13,7 +13,7 @@ from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.archive import NAME, read_runs, write_archive
 from hpccl.report.choose import choose_runs
-from hpccl.report.compare import compare_runs
+from hpccl.report.compare import compare_runs, group_table
 from hpccl.report.compare_files import write_comparison
 from hpccl.report.events import EventLog, read_events
 from tests.unit.report import synthetic
@@ -77,7 +77,8 @@ def test_time_of_a_killed_part_is_kept_and_steps_are_not(tmp_path: Path) -> None
     write_archive(tmp_path / "old.xz", [before])
     (after,) = read_runs([tmp_path / "old.xz"])
     assert after.report().wall_seconds == before.report().wall_seconds > 1500
-    assert sum(event["event"] == "step" for event in after.events) == 2, "the last before a start; after it, `done`"
+    steps = [(event["step"], event["time"]) for event in after.events if event["event"] == "step"][-3:]
+    assert steps == [(4, 2_000_500.0), (4, 2_001_100.0), (4, 2_001_700.0)], "the last before a start, and the last"
     assert b"node-7" not in lzma.decompress((tmp_path / "old.xz").read_bytes())
 
 
@@ -91,8 +92,10 @@ def test_a_choice_can_be_made_from_an_archive(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"no xz", "neither a run's folder nor a whole runs.jsonl.xz"),
-        (lzma.compress(b'{"format": 1}\n' * 3)[:-9], "neither a run's folder nor a whole runs.jsonl.xz"),
+        (lzma.compress(b'{"format": 1}\n' * 3)[:24], "neither a run's folder nor a whole runs.jsonl.xz"),
         (lzma.compress(b"{}\n"), "line 1 of .* is not a run"),
+        (lzma.compress(b"\n" * (1 << 20)), "line 1 of .* is not a run"),
+        (lzma.compress(b"[" * 100_000 + b"\n"), "line 1 of .* is not a run"),
         (lzma.compress(b'{"format": 2}\n'), "of format 2, this version reads 1; update hpccl"),
         (lzma.compress(b'{"format": 1, "config": {}, "events": []}\n'), "line 1 of .* is not a run"),
         (
@@ -106,3 +109,30 @@ def test_a_damaged_archive_is_one_clear_error(content: bytes, message: str, tmp_
     path.write_bytes(content)
     with pytest.raises(FolderError, match=message):
         compare_runs([path])
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "phase", "time": 3.0},
+        {"event": "evaluate", "time": 3.0, "task": 0},
+        {"event": "run", "time": "soon"},
+        {"event": "run", "time": float("nan")},
+        {"event": 3, "time": 3.0},
+        {"time": 3.0},
+    ],
+)
+def test_an_event_that_lacks_something_is_one_clear_error(event: dict[str, object], runs: list[Path]) -> None:
+    path = runs[0].parent / NAME
+    write_archive(path, read_runs(runs[:1]))
+    whole = json.loads(lzma.decompress(path.read_bytes()))
+    path.write_bytes(lzma.compress(json.dumps({**whole, "events": [*whole["events"], event]}).encode()))
+    with pytest.raises(FolderError, match=r"line 1 of .* is not a run"):
+        read_runs([path])
+
+
+def test_several_runs_of_one_seed_are_told(tmp_path: Path) -> None:
+    again = [write(tmp_path / name / "a", start=start, seed=0) for name, start in (("one", 1e6), ("two", 2e6))]
+    (twice, once) = (group_table(compare_runs(runs)).notes for runs in (again, again[:1]))
+    assert "Several runs of one seed, each of which counts: ewc+fr+replay m=20." in twice
+    assert not any("one seed" in note for note in once)
