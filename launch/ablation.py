@@ -75,9 +75,8 @@ def trainings(setting: Setting, rows: Sequence[str]) -> Iterator[Step]:
             name = f"{row}-{seed}"
             shared = [f"train.first_task_from={setting.folder}/{first}"] if row != "base" else []
             own = [*ROWS[row], *shared, f"folder={setting.folder}/{name}", f"name={row}", f"seed={seed}"]
-            yield Step(
-                name, ("train", *setting.base, f"configs/method/{METHOD}.yaml", *own), (first,) if shared else ()
-            )
+            after = (first,) if shared else ()
+            yield Step(name, ("train", *setting.base, f"configs/method/{METHOD}.yaml", *own), after)
 
 
 def available() -> list[str]:

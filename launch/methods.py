@@ -9,8 +9,8 @@ Task-incremental is train.head=own, class-incremental train.head=seen; methods w
 kind. m is examples of each task; where a method has one budget for all tasks, it is m times their number, so that all
 methods hold as much in the end. FROMP, which recalls all of its memory in every step, holds a fifth and recalls 50 of
 each task. Strengths are those that launch/tune.py chose where it did, and of configs/method otherwise: then they are
-not tuned for this comparison. GDumb's one network, which
-is trained on the memory alone, has about as many images as those of other methods see in all.
+not tuned for this comparison. GDumb's one network, which is trained on the memory alone, has about as many images as
+those of other methods see in all.
 
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in minutes instead. A run that is done is
 not repeated and one that was killed continues, so start it again at any time. One seed after the other. A seed's first

@@ -26,8 +26,8 @@ LAMBDA = "prior.quadratic.weight"
 TAU = "prior.weight"
 _STRENGTHS = ("1.0", "3.0", "10.0")
 _MEMORY: Grid = {TAU: ("0.25", "1.0", "4.0")}
-# Memory counts as its examples do, as the theory has it; how much the quadratic counts is found.
-_BOTH: Grid = {TAU: ("1.0",), LAMBDA: ("0.5", "2.0", "8.0")}
+# Memory counts as its examples do, as the theory has it; how much the quadratic does is found (1 in theory).
+_BOTH: Grid = {TAU: ("1.0",), LAMBDA: ("0.3", "1.0", "3.0")}
 # As many candidates for each method, so that none is the best by having been looked for longer.
 GRID: dict[str, Grid] = {
     "ewc": {LAMBDA: _STRENGTHS},

@@ -368,6 +368,15 @@ def test_more_ranks_hold_less_curvature() -> None:
     assert held_by[0] > 1.5 * held_by[1] > 1.5 * held_by[2]
 
 
+@pytest.mark.parametrize(("kind", "copies"), [("kronecker", 1), ("ekfac", 1), ("diagonal", 0)])
+def test_matrices_in_bf16_are_held_a_second_time(kind: str, copies: int) -> None:
+    prior = {"quadratic": {"weight": 1.0, "products": "bf16"}}
+    plan = make_plan(merged({"prior": prior, "curvature": {"kind": kind}}), nodes=1, nproc=1, measured=False)
+    held = {each.name: each.num_bytes for each in plan.held}
+    assert [name for name in held if name == "curvature in bf16"] == ["curvature in bf16"] * copies
+    assert held.get("curvature in bf16", 0) == copies * (held["curvature"] // 2)
+
+
 def test_the_command_speaks_and_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["plan", "model.hidden=[4]", "memory.size=5", "--nodes", "3", "--nproc", "2", "--no-measure"]
