@@ -6,13 +6,7 @@ bias) and output gradients g_ns that carry sqrt(w_n),
     expand   A = sum_n w_n / S sum_s a_ns a_ns'              B = sum_n sum_s g_ns g_ns'
     reduce   A = sum_n w_n abar_n abar_n', abar_n = mean_s   B = sum_n gsum_n gsum_n', gsum_n = sum_s g_ns
 
-Only the lower triangle is computed, in blocks of rows. A 3x3 convolution with stride 1 and padding 1 needs no patches:
-the block of A for taps t and t' is
-
-    A_tt' = sum_p x_(p+t) x_(p+t')' = sum_q x_q x_(q+t'-t)'      over pixels q, where q - t stays inside of the image,
-
-which depends on t' - t alone but for pixels at the border. So 25 differences (13 by symmetry) are summed instead of 81
-pairs (45); where the difference is 0 in a direction, the first and the last row or column are summed apart.
+Only the lower triangle is computed, in blocks of rows. A convolution with stride 1 needs no patches: correlations.py.
 
 Legend: n examples, f rows of the layer's batch dim per example (windows), g groups, o outputs and d inputs of a group.
 Source: Grosse and Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML;
@@ -21,17 +15,17 @@ Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from itertools import product
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from hpccl.curvature.correlations import Correlations, correlates
 from hpccl.curvature.layers import output_size, padded, patches
 from hpccl.engine.sharded import computes_on
+from hpccl.kron.pack import mirrored_
 
 __all__ = ["GradientMoment", "InputMoment", "Sharing", "block_shape"]
 
@@ -39,11 +33,6 @@ Sharing = Literal["expand", "reduce"]
 
 _BLOCK = {"cpu": 128}  # rows of a triangle that are computed at a time (measured on AVX-512 cores)
 _LARGE_BLOCK = 1024  # the same elsewhere, where a small product does not fill the device
-_NARROW = 16  # channels below which products of single pixels are slower than patches
-_FIRST, _MIDDLE, _LAST = 0, 1, 2
-_CLASSES = tuple(product((_FIRST, _MIDDLE, _LAST), repeat=2))
-# A tap at -1 never sees the last row, a tap at +1 never the first.
-_SEEN = {-1: (_FIRST, _MIDDLE), 0: (_FIRST, _MIDDLE, _LAST), 1: (_MIDDLE, _LAST)}
 
 
 def block_shape(module: nn.Module, *, bias: bool) -> tuple[int, int, int]:
@@ -62,9 +51,9 @@ class InputMoment:
         self._new = partial(torch.zeros, dtype=torch.float32, device=computes_on(module.get_parameter("weight")))
         self._bias = self._new(groups, size + 1) if bias else None  # the last row of A
         self._patches: Tensor | None = None  # [g, d, d] without bias, patches as (kh, kw, channel)
-        self._pixels: _Correlations | None = None
-        if isinstance(module, nn.Conv2d) and sharing == "expand" and _correlates(module):
-            self._pixels = _Correlations(self._new(_Correlations.count, size // 9, size // 9))
+        self._pixels: Correlations | None = None
+        if isinstance(module, nn.Conv2d) and sharing == "expand" and correlates(module):
+            self._pixels = Correlations(module, self._new)
         else:
             self._patches = self._new(groups, size, size)
 
@@ -88,7 +77,7 @@ class InputMoment:
             self._bias[:, -1] += n if root is None else root.double().square().sum().float()
         if self._sharing == "reduce" and means is not None:
             self._add_rows(means.transpose(0, 1), 1.0)
-        elif self._pixels is not None and min(x.shape[2:]) > 1:
+        elif self._pixels is not None and self._pixels.fits(x):
             self._pixels.add_(x, scale)
         else:
             for part in x.split(_rows_at_a_time(self._module, x)):
@@ -145,66 +134,6 @@ class GradientMoment:
         return mirrored_(self._total)
 
 
-class _Correlations:
-    """Sums of x_q x_(q+t)' over pixels q, for the differences t of two taps of a 3x3 kernel.
-
-    totals: [count, channels, channels], one for each difference (up to sign) and class of pixels
-    """
-
-    count = 29
-
-    def __init__(self, totals: Tensor) -> None:
-        places = iter(totals.unbind())
-        self._sums = {key: next(places) for key in _differences()}
-
-    def add_(self, x: Tensor, scale: float) -> None:
-        """Add images [n, channels, h, w], both h and w at least 2."""
-        height, width, channels = x.shape[2], x.shape[3], x.shape[1]
-        pixels = x.permute(2, 3, 0, 1).contiguous()  # the images innermost: shifts are slices, and products long
-        columns = {_FIRST: pixels[:, 0].contiguous(), _LAST: pixels[:, -1].contiguous()}
-        for (down, right, row, column), total in self._sums.items():
-            tops = range(height - down) if down else _rows_of(row, height)
-            if column in columns:
-                side = columns[column]
-                pairs = [(side[tops.start : tops.stop], side[tops.start + down : tops.stop + down])]
-            else:
-                inner = slice(max(0, -right), width - max(0, right)) if right else slice(1, width - 1)
-                moved = slice(inner.start + right, inner.stop + right)
-                pairs = [(pixels[top, inner], pixels[top + down, moved]) for top in tops]
-            for one, other in pairs:
-                if one.numel():
-                    total.addmm_(one.view(-1, channels).T, other.view(-1, channels), alpha=scale)
-
-    def trace(self) -> Tensor:
-        """[]"""
-        return torch.stack([self._sums[0, 0, row, column].diagonal().sum() for row, column in _CLASSES]).sum()
-
-    def matrix(self) -> Tensor:
-        """[channels * 9, channels * 9], in the order (channel, kh, kw)."""
-        channels = len(self._sums[0, 0, _MIDDLE, _MIDDLE])
-        for row, column in _CLASSES:
-            mirrored_(self._sums[0, 0, row, column][None])
-        whole = torch.empty(channels, 9, channels, 9, device=self._sums[0, 0, 0, 0].device)
-        blocks = whole.new_empty(9, channels, channels)
-        taps = list(product((-1, 0, 1), repeat=2))
-        for number, tap in enumerate(taps):
-            for block, partner in zip(blocks, taps, strict=True):
-                self._block(block, tap, partner)
-            whole[:, number] = blocks.permute(1, 2, 0)
-        return whole.view(channels * 9, channels * 9)
-
-    def _block(self, block: Tensor, tap: tuple[int, ...], partner: tuple[int, ...]) -> None:
-        """Write the sum of x_(p+tap) x_(p+partner)' over positions p into `block`."""
-        down, right = partner[0] - tap[0], partner[1] - tap[1]
-        sign = 1 if (down, right) >= (0, 0) else -1
-        rows = _SEEN[tap[0]] if down == 0 else (_MIDDLE,)
-        columns = _SEEN[tap[1]] if right == 0 else (_MIDDLE,)
-        block.zero_()
-        for row, column in product(rows, columns):
-            total = self._sums[sign * down, sign * right, row, column]
-            block += total if sign == 1 else total.T
-
-
 def add_gram_(total: Tensor, rows: Tensor, scale: float) -> None:
     """Add scale * rows' rows for `rows` [g, m, k] to the lower triangle of `total` [g, k, k]."""
     block = _BLOCK.get(total.device.type, _LARGE_BLOCK)
@@ -216,40 +145,11 @@ def add_gram_(total: Tensor, rows: Tensor, scale: float) -> None:
             total[:, some, until].baddbmm_(rows[:, :, some].mT, rows[:, :, until], alpha=scale)
 
 
-def mirrored_(total: Tensor) -> Tensor:
-    """`total` [g, k, k], its upper triangle replaced by its lower one."""
-    for first in range(0, total.shape[1], _LARGE_BLOCK):
-        some = slice(first, first + _LARGE_BLOCK)
-        total[:, :first, some] = total[:, some, :first].mT
-        corner = total[:, some, some].tril()
-        total[:, some, some] = corner + corner.tril(-1).mT
-    return total
-
-
 def num_positions(module: nn.Module, x: Tensor) -> int:
     """Positions in one row of the batch dim of `x`."""
     if not isinstance(module, nn.Conv2d):
         return prod(x.shape[1:-1])
     return prod(output_size(module, x))
-
-
-def _correlates(module: nn.Conv2d) -> bool:
-    known = (module.kernel_size, module.stride, module.dilation, module.groups) == ((3, 3), (1, 1), (1, 1), 1)
-    padded = module.padding in ((1, 1), "same") and module.padding_mode == "zeros"
-    return known and padded and module.in_channels >= _NARROW
-
-
-def _differences() -> Iterator[tuple[int, int, int, int]]:
-    """(down, right, row, column): differences up to sign; rows have classes where down is 0, columns where right is."""
-    for down, right in product(range(3), range(-2, 3)):
-        if (down, right) >= (0, 0):
-            rows = range(3) if down == 0 else (_MIDDLE,)
-            columns = range(3) if right == 0 else (_MIDDLE,)
-            yield from ((down, right, row, column) for row, column in product(rows, columns))
-
-
-def _rows_of(row: int, height: int) -> range:
-    return {_FIRST: range(1), _MIDDLE: range(1, height - 1), _LAST: range(height - 1, height)}[row]
 
 
 def _by_channel(matrix: Tensor, module: nn.Module) -> Tensor:

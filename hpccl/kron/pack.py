@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-__all__ = ["pack", "packed_size", "unpack"]
+__all__ = ["mirrored_", "pack", "packed_size", "unpack"]
 
 _ROWS = 128
+_MIRRORED = 1024  # rows that are mirrored at a time
 
 
 def packed_size(groups: int, size: int) -> int:
@@ -53,3 +54,13 @@ def _views(flat: Tensor, groups: int, size: int) -> Iterator[tuple[tuple[int, in
 def _blocks(size: int) -> Iterator[tuple[int, int]]:
     for first in range(0, size, _ROWS):
         yield first, min(first + _ROWS, size)
+
+
+def mirrored_(total: Tensor) -> Tensor:
+    """`total` [g, k, k], its upper triangle replaced by its lower one."""
+    for first in range(0, total.shape[1], _MIRRORED):
+        some = slice(first, first + _MIRRORED)
+        total[:, :first, some] = total[:, some, :first].mT
+        corner = total[:, some, some].tril()
+        total[:, some, some] = corner + corner.tril(-1).mT
+    return total
