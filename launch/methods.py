@@ -14,7 +14,9 @@ those of other methods see in all.
 
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in minutes instead. A run that is done is
 not repeated and one that was killed continues, so start it again at any time. One seed after the other. A seed's first
-task is trained once for each kind, by finetune, and shared with all methods whose first task is the same.
+task is trained once for each kind, by finetune, and shared with all methods whose first task is the same. An exact
+curvature costs a backward pass for each class that competes: those of class-incremental runs see a fifth of a later
+task's images, those of task-incremental ones all.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ WITHOUT = (
     *("si", "lwf", "lwf.mc", "topic", "prototypes"),
 )
 METHODS = (*WITHOUT, *SIZED, "fromp", *BUDGET)
+CURVED = ("ewc", "online_ewc", "ewc+fr", "ewc+replay", "ewc+fr+replay")  # with the base's curvature
 # Their first task is another one than finetune's, or they need its path (si).
 OWN_FIRST = ("finetune", "joint", "separate", "gdumb", "si", "kpriors", "icarl", "lwf.mc", "bic")
 
@@ -45,7 +48,7 @@ class Setting:
 
     folder: of the runs; out: of the comparisons; base: files and settings of every run; weights: folder of files by
     method that set the weights of the terms, or None; size: of the memory, examples a task; tasks: of the stream;
-    gdumb: epochs of its network, which has no other training
+    gdumb: epochs of its network, which has no other training; curved: settings of class-incremental runs of CURVED
     """
 
     folder: Path
@@ -56,6 +59,7 @@ class Setting:
     tasks: int
     gdumb: int
     seeds: tuple[int, ...]
+    curved: tuple[str, ...] = ()
     heads: tuple[str, ...] = tuple(HEADS)
 
 
@@ -68,6 +72,7 @@ SPLIT_CIFAR = Setting(
     tasks=6,
     gdumb=80,
     seeds=(0, 1, 2),
+    curved=("curvature.fraction=[0.1, 0.2]",),
 )
 DIGITS = Setting(
     folder=Path("runs/methods_quick"),
@@ -96,6 +101,7 @@ def _training(setting: Setting, method: str, head: str, seed: int) -> Step:
     own = setting.weights / f"{method}.yaml" if setting.weights else None
     arguments += [str(own)] if own and own.exists() else []
     arguments += [f"train.head={head}", *_memory(setting, method)]
+    arguments += setting.curved if head == "seen" and method in CURVED else ()
     alone = method in ("joint", "gdumb")  # earlier tasks do not change their last row
     arguments += ["train.only_last=true"] if alone else []
     arguments += [f"train.epochs={setting.gdumb}"] if method == "gdumb" else []
