@@ -69,8 +69,8 @@ def _of_benchmark(name: str, folder: Path) -> list[str]:
 
 def _of_comparison(name: str, results: Path) -> list[str]:
     """The first rows below a title of results/FOLDER/comparison.md; with `=CELL`, those that have such a cell."""
-    where, _, title = name.partition("/")
-    title, _, cell = title.partition("=")
+    path, _, cell = name.partition("=")
+    where, _, title = path.rpartition("/")
     file = results / where / "comparison.md"
     if not file.exists():
         return []

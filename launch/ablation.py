@@ -7,7 +7,7 @@ launch/tune.py chose, if it has run.
 
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
 is not repeated and one that was killed continues, so start it again at any time. One seed after the other; the first
-task of each is trained once, by the base, and shared.
+task of each is that of finetune in launch/split_cifar.py, which is trained if it has not been.
 """
 
 from __future__ import annotations
@@ -44,39 +44,47 @@ ROWS: dict[str, tuple[str, ...]] = {
 class Setting:
     """What is trained.
 
-    folder: of the runs; out: of the comparison; base: files and settings of every run
+    folder: of the runs; first: of finetune's; out: of the comparison; base: files and settings of every run; size: of
+    the memory, examples a task
     """
 
     folder: Path
+    first: Path
     out: Path
     base: tuple[str, ...]
+    size: int
     seeds: tuple[int, ...]
 
 
 SPLIT_CIFAR = Setting(
     folder=Path("runs/ablation"),
+    first=Path("runs/split_cifar"),
     out=Path("docs/results/ablation"),
-    base=("configs/split_cifar.yaml", "memory.size=1000"),
+    base=("configs/split_cifar.yaml",),
+    size=1000,
     seeds=(0, 1, 2),
 )
 DIGITS = Setting(
     folder=Path("runs/ablation_quick"),
+    first=Path("runs/split_cifar_quick"),
     out=Path("runs/ablation_quick/comparison"),
-    base=("configs/quickstart.yaml", "train.epochs=2", "stream.tasks=2", "memory.size=20"),
+    base=("configs/quickstart.yaml", "train.epochs=2", "stream.tasks=2"),
+    size=20,
     seeds=(0,),
 )
 
 
 def trainings(setting: Setting, rows: Sequence[str]) -> Iterator[Step]:
-    """All rows of a seed before those of the next; the base, whose first task the others take, is the first."""
+    """All rows of a seed before those of the next, after the finetune whose first task they take."""
+    files = (*setting.base, f"configs/method/{METHOD}.yaml", f"memory.size={setting.size}")
     for seed in setting.seeds:
-        first = f"base-{seed}"
+        first, path = f"finetune-{seed}", f"{setting.first}/finetune-{seed}"
+        own = (f"folder={path}", "name=finetune", f"seed={seed}")
+        yield Step(first, ("train", *setting.base, "configs/method/finetune.yaml", *own))
         for row in ("base", *(row for row in rows if row != "base")):
             name = f"{row}-{seed}"
-            shared = [f"train.first_task_from={setting.folder}/{first}"] if row != "base" else []
-            own = [*ROWS[row], *shared, f"folder={setting.folder}/{name}", f"name={row}", f"seed={seed}"]
-            after = (first,) if shared else ()
-            yield Step(name, ("train", *setting.base, f"configs/method/{METHOD}.yaml", *own), after)
+            own = (f"train.first_task_from={path}", f"folder={setting.folder}/{name}", f"name={row}", f"seed={seed}")
+            yield Step(name, ("train", *files, *ROWS[row], *own), (first,))
 
 
 def available() -> list[str]:
@@ -87,8 +95,9 @@ def available() -> list[str]:
 def campaign(setting: Setting, rows: Sequence[str]) -> Campaign:
     """All runs and their comparison."""
     steps = tuple(trainings(setting, rows))
-    folders = [f"{setting.folder}/{step.name}" for step in steps]
-    report = Step("report", ("report", *folders, f"--out={setting.out}"), tuple(step.name for step in steps))
+    names = [step.name for step in steps if step.after]
+    folders = [f"{setting.folder}/{name}" for name in names]
+    report = Step("report", ("report", *folders, f"--out={setting.out}"), tuple(names))
     return Campaign(setting.folder, (*steps, report))
 
 
