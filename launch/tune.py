@@ -39,7 +39,7 @@ GRID: dict[str, Grid] = {
     "ewc+fr+replay": _BOTH,
     "online_ewc": {LAMBDA: _STRENGTHS},
     "mas": {LAMBDA: ("0.001", "0.01", "0.1")},
-    "mas_local": {LAMBDA: ("0.001", "0.01", "0.1")},
+    "mas_local": {LAMBDA: ("0.0001", "0.001", "0.01")},
     "si": {LAMBDA: ("0.1", "1.0", "10.0")},
 }
 ALONE = ("ewc", "online_ewc", "mas", "mas_local", "si")  # without a memory

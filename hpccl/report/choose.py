@@ -168,7 +168,7 @@ def _render(choice: Choice) -> str:
         ahead = f"{100 * lead:.2f}{error} points ahead of the next of {len(choice.candidates)}"
     lines = [
         f"# {choice.method}: chosen by `hpccl choose` on {100 * choice.validation:g} % of the training images.",
-        f"# Average accuracy {100 * best.accuracy:.1f} % over {len(best.runs)} runs, {ahead}.",
+        f"# Average accuracy {100 * best.accuracy:.1f} % over {len(best.runs)} run{'s' * (len(best.runs) > 1)}, {ahead}.",
     ]
     nested: dict[str, Any] = {}
     for key, value in best.settings.items():
