@@ -79,8 +79,8 @@ def trainings(setting: Setting, rows: Sequence[str]) -> Iterator[Step]:
     files = (*setting.base, f"configs/method/{METHOD}.yaml", f"memory.size={setting.size}")
     for seed in setting.seeds:
         first, path = f"finetune-{seed}", f"{setting.first}/finetune-{seed}"
-        own = (f"folder={path}", "name=finetune", f"seed={seed}")
-        yield Step(first, ("train", *setting.base, "configs/method/finetune.yaml", *own))
+        told = (f"folder={path}", "name=finetune", f"seed={seed}")
+        yield Step(first, ("train", *setting.base, "configs/method/finetune.yaml", *told))
         for row in ("base", *(row for row in rows if row != "base")):
             name = f"{row}-{seed}"
             own = (f"train.first_task_from={path}", f"folder={setting.folder}/{name}", f"name={row}", f"seed={seed}")

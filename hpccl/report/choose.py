@@ -166,9 +166,10 @@ def _render(choice: Choice) -> str:
     if lead is not None:
         error = f" ± {100 * choice.lead_error:.2f}" if choice.lead_error is not None else ""
         ahead = f"{100 * lead:.2f}{error} points ahead of the next of {len(choice.candidates)}"
+    runs = f"{len(best.runs)} run{'s' * (len(best.runs) > 1)}"
     lines = [
         f"# {choice.method}: chosen by `hpccl choose` on {100 * choice.validation:g} % of the training images.",
-        f"# Average accuracy {100 * best.accuracy:.1f} % over {len(best.runs)} run{'s' * (len(best.runs) > 1)}, {ahead}.",
+        f"# Average accuracy {100 * best.accuracy:.1f} % over {runs}, {ahead}.",
     ]
     nested: dict[str, Any] = {}
     for key, value in best.settings.items():

@@ -1,4 +1,9 @@
-"""Which weights stay as they are while the rest learns: frozen parts, and all but the new classes' rows at first."""
+"""Which weights stay as they are while the rest learns: frozen parts, all but the new classes' rows at first, and rows
+of classes that have not come yet.
+
+The last layer has rows for all classes of the stream from the beginning. Those of later tasks have no gradient, so that
+weight decay alone would act on them, and a late class would begin at weights that have nearly gone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from hpccl.config.optim import OptimConfig, SamOptim, TimmOptim
 from hpccl.data.protocols import Task
 from hpccl.engine.protocols import trainable
 from hpccl.errors import ConfigError
@@ -23,14 +29,17 @@ _LAYERS = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
-    """Tell the engine what is held from now on: what is frozen, or all but the new classes' rows; collective.
+    """Tell the engine what is held from now on: what is frozen and has not come, or all but the new classes' rows.
+
+    Collective.
 
     Raises:
         ConfigError: a pattern matches nothing, or the network has no last layer that could be told from the rest.
     """
     frozen = world.config.train.frozen if task.index > 0 else ()
     still = frozenset(_norms(state.engine.module) if world.config.train.norms == "running" and task.index > 0 else ())
-    if not head_only and not frozen:
+    later = _to_come(task, world) if _decays(world.config.optim) else set()
+    if not head_only and not frozen and not later:
         state.engine.hold({}, still)
         return
     # FSDP2 and ZeRO keep a parameter's shape beside its shards.
@@ -42,11 +51,7 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
         return
     names = set().union(*(_matching(pattern, state, world) for pattern in frozen if pattern != _OLD))
     held = {name: torch.ones([1] * len(shape), dtype=torch.bool) for name, shape in shapes.items() if name in names}
-    if _OLD in frozen:
-        last = last_name(state, world, f"train.frozen={_OLD}")
-        old = {number for other in world.stream.tasks[: task.index] for number in other.classes}
-        rows = {name: _rows(shape, old) for name, shape in shapes.items() if name.startswith(f"{last}.")}
-        held = {**rows, **held}
+    held = {**_held_rows(task, later, state, world), **held}
     norms = (name for name in _norms(state.engine.module) if f"{name}.running_mean" in names)
     state.engine.hold(held, frozenset(norms) | still)
 
@@ -62,6 +67,36 @@ def check_frozen(state: RunState, world: World) -> None:
             last_name(state, world, f"train.frozen={_OLD}")
         else:
             _matching(pattern, state, world)
+
+
+def _held_rows(task: Task, later: set[int], state: RunState, world: World) -> dict[str, Tensor]:
+    """By name, True in the rows of the last layer that are held: of later classes, and of old ones if that is asked."""
+    asked = task.index > 0 and _OLD in world.config.train.frozen
+    old = {number for other in world.stream.tasks[: task.index] for number in other.classes} if asked else set()
+    if not later | old:
+        return {}
+    try:
+        last = last_name(state, world, f"train.frozen={_OLD}")
+    except ConfigError:
+        if asked:
+            raise
+        return {}  # logits that no linear layer makes have no rows
+    return {
+        name: _rows(value.shape, later | old)
+        for name, value in state.engine.like.items()
+        if name.startswith(f"{last}.")
+    }
+
+
+def _decays(config: OptimConfig) -> bool:
+    """Whether weights without a gradient become smaller; a variational optimiser's prior may do as it says."""
+    return isinstance(config, TimmOptim | SamOptim) and config.weight_decay > 0
+
+
+def _to_come(task: Task, world: World) -> set[int]:
+    """Classes that no task up to this one has."""
+    first, then = world.stream.tasks[: task.index + 1], world.stream.tasks[task.index + 1 :]
+    return {number for each in then for number in each.classes} - {number for each in first for number in each.classes}
 
 
 def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Tensor:

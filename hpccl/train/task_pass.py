@@ -22,7 +22,7 @@ __all__ = ["TaskPass"]
 
 Ints = npt.NDArray[np.int64]
 
-_GROUP = 105  # what a hash is for (apart from those of hpccl.data.order and hpccl.train)
+_GROUP = 127  # what a hash is for (apart from those of hpccl.data.order and hpccl.train)
 
 
 @dataclass(frozen=True)

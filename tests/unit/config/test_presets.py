@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpccl.config.curvature import SiCurvature
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
 
@@ -80,3 +81,13 @@ def test_weights_are_twice_and_half_of_theirs() -> None:
         "mammoth/ewc": 20.0,
         "mammoth/si": 0.1,
     }
+
+
+def test_what_si_credits_a_step_with() -> None:
+    """The task's loss alone in Mammoth (since it no longer adds lr g^2), with the penalty in Avalanche."""
+    gradients = {}
+    for path in PRESETS:
+        curvature = with_preset(path).curvature
+        if isinstance(curvature, SiCurvature):
+            gradients[named(path)] = curvature.gradient
+    assert gradients == {"avalanche/si": "total", "mammoth/si": "task"}

@@ -180,3 +180,22 @@ def test_frozen_convolutions_keep_their_statistics(tmp_path: Path) -> None:
     assert fit(world.stream.tasks[1], state, world)
     after = state.engine.module.state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize("head", ["own", "seen"])
+@pytest.mark.parametrize("optim", [{"name": "adamw"}, {"name": "momentum"}, {"kind": "sam"}], ids=str)
+def test_weight_decay_leaves_classes_alone_that_have_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str, optim: dict[str, Any]
+) -> None:
+    config = merged({"train": {"epochs": 1, "head": head}, "optim": {**optim, "lr": 0.1, "weight_decay": 0.5}})
+
+    def unchanged(folder: Path) -> set[int]:
+        state, world = make_world(config, folder)
+        after = list(state.engine.module.state_dict().values())[-2]  # the rows themselves
+        before = after.clone()
+        learn(state, world, 2)
+        return {row for row in range(10) if torch.equal(before[row], after[row])}
+
+    assert unchanged(tmp_path / "held") == set(range(4, 10))
+    monkeypatch.setattr("hpccl.train.hold._decays", lambda _: False)
+    assert unchanged(tmp_path / "free") == set()
