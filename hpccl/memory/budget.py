@@ -10,27 +10,34 @@ from hpccl.config.memory import MemoryConfig
 __all__ = ["kept_of", "per_class", "quotas", "split_quotas"]
 
 
-def quotas(config: MemoryConfig, sizes: Sequence[int]) -> list[int]:
-    """Examples kept of each of the tasks so far, which have `sizes` training examples.
+def quotas(config: MemoryConfig, sizes: Sequence[int], classes: Sequence[int]) -> list[int]:
+    """Examples kept of each of the tasks so far, which have `sizes` training examples of so many `classes`.
 
-    With `total`, tasks share evenly as far as they have examples, remainders go to the earlier ones; a task's share
-    never grows as more tasks come.
+    With `total`, classes share evenly as far as their tasks have examples (tasks do without memory.balanced), and what
+    remains goes to earlier tasks; a task's share never grows as more tasks come.
     """
     if config.total == 0:
         return [kept_of(config, size) for size in sizes]
-    low, high = 0, max(sizes, default=0)  # the largest level with sum_s min(size_s, level) <= total
+    parts = classes if config.balanced else [1] * len(sizes)
+    # Places are dealt out in rounds, in which a task of c classes takes its next c, if it has them. Another task only
+    # puts its own places between those of others: no share grows.
+    low, high = 0, max(sizes, default=0)  # the largest number of whole rounds
     while low < high:
-        level = (low + high + 1) // 2
-        if sum(min(size, level) for size in sizes) <= config.total:
-            low = level
+        rounds = (low + high + 1) // 2
+        if sum(_taken(sizes, parts, rounds)) <= config.total:
+            low = rounds
         else:
-            high = level - 1
-    level = low
-    found = [min(size, level) for size in sizes]
-    able = [task for task, size in enumerate(sizes) if size > level]
-    for task in able[: config.total - sum(found)]:
-        found[task] += 1
+            high = rounds - 1
+    found = _taken(sizes, parts, low)
+    for turn in range(max(parts, default=0)):
+        able = [task for task, size in enumerate(sizes) if turn < parts[task] and found[task] < size]
+        for task in able[: max(0, config.total - sum(found))]:
+            found[task] += 1
     return found
+
+
+def _taken(sizes: Sequence[int], parts: Sequence[int], rounds: int) -> list[int]:
+    return [min(size, rounds * part) for size, part in zip(sizes, parts, strict=True)]
 
 
 def kept_of(config: MemoryConfig, size: int) -> int:

@@ -30,13 +30,14 @@ def kept_of_tasks(config: RunConfig, stream: Listed, tasks: int) -> list[int]:
         ends = [task.samples("train").stop for task in stream.tasks[:tasks]]
         return np.diff(np.searchsorted(np.sort(sample), [0, *ends])).tolist() if tasks else []
     sizes = [len(task.samples("train")) for task in stream.tasks[:tasks]]
+    classes = [len(task.classes) for task in stream.tasks[:tasks]]
     if config.prior.correct.share == 0:
-        return quotas(config.memory, sizes)
+        return quotas(config.memory, sizes, classes)
     return split_quotas(
         config.memory.total,
         config.prior.correct.share,
         sizes=[size - len(held_out(config, stream, stream.tasks[number])) for number, size in enumerate(sizes)],
-        classes=[len(task.classes) for task in stream.tasks[:tasks]],
+        classes=classes,
     )
 
 

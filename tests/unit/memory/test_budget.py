@@ -8,26 +8,39 @@ from hpccl.memory.budget import kept_of, per_class, quotas, split_quotas
 
 
 def test_each_kind_of_budget() -> None:
-    assert quotas(MemoryConfig(size=7), [10, 20]) == [7, 7]
-    assert quotas(MemoryConfig(fraction=0.1), [10, 25, 3]) == [1, 2, 1]
-    assert quotas(MemoryConfig(total=10), [100]) == [10]
-    assert quotas(MemoryConfig(total=10), [100, 100, 100]) == [4, 3, 3]
-    assert quotas(MemoryConfig(total=10), [2, 100, 100]) == [2, 4, 4]
-    assert quotas(MemoryConfig(), [5, 5]) == [0, 0]
-    assert quotas(MemoryConfig(total=3), []) == []
+    assert quotas(MemoryConfig(size=7), [10, 20], [2, 2]) == [7, 7]
+    assert quotas(MemoryConfig(fraction=0.1), [10, 25, 3], [2, 2, 2]) == [1, 2, 1]
+    assert quotas(MemoryConfig(total=10), [100], [5]) == [10]
+    assert quotas(MemoryConfig(total=10), [100, 100, 100], [5, 5, 5]) == [4, 3, 3]
+    assert quotas(MemoryConfig(total=10), [2, 100, 100], [5, 5, 5]) == [2, 4, 4]
+    assert quotas(MemoryConfig(), [5, 5], [2, 2]) == [0, 0]
+    assert quotas(MemoryConfig(total=3), [], []) == []
     assert not MemoryConfig().kept
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(1, 120))
-def test_a_total_is_used_up_and_shares_only_shrink(sizes: list[int], total: int) -> None:
-    config = MemoryConfig(total=total)
+def test_classes_share_a_total_and_tasks_do_where_memory_is_not_balanced() -> None:
+    """Rebuffi et al. 2017: K / classes of each, whatever the task; few-shot streams begin with many classes."""
+    assert quotas(MemoryConfig(total=2000), [25000, 2500], [50, 5]) == [1815, 185]
+    assert quotas(MemoryConfig(total=2000, balanced=False), [25000, 2500], [50, 5]) == [1000, 1000]
+    assert quotas(MemoryConfig(total=2000), [30000, 25, 25], [60, 5, 5]) == [1950, 25, 25]
+
+
+tasks_with_classes = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 6)), min_size=1, max_size=8)
+
+
+@given(tasks_with_classes, st.integers(1, 120), st.booleans())
+def test_a_total_is_used_up_and_shares_only_shrink(tasks: list[tuple[int, int]], total: int, balanced: bool) -> None:
+    config = MemoryConfig(total=total, balanced=balanced)
+    sizes, classes = [size for size, _ in tasks], [number if balanced else 1 for _, number in tasks]
     before = [kept_of(config, size) for size in sizes]
     for count in range(1, len(sizes) + 1):
-        found = quotas(config, sizes[:count])
+        found = quotas(config, sizes[:count], classes[:count])
         assert sum(found) == min(total, sum(sizes[:count]))
         assert all(0 <= now <= then for now, then in zip(found, before, strict=False))
-        unfilled = [now for now, size in zip(found, sizes, strict=False) if now < size]
-        assert not unfilled or max(found) - min(unfilled) <= 1
+        each = list(zip(found, sizes, classes, strict=False))
+        # Of whole rounds, nobody has more than one more than one who could take more.
+        unfilled = [now // number for now, size, number in each if now < size]
+        assert not unfilled or max(-(-now // number) for now, _, number in each) - min(unfilled) <= 1
         before[:count] = found
 
 
