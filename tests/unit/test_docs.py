@@ -135,3 +135,20 @@ def test_names_that_do_not_exist_are_found() -> None:
         "test_nothing_of_the_kind",
         "a.py",
     ]
+
+
+def test_every_method_has_its_section() -> None:
+    """What it keeps, costs and sends, and where it is from; and each file is named."""
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    others = ("Distillation beside other methods", "Why do your numbers differ")
+    sections = [part for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:] if not part.startswith(others)]
+    assert len(sections) > 15
+    lacking = {
+        (part.partition("\n")[0], word)
+        for part in sections
+        for word in ("State", "Cost", "Communication", "Source")
+        if not re.search(rf"\b{word}\b|\b{word.lower()}s?\b", part)
+    }
+    assert not lacking
+    unnamed = {path.stem for path in (ROOT / "configs" / "method").glob("*.yaml")} - set(re.findall(r"[\w.+]+", page))
+    assert not {name for name in unnamed if f"{name}.yaml" not in page and f"`{name}`" not in page}
