@@ -89,10 +89,25 @@ def test_the_specified_numbers() -> None:
     torch.testing.assert_close(force, torch.tensor([[0.4, 0.0], [-0.4, 0.0]]), rtol=1e-5, atol=1e-6)
 
 
+class Times(nn.Module):
+    """A linear map whose outputs are multiplied."""
+
+    def __init__(self, layer: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.layer, self.factor = layer, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.factor * self.layer(x)
+        return out
+
+
 def test_scaled_outputs_scale_by_the_square() -> None:
-    once, thrice = linear([[1.0, -2.0], [-1.0, 1.0]]), linear([[3.0, -6.0], [-3.0, 3.0]])
-    # d |c W x|^2 / d (cW) = 2 c W x x': c times as much of a weight that is c times as large.
-    torch.testing.assert_close(estimate(thrice, two()).values["weight"], 3 * estimate(once, two()).values["weight"])
+    rows = [[1.0, -2.0], [-1.0, 1.0]]
+    once, thrice = (estimate(Times(linear(rows), factor), two()).values["layer.weight"] for factor in (1.0, 3.0))
+    torch.testing.assert_close(thrice, 9 * once)
+    # d |c W x|^2 / d (cW) = 2 c W x x': only c times as much of a weight that is c times as large.
+    large = linear([[3 * value for value in row] for row in rows])
+    torch.testing.assert_close(estimate(large, two()).values["weight"], 3 * once)
 
 
 def test_labels_do_not_matter() -> None:

@@ -50,6 +50,7 @@ def test_an_applied_distortion_is_recovered() -> None:
     assert (calibrated.alpha, calibrated.beta) == pytest.approx((1.0, 0.0), abs=0.03)
     spoilt = corrected(logits, new, 1.6, 0.9)
     found = Correction.fitted(spoilt, labels, task=1, classes=(3, 4), seen=seen, penalty=0.0)
+    assert (found.alpha, found.beta) == pytest.approx((1 / 1.6, -0.9 / 1.6), abs=0.02)
     # q = alpha z + beta undoes z = 1.6 q + 0.9, up to what the sample itself says.
     assert found.alpha * 1.6 == pytest.approx(calibrated.alpha, abs=1e-4)
     assert found.alpha * 0.9 + found.beta == pytest.approx(calibrated.beta, abs=1e-4)

@@ -80,6 +80,17 @@ def test_a_correction_leaves_the_network_alone(tmp_path: Path) -> None:
     assert found.alpha > 0
 
 
+def test_a_correction_leaves_norms_alone(tmp_path: Path) -> None:
+    model = {"kind": "timm", "name": "resnet10t", "options": {"stem_width": 4, "layers": [1, 1, 1, 1]}}
+    state, world = make_world(merged(BIC, {"model": model, "train": {"epochs": 1, "batch_size": 128}}), tmp_path)
+    learn(state, world, 1)
+    learn_second(state, world)
+    before = {name: value.clone() for name, value in state.engine.module.state_dict().items()}
+    assert any("running" in name for name in before)
+    assert correction(world.stream.tasks[1], state, world) is not None
+    assert all(torch.equal(value, before[name]) for name, value in state.engine.module.state_dict().items())
+
+
 def learn_second(state: Any, world: World) -> None:
     from hpccl.train.fit import fit
 
