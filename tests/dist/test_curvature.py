@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpccl.curvature.columns import Fisher
+from hpccl.curvature.columns import Wanted
 from hpccl.curvature.diagonal import DiagonalEstimator
 from hpccl.curvature.protocols import Examples
 from hpccl.dist.comm import Comm
@@ -15,7 +15,7 @@ from tests.dist.world import run_in_world
 from tests.unit.curvature.oracle import build, examples
 
 COUNT = 11  # not a multiple of 2 or 4: ranks have different numbers of batches
-FISHERS: tuple[Fisher, ...] = ("ggn", "mc", "empirical")
+FISHERS: tuple[Wanted, ...] = ("ggn", "mc", "empirical", "weighted", "outputs")  # the last: MAS
 
 
 def shares(comm: Comm, data: Examples) -> list[Examples]:
@@ -23,7 +23,7 @@ def shares(comm: Comm, data: Examples) -> list[Examples]:
     return [data.select(slice(first, min(first + 2, mine.stop))) for first in range(mine.start, mine.stop, 2)]
 
 
-def measure(comm: Comm, fisher: Fisher) -> dict[str, Any]:
+def measure(comm: Comm, fisher: Wanted) -> dict[str, Any]:
     model, pixels = build("convs", COUNT, dtype=torch.float32)
     estimator = DiagonalEstimator(fisher, samples=2, seed=5)
     return estimator.estimate(model, shares(comm, examples(pixels)), comm).state_dict()

@@ -104,6 +104,9 @@ def test_distillation_by_hand(temperature: float) -> None:
     assert float(nats.detach() - least) == pytest.approx(divergence, abs=1e-6)
     assert gradient[0].tolist() == pytest.approx(slope, abs=1e-6)
     assert float(gradient.sum()) == pytest.approx(0.0, abs=1e-12)
+    shifted = torch.tensor([[5.0, 3.0, 1.0]], dtype=torch.float64, requires_grad=True)  # the teacher's and a constant
+    (still,) = torch.autograd.grad(weighted_nats(shifted, rows).sum(), shifted)
+    assert still[0].tolist() == pytest.approx([0.0] * 3, abs=1e-12)
 
 
 def test_learning_without_forgetting_by_hand() -> None:
