@@ -147,6 +147,21 @@ def test_a_step_s_parts_say_what_the_definition_says(tmp_path: Path) -> None:
     assert totals[PUSH] == pytest.approx(0.25 * sum(pushes) / 10, rel=1e-5)
 
 
+@pytest.mark.parametrize("target", ["image", "centroid"])
+def test_the_anchor_loss_begins_at_0_where_its_target_is_the_last_image(tmp_path: Path, target: str) -> None:
+    state, world = session(tmp_path, {"prior": {"topology": {"nodes": 30, "target": target}}})
+    composer = composer_of(state, world)
+    plan = plan_task(world.config, world.stream, world.stream.tasks[1], state.prior.memory)
+    (part,) = split(plan.batch(0), world.comm, accumulate=1, anchors=composer.num_anchors)
+    (images,) = world.stream.load([composer.request(part)])
+    rows = composer.rows(part, images)
+    assert rows.features is not None
+    with featuring(state, world, asked_by=ASKED_BY) as features:
+        loss = feature_losses(features(rows.pixels), rows.features)[rows.features.kind == ANCHOR]
+    assert len(loss) == 30
+    assert (float(loss.sum()) < 1e-6) == (target == "image")
+
+
 def _request(samples: np.ndarray) -> Any:
     from hpccl.data.rows import Request
 
