@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ def after_a_seed(source: str) -> Iterator[str]:
     """Constants that come right after a seed, among arguments or in a tuple."""
     for node in ast.walk(ast.parse(source)):
         words = node.args if isinstance(node, ast.Call) else node.elts if isinstance(node, ast.Tuple) else []
-        for before, word in zip(words, words[1:], strict=False):
+        for before, word in itertools.pairwise(words):
             if ast.unparse(before).endswith("seed") and isinstance(word, ast.Name) and re.fullmatch("[A-Z_]+", word.id):
                 yield word.id
 
