@@ -53,6 +53,10 @@ def test_classes_are_balanced(labels: list[int], capacity: int) -> None:
     if len(enough) > 1:
         numbers = [counts[label] for label in enough]
         assert max(numbers) - min(numbers) <= 1
+    arrived = Counter(labels)
+    if min(arrived.values()) * len(arrived) >= capacity >= len(arrived):  # each class could fill its share
+        assert len(found) == capacity
+        assert max(counts.values()) - min(counts[label] for label in arrived) <= 1
 
 
 def test_who_stays_is_drawn_evenly() -> None:
