@@ -21,9 +21,11 @@ from tests.run.command import events
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
-    *("model.hidden=[24]", "train.epochs=1", "train.clip_norm=5", "train.accumulate=2", "checkpoint.every=0"),
-    *("log.every=5", "log.tensorboard=false", "log.reconstruction=0.1", "engine.device=cpu"),
+    *("model={kind: mlp, hidden: [24]}", "train.epochs=1", "train.batch_size=48", "train.clip_norm=5"),
+    *("train.accumulate=2", "checkpoint.every=0", "log.every=5", "log.tensorboard=false"),
+    *("log.reconstruction=0.1", "engine.device=cpu"),
 )
+CONVOLUTIONS = "{kind: timm, name: resnet10t, options: {stem_width: 4, channels: [8, 8, 16, 16]}}"
 SETTINGS: dict[str, tuple[str, ...]] = {
     "lwf": ("train.head=own", "train.head_epochs=1"),
     "lwf.mc": (),
@@ -34,6 +36,12 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "gdumb": ("memory.total=60", "train.epochs=9"),
     "icarl": ("memory.total=60",),
     "bic": ("memory.total=120",),
+    "online_ewc": (),
+    "mas_local": (),
+    "finetune_head": (f"model={CONVOLUTIONS}",),
+    "joint": (),
+    "separate": (),
+    "finetune": (),
 }
 
 
@@ -105,6 +113,7 @@ def test_stopped_and_continued_to_the_same_weights(
     once = finished(config_of(method, tmp_path / "once"))
     again = finished(config_of(method, tmp_path / "again"), stops=(4, 3))
     assert again == once
+    assert (1, "fit") in [(stop["task"], stop["phase"]) for stop in events(tmp_path / "again", "stop")]
     results = events(tmp_path / "once", "evaluate")[-1]["results"]
     assert events(tmp_path / "again", "evaluate")[-1]["results"] == results
     # What a checkpoint holds is tested as the run tested it: corrected, or by nearest means.
