@@ -204,7 +204,7 @@ def _left(standing: Standing, events: Sequence[Event]) -> float | None:
     plan = standing.plan
     paces = (_seconds_a_step(event) for event in reversed(events) if event["event"] == "step")
     pace = next((each for each in paces if each is not None), None)
-    if plan is None or pace is None or standing.task is None or standing.turn == "done":
+    if plan is None or pace is None or standing.task is None or standing.task >= len(plan) or standing.turn == "done":
         return None
     ahead = plan[standing.task + 1 :]
     here = plan[standing.task] - (standing.step or 0) if standing.phase in ("start", "fit") else 0

@@ -124,7 +124,7 @@ def fit_gp(
                 f"'{path}' trained a network of its own for every task (method separate): none has features that were "
                 "made for all of them; take a run with one network"
             )
-        given = Kernel.of(kernel, lengthscale=lengthscale or 1.0, variance=variance)
+        given = Kernel.of(kernel, lengthscale=1.0 if lengthscale is None else lengthscale, variance=variance)
         found, after = fit_features(state, world, settings, given, typical=lengthscale is None)
         posterior = found.posterior
         return Fitted(
