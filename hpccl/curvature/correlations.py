@@ -88,9 +88,9 @@ class Correlations:
 
     def __init__(self, module: nn.Conv2d, new: Callable[..., Tensor]) -> None:
         self._module, self._channels = module, module.in_channels
-        left, right, top, bottom = (
-            module._reversed_padding_repeated_twice if module.padding_mode == "zeros" else (0, 0, 0, 0)
-        )
+        # Padding that is not 0 becomes a part of the image.
+        self._framing = module.padding_mode != "zeros"
+        left, right, top, bottom = (0, 0, 0, 0) if self._framing else module._reversed_padding_repeated_twice
         height, width = module.kernel_size
         self._rows, self._columns = cuts(height, top, bottom), cuts(width, left, right)
         keys = tuple(self._keys())
@@ -98,12 +98,16 @@ class Correlations:
 
     def fits(self, x: Tensor) -> bool:
         """Whether images [n, channels, h, w] are large enough to be cut."""
-        height, width = self._framed(x).shape[2:]
+        height, width = x.shape[2:]
+        if self._framing:  # as `padded` will make them
+            left, right, top, bottom = self._module._reversed_padding_repeated_twice
+            height, width = height + top + bottom, width + left + right
         return height >= max(each.least for each in self._rows) and width >= max(each.least for each in self._columns)
 
     def add_(self, x: Tensor, scale: float) -> None:
         """Add images [n, channels, h, w] that fit."""
-        pixels = self._framed(x).permute(2, 3, 0, 1).contiguous()  # shifts are slices, and products are long
+        framed = padded(self._module, x) if self._framing else x
+        pixels = framed.permute(2, 3, 0, 1).contiguous()  # shifts are slices, and products are long
         height, width = pixels.shape[:2]
         column = cache(lambda number: pixels[:, number].contiguous())
         for (down, right, row, piece), total in self._sums.items():
@@ -138,10 +142,6 @@ class Correlations:
                 self._block(block, tap, partner)
             whole[:, number] = blocks.permute(1, 2, 0)
         return whole.view(channels * count, channels * count)
-
-    def _framed(self, x: Tensor) -> Tensor:
-        """With the padding around it that is not 0."""
-        return x if self._module.padding_mode == "zeros" else padded(self._module, x)
 
     def _squares(self) -> list[Tensor]:
         """Of the difference 0: sums of x_q x_q'."""

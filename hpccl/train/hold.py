@@ -29,9 +29,9 @@ _LAYERS = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
-    """Tell the engine what is held from now on: what is frozen and has not come, or all but the new classes' rows.
+    """Tell the engine what is held from now on; collective.
 
-    Collective.
+    Frozen parts and, where weights decay, rows of later classes; or, with `head_only`, all but the new classes' rows.
 
     Raises:
         ConfigError: a pattern matches nothing, or the network has no last layer that could be told from the rest.
