@@ -77,8 +77,9 @@ def test_the_process_remembers_what_its_network_forgot(run: Path, tmp_path: Path
 def test_arguments_that_are_out_of_range(run: Path) -> None:
     with pytest.raises(ConfigError, match="inducing=0 of a Gaussian process"):
         fit_gp(run, settings=Settings(inducing=0))
-    with pytest.raises(ConfigError, match=r"lengthscale=-1.0 of a kernel"):
-        fit_gp(run, settings=Settings(), lengthscale=-1.0)
+    for lengthscale in (-1.0, 0.0):
+        with pytest.raises(ConfigError, match=rf"lengthscale={lengthscale} of a kernel"):
+            fit_gp(run, settings=Settings(), lengthscale=lengthscale)
 
 
 def test_networks_of_their_own_are_refused(tmp_path: Path) -> None:

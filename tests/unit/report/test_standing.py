@@ -78,6 +78,14 @@ def test_what_goes_on_after_an_end_was_started_again() -> None:
     assert (found.turn, found.turn_time, found.message) == ("run", 30, "")
 
 
+def test_a_run_that_was_done_and_failed_when_it_was_started_again() -> None:
+    again = begun(20, resumed={"task": 2, "phase": "done", "step": 200})
+    found = standing_of(
+        [begun(), step(8, 190, task=2), event("done", 9), again, event("error", 21, kind="X", message="")]
+    )
+    assert (found.turn, found.left) == ("error", None)
+
+
 def test_a_run_of_an_earlier_version_tells_what_it_can() -> None:
     found = standing_of([event("run", 0), step(8, 60)])
     assert (found.turn, found.num_tasks, found.step, found.left) == ("run", None, 60, None)
