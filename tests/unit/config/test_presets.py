@@ -14,7 +14,7 @@ from hpccl.config.run import RunConfig
 ROOT = Path(__file__).parents[3]
 PRESETS = sorted((ROOT / "configs" / "preset").glob("*/*.yaml"))
 NAMES = {
-    "authors": "ewc gdumb lwf mas online_ewc",
+    "authors": "ewc fromp gdumb lwf mas online_ewc",
     "avalanche": "bic der der++ er ewc lwf mas online_ewc si",
     "mammoth": "bic der der++ er ewc gdumb lwf si",
 }
