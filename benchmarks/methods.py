@@ -8,7 +8,9 @@ fine-tuning's step on other rows or weights (joint, separate, gdumb, feature_ext
 left out, as are topic and fromp, which show further images beside a step's.
 
 The opponents are the formulas of Avalanche 0.6.0 and Mammoth, written anew for this measurement and run in turns with
-ours on the same network, rows and AdamW, without their frameworks (events, loaders, transforms of a buffer's images):
+ours on the same network, rows and AdamW, without their frameworks (events, loaders, transforms of a buffer's images).
+Where avalanche-lib is installed (`pip install -c constraints.txt avalanche-lib`), its strategies run in the same turns.
+The formulas:
 
     avalanche ewc, mas  a loop over the parameters adds sum(F (w - a)^2) to the loss, which is differentiated
     avalanche si        the same, and copies of weights and gradients before and after the step
@@ -23,6 +25,7 @@ Ratios are medians over turns of processor seconds, which feel other load on the
 
     worst_over_peer       a step of ours over the opponent's, the worst pair
     worst_over_finetune   over our fine-tuning's, the worst method without another forward pass
+    worst_over_library    a step of ours over avalanche-lib's own, the worst pair, where it is installed
     again                 fine-tuning against itself: the noise of this measurement
     ..._clock             the same by the clock
     peak_bytes            highest resident memory during steps above what the process had before the network was built,
@@ -37,7 +40,7 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +51,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks import _avalanche
 from benchmarks._common import (
     forget_peak,
     giving_back,
@@ -323,6 +327,8 @@ def timed(names: Sequence[str], turns: int, folder: Path) -> tuple[Rates, Rates]
     runs: dict[str, Callable[[], int]] = {name: ours(name, folder, turns + 1) for name in names}
     runs[AGAIN] = ours("finetune", folder, turns + 1)
     runs |= {peer: Peer(peer) for peer, own in PAIRS.items() if own in names}
+    if _avalanche.installed():
+        runs |= {name: library(name, turns + 1) for name, own in _avalanche.PAIRS.items() if own in names}
     for name, run in runs.items():
         if isinstance(run, Steps):
             rows = len(run.plan.batch(0))
@@ -336,7 +342,19 @@ def timed(names: Sequence[str], turns: int, folder: Path) -> tuple[Rates, Rates]
         return rows
 
     rates = interleaved({name: partial(counted, name) for name in runs}, turns)
+    for name, run in runs.items():
+        if isinstance(run, _avalanche.Strategy):  # its own clock leaves out what is between two steps
+            cpu[name] = [ROWS / seconds for seconds in run.cpu]
+            rates[name] = [ROWS / seconds for seconds in run.clock[1:]]
     return rates, {name: own[1:] for name, own in cpu.items()}  # the first turn warms up
+
+
+def library(name: str, num_steps: int) -> _avalanche.Strategy:
+    """A strategy of avalanche-lib on the same network and as many kept images."""
+    images = RandomImages.of(SIZE, count=TASKS * CLASSES * PER_CLASS).made.contiguous()
+    labels = torch.arange(len(images)) * TASKS // len(images) * CLASSES + torch.arange(len(images)) % CLASSES
+    kept = CLASSES * PER_CLASS // 2
+    return _avalanche.Strategy(name, network(), images, labels, num_steps=num_steps, rows=ROWS, memory=kept)
 
 
 def peak(name: str, folder: Path) -> int:
@@ -364,7 +382,13 @@ def hold(rank: int, name: str, folder: Path) -> None:
 def ratios(rates: Rates) -> tuple[dict[str, float], dict[str, float]]:
     """Of a step, by median over turns: over fine-tuning's, and of ours over each opponent's."""
     over = {name: median_ratio(rates, "finetune", name) for name in rates if name != "finetune"}
-    return over, {peer: median_ratio(rates, peer, own) for peer, own in PAIRS.items() if peer in rates}
+    pairs = PAIRS | _avalanche.PAIRS
+    return over, {peer: median_ratio(rates, peer, own) for peer, own in pairs.items() if peer in rates}
+
+
+def worst(peers: dict[str, float], pairs: Iterable[str]) -> str | None:
+    """The opponent over which ours is slowest."""
+    return max((name for name in pairs if name in peers), key=lambda name: peers[name], default=None)
 
 
 def report(rates: Rates, cpu: Rates, peaks: dict[str, int], **details: Any) -> None:
@@ -372,29 +396,34 @@ def report(rates: Rates, cpu: Rates, peaks: dict[str, int], **details: Any) -> N
     over, peers = ratios(cpu)
     clock_over, clock_peers = ratios(rates)
     for name, own in cpu.items():
-        against = f"  {peers[name]:6.3f} ours ({PAIRS[name]}) over it" if name in peers else ""
+        mine = (PAIRS | _avalanche.PAIRS).get(name)
+        against = f"  {peers[name]:6.3f} ours ({mine}) over it" if name in peers else ""
         held = f" {peaks[name] / 2**20:7.1f} MiB" if name in peaks else ""
-        print(f"{name:16} {1e3 * ROWS / median(own):8.2f} ms {over.get(name, 1.0):6.3f} x finetune{held}{against}")
+        print(f"{name:35} {1e3 * ROWS / median(own):8.2f} ms {over.get(name, 1.0):6.3f} x finetune{held}{against}")
     once = [name for name in over if name in OURS and name not in ASKING]
-    worst_peer, worst_method = max(peers, key=lambda name: peers[name]), max(once, key=lambda name: over[name])
+    worst_peer, worst_library = worst(peers, PAIRS), worst(peers, _avalanche.PAIRS)
+    worst_method = max(once, key=lambda name: over[name])
+    assert worst_peer is not None, "plain is always there"
     print_result(
         "methods",
         {
             "worst_over_peer": peers[worst_peer],
+            **({} if worst_library is None else {"worst_over_library": peers[worst_library]}),
             "worst_over_finetune": over[worst_method],
             "again": over[AGAIN],
             "worst_over_peer_clock": clock_peers[worst_peer],
             "again_clock": clock_over[AGAIN],
         },
-        worst={"peer": worst_peer, "method": worst_method},
+        worst={"peer": worst_peer, "library": worst_library, "method": worst_method},
         seconds={name: round(ROWS / median(own), 5) for name, own in rates.items()},
         processor_seconds={name: round(ROWS / median(own), 5) for name, own in cpu.items()},
         time_over_finetune={name: round(value, 4) for name, value in over.items()},
-        peer_of=PAIRS,
+        peer_of=PAIRS | _avalanche.PAIRS,
         time_over_peer={name: round(value, 4) for name, value in peers.items()},
         clock_over_peer={name: round(value, 4) for name, value in clock_peers.items()},
         peak_bytes=peaks,
-        opponents="formulas of Avalanche 0.6.0 and Mammoth, written anew; avalanche-lib itself is not imported",
+        opponents="formulas of Avalanche 0.6.0 and Mammoth, written anew",
+        avalanche_lib=_avalanche.version() if _avalanche.installed() else None,
         rows=ROWS,
         size=SIZE,
         **details,

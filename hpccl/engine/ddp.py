@@ -112,7 +112,7 @@ class DdpEngine(BaseEngine):
             for group in self._optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=False)
+        self._clear_gradients()
         return norm
 
     @property
@@ -127,7 +127,8 @@ class DdpEngine(BaseEngine):
 
     def _clear_gradients(self) -> None:
         assert self._optimizer is not None, "start() comes first"
-        self._optimizer.zero_grad(set_to_none=False)
+        # DDP's are views of its buckets, which stay. Others are let go: nothing is filled with zeros and added to.
+        self._optimizer.zero_grad(set_to_none=self._comm.size == 1)
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients)
