@@ -92,7 +92,9 @@ def status(
 ) -> None:
     """Show what runs do: their jobs, where they stand, how fast, how long still, what went wrong."""
     from hpccl.cluster import status_table
+    from hpccl.cluster.jobs import refuse_absent
 
+    refuse_absent(runs)
     if watch is None:
         status_table.show(runs, as_json=as_json)
     else:
@@ -115,7 +117,9 @@ def logs(
 def cancel(runs: Runs) -> None:
     """End the jobs of runs, which save first; the folders stay, and can be continued."""
     from hpccl.cluster import cancel as ending
+    from hpccl.cluster.jobs import refuse_absent
 
+    refuse_absent(runs)
     lines, well = ending.cancel(runs)
     typer.echo("\n".join(lines))
     raise typer.Exit(DONE if well else FAILED)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from hpccl.cluster.outcome import DONE, FAILED
-from hpccl.errors import ConfigError
+from hpccl.errors import ConfigError, FolderError
 
 __all__ = ["choose", "doctor", "evaluate", "export", "merge", "report"]
 
@@ -85,15 +85,25 @@ def report(
         str | None, typer.Option(help="Which data set of that file, where several could be meant.")
     ] = None,
 ) -> None:
-    """Write report.{json,md,html} in each run's folder, and compare the runs."""
+    """Write report.{json,md,html} in each run's folder, and compare the runs.
+
+    With --out, runs in folders that you may not write are compared, too.
+    """
     from hpccl.report.archive import NAME
     from hpccl.report.compare import compare_runs, print_comparison
     from hpccl.report.compare_files import write_comparison
-    from hpccl.report.write import report_run
+    from hpccl.report.write import report_if_writable
 
     folders = [path for path in runs if not path.is_file()]
     for folder in folders:
-        report_run(folder)
+        refused = report_if_writable(folder)
+        if refused and out is None:
+            raise FolderError(
+                f"no report can be written into '{folder}': {refused}; give --out FOLDER, which takes a comparison of "
+                "the runs and leaves their folders alone"
+            )
+        if refused:
+            typer.echo(f"{folder}: {refused}: no report is written into it, it is compared all the same", err=True)
     if add and out is None:
         raise ConfigError("--add without --out: it adds to the comparison in that folder; give it, or leave --add out")
     earlier = [out / NAME] if add and out is not None and (out / NAME).exists() else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +12,11 @@ from typing import Literal
 from hpccl.cluster.lock import holder
 from hpccl.cluster.queue import UNKNOWN, JobState, states
 from hpccl.cluster.records import JobRecord, birth, read_records
+from hpccl.errors import ConfigError
 from hpccl.folder import RunFolder
 from hpccl.report.standing import Standing
 
-__all__ = ["Job", "find_jobs", "find_runs", "latest_job"]
+__all__ = ["Job", "find_jobs", "find_runs", "is_run", "latest_job", "refuse_absent"]
 
 _NOT_RUNS = {"checkpoints", "memory", "logs", "tensorboard", "report", "slurm", "__pycache__"}
 _SIGNS = ("config.yaml", "jobs.jsonl", "events.jsonl")
@@ -29,8 +31,40 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether the folder itself is one, whatever is below it."""
+    return any((folder / sign).exists() for sign in _SIGNS)
+
+
+def refuse_absent(folders: Sequence[Path]) -> None:
+    """A path that was mistyped, as it is in a command, must not look like runs of which there is nothing to say.
+
+    Raises:
+        ConfigError: a path does not exist; says which one beside it has a similar name.
+    """
+    told = [_absence(folder) for folder in folders if _is_absent(folder)]
+    if told:
+        raise ConfigError(f"{'; '.join(told)}. Give folders of runs, or of sweeps and campaigns with runs below")
+
+
+def _is_absent(folder: Path) -> bool:
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # of a folder that may not be read, a status says so
+        return False
+    return False
+
+
+def _absence(folder: Path) -> str:
+    near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.glob("*")], n=1)
+    return f"'{folder}' does not exist" + (f" (did you mean '{folder.parent / near[0]}'?)" if near else "")
+
+
 def _below(folder: Path, depth: int = 8) -> Iterator[Path]:
-    """Sorted by name. Not into runs, which hold none, nor through links, which may lead in a circle."""
+    """Sorted by name. Into runs, too, which may hold a sweep or a reference, but not through links, which may lead in a
+    circle."""
     try:
         with os.scandir(folder) as entries:
             inside = sorted(entries, key=lambda entry: entry.name)
@@ -38,7 +72,6 @@ def _below(folder: Path, depth: int = 8) -> Iterator[Path]:
         return
     if any(entry.name in _SIGNS for entry in inside):
         yield folder
-        return
     for entry in inside:
         if depth > 1 and entry.name not in _NOT_RUNS and entry.name[0] != "." and entry.is_dir(follow_symlinks=False):
             yield from _below(folder / entry.name, depth - 1)

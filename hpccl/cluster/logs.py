@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpccl.cluster.jobs import find_jobs, find_runs, latest_job
-from hpccl.cluster.status import read_statuses
+from hpccl.cluster.jobs import find_jobs, find_runs, is_run, latest_job
+from hpccl.cluster.status import statuses_of
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder, explain_os_error
 from hpccl.report.standing import read_standing
@@ -87,7 +87,7 @@ def tail(path: Path, size: int, lines: int) -> bytes:
 
 def _only_run(folder: Path) -> Path:
     """Raises FolderError where several, or none, could be meant."""
-    runs = find_runs([folder])
+    runs = [folder] if is_run(folder) else find_runs([folder])
     if len(runs) > 1:
         raise FolderError(f"'{folder}' holds {len(runs)} runs; choose one of them, such as {runs[0]}")
     if not runs[0].is_dir():
@@ -140,4 +140,4 @@ def _growth(run: Path, path: Path, size: int) -> Iterator[bytes]:
 
 
 def _has_ended(run: Path) -> bool:
-    return all(status.ended for status in read_statuses([run]))
+    return all(status.ended for status in statuses_of([run]))

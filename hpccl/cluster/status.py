@@ -15,7 +15,7 @@ from hpccl.cluster.queue import UNKNOWN, JobState
 from hpccl.folder import RunFolder
 from hpccl.report.standing import Standing, read_standing
 
-__all__ = ["ENDED", "RunStatus", "State", "judge", "read_statuses", "wait_for"]
+__all__ = ["ENDED", "RunStatus", "State", "judge", "read_statuses", "statuses_of", "wait_for"]
 
 State: TypeAlias = Literal[
     "queued", "queued again", "starting", "running", "suspended", "ending",
@@ -73,17 +73,21 @@ class RunStatus:
 
 def read_statuses(folders: Sequence[Path]) -> list[RunStatus]:
     """One for each run among and below the folders; never raises."""
-    runs = find_runs(folders)
+    return statuses_of(find_runs(folders))
+
+
+def statuses_of(runs: Sequence[Path]) -> list[RunStatus]:
+    """One for each of these runs alone; never raises."""
     standings = {run: read_standing(RunFolder(run).events) for run in runs}
     jobs = find_jobs(standings)
     now = time.time()
     return [_status(run, standings[run], latest_job(jobs[run]), now) for run in runs]
 
 
-def wait_for(folders: Sequence[Path], *, interval: float = 5.0) -> int:
-    """Wait until all runs there have ended; exit code 1 if one of them did not finish."""
+def wait_for(runs: Sequence[Path], *, interval: float = 5.0) -> int:
+    """Wait until these runs have ended; exit code 1 if one of them did not finish."""
     while True:
-        found = read_statuses(folders)
+        found = statuses_of(runs)
         if all(status.ended for status in found):
             return DONE if all(status.state == "done" for status in found) else FAILED
         time.sleep(interval)
@@ -125,7 +129,7 @@ def _absent(run: Path, standing: Standing, job: Job | None) -> str:
         return ""
     try:
         if not run.is_dir():
-            return "no such folder"
+            return "a file, not the folder of a run" if run.exists() else "no such folder"
         if not any(path.exists() for path in (RunFolder(run).config, RunFolder(run).events, RunFolder(run).jobs)):
             next(run.iterdir(), None)
             return "not the folder of a run, and no run below it"

@@ -311,8 +311,8 @@ def _open_shards(stream: ShardStream, data: DataConfig, added: Sequence[str], co
         test_shape=(3, *shapes["test"]),
         shards=[part.splits["train"] for part in parts],
     )
-    if decoded and data.bad_images == "stop" and opened.skipped():
-        raise DataError(_explain_bad(opened))
+    if isinstance(source, DecodedImages) and data.bad_images == "stop" and opened.skipped():
+        raise DataError(_explain_bad(opened, source))
     return opened
 
 
@@ -470,8 +470,7 @@ def _decoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, 
             if shards.missing and not path.exists():
                 kept[split].append(_decoded_rest(path, shards, view, shape))
                 continue
-            whole = (len(shards.labels), *shape)
-            kept[split].append(keep_decoded(path, shape=whole, decode=partial(_view_of, shards, view)))
+            kept[split].append(_keep(path, shards, view, shape, np.arange(len(shards))))
     return DecodedImages(
         parts=kept,
         index=layout.index,
@@ -486,12 +485,29 @@ def _decoded_rest(path: Path, shards: ShardSet, view: EvaluationView, shape: tup
     rest = np.setdiff1d(every, shards.gone(every))
     digest = hashlib.sha256(rest.tobytes()).hexdigest()[:16]
     beside = path.with_stem(f"{path.stem}-{digest}")
-    found = keep_decoded(beside, shape=(len(rest), *shape), decode=lambda row: _view_of(shards, view, int(rest[row])))
-    return Kept(found.pixels, {int(rest[row]): reason for row, reason in found.bad.items()}, rest)
+    found = _keep(beside, shards, view, shape, rest)
+    return replace(found, bad={int(rest[row]): reason for row, reason in found.bad.items()}, numbers=rest)
 
 
-def _view_of(shards: ShardSet, view: EvaluationView, number: int) -> npt.NDArray[np.uint8]:
-    return view(decode(shards.read(number), shards.name(number)))
+def _keep(
+    path: Path, shards: ShardSet, view: EvaluationView, shape: tuple[int, int, int], numbers: npt.NDArray[np.int64]
+) -> Kept:
+    """Some images, decoded once; in what is kept, they have the numbers 0, 1, ..."""
+    last = frozenset(shards.last_of_files(numbers).tolist())
+
+    def read(row: int) -> bytes:
+        number = int(numbers[row])
+        data = shards.read(number)
+        # The path tells which bytes the shards should have, so what other bytes decode to must not come under it. Last,
+        # for then the file is in the system's cache, and what changed while it was decoded is found as well.
+        if number in last:
+            shards.check_file(number)
+        return data
+
+    def decoded(data: bytes, row: int) -> npt.NDArray[np.uint8]:
+        return view(decode(data, shards.name(int(numbers[row]))))
+
+    return keep_decoded(path, shape=(len(numbers), *shape), read=read, decode=decoded)
 
 
 def _encoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, shapes: Shapes) -> EncodedImages:
@@ -525,10 +541,16 @@ def _encoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, 
     )
 
 
-def _explain_bad(stream: ImageStream) -> str:
+def _explain_bad(stream: ImageStream, source: DecodedImages) -> str:
     bad = stream.skipped()
+    split, sample, name, reason = bad[0]
     others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"{bad[0][2]}: {bad[0][3]}{others}; set data.bad_images to skip to go on without such images"
+    notes = source.parts[split][int(source.index[split].part[sample])].notes
+    return (
+        f"{name}: {reason}{others}; set data.bad_images to skip to go on without such images, or build the shards "
+        "again from mended ones. This was found when the images were decoded: to have them decoded afresh, delete "
+        f"'{notes}'"
+    )
 
 
 # ---------------------------------------------------------------- both

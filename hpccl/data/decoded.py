@@ -33,6 +33,8 @@ from hpccl.folder import replacing
 __all__ = ["DecodedImages", "Kept", "cache_folder", "keep_decoded", "kept_path"]
 
 Pixels = npt.NDArray[np.uint8]
+Read = Callable[[int], bytes]
+Decode = Callable[[bytes, int], Pixels]
 _FORMAT = 1
 _CHUNK = 1024  # images decoded between two writes
 
@@ -44,11 +46,13 @@ class Kept:
     pixels: [num, h, w, channels] uint8
     bad: why an image could not be decoded, by number
     numbers: [num] ascending, whose the pixels are where some are gone; None: of all, in order
+    notes: the file that `bad` is from, if any
     """
 
     pixels: Pixels
     bad: Mapping[int, str] = field(default_factory=dict)
     numbers: npt.NDArray[np.int64] | None = None
+    notes: Path | None = None
 
     def take(self, numbers: npt.NDArray[np.int64]) -> Pixels:
         """[n, h, w, channels] of some images.
@@ -137,16 +141,18 @@ def kept_path(folder: Path, fingerprint: str, view: str) -> Path:
     return folder / f"{key}.npy"
 
 
-def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], decode: Callable[[int], Pixels]) -> Kept:
+def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], read: Read, decode: Decode) -> Kept:
     """Open `path`; if it is not there yet, decode all images into it first. Any number of processes may do so at once.
 
     Args:
         path: ends in .npy.
         shape: [num, h, w, channels].
-        decode: number -> [h, w, channels]; raises DataError for an image that cannot be decoded. Called from threads.
+        read: number -> an image file's bytes. An error of it ends the decoding, and nothing is kept: unlike an image
+            that cannot be decoded, it may be mended without a change of `path`. Called from threads, as `decode` is.
+        decode: those and the number -> [h, w, channels]; raises DataError for an image that cannot be decoded.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written; and what `read` raises.
     """
     try:
         kept = _opened(path, shape)
@@ -156,7 +162,7 @@ def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], decode: Callab
         with _locked(path.with_suffix(".lock")):
             kept = _opened(path, shape)  # another process may have been quicker
             if kept is None:
-                _write(path, shape, decode)
+                _write(path, shape, read, decode)
     except (OSError, FolderError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         raise DataError(
@@ -179,7 +185,7 @@ def _opened(path: Path, shape: tuple[int, ...]) -> Kept | None:
         return None
     if pixels.shape != shape or pixels.dtype != np.uint8:
         return None
-    return Kept(pixels, {int(number): reason for number, reason in bad.items()})
+    return Kept(pixels, {int(number): reason for number, reason in bad.items()}, notes=_bad_path(path))
 
 
 def _bad_path(path: Path) -> Path:
@@ -196,12 +202,13 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, shape: tuple[int, int, int, int], decode: Callable[[int], Pixels]) -> None:
+def _write(path: Path, shape: tuple[int, int, int, int], read: Read, decode: Decode) -> None:
     bad: dict[int, str] = {}
 
     def attempt(number: int) -> Pixels:
+        data = read(number)
         try:
-            pixels = decode(number)
+            pixels = decode(data, number)
         except DataError as error:
             bad[number] = str(error)
             return np.zeros(shape[1:], dtype=np.uint8)

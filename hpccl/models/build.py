@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import assert_never
 
@@ -89,8 +90,9 @@ def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int
         )
     timm = import_timm()
     if not timm.is_model(config.name):
-        near = timm.list_models(f"*{config.name[:6]}*")[:6]
-        raise ConfigError(f"model.name '{config.name}' is not a timm model; similar: {', '.join(near) or 'none'}")
+        near = _similar(config.name, timm.list_models())
+        advice = f"similar: {', '.join(near)}" if near else "timm.list_models() has the names of all"
+        raise ConfigError(f"model.name '{config.name}' is not a timm model; {advice}")
     try:
         model: nn.Module = timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=image_shape[0], **config.options
@@ -99,3 +101,10 @@ def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int
         raise ConfigError(f"model.options {config.options} does not suit '{config.name}': {error}") from error
     replace_dropout(model)
     return model
+
+
+def _similar(wrong: str, names: Sequence[str]) -> list[str]:
+    """A few names that begin with a wrong one, which may be half of one, and then those that are written most alike."""
+    wanted = wrong.lower().replace("-", "_")
+    longer = [name for name in names if name.startswith(wanted)]
+    return list(dict.fromkeys([*longer[:3], *difflib.get_close_matches(wanted, names, n=6)]))[:6]

@@ -2,13 +2,14 @@
 
 Candidates of a method are its runs that differ in more than seed and size of the memory. The best has the highest mean
 of the average accuracy (task-incremental, after the last task) over all its sizes and seeds; of equals, the one whose
-runs were given first. Nothing here looks at test images: runs without data.validation are refused.
+runs were given first. Nothing here looks at test images: runs without data.validation are refused, and so are runs of a
+method that were not tested on the same images and tasks.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = ["Candidate", "Choice", "choose", "choose_runs", "write_choices"]
 
 Flat: TypeAlias = dict[str, Any]
 _SIZES = ("memory.size", "memory.total", "memory.fraction")
+_SHOWN = 5  # settings that an error names one by one
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def choose_runs(paths: Sequence[Path]) -> list[Choice]:
     Raises:
         FolderError: a path is neither.
         ConfigError: a run is not finished or was measured on test images, or candidates do not have the same sizes and
-            seeds.
+            seeds, or not the same stream and data.validation.
     """
     recorded = read_runs(paths)
     return choose([flat(run.config.identity()) for run in recorded], [run.report() for run in recorded])
@@ -124,6 +126,7 @@ def _check(run: RunReport) -> None:
 
 def _candidates(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> tuple[Candidate, ...]:
     """Those of one method, the best first."""
+    _refuse_other_tests(method, mine)
     groups: dict[str, list[tuple[Flat, RunReport]]] = {}
     for identity, run in mine:
         groups.setdefault(_text({k: v for k, v in identity.items() if k not in (*IGNORED, *_SIZES)}), []).append(
@@ -144,6 +147,42 @@ def _candidates(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> tuple[Ca
         accuracies = tuple(float(run.average_accuracy or 0.0) for _, run in ordered)
         found.append(Candidate(settings, accuracies, tuple(run.name for _, run in ordered)))
     return tuple(sorted(found, key=lambda candidate: -candidate.accuracy))  # stable: of equals, the first given
+
+
+def _refuse_other_tests(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> None:
+    """An accuracy on other tasks or images is not a better or worse one."""
+    first, run = mine[0][0], mine[0][1]
+    for other, its_run in mine[1:]:
+        keys = [key for key in dict.fromkeys([*first, *other]) if _is_of_test(key) and _differs(key, [first, other])]
+        if not keys:
+            continue
+        told = [
+            f"{name} is {was} in run '{run.name}' and {now} in '{its_run.name}'"
+            for key in keys
+            for name, was, now in _unlike(key, first.get(key, "absent"), other.get(key, "absent"))
+        ]
+        more = f"; and {len(told) - _SHOWN} more settings" if len(told) > _SHOWN else ""
+        raise ConfigError(
+            f"runs of '{method}' were not tested on the same images and tasks, so that their accuracies cannot be "
+            f"compared: {'; '.join(told[:_SHOWN])}{more}. Give runs to `hpccl choose` that have the same "
+            "data.validation and stream"
+        )
+
+
+def _is_of_test(key: str) -> bool:
+    return key == "data.validation" or key.startswith("stream.")
+
+
+def _unlike(name: str, first: Any, second: Any) -> Iterator[tuple[str, str, str]]:
+    """(name, value, other value) of what differs within two values of a setting: of parts of a stream, their keys."""
+    if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        for number, (one, other) in enumerate(zip(first, second, strict=True)):
+            yield from _unlike(f"{name}[{number}]", one, other)
+    elif isinstance(first, dict) and isinstance(second, dict):
+        for key in dict.fromkeys([*first, *second]):
+            yield from _unlike(f"{name}.{key}", first.get(key, "absent"), second.get(key, "absent"))
+    elif _text(first) != _text(second):
+        yield name, _text(first).replace('"absent"', "absent"), _text(second).replace('"absent"', "absent")
 
 
 def _place(identity: Flat, run: RunReport) -> tuple[str, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,10 +19,11 @@ from hpccl.report.pictures import memory_grids
 from hpccl.report.summary import PhaseCost, RunReport, phase_totals, read_config, summarise_events
 from hpccl.report.text import fixed, markdown_table, percent, signed, size, time_span, whole
 
-__all__ = ["page", "render_html", "render_markdown", "report_run", "write_json", "write_text"]
+__all__ = ["page", "render_html", "render_markdown", "report_if_writable", "report_run", "write_json", "write_text"]
 
 Rows: TypeAlias = list[list[str]]
 
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _PHASES = ["task", "phase", "time", "images", "images/s", "peak memory"]
 _TASKS = ["task", "name", "classes", "training images", "test images"]
 _MEMORY = ["after task", "examples", "all bytes", "of soft labels", "soft label agrees with the true one"]
@@ -39,14 +42,41 @@ def report_run(folder: Path) -> dict[str, Any]:
     Raises:
         FolderError: it is not a run folder, a file in it is damaged, or a report cannot be written.
     """
+    content, texts = _made(folder)
+    _write(folder, texts)
+    return content
+
+
+def report_if_writable(folder: Path) -> str:
+    """The same, but for a folder that only others may write; returns the system's word for that, or nothing.
+
+    Raises:
+        FolderError: as of `report_run`.
+    """
+    _, texts = _made(folder)
+    try:
+        _write(folder, texts)
+    except FolderError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _NOT_OURS:
+            return os.strerror(cause.errno)
+        raise
+    return ""
+
+
+def _made(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The content of report.json, and each report's text by suffix."""
     run = RunFolder(folder)
     events = read_events(run.events) if run.events.exists() else _nothing_yet(folder)
     report = summarise_events(read_config(folder), events)
     content = report.to_dict()
-    write_json(run.report("json"), content)
-    write_text(run.report("md"), render_markdown(report))
-    write_text(run.report("html"), render_html(report, events, folder))
-    return content
+    texts = {"json": _json(content), "md": render_markdown(report), "html": render_html(report, events, folder)}
+    return content, texts
+
+
+def _write(folder: Path, texts: Mapping[str, str]) -> None:
+    for suffix, text in texts.items():
+        write_text(RunFolder(folder).report(suffix), text)
 
 
 def _nothing_yet(folder: Path) -> list[Event]:
@@ -61,7 +91,11 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         FolderError: it cannot be written.
     """
-    write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(path, _json(content))
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

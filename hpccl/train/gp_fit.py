@@ -53,6 +53,7 @@ class Fitted:
     """What was learned, and how well it predicts.
 
     features: numbers of an example
+    names: of the tasks that were learned
     settings: of hpccl.gp.stream
     state: after the last task
     after: for every task learned, figures on the test data of the tasks up to it, among the classes seen by then
@@ -63,6 +64,7 @@ class Fitted:
     checkpoint: str
     task: int
     features: int
+    names: list[str]
     settings: Settings
     state: State
     after: list[list[dict[str, Any]]]
@@ -77,6 +79,7 @@ class Fitted:
             "checkpoint": self.checkpoint,
             "task": self.task,
             "features": self.features,
+            "names": self.names,
             "settings": asdict(self.settings),
             "kernel": {
                 "kind": kernel.kind,
@@ -132,6 +135,7 @@ def fit_gp(
             checkpoint=mark.name,
             task=mark.task,
             features=0 if posterior is None else posterior.inducing.shape[1],
+            names=[each.name for each in world.stream.tasks[: mark.task + 1]],
             settings=settings,
             state=found,
             after=after,
@@ -216,7 +220,7 @@ def _tested(gp: State, x: Tensor, sample: Ints, *, labels: Ints, world: World) -
 # ---------------------------------------------------------------- files
 
 
-def markdown(found: Fitted, names: list[str] | None = None) -> str:
+def markdown(found: Fitted) -> str:
     """Figures after the last task as a table, and what they are of."""
     said = found.as_dict()
     rows = []
@@ -225,7 +229,7 @@ def markdown(found: Fitted, names: list[str] | None = None) -> str:
         rows.append(
             [
                 str(task + 1),
-                "" if names is None else names[task],
+                found.names[task],
                 whole(row["num"]),
                 percent(row["accuracy"]),
                 fixed(row["nll"]),

@@ -1,5 +1,6 @@
 """What goes wrong on a cluster: one clear message, nothing lost, and the same command continues."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpccl.data.shards.manifest import Manifest, file_sha256
 from tests.run.command import events, finish, hpccl, ranks, report, start, wait_for_steps
 
 
@@ -200,13 +202,16 @@ def test_evaluate_agrees_with_the_report(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("storage", ["decoded", pytest.param("encoded", marks=pytest.mark.slow)])
 def test_an_undecodable_image_stops_or_is_skipped_and_counted(tmp_path: Path, storage: str) -> None:
-    """Damaged after the shards were built, where only decoding can see it."""
+    """Where only decoding can see it: the manifest is that of whole shards."""
     shards = small_shards(tmp_path)
     victim = min((shards / "train").glob("*.tar"))
     content = bytearray(victim.read_bytes())
     start_of_image = content.index(b"\x89PNG")
     content[start_of_image : start_of_image + 60] = b"\0" * 60
     victim.write_bytes(content)
+    manifest = Manifest.load(shards / "train")
+    entries = [dataclasses.replace(each, sha256=file_sha256(shards / "train" / each.file)) for each in manifest.shards]
+    dataclasses.replace(manifest, shards=tuple(entries)).save(shards / "train")
     own = [*shard_settings(shards, tmp_path / "cache"), f"data.storage={storage}", "data.workers=0", "memory.size=0"]
     own += ["prior.replay=0", "prior.temperature=1.0"]
     # With images decoded on demand, only one of the two ranks meets it: its message must be the one that is shown.

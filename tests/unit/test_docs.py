@@ -1,4 +1,4 @@
-"""What the documentation names exists: files, functions, classes and their members, and tests.
+"""What the documentation names or links to exists: files, functions, classes and their members, and tests.
 
 `curvature/spectrum.py: Spectrum, gathered`       a file of hpccl/, tests/ or the repository, and names in it
 `Posterior.solve`                                a class of hpccl/ and a member of it
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "slurm").rglob("*.md")])
 FOLDERS = ("hpccl", "tests", "launch", "benchmarks", "slurm")
 _FILE = re.compile(r"([\w/]+\.py)(?:: ?([\w., ]+))?")
+_LINK = re.compile(r"\]\(<?([^)\s>]+)>?(?: \"[^\"]*\")?\)")
 _MEMBER = re.compile(r"[A-Z]\w*[a-z]\w*\.[a-z_]\w*")
 
 
@@ -113,6 +114,23 @@ def _in_file(span: str, file: str, names: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_page_names_exists(page: Path) -> None:
     assert complaints(page.read_text(encoding="utf-8")) == []
+
+
+def dead_links(page: Path, text: str) -> list[str]:
+    """What a page links to, or shows, within the repository and that is not there; anchors are not looked for."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    targets = [target.split("#")[0] for target in _LINK.findall(prose) if not re.match(r"[a-z]+:", target)]
+    return [target for target in targets if target and not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_page_links_to_exists(page: Path) -> None:
+    assert dead_links(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_dead_links_are_found() -> None:
+    text = "![a picture](none.png) [a page](data.md) [a part](no.md#part) [here](#part) [there](https://a.b/c) `[x](y)`"
+    assert dead_links(ROOT / "docs" / "plan.md", text) == ["none.png", "no.md"]
 
 
 def test_every_method_has_its_place_in_the_theory() -> None:

@@ -9,6 +9,7 @@ id is `<shard>/<key>`, such as `c0012-000/n01440764_10026`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import io
 import json
@@ -34,6 +35,7 @@ __all__ = [
     "ShardEntry",
     "SkippedImage",
     "file_sha256",
+    "refuse_absent",
     "splits",
 ]
 
@@ -233,6 +235,23 @@ class Index:
 def splits(path: Path) -> list[str]:
     """Names of the finished splits in a folder of shards."""
     return sorted(manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}"))
+
+
+def refuse_absent(path: Path) -> None:
+    """Tell a folder of shards that is not there from one without the split that is asked for.
+
+    Raises:
+        DataError: there is no such folder; says which one beside it has a similar name.
+    """
+    if path.is_dir():
+        return
+    if path.exists():
+        raise DataError(f"'{path}' is a file, not a folder of shards: give the folder that `hpccl shards build` wrote")
+    beside = [folder.name for folder in path.parent.glob("*") if folder.is_dir()]
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    seen_from = "" if path.is_absolute() else f", seen from '{Path.cwd()}'"
+    advice = f"did you mean '{path.parent / near[0]}'?" if near else "check the path, or see `hpccl shards build`"
+    raise DataError(f"the folder of shards '{path}' does not exist{seen_from}; {advice}")
 
 
 def file_sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hpccl.data.shards.manifest import INDEX, Index, Manifest, ShardEntry, splits
+from hpccl.data.shards.manifest import INDEX, Index, Manifest, ShardEntry, refuse_absent, splits
 from hpccl.data.shards.remote import ShardCache, is_url
 from hpccl.errors import DataError
 
@@ -22,6 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 _SNATCHED = 5  # times a fetched shard may be deleted before it is opened
 _MAX_OPEN = 128  # of the usual 1024 files a process may have open
+_CHUNK = 1 << 20  # bytes that are hashed at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,7 @@ class ShardSet:
             cache: where fetched shards are kept.
 
         Raises:
-            DataError: no such split, an unknown format, or missing, truncated or altered files, by name.
+            DataError: no such folder or split, an unknown format, or missing, truncated or altered files, by name.
         """
         if is_url(str(path)):
             cache, url = cache or ShardCache.of(None, 100, 5), f"{str(path).rstrip('/')}/{split}"
@@ -64,6 +66,7 @@ class ShardSet:
             return cls._of(str(path), manifest, index, _Files(url, manifest.shards, cache))
         path = Path(path)
         folder = path / split
+        refuse_absent(path)
         if not folder.is_dir():
             found = ", ".join(splits(path)) or "none"
             raise DataError(f"'{path}' has no split '{split}' (found: {found}): see `hpccl shards build`")
@@ -153,6 +156,37 @@ class ShardSet:
         if shard in self.missing:
             raise DataError(f"image '{self.name(sample)}' is gone, and memory has no copy of it: {self.trouble}")
         return self.files.read(shard, offset, int(self.index.length[sample]))
+
+    def last_of_files(self, samples: Ints) -> Ints:
+        """Of the samples that are read from one file the last, for each file."""
+        _, backwards = np.unique(self._files_of(samples)[::-1], return_index=True)
+        last: Ints = samples[::-1][backwards]
+        return last
+
+    def _files_of(self, samples: Ints) -> Ints:
+        """[n] a number for the file that each is read from: the shards', then those of each set of copies."""
+        found: Ints = self.shard_of[samples]
+        if self.copies is None:
+            return found
+        _, mine, theirs = np.intersect1d(samples, self.copies.sample, return_indices=True)
+        first = len(self.manifest.shards)
+        for which, copies in enumerate(self.copies.sets):
+            here = self.copies.which[theirs] == which
+            found[mine[here]] = first + copies.shard_of[self.copies.number[theirs[here]]]
+            first += len(copies.manifest.shards)
+        return found
+
+    def check_file(self, sample: int) -> None:
+        """Read all of the file that an image is read from, and compare its checksum with the manifest's.
+
+        Raises:
+            DataError: it was altered, or cannot be read.
+        """
+        copy = None if self.copies is None else self.copies.find(sample)
+        if copy is not None:
+            copy[0].check_file(copy[1])
+        else:
+            self.files.check(int(self.shard_of[sample]))
 
     def gone(self, samples: Ints) -> Ints:
         """Those of some samples that are neither in a shard that is there nor in a copy."""
@@ -251,9 +285,39 @@ class _Files:
                     raise OSError(0, "the file ends too early")
                 data += more
         except OSError as error:
-            shard = f"{self.place}/{self.entries[number].file}"
-            raise DataError(f"shard '{shard}' cannot be read ({error.strerror}): see `hpccl shards verify`") from error
+            raise self._unreadable(number, error) from error
         return data
+
+    def check(self, number: int) -> None:
+        """Compare the checksum of file `number` with the manifest's.
+
+        Raises:
+            DataError: it was altered, or cannot be read.
+        """
+        entry, digest, offset = self.entries[number], hashlib.sha256(), 0
+        try:
+            descriptor = self._opened(number)
+            while chunk := os.pread(descriptor.number, _CHUNK, offset):
+                digest.update(chunk)
+                offset += len(chunk)
+        except OSError as error:
+            raise self._unreadable(number, error) from error
+        if digest.hexdigest() == entry.sha256:
+            return
+        if self.cache is not None:
+            raise DataError(
+                f"'{self.cache.folder / entry.sha256}', the local copy of '{self.place}/{entry.file}', was altered "
+                "since it was fetched; delete it and run the same command again"
+            )
+        raise DataError(
+            f"shard '{self.place}/{entry.file}' was altered: its checksum is not the manifest's. `hpccl shards verify` "
+            "names all such; copy them again, or delete them and run the command that built them again, which writes "
+            "what is missing"
+        )
+
+    def _unreadable(self, number: int, error: OSError) -> DataError:
+        shard = f"{self.place}/{self.entries[number].file}"
+        return DataError(f"shard '{shard}' cannot be read ({error.strerror}): see `hpccl shards verify`")
 
 
 def missing_files(folder: Path, manifest: Manifest) -> dict[int, str]:

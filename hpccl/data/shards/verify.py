@@ -1,4 +1,4 @@
-"""Finding damaged shards by name."""
+"""Finding damaged shards by name, and splits that lost what they say of themselves."""
 
 from __future__ import annotations
 
@@ -6,10 +6,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from hpccl.data.shards.manifest import INDEX, UNFINISHED, Index, Manifest, ShardEntry, file_sha256, splits
+from hpccl.data.shards.lost import LOCK
+from hpccl.data.shards.manifest import (
+    INDEX,
+    MANIFEST,
+    UNFINISHED,
+    Index,
+    Manifest,
+    ShardEntry,
+    file_sha256,
+    refuse_absent,
+    splits,
+)
 from hpccl.errors import DataError
 
 __all__ = ["Problem", "verify"]
+
+_SIGNS = ("*.tar", INDEX, UNFINISHED, LOCK)  # of a split that was built, or was being built
 
 
 class Problem(NamedTuple):
@@ -28,9 +41,11 @@ def verify(path: Path, split: str | None = None, workers: int = 4) -> list[Probl
         workers: files read at once.
 
     Raises:
-        DataError: there are no shards here, or not this split.
+        DataError: there is no such folder, there are no shards in it, or not this split.
     """
-    found = sorted({*splits(path), *(folder.parent.name for folder in path.glob(f"*/{UNFINISHED}"))})
+    refuse_absent(path)
+    signs = (sign.parent.name for pattern in _SIGNS for sign in path.glob(f"[!.]*/{pattern}"))
+    found = sorted({*splits(path), *signs})
     if not found or (split is not None and not (path / split).is_dir()):
         raise DataError(
             f"no shards {f'of split {split!r} ' if split else ''}in '{path}' (found splits: {found or 'none'})"
@@ -42,13 +57,15 @@ def verify(path: Path, split: str | None = None, workers: int = 4) -> list[Probl
 
 
 def _verify_split(folder: Path, workers: int) -> list[Problem]:
-    try:
-        manifest = Manifest.load(folder)
-    except DataError as error:
-        return [Problem(f"{folder.name}/manifest.json", str(error))]
     problems = []
     if (folder / UNFINISHED).is_dir():
         problems.append(Problem(f"{folder.name}/{UNFINISHED}", "a build was not finished: run the same command again"))
+        if not (folder / MANIFEST).exists():  # it is the last that a build writes
+            return problems
+    try:
+        manifest = Manifest.load(folder)
+    except DataError as error:
+        return [*problems, Problem(f"{folder.name}/{MANIFEST}", str(error))]
     try:
         Index.load(folder, manifest)
     except DataError as error:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hpccl.cli import app
+from hpccl.cli import app, main
 from hpccl.cluster import status_table
 from hpccl.cluster.cancel import cancel
 from hpccl.cluster.jobs import Job, find_runs
@@ -193,6 +193,38 @@ def test_runs_below_a_folder_are_found(tmp_path: Path) -> None:
     assert find_runs([tmp_path / "absent"]) == [tmp_path / "absent"]
 
 
+def test_runs_inside_a_run_are_found(tmp_path: Path) -> None:
+    """A sweep under the name of a run that was there before it; what adaptations are compared with."""
+    runs = [make_run(tmp_path / name, RUN, ("done", {})) for name in ("x", "x/reference", "x/seed=0", "x/seed=1")]
+    assert find_runs([tmp_path]) == find_runs([runs[0]]) == runs
+    lost = make_run(tmp_path / "x" / "seed=2", RUN)
+    assert [status.state for status in read_statuses([runs[0]])] == [*["done"] * 4, "lost"]
+    assert cancel([runs[0]])[0][-1] == f"{lost}: nothing to cancel"
+    # Of the run alone:
+    assert wait_for([runs[0]]) == 0
+    RunFolder(runs[0]).logs.joinpath("rank-0.txt").write_text("well\n")
+    result = CliRunner().invoke(app, ["logs", str(runs[0])])
+    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "well")
+
+
+@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["status", "--watch", "1"], ["cancel"]])
+def test_what_does_not_exist_is_refused(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("runs/quickstart"), RUN)
+    monkeypatch.setattr(sys, "argv", ["hpccl", *command, "runs/quickstart", "runs/quickstrat", "nowhere/at/all"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (
+        "error: 'runs/quickstrat' does not exist (did you mean 'runs/quickstart'?); 'nowhere/at/all' does not exist. "
+        "Give folders of runs, or of sweeps and campaigns with runs below\n"
+    )
+
+
 def test_every_folder_has_a_row(tmp_path: Path) -> None:
     make_run(tmp_path / "new")
     make_run(tmp_path / "odd").joinpath("events.jsonl").mkdir()
@@ -213,7 +245,8 @@ def test_every_folder_has_a_row(tmp_path: Path) -> None:
     }
     assert found["odd"].detail.startswith("events.jsonl cannot be read: Is a directory")
     assert found["empty"].detail == "not the folder of a run, and no run below it"
-    assert found["file"].detail == found["absent"].detail == "no such folder"
+    assert found["file"].detail == "a file, not the folder of a run"
+    assert found["absent"].detail == "no such folder"
 
 
 def test_a_process_lives_only_as_long_as_it_is_the_same(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:

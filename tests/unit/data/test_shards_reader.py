@@ -132,9 +132,43 @@ def test_a_damaged_index_is_found_by_name(shards: Path, damage: Callable[[Path],
 def test_extra_shards_and_unfinished_builds_are_found(shards: Path) -> None:
     (shards / "train" / "c0009-000.tar").write_bytes(b"")
     (shards / "val" / ".build").mkdir(parents=True)
-    assert {problem.file for problem in verify(shards)} == {"train/c0009-000.tar", "val/manifest.json"}
+    assert verify(shards) == [
+        ("train/c0009-000.tar", "extra: the manifest does not know it"),
+        ("val/.build", "a build was not finished: run the same command again"),
+    ]
+    (shards / "test" / ".build").mkdir()  # killed after the manifest was written, before the notes were deleted
+    (shards / "test" / "c0000-000.tar").unlink()
+    assert [problem.file for problem in verify(shards, "test")] == ["test/.build", "test/c0000-000.tar"]
     with pytest.raises(DataError, match="no shards"):
         verify(shards / "train")
+
+
+@pytest.mark.parametrize("left", [["c0000-000.tar"], ["index.npz"], [".lock"]])
+def test_a_split_without_its_manifest_is_found(shards: Path, left: list[str]) -> None:
+    """Where a copy was not finished, or a build was killed before it had planned anything."""
+    for file in (shards / "test").iterdir():
+        if file.name not in left:
+            file.unlink()
+    (problem,) = verify(shards)
+    assert problem.file == "test/manifest.json"
+    assert "has no manifest.json: it is not a finished folder of shards" in problem.what
+    with pytest.raises(DataError, match="no shards"):
+        verify(shards / "train")
+
+
+def test_a_folder_that_does_not_exist_is_told_from_one_without_a_split(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for there in (lambda path: ShardSet.open(path, "train"), verify):
+        with pytest.raises(DataError, match=r"shard' does not exist; did you mean '.*/shards'\?$"):
+            there(shards.with_name("shard"))
+        with pytest.raises(DataError, match=r"/cifar' does not exist; check the path, or see `hpccl shards build`"):
+            there(shards.with_name("cifar"))
+        with pytest.raises(DataError, match=r"manifest.json' is a file, not a folder of shards"):
+            there(shards / "train" / "manifest.json")
+    monkeypatch.chdir(shards)
+    with pytest.raises(DataError, match=f"'trains' does not exist, seen from '{shards}'; did you mean 'train'"):
+        ShardSet.open(Path("trains"), "train")
 
 
 def test_a_missing_split_and_unknown_formats_say_so(shards: Path) -> None:

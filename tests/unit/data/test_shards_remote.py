@@ -121,6 +121,25 @@ def test_altered_shards_are_refused(shards: Path, tmp_path: Path) -> None:
     assert len(kept(tmp_path)) == 1  # the index
 
 
+def test_a_copy_that_was_altered_since_is_not_decoded(shards: Path, tmp_path: Path) -> None:
+    stream = ShardStream(parts=(Part(path=f"file://{shards}"),))
+    decoded = tmp_path / "decoded"
+    data = DataConfig(cache=str(decoded), shard_cache=str(tmp_path / "cache"), storage="decoded", image_size=8)
+    open_stream(stream, data)
+    copy = next(path for path in kept(tmp_path) if path.read_bytes()[:2] != b"PK")  # not an index
+    content = bytearray(copy.read_bytes())
+    content[600] ^= 1
+    copy.write_bytes(content)
+    for pixels in decoded.glob("*.npy"):
+        pixels.unlink()
+    with pytest.raises(
+        DataError, match=rf"'{copy}', the local copy of 'file://.*.tar', was altered since.*; delete it"
+    ):
+        open_stream(stream, data)
+    copy.unlink()
+    assert not open_stream(stream, data).skipped()
+
+
 def test_the_cache_stays_bounded_and_forgets_what_was_not_used(shards: Path, tmp_path: Path) -> None:
     plain = ShardSet.open(shards, "train")
     sizes = [shard.bytes for shard in plain.manifest.shards]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,11 +28,14 @@ from torch import Tensor
 from hpccl.config.data import CropFlip, DataConfig, NoAugment, TimmAugment
 from hpccl.config.stream import Part, ShardStream
 from hpccl.data.build import open_stream
-from hpccl.data.decoded import DecodedImages, keep_decoded
+from hpccl.data.decoded import DecodedImages, Kept, keep_decoded
 from hpccl.data.encoded import EncodedImages
 from hpccl.data.order import permutation
 from hpccl.data.rows import Images, Request
 from hpccl.data.shards.build import build
+from hpccl.data.shards.copies import copy_images
+from hpccl.data.shards.decode import decode
+from hpccl.data.shards.manifest import Manifest, file_sha256
 from hpccl.data.shards.reader import ShardSet
 from hpccl.data.stream import ImageStream
 from hpccl.errors import DataError
@@ -250,16 +255,24 @@ def alive(number: int) -> bool:
 
 @pytest.fixture
 def damaged(root: Path, tmp_path: Path) -> Path:
-    """The small set with images 0 and 9 of `train` overwritten in place, so that the shards' sizes are right."""
+    """The small set with images 0 and 9 of `train` built of bytes that are none, and whole shards of them."""
     folder = tmp_path / "small"
     shutil.copytree(root / "small", folder)
+    overwrite(folder, 0, 9)
+    manifest = Manifest.load(folder / "train")
+    entries = [replace(each, sha256=file_sha256(folder / "train" / each.file)) for each in manifest.shards]
+    replace(manifest, shards=tuple(entries)).save(folder / "train")
+    return tmp_path
+
+
+def overwrite(folder: Path, *numbers: int) -> None:
+    """Images of `train`, in place: their shards stay as long as they are."""
     shards = ShardSet.open(folder, "train")
-    for number in (0, 9):
+    for number in numbers:
         file = folder / "train" / shards.manifest.shards[shards.shard_of[number]].file
         with file.open("r+b") as tar:
             tar.seek(int(shards.index.offset[number]) + 4)
             tar.write(b"?" * (int(shards.index.length[number]) - 4))
-    return tmp_path
 
 
 @pytest.mark.parametrize(("storage", "workers"), [("decoded", 0), ("encoded", 0), ("encoded", 1)])
@@ -361,6 +374,72 @@ def test_a_full_disk_leaves_nothing_behind(root: Path, cache: str) -> None:
     stream_of(root, DataConfig(cache=cache))
 
 
+def test_a_shard_that_cannot_be_read_is_not_remembered(root: Path, tmp_path: Path) -> None:
+    folder, path = tmp_path / "small", tmp_path / "cache" / "images.npy"
+    shutil.copytree(root / "small", folder)
+    shards = ShardSet.open(folder, "train")
+    lost = folder / "train" / "c0002-000.tar"
+    lost.unlink()
+
+    def kept() -> Kept:
+        return keep_decoded(
+            path,
+            shape=(len(shards), 16, 16, 3),
+            read=shards.read,
+            decode=lambda data, number: decode(data, shards.name(number)),
+        )
+
+    with pytest.raises(DataError, match=r"c0002-000.tar' cannot be read \(No such file or directory\)"):
+        kept()
+    assert not [file for file in path.parent.iterdir() if file.suffix != ".lock"]
+    shutil.copy(root / "small" / "train" / lost.name, lost)
+    assert not kept().bad
+
+
+@pytest.mark.parametrize("bad_images", ["stop", "skip"])
+def test_shards_that_were_altered_are_not_decoded(root: Path, tmp_path: Path, cache: str, bad_images: Any) -> None:
+    shutil.copytree(root / "small", tmp_path / "small")
+    overwrite(tmp_path / "small", 9)
+    data = DataConfig(cache=cache, bad_images=bad_images)
+    with pytest.raises(
+        DataError, match=r"c0001-001.tar' was altered: its checksum is not the manifest's.*shards verify"
+    ):
+        stream_of(tmp_path, data)
+    assert not [file for file in Path(cache).iterdir() if file.suffix != ".lock"]
+    shutil.copy(root / "small" / "train" / "c0001-001.tar", tmp_path / "small" / "train")
+    stream = stream_of(tmp_path, data)
+    assert not stream.skipped()
+    assert stream.raw(9).any()
+
+
+def test_altered_copies_are_not_decoded(root: Path, tmp_path: Path, cache: str) -> None:
+    folder, copies = tmp_path / "small", tmp_path / "copies"
+    shutil.copytree(root / "small", folder)
+    copy_images(copies, "task-000-000002", ShardSet.open(folder, "train"), np.array([1, 4]), part=0)
+    copied = copies / "task-000-000002" / "c0000-001.tar"
+    content = bytearray(copied.read_bytes())
+    content[600] ^= 1
+    copied.write_bytes(content)
+    stream = ShardStream(parts=(Part(path=str(folder)),))
+    with pytest.raises(DataError, match=r"task-000-000002/c0000-001.tar' was altered"):
+        open_stream(stream, DataConfig(cache=cache), copies=copies)
+    assert not list(Path(cache).glob("*.npy"))
+
+
+def test_images_are_decoded_afresh_as_the_message_says(damaged: Path, cache: str) -> None:
+    """The list of bad ones is made up: as if what decodes them had been mended since."""
+    with pytest.raises(DataError, match=r"c0000-000/00.*cannot be decoded") as caught:
+        stream_of(damaged, DataConfig(cache=cache))
+    notes = Path(str(caught.value).split("decoded afresh, delete '")[1].split("'")[0])
+    assert set(json.loads(notes.read_text())) == {"0", "9"}
+    whole = notes.with_name(notes.name.replace(".bad.json", ".npy"))
+    made = whole.stat().st_mtime_ns
+    notes.unlink()
+    with pytest.raises(DataError, match=r"cannot be decoded"):
+        stream_of(damaged, DataConfig(cache=cache))
+    assert whole.stat().st_mtime_ns > made
+
+
 def decode_slowly(folder: str, number: int) -> npt.NDArray[np.uint8]:
     """Leaves a file for every decoded image."""
     time.sleep(0.01)
@@ -369,7 +448,12 @@ def decode_slowly(folder: str, number: int) -> npt.NDArray[np.uint8]:
 
 
 def keep(path: str, folder: str) -> None:
-    kept = keep_decoded(Path(path), shape=(30, 2, 2, 3), decode=lambda number: decode_slowly(folder, number))
+    kept = keep_decoded(
+        Path(path),
+        shape=(30, 2, 2, 3),
+        read=lambda _: b"",
+        decode=lambda _, number: decode_slowly(folder, number),
+    )
     np.testing.assert_array_equal(kept.pixels[:, 0, 0, 0], np.arange(30))
 
 

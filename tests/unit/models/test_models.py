@@ -34,9 +34,21 @@ def test_too_small_images_say_what_is_allowed() -> None:
         build_model(PaperModel(kind="cifarnet"), image_shape=(1, 8, 8), num_classes=10, seed=0)
 
 
-def test_unknown_timm_model_suggests() -> None:
-    with pytest.raises(ConfigError, match=r"'resnet81' is not a timm model; similar: .*resnet"):
-        build_model(TimmModel(name="resnet81"), image_shape=(3, 32, 32), num_classes=10, seed=0)
+@pytest.mark.parametrize(
+    ("wrong", "advice"),
+    [
+        ("resnet81", "similar: resnet18, "),
+        ("ResNt50", "similar: resnet50, "),
+        ("efficientnetb0", "similar: efficientnet_b0, "),
+        ("vit_smal_patch16_224", "similar: vit_small_patch16_224, "),
+        ("deit-small", "similar: deit_small_"),
+        ("vit_small", "similar: vit_small_"),
+        ("qqq", r"timm.list_models\(\) has the names of all"),
+    ],
+)
+def test_unknown_timm_model_suggests(wrong: str, advice: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.name '{wrong}' is not a timm model; {advice}"):
+        build_model(TimmModel(name=wrong), image_shape=(3, 32, 32), num_classes=10, seed=0)
 
 
 def test_dropout_noise_belongs_to_the_example() -> None:

@@ -11,6 +11,7 @@ from hpccl.cli import app
 from hpccl.config.data import DataConfig
 from hpccl.config.load import load
 from hpccl.config.prior import PriorConfig, QuadraticConfig
+from hpccl.config.stream import Part, ShardStream
 from hpccl.errors import ConfigError
 from hpccl.report.choose import Choice, choose_runs, write_choices
 from hpccl.report.events import EventLog
@@ -106,6 +107,28 @@ def test_unfinished_runs_are_refused(tmp_path: Path) -> None:
 def test_candidates_must_have_been_tried_at_the_same_places(tmp_path: Path, other: tuple[float, int, int]) -> None:
     with pytest.raises(ConfigError, match="not tried with the same sizes of memory and seeds"):
         choose_runs(grid(tmp_path, {(1.0, 10, 0): 0.0, other: 0.0}))
+
+
+def test_runs_on_other_held_out_images_are_not_compared(tmp_path: Path) -> None:
+    runs = [write(tmp_path / "a", 0.0), write(tmp_path / "b", 0.1, data=DataConfig(validation=0.2))]
+    with pytest.raises(ConfigError, match=r"data.validation is 0.1 in run 'a' and 0.2 in 'b'\. Give runs") as caught:
+        choose_runs(runs)
+    assert str(caught.value).startswith("runs of 'ewc+fr+replay' were not tested on the same images and tasks")
+
+
+def test_runs_on_other_streams_are_not_compared(tmp_path: Path) -> None:
+    def parts(*paths: str) -> ShardStream:
+        return ShardStream(parts=tuple(Part(path=path) for path in paths))
+
+    first = write(tmp_path / "a", 0.0, stream=parts("one", "two"))
+    with pytest.raises(
+        ConfigError, match=r': stream.parts\[1\].path is "two" in run \'a\' and "three" in \'b\'\. Give'
+    ):
+        choose_runs([first, write(tmp_path / "b", 0.1, stream=parts("one", "three"))])
+    with pytest.raises(
+        ConfigError, match=r'stream.kind is "shards" in run \'a\' and "digits" in \'c\'; .*stream.tasks'
+    ):
+        choose_runs([first, write(tmp_path / "c", 0.1)])
 
 
 def test_nothing_to_choose_from() -> None:

@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -202,3 +205,30 @@ def test_a_run_without_it_has_no_such_section(tmp_path: Path) -> None:
 def test_points_of_a_reliability_diagram() -> None:
     (panel,) = reliability({"task_incremental": {"": np.array(synthetic.BINS)}}).axes
     np.testing.assert_allclose(np.asarray(panel.lines[1].get_xydata()), np.array([[0.5, 0.4], [0.9, 1.0]]))
+
+
+def test_runs_in_a_folder_that_others_own_are_compared(tmp_path: Path) -> None:
+    """The file system is read-only, which binds root, too."""
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-rm", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here (no user namespaces)")
+    for seed in (0, 1):
+        synthetic.write_run(tmp_path / "runs" / str(seed), synthetic.config(seed=seed))
+    script = f"""
+mount --bind runs runs && mount -o remount,bind,ro runs || exit 77
+{sys.executable} -m hpccl.cli report runs/0 runs/1 --out there; echo "with: $?"
+{sys.executable} -m hpccl.cli report runs/0; echo "without: $?"
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [unshare, "-rm", "sh", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("nothing can be mounted here")
+    assert "with: 0\n" in done.stdout, done.stderr
+    assert "without: 1\n" in done.stdout
+    first, second, third = done.stderr.splitlines()
+    assert first == "runs/0: Read-only file system: no report is written into it, it is compared all the same"
+    assert second == first.replace("runs/0", "runs/1")
+    assert third.startswith("error: no report can be written into 'runs/0': Read-only file system; give --out FOLDER")
+    assert [run["seed"] for run in json.loads((tmp_path / "there" / "comparison.json").read_text())["runs"]] == [0, 1]
+    assert not list((tmp_path / "runs").rglob("report.*"))
