@@ -8,15 +8,15 @@
 Task-incremental is train.head=own, class-incremental train.head=seen; methods whose file says `seen` are of no other
 kind. m is examples of each task; where a method has one budget for all tasks, it is m times their number, so that all
 methods hold as much in the end. FROMP, which recalls all of its memory in every step, holds a fifth and recalls 50 of
-each task. Strengths are those that launch/tune.py chose where it did, and of configs/method otherwise: then they are
-not tuned for this comparison. GDumb's one network, which is trained on the memory alone, has about as many images as
-those of other methods see in all.
+each task; its strengths are the published ones (configs/preset/authors/fromp.yaml). Others are those that
+launch/tune.py chose where it did, and of configs/method otherwise: then they are not tuned for this comparison. GDumb's
+one network, which is trained on the memory alone, has about as many images as those of other methods see in all.
 
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in minutes instead. A run that is done is
 not repeated and one that was killed continues, so start it again at any time. One seed after the other. A seed's first
 task is trained once for each kind, by finetune, and shared with all methods whose first task is the same. An exact
 curvature costs a backward pass for each class that competes: those of class-incremental runs see a fifth of a later
-task's images, those of task-incremental ones all.
+task's images, those of task-incremental ones all, and FROMP's as many.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ WITHOUT = (
 )
 METHODS = (*WITHOUT, *SIZED, "fromp", *BUDGET)
 CURVED = ("ewc", "online_ewc", "ewc+fr", "ewc+replay", "ewc+fr+replay")  # with the base's curvature
+FROMP = ("prior.fromp.weight=50000", "prior.fromp.precision=1e-4", "prior.fromp.jitter=1e-6")
 # Their first task is another one than finetune's, or they need its path (si).
 OWN_FIRST = ("finetune", "joint", "separate", "gdumb", "si", "kpriors", "icarl", "lwf.mc", "bic")
 
@@ -48,7 +49,7 @@ class Setting:
 
     folder: of the runs; out: of the comparisons; base: files and settings of every run; weights: folder of files by
     method that set the weights of the terms, or None; size: of the memory, examples a task; tasks: of the stream;
-    gdumb: epochs of its network, which has no other training; curved: settings of class-incremental runs of CURVED
+    gdumb: epochs of its network, which has no other training; curved: settings of FROMP and of class-incremental runs of CURVED
     """
 
     folder: Path
@@ -101,7 +102,8 @@ def _training(setting: Setting, method: str, head: str, seed: int) -> Step:
     own = setting.weights / f"{method}.yaml" if setting.weights else None
     arguments += [str(own)] if own and own.exists() else []
     arguments += [f"train.head={head}", *_memory(setting, method)]
-    arguments += setting.curved if head == "seen" and method in CURVED else ()
+    exact = method == "fromp" or (head == "seen" and method in CURVED)
+    arguments += setting.curved if exact else ()
     alone = method in ("joint", "gdumb")  # earlier tasks do not change their last row
     arguments += ["train.only_last=true"] if alone else []
     arguments += [f"train.epochs={setting.gdumb}"] if method == "gdumb" else []
@@ -121,7 +123,8 @@ def _memory(setting: Setting, method: str) -> list[str]:
     if method in BUDGET:
         return [f"memory.total={setting.size * setting.tasks}"]
     if method == "fromp":
-        return [f"memory.size={setting.size // 5}", f"prior.fromp.block={min(50, setting.size // 5)}"]
+        held = (f"memory.size={setting.size // 5}", f"prior.fromp.block={min(50, setting.size // 5)}")
+        return [*held, *FROMP]
     return []
 
 
