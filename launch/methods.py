@@ -49,7 +49,8 @@ class Setting:
 
     folder: of the runs; out: of the comparisons; base: files and settings of every run; weights: folder of files by
     method that set the weights of the terms, or None; size: of the memory, examples a task; tasks: of the stream;
-    gdumb: epochs of its network, which has no other training; curved: settings of FROMP and of class-incremental runs of CURVED
+    gdumb: epochs of its network, which has no other training; curved: settings of FROMP, and of class-incremental runs
+    of CURVED
     """
 
     folder: Path
