@@ -29,9 +29,9 @@ from pathlib import Path
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
 
 HEADS = {"own": "task_incremental", "seen": "class_incremental"}
-CLASSES = ("icarl", "bic", "lwf.mc", "topic", "prototypes")  # whose files say train.head=seen
+CLASSES = ("icarl", "bic", "er_ace", "lwf.mc", "topic", "prototypes")  # whose files say train.head=seen
 SIZED = ("replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+replay", "kpriors")  # memory.size examples a task
-BUDGET = ("er", "der", "der++", "gdumb", "icarl", "bic")  # memory.total examples of all tasks
+BUDGET = ("er", "er_ace", "der", "der++", "gdumb", "icarl", "bic")  # memory.total examples of all tasks
 WITHOUT = (
     *("finetune", "joint", "separate", "feature_extraction", "finetune_head", "ewc", "online_ewc", "mas", "mas_local"),
     *("si", "lwf", "lwf.mc", "topic", "prototypes"),

@@ -113,8 +113,11 @@ class RunConfig(Section):
             soft = ["fromp"]
         soft = soft if prior.replay < 1 else []
         if prior.replay > 0:
-            replay = ["er"] if prior.scale_to_new and not soft else ["replay"]
+            replay = [self._replayed()] if prior.scale_to_new and not soft else ["replay"]
         return soft + replay
+
+    def _replayed(self) -> str:
+        return "er_ace" if self.train.competing == "task" else "er"
 
     def _without_past(self) -> str:
         if not self.train.frozen:

@@ -223,7 +223,8 @@ class Composer:
         slot = torch.from_numpy(part.batch.slot[part.rows])
         sample = torch.from_numpy(self.request(part).sample[: len(slot)])
         from_memory = slot >= 0
-        target, head = self.hard_targets(sample)
+        alone = ~from_memory if self.config.train.competing == "task" else None
+        target, head = self.hard_targets(sample, alone)
         weight = torch.full((len(slot),), part.batch.weight_new)
         term = torch.full((len(slot),), NEW)
         temperature = torch.ones(len(slot))
@@ -322,13 +323,16 @@ class Composer:
         weight = (self.tau if by_task is None else by_task)[self.memory.task[slots]] * alone
         return weight if self.removed is None else alone.where(self.removed[slots], weight)
 
-    def hard_targets(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+    def hard_targets(self, samples: Tensor, alone: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Smoothed one-hot targets and competing classes of the true labels of training examples.
 
+        alone: [r] bool, of which of them the classes of the own task compete without others, whatever the head.
         With a sigmoid for each class, the old ones are left to the old network where it speaks of the same images.
         """
         own, labels = self.config.train.head == "own", self.labels[samples]
         head = self.heads[self.task_of_sample[samples]] if own else self.heads[-1].expand(len(labels), -1)
+        if alone is not None:
+            head = self.heads[self.task_of_sample[samples]].where(alone[:, None], head)
         smoothing = self.config.train.label_smoothing
         target = head * (smoothing / head.sum(dim=1, keepdim=True))
         target[torch.arange(len(labels)), labels] += 1 - smoothing

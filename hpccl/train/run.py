@@ -298,7 +298,8 @@ def first_task_identity(config: RunConfig) -> dict[str, Any]:
     identity = config.identity()
     train, optim, prior = identity["train"], identity["optim"], identity["prior"]
     correct = prior["correct"]
-    later = {"head_epochs": 0, "frozen": [], "norms": "batch", "first_task_from": None}  # say nothing of a first task
+    # What says nothing of a first task.
+    later = {"head_epochs": 0, "frozen": [], "norms": "batch", "competing": "seen", "first_task_from": None}
     return {
         **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
         "train": {**train, "epochs": train["epochs"][0], **later},

@@ -29,6 +29,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "memory": {"total": 60, "selector": {"kind": "reservoir"}, "labels": "kept", "mix": {"kind": "stratified"}},
         "prior": {"weight": 0.2, "label_weight": 0.5, "loss": "squared", "view": "recorded", "scale_to_new": True},
     },
+    "er_ace": {
+        "train": {"head": "seen", "competing": "task"},
+        "memory": {"total": 60, "selector": {"kind": "reservoir"}, "mix": {"kind": "stratified"}},
+        "prior": {"replay": 1.0, "scale_to_new": True},
+    },
     "icarl": {
         "train": {"head": "seen", "loss": "sigmoid"},
         "memory": {"total": 60, "selector": {"kind": "herding"}},

@@ -31,6 +31,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "lwf.mc": (),
     "feature_extraction": ("train.ema=0.9", "optim.weight_decay=0.1"),
     "er": ("memory.total=60",),
+    "er_ace": ("memory.total=60",),
     "der": ("memory.total=60",),
     "der++": ("memory.total=60", "train.head=own"),
     "gdumb": ("memory.total=60", "train.epochs=9"),

@@ -255,6 +255,21 @@ def _frozen(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("train.head_epochs", "train.frozen"), problem)
 
 
+def _competing(config: RunConfig) -> Iterator[Clash]:
+    train = config.train
+    if train.competing == "seen":
+        return
+    if train.head == "own":
+        yield Clash(
+            ("train.competing", "train.head"), "is so for every row there; leave it seen, or set train.head=seen"
+        )
+    if train.data != "task":
+        problem = "is about a task's own images beside those of the past; leave it seen, or set train.data=task"
+        yield Clash(("train.competing", "train.data"), problem)
+    if train.loss == "sigmoid":
+        yield Clash(("train.competing", "train.loss"), "is about a softmax, and there is none; leave it seen")
+
+
 def _topology(config: RunConfig) -> Iterator[Clash]:
     topology, train = config.prior.topology, config.train
     if topology.nodes == 0:
@@ -296,6 +311,7 @@ RULES = (
     _scaled,
     _corrected,
     _frozen,
+    _competing,
     _topology,
     _tested,
 )

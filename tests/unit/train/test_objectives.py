@@ -14,9 +14,14 @@ from hpccl.curvature.diagonal import Diagonal
 from hpccl.data.rows import Request
 from hpccl.train.compose import Composer, plan_task, split
 from hpccl.train.loss import weighted_nats
-from hpccl.train.state import World
+from hpccl.train.state import RunState, World
 from tests.run.method import learn, make_world, merged
 
+ER_ACE: dict[str, Any] = {
+    "memory": {"total": 40, "selector": {"kind": "reservoir"}},
+    "prior": {"replay": 1.0, "scale_to_new": True},
+    "train": {"head": "seen", "competing": "task"},
+}
 DER_PP: dict[str, Any] = {
     "memory": {"total": 40, "selector": {"kind": "reservoir"}, "labels": "kept"},
     "prior": {"loss": "squared", "view": "recorded", "weight": 0.2, "label_weight": 0.5, "scale_to_new": True},
@@ -39,16 +44,8 @@ def test_rows_of_dark_experience_are_its_objective(tmp_path: Path, head: str) ->
     config = merged(DER_PP, {"train": {"head": head, "epochs": 1, "batch_size": 1000}})
     state, world = make_world(config, tmp_path)
     learn(state, world, 2)
-    task, memory = world.stream.tasks[2], state.prior.memory
-    plan = plan_task(config, world.stream, task, memory)
-    composer = Composer.build(config, world.stream, task, memory, teacher=None, device=torch.device("cpu"))
-    (part,) = split(plan.batch(0), world.comm, accumulate=1)
-    (images,) = world.stream.load([composer.request(part)])
-    rows, net = composer.rows(part, images), state.engine.module.eval()
-    found = weighted_nats(net(rows.pixels), rows).sum() / len(part.batch)
-
-    seen = list(range(6))
-    own = np.arange(task.samples("train").start, task.samples("train").stop)
+    memory, net, seen = state.prior.memory, state.engine.module.eval(), list(range(6))
+    found, own = third_task(state, world)
     new = summed_ce(net, world, own, [4, 5] if head == "own" else seen) / len(own)
     labelled = torch.zeros(())
     for old in (0, 1):
@@ -58,6 +55,29 @@ def test_rows_of_dark_experience_are_its_objective(tmp_path: Path, head: str) ->
     dark = (net(pixels(world, memory.sample.numpy())).gather(1, columns) - memory.soft).square().mean()
     expected = len(own) / (len(own) + len(memory)) * (new + 0.2 * dark + 0.5 * labelled)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_new_images_leave_old_classes_alone(tmp_path: Path) -> None:
+    """ER-ACE (Caccia et al. 2022): E_D CE among the new classes + E_M CE among all that were seen."""
+    state, world = make_world(merged(ER_ACE, {"train": {"epochs": 1, "batch_size": 1000}}), tmp_path)
+    learn(state, world, 2)
+    memory, net = state.prior.memory, state.engine.module.eval()
+    found, own = third_task(state, world)
+    new = summed_ce(net, world, own, [4, 5]) / len(own)
+    old = summed_ce(net, world, memory.sample.numpy(), list(range(6))) / len(memory)
+    torch.testing.assert_close(found, len(own) / (len(own) + len(memory)) * (new + old), rtol=1e-5, atol=1e-6)
+
+
+def third_task(state: RunState, world: World) -> tuple[Tensor, npt.NDArray[np.int64]]:
+    """The loss of the one step that has all images of the third task and of memory, and the task's own images."""
+    config, task, memory = world.config, world.stream.tasks[2], state.prior.memory
+    plan = plan_task(config, world.stream, task, memory)
+    composer = Composer.build(config, world.stream, task, memory, teacher=None, device=torch.device("cpu"))
+    (part,) = split(plan.batch(0), world.comm, accumulate=1)
+    (images,) = world.stream.load([composer.request(part)])
+    rows = composer.rows(part, images)
+    found = weighted_nats(state.engine.module.eval()(rows.pixels), rows).sum() / len(part.batch)
+    return found, np.arange(task.samples("train").start, task.samples("train").stop)
 
 
 def test_curvature_is_that_of_the_examples_that_were_not_kept(tmp_path: Path) -> None:
