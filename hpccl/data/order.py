@@ -18,20 +18,38 @@ __all__ = ["Batch", "BatchPlan", "mix", "permutation"]
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
+_ALL = (1 << 64) - 1
+
 # What a hash is for; keeps the streams of random numbers apart.
 _ORDER_NEW, _ORDER_MEMORY, _ORDER_UNION, _VIEW, _NOISE, _MIX = range(1, 7)
 
 
 def mix(*words: int | Ints | Words) -> Words:
     """Hash integers (broadcast against each other) to uint64, elementwise."""
-    state = np.zeros((), dtype=np.uint64)
+    state: int | Words = 0
+    for word in words:
+        # What is one number for all elements is hashed once, and Python's integers are quicker than arrays of one.
+        if isinstance(state, int) and isinstance(word, int):
+            state = _mixed(state, word)
+        else:
+            state = _all_mixed(np.asarray(state, dtype=np.uint64), np.asarray(word).astype(np.uint64))
+    return np.asarray(state, dtype=np.uint64)
+
+
+def _mixed(state: int, word: int) -> int:
+    state = (state + 0x9E3779B97F4A7C15 + word) & _ALL
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _ALL
+    return state ^ (state >> 31)
+
+
+def _all_mixed(state: Words, word: Words) -> Words:
     with np.errstate(over="ignore"):
-        for word in words:
-            state = state + np.uint64(0x9E3779B97F4A7C15) + np.asarray(word).astype(np.uint64)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return state
+        state = state + np.uint64(0x9E3779B97F4A7C15) + word
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        found: Words = state ^ (state >> np.uint64(31))
+    return found
 
 
 def permutation(count: int, *words: int) -> Ints:
