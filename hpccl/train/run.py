@@ -55,11 +55,43 @@ __all__ = ["check_sizes", "first_task_identity", "fresh_model", "fresh_state", "
 def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (), quiet: bool = False) -> str:
     """Train through the whole stream; returns `done`, or `stopped` if it was asked to stop (run again to continue).
 
+    Of a run that was done before nothing is changed.
+
     Raises:
         HpcclError: something a user can mend; it is also written to events.jsonl.
     """
     folder = RunFolder(Path(config.path))
     folder.create()
+    outcome = "done" if _was_done(folder) else _go_on(config, comm, stop, command, quiet=quiet)
+    if comm.leader:
+        from hpccl.report.write import report_run  # loads the plotting library, which other ranks do without
+
+        report_run(folder.path)
+    return outcome
+
+
+def _was_done(folder: RunFolder) -> bool:
+    """Whether the run came to its end, and what it ended with is there and whole.
+
+    Raises:
+        CheckpointError: the last checkpoint is damaged.
+    """
+    newest = latest(folder.checkpoints)
+    if newest is None or newest.phase != "done" or not folder.events.exists():
+        return False
+    turns = [each for each in read_events(folder.events) if each["event"] in ("done", "checkpoint", "step", "task")]
+    if not turns or turns[-1]["event"] != "done":
+        return False
+    saved = next((each for each in reversed(turns) if each["event"] == "checkpoint"), None)
+    if saved is None or Mark.at(saved["task"], saved["phase"], saved["step"]) != newest:
+        return False
+    load(folder.checkpoints, newest)
+    return True
+
+
+def _go_on(config: RunConfig, comm: Comm, stop: Stop, command: Sequence[str], *, quiet: bool) -> str:
+    """From where the run stands, with its diary open."""
+    folder = RunFolder(Path(config.path))
     sinks = [TensorBoardSink(folder.tensorboard)] if config.log.tensorboard and comm.leader else []
     with EventLog(folder.events, enabled=comm.leader, sinks=sinks) as log:
         try:
@@ -71,10 +103,6 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
             with contextlib.suppress(FolderError):  # a full disk, say, has no room for its own error
                 log.write("error", kind=type(error).__name__, message=str(error))
             raise
-    if comm.leader:
-        from hpccl.report.write import report_run  # loads the plotting library, which other ranks do without
-
-        report_run(folder.path)
     return outcome
 
 
