@@ -11,6 +11,7 @@ import torch
 
 from hpccl.checkpoint import store
 from hpccl.checkpoint.store import Content, Mark, latest, load, save
+from hpccl.dist.spread import whole
 from hpccl.errors import CheckpointError, FolderError
 
 TREE: dict[str, Any] = {"a": torch.arange(3), "b": {"c": [torch.ones(2, 2), None, 1.5], "d": "text"}, "e": {}}
@@ -80,6 +81,28 @@ def test_torn_file(tmp_path: Path, victim: str) -> None:
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(CheckpointError, match=r"cannot be read.*continue from the one before"):
         load(tmp_path, mark)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_an_altered_tensor_is_noticed(tmp_path: Path, lazy: bool) -> None:
+    mark = Mark.at(0, "done", 1)
+    save(tmp_path, mark, Content({"weights": {"a": torch.ones(4), "b": torch.zeros(2, dtype=torch.bool)}}), keep=1)
+    path = tmp_path / mark.name / "state.safetensors"
+    content = path.read_bytes()
+    at = content.index(torch.ones(4).numpy().tobytes())
+    path.write_bytes(content[:at] + b"\x01" + content[at + 1 :])
+    with pytest.raises(CheckpointError, match=r"cannot be read.*'/weights/a' was altered since it was written"):
+        whole(load(tmp_path, mark, lazy=lazy)["weights"]["a"])
+
+
+def test_what_an_earlier_version_wrote_without_checksums_is_read(tmp_path: Path) -> None:
+    mark = Mark.at(0, "done", 1)
+    save(tmp_path, mark, Content(TREE), keep=1)
+    state = tmp_path / mark.name / "state.json"
+    content = json.loads(state.read_text())
+    del content["crc32"]
+    state.write_text(json.dumps(content))
+    assert load(tmp_path, mark).keys() == TREE.keys()
 
 
 def test_full_disk_leaves_the_older_ones(tmp_path: Path) -> None:
