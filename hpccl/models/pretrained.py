@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hpccl.errors import DataError
@@ -108,8 +107,16 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"model.checkpoint '{path}' is damaged or holds more than weights, and reading that could run code; "
             "save its weights alone, best as .safetensors"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+    except OSError as error:
         raise DataError(f"model.checkpoint '{path}' cannot be read: {error}") from error
+    except Exception as error:  # the reader of pickles raises whatever comes of bytes that are none
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+            raise
+        kind = "a safetensors file" if path.suffix == ".safetensors" else "what torch.save writes"
+        raise DataError(
+            f"model.checkpoint '{path}' cannot be read: it is damaged, or not {kind} "
+            f"({type(error).__name__}: {error}); give a file of weights"
+        ) from error
     return _weights(found, path)
 
 

@@ -113,6 +113,10 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(DataError, match=r"torn\.pth' cannot be read"):
         start_from(model, tmp_path / "torn.pth")
+    for content in (b"hello, this is text\n", b"\x80\x02garbage", b"", bytes(range(256))):
+        (tmp_path / "text.pth").write_bytes(content)
+        with pytest.raises(DataError, match=r"text\.pth' (cannot be read|is damaged)"):
+            start_from(model, tmp_path / "text.pth")
     torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "more.pth")
     with pytest.raises(DataError, match=r"holds more than weights.*save its weights alone"):
         start_from(model, tmp_path / "more.pth")
