@@ -81,7 +81,7 @@ def _write(folder: Path, stem: str, tensors: Mapping[str, Tensor], content: dict
 
 
 def _checksum(value: Tensor) -> int:
-    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _checked(value: Tensor, name: str, expected: int | None) -> Tensor:
@@ -127,7 +127,7 @@ def read_tree(
                 return StoredWhole(folder / f"{stem}.safetensors", name, shape, sums.get(name))
 
             tree = _fill(skeleton, read, spread, apart)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint '{folder}' cannot be read ({stem}: {error}); delete it to continue from the one before"
         ) from error
@@ -142,12 +142,12 @@ def read_header(folder: Path) -> dict[str, Any]:
     """
     try:
         header: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        del header["tree"]
+        header.pop(_SUMS, None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint '{folder}' cannot be read ({error}); delete it to continue from the one before"
         ) from error
-    del header["tree"]
-    header.pop(_SUMS, None)
     return header
 
 

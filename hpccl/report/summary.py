@@ -125,7 +125,7 @@ def read_config(folder: Path) -> RunConfig:
         raise FolderError(f"'{folder}' is not the folder of a run: it has no config.yaml. Give runs/<name>") from error
     except OSError as error:
         raise FolderError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise FolderError(f"'{path}' is not YAML: {error}. Restore it or run again in another folder") from error
     except ValidationError as error:
         mistakes = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])

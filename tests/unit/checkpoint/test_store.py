@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpccl.checkpoint import store
-from hpccl.checkpoint.store import Content, Mark, latest, load, save
+from hpccl.checkpoint.store import Content, Mark, latest, load, open_shards, save
 from hpccl.dist.spread import whole
 from hpccl.errors import CheckpointError, FolderError
 
@@ -103,6 +103,20 @@ def test_what_an_earlier_version_wrote_without_checksums_is_read(tmp_path: Path)
     del content["crc32"]
     state.write_text(json.dumps(content))
     assert load(tmp_path, mark).keys() == TREE.keys()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"format": 1}', '{"tree": []}', '{"format": 1, "tree": {"a": 3'])
+def test_json_of_another_kind(tmp_path: Path, content: str) -> None:
+    mark = Mark.at(0, "fit", 1)
+    shard = {"layer": [{"a": torch.ones(2)}]}
+    save(tmp_path, mark, Content(TREE, source=TREE, own=shard), keep=1)
+    assert open_shards(tmp_path, mark)(lambda layer: True)["layer"]
+    (tmp_path / mark.name / "curvature-00000-of-00001.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read|belongs to another"):
+        open_shards(tmp_path, mark)(lambda layer: True)
+    (tmp_path / mark.name / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read|has format None"):
+        load(tmp_path, mark)
 
 
 def test_full_disk_leaves_the_older_ones(tmp_path: Path) -> None:
