@@ -40,7 +40,7 @@ def test_a_gradient_that_is_not_finite_stops_with_a_diagnosis(tmp_path: Path) ->
     assert code == 1
     assert "the gradient is not finite at step" in output
     assert "of task 0 ('digits[1/5]')" in output
-    assert "Lower optim.lr" in output
+    assert "Lower optim.lr (1e+30 in this task), or lower train.clip_norm (1e+30): in another folder=..." in output
     assert "Traceback" not in output
     note = json.loads((folder / "diverged-rank-0.json").read_text())
     assert note["task"] == 0
@@ -48,6 +48,19 @@ def test_a_gradient_that_is_not_finite_stops_with_a_diagnosis(tmp_path: Path) ->
     assert (folder / "diverged-rank-0.safetensors").stat().st_size > 0
     assert events(folder, "error")[-1]["kind"] == "DivergedError"
     assert not list((folder / "checkpoints").glob(".*")), "half a checkpoint was left"
+
+
+def test_a_quadratic_that_is_too_stiff_is_named(tmp_path: Path) -> None:
+    stiff = ("prior.quadratic.weight=1e30", "optim.lr=0.1", "optim.name=sgd", "train.epochs=1")
+    folder = tmp_path / "run"
+    code, output = finish(start(folder, *stiff))
+    assert code == 1
+    assert "of task 1 ('digits[2/5]')" in output
+    assert "lower prior.quadratic.weight (1e+30; where it is stiff" in output
+    assert f"in another folder=... (or name=...), for this one keeps its settings; train.first_task_from={folder}" in output
+    mild = ("prior.quadratic.weight=1", *stiff[1:], f"train.first_task_from={folder}")
+    code, output = finish(start(tmp_path / "mild", *mild))
+    assert code == 0, output
 
 
 def test_memory_larger_than_a_task(tmp_path: Path) -> None:
