@@ -85,7 +85,7 @@ def refuse_any_other(config: RunConfig) -> None:
 # What a start writes before its first step, and the errors that every start of the same configuration would meet: a job
 # that another one ended goes back into the queue, and takes up its folder.
 _BEFORE = ("run", "start", "evaluate", "task", "error")
-_REFUSALS = ("ConfigError", "CoverageError", "DataError", "FolderError")
+_REFUSALS = ("CapacityError", "ConfigError", "CoverageError", "DataError", "FolderError")
 
 
 def _unused(folder: RunFolder) -> str | None:

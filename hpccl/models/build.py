@@ -12,6 +12,7 @@ from torch import nn
 from hpccl.compat import import_timm
 from hpccl.config.model import MlpModel, ModelConfig, PaperModel, TimmModel
 from hpccl.errors import ConfigError
+from hpccl.machine import out_of_memory
 from hpccl.models.dropout import replace_dropout
 from hpccl.models.small import cifarnet, mlp, vgg_small
 
@@ -99,6 +100,8 @@ def _refused(network: nn.Module, shape: tuple[int, int, int], *, device: str = "
         with torch.no_grad():
             network(torch.zeros(1, *shape, device=device))
     except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
         return _words(error)
     return None
 
@@ -134,10 +137,8 @@ def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int
             config.name, pretrained=False, num_classes=num_classes, in_chans=image_shape[0], **config.options
         )
         replace_dropout(model)
-    except MemoryError:
-        raise
     except Exception as error:  # timm's networks raise whatever comes of arguments that they do not check
-        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+        if out_of_memory(error):
             raise
         raise ConfigError(
             f"model.options {config.options} does not suit '{config.name}': {type(error).__name__}: {_words(error)}; "

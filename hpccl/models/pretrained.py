@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hpccl.errors import DataError
+from hpccl.machine import out_of_memory
 
 __all__ = ["Start", "start_from"]
 
@@ -110,7 +111,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise DataError(f"model.checkpoint '{path}' cannot be read: {error}") from error
     except Exception as error:  # the reader of pickles raises whatever comes of bytes that are none
-        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+        if out_of_memory(error):
             raise
         kind = "a safetensors file" if path.suffix == ".safetensors" else "what torch.save writes"
         raise DataError(
