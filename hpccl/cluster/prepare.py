@@ -29,6 +29,8 @@ __all__ = ["prepare", "refuse_another", "refuse_any_other"]
 # Settings of libraries and of the scheduler that say how a run was carried out; nothing else, for secrets live there.
 _PREFIXES = ("CUDA_VISIBLE", "GLOO_", "HPCCL_", "MKL_NUM", "NCCL_", "OMP_", "SLURM_JOB", "SLURM_NTASKS", "TORCH_")
 
+_OTHER = "another folder=..."
+
 
 def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
     """Make the run folder and write config.yaml, code.txt and env.txt, unless they are there.
@@ -128,7 +130,9 @@ def _take_over(folder: RunFolder, config: RunConfig) -> None:
             for path in (folder.events, folder.error, folder.code, folder.env):
                 path.unlink(missing_ok=True)
         except OSError as error:
-            raise FolderError(f"run folder '{folder.path}' cannot be written: {explain_os_error(error)}") from error
+            raise FolderError(
+                f"run folder '{folder.path}' cannot be written: {explain_os_error(error, other=_OTHER)}"
+            ) from error
     sys.stderr.write(f"run folder '{folder.path}' is taken over: the run in it learned nothing, for {reason}\n")
 
 
@@ -144,7 +148,9 @@ def _earlier(folder: RunFolder, here: RunConfig) -> RunConfig | None:
             return None
         return load([folder.config], [])
     except PermissionError as error:
-        raise FolderError(f"run folder '{folder.path}' cannot be read: {explain_os_error(error)}") from error
+        raise FolderError(
+            f"run folder '{folder.path}' cannot be read: {explain_os_error(error, other=_OTHER)}"
+        ) from error
     except ConfigError as error:
         raise FolderError(
             f"run folder '{folder.path}' cannot be taken up again, for its config.yaml cannot be read:\n{error}\n"
@@ -159,7 +165,9 @@ def _refuse_unnamed(folder: RunFolder, here: RunConfig) -> None:
         if not learned and not (folder.events.is_file() and folder.events.stat().st_size):
             return
     except OSError as error:
-        raise FolderError(f"run folder '{folder.path}' cannot be read: {explain_os_error(error)}") from error
+        raise FolderError(
+            f"run folder '{folder.path}' cannot be read: {explain_os_error(error, other=_OTHER)}"
+        ) from error
     advice = "give another --out" if _adapts(here) else "set folder=... to another one, or delete it"
     raise FolderError(
         f"run folder '{folder.path}' has {'checkpoints' if learned else 'events'} of a run, but no config.yaml, which "
