@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpccl.config.model import MlpModel, ModelConfig, PaperModel, TimmModel
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError, DataError
 from hpccl.models.build import build_model
 from hpccl.models.pretrained import start_from
 
@@ -123,5 +123,5 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(DataError, match="holds no weights by name"):
         start_from(model, tmp_path / "list.pth")
-    with pytest.raises(DataError, match=r"unknown ending; allowed: .safetensors, .pth"):
+    with pytest.raises(ConfigError, match=r"unknown ending; allowed: .safetensors, .pth"):
         start_from(model, tmp_path / "weights.npz")
