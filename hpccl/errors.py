@@ -7,6 +7,7 @@ HpcclError                     something a user can mend; the command prints it 
 │   └── CheckpointError        a checkpoint is damaged or of an unknown format
 ├── WorldError                 processes cannot meet, or one of them died
 │   └── StragglerError         a process did not answer within cluster.timeout
+├── CapacityError              the memory of the machine or of a device has run out
 ├── CoverageError              a parameter that the curvature was asked to cover is not covered
 └── DivergedError              the loss or its gradient is not finite
 
@@ -14,6 +15,7 @@ A message says what is wrong, the value, what is allowed and what to do.
 """
 
 __all__ = [
+    "CapacityError",
     "CheckpointError",
     "ConfigError",
     "CoverageError",
@@ -52,6 +54,10 @@ class WorldError(HpcclError):
 
 class StragglerError(WorldError):
     """A process did not answer within cluster.timeout."""
+
+
+class CapacityError(HpcclError):
+    """The memory of the machine or of a device has run out."""
 
 
 class CoverageError(HpcclError):

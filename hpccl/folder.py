@@ -94,19 +94,20 @@ class RunFolder:
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:
-            raise FolderError(f"run folder '{self.path}' cannot be written: {explain_os_error(error)}") from error
+            explained = explain_os_error(error, other="another folder=...")
+            raise FolderError(f"run folder '{self.path}' cannot be written: {explained}") from error
 
 
-def explain_os_error(error: OSError) -> str:
-    """The system's words and what to do."""
+def explain_os_error(error: OSError, *, other: str = "another folder") -> str:
+    """The system's words and what to do; `other`: how another folder is given."""
     advice = {
         28: "the disk is full: free some space and run the same command again",
         122: "your disk quota is used up: free some space and run the same command again",
-        13: "no permission: choose another folder=... or ask its owner",
+        13: f"no permission: choose {other} or ask its owner",
         27: "larger than `ulimit -f` or the file system allows: raise that and run the same command again",
-        30: "the file system is read-only: choose another folder=...",
-        20: "a part of the path is a file: choose another folder=...",
-        17: "a file is in the way: choose another folder=...",
+        30: f"the file system is read-only: choose {other}",
+        20: f"a part of the path is a file: choose {other}",
+        17: f"a file is in the way: choose {other}",
     }.get(error.errno or 0, "check the path and run the same command again")
     return f"{error.strerror or error} ({advice})"
 

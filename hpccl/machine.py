@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SlurmJob", "commit", "machine", "slurm_job", "versions"]
+__all__ = ["SlurmJob", "commit", "machine", "out_of_memory", "slurm_job", "versions"]
 
 _PACKAGES = ("hpccl", "torch", "timm", "webdataset", "numpy", "pydantic", "safetensors", "deepspeed", "submitit")
 
@@ -25,6 +25,17 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "hostname": socket.gethostname(),
     }
+
+
+_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")  # in the words of torch, CUDA and its libraries
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The first line of what Python, torch or CUDA raise when memory has run out; None of any other error."""
+    line = str(error).partition("\n")[0] or type(error).__name__
+    if isinstance(error, MemoryError):
+        return line
+    return line if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY) else None
 
 
 def versions() -> dict[str, str]:

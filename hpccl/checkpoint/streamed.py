@@ -18,7 +18,7 @@ from typing import BinaryIO, final
 import torch
 from torch import Tensor
 
-__all__ = ["Writer", "writing"]
+__all__ = ["Writer", "write_tensors", "writing"]
 
 # Names of the format; of what networks are made of.
 _DTYPES = {
@@ -85,3 +85,19 @@ def writing(
         assert writer.written == tensors.keys(), "every tensor is written"
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """A new file at `path` with all `tensors`, readable as the user's umask says.
+
+    The library's own function makes files that nobody else may read, and has an error of its own for a full disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    # The largest numbers first: then each begins at a multiple of its size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    kinds = {name: (value.dtype, tuple(value.shape)) for name, value in ordered.items()}
+    with writing(path, kinds, metadata=metadata or {}) as writer:
+        for name, value in ordered.items():
+            writer.write(name, value)

@@ -2,6 +2,8 @@
 
 Tensors that are spread over ranks (dist.spread.Slab) are in files of their own, one a rank, with a table of which
 elements each file has; they are read in any other division. Tensors that are in a file apart (apart.Apart) are named.
+
+The JSON file has a checksum of every tensor, compared when the tensor is read, as far as it is read whole.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ __all__ = ["StoredWhole", "has_slabs", "read_header", "read_tree", "write_slabs"
 _TENSOR = "__tensor__"
 _SPREAD = "__spread__"
 _APART = "__apart__"
+_SUMS = "crc32"  # in a header: of each tensor's bytes; absent in what earlier versions wrote
 
 
 def write_tree(folder: Path, tree: dict[str, Any], *, header: dict[str, Any], stem: str = "state") -> int:
@@ -65,14 +69,26 @@ def has_slabs(tree: dict[str, Any]) -> bool:
 
 
 def _write(folder: Path, stem: str, tensors: Mapping[str, Tensor], content: dict[str, Any]) -> int:
-    data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    text = json.dumps(content).encode()
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    data = safetensors.torch.save(plain)
+    text = json.dumps({**content, _SUMS: {name: _checksum(value) for name, value in plain.items()}}).encode()
     for name, part in ((f"{stem}.safetensors", data), (f"{stem}.json", text)):
         with open(folder / name, "wb") as file:
             file.write(part)
             file.flush()
             os.fsync(file.fileno())
     return len(data) + len(text)
+
+
+def _checksum(value: Tensor) -> int:
+    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _checked(value: Tensor, name: str, expected: int | None) -> Tensor:
+    """Raises ValueError unless the tensor is what was written."""
+    if expected is not None and _checksum(value) != expected:
+        raise ValueError(f"'{name}' was altered since it was written")
+    return value
 
 
 def read_tree(
@@ -92,11 +108,11 @@ def read_tree(
     slabs: the stems of what all ranks' write_slabs wrote, by the header.
 
     Raises:
-        CheckpointError: a file is missing, torn or not what it says.
+        CheckpointError: a file is missing, torn, altered or not what it says.
     """
     try:
         header = json.loads((folder / f"{stem}.json").read_text())
-        skeleton = header.pop("tree")
+        skeleton, sums = header.pop("tree"), header.pop(_SUMS, {})
         spread = _Spread.open(folder, slabs(header))
         if wanted is not None:
             skeleton = {key: value for key, value in skeleton.items() if wanted(key)}
@@ -106,12 +122,12 @@ def read_tree(
 
             def read(name: str) -> Tensor | Stored:
                 if not lazy:
-                    found: Tensor = file.get_tensor(name).clone()
-                    return found
-                return StoredWhole(folder / f"{stem}.safetensors", name, tuple(file.get_slice(name).get_shape()))
+                    return _checked(file.get_tensor(name).clone(), name, sums.get(name))
+                shape = tuple(file.get_slice(name).get_shape())
+                return StoredWhole(folder / f"{stem}.safetensors", name, shape, sums.get(name))
 
             tree = _fill(skeleton, read, spread, apart)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint '{folder}' cannot be read ({stem}: {error}); delete it to continue from the one before"
         ) from error
@@ -126,28 +142,33 @@ def read_header(folder: Path) -> dict[str, Any]:
     """
     try:
         header: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        del header["tree"]
+        header.pop(_SUMS, None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint '{folder}' cannot be read ({error}); delete it to continue from the one before"
         ) from error
-    del header["tree"]
     return header
+
+
+_Piece = tuple[int, Path, int | None]
 
 
 @dataclass(frozen=True)
 class _Spread:
-    """Where the elements of spread tensors are: by name, (first element, file)."""
+    """Where the elements of spread tensors are: by name, (first element, file, checksum)."""
 
-    pieces: dict[str, list[tuple[int, Path]]]
+    pieces: dict[str, list[_Piece]]
 
     @classmethod
     def open(cls, folder: Path, stems: list[str]) -> _Spread:
-        pieces: dict[str, list[tuple[int, Path]]] = {}
+        pieces: dict[str, list[_Piece]] = {}
         for stem in stems:
-            table = json.loads((folder / f"{stem}.json").read_text())["tree"]
-            for name, start in table.items():
-                pieces.setdefault(name, []).append((start, folder / f"{stem}.safetensors"))
-        return cls({name: sorted(found) for name, found in pieces.items()})
+            content = json.loads((folder / f"{stem}.json").read_text())
+            sums = content.get(_SUMS, {})
+            for name, start in content["tree"].items():
+                pieces.setdefault(name, []).append((start, folder / f"{stem}.safetensors", sums.get(name)))
+        return cls({name: sorted(found, key=lambda piece: piece[:2]) for name, found in pieces.items()})
 
     def stored(self, name: str, shape: list[int], dtype: str) -> _StoredTensor:
         return _StoredTensor(name, tuple(shape), getattr(torch, dtype), tuple(self.pieces.get(name, ())))
@@ -161,18 +182,18 @@ class _StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[tuple[int, Path], ...]
+    pieces: tuple[_Piece, ...]
 
     def read(self, start: int, stop: int) -> Tensor:
         """See Stored.read.
 
         Raises:
-            CheckpointError: a file is missing or torn, or elements are in none of them.
+            CheckpointError: a file is missing, torn or altered, or elements are in none of them.
         """
         found = torch.empty(stop - start, dtype=self.dtype)
         missing = stop - start
-        ends = [*(first for first, _ in self.pieces[1:]), math.prod(self.shape)]
-        for (first, path), end_of_piece in zip(self.pieces, ends, strict=False):
+        ends = [*(first for first, _, _ in self.pieces[1:]), math.prod(self.shape)]
+        for (first, path, checksum), end_of_piece in zip(self.pieces, ends, strict=False):
             if first >= stop or end_of_piece <= start:  # opening a file of every rank for every tensor would take long
                 continue
             try:
@@ -180,9 +201,11 @@ class _StoredTensor:
                     part = file.get_slice(self.name)
                     begin, end = max(first, start), min(first + math.prod(part.get_shape()), stop)
                     if begin < end:
-                        found[begin - start : end - start] = part[begin - first : end - first]
+                        taken: Tensor = part[begin - first : end - first]
+                        complete = end - begin == math.prod(part.get_shape())
+                        found[begin - start : end - start] = _checked(taken, self.name, checksum if complete else None)
                         missing -= end - begin
-            except (OSError, SafetensorError) as error:
+            except (OSError, ValueError, SafetensorError) as error:
                 raise CheckpointError(f"'{path}' cannot be read ({error}); {_BEFORE.format(path.parent)}") from error
         if missing:
             where = self.pieces[0][1].parent if self.pieces else "the checkpoint"
@@ -203,17 +226,19 @@ class StoredWhole:
     path: Path
     name: str
     shape: tuple[int, ...]
+    checksum: int | None = None
 
     def read(self, start: int, stop: int) -> Tensor:
         """See Stored.read.
 
         Raises:
-            CheckpointError: the file is missing or torn.
+            CheckpointError: the file is missing, torn or altered.
         """
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
-                found: Tensor = file.get_tensor(self.name).reshape(-1)[start:stop].clone()
-        except (OSError, SafetensorError) as error:
+                whole = _checked(file.get_tensor(self.name), self.name, self.checksum)
+                found = whole.reshape(-1)[start:stop].clone()
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"'{self.path}' cannot be read: {error}") from error
         return found
 

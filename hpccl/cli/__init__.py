@@ -14,7 +14,8 @@ from hpccl.cli.gp import gp
 from hpccl.cli.memory import memory
 from hpccl.cli.shards import shards
 from hpccl.cluster.outcome import INTERRUPTED, tell
-from hpccl.errors import HpcclError
+from hpccl.errors import CapacityError, HpcclError
+from hpccl.machine import out_of_memory
 
 __all__ = ["app", "main"]
 
@@ -47,6 +48,11 @@ def main() -> None:
         app()
     except HpcclError as error:
         sys.exit(tell(error))
+    except (MemoryError, RuntimeError) as error:
+        words = out_of_memory(error)
+        if words is None:
+            raise
+        sys.exit(tell(CapacityError(f"memory ran out ({words}); free some, or take a machine or device with more")))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 

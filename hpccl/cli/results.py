@@ -29,7 +29,9 @@ def evaluate(
         Literal["sampled", "probit", "monte_carlo"] | None,
         typer.Option(help="Uncertain weights: draw them, or linearise the network (probit approximation or draws)."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="With --posterior: draws of weights, or of logits.")] = 32,
+    samples: Annotated[
+        int | None, typer.Option(help="With --posterior: draws of weights, or of logits; 32 if not given.")
+    ] = None,
     examples: Annotated[
         int | None, typer.Option(help="With --posterior: so many test images; all, or 2000 if linearised.")
     ] = None,
@@ -47,7 +49,7 @@ def evaluate(
     if posterior is None:
         from hpccl.train.evaluate_run import evaluate_run
 
-        given = {"--examples": examples, "--prior-precision": prior_precision, "--out": out}
+        given = {"--samples": samples, "--examples": examples, "--prior-precision": prior_precision, "--out": out}
         lost = [name for name, value in given.items() if value is not None]
         if lost:
             raise ConfigError(f"{lost[0]} without --posterior: it is about uncertain weights; add --posterior sampled")
@@ -62,7 +64,7 @@ def evaluate(
         run,
         approximation=posterior,
         task=task,
-        samples=samples,
+        samples=32 if samples is None else samples,
         examples=examples,
         prior_precision=prior_precision,
     )

@@ -173,8 +173,8 @@ def plan(
     from hpccl.train.plan.build import make_plan
     from hpccl.train.plan.show import render
 
-    if bandwidth is not None and bandwidth <= 0:
-        raise ConfigError(f"--bandwidth is {bandwidth:g}; it must be above 0")
+    if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth > 0):
+        raise ConfigError(f"--bandwidth is {bandwidth:g}; allowed: a finite number of gigabytes a second above 0")
     plans = [
         make_plan(
             config,

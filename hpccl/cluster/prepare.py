@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hpccl
-from hpccl.cluster.lock import holding
+from hpccl.cluster.lock import holder, holding
 from hpccl.cluster.records import read_records
 from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.load import dump, load
@@ -29,12 +29,14 @@ __all__ = ["prepare", "refuse_another", "refuse_any_other"]
 # Settings of libraries and of the scheduler that say how a run was carried out; nothing else, for secrets live there.
 _PREFIXES = ("CUDA_VISIBLE", "GLOO_", "HPCCL_", "MKL_NUM", "NCCL_", "OMP_", "SLURM_JOB", "SLURM_NTASKS", "TORCH_")
 
+_OTHER = "another folder=..."
+
 
 def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
     """Make the run folder and write config.yaml, code.txt and env.txt, unless they are there.
 
     A folder of the same run is taken up again; only `name`, `log`, `checkpoint` and `cluster` may have changed. That of
-    another run which was refused before it learned anything is taken over, and said to be.
+    another run which ended before it learned anything is taken over, and said to be.
 
     Raises:
         FolderError: the folder holds another run, or cannot be written.
@@ -61,7 +63,10 @@ def refuse_another(config: RunConfig) -> RunConfig | None:
     """
     folder = RunFolder(Path(config.path))
     before = _earlier(folder, config)
-    if before is None or (before.identity() != config.identity() and _refusal(folder) is not None):
+    if before is None:
+        _refuse_unnamed(folder, config)
+        return None
+    if before.identity() != config.identity() and holder(folder) is None and _unused(folder) is not None:
         return None
     _refuse_another(before, config, folder)
     return before
@@ -82,29 +87,33 @@ def refuse_any_other(config: RunConfig) -> None:
 # What a start writes before its first step, and the errors that every start of the same configuration would meet: a job
 # that another one ended goes back into the queue, and takes up its folder.
 _BEFORE = ("run", "start", "evaluate", "task", "error")
-_REFUSALS = ("ConfigError", "CoverageError", "DataError", "FolderError")
+_REFUSALS = ("CapacityError", "ConfigError", "CoverageError", "DataError", "FolderError")
 
 
-def _refusal(folder: RunFolder) -> Event | None:
-    """The error that ended the folder's only start, or the last of several, if none of them learned anything.
+def _unused(folder: RunFolder) -> str | None:
+    """Why the run in a folder that no process holds may give way: it never learned anything, and no job waits for it.
 
-    None for a run that is on its way: one that was prepared and has not begun, or was submitted again since the error.
+    None for a run that is on its way: one that was submitted, or was stopped by something else than its configuration.
     """
     try:
-        events = read_events(folder.events)
+        events = read_events(folder.events) if folder.events.exists() else []
         learned = folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())
     except (FolderError, OSError):
         return None
-    if learned or not events or any(event["event"] not in _BEFORE for event in events):
+    if learned or any(event["event"] not in _BEFORE for event in events):
         return None
-    last = events[-1]
-    if last["event"] != "error" or last.get("kind") not in _REFUSALS:
+    last: Event = events[-1] if events else {"event": "none", "time": 0.0}
+    submitted = [record.submitted for record in read_records(folder)]
+    if last["event"] != "error":  # of a start that crashed or was killed; its files tell it from a folder of settings
+        prepared = folder.code.is_file() and folder.env.is_file()
+        return "it ended without a word before its first step" if prepared and not submitted else None
+    if last.get("kind") not in _REFUSALS or any(moment >= last["time"] for moment in submitted):
         return None
-    return None if any(record.submitted >= last["time"] for record in read_records(folder)) else last
+    return f"it ended with {last['kind']}: {last['message']}"
 
 
 def _take_over(folder: RunFolder, config: RunConfig) -> None:
-    """Make the folder of a run that was refused this one's, if it still is that.
+    """Make the folder of a run that never learned this one's, if it still is that.
 
     Under the lock that a run holds while it lasts; one that begins looks for its configuration when it has the lock.
 
@@ -112,20 +121,19 @@ def _take_over(folder: RunFolder, config: RunConfig) -> None:
         FolderError: another command was faster, or a file cannot be written.
     """
     with holding(folder):
-        if refuse_another(config) is not None:  # ... with the same run
-            return
-        refusal = _refusal(folder)
+        before, reason = _earlier(folder, config), _unused(folder)
+        if before is not None and (before.identity() == config.identity() or reason is None):
+            _refuse_another(before, config, folder)
+            return  # ... with the same run
         _write(folder.config, dump(config))
         try:
             for path in (folder.events, folder.error, folder.code, folder.env):
                 path.unlink(missing_ok=True)
         except OSError as error:
-            raise FolderError(f"run folder '{folder.path}' cannot be written: {explain_os_error(error)}") from error
-    if refusal is not None:
-        sys.stderr.write(
-            f"run folder '{folder.path}' is taken over: the run in it learned nothing, for it ended with "
-            f"{refusal['kind']}: {refusal['message']}\n"
-        )
+            raise FolderError(
+                f"run folder '{folder.path}' cannot be written: {explain_os_error(error, other=_OTHER)}"
+            ) from error
+    sys.stderr.write(f"run folder '{folder.path}' is taken over: the run in it learned nothing, for {reason}\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -140,12 +148,31 @@ def _earlier(folder: RunFolder, here: RunConfig) -> RunConfig | None:
             return None
         return load([folder.config], [])
     except PermissionError as error:
-        raise FolderError(f"run folder '{folder.path}' cannot be read: {explain_os_error(error)}") from error
+        raise FolderError(
+            f"run folder '{folder.path}' cannot be read: {explain_os_error(error, other=_OTHER)}"
+        ) from error
     except ConfigError as error:
         raise FolderError(
             f"run folder '{folder.path}' cannot be taken up again, for its config.yaml cannot be read:\n{error}\n"
             f"{'give another --out' if _adapts(here) else 'set folder=... to another one, or delete it'}"
         ) from error
+
+
+def _refuse_unnamed(folder: RunFolder, here: RunConfig) -> None:
+    """A folder in which a run learned, and nothing that says what run it was."""
+    try:
+        learned = folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())
+        if not learned and not (folder.events.is_file() and folder.events.stat().st_size):
+            return
+    except OSError as error:
+        raise FolderError(
+            f"run folder '{folder.path}' cannot be read: {explain_os_error(error, other=_OTHER)}"
+        ) from error
+    advice = "give another --out" if _adapts(here) else "set folder=... to another one, or delete it"
+    raise FolderError(
+        f"run folder '{folder.path}' has {'checkpoints' if learned else 'events'} of a run, but no config.yaml, which "
+        f"says what run it is; put its config.yaml back to continue it, or {advice}"
+    )
 
 
 def _refuse_another(there: RunConfig, here: RunConfig, folder: RunFolder) -> None:

@@ -42,12 +42,12 @@ def adapted_config(
         settings: `key=value` that go over the run's.
 
     Raises:
-        ConfigError: a setting is not allowed, or clashes.
-        FolderError: RUN is no run, an adaptation itself, or what `out` names.
+        ConfigError: a setting is not allowed, or clashes, or `out` is RUN.
+        FolderError: RUN is no run, or an adaptation itself.
     """
     source = _source(run)
     if out.resolve() == run.resolve():
-        raise FolderError(f"--out '{out}' is the run that is adapted, which stays as it is; give another --out")
+        raise ConfigError(f"--out '{out}' is the run that is adapted, which stays as it is; give another --out")
     for setting in settings:
         _refuse_fixed(setting, model)
     words = _words(run, out, source, task=task, change=change)

@@ -23,6 +23,7 @@ __all__ = [
     "PositiveFloatPerTask",
     "PositiveInt",
     "Section",
+    "Seed",
     "SharePerTask",
     "TimeLimit",
     "Variable",
@@ -47,6 +48,7 @@ def per_task(values: tuple[Value, ...], task: int) -> Value:
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]  # a word of a hash
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -25,6 +25,7 @@ from hpccl.errors import ConfigError
 __all__ = ["dump", "is_override", "load", "points", "sweep"]
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+_DEEPEST = 20  # dots in a key; sections are nested much less
 _ROOT = Choice({"": RunConfig}, "", tagged=False)
 
 
@@ -195,6 +196,9 @@ def _read(files: Sequence[Path], overrides: Sequence[str]) -> tuple[Table, list[
     first = {key: key.count(".") + (key in above) for key, _ in arguments if key.endswith(".kind") or key in above}
     arguments.sort(key=lambda item: (item[0] not in first, first.get(item[0], 0)))
     for key, text in arguments:
+        if key.count(".") > _DEEPEST:
+            fatal.append(f"'{key[:60]}...' has {key.count('.') + 1} parts; no key has more than {_DEEPEST + 1}")
+            continue
         try:
             value, doubled = read_value(text, f"argument '{key}={text}'")
             mistakes += doubled

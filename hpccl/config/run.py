@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from hpccl.config.adaptation import AdaptConfig, AnyAdaptation, NoAdaptation
-from hpccl.config.base import Line, Section
+from hpccl.config.base import Line, Section, Seed
 from hpccl.config.clash import ClashError
 from hpccl.config.curvature import CurvatureConfig, KroneckerCurvature, MasCurvature, SiCurvature
 from hpccl.config.data import DataConfig
@@ -42,7 +42,7 @@ class RunConfig(Section):
     # of the run, in reports and in its folder; where no file gives one: the files' names, joined by '-'
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$")
     folder: Line | None = None  # null: runs/<name>
-    seed: int = Field(default=0, ge=0)  # of everything random, but the order of classes
+    seed: Seed = 0  # of everything random, but the order of classes
     stream: StreamConfig = DigitsStream()  # what is learned, task by task
     data: DataConfig = DataConfig()  # how examples become tensors
     model: ModelConfig = MlpModel()  # the network

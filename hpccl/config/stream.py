@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from hpccl.config.base import Fraction, Line, NonNegativeInt, PositiveInt, Section
+from hpccl.config.base import Fraction, Line, PositiveInt, Section, Seed
 
 __all__ = [
     "BlurryScenario",
@@ -21,6 +21,8 @@ __all__ = [
     "ShardStream",
     "StreamConfig",
 ]
+
+OrderSeed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
 
 class ClassScenario(Section):
@@ -39,7 +41,7 @@ class PermutedScenario(Section):
     """Every task has all images, their pixels in an order of its own; the first task's are as stored."""
 
     kind: Literal["permuted"] = "permuted"
-    seed: NonNegativeInt = 0  # of the orders, which do not depend on the run's seed
+    seed: Seed = 0  # of the orders, which do not depend on the run's seed
 
 
 class RotatedScenario(Section):
@@ -48,7 +50,7 @@ class RotatedScenario(Section):
     kind: Literal["rotated"] = "rotated"
     degrees: Annotated[float, Field(gt=0, le=360)] = 180.0  # angles are below it
     angles: Literal["drawn", "even"] = "drawn"  # drawn uniformly; or degrees * task / tasks
-    seed: NonNegativeInt = 0  # of drawn angles, which do not depend on the run's seed
+    seed: Seed = 0  # of drawn angles, which do not depend on the run's seed
 
 
 class BlurryScenario(Section):
@@ -60,7 +62,7 @@ class BlurryScenario(Section):
     kind: Literal["blurry"] = "blurry"
     blur: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of a blurry class's training images that other tasks get
     disjoint: Fraction = 0.5  # share of each task's classes that no other task gets images of; 0: Blurry-M
-    seed: NonNegativeInt = 0  # of which images and classes, which do not depend on the run's seed
+    seed: Seed = 0  # of which images and classes, which do not depend on the run's seed
 
 
 class FewShotScenario(Section):
@@ -76,7 +78,7 @@ class FewShotScenario(Section):
     # folder of session_2.txt, session_3.txt, ...: a training image a line, by its name (folders and extension do not
     # count) or by its number if names are numbers; session_1.txt may list those of the base. null: drawn by seed
     lists: Line | None = None
-    seed: NonNegativeInt = 0  # of drawn images, which do not depend on the run's seed
+    seed: Seed = 0  # of drawn images, which do not depend on the run's seed
 
 
 ScenarioConfig = Annotated[
@@ -92,7 +94,7 @@ class DigitsStream(Section):
     tasks: Annotated[int, Field(gt=0, le=10)] = 5  # the ten digits are split into so many tasks
     scenario: ScenarioConfig = ClassScenario()  # what tasks have in common
     order: Literal["given", "random"] = "given"  # of the classes
-    order_seed: int = 1993  # of order=random
+    order_seed: OrderSeed = 1993  # of order=random
 
 
 class Part(Section):
@@ -110,7 +112,7 @@ class ShardStream(Section):
     parts: Annotated[tuple[Part, ...], Strict(False), Field(min_length=1)]  # the data sets, in the order of learning
     scenario: ScenarioConfig = ClassScenario()  # what tasks have in common
     order: Literal["given", "random"] = "given"  # of the classes within a part
-    order_seed: int = 1993  # of order=random
+    order_seed: OrderSeed = 1993  # of order=random
     train_split: str = "train"  # name of the split to train on
     test_split: str = "test"  # name of the split to test on
 

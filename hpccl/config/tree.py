@@ -97,6 +97,8 @@ class _Reader:
             mark = error.problem_mark or error.context_mark
             where = f"{self.source}:{mark.line + 1}" if mark and self.lines else self.source
             raise ConfigError(f"{error.problem or error.context}: not valid YAML ({where})") from error
+        except RecursionError as error:
+            raise ConfigError(f"nested too deeply to be read; no setting needs that ({self.source})") from error
         except (YAMLError, ValueError) as error:
             raise ConfigError(f"{' '.join(str(error).split())}: not valid YAML ({self.source})") from error
 

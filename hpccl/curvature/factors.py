@@ -42,7 +42,7 @@ from hpccl.curvature.sweep import (
     zeros_for,
 )
 from hpccl.dist.comm import Comm
-from hpccl.errors import CoverageError
+from hpccl.errors import ConfigError, CoverageError
 
 __all__ = ["BlockSums", "EigenPass", "KroneckerPass", "Measured", "Shape", "refuse_large"]
 
@@ -126,7 +126,8 @@ class KroneckerPass:
         """Refuse at once what `run` would refuse later, as far as can be told without data.
 
         Raises:
-            CoverageError: a norm layer couples examples, a pattern matches nothing, or a factor is too large.
+            ConfigError: a pattern matches nothing.
+            CoverageError: a norm layer couples examples, or a factor is too large.
         """
         refuse_unfit(model)
         _refuse_idle_patterns(model, self.diagonal)
@@ -350,7 +351,7 @@ def _refuse_idle_patterns(model: nn.Module, patterns: Iterable[str]) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise CoverageError(
+            raise ConfigError(
                 f"curvature.diagonal={pattern!r} matches no linear map or convolution, and all else has the diagonal "
                 f"anyway; allowed are names of: {listed(names)}, with * and ?"
             )

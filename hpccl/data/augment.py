@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hpccl.data.order import mix
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError
 
 __all__ = ["BatchAugment", "Normaliser", "crop_flip", "draw_crop_flip"]
 
@@ -80,16 +80,16 @@ class Normaliser:
         """From data.mean and data.std: one value for all channels, or one a channel.
 
         Raises:
-            DataError: another number of values, or a deviation that is not positive.
+            ConfigError: another number of values, or a deviation that is not positive.
         """
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in {1, channels}:
-                raise DataError(
+                raise ConfigError(
                     f"data.{name} has {len(values)} values but the images have {channels} channels; "
                     f"give 1 value" + (f" or {channels}" if channels > 1 else "")
                 )
         if min(std) <= 0:
-            raise DataError(
+            raise ConfigError(
                 f"data.std is {list(std)}; every value must be above 0 (1 leaves pixels in [0, 1] as they are)"
             )
         wide_mean = np.broadcast_to(np.asarray(mean, dtype=np.float64), channels)

@@ -42,7 +42,7 @@ from hpccl.data.shards.remote import ShardCache, is_url
 from hpccl.data.stream import ImageSource, ImageStream
 from hpccl.data.timm_view import TimmView
 from hpccl.data.views import EvaluationView
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError, DataError
 
 __all__ = ["Outline", "open_stream", "outline"]
 
@@ -62,10 +62,11 @@ def open_stream(
         gone, the stream is opened all the same, and `absent` says what cannot be read.
 
     Raises:
-        DataError: shards are missing or damaged, classes of the splits differ or cannot be cut into so many tasks,
-            images have several sizes and data.image_size is not set, the cache folder cannot be written, an image
-            cannot be decoded and data.bad_images is `stop`, settings do not go together, or added images have other
-            classes, another size or (for the digits) other channels.
+        ConfigError: classes cannot be cut into so many tasks, images have several sizes and data.image_size is not set,
+            or settings do not go together.
+        DataError: shards are missing or damaged, classes of the splits differ, the cache folder cannot be written, an
+            image cannot be decoded and data.bad_images is `stop`, or added images have other classes, another size or
+            (for the digits) other channels.
     """
     match stream:
         case DigitsStream():
@@ -116,8 +117,9 @@ def outline(stream: StreamConfig, data: DataConfig, *, copies: Path | None = Non
     """The outline of the stream that `open_stream` would open; of shards, it reads the indices alone.
 
     Raises:
-        DataError: shards are missing or damaged, classes of the splits differ or cannot be cut into so many tasks, or
-            images have several sizes and data.image_size is not set.
+        ConfigError: classes cannot be cut into so many tasks, or images have several sizes and data.image_size is not
+            set.
+        DataError: shards are missing or damaged, or classes of the splits differ.
     """
     view = _evaluation_view(data, "test")
     match stream:
@@ -180,7 +182,7 @@ def _sessions(collection: Collection, scenario: FewShotScenario) -> Collection:
     """The data set with as many classes as the base and the sessions have."""
     widths = (scenario.base, *[scenario.way] * (collection.tasks - 1))
     if sum(widths) > len(collection.class_names):
-        raise DataError(
+        raise ConfigError(
             f"{scenario.base} base classes and {collection.tasks - 1} sessions of {scenario.way} are {sum(widths)} "
             f"classes, but '{collection.title}' has {len(collection.class_names)}; set stream.scenario.base, way or "
             "the number of tasks lower"
@@ -293,7 +295,7 @@ def _open_shards(stream: ShardStream, data: DataConfig, added: Sequence[str], co
     shapes, changes = _view_shapes(parts, data), _changes(stream)
     decoded = _storage(parts, data, shapes) == "decoded"
     if changes is not None and not decoded:
-        raise DataError(
+        raise ConfigError(
             f"stream.scenario.kind={stream.scenario.kind} changes decoded images, and these are decoded each time; "
             f"set data.storage=decoded (of images up to {_SMALL} pixels a side, auto is decoded if there is room)"
         )
@@ -422,7 +424,7 @@ def _view_shapes(parts: Sequence[_Opened], data: DataConfig) -> Shapes:
     sizes = np.unique(np.concatenate([part.sizes for part in parts]), axis=0)
     if len(sizes) != 1:
         known = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
-        raise DataError(
+        raise ConfigError(
             f"images have {len(sizes)} sizes ({known}{', ...' if len(sizes) > 3 else ''}); "
             "set data.image_size to the side of the squares that the model gets"
         )
@@ -432,7 +434,7 @@ def _view_shapes(parts: Sequence[_Opened], data: DataConfig) -> Shapes:
 
 def _storage(parts: Sequence[_Opened], data: DataConfig, shapes: Shapes) -> Literal["decoded", "encoded"]:
     if data.storage == "decoded" and isinstance(data.augment, TimmAugment):
-        raise DataError(
+        raise ConfigError(
             "data.storage is decoded but data.augment.kind is timm, which crops from the full image; "
             "set data.storage to auto or encoded, or data.augment.kind to crop_flip or none"
         )
@@ -516,7 +518,7 @@ def _encoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, 
     if isinstance(data.augment, TimmAugment):
         height, width = shapes["train"]
         if height != width:
-            raise DataError(f"images are {width} x {height} and data.augment.kind is timm; set data.image_size")
+            raise ConfigError(f"images are {width} x {height} and data.augment.kind is timm; set data.image_size")
         sides = (height,) if data.progressive is None else data.progressive.sides(height)
         augment = {side: TimmView.of(data.augment, size=side, mean=data.mean) for side in sides}
     else:
@@ -574,6 +576,6 @@ def _batch_augment(data: DataConfig, *, where: str) -> BatchAugment:
         case CropFlip(padding=padding, flip=flip):
             return BatchAugment(padding, flip)
         case TimmAugment():
-            raise DataError(f"data.augment.kind is timm, which {where} cannot have; set it to crop_flip or none")
+            raise ConfigError(f"data.augment.kind is timm, which {where} cannot have; set it to crop_flip or none")
         case _:
             assert_never(data.augment)

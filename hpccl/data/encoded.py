@@ -159,7 +159,10 @@ class EncodedImages:
         if made.failure is not None:
             raise DataError(made.failure)
         if made.bad and self.stop_at_bad:
-            raise DataError(f"{made.bad[0][1]}; set data.bad_images to skip to go on without such images")
+            raise DataError(
+                f"{made.bad[0][1]}; restore its shard, or begin in another folder=... with data.bad_images=skip, which "
+                "goes on without such images"
+            )
         for sample, reason in made.bad:
             self.seen_bad.setdefault((split, sample), reason)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hpccl.data.order import mix, permutation
 from hpccl.data.protocols import Split
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError, DataError
 
 __all__ = [
     "ClassTask",
@@ -109,7 +109,8 @@ def arrange(collections: Sequence[Collection], *, order: Literal["given", "rando
     """Cut each data set into tasks of equally many classes (or of `widths`), one data set after the other.
 
     Raises:
-        DataError: more classes are asked for than there are, they cannot be split evenly, or a task has no examples.
+        ConfigError: more classes are asked for than there are, or they cannot be split evenly.
+        DataError: a task has no examples.
     """
     chosen = [_class_order(part, which, order, seed) for which, part in enumerate(collections)]
     tasks: list[ClassTask] = []
@@ -167,7 +168,8 @@ def align(collections: Sequence[Collection], *, order: Literal["given", "random"
     """Each data set is a task, and all have the same classes: a name is one class in all of them.
 
     Raises:
-        DataError: class names differ, more classes are asked for than there are, or a task has no examples.
+        ConfigError: more classes are asked for than there are.
+        DataError: class names differ, or a task has no examples.
     """
     first, *_ = collections
     classes = np.sort(_class_order(first, 0, order, seed))
@@ -209,7 +211,7 @@ def held_out(layout: Layout, share: float) -> Layout:
         share: of each class, in (0, 1); rounded to a whole number, at least one example.
 
     Raises:
-        DataError: a class would have no example left.
+        ConfigError: a class would have no example left.
     """
     index = layout.index["train"]
     held = np.zeros(len(index), dtype=bool)
@@ -217,7 +219,7 @@ def held_out(layout: Layout, share: float) -> Layout:
         mine = np.flatnonzero(index.label == number)
         count = max(1, round(share * len(mine)))
         if count >= len(mine):
-            raise DataError(
+            raise ConfigError(
                 f"class '{name}' has {len(mine)} training images; data.validation={share:g} would leave none of them "
                 "to train on; make it smaller, or leave such classes out"
             )
@@ -238,12 +240,12 @@ def _class_order(part: Collection, which: int, order: Literal["given", "random"]
     total = len(part.class_names)
     keep = total if part.keep is None else part.keep
     if keep > total:
-        raise DataError(
+        raise ConfigError(
             f"{keep} classes of '{part.title}' are asked for but it has {total}; set classes to at most {total}"
         )
     if part.widths is None and keep % part.tasks:
         allowed = [divisor for divisor in range(1, keep + 1) if keep % divisor == 0]
-        raise DataError(
+        raise ConfigError(
             f"{keep} classes of '{part.title}' cannot be split into {part.tasks} tasks of equally many; "
             f"tasks can be {', '.join(map(str, allowed))}"
         )

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hpccl.data.layout import ClassTask, Index, Layout, numbered
 from hpccl.data.order import mix
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError, DataError
 
 __all__ = ["blurred", "drawn_shots", "listed_shots", "repeated"]
 
@@ -106,7 +106,7 @@ def drawn_shots(layout: Layout, *, shots: int, seed: int) -> Layout:
     """Of every class but the first task's, `shots` training images with the smallest hashes.
 
     Raises:
-        DataError: a class has fewer.
+        ConfigError: a class has fewer.
     """
     index = layout.index["train"]
     kept = np.zeros(len(index), dtype=bool)
@@ -115,7 +115,7 @@ def drawn_shots(layout: Layout, *, shots: int, seed: int) -> Layout:
         for label in task.classes:
             mine = np.flatnonzero(index.label == label)
             if len(mine) < shots:
-                raise DataError(
+                raise ConfigError(
                     f"class '{layout.class_names[label]}' has {len(mine)} training images, of which "
                     f"stream.scenario.shots={shots} are asked for; set it to at most {len(mine)}"
                 )

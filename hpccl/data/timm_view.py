@@ -20,7 +20,7 @@ from hpccl.compat import import_timm
 from hpccl.config.data import TimmAugment
 from hpccl.data.shards.decode import decode_scaled, image_size
 from hpccl.data.views import to_array, to_picture
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError
 
 __all__ = ["TimmView", "seed_all"]
 
@@ -56,7 +56,7 @@ class TimmView:
         """Take timm.data.create_transform apart.
 
         Raises:
-            DataError: timm does not understand data.augment.auto_augment, or scale or ratio is no interval.
+            ConfigError: timm does not understand data.augment.auto_augment, or scale or ratio is no interval.
         """
         import_timm()
         from timm.data.transforms_factory import create_transform
@@ -76,7 +76,7 @@ class TimmView:
                 re_prob=config.random_erase,
             )
         except (AssertionError, KeyError, ValueError) as error:
-            raise DataError(
+            raise ConfigError(
                 f"timm does not understand data.augment.auto_augment {config.auto_augment!r} ({error}); examples: "
                 "rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a"
             ) from error
@@ -126,5 +126,5 @@ class TimmView:
 
 def _interval(name: str, values: tuple[float, ...]) -> tuple[float, float]:
     if len(values) != 2 or not 0 < values[0] <= values[1]:
-        raise DataError(f"data.augment.{name} is {list(values)}; it takes two numbers, 0 < smallest <= largest")
+        raise ConfigError(f"data.augment.{name} is {list(values)}; it takes two numbers, 0 < smallest <= largest")
     return values[0], values[1]

@@ -168,7 +168,7 @@ def _cholesky(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
         smallest = float(torch.linalg.eigvalsh(matrix.detach()).min()) if finite else float("nan")
         raise DivergedError(
             f"{name} of the Gaussian process is not positive definite (smallest eigenvalue {smallest:.3g} of "
-            f"{matrix.shape[-1]}): inducing inputs are nearly the same or not finite; take fewer of them, a shorter "
-            "length scale or a larger jitter"
+            f"{matrix.shape[-1]}): inducing inputs are nearly the same or not finite; take fewer of them or a "
+            "shorter length scale (--inducing and --lengthscale of `hpccl gp fit`)"
         )
     return factor, 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)

@@ -102,7 +102,8 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(matrix.isfinite().all()):
         raise DivergedError(
             f"a curvature factor of size {matrix.shape[-1]} is not finite; "
-            "its inputs or gradients overflow: the model has diverged"
+            "its inputs or gradients overflow: the model has diverged; lower optim.lr, or set train.clip_norm, "
+            "in another folder=..."
         )
     # Solvers fail on large factors with many exactly zero rows, which channels that never fire leave behind.
     alive, group_pattern = torch.unique((matrix != 0).any(-1), dim=0, return_inverse=True)
@@ -138,7 +139,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             return values, vectors.to(matrix)
     raise DivergedError(
         f"no eigenvalue solver converged on a curvature factor of size {matrix.shape[-1]} with largest element "
-        f"{float(scale.max()):.3g}; use curvature without eigenvectors for this layer"
+        f"{float(scale.max()):.3g}; give the layers of that size a diagonal (curvature.diagonal)"
     ) from failure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from typing import assert_never
@@ -12,6 +13,7 @@ from torch import nn
 from hpccl.compat import import_timm
 from hpccl.config.model import MlpModel, ModelConfig, PaperModel, TimmModel
 from hpccl.errors import ConfigError
+from hpccl.machine import out_of_memory
 from hpccl.models.dropout import replace_dropout
 from hpccl.models.small import cifarnet, mlp, vgg_small
 
@@ -50,11 +52,13 @@ def skeleton(config: ModelConfig, *, image_shape: tuple[int, int, int], num_clas
 def refuse_sizes(
     config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int, sides: Sequence[int]
 ) -> None:
-    """See that the network takes views of several sizes; tried without memory or arithmetic.
+    """See that the network takes the images, and views of several sizes; tried without memory or arithmetic.
 
     Raises:
-        ConfigError: it takes views of `image_shape`, but not of another of the `sides`.
+        ConfigError: it does not take `image_shape`, or not another of the `sides`.
     """
+    if isinstance(config, TimmModel):  # the others refuse what they do not take when they are built
+        _refuse_images(config, image_shape, num_classes)
     others = [side for side in sides if image_shape[1:] != (side, side)]
     if not others:
         return
@@ -72,14 +76,48 @@ def refuse_sizes(
             )
 
 
-def _refused(network: nn.Module, shape: tuple[int, int, int]) -> str | None:
+def _refuse_images(config: TimmModel, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raises ConfigError if the network does not take images of a shape."""
+    with contextlib.suppress(ConfigError):  # of what cannot be made without memory
+        if _refused(skeleton(config, image_shape=shape, num_classes=num_classes).eval(), shape) is None:
+            return
+    # Some networks cannot be tried without memory, so it takes one that has it to say no.
+    network = build_model(config, image_shape=shape, num_classes=num_classes, seed=0).eval()
+    error = _refused(network, shape, device="cpu")
+    if error is not None:
+        height, width = shape[1:]
+        side = height if height == width else [height, width]
+        raise ConfigError(
+            f"model.name '{config.name}' with model.options {config.options} does not take the stream's images of "
+            f"{height}x{width} pixels ({error}); let it: of most of timm's transformers with model.options="
+            f"{{img_size: {side}}} (and a patch_size that divides it), or give shards another data.image_size, or take "
+            "another model.name"
+        )
+
+
+def _refused(network: nn.Module, shape: tuple[int, int, int], *, device: str = "meta") -> str | None:
     """Why a network does not take an image of a shape."""
     try:
         with torch.no_grad():
-            network(torch.zeros(1, *shape, device="meta"))
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        return str(error).partition("\n")[0] or type(error).__name__
+            network(torch.zeros(1, *shape, device=device))
+    except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        return _words(error)
     return None
+
+
+def _words(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+# Arguments of timm.create_model that hpccl gives.
+_OURS = {
+    "num_classes": "the number of classes is the stream's",
+    "in_chans": "the number of channels is the images'",
+    "pretrained": "first weights are those of the file model.checkpoint",
+    "model_name": "that is model.name",
+}
 
 
 def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -93,13 +131,21 @@ def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int
         near = _similar(config.name, timm.list_models())
         advice = f"similar: {', '.join(near)}" if near else "timm.list_models() has the names of all"
         raise ConfigError(f"model.name '{config.name}' is not a timm model; {advice}")
+    for key, ours in _OURS.items():
+        if key in config.options:
+            raise ConfigError(f"model.options.{key} = {config.options[key]!r}: {ours}; leave it out")
     try:
         model: nn.Module = timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=image_shape[0], **config.options
         )
-    except TypeError as error:
-        raise ConfigError(f"model.options {config.options} does not suit '{config.name}': {error}") from error
-    replace_dropout(model)
+        replace_dropout(model)
+    except Exception as error:  # timm's networks raise whatever comes of arguments that they do not check
+        if out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"model.options {config.options} does not suit '{config.name}': {type(error).__name__}: {_words(error)}; "
+            "allowed: the keyword arguments of timm.create_model and of this network, with values that it takes"
+        ) from error
     return model
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError, DataError
+from hpccl.machine import out_of_memory
 
 __all__ = ["Start", "start_from"]
 
@@ -42,6 +42,7 @@ def start_from(model: nn.Module, path: Path) -> Start:
         path: .safetensors, or what torch.save wrote of weights alone (.pth, .pt, .bin, .tar); nothing is unpickled.
 
     Raises:
+        ConfigError: the file is of no kind that holds weights.
         DataError: the file cannot be read, or is of another network; the network is untouched.
     """
     given, own = _read(path), model.state_dict()
@@ -96,7 +97,7 @@ def _sides(value: Tensor) -> str:
 def _read(path: Path) -> dict[str, Tensor]:
     """Tensors by name, on the CPU."""
     if path.suffix != ".safetensors" and path.suffix not in _PICKLED:
-        raise DataError(
+        raise ConfigError(
             f"model.checkpoint '{path}' has an unknown ending; allowed: .safetensors, {', '.join(_PICKLED)}"
         )
     try:
@@ -108,8 +109,16 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"model.checkpoint '{path}' is damaged or holds more than weights, and reading that could run code; "
             "save its weights alone, best as .safetensors"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+    except OSError as error:
         raise DataError(f"model.checkpoint '{path}' cannot be read: {error}") from error
+    except Exception as error:  # the reader of pickles raises whatever comes of bytes that are none
+        if out_of_memory(error):
+            raise
+        kind = "a safetensors file" if path.suffix == ".safetensors" else "what torch.save writes"
+        raise DataError(
+            f"model.checkpoint '{path}' cannot be read: it is damaged, or not {kind} "
+            f"({type(error).__name__}: {error}); give a file of weights"
+        ) from error
     return _weights(found, path)
 
 

@@ -66,7 +66,7 @@ class Correction:
         if not (math.isfinite(alpha) and math.isfinite(beta)):
             raise DivergedError(
                 f"the correction of task {task}'s logits is not finite (alpha {alpha}, beta {beta}); the network has "
-                "diverged: lower optim.lr, or set train.clip_norm"
+                "diverged: lower optim.lr, or set train.clip_norm, in another folder=..."
             )
         return cls(task, tuple(classes), alpha, beta, len(labels))
 

@@ -129,7 +129,7 @@ def cholesky(kernel: Tensor, jitter: float) -> tuple[Tensor, float]:
         used *= 10
     raise DivergedError(
         f"the kernel of predictions is not positive definite, even with {used:g} on its diagonal; the network has "
-        "diverged: lower optim.lr, set train.clip_norm, or raise prior.fromp.precision"
+        "diverged: lower optim.lr, set train.clip_norm, or raise prior.fromp.precision, in another folder=..."
     )
 
 

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hpccl.errors import FolderError
+from hpccl.errors import ConfigError
 from hpccl.report.archive import Recorded, read_runs
 from hpccl.report.events import number, valid_json
 from hpccl.report.published import FIGURES as PUBLISHED
@@ -185,11 +185,11 @@ def compare_runs(paths: Sequence[Path], published: Path | None = None, *, datase
 
     Raises:
         FolderError: a path is neither, or a file cannot be read.
-        ConfigError: the published values do not fit, or it is not clear which data set is meant.
+        ConfigError: there are none, the published values do not fit, or it is not clear which data set is meant.
     """
     recorded = read_runs(paths)
     if not recorded:
-        raise FolderError("there is nothing to compare: give the folders of at least one run")
+        raise ConfigError("there is nothing to compare: give the folders of at least one run")
     runs = [run.report() for run in recorded]
     table = read_published(published, dataset=dataset, num_tasks=_num_tasks(runs)) if published is not None else None
     groups = _groups([flat(run.config.identity()) for run in recorded], runs, table.values if table else {})

@@ -145,12 +145,14 @@ class EventLog:
 
 
 def _parse(line: bytes) -> Event | None:
-    """The event of a line, or None if it is torn."""
+    """The event of a line, or None if it is torn, or no event."""
     try:
         event = json.loads(line)
-    except ValueError:  # also an undecodable byte
+    except (ValueError, RecursionError):  # also an undecodable byte
         return None
-    return event if isinstance(event, dict) and "event" in event else None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    return event if isinstance(event.get("time"), (int, float)) else None
 
 
 def _repair(path: Path, file: int) -> None:

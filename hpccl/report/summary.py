@@ -125,7 +125,7 @@ def read_config(folder: Path) -> RunConfig:
         raise FolderError(f"'{folder}' is not the folder of a run: it has no config.yaml. Give runs/<name>") from error
     except OSError as error:
         raise FolderError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise FolderError(f"'{path}' is not YAML: {error}. Restore it or run again in another folder") from error
     except ValidationError as error:
         mistakes = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
@@ -145,6 +145,7 @@ def summarise(folder: Path) -> RunReport:
 
 def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
     """The report of a configuration and what happened."""
+    events = _to_the_end(events)
     tasks = [_plain(event) for event in latest(events, "task", "task")]
     memory = [_plain(event) for event in latest(events, "memory", "task")]
     checkpoints = [_plain(event) for event in latest(events, "checkpoint", "task", "step", "phase")]
@@ -181,6 +182,16 @@ def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
         machine=dict(run.get("machine") or {}),
         versions=dict(run.get("versions") or {}),
     )
+
+
+_IDLE = ("run", "start", "done", "error", "stop")  # what a start writes that finds nothing left to learn
+
+
+def _to_the_end(events: Sequence[Event]) -> Sequence[Event]:
+    """Without later starts of a run that was done, unless they learned something: they changed nothing."""
+    learned = max((index for index, event in enumerate(events) if event["event"] not in _IDLE), default=-1)
+    ends = (index for index in range(learned + 1, len(events)) if events[index]["event"] == "done")
+    return events[: next(ends, len(events)) + 1]
 
 
 def _plain(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from hpccl.checkpoint.streamed import write_tensors
+from hpccl.config.base import per_task
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Rows
 from hpccl.dist.spread import Leaf
@@ -55,8 +56,25 @@ def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
         f"the gradient is not finite at step {failure.step} of task {failure.task.index} ('{failure.task.name}'); "
         f"loss terms in nats per example: {', '.join(f'{name} {value:.4g}' for name, value in named.items())}; "
         f"weights that are not finite: {', '.join(broken[:3]) or 'none'}. The batch and the weights are in '{note}.*', "
-        "the last checkpoint is untouched. Lower optim.lr, set train.clip_norm, or use engine.precision=fp32"
+        f"the last checkpoint is untouched. {_advice(failure, world)}"
     )
+
+
+def _advice(failure: Failure, world: World) -> str:
+    """What to change, and where: a folder keeps the settings that its run was begun with."""
+    config = world.config
+    lr, quadratic, limit = config.optim.lr, config.prior.quadratic, config.train.clip_norm
+    changes = [f"Lower optim.lr ({per_task(lr, failure.task.index):g} in this task)"]
+    if quadratic.weight > 0 and failure.task.index > 0:
+        changes.append(
+            f"lower prior.quadratic.weight ({quadratic.weight:g}; where it is stiff, steps of this size overshoot)"
+        )
+    changes.append("set train.clip_norm" if limit is None else f"lower train.clip_norm ({limit:g})")
+    changes += ["use engine.precision=fp32"] if config.engine.precision == "bf16" else []
+    again = "in another folder=... (or name=...), for this one keeps its settings"
+    if failure.task.index > 0:
+        again += f"; train.first_task_from={world.folder.path} there spares a first task that is learned alike"
+    return f"{', or '.join(changes)}: {again}"
 
 
 def _own(leaf: Leaf) -> Tensor:
@@ -77,4 +95,4 @@ def _keep(failure: Failure, terms: dict[str, float], broken: list[str], weights:
     tensors = {f"pixels.{number}": rows.pixels.cpu().contiguous() for number, rows in enumerate(failure.rows)}
     tensors |= {f"weights.{name}": value.cpu().contiguous() for name, value in weights.items()}
     with replacing(note.with_suffix(".safetensors")) as path:
-        safetensors.torch.save_file(tensors, path)
+        write_tensors(path, tensors)

@@ -15,7 +15,7 @@ from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
 from hpccl.dist.mesh import pick_device
-from hpccl.errors import ConfigError, FolderError
+from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
@@ -72,6 +72,11 @@ def put_weights(state: RunState, path: Path) -> None:
         ConfigError: they are of another network.
         DataError: they cannot be read.
     """
+    if path.suffix != ".safetensors" and not path.is_dir():
+        raise DataError(
+            f"--weights '{path}' is no folder and no .safetensors file; give the folder of a run, an export or a "
+            "merger, or a .safetensors file"
+        )
     given, own = open_weights(path), state.engine.gather()
     theirs = {name: tuple(value.shape) for name, value in given.weights.items()}
     differing = sorted(

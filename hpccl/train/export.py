@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from hpccl.checkpoint.store import FORMAT, Mark, load, marks, open_shards
+from hpccl.checkpoint.streamed import write_tensors
 from hpccl.checkpoint.tree import write_tree
 from hpccl.config.curvature import MasCurvature, SiCurvature
 from hpccl.config.load import load as load_config
@@ -98,7 +98,7 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
     weights = _checked(dict(weights_of(run, mark)), model, run.checkpoints / mark.name)
     measured = curvature_tree(run, mark) if curvature else None
     with folder_beside(out) as beside:
-        safetensors.torch.save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(beside / WEIGHTS, weights, metadata={"format": "pt"})
         if measured is not None:
             write_tree(beside, measured, header={"format": FORMAT, "checkpoint": mark.name}, stem=CURVATURE)
         write_text(beside / CONFIG, json.dumps(content.config_json(model), indent=2) + "\n")

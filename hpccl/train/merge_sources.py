@@ -19,7 +19,7 @@ from hpccl.config.load import load as load_config
 from hpccl.curvature.blocks import Block, Layout
 from hpccl.curvature.merging import BlockCurve, Curve, DenseCurve, DiagonalCurve
 from hpccl.dist.spread import Stored, whole
-from hpccl.errors import CheckpointError, ConfigError, DataError
+from hpccl.errors import CheckpointError, ConfigError, DataError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.models.exported import CONFIG, WEIGHTS
 from hpccl.train.export import CURVATURE, described, find_finished, layer_key, refuse_other_logits
@@ -118,6 +118,11 @@ def open_source(path: Path) -> Source:
         FolderError: it is neither, or no task is finished.
     """
     folder = path.parent if path.name == WEIGHTS else path
+    if not (folder / CONFIG).is_file() and not RunFolder(folder).config.is_file():
+        raise FolderError(
+            f"'{path}' is not a run folder, which has a config.yaml, nor an export, which has a {CONFIG}; give one of "
+            "them"
+        )
     return _exported(folder) if (folder / CONFIG).is_file() else _run(folder)
 
 

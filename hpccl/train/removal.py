@@ -24,7 +24,7 @@ from hpccl.config.adaptation import RemoveData
 from hpccl.config.run import RunConfig
 from hpccl.data.protocols import Stream
 from hpccl.data.rows import CROSS_ENTROPY, REPLAY, Rows
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError
 from hpccl.memory.store import Memory
 
 __all__ = ["less", "removed_samples", "removed_slots"]
@@ -36,7 +36,7 @@ def removed_samples(adapt: RemoveData, stream: Stream) -> Ints:
     """[n] positions in the training data of classes and examples that are to be forgotten, ascending.
 
     Raises:
-        DataError: a name is neither a class nor an id, or nothing would be left.
+        ConfigError: a name is neither a class nor an id, or nothing would be left.
     """
     classes = {name: number for number, name in enumerate(stream.class_names)}
     labels, ids = stream.labels("train"), [name for name in adapt.names if name not in classes]
@@ -44,7 +44,7 @@ def removed_samples(adapt: RemoveData, stream: Stream) -> Ints:
     if ids:
         found[_positions(ids, stream)] = True
     if bool(found.all()):
-        raise DataError(f"--remove names all {len(labels)} training examples; leave some to adapt to")
+        raise ConfigError(f"--remove names all {len(labels)} training examples; leave some to adapt to")
     return np.flatnonzero(found).astype(np.int64)
 
 
@@ -53,7 +53,7 @@ def _positions(ids: list[str], stream: Stream) -> list[int]:
     position = {name: number for number, name in enumerate(names)}
     unknown = [name for name in ids if name not in position]
     if unknown:
-        raise DataError(
+        raise ConfigError(
             f"--remove '{unknown[0]}' ({len(unknown)} such names) is neither a class nor the id of a training example; "
             f"classes: {', '.join(stream.class_names[:10])}{', ...' if len(stream.class_names) > 10 else ''}; "
             f"ids are like '{names[0]}'"

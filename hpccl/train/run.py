@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpccl.checkpoint.store import Mark, latest, load, open_shards
+from hpccl.checkpoint.store import Mark, latest, load, marks, open_shards
 from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.curvature import DenseCurvature, PassCurvature
 from hpccl.config.load import load as load_config
+from hpccl.config.model import TimmModel
 from hpccl.config.run import RunConfig
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.coverage import plan_ahead
-from hpccl.data.protocols import Split, Stream, Task
+from hpccl.data.protocols import Listed, Split, Stream, Task
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
 from hpccl.engine.build import build_engine, spreads_weights
-from hpccl.errors import ConfigError, FolderError, HpcclError
+from hpccl.errors import CapacityError, ConfigError, FolderError, HpcclError
 from hpccl.folder import RunFolder
-from hpccl.machine import commit, machine, slurm_job, versions
+from hpccl.machine import commit, machine, out_of_memory, slurm_job, versions
 from hpccl.memory.budget import kept_of, per_class
 from hpccl.memory.store import Memory
 from hpccl.models.build import build_model, refuse_sizes
@@ -49,33 +50,103 @@ from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop, Stopped
 from hpccl.train.topology import begin_session
 
-__all__ = ["check_sizes", "first_task_identity", "fresh_model", "fresh_state", "run", "weights_sha256"]
+__all__ = [
+    "check_memory",
+    "check_sizes",
+    "first_task_identity",
+    "fresh_model",
+    "fresh_state",
+    "run",
+    "weights_sha256",
+]
 
 
 def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (), quiet: bool = False) -> str:
     """Train through the whole stream; returns `done`, or `stopped` if it was asked to stop (run again to continue).
+
+    Of a run that was done before nothing is changed.
 
     Raises:
         HpcclError: something a user can mend; it is also written to events.jsonl.
     """
     folder = RunFolder(Path(config.path))
     folder.create()
+    outcome = "done" if _was_done(folder) else _go_on(config, comm, stop, command, quiet=quiet)
+    if comm.leader:
+        from hpccl.report.write import report_run  # loads the plotting library, which other ranks do without
+
+        report_run(folder.path)
+    return outcome
+
+
+def _was_done(folder: RunFolder) -> bool:
+    """Whether the run came to its end, and what it ended with is there and whole.
+
+    Raises:
+        CheckpointError: the last checkpoint is damaged.
+    """
+    newest = latest(folder.checkpoints)
+    if newest is None or newest.phase != "done" or not folder.events.exists():
+        return False
+    turns = [each for each in read_events(folder.events) if each["event"] in ("done", "checkpoint", "step", "task")]
+    if not turns or turns[-1]["event"] != "done":
+        return False
+    saved = next((each for each in reversed(turns) if each["event"] == "checkpoint"), None)
+    if saved is None or Mark.at(saved["task"], saved["phase"], saved["step"]) != newest:
+        return False
+    load(folder.checkpoints, newest)
+    return True
+
+
+def _go_on(config: RunConfig, comm: Comm, stop: Stop, command: Sequence[str], *, quiet: bool) -> str:
+    """From where the run stands, with its diary open."""
+    folder = RunFolder(Path(config.path))
     sinks = [TensorBoardSink(folder.tensorboard)] if config.log.tensorboard and comm.leader else []
     with EventLog(folder.events, enabled=comm.leader, sinks=sinks) as log:
         try:
             with make_progress(comm.leader and not quiet) as progress:
                 stream = open_for(config, folder)
                 world = World(config, comm, stream, folder, log, progress, stop)
-                outcome = _through_the_stream(world, command)
+                with _memory_explained(config, comm):
+                    outcome = _through_the_stream(world, command)
         except HpcclError as error:
             with contextlib.suppress(FolderError):  # a full disk, say, has no room for its own error
                 log.write("error", kind=type(error).__name__, message=str(error))
             raise
-    if comm.leader:
-        from hpccl.report.write import report_run  # loads the plotting library, which other ranks do without
-
-        report_run(folder.path)
     return outcome
+
+
+@contextlib.contextmanager
+def _memory_explained(config: RunConfig, comm: Comm) -> Iterator[None]:
+    """Say what takes less memory where it runs out.
+
+    Raises:
+        CapacityError: it has run out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = out_of_memory(error)
+        if words is None:
+            raise
+        raise CapacityError(
+            f"memory ran out on rank {comm.rank} of {comm.size} ({words}); {_what_takes_less(config)}"
+        ) from error
+
+
+def _what_takes_less(config: RunConfig) -> str:
+    """First what may change in the folder of a run that has begun, then what makes another run of it."""
+    train, model = config.train, config.model
+    here = ["more processes or devices"]
+    if config.measures:
+        here.append(f"a lower curvature.batch_size ({getattr(config.curvature, 'batch_size', 0)})")
+    if isinstance(model, TimmModel) and not config.engine.recompute:
+        here.append("engine.recompute=true")
+    here += ["engine.kind=fsdp2, for weights in shards"] if config.engine.kind == "ddp" else []
+    return (
+        f"less is taken with {', '.join(here)}; or, in another folder=..., with a higher train.accumulate "
+        f"({train.accumulate} now), a lower train.batch_size ({train.batch_size}) or a smaller network"
+    )
 
 
 def _through_the_stream(world: World, command: Sequence[str]) -> str:
@@ -84,6 +155,8 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     check_sizes(config, stream)
     begun = time.perf_counter()
     found = latest(world.folder.checkpoints)
+    if found is None and config.train.first_task_from is not None:
+        _first_task_elsewhere(config, config.train.first_task_from)
     # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
     pretrained = (found is None or config.train.restart) and not continues(config)
     model, start = fresh_model(config, stream, pretrained=pretrained)
@@ -181,7 +254,7 @@ def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -
     return RunState(build_engine(config, model, comm), coverage=coverage)
 
 
-def check_memory(config: RunConfig, stream: Stream) -> None:
+def check_memory(config: RunConfig, stream: Listed) -> None:
     """The rules that only the data can settle.
 
     Raises:
@@ -212,7 +285,7 @@ def check_memory(config: RunConfig, stream: Stream) -> None:
         )
 
 
-def _check_means(config: RunConfig, stream: Stream) -> None:
+def _check_means(config: RunConfig, stream: Listed) -> None:
     """Of a class without examples in memory there is no mean, so that it would never be predicted."""
     if config.evaluate.classifier != "nearest_mean":
         return
@@ -271,26 +344,40 @@ def _first_task(config: RunConfig, stream: Stream, mark: Mark) -> int:
 
 def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
     """Take the first task's weights from another run with the same first task, if the configuration names one."""
-    source = world.config.train.first_task_from
-    if source is None or task.index > 0:
+    if world.config.train.first_task_from is None or task.index > 0:
         return False
+    checkpoints, mark = _first_task_elsewhere(world.config, world.config.train.first_task_from)
+    state.engine.put(load(checkpoints, mark)["engine"]["weights"])
+    world.save(state, Mark.at(0, "fitted", mark.step))
+    return True
+
+
+def _first_task_elsewhere(config: RunConfig, source: str) -> tuple[Path, Mark]:
+    """The checkpoints of the run that train.first_task_from names, and the one that ended its first task.
+
+    Raises:
+        ConfigError: it is no run, or learned its first task otherwise.
+        FolderError: it has not ended its first task.
+    """
     other = RunFolder(Path(source))
-    theirs, ours = first_task_identity(load_config([other.config], [])), first_task_identity(world.config)
+    if not other.config.is_file():
+        problem = "it has no config.yaml" if other.path.is_dir() else "there is no such folder"
+        raise ConfigError(
+            f"train.first_task_from='{source}' is not the folder of a run: {problem}; give that of a run with the same "
+            "first task, such as runs/NAME, or null to train it"
+        )
+    theirs, ours = first_task_identity(load_config([other.config], [])), first_task_identity(config)
     differing = sorted(key for key in theirs if theirs[key] != ours[key])
     if differing:
         raise ConfigError(
             f"train.first_task_from='{source}' learned its first task otherwise: {', '.join(differing)} differ"
         )
-    marks = [
-        Mark.at(0, "fitted", int(path.name.rsplit("-", 1)[1])) for path in other.checkpoints.glob("task-000-fitted-*")
-    ]
-    if not marks:
+    ends = [mark for mark in marks(other.checkpoints) if (mark.task, mark.phase) == (0, "fitted")]
+    if not ends:
         raise FolderError(
             f"train.first_task_from='{source}' has no checkpoint of its first task's end; run it to there first"
         )
-    state.engine.put(load(other.checkpoints, marks[-1])["engine"]["weights"])
-    world.save(state, Mark.at(0, "fitted", marks[-1].step))
-    return True
+    return other.checkpoints, ends[-1]
 
 
 def first_task_identity(config: RunConfig) -> dict[str, Any]:

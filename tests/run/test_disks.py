@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.command import events, finish, ranks, report, start, wait_for_steps
+from tests.run.command import events, finish, hpccl, ranks, report, start, trained, wait_for_steps
 
 
 def fill(path: Path) -> None:
@@ -115,3 +115,13 @@ def test_a_torn_checkpoint_says_what_to_delete(tmp_path: Path) -> None:
     code, output = finish(start(folder, *several))
     assert code == 0, output
     assert report(folder)["weights_sha256"] == weights
+
+
+def test_an_export_to_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run", "train.epochs=1", "stream.tasks=1")
+    fill(small_disk / "ballast")
+    code, output = hpccl("export", str(folder), str(small_disk / "out"))
+    assert code == 1
+    assert f"'{small_disk / 'out'}' cannot be written: No space left on device (the disk is full" in output
+    assert "Traceback" not in output
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]

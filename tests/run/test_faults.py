@@ -42,7 +42,7 @@ def test_a_gradient_that_is_not_finite_stops_with_a_diagnosis(tmp_path: Path) ->
     assert code == 1
     assert "the gradient is not finite at step" in output
     assert "of task 0 ('digits[1/5]')" in output
-    assert "Lower optim.lr" in output
+    assert "Lower optim.lr (1e+30 in this task), or lower train.clip_norm (1e+30): in another folder=..." in output
     assert "Traceback" not in output
     note = json.loads((folder / "diverged-rank-0.json").read_text())
     assert note["task"] == 0
@@ -50,6 +50,42 @@ def test_a_gradient_that_is_not_finite_stops_with_a_diagnosis(tmp_path: Path) ->
     assert (folder / "diverged-rank-0.safetensors").stat().st_size > 0
     assert events(folder, "error")[-1]["kind"] == "DivergedError"
     assert not list((folder / "checkpoints").glob(".*")), "half a checkpoint was left"
+
+
+def test_a_quadratic_that_is_too_stiff_is_named(tmp_path: Path) -> None:
+    stiff = ("prior.quadratic.weight=1e30", "optim.lr=0.1", "optim.name=sgd", "train.epochs=1")
+    folder = tmp_path / "run"
+    code, output = finish(start(folder, *stiff))
+    assert code == 1
+    assert "of task 1 ('digits[2/5]')" in output
+    assert "lower prior.quadratic.weight (1e+30; where it is stiff" in output
+    assert (
+        f"in another folder=... (or name=...), for this one keeps its settings; train.first_task_from={folder}"
+        in output
+    )
+    mild = ("prior.quadratic.weight=1", *stiff[1:], f"train.first_task_from={folder}")
+    code, output = finish(start(tmp_path / "mild", *mild))
+    assert code == 0, output
+
+
+def test_a_first_task_that_is_nowhere(tmp_path: Path) -> None:
+    for source, problem in ((tmp_path / "nowhere", "there is no such folder"), (tmp_path, "it has no config.yaml")):
+        code, output = finish(start(tmp_path / "run", f"train.first_task_from={source}"))
+        assert code == 2
+        assert f"train.first_task_from='{source}' is not the folder of a run: {problem}; give that of a run" in output
+
+
+def test_memory_that_runs_out(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, output = finish(start(folder, "model.hidden=[1000000000000]"))
+    assert code == 1
+    assert output.count("error: memory ran out on rank 0 of 1 (") == 1, output
+    assert "a lower curvature.batch_size (256)" in output
+    assert "in another folder=..., with a higher train.accumulate (1 now), a lower train.batch_size (32)" in output
+    assert "Traceback" not in output
+    assert events(folder, "error")[-1]["kind"] == "CapacityError"
+    code, output = hpccl("plan", "model.hidden=[1000000000000]", "curvature.kind=diagonal")
+    assert (code, output.count("error: memory ran out (")) == (1, 1), output
 
 
 def test_memory_larger_than_a_task(tmp_path: Path) -> None:
@@ -159,6 +195,7 @@ def test_other_images_in_the_same_place_are_refused(tmp_path: Path) -> None:
     shards = small_shards(tmp_path)
     own = [*shard_settings(shards, tmp_path / "cache"), "memory.size=4"]
     assert finish(start(tmp_path / "run", *own))[0] == 0
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))  # so that there is something left to learn
     shutil.rmtree(shards)
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "train" / "cat" / "3.png")
     assert hpccl("shards", "build", str(tmp_path / "images"), str(shards))[0] == 0

@@ -18,7 +18,7 @@ from hpccl.config.curvature import MasCurvature
 from hpccl.config.load import dump
 from hpccl.data.rows import Request
 from hpccl.dist.spread import wholes
-from hpccl.errors import ConfigError, FolderError
+from hpccl.errors import ConfigError, CoverageError, FolderError
 from hpccl.optim.posterior import curvature_key, variance
 from hpccl.report.memory_map import MemoryMap, summary, write_memory_map
 from hpccl.train.evaluate_run import evaluate_run, reopened
@@ -221,6 +221,11 @@ def test_what_cannot_be_mapped_says_why(run: Path, tmp_path: Path, monkeypatch: 
         map_memory(tmp_path)
     with pytest.raises(ConfigError, match="--examples 0: at least 1"):
         map_memory(run, examples=0)
+    wide = trained(
+        tmp_path / "wide", "stream.tasks=1", "train.epochs=1", "model.hidden=[200]", "curvature.kind=diagonal"
+    )
+    with pytest.raises(CoverageError, match=r"--posterior dense: .* here: take --posterior diagonal or last_layer"):
+        map_memory(wide, posterior="dense")
     monkeypatch.setattr("hpccl.train.memory_map.all_weights._LARGEST", 10_000)
     with pytest.raises(ConfigError, match=r"too large for --posterior kronecker.*use --posterior last_layer"):
         map_memory(run, posterior="kronecker")

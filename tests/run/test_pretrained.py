@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,5 +58,6 @@ def test_a_network_that_restarts_needs_the_file_again(tmp_path: Path) -> None:
     file = tmp_path / "exported" / "model.safetensors"
     config = trained(tmp_path / "second", {"model": {"checkpoint": str(file)}, "train": {"restart": True}})
     file.unlink()
+    shutil.rmtree(max((tmp_path / "second" / "checkpoints").iterdir()))  # so that there is something left to learn
     with pytest.raises(DataError, match="cannot be read"):
         run(config, Comm.solo(), Stop(), quiet=True)

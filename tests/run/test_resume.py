@@ -120,6 +120,21 @@ def test_kill_9_of_two_processes_while_curvature_is_measured_and_after(
     assert report(folder)["weights_sha256"] == report(undisturbed_two)["weights_sha256"]
 
 
+def test_a_run_that_is_done_is_left_as_it_is(tmp_path: Path) -> None:
+    config = merged({"folder": str(tmp_path / "run"), "train": {"epochs": 1}})
+    assert go_on(config) == "done"
+    diary, once = tmp_path / "run" / "events.jsonl", report(tmp_path / "run")
+    before = diary.read_bytes()
+    assert go_on(config) == "done"
+    assert diary.read_bytes() == before
+    assert report(tmp_path / "run") == once
+    newest = max((tmp_path / "run" / "checkpoints").glob("task-*-done-*"))
+    newest.rename(tmp_path / "lost")
+    assert go_on(config) == "done"  # from the checkpoint before
+    assert len(diary.read_bytes()) > len(before)
+    assert report(tmp_path / "run")["weights_sha256"] == once["weights_sha256"]
+
+
 def test_two_processes_agree_with_one_and_resume_exactly(
     undisturbed: Path, undisturbed_two: Path, tmp_path: Path
 ) -> None:

@@ -140,6 +140,7 @@ def test_the_command_and_its_mistakes(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "uncertainty.html").is_file()
     for extra, message in (
         (["--examples", "3"], "--examples without --posterior"),
+        (["--samples", "3"], "--samples without --posterior"),
         (["--posterior", "probit", "--samples", "0"], "--samples 0: at least 1"),
         (["--posterior", "probit", "--prior-precision", "-1"], "--prior-precision -1: a finite number above 0"),
         (["--posterior", "probit", "--weights", "x"], "--weights with --posterior"),

@@ -50,6 +50,13 @@ def _parts_of_scenario(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("stream.scenario.disjoint",), "leaves no class to be blurred; set it below 1, or kind to classes")
 
 
+def _given_order(config: RunConfig) -> Iterator[Clash]:
+    stream = config.stream
+    if stream.order == "given" and stream.order_seed != type(stream).model_fields["order_seed"].default:
+        problem = "draws an order of the classes, which is as given; set stream.order=random, or leave it out"
+        yield Clash(("stream.order_seed", "stream.order"), problem)
+
+
 def _changed_images(config: RunConfig) -> Iterator[Clash]:
     """Of tasks that change all images, which are then decoded ones of one size."""
     scenario, data, cause = config.stream.scenario, config.data, "stream.scenario.kind"
@@ -172,6 +179,7 @@ def _sizes(config: RunConfig) -> Iterator[Clash]:
 
 RULES = (
     _parts_of_scenario,
+    _given_order,
     _changed_images,
     _few_shots,
     _shared_classes,

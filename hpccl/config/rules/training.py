@@ -24,12 +24,18 @@ _ELEMENTWISE = {
     *("adopt", "adoptw", "laprop", "lion", "rmsprop", "rmsproptf", "adadelta"),
 }
 
+_WITHOUT_MOMENTUM = {"adam", "adamw", "adamax", "nadam", "nadamw", "radam", "adabelief", "adan", "lion", "lamb"}
+
 
 def _schedule(config: RunConfig) -> Iterator[Clash]:
     optim, train = config.optim, config.train
     if optim.schedule == "constant" and optim.final_lr != 0:
         keys = ("optim.final_lr", "optim.schedule")
         yield Clash(keys, "a constant schedule has no last learning rate; set optim.schedule=cosine, or leave it 0")
+    adam = isinstance(optim, TimmOptim) and optim.name.lower() in _WITHOUT_MOMENTUM
+    if isinstance(optim, TimmOptim) and adam and optim.momentum != TimmOptim().momentum:
+        problem = "is of sgd, and this optimiser has betas: leave it out, and set optim.options={betas: [0.9, 0.999]}"
+        yield Clash(("optim.momentum", "optim.name"), problem)
     if train.accumulate > train.batch_size:
         keys = ("train.accumulate", "train.batch_size")
         yield Clash(keys, f"cuts a batch of {train.batch_size} rows into more pieces than it has rows")
@@ -51,6 +57,7 @@ def _lengths(config: RunConfig) -> Iterator[Clash]:
         ("train.epochs", config.train.epochs),
         ("optim.lr", config.optim.lr),
         ("prior.weight", config.prior.weight),
+        ("curvature.fraction", getattr(config.curvature, "fraction", ())),
     ):
         if len(values) > max(tasks, 1):
             yield Clash((key, *keys), f"has {len(values)} values, but the stream has {tasks} tasks")

@@ -43,7 +43,7 @@ from hpccl.data.shards.manifest import (
 )
 from hpccl.data.shards.sources import SPLITS, Listing, Member, SourceReader, scan
 from hpccl.data.shards.write import ShardWriter
-from hpccl.errors import DataError, FolderError
+from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.folder import explain_os_error, replacing
 
 __all__ = ["Progress", "build"]
@@ -93,11 +93,12 @@ def build(
         The manifest of every split.
 
     Raises:
+        ConfigError: an argument that cannot be meant.
         DataError: unusable source, undecodable image, or `out` holds something else (says what differs).
         FolderError: `out` cannot be written (disk full, no permission).
     """
     if samples_per_shard < 1:
-        raise DataError(f"samples_per_shard is {samples_per_shard}: allowed is a positive number")
+        raise ConfigError(f"samples_per_shard is {samples_per_shard}: allowed is a positive number")
     if checksum is not None:
         check_source(source, checksum, out)
     listing = _choose(scan(source, labels), split, source)
@@ -129,13 +130,13 @@ def _check_labelled(plan: _Plan, out: Path, labels: Labels) -> None:
 
 def _choose(listing: Listing, split: str | None, source: Path) -> Listing:
     if split is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", split):
-        raise DataError(f"split is '{split}': allowed are letters, digits, '-' and '_'")
+        raise ConfigError(f"split is '{split}': allowed are letters, digits, '-' and '_'")
     if list(listing) == [""]:
         return {split or "train": listing[""]}
     if split is None:
         return {name: listing[name] for name in SPLITS if name in listing}
     if split not in listing:
-        raise DataError(f"'{source}' has no split '{split}': it has {', '.join(sorted(listing))}")
+        raise ConfigError(f"'{source}' has no split '{split}': it has {', '.join(sorted(listing))}")
     return {split: listing[split]}
 
 

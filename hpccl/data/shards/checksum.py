@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from hpccl.errors import DataError, FolderError
+from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.folder import replacing
 
 __all__ = ["check_source", "parse_checksum"]
@@ -20,12 +20,12 @@ def parse_checksum(text: str) -> tuple[str, str]:
     """(algorithm, hexadecimal digest) of `sha256:<digest>` and the like; without a name, by its length.
 
     Raises:
-        DataError: it is none.
+        ConfigError: it is none.
     """
     name, _, digest = text.lower().strip().rpartition(":")
     name = name or next((known for known, digits in _DIGITS.items() if digits == len(digest)), "")
     if name not in _DIGITS or not re.fullmatch(f"[0-9a-f]{{{_DIGITS[name]}}}", digest):
-        raise DataError(f"checksum '{text}' is none: allowed are {', '.join(f'{known}:HEX' for known in _DIGITS)}")
+        raise ConfigError(f"checksum '{text}' is none: allowed are {', '.join(f'{known}:HEX' for known in _DIGITS)}")
     return name, digest
 
 
@@ -33,12 +33,13 @@ def check_source(source: Path, expected: str, out: Path) -> None:
     """Compare a file with its checksum, unless a note in `out` says that this was done.
 
     Raises:
-        DataError: it differs, or is a folder.
+        ConfigError: it is a folder.
+        DataError: it differs.
         FolderError: the note cannot be written.
     """
     name, digest = parse_checksum(expected)
     if not source.is_file():
-        raise DataError(f"source '{source}' is not a file, so it has no checksum: leave --checksum out")
+        raise ConfigError(f"source '{source}' is not a file, so it has no checksum: leave --checksum out")
     status = source.stat()
     seen = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "checksum": f"{name}:{digest}"}
     note = out / _NOTE

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError, DataError
 
 __all__ = ["Labels", "read_labels"]
 
@@ -64,6 +64,7 @@ def read_labels(path: Path, synsets: Path | None = None) -> Labels:
         synsets: a class a line, that of number 1 first; for files of numbers.
 
     Raises:
+        ConfigError: `synsets` is needed, or is not.
         DataError: it cannot be read, or says nothing certain.
     """
     try:
@@ -77,13 +78,13 @@ def read_labels(path: Path, synsets: Path | None = None) -> Labels:
         raise DataError(f"labels '{path}' are empty")
     if all(line.isdecimal() for line in lines):
         if synsets is None:
-            raise DataError(
+            raise ConfigError(
                 f"labels '{path}' are numbers, whose order of classes is not the alphabetical one: give the list too "
                 "(--synsets FILE, a class a line, number 1 first), or ILSVRC's devkit as the labels"
             )
         return _numbered(path, [int(line) for line in lines], _listed(synsets))
     if synsets is not None:
-        raise DataError(f"labels '{path}' name their classes: leave --synsets out")
+        raise ConfigError(f"labels '{path}' name their classes: leave --synsets out")
     return Labels(path, _by_name(path, lines), ())
 
 

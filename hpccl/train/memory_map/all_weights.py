@@ -24,7 +24,7 @@ from hpccl.curvature.posterior import Posterior
 from hpccl.curvature.protocols import Examples, Precision
 from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
-from hpccl.errors import ConfigError, DataError, FolderError
+from hpccl.errors import ConfigError, CoverageError, DataError, FolderError
 from hpccl.memory.perturbation import Variance, perturbed
 from hpccl.report.text import size
 from hpccl.train.memory_map.found import Found, Group, joined
@@ -61,6 +61,10 @@ def by_all_weights(
 def _measured(kind: Measured, groups: Sequence[Group], state: RunState, world: World) -> Precision:
     """On the groups' examples, as if it had been on all that they stand for."""
     estimator = build_estimator(_curvature(kind, world), world.config.seed)
+    try:
+        estimator.check(state.engine.module)
+    except CoverageError as error:  # whose advice is for the configuration of a run that is to be trained
+        raise CoverageError(f"--posterior {kind}: {error}; here: take --posterior diagonal or last_layer") from error
     precision = estimator.estimate(state.engine.module, _Passes(groups, world), world.comm)
     share = sum(group.total for group in groups) / max(1, sum(len(group.measured) for group in groups))
     return precision.times(share)

@@ -24,6 +24,7 @@ from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
 from hpccl.train.plan.network import Network, forward_flops, look, moments
 from hpccl.train.plan.spread import FLOAT, Spread, all_reduce, elements, held, rows, sent
+from hpccl.train.run import check_memory
 
 __all__ = ["Held", "Plan", "Sent", "Spent", "Views", "make_plan"]
 
@@ -165,7 +166,7 @@ def make_plan(
         gigabytes_per_second: that a process sends to others; None: time on the wire is left out.
 
     Raises:
-        ConfigError: the model is unknown, or does not fit the images or the ranks.
+        ConfigError: the model is unknown, or does not fit the images or the ranks; or memory does not fit the tasks.
         CoverageError: a factor of the curvature would be larger than allowed.
         DataError: the data is not there.
     """
@@ -173,6 +174,7 @@ def make_plan(
     spread = Spread.of(config.engine, ranks)
     stream = outline(config.stream, config.data)
     num_classes, num_tasks = len(stream.class_names), len(stream.tasks)
+    check_memory(config, stream)
     refuse_sizes(config.model, image_shape=stream.image_shape, num_classes=num_classes, sides=config.data.sides())
     rows = math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.accumulate)
     network = look(config, image_shape=stream.image_shape, num_classes=num_classes, rows=max(rows, 2))

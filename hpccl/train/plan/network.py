@@ -99,7 +99,10 @@ def look(config: RunConfig, *, image_shape: tuple[int, int, int], num_classes: i
             graph = _kept(model.eval(), image_shape, 3)[""] - _kept(model, image_shape, 2)[""]
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         problem = " ".join(str(error).split())[:200]
-    layouts = tuple(_layouts(model, config.curvature, calls)) if isinstance(config.curvature, LayerMeasured) else ()
+    curvature = config.curvature
+    layouts = tuple(_layouts(model, curvature, calls)) if isinstance(curvature, LayerMeasured) else ()
+    if isinstance(curvature, LayerMeasured) and config.measures:
+        refuse_large({layout.name: layout.shape for layout in layouts}, curvature.max_factor)
     factored = {name for layout in layouts for name in layout.names}
     return Network(
         shapes=tuple(tuple(value.shape) for value in model.parameters()),
@@ -201,11 +204,7 @@ def _counting(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
 
 
 def _layouts(model: nn.Module, config: LayerMeasured, calls: Counter[str]) -> Iterator[Layout]:
-    """Layers that a run would factor: those whose weight is theirs alone and is used once a pass.
-
-    Raises:
-        CoverageError: a factor is larger than allowed.
-    """
+    """Layers that a run would factor: those whose weight is theirs alone and is used once a pass."""
     owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     once_each = min(calls.values(), default=0)  # of two passes, so 2
     for name, module in model.named_modules():
@@ -216,9 +215,7 @@ def _layouts(model: nn.Module, config: LayerMeasured, calls: Counter[str]) -> It
             continue
         bias = f"{name}.bias" if module.bias is not None and module.bias.requires_grad else None
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
-        layout = Layout(name, f"{name}.weight", bias, tuple(module.weight.shape), groups)
-        refuse_large({name: layout.shape}, config.max_factor)
-        yield layout
+        yield Layout(name, f"{name}.weight", bias, tuple(module.weight.shape), groups)
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -75,6 +75,18 @@ def test_parts_of_any_order_and_length(tmp_path: Path) -> None:
     assert torch.equal(read(tmp_path)["w"].read(1, 15), torch.arange(1.0, 15.0))
 
 
+def test_an_altered_part_is_noticed_where_it_is_read_whole(tmp_path: Path) -> None:
+    full = value((4, 5))
+    write(tmp_path, [{"w": slab} for slab in by_rows(full, 2)])
+    path = tmp_path / f"{stems(2)[1]}.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    stored = read(tmp_path)["w"]
+    assert torch.equal(stored.read(0, 10), full.flatten()[:10])
+    with pytest.raises(CheckpointError, match="'/w' was altered since it was written"):
+        whole(stored)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.bool])
 def test_dtypes_and_whole_tensors_beside(tmp_path: Path, dtype: torch.dtype) -> None:
     full = value((3, 3), dtype)

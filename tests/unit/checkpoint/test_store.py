@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hpccl.checkpoint import store
-from hpccl.checkpoint.store import Content, Mark, latest, load, save
+from hpccl.checkpoint.store import Content, Mark, latest, load, open_shards, save
+from hpccl.dist.spread import whole
 from hpccl.errors import CheckpointError, FolderError
 
 TREE: dict[str, Any] = {"a": torch.arange(3), "b": {"c": [torch.ones(2, 2), None, 1.5], "d": "text"}, "e": {}}
@@ -79,6 +80,42 @@ def test_torn_file(tmp_path: Path, victim: str) -> None:
     path = tmp_path / mark.name / victim
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(CheckpointError, match=r"cannot be read.*continue from the one before"):
+        load(tmp_path, mark)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_an_altered_tensor_is_noticed(tmp_path: Path, lazy: bool) -> None:
+    mark = Mark.at(0, "done", 1)
+    save(tmp_path, mark, Content({"weights": {"a": torch.ones(4), "b": torch.zeros(2, dtype=torch.bool)}}), keep=1)
+    path = tmp_path / mark.name / "state.safetensors"
+    content = path.read_bytes()
+    at = content.index(torch.ones(4).numpy().tobytes())
+    path.write_bytes(content[:at] + b"\x01" + content[at + 1 :])
+    with pytest.raises(CheckpointError, match=r"cannot be read.*'/weights/a' was altered since it was written"):
+        whole(load(tmp_path, mark, lazy=lazy)["weights"]["a"])
+
+
+def test_what_an_earlier_version_wrote_without_checksums_is_read(tmp_path: Path) -> None:
+    mark = Mark.at(0, "done", 1)
+    save(tmp_path, mark, Content(TREE), keep=1)
+    state = tmp_path / mark.name / "state.json"
+    content = json.loads(state.read_text())
+    del content["crc32"]
+    state.write_text(json.dumps(content))
+    assert load(tmp_path, mark).keys() == TREE.keys()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"format": 1}', '{"tree": []}', '{"format": 1, "tree": {"a": 3'])
+def test_json_of_another_kind(tmp_path: Path, content: str) -> None:
+    mark = Mark.at(0, "fit", 1)
+    shard = {"layer": [{"a": torch.ones(2)}]}
+    save(tmp_path, mark, Content(TREE, source=TREE, own=shard), keep=1)
+    assert open_shards(tmp_path, mark)(lambda layer: True)["layer"]
+    (tmp_path / mark.name / "curvature-00000-of-00001.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read|belongs to another"):
+        open_shards(tmp_path, mark)(lambda layer: True)
+    (tmp_path / mark.name / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read|has format None"):
         load(tmp_path, mark)
 
 

@@ -52,6 +52,7 @@ def test_the_same_run_is_taken_up_again_and_machinery_may_change(tmp_path: Path)
 
 def test_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> None:
     folder = prepare(config(tmp_path, "seed=1"), [])
+    (folder.checkpoints / "task-000-fit-00000005").mkdir()
     text = folder.config.read_text()
     with pytest.raises(FolderError) as caught:
         prepare(config(tmp_path, "seed=2", "model.kind=cifarnet"), [])
@@ -117,6 +118,7 @@ def test_a_run_that_may_have_learned_or_goes_on_keeps_its_folder(
     tmp_path: Path, events: list[dict[str, Any]], checkpoint: str
 ) -> None:
     folder = prepare(config(tmp_path, "seed=1"), [])
+    write_record(folder, JobRecord("slurm", "7", time.time() - 60, "login"))
     if events:
         ended(folder, *events)
     if checkpoint:
@@ -124,6 +126,51 @@ def test_a_run_that_may_have_learned_or_goes_on_keeps_its_folder(
     with pytest.raises(FolderError, match="holds a run of another configuration"):
         prepare(config(tmp_path, "seed=2"), [])
     assert load([folder.config], []).seed == 1
+
+
+@pytest.mark.parametrize("events", [[], STARTED])
+def test_a_start_that_crashed_before_it_learned_leaves_its_folder(
+    tmp_path: Path, events: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepare(config(tmp_path, "seed=1"), ["first"])
+    if events:
+        ended(folder, *events)
+    changed = config(tmp_path, "seed=2")
+    prepare(changed, ["second"])
+    said = capsys.readouterr().err
+    assert "is taken over: the run in it learned nothing, for it ended without a word before its first step" in said
+    assert load([folder.config], []) == changed
+    assert not folder.events.exists()
+
+
+def test_a_start_that_is_on_its_way_keeps_its_folder(tmp_path: Path) -> None:
+    prepare(config(tmp_path, "seed=1"), [])
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FolderError, match="holds a run of another configuration"):
+            prepare(config(tmp_path, "seed=2"), [])
+        other.kill()
+
+
+def test_a_file_of_settings_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(FolderError, match="holds a run of another configuration"):
+        prepare(config(tmp_path, "seed=2"), [])
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
+
+
+@pytest.mark.parametrize("what", ["events", "checkpoints"])
+def test_a_run_without_its_configuration_is_not_taken_over(tmp_path: Path, what: str) -> None:
+    folder = prepare(config(tmp_path), [])
+    if what == "events":
+        ended(folder, *STARTED)
+    else:
+        (folder.checkpoints / "task-000-fit-00000005").mkdir()
+    folder.config.unlink()
+    with pytest.raises(FolderError, match=rf"has {what} of a run, but no config\.yaml.*put its config\.yaml back"):
+        prepare(config(tmp_path, "seed=2"), [])
+    assert not folder.config.exists()
 
 
 def test_a_refused_run_that_was_submitted_again_keeps_its_folder(tmp_path: Path) -> None:

@@ -195,6 +195,12 @@ stream:
     [
         ("seed=true", "seed = true: not allowed; expected a whole number >= 0"),
         ("seed=1.0", "seed = 1.0: not allowed; expected a whole number >= 0"),
+        ("seed=18446744073709551616", "seed = 18446744073709551616: not allowed; expected a whole number >= 0 and <= "),
+        (
+            "stream.order_seed=18446744073709551616",
+            "stream.order_seed = 18446744073709551616: not allowed; expected a whole number",
+        ),
+        ("optim.lr=.nan", "optim.lr = nan: not allowed; expected a number > 0"),
         ("train.epochs=[1,x]", "train.epochs.1 = x: not allowed; expected a whole number > 0, or a list with one"),
         ("train.epochs=[]", "train.epochs = []: not allowed; expected a whole number > 0, or a list with one"),
         ("optim.lr=0", "optim.lr = 0: not allowed; expected a number > 0"),
@@ -239,6 +245,14 @@ def test_a_clash_shows_the_default_of_the_kind_that_was_chosen() -> None:
 def test_the_line_of_a_syntax_error(tmp_path: Path) -> None:
     path = write(tmp_path, "seed: 1\ntrain: {epochs: 3\nname: x\n")
     assert mistakes([path])[0].endswith(f"not valid YAML ({path}:3)")
+
+
+def test_what_is_nested_too_deeply(tmp_path: Path) -> None:
+    path = write(tmp_path, "optim: " + "[" * 5000 + "]" * 5000)
+    assert mistakes([path]) == [f"nested too deeply to be read; no setting needs that ({path})"]
+    assert mistakes([], "optim=" + "{a: " * 5000 + "1" + "}" * 5000)[0].startswith("nested too deeply to be read")
+    keys = ".".join("a" * 3000)
+    assert mistakes([], f"{keys}=1")[0].startswith(f"'{keys[:50]}")
 
 
 def test_a_tab_is_a_syntax_error(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hpccl.curvature.diagonal import DiagonalEstimator
 from hpccl.curvature.factors import EigenPass, KroneckerPass, Measured
 from hpccl.curvature.moments import Sharing
 from hpccl.dist.comm import Comm
-from hpccl.errors import CoverageError, DataError, DivergedError
+from hpccl.errors import ConfigError, CoverageError, DataError, DivergedError
 from tests.unit.curvature.factor_oracle import (
     WEIGHT,
     assert_close,
@@ -352,7 +352,7 @@ def test_a_factor_that_is_too_large_is_named() -> None:
 
 def test_a_pattern_without_layer_is_refused() -> None:
     model, pixels = build("mlp", 3)
-    with pytest.raises(CoverageError, match=r"curvature\.diagonal='fc\*' matches no linear map or convolution.*: 1, 3"):
+    with pytest.raises(ConfigError, match=r"curvature\.diagonal='fc\*' matches no linear map or convolution.*: 1, 3"):
         measure(model, examples(pixels), diagonal=("fc*",))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpccl.data.augment import Normaliser, crop_flip, draw_crop_flip
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError
 
 
 def images(num: int, channels: int = 3, height: int = 6, width: int = 5) -> npt.NDArray[np.uint8]:
@@ -80,5 +80,5 @@ def test_normalised_as_the_formula_says(channels: int) -> None:
     ],
 )
 def test_wrong_statistics_are_named(mean: tuple[float, ...], std: tuple[float, ...], words: str) -> None:
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ConfigError, match=words):
         Normaliser.of(mean, std, 3)

@@ -10,7 +10,7 @@ from hpccl.data.build import open_stream
 from hpccl.data.digits import digits_split
 from hpccl.data.protocols import Stream
 from hpccl.data.rows import Request
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError
 
 
 def evaluation(samples: range) -> Request:
@@ -61,9 +61,9 @@ def test_the_split_is_fixed_stratified_and_a_partition() -> None:
 
 
 def test_settings_that_digits_cannot_have() -> None:
-    with pytest.raises(DataError, match=r"cannot be split into 3 tasks.*tasks can be 1, 2, 5, 10"):
+    with pytest.raises(ConfigError, match=r"cannot be split into 3 tasks.*tasks can be 1, 2, 5, 10"):
         open_stream(DigitsStream(tasks=3), DataConfig())
-    with pytest.raises(DataError, match="timm, which the digits cannot have"):
+    with pytest.raises(ConfigError, match="timm, which the digits cannot have"):
         open_stream(DigitsStream(), DataConfig(augment=TimmAugment()))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hpccl.data.layout import Collection, Layout, arrange, extended, held_out, unique_titles
 from hpccl.data.protocols import Split
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError, DataError
 
 
 def collection(title: str, names: str, *, tasks: int, keep: int | None = None) -> Collection:
@@ -72,9 +72,9 @@ def test_a_class_name_of_two_data_sets_says_which() -> None:
 
 
 def test_impossible_splits_say_what_is_possible() -> None:
-    with pytest.raises(DataError, match=r"6 classes of 's' cannot be split into 4 tasks.* tasks can be 1, 2, 3, 6$"):
+    with pytest.raises(ConfigError, match=r"6 classes of 's' cannot be split into 4 tasks.* tasks can be 1, 2, 3, 6$"):
         arrange([collection("s", "abcdef", tasks=4)], order="given", seed=0)
-    with pytest.raises(DataError, match="8 classes of 's' are asked for but it has 6; set classes to at most 6"):
+    with pytest.raises(ConfigError, match="8 classes of 's' are asked for but it has 6; set classes to at most 6"):
         arrange([collection("s", "abcdef", tasks=1, keep=8)], order="given", seed=0)
 
 
@@ -137,7 +137,7 @@ def test_what_is_held_out_depends_on_where_it_is_stored_alone() -> None:
 def test_at_least_one_example_is_held_out_and_one_is_left() -> None:
     few = held_out(arrange([many("s", tasks=1, count=3)], order="given", seed=0), 0.01)
     np.testing.assert_array_equal(np.bincount(few.index["test"].label), 1)
-    with pytest.raises(DataError, match=r"class .a. has 1 training images; data\.validation=0\.1 would leave none"):
+    with pytest.raises(ConfigError, match=r"class .a. has 1 training images; data\.validation=0\.1 would leave none"):
         held_out(arrange([many("s", tasks=1, count=1)], order="given", seed=0), 0.1)
 
 

@@ -16,7 +16,7 @@ from hpccl.data.rows import Request
 from hpccl.data.scenarios import blurred, drawn_shots, listed_shots, repeated
 from hpccl.data.shards.build import build
 from hpccl.data.stream import ImageStream
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError, DataError
 from tests.unit.data.tiny_images import hash_of, image_bytes, pixels, write_folder
 
 Ints = npt.NDArray[np.int64]
@@ -248,7 +248,7 @@ def test_wrong_lists_say_what_is_wrong(tmp_path: Path, files: dict[str, str], me
 
 
 def test_more_shots_or_classes_than_there_are() -> None:
-    with pytest.raises(DataError, match=r"class 'd' has 4 training images, of which stream\.scenario\.shots=5 are"):
+    with pytest.raises(ConfigError, match=r"class 'd' has 4 training images, of which stream\.scenario\.shots=5 are"):
         drawn_shots(sessions(count=4), shots=5, seed=0)
 
 
@@ -300,7 +300,7 @@ def test_data_sets_of_the_same_classes_are_domains(shards: Path, tmp_path: Path)
 def test_images_in_shards_are_changed_once_they_are_decoded(shards: Path, tmp_path: Path) -> None:
     stream = of_shards(shards, "one", tasks=2, scenario="{kind: rotated, degrees: 180, angles: even}", cache=tmp_path)
     np.testing.assert_array_equal(stream.raw(24 + 5), np.rot90(stream.raw(5)))
-    with pytest.raises(DataError, match=r"stream\.scenario\.kind=permuted changes decoded images"):
+    with pytest.raises(ConfigError, match=r"stream\.scenario\.kind=permuted changes decoded images"):
         of_shards(shards, "large", tasks=2, scenario="{kind: permuted}", cache=tmp_path)
 
 
@@ -312,5 +312,5 @@ def test_lists_name_images_in_shards(shards: Path, tmp_path: Path) -> None:
     assert [len(each) for each in names] == [12, 2, 2]
     assert [name.rpartition("/")[2] for name in names[1]] == ["1", "4"]
     assert stream.labels("train")[12:].tolist() == [2, 2, 3, 3]
-    with pytest.raises(DataError, match=r"are 5 classes, but 'one' has 4"):
+    with pytest.raises(ConfigError, match=r"are 5 classes, but 'one' has 4"):
         of_shards(shards, "one", tasks=3, scenario="{kind: few_shot, base: 3, way: 1, shots: 2}", cache=tmp_path)

@@ -23,7 +23,7 @@ from hpccl.data.shards.encodings import Encoding, Lossless, Original, Reencode
 from hpccl.data.shards.manifest import INDEX, Manifest
 from hpccl.data.shards.reader import ShardSet
 from hpccl.data.shards.verify import verify
-from hpccl.errors import DataError, FolderError
+from hpccl.errors import ConfigError, DataError, FolderError
 from tests.unit.data.tiny_images import (
     image_bytes,
     per_class_tars,
@@ -131,7 +131,7 @@ def test_splits_share_one_numbering_of_classes(tmp_path: Path) -> None:
     assert manifests["test"].classes == manifests["train"].classes == ("class_0", "class_1", "class_2")
     assert set(ShardSet.open(tmp_path / "out", "test").labels) == {0, 2}
     assert sorted(build(source, tmp_path / "one", split="test")) == ["test"]
-    with pytest.raises(DataError, match="no split 'val': it has test, train"):
+    with pytest.raises(ConfigError, match="no split 'val': it has test, train"):
         build(source, tmp_path / "none", split="val")
 
 

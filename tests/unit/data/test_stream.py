@@ -38,7 +38,7 @@ from hpccl.data.shards.decode import decode
 from hpccl.data.shards.manifest import Manifest, file_sha256
 from hpccl.data.shards.reader import ShardSet
 from hpccl.data.stream import ImageStream
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError, DataError
 from tests.unit.data.tiny_images import hash_of, image_bytes, pixels, write_folder
 
 ROOT = Path(__file__).parents[3]
@@ -326,14 +326,14 @@ def test_classes_that_differ_are_named(tmp_path: Path) -> None:
 
 
 def test_several_sizes_need_image_size(root: Path, cache: str) -> None:
-    with pytest.raises(DataError, match=r"images have 2 sizes \(50 x 70, 80 x 60\); set data.image_size"):
+    with pytest.raises(ConfigError, match=r"images have 2 sizes \(50 x 70, 80 x 60\); set data.image_size"):
         stream_of(root, DataConfig(cache=cache), "large")
-    with pytest.raises(DataError, match=r"images have 3 sizes"):
+    with pytest.raises(ConfigError, match=r"images have 3 sizes"):
         stream_of(root, DataConfig(cache=cache), "large", "small")
 
 
 def test_timm_needs_the_full_image(root: Path, cache: str) -> None:
-    with pytest.raises(DataError, match=r"data.storage is decoded but data.augment.kind is timm"):
+    with pytest.raises(ConfigError, match=r"data.storage is decoded but data.augment.kind is timm"):
         stream_of(root, DataConfig(cache=cache, storage="decoded", image_size=16, augment=TimmAugment()))
 
 

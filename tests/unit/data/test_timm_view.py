@@ -13,7 +13,7 @@ from hpccl.compat import import_timm
 from hpccl.config.data import TimmAugment
 from hpccl.data.augment import Normaliser
 from hpccl.data.timm_view import TimmView, seed_all
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -114,5 +114,5 @@ def test_all_bits_of_a_key_seed_every_generator() -> None:
     ],
 )
 def test_wrong_settings_are_named(config: TimmAugment, words: str) -> None:
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ConfigError, match=words):
         view_of(config)

@@ -1,11 +1,13 @@
 """Networks: published sizes, seeded, clear errors; dropout that belongs to the example."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from hpccl.config.model import MlpModel, PaperModel, TimmModel
 from hpccl.errors import ConfigError
-from hpccl.models.build import build_model
+from hpccl.models.build import build_model, refuse_sizes
 from hpccl.models.dropout import KeyedDropout, replace_dropout, set_noise
 
 
@@ -49,6 +51,39 @@ def test_too_small_images_say_what_is_allowed() -> None:
 def test_unknown_timm_model_suggests(wrong: str, advice: str) -> None:
     with pytest.raises(ConfigError, match=f"model.name '{wrong}' is not a timm model; {advice}"):
         build_model(TimmModel(name=wrong), image_shape=(3, 32, 32), num_classes=10, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("resnet18", {"nonsense": 1}, "TypeError: .*unexpected keyword argument 'nonsense'"),
+        ("resnet18", {"block": "x"}, "AttributeError"),
+        ("resnet18", {"output_stride": 7}, "AssertionError"),
+        ("resnet18", {"act_layer": "nothing"}, "KeyError"),
+        ("vit_tiny_patch16_224", {"global_pool": "nothing"}, "AssertionError"),
+        ("resnet18", {"pretrained_cfg": "nothing"}, "RuntimeError"),
+    ],
+)
+def test_options_that_do_not_suit_are_named(name: str, options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.options .*{next(iter(options))}.* does not suit '{name}': {words}"):
+        build_model(TimmModel(name=name, options=options), image_shape=(3, 32, 32), num_classes=10, seed=0)
+
+
+@pytest.mark.parametrize("key", ["num_classes", "in_chans", "pretrained"])
+def test_options_that_the_stream_gives_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.options\.{key} = 7: .*leave it out"):
+        build_model(TimmModel(name="resnet18", options={key: 7}), image_shape=(3, 32, 32), num_classes=10, seed=0)
+
+
+def test_a_network_for_images_of_another_size_says_what_to_set() -> None:
+    vit = "vit_tiny_patch16_224"
+    size: dict[str, Any] = {"image_shape": (3, 32, 32), "num_classes": 4, "sides": ()}
+    with pytest.raises(ConfigError, match=r"does not take the stream's images of 32x32 pixels .*\{img_size: 32\}"):
+        refuse_sizes(TimmModel(name=vit), **size)
+    refuse_sizes(TimmModel(name=vit, options={"img_size": 32}), **size)
+    refuse_sizes(TimmModel(name="resnet18"), **size)
+    with pytest.raises(ConfigError, match=r"options {'drop_rate': 'much'} does not take .*could not convert string"):
+        refuse_sizes(TimmModel(name="resnet18", options={"drop_rate": "much"}), **size)
 
 
 def test_dropout_noise_belongs_to_the_example() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpccl.config.model import MlpModel, ModelConfig, PaperModel, TimmModel
-from hpccl.errors import DataError
+from hpccl.errors import ConfigError, DataError
 from hpccl.models.build import build_model
 from hpccl.models.pretrained import start_from
 
@@ -113,11 +113,15 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(DataError, match=r"torn\.pth' cannot be read"):
         start_from(model, tmp_path / "torn.pth")
+    for content in (b"hello, this is text\n", b"\x80\x02garbage", b"", bytes(range(256))):
+        (tmp_path / "text.pth").write_bytes(content)
+        with pytest.raises(DataError, match=r"text\.pth' (cannot be read|is damaged)"):
+            start_from(model, tmp_path / "text.pth")
     torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "more.pth")
     with pytest.raises(DataError, match=r"holds more than weights.*save its weights alone"):
         start_from(model, tmp_path / "more.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(DataError, match="holds no weights by name"):
         start_from(model, tmp_path / "list.pth")
-    with pytest.raises(DataError, match=r"unknown ending; allowed: .safetensors, .pth"):
+    with pytest.raises(ConfigError, match=r"unknown ending; allowed: .safetensors, .pth"):
         start_from(model, tmp_path / "weights.npz")

@@ -57,6 +57,8 @@ def test_a_run_that_went_on_is_taken_as_it_is_now(runs: list[Path], tmp_path: Pa
     write_archive(tmp_path / "old.xz", read_runs(runs[:1]))
     now = read_events(RunFolder(runs[0]).events)[-1]["time"] + 5
     with EventLog(RunFolder(runs[0]).events, clock=lambda: now) as log:
+        log.write("run", **synthetic.run_fields())
+        log.write("step", **synthetic.step_fields(2, 10))
         log.write("error", kind="DivergedError", message="the loss is NaN")
     for paths in ([tmp_path / "old.xz", runs[0]], [runs[0], tmp_path / "old.xz"]):
         (run,) = read_runs(paths)

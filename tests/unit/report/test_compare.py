@@ -259,7 +259,7 @@ def test_a_narrow_terminal_keeps_the_method_whole(seeds: list[Path]) -> None:
 
 
 def test_nothing_to_compare_is_an_error() -> None:
-    with pytest.raises(FolderError, match="nothing to compare"):
+    with pytest.raises(ConfigError, match="nothing to compare"):
         compare_runs([])
 
 

@@ -73,6 +73,16 @@ def test_what_is_not_finite_is_still_strict_json(tmp_path: Path) -> None:
     assert number(None) is None
 
 
+@pytest.mark.parametrize("line", ['{"event": "step", "time": null}', '{"event": 3, "time": 1}', "[" * 100000, "[]"])
+def test_a_line_that_is_no_event_is_told(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        log.write("run")
+    path.write_text(f"{line}\n{path.read_text()}")
+    with pytest.raises(FolderError, match=r"line 1 of .* is not an event"):
+        read_events(path)
+
+
 @pytest.mark.parametrize("torn", ['{"event": "st', "{", '{"event": "step", "x": "\udcff', "\0\0\0", '"event"'])
 def test_a_torn_last_line_is_ignored_and_then_removed(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "events.jsonl"

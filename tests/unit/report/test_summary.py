@@ -107,11 +107,31 @@ def test_a_killed_and_resumed_run_counts_its_work_once_and_its_time_twice(tmp_pa
 def test_the_last_word_decides_the_status(
     tmp_path: Path, event: str, fields: dict[str, object], status: str, message: str | None
 ) -> None:
-    synthetic.write_run(tmp_path)
+    synthetic.write_run(tmp_path, finished=False)
     with EventLog(tmp_path / "events.jsonl", clock=synthetic.Clock(2e6)) as log:
         log.write(event, **fields)
     report = summarise(tmp_path)
     assert (report.status, report.message, report.weights_sha256) == (status, message, None)
+
+
+@pytest.mark.parametrize(("end", "fields"), [("done", {"weights_sha256": "a" * 64}), ("error", {"kind": "DataError"})])
+def test_a_finished_run_that_was_started_again_is_what_it_was(
+    tmp_path: Path, end: str, fields: dict[str, object]
+) -> None:
+    before = summarise(synthetic.write_run(tmp_path))
+    with EventLog(tmp_path / "events.jsonl", clock=synthetic.Clock(2e6)) as log:
+        log.write("run", **synthetic.run_fields())
+        log.write(end, **fields)
+    assert summarise(tmp_path) == before
+
+
+def test_a_finished_run_that_lost_its_end_and_learns_again(tmp_path: Path) -> None:
+    before = summarise(synthetic.write_run(tmp_path))
+    with EventLog(tmp_path / "events.jsonl", clock=synthetic.Clock(2e6)) as log:
+        log.write("run", **synthetic.run_fields())
+        log.write("step", **synthetic.step_fields(2, 10))
+    report = summarise(tmp_path)
+    assert (report.status, report.segments) == ("running", before.segments + 1)
 
 
 def test_an_image_skipped_again_after_a_resume_is_one_image(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,16 @@ def test_an_outline_is_that_of_the_stream() -> None:
     assert drawn.image_shape == opened.image_shape
     with pytest.raises(DataError, match="nowhere"):
         outline(ShardStream(parts=(Part(path="nowhere"),)), data)
+
+
+def test_others_may_read_what_the_umask_lets_them(run: Run, tmp_path: Path) -> None:
+    folder, _, _ = run("mlp")
+    former = os.umask(0o027)
+    try:
+        export(folder, tmp_path / "out")
+    finally:
+        os.umask(former)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 def test_every_task_has_a_network_of_its_own(run: Run, tmp_path: Path) -> None:

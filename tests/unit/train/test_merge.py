@@ -155,6 +155,9 @@ def test_the_merged_network_knows_both_tasks_and_can_be_evaluated(trained: Train
     command = ["evaluate", str(base), "--weights", str(tmp_path / "merged")]
     result = CliRunner().invoke(app, command)
     assert json.loads(result.output)["tasks"] == found["tasks"]
+    (tmp_path / "notes.md").write_text("")
+    with pytest.raises(DataError, match=r"--weights '.*notes\.md' is no folder and no \.safetensors file"):
+        evaluate_run(base, weights=tmp_path / "notes.md")
     with pytest.raises(ConfigError, match=r"is of another network: .* differ in name or shape"):
         evaluate_run(trained("none", 0, model={"kind": "mlp", "hidden": [12]}), weights=tmp_path / "merged")
 
@@ -237,7 +240,7 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
     turned = trained("none", 0, stream={"kind": "digits", "tasks": 5, "order": "random"})
     with pytest.raises(ConfigError, match=r"the classes differ .number 0 is "):
         merge([run, turned], tmp_path / "out", method="average")
-    with pytest.raises(FolderError, match="is not a run folder"):
+    with pytest.raises(FolderError, match=r"is not a run folder, .* nor an export, which has a config\.json"):
         merge([tmp_path], tmp_path / "out", method="average")
     (tmp_path / "torn.safetensors").write_bytes(b"half")
     with pytest.raises(DataError, match="cannot be read"):

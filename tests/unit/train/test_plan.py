@@ -287,9 +287,9 @@ def test_layers_are_those_that_a_run_would_factor() -> None:
     assert not any(name.startswith("blocks.0.") for name in names)
     covered = sum(math.prod(layout.weight_shape) + layout.weight_shape[0] for layout in network.layouts)
     assert sum(map(math.prod, network.rest.values())) + covered == network.num_weights
+    small: dict[str, Any] = {"curvature": {"kind": "ekfac", "max_factor": 20}, "prior": {"quadratic": {"weight": 1.0}}}
     with pytest.raises(CoverageError, match=r"max_factor=20"):
-        look(config_of({"kind": "cifarnet"}, curvature={"kind": "ekfac", "max_factor": 20}),
-             image_shape=(3, 32, 32), num_classes=10, rows=2)  # fmt: skip
+        look(config_of({"kind": "cifarnet"}, **small), image_shape=(3, 32, 32), num_classes=10, rows=2)
 
 
 @pytest.mark.parametrize(
@@ -395,8 +395,22 @@ def test_missing_data_and_no_bandwidth_are_told() -> None:
     config = config_of({"kind": "cifarnet"}, stream={"kind": "shards", "parts": [{"path": "nowhere"}]})
     with pytest.raises(DataError, match="nowhere"):
         make_plan(config, nodes=1, nproc=1, measured=False)
-    result = CliRunner().invoke(app, ["plan", "seed=1", "--bandwidth", "0"])
-    assert isinstance(result.exception, ConfigError)
+    for bandwidth in ("0", "nan", "inf"):
+        result = CliRunner().invoke(app, ["plan", "seed=1", "--bandwidth", bandwidth])
+        assert isinstance(result.exception, ConfigError)
+        assert f"--bandwidth is {bandwidth}; allowed: a finite number" in str(result.exception)
+
+
+def test_a_memory_that_training_would_refuse_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"memory.size=5000 is larger than task"):
+        make_plan(config_of({"kind": "mlp"}, memory={"size": 5000}), nodes=1, nproc=1, measured=False)
+
+
+def test_a_factor_that_nothing_measures_may_have_any_size() -> None:
+    wide: dict[str, Any] = {"kind": "mlp", "hidden": [20000]}
+    make_plan(config_of(wide), nodes=1, nproc=1, measured=False)
+    with pytest.raises(CoverageError, match="max_factor"):
+        make_plan(config_of(wide, prior={"quadratic": {"weight": 1.0}}), nodes=1, nproc=1, measured=False)
 
 
 def test_a_layer_that_is_called_twice_is_not_factored() -> None:
