@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
+from safetensors import SafetensorError
 
 from hpccl.checkpoint.tree import has_slabs, read_header, read_tree, write_slabs, write_tree
 from hpccl.dist.comm import Comm
@@ -32,6 +34,7 @@ __all__ = [
     "load",
     "marks",
     "open_shards",
+    "refuse_torn",
     "save",
 ]
 
@@ -302,6 +305,22 @@ def open_shards(checkpoints: Path, mark: Mark) -> Callable[[Callable[[str], bool
         return found
 
     return read
+
+
+def refuse_torn(checkpoints: Path, mark: Mark) -> None:
+    """See that every file of tensors is as long as it says, of all ranks, without reading them.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    folder = checkpoints / mark.name
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            problem = f"checkpoint '{folder}' cannot be read ({path.stem}: {error})"
+            raise CheckpointError(f"{problem}; delete it to continue from the one before") from error
 
 
 def _stem(what: str, number: int, count: int) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpccl.checkpoint.store import Mark, latest, load, marks, open_shards
+from hpccl.checkpoint.store import Mark, latest, load, marks, open_shards, refuse_torn
 from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.curvature import DenseCurvature, PassCurvature
 from hpccl.config.load import load as load_config
@@ -95,6 +95,7 @@ def _was_done(folder: RunFolder) -> bool:
     if saved is None or Mark.at(saved["task"], saved["phase"], saved["step"]) != newest:
         return False
     load(folder.checkpoints, newest)
+    refuse_torn(folder.checkpoints, newest)
     return True
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpccl.checkpoint import store
-from hpccl.checkpoint.store import Content, Mark, latest, load, open_shards, save
+from hpccl.checkpoint.store import Content, Mark, latest, load, open_shards, refuse_torn, save
 from hpccl.dist.spread import whole
 from hpccl.errors import CheckpointError, FolderError
 
@@ -81,6 +81,17 @@ def test_torn_file(tmp_path: Path, victim: str) -> None:
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(CheckpointError, match=r"cannot be read.*continue from the one before"):
         load(tmp_path, mark)
+
+
+def test_a_torn_file_of_tensors_is_found_without_reading_them(tmp_path: Path) -> None:
+    mark = Mark.at(0, "done", 1)
+    save(tmp_path, mark, Content(TREE), keep=1)
+    refuse_torn(tmp_path, mark)
+    path = tmp_path / mark.name / "curvature-00000-of-00001.safetensors"  # as a rank leaves it
+    whole_file = (tmp_path / mark.name / "state.safetensors").read_bytes()
+    path.write_bytes(whole_file[:-1])
+    with pytest.raises(CheckpointError, match=r"cannot be read \(curvature-00000-of-00001: .*the one before"):
+        refuse_torn(tmp_path, mark)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
