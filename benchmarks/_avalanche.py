@@ -76,7 +76,7 @@ class Strategy:
         self.cpu: list[float] = []
         self.clock: list[float] = []
         self._rows, self.go, self.waits = rows, threading.Semaphore(0), threading.Semaphore(0)
-        self._failed: BaseException | None = None
+        self._failed: Exception | None = None
         kind = name.rsplit(maxsplit=1)[-1]
         new = rows // 2 if kind in _BUFFERED else rows
         half = len(images) // 2
@@ -99,7 +99,7 @@ class Strategy:
     def _run(self, train: Callable[[], None]) -> None:
         try:
             train()
-        except BaseException as error:  # noqa: BLE001  # the caller's thread raises it
+        except Exception as error:  # noqa: BLE001  # whatever it is, the caller's thread raises it
             self._failed = error
         self.waits.release()
 
