@@ -32,6 +32,7 @@ _LONGEST_PAUSE = 60.0
 _STALE = 3600.0  # seconds after which half a download belongs to nobody any more, where files cannot be locked
 _KEPT = re.compile(r"[0-9a-f]{64}")  # a file is called by its checksum
 _HALF = re.compile(r"\.[0-9a-f]{64}\.[0-9]+\.part")
+_SWEEP = ".lock"  # held while files are deleted, and while half a download begins
 
 
 def is_url(path: str) -> bool:
@@ -138,7 +139,7 @@ class ShardCache:
     def _shrink(self, spared: str = "") -> None:
         """Delete what was not used for longest, until all is within the bound; what others may not delete stays."""
         there, total = [], 0
-        with _locked(self.folder / ".lock"):
+        with _locked(self.folder / _SWEEP):
             for entry in os.scandir(self.folder):
                 with contextlib.suppress(OSError):  # gone, or of another user
                     status = entry.stat()
@@ -215,9 +216,10 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 def _taken(path: Path, size: int) -> BinaryIO:
     """A file of `size` bytes to be written, which is held as long as it is open."""
-    file = path.open("wb")
-    with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _locked(path.parent / _SWEEP):  # or others find it before it is held, and delete it as abandoned
+        file = path.open("wb")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     file.truncate(size)
     return file
 

@@ -172,9 +172,18 @@ def test_the_cache_is_bounded_when_processes_come_together(tmp_path: Path) -> No
     (cache.folder / "results").mkdir()
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(6)
-    for number in range(6):
+    for number in range(30):
         (tmp_path / str(number)).write_bytes(bytes([number]) * 900)
-    ranks = [context.Process(target=fetch, args=(cache, tmp_path / str(number), barrier)) for number in range(6)]
+
+    def come_again(rank: int) -> None:  # one fetch each rarely meets another at its worst moment
+        try:
+            for turn in range(100):
+                fetch(cache, tmp_path / str((7 * rank + turn) % 30), barrier)
+        except BaseException:
+            barrier.abort()  # or the others would wait for ever
+            raise
+
+    ranks = [context.Process(target=come_again, args=(number,)) for number in range(6)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
