@@ -114,7 +114,7 @@ class Steps:
 
     Each call goes on where the last one ended and returns the rows that were trained on. What happens once a task is
     not in its measures: `rates` gets rows a second by the clock, over all ranks; `cpu` the seconds of processor time of
-    this rank, which feel other load on the machine less.
+    this rank, which feel other load on the machine less. `loads` asks for its images in every step, and not once.
     """
 
     world: World
@@ -123,6 +123,7 @@ class Steps:
     prior: Prior
     count: int
     take: Take = usual_step
+    loads: bool = False
     rates: list[float] = field(default_factory=list, init=False)
     cpu: list[float] = field(default_factory=list, init=False)
     _done: int = field(default=0, init=False)
@@ -158,7 +159,7 @@ class Steps:
     def _images(self, parts: list[Part]) -> list[Images]:
         """A step's images of this rank, the same for every step with as many; steps of a plan differ by a row."""
         sizes = tuple(len(part.rows) for part in parts)
-        if sizes not in self._loaded:
+        if self.loads or sizes not in self._loaded:
             self._loaded[sizes] = list(self.world.stream.load(self.composer.request(part) for part in parts))
         return self._loaded[sizes]
 

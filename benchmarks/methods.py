@@ -9,7 +9,8 @@ left out, as are topic and fromp, which show further images beside a step's.
 
 The opponents are the formulas of Avalanche 0.6.0 and Mammoth, written anew for this measurement and run in turns with
 ours on the same network, rows and AdamW, without their frameworks (events, loaders, transforms of a buffer's images).
-Where avalanche-lib is installed (`pip install -c constraints.txt avalanche-lib`), its strategies run in the same turns.
+Where avalanche-lib is installed (`pip install -c constraints.txt avalanche-lib`), its strategies run in the same turns:
+without their loader, over ours on images that are there, and with it, over ours that asks for its images in each step.
 The formulas:
 
     avalanche ewc, mas  a loop over the parameters adds sum(F (w - a)^2) to the loss, which is differentiated
@@ -26,6 +27,7 @@ Ratios are medians over turns of processor seconds, which feel other load on the
     worst_over_peer       a step of ours over the opponent's, the worst pair
     worst_over_finetune   over our fine-tuning's, the worst method without another forward pass
     worst_over_library    a step of ours over avalanche-lib's own, the worst pair, where it is installed
+    ..._library_loading   the same with the loaders
     again                 fine-tuning against itself: the noise of this measurement
     ..._clock             the same by the clock
     peak_bytes            highest resident memory during steps above what the process had before the network was built,
@@ -88,6 +90,7 @@ OURS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     SAME: (("method/lwf", "preset/avalanche/lwf"), ()),
 }
 AGAIN = "again"
+LOADING = " loading"
 ASKING = (SAME, "lwf.mc", "icarl", "bic")  # the old network in every step
 PAIRS = {
     "plain": "finetune",
@@ -156,7 +159,7 @@ def network() -> nn.Module:
     return build_model(config, image_shape=(3, SIZE, SIZE), num_classes=TASKS * CLASSES, seed=0)
 
 
-def ours(name: str, folder: Path, num_steps: int) -> Steps:
+def ours(name: str, folder: Path, num_steps: int, *, loads: bool = False) -> Steps:
     """Single steps of the second task."""
     comm, config = Comm.solo(), configuration(name)
     stream = random_stream(SIZE, tasks=TASKS, classes=CLASSES, train=PER_CLASS)
@@ -165,7 +168,7 @@ def ours(name: str, folder: Path, num_steps: int) -> Steps:
     state = RunState(engine)
     engine.start(num_steps=1, task=0)
     consolidate(stream.tasks[0], state, world)
-    steps = Steps(world, engine, stream.tasks[1], state.prior, count=1)
+    steps = Steps(world, engine, stream.tasks[1], state.prior, count=1, loads=loads)
     engine.start(num_steps=num_steps, task=1, num_train=steps.plan.num_train)
     return steps
 
@@ -320,6 +323,8 @@ def _smooth(probabilities: Tensor) -> Tensor:
 
 
 Rates = dict[str, list[float]]
+_LOADED = {peer + LOADING: own + LOADING for peer, own in _avalanche.PAIRS.items()}
+_ALL_PAIRS = PAIRS | _avalanche.PAIRS | _LOADED
 
 
 def timed(names: Sequence[str], turns: int, folder: Path) -> tuple[Rates, Rates]:
@@ -328,7 +333,9 @@ def timed(names: Sequence[str], turns: int, folder: Path) -> tuple[Rates, Rates]
     runs[AGAIN] = ours("finetune", folder, turns + 1)
     runs |= {peer: Peer(peer) for peer, own in PAIRS.items() if own in names}
     if _avalanche.installed():
-        runs |= {name: library(name, turns + 1) for name, own in _avalanche.PAIRS.items() if own in names}
+        pairs = {name: own for name, own in _avalanche.PAIRS.items() if own in names}
+        runs |= {own + LOADING: ours(own, folder, turns + 1, loads=True) for own in pairs.values()}
+        runs |= {name: library(name, turns + 1) for name in pairs}
     for name, run in runs.items():
         if isinstance(run, Steps):
             rows = len(run.plan.batch(0))
@@ -344,6 +351,7 @@ def timed(names: Sequence[str], turns: int, folder: Path) -> tuple[Rates, Rates]
     rates = interleaved({name: partial(counted, name) for name in runs}, turns)
     for name, run in runs.items():
         if isinstance(run, _avalanche.Strategy):  # its own clock leaves out what is between two steps
+            cpu[name + LOADING], rates[name + LOADING] = cpu[name], rates[name]
             cpu[name] = [ROWS / seconds for seconds in run.cpu]
             rates[name] = [ROWS / seconds for seconds in run.clock[1:]]
     return rates, {name: own[1:] for name, own in cpu.items()}  # the first turn warms up
@@ -382,8 +390,7 @@ def hold(rank: int, name: str, folder: Path) -> None:
 def ratios(rates: Rates) -> tuple[dict[str, float], dict[str, float]]:
     """Of a step, by median over turns: over fine-tuning's, and of ours over each opponent's."""
     over = {name: median_ratio(rates, "finetune", name) for name in rates if name != "finetune"}
-    pairs = PAIRS | _avalanche.PAIRS
-    return over, {peer: median_ratio(rates, peer, own) for peer, own in pairs.items() if peer in rates}
+    return over, {peer: median_ratio(rates, peer, own) for peer, own in _ALL_PAIRS.items() if peer in rates}
 
 
 def worst(peers: dict[str, float], pairs: Iterable[str]) -> str | None:
@@ -396,12 +403,12 @@ def report(rates: Rates, cpu: Rates, peaks: dict[str, int], **details: Any) -> N
     over, peers = ratios(cpu)
     clock_over, clock_peers = ratios(rates)
     for name, own in cpu.items():
-        mine = (PAIRS | _avalanche.PAIRS).get(name)
+        mine = _ALL_PAIRS.get(name)
         against = f"  {peers[name]:6.3f} ours ({mine}) over it" if name in peers else ""
         held = f" {peaks[name] / 2**20:7.1f} MiB" if name in peaks else ""
         print(f"{name:35} {1e3 * ROWS / median(own):8.2f} ms {over.get(name, 1.0):6.3f} x finetune{held}{against}")
     once = [name for name in over if name in OURS and name not in ASKING]
-    worst_peer, worst_library = worst(peers, PAIRS), worst(peers, _avalanche.PAIRS)
+    worst_peer, worst_library, worst_loading = (worst(peers, pairs) for pairs in (PAIRS, _avalanche.PAIRS, _LOADED))
     worst_method = max(once, key=lambda name: over[name])
     assert worst_peer is not None, "plain is always there"
     print_result(
@@ -409,16 +416,17 @@ def report(rates: Rates, cpu: Rates, peaks: dict[str, int], **details: Any) -> N
         {
             "worst_over_peer": peers[worst_peer],
             **({} if worst_library is None else {"worst_over_library": peers[worst_library]}),
+            **({} if worst_loading is None else {"worst_over_library_loading": peers[worst_loading]}),
             "worst_over_finetune": over[worst_method],
             "again": over[AGAIN],
             "worst_over_peer_clock": clock_peers[worst_peer],
             "again_clock": clock_over[AGAIN],
         },
-        worst={"peer": worst_peer, "library": worst_library, "method": worst_method},
+        worst={"peer": worst_peer, "library": worst_library, "loading": worst_loading, "method": worst_method},
         seconds={name: round(ROWS / median(own), 5) for name, own in rates.items()},
         processor_seconds={name: round(ROWS / median(own), 5) for name, own in cpu.items()},
         time_over_finetune={name: round(value, 4) for name, value in over.items()},
-        peer_of=PAIRS | _avalanche.PAIRS,
+        peer_of=_ALL_PAIRS,
         time_over_peer={name: round(value, 4) for name, value in peers.items()},
         clock_over_peer={name: round(value, 4) for name, value in clock_peers.items()},
         peak_bytes=peaks,
