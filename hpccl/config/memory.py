@@ -88,11 +88,11 @@ class PosteriorSelector(Section):
 class FeatureSelector(Section):
     """Greedily by class, from what the last layer sees.
 
-    herding: the running mean of normalised features stays closest to the class's (iCaRL); k_center: always the example
-    that is farthest from those chosen.
+    herding: the running mean of normalised features stays closest to the class's (iCaRL); welling: the order of the
+    code that iCaRL's authors released; k_center: always the example that is farthest from those chosen.
     """
 
-    kind: Literal["herding", "k_center"]
+    kind: Literal["herding", "welling", "k_center"]
 
 
 class ReconstructionSelector(Section):

@@ -52,3 +52,6 @@ class EvaluateConfig(Section):
     # nearest_mean: the class whose mean of normalised features, over memory and its mirror images, is closest (iCaRL)
     # prototype: the same, over a class's training examples when it was learned: prototypes on frozen features
     classifier: Literal["head", "nearest_mean", "prototype"] = "head"
+    # of classifier=nearest_mean: memory's examples, or all training examples of the tasks so far, an upper bound that
+    # looks into the past (Mammoth's stock iCaRL)
+    means: Literal["memory", "data"] = "memory"

@@ -1,6 +1,7 @@
 """Greedy choices within one class, from a vector for every example: herding, k-center, matching of a sum.
 
     herding    argmin_i | mu - (x_i + sum of chosen) / k |          mu the mean of x, normalised or as they are
+    welling    argmax_i <w, x_i>,  then w += mu - x_i               x normalised; w begins as mu, rows may come again
     k-center   argmax_i min_{j chosen} | x_i - x_j |
     matching   argmin_i min_t |r - t u_i|,  then weights t >= 0 of the chosen that minimise |r|,  r = b - sum t_j u_j,
                b = sum_i u_i
@@ -9,7 +10,8 @@ Each is the business of one process: vectors in, the order of choice out, every 
 smaller size. Ties, up to rounding, go to the first row. The cost of m choices among n vectors of D numbers is m n D
 multiplications, and m^4 / 3 more for the weights of matching at worst.
 
-Sources: Rebuffi et al. 2017, "iCaRL", CVPR, algorithm 4; Gonzalez 1985, "Clustering to minimize the maximum
+Sources: Rebuffi et al. 2017, "iCaRL", CVPR, algorithm 4; Welling 2009, "Herding dynamical weights to learn", ICML (the
+order of the code that Rebuffi et al. released); Gonzalez 1985, "Clustering to minimize the maximum
 intercluster distance" (its radius is at most twice the best); Malkomes et al. 2015, "Fast distributed k-center
 clustering" (of blocks: four times); Pati, Rezaiifar and Krishnaprasad 1993, "Orthogonal matching pursuit";
 Killamsetty et al. 2021, "GRAD-MATCH", ICML (matching of a sum of gradients); Lawson and Hanson 1974, chapter 23
@@ -18,26 +20,25 @@ Killamsetty et al. 2021, "GRAD-MATCH", ICML (matching of a sum of gradients); La
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["herding", "k_center", "matching"]
+__all__ = ["herding", "k_center", "matching", "welling"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
 
 _TIE = 1e-9  # relative difference that is rounding
 _BLOCK = 20_000  # examples among which centers are searched at a time
+_TURNS = 1000  # of welling's herding, in the code of iCaRL's authors
 
 
 def herding(rows: Floats, keep: int, *, normalise: bool = True) -> Ints:
     """[keep] positions of the rows [n, D] whose running mean stays closest to the mean; iCaRL normalises rows first."""
-    wide = rows.astype(np.float64)
-    if normalise:
-        norms = np.linalg.norm(wide, axis=1)
-        wide /= np.where(norms > 0, norms, 1.0)[:, None]
+    wide = _unit(rows) if normalise else rows.astype(np.float64)
     mean, half = wide.mean(axis=0), 0.5 * np.square(wide).sum(axis=1)
     free = np.ones(len(wide), dtype=np.bool_)
     order = np.empty(keep, dtype=np.int64)
@@ -48,6 +49,26 @@ def herding(rows: Floats, keep: int, *, normalise: bool = True) -> Ints:
         total += wide[order[count]]
         free[order[count]] = False
     return order
+
+
+def welling(rows: Floats, keep: int, *, turns: int = _TURNS) -> Ints:
+    """[keep] positions of the rows [n, D], normalised, as `turns` of Welling's herding first meet them.
+
+    A row may be met again, which takes a turn and adds nothing. The released code of iCaRL then ends with fewer than
+    `keep`; here what it has not met follows, by the products of the last turn.
+    """
+    wide = _unit(rows)
+    mean, every = wide.mean(axis=0), np.ones(len(wide), dtype=np.bool_)
+    products, change = wide @ mean, wide @ mean
+    met: dict[int, None] = {}
+    for _ in range(turns):
+        if len(met) >= keep:
+            break
+        pick = _first_largest(products, every)
+        met[pick] = None
+        products += change - wide @ wide[pick]
+    rest = (int(row) for row in np.argsort(-products, kind="stable") if int(row) not in met)
+    return np.fromiter(itertools.islice(itertools.chain(met, rest), keep), dtype=np.int64)
 
 
 def k_center(rows: Floats, keep: int, *, block: int = _BLOCK) -> Ints:
@@ -100,6 +121,14 @@ def matching(
         right = wide[order[: count + 1]] @ target + pull * equal
         weight = _non_negative(inside, right, np.append(weight, 0.0))
     return order, weight
+
+
+def _unit(rows: Floats) -> npt.NDArray[np.float64]:
+    """At norm 1; 0 stays 0."""
+    wide = rows.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1)
+    wide /= np.where(norms > 0, norms, 1.0)[:, None]
+    return wide
 
 
 def _first_largest(score: npt.NDArray[np.float64], free: npt.NDArray[np.bool_]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, assert_never
 
 import numpy as np
@@ -72,14 +72,20 @@ def class_means(task: Task, memory: Memory, state: RunState, world: World) -> Cl
         case "head":
             return None
         case "nearest_mean":
-            sums = _feature_sums(task, memory.sample.numpy(), state, world, mirrored=True)
-            return ClassMeans.of_sums(task.index, sums)
+            of_data = world.config.evaluate.means == "data"
+            samples = _samples(world.stream.tasks[: task.index + 1]) if of_data else memory.sample.numpy()
+            return ClassMeans.of_sums(task.index, _feature_sums(task, samples, state, world, mirrored=True))
         case "prototype":
-            own = np.arange(task.samples("train").start, task.samples("train").stop)
+            own = _samples([task])
             new = ClassMeans.of_sums(task.index, _feature_sums(task, own, state, world, mirrored=False))
             return new if state.prior.means is None else state.prior.means.joined(new)
         case _ as never:
             assert_never(never)
+
+
+def _samples(tasks: Sequence[Task]) -> Ints:
+    """Of all training examples."""
+    return np.concatenate([np.arange(task.samples("train").start, task.samples("train").stop) for task in tasks])
 
 
 def _feature_sums(task: Task, samples: Ints, state: RunState, world: World, *, mirrored: bool) -> Tensor:

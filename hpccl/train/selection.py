@@ -22,7 +22,7 @@ from hpccl.config.memory import (
 )
 from hpccl.data.protocols import Task
 from hpccl.memory.by_class import by_class
-from hpccl.memory.greedy import herding, k_center, matching
+from hpccl.memory.greedy import herding, k_center, matching, welling
 from hpccl.memory.score import (
     Projection,
     Residuals,
@@ -89,10 +89,11 @@ def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choi
             score, sample = _scores(task, given, state, world, of_kind[config.kind], inputs=True)
             return scored(score, sample, given, world.comm, sampled=config.sampled)
         case FeatureSelector():
-            greedy = herding if config.kind == "herding" else k_center
+            by_kind: dict[str, Callable[[Floats, int], Ints]]
+            by_kind = {"herding": herding, "welling": welling, "k_center": k_center}
 
             def pick(rows: Floats, keep: int) -> tuple[Ints, npt.NDArray[np.float64]]:
-                return greedy(rows, keep), np.ones(keep)
+                return by_kind[config.kind](rows, keep), np.ones(keep)
 
             seen = _Share.of(task, given, state, world)
             found = by_class(seen.x[:, :-1], seen.sample, seen.valid, given=given, comm=world.comm, pick=pick)

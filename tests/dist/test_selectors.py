@@ -27,6 +27,7 @@ SELECTORS: list[dict[str, Any]] = [
     {"kind": "k_center"},
     {"kind": "reconstruction", "weights": "fitted"},
     {"kind": "reconstruction"},
+    {"kind": "welling"},
 ]
 
 

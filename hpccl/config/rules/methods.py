@@ -294,6 +294,9 @@ def _tested(config: RunConfig) -> Iterator[Clash]:
     if config.evaluate.classifier == "nearest_mean" and not config.memory.kept:
         problem = "means are of memory's examples; set memory.size or memory.total"
         yield Clash(("evaluate.classifier", "memory.size"), problem)
+    if config.evaluate.classifier != "nearest_mean" and config.evaluate.means != "memory":
+        problem = "are of evaluate.classifier=nearest_mean; set that, or evaluate.means=memory"
+        yield Clash(("evaluate.means", "evaluate.classifier"), problem)
     if config.evaluate.classifier == "prototype" and config.train.restart:
         problem = "keeps the prototypes of classes from task to task; set train.restart=false"
         yield Clash(("evaluate.classifier", "train.restart"), problem)

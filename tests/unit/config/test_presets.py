@@ -14,9 +14,9 @@ from hpccl.config.run import RunConfig
 ROOT = Path(__file__).parents[3]
 PRESETS = sorted((ROOT / "configs" / "preset").glob("*/*.yaml"))
 NAMES = {
-    "authors": "ewc fromp gdumb lwf mas online_ewc",
+    "authors": "ewc fromp gdumb icarl lwf mas online_ewc",
     "avalanche": "bic der der++ er ewc lwf mas online_ewc si",
-    "mammoth": "bic der der++ er ewc gdumb lwf si",
+    "mammoth": "bic der der++ er ewc gdumb icarl lwf si",
 }
 AFTER = ("mas", "mas_local", "si", "bic", "der", "er", "finetune", "gdumb")
 RENAMED = {"avalanche/mas": "online_mas"}  # its moving average is one

@@ -183,6 +183,7 @@ DOMAINS = "stream.scenario.kind=domains"
         ([*BIC, "prior.quadratic.weight=1"], "prior.quadratic.weight"),
         (["train.frozen=[features]", "train.head_epochs=2"], "train.head_epochs"),
         (["evaluate.classifier=nearest_mean"], "evaluate.classifier"),
+        (["evaluate.means=data"], "evaluate.means"),
         (["data.augment.kind=timm"], "data.augment.kind"),
         (["data.crop_pct=1"], "data.crop_pct"),
         (["data.std=0"], "data.std"),

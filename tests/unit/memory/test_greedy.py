@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from hpccl.memory.greedy import herding, k_center, matching
+from hpccl.memory.greedy import herding, k_center, matching, welling
 
 
 def rows(number: int, width: int, seed: int = 0) -> np.ndarray:
@@ -34,6 +34,24 @@ def test_herding_is_that_of_the_paper(normalise: bool) -> None:
         chosen.append(int(np.argmin(np.array(distance))))
     assert herding(given.astype(np.float32), 20, normalise=normalise).tolist() == chosen
     assert herding(given, 7, normalise=normalise).tolist() == chosen[:7]
+
+
+@pytest.mark.parametrize("turns", [1000, 30])
+def test_welling_is_the_released_order(turns: int) -> None:
+    """w += mu - x of the best product with w, rows may come again; after the last turn, by its products."""
+    x = rows(40, 6)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    mean = x.mean(axis=0)
+    w, met, again = mean.copy(), [], 0
+    for _ in range(turns):
+        best = int(np.argmax(x @ w))
+        again += best in met
+        met += [] if best in met else [best]
+        w += mean - x[best]
+    met += [int(row) for row in np.argsort(-(x @ w)) if row not in met]
+    assert again > 0
+    assert welling(rows(40, 6), 25, turns=turns).tolist() == met[:25]
+    assert welling(rows(40, 6).astype(np.float32), 9, turns=turns).tolist() == met[:9]
 
 
 def radius(given: np.ndarray, chosen: np.ndarray) -> float:
@@ -111,6 +129,6 @@ def test_what_something_else_says_is_not_matched_twice() -> None:
     np.testing.assert_allclose(ones, 1.0, atol=1e-4)  # more rows than numbers: solvable in many ways
 
 
-@pytest.mark.parametrize("choice", [herding, k_center, lambda given, keep: matching(given, keep)[0]])
+@pytest.mark.parametrize("choice", [herding, welling, k_center, lambda given, keep: matching(given, keep)[0]])
 def test_nothing_to_tell_apart_is_no_trouble(choice: Any) -> None:
     assert choice(np.zeros((4, 3)), 3).tolist() == [0, 1, 2]  # any of the three

@@ -78,9 +78,10 @@ def test_memory_counts_as_the_new_task(tmp_path: Path) -> None:
     assert composer.memory_weights(torch.arange(40), composer.beta).tolist() == pytest.approx([0.5 * size / 40] * 40)
 
 
-def test_the_nearest_mean_by_hand(tmp_path: Path) -> None:
-    """Rebuffi et al. 2017, alg. 1, with the mirror images of exemplars."""
-    state, world = make_world(merged(ICARL), tmp_path)
+@pytest.mark.parametrize("of", ["memory", "data"])
+def test_the_nearest_mean_by_hand(tmp_path: Path, of: str) -> None:
+    """Rebuffi et al. 2017, alg. 1, with the mirror images of exemplars; or of all training images so far."""
+    state, world = make_world(merged(ICARL, {"evaluate": {"means": of}}), tmp_path)
     learn(state, world, 2)
     memory, net = state.prior.memory, state.engine.module.eval()
     assert isinstance(net, torch.nn.Sequential)
@@ -91,8 +92,10 @@ def test_the_nearest_mean_by_hand(tmp_path: Path) -> None:
         return unit
 
     means = []
+    every = torch.from_numpy(world.stream.labels("train"))
     for label in range(4):
-        own = images(memory.sample[memory.label == label], world)
+        kept = memory.sample[memory.label == label] if of == "memory" else (every == label).nonzero().flatten()
+        own = images(kept, world)
         mean = (feature(own).mean(0) + feature(own.flip(-1)).mean(0)) / 2
         means.append(mean / mean.norm())
     tests = torch.arange(world.stream.tasks[1].samples("test").stop)
