@@ -65,8 +65,9 @@ TasksConfig = Annotated[ListedTasks | PooledTasks | NearestTasks | RefitTasks, F
 class Measured(Section):
     """What every kind of curvature measures."""
 
-    # exact over labels, labels drawn from the model, true labels; weighted: true ones, by their probability (Mammoth)
-    fisher: Literal["ggn", "mc", "empirical", "weighted"] = "ggn"
+    # exact over labels, labels drawn from the model, true labels; weighted: true ones, by their probability (Mammoth);
+    # predicted: the likeliest ones
+    fisher: Literal["ggn", "mc", "empirical", "weighted", "predicted"] = "ggn"
     samples: PositiveInt = 1  # labels drawn per example for fisher=mc
     fraction: SharePerTask = (1.0,)  # of a task's examples that is used; one value, or one a task
     batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
@@ -75,8 +76,9 @@ class Measured(Section):
 class LayerMeasured(Measured):
     """What both Kronecker kinds measure of a layer."""
 
-    # exact over labels, labels drawn from the model, true labels; weighted: true ones, by their probability (Mammoth)
-    fisher: Literal["ggn", "mc", "empirical", "weighted"] = "mc"
+    # exact over labels, labels drawn from the model, true labels; weighted: true ones, by their probability (Mammoth);
+    # predicted: the likeliest ones
+    fisher: Literal["ggn", "mc", "empirical", "weighted", "predicted"] = "mc"
     sharing: Literal["expand", "reduce"] = "expand"  # of a weight over positions: each counts alone, or their mean does
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward pass; sums are always fp32
     max_factor: PositiveInt = 16384  # largest side of a factor; 16384 is 1 GiB

@@ -7,6 +7,7 @@ For example i with own-head logits z, p = softmax(z) and weight w, columns v_1..
     empirical:  v_1 = sqrt(w) (p - e_label)
     weighted:   v_1 = sqrt(w p_label) (p - e_label), which Mammoth's EWC takes: of the sum over labels that the exact
                 Fisher matrix is, the true label's term alone
+    predicted:  v_1 = sqrt(w) (p - e_argmax), which says least where the network is sure
     outputs:    v_1 = 2 w z, the gradient of w |z|^2: what Memory Aware Synapses pull back (Aljundi et al. 2018, eq. 2)
 
 and sum_j (J' v_j)^2, J = dz/dweights, is what example i adds to the diagonal. Logits of other heads get exactly 0.
@@ -33,8 +34,8 @@ from hpccl.errors import DataError
 
 __all__ = ["Fisher", "Wanted", "check_labels", "hessian_root", "num_columns", "output_columns", "uniform_draws"]
 
-Fisher = Literal["ggn", "mc", "empirical", "weighted"]
-Wanted = Literal["ggn", "mc", "empirical", "weighted", "outputs"]
+Fisher = Literal["ggn", "mc", "empirical", "weighted", "predicted"]
+Wanted = Literal["ggn", "mc", "empirical", "weighted", "predicted", "outputs"]
 
 
 def num_columns(fisher: Wanted, num_classes: int, samples: int) -> int:
@@ -44,7 +45,7 @@ def num_columns(fisher: Wanted, num_classes: int, samples: int) -> int:
             return num_classes - 1
         case "mc":
             return samples
-        case "empirical" | "weighted" | "outputs":
+        case "empirical" | "weighted" | "predicted" | "outputs":
             return 1
         case _:
             assert_never(fisher)
@@ -69,6 +70,8 @@ def output_columns(logits: Tensor, examples: Examples, fisher: Wanted, *, sample
             columns = _residuals(own, label)
             if fisher == "weighted":
                 columns = columns * own.gather(1, label).sqrt()
+        case "predicted":
+            columns = _residuals(own, own.argmax(dim=1, keepdim=True))
         case _:
             assert_never(fisher)
     columns = columns * examples.weight.double().sqrt()[None, :, None]

@@ -174,7 +174,8 @@ class DiagonalEstimator:
     """Measures a Diagonal in one pass over the examples.
 
     fisher: ggn: exact, K - 1 backward passes for K own-head classes; mc: `samples` labels drawn per example;
-        empirical: the true label; weighted: the same times its probability; outputs: no Fisher matrix but
+        empirical: the true label; weighted: the same times its probability; predicted: the likeliest label;
+        outputs: no Fisher matrix but
         2 sum_i w_i |d |z_i|^2 / dw| for own-head logits z_i, the importances of Memory Aware Synapses (see
         `hpccl.config.curvature.MasCurvature`)
     samples: of mc

@@ -66,7 +66,8 @@ class Sweep:
     """What is asked of every example.
 
     fisher: ggn: exact, K - 1 columns for K own-head classes; mc: `samples` labels drawn per example; empirical: the
-        true label; outputs: the gradient of its own-head logits' squared norm
+        true label; weighted: the same times its probability; predicted: the likeliest label; outputs: the gradient of
+        its own-head logits' squared norm
     samples: of mc
     seed: of mc; what is drawn depends on (seed, sample) only, not on batches, order or ranks
     """

@@ -15,7 +15,7 @@ from tests.dist.world import run_in_world
 from tests.unit.curvature.oracle import build, examples
 
 COUNT = 11  # not a multiple of 2 or 4: ranks have different numbers of batches
-FISHERS: tuple[Wanted, ...] = ("ggn", "mc", "empirical", "weighted", "outputs")  # the last: MAS
+FISHERS: tuple[Wanted, ...] = ("ggn", "mc", "empirical", "weighted", "predicted", "outputs")  # the last: MAS
 
 
 def shares(comm: Comm, data: Examples) -> list[Examples]:

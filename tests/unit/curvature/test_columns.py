@@ -18,7 +18,9 @@ def test_root_of_the_hessian(logits: list[float]) -> None:
     torch.testing.assert_close(root @ root.T, torch.diag(p[0]) - p[0, :, None] * p[0], rtol=1e-10, atol=1e-15)
 
 
-@pytest.mark.parametrize(("fisher", "count"), [("ggn", 3), ("mc", 5), ("empirical", 1), ("weighted", 1)])
+@pytest.mark.parametrize(
+    ("fisher", "count"), [("ggn", 3), ("mc", 5), ("empirical", 1), ("weighted", 1), ("predicted", 1)]
+)
 def test_columns_ignore_other_heads(fisher: Fisher, count: int) -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, NUM_CLASSES)
@@ -29,6 +31,16 @@ def test_columns_ignore_other_heads(fisher: Fisher, count: int) -> None:
     assert not columns[:, :, ~data.head].any()
     assert not columns[:, 0].any()  # weight 0
     torch.testing.assert_close(columns.sum(2), torch.zeros(count, 6), rtol=0, atol=1e-6)
+
+
+def test_the_likeliest_label_is_of_the_own_head() -> None:
+    logits = torch.full((1, NUM_CLASSES), 50.0)
+    logits[:, list(HEAD)] = torch.tensor([0.1, 0.2, 0.5, 0.2]).log()
+    columns = output_columns(
+        logits, examples(torch.zeros(1, 1), weight=torch.tensor([4.0])), "predicted", samples=1, seed=0
+    )
+    expected = 2 * torch.tensor([0.1, 0.2, -0.5, 0.2])
+    torch.testing.assert_close(columns[0, 0, list(HEAD)], expected, atol=1e-6, rtol=1e-6)
 
 
 def test_draws_belong_to_the_sample() -> None:
