@@ -8,8 +8,8 @@
 Task-incremental is train.head=own, class-incremental train.head=seen; methods whose file says `seen` are of no other
 kind. m is examples of each task; where a method has one budget for all tasks, it is m times their number, so that all
 methods hold as much in the end. FROMP, which recalls all of its memory in every step, holds a fifth and recalls 50 of
-each task; its strengths are the published ones (configs/preset/authors/fromp.yaml). Others are those that
-launch/tune.py chose where it did, and of configs/method otherwise: then they are not tuned for this comparison. GDumb's
+each task; its strengths are the published ones (configs/preset/authors/fromp.yaml). Those of MAS, local MAS
+and SI are what launch/tune.py chose, others what configs/method says: they are not tuned for this comparison. GDumb's
 one network, which is trained on the memory alone, has about as many images as those of other methods see in all.
 
 Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in minutes instead. A run that is done is
@@ -39,6 +39,7 @@ WITHOUT = (
 METHODS = (*WITHOUT, *SIZED, "fromp", *BUDGET)
 CURVED = ("ewc", "online_ewc", "ewc+fr", "ewc+replay", "ewc+fr+replay")  # with the base's curvature
 FROMP = ("prior.fromp.weight=50000", "prior.fromp.precision=1e-4", "prior.fromp.jitter=1e-6")
+NO_NATS = ("mas", "mas_local", "si")  # whose importances have units of their own, and so a weight that is looked for
 # Their first task is another one than finetune's, or they need its path (si).
 OWN_FIRST = ("finetune", "joint", "separate", "gdumb", "si", "kpriors", "icarl", "lwf.mc", "bic")
 
@@ -48,7 +49,7 @@ class Setting:
     """What is trained.
 
     folder: of the runs; out: of the comparisons; base: files and settings of every run; weights: folder of files by
-    method that set the weights of the terms, or None; size: of the memory, examples a task; tasks: of the stream;
+    method that set the weights of NO_NATS, or None; size: of the memory, examples a task; tasks: of the stream;
     gdumb: epochs of its network, which has no other training; curved: settings of FROMP, and of class-incremental runs
     of CURVED
     """
@@ -100,7 +101,7 @@ def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
 def _training(setting: Setting, method: str, head: str, seed: int) -> Step:
     first, name = _name("finetune", head, seed), _name(method, head, seed)
     arguments = [*setting.base, f"configs/method/{method}.yaml"]
-    own = setting.weights / f"{method}.yaml" if setting.weights else None
+    own = setting.weights / f"{method}.yaml" if setting.weights and method in NO_NATS else None
     arguments += [str(own)] if own and own.exists() else []
     arguments += [f"train.head={head}", *_memory(setting, method)]
     exact = method == "fromp" or (head == "seen" and method in CURVED)
