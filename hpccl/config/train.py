@@ -21,9 +21,10 @@ class TrainConfig(Section):
     epochs: IntPerTask = (10,)  # one value, or one a task
     batch_size: PositiveInt = 256  # rows a step, over all ranks, memory included
     head: Literal["own", "seen"] = "own"  # which classes compete: a row's own task, or all seen so far
-    # with head=seen, the classes that compete in rows of a task's own images: all seen, or those of the task alone, so
-    # that new images do not push old classes down (ER-ACE; LwF of PyCIL)
-    competing: Literal["seen", "task"] = "seen"
+    # with head=seen, the classes that compete. task: in rows of a task's own images those of the task alone, so that
+    # new images do not push old classes down (ER-ACE; LwF of PyCIL); all: in all rows with true labels also classes to
+    # come, which learn that they are not there yet (Mammoth; the code of DER's authors)
+    competing: Literal["seen", "task", "all"] = "seen"
     # of true labels: a softmax over the classes that compete, or a sigmoid for each of them, summed (iCaRL)
     loss: Literal["cross_entropy", "sigmoid"] = "cross_entropy"
     # seen: all tasks up to now (joint); memory: the memory alone, into which the task's examples come first (GDumb)

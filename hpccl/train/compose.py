@@ -330,7 +330,8 @@ class Composer:
         With a sigmoid for each class, the old ones are left to the old network where it speaks of the same images.
         """
         own, labels = self.config.train.head == "own", self.labels[samples]
-        head = self.heads[self.task_of_sample[samples]] if own else self.heads[-1].expand(len(labels), -1)
+        seen = torch.ones_like(self.heads[-1]) if self.config.train.competing == "all" else self.heads[-1]
+        head = self.heads[self.task_of_sample[samples]] if own else seen.expand(len(labels), -1)
         if alone is not None:
             head = self.heads[self.task_of_sample[samples]].where(alone[:, None], head)
         smoothing = self.config.train.label_smoothing

@@ -1,8 +1,9 @@
 """Which weights stay as they are while the rest learns: frozen parts, all but the new classes' rows at first, and rows
 of classes that have not come yet.
 
-The last layer has rows for all classes of the stream from the beginning. Those of later tasks have no gradient, so that
-weight decay alone would act on them, and a late class would begin at weights that have nearly gone.
+The last layer has rows for all classes of the stream from the beginning. Unless they compete (train.competing=all),
+those of later tasks have no gradient, so that weight decay alone would act on them, and a late class would begin at
+weights that have nearly gone.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
     """
     frozen = world.config.train.frozen if task.index > 0 else ()
     still = frozenset(_norms(state.engine.module) if world.config.train.norms == "running" and task.index > 0 else ())
-    later = _to_come(task, world) if _decays(world.config.optim) else set()
+    untouched = world.config.train.competing != "all" and _decays(world.config.optim)
+    later = _to_come(task, world) if untouched else set()
     if not head_only and not frozen and not later:
         state.engine.hold({}, still)
         return

@@ -387,7 +387,8 @@ def first_task_identity(config: RunConfig) -> dict[str, Any]:
     train, optim, prior = identity["train"], identity["optim"], identity["prior"]
     correct = prior["correct"]
     # What says nothing of a first task.
-    later = {"head_epochs": 0, "frozen": [], "norms": "batch", "competing": "seen", "first_task_from": None}
+    later = {"head_epochs": 0, "frozen": [], "norms": "batch", "first_task_from": None}
+    later |= {"competing": "seen"} if train["competing"] == "task" else {}
     return {
         **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
         "train": {**train, "epochs": train["epochs"][0], **later},

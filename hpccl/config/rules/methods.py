@@ -261,13 +261,33 @@ def _competing(config: RunConfig) -> Iterator[Clash]:
         return
     if train.head == "own":
         yield Clash(
-            ("train.competing", "train.head"), "is so for every row there; leave it seen, or set train.head=seen"
+            ("train.competing", "train.head"), "is about classes of other tasks; leave it seen, or set train.head=seen"
         )
-    if train.data != "task":
+    if train.competing == "all":
+        yield from _all_compete(config)
+    elif train.data != "task":
         problem = "is about a task's own images beside those of the past; leave it seen, or set train.data=task"
         yield Clash(("train.competing", "train.data"), problem)
     if train.loss == "sigmoid":
         yield Clash(("train.competing", "train.loss"), "is about a softmax, and there is none; leave it seen")
+
+
+def _all_compete(config: RunConfig) -> Iterator[Clash]:
+    """Those of soft labels and of what is measured are the classes seen."""
+    prior, key = config.prior, "train.competing"
+    problem = "lets classes to come compete in rows with true labels alone, and here others speak of the same images"
+    soft = config.memory.kept and prior.replay < 1 and prior.weight != (0.0,) and prior.loss != "squared"
+    others = {
+        "prior.replay": soft,
+        "prior.distill.weight": prior.distill.weight > 0,
+        "prior.quadratic.weight": prior.quadratic.weight > 0,
+        "prior.fromp.weight": prior.fromp.weight > 0,
+        "prior.correct.share": prior.correct.share > 0,
+        "prior.topology.nodes": prior.topology.nodes > 0,
+    }
+    for other, there in others.items():
+        if there:
+            yield Clash((key, other), f"{problem}; leave it seen")
 
 
 def _topology(config: RunConfig) -> Iterator[Clash]:

@@ -57,6 +57,20 @@ def test_rows_of_dark_experience_are_its_objective(tmp_path: Path, head: str) ->
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_classes_to_come_compete_if_they_are_asked_to(tmp_path: Path) -> None:
+    """The code of Buzzega et al. 2020: cross-entropy over all outputs, of new and of remembered images."""
+    config = merged(DER_PP, {"train": {"head": "seen", "competing": "all", "epochs": 1, "batch_size": 1000}})
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 2)
+    memory, net, every = state.prior.memory, state.engine.module.eval(), list(range(10))
+    found, own = third_task(state, world)
+    new = summed_ce(net, world, own, every) / len(own)
+    old = net(pixels(world, memory.sample.numpy()))
+    labelled = summed_ce(net, world, memory.sample.numpy(), every) / len(memory)
+    expected = new + 0.2 * (old - memory.soft).square().mean() + 0.5 * labelled
+    torch.testing.assert_close(found, len(own) / (len(own) + len(memory)) * expected, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_of_new_images_leave_old_classes_alone(tmp_path: Path) -> None:
     """ER-ACE (Caccia et al. 2022): E_D CE among the new classes + E_M CE among all that were seen."""
     state, world = make_world(merged(ER_ACE, {"train": {"epochs": 1, "batch_size": 1000}}), tmp_path)
