@@ -1,12 +1,12 @@
-"""What each part of the method is worth: `ewc+fr+replay` on Split-CIFAR, every row one change against the first.
+"""What each part of the method contributes: `ewc+fr+replay` on Split-CIFAR, each row one change from the first.
 
-In the first all terms weigh 1, as the theory has it; `published` has the paper's weights, `tuned` those that
+In the first row all terms have weight 1, as in the theory; `published` has the paper's weights, `tuned` those that
 launch/tune.py chose, if it has run.
 
     python launch/ablation.py [--rows base diagonal ekfac] [--seeds 0 1 2] [--jobs 2] [--quick]
 
-Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
-is not repeated and one that was killed continues, so start it again at any time. One seed after the other; the first
+Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in a minute instead. Finished runs are
+not repeated and killed ones continue, so you can start it again at any time. Seeds run one after the other; the first
 task of each is that of finetune in launch/split_cifar.py, which is trained if it has not been.
 """
 

@@ -3,9 +3,9 @@ r"""Class-incremental ImageNet, from the archives to the report: shards, referen
     python launch/imagenet.py --train ILSVRC2012_img_train.tar --test VALIDATION_FOLDER \
         --cluster slurm --with configs/cluster/slurm_gpu.yaml cluster.nodes=4 cluster.account=NAME
 
-The validation set must be sorted into one folder for each class, named as in training. Everything is queued at once, as
-jobs that wait for each other; started again, it queues what is not done. Without --cluster slurm all runs on this
-machine. `--with train.epochs=1 model.name=resnet18` and the like change every training.
+The validation set must be sorted into one folder per class, named as in training. Everything is queued at once, as jobs
+that wait for each other; start it again to queue the runs that are not done. Without --cluster slurm everything runs on
+this machine. `--with train.epochs=1 model.name=resnet18` and the like apply to every training.
 """
 
 from __future__ import annotations

@@ -5,18 +5,19 @@
     python launch/methods.py --cluster slurm --with configs/cluster/slurm_cpu.yaml cluster.partition=NAME
     python launch/methods.py --quick
 
-Task-incremental is train.head=own, class-incremental train.head=seen; methods whose file says `seen` are of no other
-kind. m is examples of each task; where a method has one budget for all tasks, it is m times their number, so that all
-methods hold as much in the end. FROMP, which recalls all of its memory in every step, holds a fifth and recalls 50 of
-each task; its strengths are the published ones (configs/preset/authors/fromp.yaml). Those of MAS, local MAS
-and SI are what launch/tune.py chose, others what configs/method says: they are not tuned for this comparison. GDumb's
-one network, which is trained on the memory alone, has about as many images as those of other methods see in all.
+Task-incremental is train.head=own, class-incremental train.head=seen; methods whose file sets `seen` run
+class-incrementally only. m is the number of examples per task; a method with one budget for all tasks gets m times
+their number, so that all methods hold equally many in the end. FROMP, which would recall all of its memory in every
+step, holds a fifth and recalls 50 of each task; its strengths are the published ones
+(configs/preset/authors/fromp.yaml). Those of MAS, local MAS and SI were chosen by launch/tune.py, the others are those
+of configs/method: they are not tuned for this comparison. GDumb trains one network on the memory alone, with about as
+many images as other methods see in all.
 
-Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in minutes instead. A run that is done is
-not repeated and one that was killed continues, so start it again at any time. One seed after the other. A seed's first
-task is trained once for each kind, by finetune, and shared with all methods whose first task is the same. An exact
-curvature costs a backward pass for each class that competes: those of class-incremental runs see a fifth of a later
-task's images, those of task-incremental ones all, and FROMP's as many.
+Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in minutes instead. Finished runs are
+not repeated and killed ones continue, so you can start it again at any time. Seeds run one after the other. A seed's
+first task is trained once for each kind of head, by finetune, and shared with all methods whose first task is the same.
+An exact curvature costs a backward pass per competing class: class-incremental runs, and FROMP, measure it on a fifth
+of a later task's images, other task-incremental runs on all of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Optimisers that learn a distribution over weights or look for flat minima, beside SGD and AdamW, on CIFAR-10.
+"""Optimisers that learn a distribution over weights or look for flat minima, compared with SGD and AdamW, on CIFAR-10.
 
     python launch/optimizers.py [--jobs 2]
     python launch/optimizers.py --optimizers sgd ivon --models cifarnet --seeds 0
@@ -7,9 +7,9 @@
 
 CIFAR-10 is the first task of Split-CIFAR; CifarNet and timm's ResNet-18 learn it in ten epochs (configs/cifar10.yaml),
 every optimiser with the settings of configs/cifar10/OPTIMIZER.yaml. Needs the shards that README.md builds; `--quick`
-learns scikit-learn's digits in a minute instead. A run that is done is not repeated and one that was killed continues,
-so start it again at any time. Three seeds, one after the other. In the end: the comparison of all runs, with likelihood
-and calibration of the networks at the mean of what was learned.
+trains on scikit-learn's digits in a minute instead. Finished runs are not repeated and killed ones continue, so you can
+start it again at any time. Three seeds, one after the other. At the end, it compares all runs, with likelihood and
+calibration of the networks at the mean of the learned distribution.
 """
 
 from __future__ import annotations

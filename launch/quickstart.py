@@ -1,7 +1,7 @@
 """Train finetune, ewc+fr+replay and joint on the embedded digits, then compare them in one report.
 
-Run it with `make quickstart`; a run that is already done is not repeated. Copy and edit it: a campaign is a list of
-`hpccl` commands.
+Run it with `make quickstart`; finished runs are not repeated. Copy and edit it: a campaign is a list of `hpccl`
+commands.
 """
 
 from __future__ import annotations

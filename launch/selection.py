@@ -1,12 +1,12 @@
-"""Which memory is worth keeping: every selector on Split-CIFAR with `ewc+fr+replay`, m = 100 and 500, three seeds.
+"""Which examples are worth keeping: selectors on Split-CIFAR with `ewc+fr+replay`, m = 100 and 500, three seeds.
 
     python launch/selection.py [--jobs 2] [--quick]
     python launch/selection.py --selectors uniform herding --sizes 100 --seeds 0
 
-Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
-is not repeated and one that was killed continues, so start it again at any time. Each seed's first task is trained once
-and shared. In the end: the comparison of all runs, and how well each selector reconstructs the gradient of the past on
-the trajectory of each seed's uniform run.
+Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in a minute instead. Finished runs are
+not repeated and killed ones continue, so you can start it again at any time. Each seed's first task is trained once and
+shared. At the end, it compares all runs, and how well each selector reconstructs the gradient of the past on the
+trajectory of each seed's uniform run.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Split-CIFAR in full: ten methods, six sizes of memory, three seeds, beside the published table.
+"""Split-CIFAR in full: ten methods, six sizes of memory, three seeds, compared with the published table.
 
     python launch/split_cifar.py [--compare CSV] [--jobs 2]
     python launch/split_cifar.py --methods ewc+fr+replay joint --sizes 100 1000 --seeds 0
     python launch/split_cifar.py --cluster slurm --with configs/cluster/slurm_cpu.yaml cluster.partition=NAME
     python launch/split_cifar.py --quick
 
-Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
-is not repeated and one that was killed continues, so start it again at any time. One seed after the other, so that a
-campaign that is cut short has whole tables of fewer seeds. A seed's first task is trained once, by finetune, and
-shared: it does not depend on the method. All terms weigh 1, as the theory has it, or what launch/tune.py chose.
+Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in a minute instead. Finished runs are
+not repeated and killed ones continue, so you can start it again at any time. Seeds run one after the other, so that a
+campaign that is cut short has complete tables of fewer seeds. A seed's first task is trained once, by finetune, and
+shared: it does not depend on the method. All terms have weight 1, as in the theory, or what launch/tune.py chose.
 """
 
 from __future__ import annotations

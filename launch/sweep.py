@@ -4,7 +4,7 @@ r"""A sweep and its report: the runs side by side, then one comparison of all of
         prior.quadratic.weight=0.1,1,10 seed=0,1,2 --jobs 2
     python launch/sweep.py ... --cluster slurm --with configs/cluster/slurm_cpu.yaml
 
-The runs are in runs/NAME, one folder each; on a cluster they are one job array, and the report waits for it.
+The runs are in runs/NAME, one folder each. On a cluster they are one job array, and the report job waits for it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Choose the weights of each method's terms on Split-CIFAR, on a validation split, with a seed that no table has.
+"""Choose the weights of each method's terms on Split-CIFAR, on a validation split, with a seed that no table uses.
 
     python launch/tune.py [--methods ewc+fr+replay ewc] [--jobs 2] [--quick]
 
 Every candidate of GRID is trained with a tenth of the training images held out (data.validation) at two sizes of
-memory (`--sizes`); `hpccl choose` then takes each method's best mean and writes
-configs/split_cifar/chosen/METHOD.yaml, which launch/split_cifar.py and launch/methods.py read, and launch/ablation.py
-for one of its rows.
-Needs the shards that README.md builds; `--quick` learns scikit-learn's digits in a minute instead. A run that is done
-is not repeated, so start it again at any time.
+memory (`--sizes`); `hpccl choose` then takes the candidate with each method's best mean and writes
+configs/split_cifar/chosen/METHOD.yaml, which launch/split_cifar.py, launch/methods.py (of MAS, local MAS and SI) and
+launch/ablation.py (for one of its rows) read.
+Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in a minute instead. Finished runs are
+not repeated, so you can start it again at any time.
 """
 
 from __future__ import annotations

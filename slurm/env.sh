@@ -1,8 +1,8 @@
-# What every template does first, on the job's first node; bash, sourced. Nothing here names a site: what yours needs
+# Sourced by every template (bash), on the job's first node. Nothing here is specific to a site: what yours needs
 # (module load, conda activate, NCCL_SOCKET_IFNAME, ...) goes into slurm/site.sh beside this file, which git ignores.
 #
 # HPCCL_HOME      the folder of the repository; by default where sbatch was called
-# HPCCL_LAUNCH    words before the command of every rank, such as `apptainer exec --nv image.sif`
+# HPCCL_LAUNCH    put before the command of every rank, such as `apptainer exec --nv image.sif`
 
 HPCCL_HOME=${HPCCL_HOME:-$SLURM_SUBMIT_DIR}
 if [ -f "$HPCCL_HOME/slurm/site.sh" ]; then
@@ -17,18 +17,18 @@ export HPCCL_HOME PATH
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
-  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take --cpus-per-task from the job since SLURM 22.05
+  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since SLURM 22.05, srun does not take --cpus-per-task from the job
 fi
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-if [ -n "${NCCL_SOCKET_IFNAME:-}" ]; then # gloo and NCCL take the same network
+if [ -n "${NCCL_SOCKET_IFNAME:-}" ]; then # gloo and NCCL use the same network
   export NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}
 fi
 
-# What starts each rank. A rank that dies takes the step with it (SLURM's default: the others hang). A warning signal
-# that comes while Python still imports would kill it: blocked, it waits until hpccl has its handlers.
+# What starts each rank. A rank that dies ends the step (by SLURM's default, the others would hang). A warning signal
+# that arrives while Python is still importing would kill it: blocked, it stays pending until hpccl has its handlers.
 read -r -a hpccl_launch <<<"${HPCCL_LAUNCH:-}"
 hpccl_srun=(srun --kill-on-bad-exit=1)
-hpccl_rank=("${hpccl_launch[@]}" env --block-signal=USR1 --block-signal=USR2 HPCCL_STEP=1) # also one task is a rank
+hpccl_rank=("${hpccl_launch[@]}" env --block-signal=USR1 --block-signal=USR2 HPCCL_STEP=1) # a single task is a rank too
 
 echo "hpccl: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}, $(date '+%F %T')"
