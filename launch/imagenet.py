@@ -3,9 +3,10 @@ r"""Class-incremental ImageNet, from the archives to the report: shards, referen
     python launch/imagenet.py --train ILSVRC2012_img_train.tar --test VALIDATION_FOLDER \
         --cluster slurm --with configs/cluster/slurm_gpu.yaml cluster.nodes=4 cluster.account=NAME
 
-The validation set must be sorted into one folder per class, named as in training. Everything is queued at once, as jobs
-that wait for each other; start it again to queue the runs that are not done. Without --cluster slurm everything runs on
-this machine. `--with train.epochs=1 model.name=resnet18` and the like apply to every training.
+The validation set is sorted into one folder per class, named as in training, or comes with `--labels`, and `--synsets`
+if need be: see docs/data.md. Everything is queued at once, as jobs that wait for each other; start it again to queue
+the runs that are not done. Without --cluster slurm everything runs on this machine. `--with train.epochs=1
+model.name=resnet18` and the like apply to every training.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ WITHOUT_MEMORY = ("ewc",)
 def shards(chosen: argparse.Namespace) -> list[Step]:
     """One step for each split; a build that was interrupted goes on."""
     shrink = ["--max-side", str(chosen.max_side), "--quality", "90"]
-    sources = {"train": chosen.train, "test": chosen.test}
+    labels = {"--labels": chosen.labels, "--synsets": chosen.synsets}
+    told = [word for option, path in labels.items() if path is not None for word in (option, str(path))]
+    sources = {"train": (chosen.train, []), "test": (chosen.test, told)}
     return [
-        Step(f"shards-{split}", ("shards", "build", str(source), chosen.shards, "--split", split, *shrink))
-        for split, source in sources.items()
+        Step(f"shards-{split}", ("shards", "build", str(source), chosen.shards, "--split", split, *shrink, *more))
+        for split, (source, more) in sources.items()
         if source is not None
     ]
 
@@ -69,7 +72,9 @@ def campaign(chosen: argparse.Namespace) -> Campaign:
 if __name__ == "__main__":
     parser = options(__doc__)
     parser.add_argument("--train", type=Path, metavar="SOURCE", help="training images; leave out if shards are there")
-    parser.add_argument("--test", type=Path, metavar="SOURCE", help="validation images, in class folders")
+    parser.add_argument("--test", type=Path, metavar="SOURCE", help="validation images")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="their classes, if they have no class folders")
+    parser.add_argument("--synsets", type=Path, metavar="FILE", help="for --labels of numbers: a class a line")
     parser.add_argument("--shards", default="shards/imagenet", help="folder of shards (shards/imagenet)")
     parser.add_argument("--max-side", type=int, default=400, help="pixels of the longer side of stored images (400)")
     parser.add_argument("--folder", default="runs/imagenet", help="folder of the runs (runs/imagenet)")

@@ -31,6 +31,8 @@ from hpccl.report.events import read_events
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
+    from hpccl.data.shards.manifest import Manifest
+
 __all__ = ["Submitted", "script", "submit", "submit_command"]
 
 _START_UP = 60  # seconds between a job's start and its first step, at the least
@@ -189,13 +191,15 @@ def _check_files(config: RunConfig) -> None:
     """Files that the run will open."""
     if isinstance(config.stream, ShardStream):
         splits, scenario = (config.stream.train_split, config.stream.test_split), config.stream.scenario
-        for part in config.stream.parts:
+        copies = None if config.memory.keep == "reference" else RunFolder(Path(config.path)).copies
+        for number, part in enumerate(config.stream.parts):
             classes, tasks = part.classes, part.tasks
             if isinstance(scenario, FewShotScenario):
                 classes, tasks = scenario.base + scenario.way * (part.tasks - 1), 1
             elif isinstance(scenario, PermutedScenario | RotatedScenario):
                 tasks = 1
-            _check_shards(part.path, splits, classes, tasks)
+            manifests = _manifests(part.path, splits, copies, number)
+            _check_classes(part.path, manifests, classes, tasks)
     checkpoint = config.model.checkpoint
     if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
         raise DataError(f"model.checkpoint '{checkpoint}' is not a file")
@@ -204,11 +208,19 @@ def _check_files(config: RunConfig) -> None:
         raise ConfigError(f"train.first_task_from = '{other}' is no run folder; submit or train that run first")
 
 
-def _check_shards(path: str, wanted: Sequence[str], classes: int | None, tasks: int) -> None:
-    from hpccl.data.shards.remote import load_manifest
+def _manifests(path: str, splits: tuple[str, str], copies: Path | None, part: int) -> tuple[Manifest, Manifest]:
+    """Of training and test images; the former may be gone if the run has copies of its memory."""
+    from hpccl.data.shards.copies import manifest_with_copies
 
-    for split in wanted:
-        manifest = load_manifest(path, split)
+    train, test = splits
+    return (
+        manifest_with_copies(path, train, folder=copies, part=part),
+        manifest_with_copies(path, test, folder=None, part=part),
+    )
+
+
+def _check_classes(path: str, manifests: Sequence[Manifest], classes: int | None, tasks: int) -> None:
+    for manifest in manifests:
         there = len(manifest.classes)
         kept = classes or there
         if kept > there or kept % tasks:

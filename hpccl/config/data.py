@@ -83,8 +83,8 @@ class DataConfig(Section):
     shard_gib: PositiveFloat = 100.0  # of them that are kept; those not used for longest go first
     retries: PositiveInt = 5  # attempts to fetch a shard, with growing pauses
     workers: NonNegativeInt = 2  # decoding processes per rank for storage=encoded
-    # seconds that a step waits for a decoding process before the run ends; with shards in folders, for a download may
-    # take as long as it takes
+    # seconds that a step waits for a decoding process before the run ends; no limit with shards at URLs, whose
+    # downloads may take long
     timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
     shuffle_window: NonNegativeInt = 0  # shuffle within so many shards at a time; 0: over all (random reads)
     bad_images: Literal["stop", "skip"] = "stop"  # what an undecodable image does; skips are counted in the report

@@ -5,7 +5,7 @@
     vogn        N s                        tau / (rho N (s + delta~ + gamma))
     soba        s - delta                  1 / s
     adam, rmsprop   N sqrt(v)              1 / (N sqrt(v) + delta)
-    bsam        -                          1 / (N s)
+    bsam        -                          1 / (N s), N times `augmentation`
     lie         -                          sigma0^2;  sigma0^2 A^2;  (2 - pi / 2) (g+^2 + g-^2)
 
 h, s: curvature per example, of SOBA summed; v: the raw mean of squared gradients of batches, whose root takes the place

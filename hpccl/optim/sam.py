@@ -11,7 +11,8 @@ bSAM, q = N(w, 1 / (N s)) (Möllenhoff and Khan 2023, "SAM as an optimal relaxat
     m <- beta1 m + (1 - beta1) (g^ + delta w),   w <- w - alpha m / s                     (the old s)
     s <- beta2 s + (1 - beta2) (sqrt(s) |g| + gamma + delta)
 
-with delta the prior precision / N (SAM: the weight decay). g is that of the whole batch over all ranks.
+with delta the prior precision / N (SAM: the weight decay); N counts `augmentation` times. g is that of the whole batch
+over all ranks.
 """
 
 from __future__ import annotations

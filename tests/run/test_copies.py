@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hpccl.cluster.prepare import prepare
+from hpccl.cluster.submit import check
 from hpccl.config.adapt import adapted_config
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
@@ -87,6 +88,7 @@ def test_first_shards_go_and_the_run_ends_the_same(shards: Path, tmp_path: Path,
     shutil.rmtree(tmp_path / "run-cache", ignore_errors=True)
     assert go_on(config, 2) == "stopped"
     shutil.rmtree(shards / "two" / "train")
+    check([config])  # a job that goes on may be submitted
     assert go_on(config) == "done"
     assert weights(tmp_path / "run") == expected
     assert verify(tmp_path / "run" / "memory" / "shards") == []
@@ -117,6 +119,12 @@ def test_copies_are_the_images_of_the_memory_as_stored(shards: Path, tmp_path: P
             assert [found.read(number) for number in range(len(found))] == [original.read(k) for k in local.tolist()]
             assert [found.classes[k] for k in found.labels] == [original.classes[k] for k in original.labels[local]]
             np.testing.assert_array_equal(found.sizes, original.sizes[local])
+
+
+def test_a_job_without_shards_and_copies_is_not_submitted(shards: Path, tmp_path: Path) -> None:
+    shutil.rmtree(shards / "one" / "train")
+    with pytest.raises(DataError, match=r"one/train"):
+        check([config_of(shards, tmp_path / "run")])
 
 
 @pytest.mark.parametrize("left", ["half", "another"])

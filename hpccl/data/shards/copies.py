@@ -22,12 +22,12 @@ import numpy.typing as npt
 
 from hpccl.data.shards.manifest import INDEX, MANIFEST, Index, Manifest, ShardEntry
 from hpccl.data.shards.reader import Copies, ShardSet
-from hpccl.data.shards.remote import ShardCache, is_url
+from hpccl.data.shards.remote import ShardCache, is_url, load_manifest
 from hpccl.data.shards.write import Row, ShardWriter
 from hpccl.errors import DataError, FolderError
 from hpccl.folder import explain_os_error, replacing
 
-__all__ = ["copied_name", "copy_images", "drop_copies", "open_with_copies"]
+__all__ = ["copied_name", "copy_images", "drop_copies", "manifest_with_copies", "open_with_copies"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -88,6 +88,20 @@ def open_with_copies(
         shards = ShardSet.listed(place, split, listing, str(error))
     copies, damaged = _copies(folder, shards)
     return replace(shards, copies=copies, trouble="; ".join(filter(None, [shards.trouble, *damaged])))
+
+
+def manifest_with_copies(place: str, split: str, *, folder: Path | None, part: int) -> Manifest:
+    """The manifest of a split of which `folder` may have copies, also where its shards are gone.
+
+    Raises:
+        DataError: it cannot be read, and nothing was copied of it.
+    """
+    try:
+        return load_manifest(place, split)
+    except DataError:
+        if folder is None or not (_listing(folder, part) / MANIFEST).is_file():
+            raise
+        return Manifest.load(_listing(folder, part))
 
 
 def _listing(folder: Path, part: int) -> Path:
