@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, tell
+from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, FAILED, INTERRUPTED, STOPPED, tell
 from hpccl.config.load import is_override, sweep
 from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
@@ -251,7 +251,7 @@ class _Local:
                 if process.poll() is None:
                     process.send_signal(number)
 
-        former = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        former = {number: signal.signal(number, pass_on) for number in ASKED_TO_STOP}
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import IO
 
 from hpccl.cluster.environment import from_slurm
-from hpccl.cluster.outcome import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_CONFIG, tell
+from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, FAILED, INTERRUPTED, STOPPED, WRONG_CONFIG, tell
 from hpccl.cluster.prepare import prepare
 from hpccl.cluster.step import in_step, run_step
 from hpccl.config.run import RunConfig
@@ -191,8 +191,8 @@ def spawn(
 ) -> int:
     """Run `command` as `nproc` ranks that live and die together; print at most one message.
 
-    Rank 0 writes to this terminal, the others to `logs/rank-N.txt`. SIGTERM, SIGINT and SIGUSR2 are passed on. When a
-    rank dies the others are asked to end, and killed after `grace` seconds.
+    Rank 0 writes to this terminal, the others to `logs/rank-N.txt`. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are passed on.
+    When a rank dies the others are asked to end, and killed after `grace` seconds.
 
     Raises:
         FolderError: a rank's log cannot be written.
@@ -265,7 +265,7 @@ def _passing_on(asked: _Asked, ranks: Sequence[_Rank]) -> Iterator[None]:
             rank.send(number)
 
     handler: Callable[[int, FrameType | None], None] = pass_on
-    former = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    former = {number: signal.signal(number, handler) for number in ASKED_TO_STOP}
     try:
         yield
     finally:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Final
 
 from hpccl.errors import ConfigError, HpcclError
 
-__all__ = ["DONE", "FAILED", "INTERRUPTED", "STOPPED", "WRONG_CONFIG", "code_of", "tell"]
+__all__ = ["ASKED_TO_STOP", "DONE", "FAILED", "INTERRUPTED", "STOPPED", "WRONG_CONFIG", "code_of", "tell"]
 
 DONE: Final = 0
 FAILED: Final = 1
 WRONG_CONFIG: Final = 2
 STOPPED: Final = 75  # EX_TEMPFAIL: asked to stop, everything saved; a scheduler may run the same command again
+ASKED_TO_STOP: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # what asks a run to save and end
 INTERRUPTED: Final = 130  # stopped hard by a second Ctrl-C
 
 

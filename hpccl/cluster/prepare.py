@@ -35,8 +35,8 @@ _OTHER = "another folder=..."
 def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
     """Make the run folder and write config.yaml, code.txt and env.txt, unless they are there.
 
-    A folder of the same run is taken up again; only `name`, `log`, `checkpoint` and `cluster` may have changed. That of
-    another run which ended before it learned anything is taken over, and said to be.
+    A folder of the same run is taken up again; what `RunConfig.identity` leaves out may have changed. That of another
+    run which ended before it learned anything is taken over, and said to be.
 
     Raises:
         FolderError: the folder holds another run, or cannot be written.

@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from hpccl.cluster.lock import holding
-from hpccl.cluster.outcome import DONE, INTERRUPTED, STOPPED, code_of, tell
+from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, INTERRUPTED, STOPPED, code_of, tell
 from hpccl.cluster.prepare import refuse_any_other
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from hpccl.train.stop import Stop
 
 __all__ = ["die_with_parent", "main"]
-
-_ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError], int] = tell) -> int:
@@ -99,9 +97,9 @@ def _listening(stop: Stop) -> Iterator[None]:
             signal.default_int_handler(number, frame)
         stop.on_signal(number, frame)
 
-    former = {number: signal.signal(number, ask) for number in _ASKED_TO_STOP}
+    former = {number: signal.signal(number, ask) for number in ASKED_TO_STOP}
     try:
-        with _hearing(signal.pthread_sigmask(signal.SIG_BLOCK, ()).intersection(_ASKED_TO_STOP), stop):
+        with _hearing(signal.pthread_sigmask(signal.SIG_BLOCK, ()).intersection(ASKED_TO_STOP), stop):
             yield
     finally:
         for number, handler in former.items():

@@ -23,7 +23,7 @@ from hpccl.config.train import EvaluateConfig, TrainConfig
 
 __all__ = ["READING", "RunConfig"]
 
-# Where and how a run is watched or carried out; these may change on resume, everything else may not.
+# Where and how a run is watched or carried out; these may change on resume, as may what else `identity` leaves out.
 _MACHINERY = ("name", "folder", "log", "checkpoint", "cluster")
 READING = (
     "cache",

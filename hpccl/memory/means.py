@@ -39,9 +39,10 @@ class ClassMeans:
         return ClassMeans(newer.task, newer.means.where(has, self.means))
 
     def scores(self, features: Tensor) -> Tensor:
-        """[n, C] from features [n, d], of any norm; -1 for classes without examples."""
+        """[n, C] from features [n, d], of any norm; -4, the least there is, for classes without examples."""
         means = self.means.to(features.device)
-        return -torch.cdist(normalised(features.double()), means.double()).square().float()
+        found = -torch.cdist(normalised(features.double()), means.double()).square().float()
+        return found.masked_fill(means.norm(dim=1) == 0, -4.0)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

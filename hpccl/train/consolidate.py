@@ -69,6 +69,7 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
         Stopped: the run was asked to stop; nothing was changed.
     """
     if world.config.train.data == "memory":
+        keep_images(task, state.prior.memory, world)
         memory = relabel(task, state.prior.memory, state, world)
         state.prior = Prior(memory, means=class_means(task, memory, state, world))
         return

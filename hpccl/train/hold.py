@@ -1,9 +1,8 @@
 """Which weights stay as they are while the rest learns: frozen parts, all but the new classes' rows at first, and rows
 of classes that have not come yet.
 
-The last layer has rows for all classes of the stream from the beginning. Unless they compete (train.competing=all),
-those of later tasks have no gradient, so that weight decay alone would act on them, and a late class would begin at
-weights that have nearly gone.
+The last layer has rows for all classes of the stream from the beginning. Those of later tasks mostly have no gradient:
+weight decay alone would act on them, and a late class would begin at weights that have nearly gone.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
     """
     frozen = world.config.train.frozen if task.index > 0 else ()
     still = frozenset(_norms(state.engine.module) if world.config.train.norms == "running" and task.index > 0 else ())
-    untouched = world.config.train.competing != "all" and _decays(world.config.optim)
-    later = _to_come(task, world) if untouched else set()
+    later = _to_come(task, world) if _decays(world.config.optim) and not _named(state, world) else set()
     if not head_only and not frozen and not later:
         state.engine.hold({}, still)
         return
@@ -93,6 +91,13 @@ def _held_rows(task: Task, later: set[int], state: RunState, world: World) -> di
 def _decays(config: OptimConfig) -> bool:
     """Whether weights without a gradient become smaller; a variational optimiser's prior may do as it says."""
     return isinstance(config, TimmOptim | SamOptim) and config.weight_decay > 0
+
+
+def _named(state: RunState, world: World) -> bool:
+    """Whether rows say something about classes to come, whose weights learn: as competitors, or as logits (DER)."""
+    train, prior = world.config.train, world.config.prior
+    squared = prior.loss == "squared" and train.head == "seen" and len(state.prior.memory) > 0
+    return train.competing == "all" or squared
 
 
 def _to_come(task: Task, world: World) -> set[int]:

@@ -41,6 +41,12 @@ SETTINGS = [
 ]
 
 
+GDUMB = (
+    *("train.data=memory", "train.restart=true", "memory.size=0", "memory.total=13", "memory.selector.kind=greedy"),
+    *("prior.replay=1", "prior.quadratic.weight=0", "data.storage=encoded"),
+)
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """Three data sets of three classes; of train, a class has 9, 10 or 11 images."""
@@ -72,6 +78,7 @@ def whole(shards: Path, tmp_path: Path, *more: str, url: bool = False) -> str:
         (("data.storage=encoded",), False),
         pytest.param(("data.storage=encoded", "memory.size=0", "memory.total=13"), True, marks=pytest.mark.slow),
         (("data.storage=decoded", "memory.selector.kind=gini"), False),
+        (GDUMB, False),
         pytest.param(
             ("data.storage=encoded", "data.workers=1", "data.augment.kind=timm", "prior.view=teacher"),
             False,
@@ -222,6 +229,19 @@ def test_shards_go_while_the_run_goes_on(shards: Path, tmp_path: Path) -> None:
 def test_digits_cannot_be_copied() -> None:
     with pytest.raises(ConfigError, match=r"memory\.keep = copy with stream.kind = digits: the digits are a part of"):
         load([], ["memory.keep=copy", "memory.size=10"])
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        (("train.head=seen", "prior.correct.share=0.1"), "prior.correct.share"),
+        (("train.head=seen", "evaluate.classifier=nearest_mean", "evaluate.means=data"), "evaluate.means"),
+    ],
+)
+def test_what_reads_more_of_the_past_than_memory_is_refused(shards: Path, more: tuple[str, ...], key: str) -> None:
+    plain = ("prior={replay: 1.0, quadratic: {weight: 0.0}}", "memory.size=0", "memory.total=90")
+    with pytest.raises(ConfigError, match=rf"memory\.keep = copy with {key} = .*copies memory alone"):
+        load([], [*settings(shards, *plain), *more])
 
 
 @pytest.mark.slow

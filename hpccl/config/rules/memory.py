@@ -55,6 +55,14 @@ def _copies(config: RunConfig) -> Iterator[Clash]:
     if isinstance(config.stream, DigitsStream):
         problem = "the digits are a part of scikit-learn and cannot go missing; leave it reference"
         yield Clash(("memory.keep", "stream.kind"), problem)
+    beside = {
+        "prior.correct.share": (config.prior.correct.share > 0, "held-out examples"),
+        "prior.topology.nodes": (config.prior.topology.nodes > 0, "images of the nodes"),
+        "evaluate.means": (config.evaluate.means == "data", "all training images of the past"),
+    }
+    for key, (there, what) in beside.items():
+        if there:
+            yield Clash(("memory.keep", key), f"copies memory alone, and {what} are read, too; leave it reference")
 
 
 def _needs_soft_labels(config: RunConfig) -> Iterator[Clash]:

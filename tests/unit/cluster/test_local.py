@@ -97,7 +97,7 @@ def test_ranks_know_their_world_and_rank_0_speaks(tmp_path: Path, capfd: pytest.
     assert (tmp_path / "logs" / "rank-1.txt").read_text() == expected.format(1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_signals_are_passed_on_and_the_run_is_stopped(
     tmp_path: Path, launcher: Launcher, number: signal.Signals
 ) -> None:

@@ -19,7 +19,7 @@ def test_scores_are_distances_to_normalised_means() -> None:
             mean = torch.stack(members).mean(0)
             distance = (one / one.norm() - mean / mean.norm()).square().sum()
             torch.testing.assert_close(row[label].double(), -distance, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(scores[:, 3], torch.full((3,), -1.0))  # a class without examples
+    torch.testing.assert_close(scores[:, 3], torch.full((3,), -4.0))  # a class without examples
 
 
 def test_the_length_of_a_feature_does_not_matter() -> None:

@@ -202,3 +202,15 @@ def test_weight_decay_leaves_classes_alone_that_have_not_come(
     assert unchanged(tmp_path / "held") == set(range(4, 10))
     monkeypatch.setattr("hpccl.train.hold._decays", lambda _: False)
     assert unchanged(tmp_path / "free") == set()
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-3])
+@pytest.mark.parametrize("more", [DER, {"train": {"competing": "all"}}], ids=["der", "all"])
+def test_classes_to_come_learn_where_rows_speak_of_them(tmp_path: Path, more: dict[str, Any], decay: float) -> None:
+    optim = {"name": "momentum", "lr": 0.1, "weight_decay": decay}
+    state, world = make_world(merged({"train": {"epochs": 1, "head": "seen"}, "optim": optim}, more), tmp_path)
+    learn(state, world, 1)
+    rows = list(state.engine.module.state_dict().values())[-2]
+    before = rows.clone()
+    learn_next(state, world, 1)
+    assert not any(torch.equal(before[row], rows[row]) for row in range(10))
