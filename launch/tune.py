@@ -25,8 +25,7 @@ Grid = Mapping[str, Sequence[str]]
 LAMBDA = "prior.quadratic.weight"
 TAU = "prior.weight"
 _STRENGTHS = ("1.0", "3.0", "10.0")
-# Alone, memory is all that is left of a task, so that it stands for the whole of it, or for a share.
-_MEMORY: Grid = {"prior.scale_to_task": ("true",), TAU: ("0.1", "0.3", "1.0")}
+_MEMORY: Grid = {TAU: ("0.25", "1.0", "4.0")}
 # Memory counts as its examples do, as the theory has it; how much the quadratic does is found (1 in theory).
 _BOTH: Grid = {TAU: ("1.0",), LAMBDA: ("0.3", "1.0", "3.0")}
 # As many candidates for each method, so that none is the best by having been looked for longer.
