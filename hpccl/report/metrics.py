@@ -192,7 +192,7 @@ def learning_accuracy(a: Floats) -> float:
     """LA = 1/(k+1) sum_{j <= k} a[j, j] (Riemer et al. 2019): how well a task is learned when it is new.
 
     That of a joint run, of which all tasks were tested, less that of a method is the mean of the intransigence of
-    Chaudhry et al. 2018, eq. 5.
+    Chaudhry et al. 2018.
     """
     return _mean(np.diagonal(a)[: last_task(a) + 1])
 
