@@ -14,13 +14,10 @@ DONE: Final = 0
 FAILED: Final = 1
 WRONG_CONFIG: Final = 2
 STOPPED: Final = 75  # EX_TEMPFAIL: asked to stop, everything saved; a scheduler may run the same command again
-ASKED_TO_STOP: Final = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # what asks a run to save and end
 INTERRUPTED: Final = 130  # stopped hard by a second Ctrl-C
+
+# What asks a run to save and end.
+ASKED_TO_STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def code_of(error: HpcclError) -> int:

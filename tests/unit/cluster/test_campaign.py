@@ -72,7 +72,8 @@ def test_campaigns_that_cannot_be(steps: tuple[Step, ...], message: str) -> None
         Campaign(Path("runs"), steps)
 
 
-def test_an_interrupted_campaign_saves_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_an_interrupted_campaign_saves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     script = tmp_path / "campaign.py"
     script.write_text(
         "import sys; from pathlib import Path; from hpccl.cluster.campaign import *\n"
@@ -86,7 +87,7 @@ def test_an_interrupted_campaign_saves_and_goes_on(tmp_path: Path) -> None:
     while len(events(tmp_path / "a", "step")) < 5:
         assert time.monotonic() < until
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "start the same campaign again to continue" in err
