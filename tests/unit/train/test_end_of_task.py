@@ -158,6 +158,11 @@ def test_what_only_later_tasks_do_does_not_change_a_first_task() -> None:
     plain = first_task_identity(merged({}))
     for later in ({"train": {"head_epochs": 3}}, {"train": {"frozen": ["features"]}}):
         assert first_task_identity(merged(later)) == plain
+    seen, task, every = (
+        first_task_identity(merged({"train": {"head": "seen", "competing": competing}}))
+        for competing in ("seen", "task", "all")
+    )
+    assert task == seen != every  # where all compete, classes to come do from the beginning
     correct: dict[str, Any] = {"train": {"head": "seen"}, "memory": {"total": 200}, "prior": {"replay": 1.0}}
     before = first_task_identity(merged(correct))
     correct["prior"]["correct"] = {"share": 0.1}
