@@ -123,6 +123,7 @@ def _headline(results: Sequence[Details]) -> list[str]:
 
 def _curvature(results: Sequence[Details]) -> list[str]:
     head = ("model", "", "Monte-Carlo, s", "empirical, s", "times forward + backward", "peak memory, MiB")
+    head = (*head, "time over hpccl's", "memory over hpccl's")
     cells = []
     for result in results:
         details, cpu = result["details"], result["machine"]["cpu"]
@@ -145,7 +146,9 @@ def _timed(names: tuple[str, str], seconds: Details, over: Details, peaks: Detai
     times = [f"{seconds[name]:.2f}" if name in seconds else "–" for name in names]
     ratio = f"{over[drawn]:.2f}" if drawn in over else "–"
     peak = f"{peaks[drawn] / _MIB:.0f}" if drawn in peaks else "–"
-    return (*times, ratio, peak)
+    both = {drawn, "hpccl/mc"}
+    beside = [f"{of[drawn] / of['hpccl/mc']:.2f}" if both <= of.keys() else "–" for of in (seconds, peaks)]
+    return (*times, ratio, peak, *beside)
 
 
 def _pull(results: Sequence[Details]) -> list[str]:

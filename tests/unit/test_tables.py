@@ -1,16 +1,19 @@
-"""The tables of figures in the documentation are those of the files that benchmarks left."""
+"""The tables of figures in the documentation are those of the files that benchmarks left, figures of prose in them."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks._tables import FOLDER, PAGES, filled
+
+RESULTS = FOLDER.parents[1] / "results.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -47,12 +50,12 @@ def test_curvature_of_whichever_files_there_are(tmp_path: Path) -> None:
     few = {"forward_backward": 1.0, "hpccl/mc": 1.5, "hpccl/empirical": 1.5, "peer/mc": 6.0}
     (tmp_path / "curvature_a.json").write_text(curvature("a@224", few, {}))
     assert table("curvature", tmp_path) == [
-        ["a@224, 16 images, Abacus", "forward + backward", "1.00", "1.00", "1.00", "–"],
-        ["a@224, 16 images, Abacus", "hpccl", "1.50", "1.50", "1.50", "–"],
-        ["a@224, 16 images, Abacus", "peer", "6.00", "–", "6.00", "–"],
-        ["b@64, 16 images, Abacus", "forward + backward", "2.00", "2.00", "1.00", "–"],
-        ["b@64, 16 images, Abacus", "hpccl", "3.00", "2.50", "1.50", "5"],
-        ["b@64, 16 images, Abacus", "hpccl, norms too", "4.00", "–", "2.00", "–"],
+        ["a@224, 16 images, Abacus", "forward + backward", "1.00", "1.00", "1.00", "–", "0.67", "–"],
+        ["a@224, 16 images, Abacus", "hpccl", "1.50", "1.50", "1.50", "–", "1.00", "–"],
+        ["a@224, 16 images, Abacus", "peer", "6.00", "–", "6.00", "–", "4.00", "–"],
+        ["b@64, 16 images, Abacus", "forward + backward", "2.00", "2.00", "1.00", "–", "0.67", "–"],
+        ["b@64, 16 images, Abacus", "hpccl", "3.00", "2.50", "1.50", "5", "1.00", "1.00"],
+        ["b@64, 16 images, Abacus", "hpccl, norms too", "4.00", "–", "2.00", "–", "1.33", "–"],
     ]
 
 
@@ -204,3 +207,46 @@ def test_optimizers_and_methods_beside_what_they_are_compared_with(tmp_path: Pat
         ["ewc", "120", "1.20", "–", "3"],
         ["avalanche ewc", "150", "1.50", "0.80 (ewc diagonal)", "–"],
     ]
+
+
+SETTINGS = {  # figures in the prose of docs/results.md that say how something was run, by the section's title
+    "## Split-CIFAR": {"99"},
+    "### The weight of memory": {"4.5", "0.25"},
+    "### `benchmarks/reconstruction.py`": {"6", "4"},
+    "### `benchmarks/selection.py`": {"1.28"},
+}
+_NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?(?!\w)")
+_FIGURE = re.compile(r"(?<![\w.,-])(?P<value>\d+\.\d+(?:e-\d+)?|\d+(?= ?%| points))(?!\w)(?P<percent> ?%)?")
+
+
+def unsupported(section: str) -> set[str]:
+    """Decimal fractions and percentages of the prose that no cell of the section's tables rounds to."""
+    text = re.sub(r"^```.*?^```", "", section, flags=re.DOTALL | re.MULTILINE)
+    cells = " ".join(line for line in text.splitlines() if line.startswith("|"))
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith(("|", "    ")))
+    prose = re.sub(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->|\d+\.\d+\.\d+", "", prose)  # nor versions
+    values = [Decimal(number.replace(",", "")) for number in _NUMBER.findall(cells)]
+    figures = [figure for figure in _FIGURE.finditer(prose) if not any(_rounds_to(value, figure) for value in values)]
+    return {figure["value"] for figure in figures}
+
+
+def _rounds_to(value: Decimal, figure: re.Match[str]) -> bool:
+    said = Decimal(figure["value"])
+    near = Decimal("0.5").scaleb(said.as_tuple().exponent)  # type: ignore[arg-type]  # of a number it is an int
+    return any(abs(value * scale - said) <= near for scale in ((1, 100) if figure["percent"] else (1,)))
+
+
+def sections(page: Path) -> dict[str, str]:
+    return {part.partition("\n")[0]: part for part in re.split(r"^(?=##+ )", page.read_text(), flags=re.MULTILINE)}
+
+
+@pytest.mark.parametrize("title", sections(RESULTS))
+def test_figures_in_the_prose_are_in_the_tables(title: str) -> None:
+    found = unsupported(sections(RESULTS)[title])
+    assert found == SETTINGS.get(title, set()), f"{title}: no cell of its tables rounds to {found}"
+
+
+def test_a_figure_that_no_table_has_is_found() -> None:
+    table = "| a | b |\n| --- | --- |\n| x | 82.54 ± 0.3 |\n| y | 0.0041 |\n"
+    assert unsupported(f"## Title\n\n82.5 with `0.7`, an error of 0.4 %, torch 2.13.0.\n\n{table}") == set()
+    assert unsupported(f"## Title\n\n82.6, 81 % and 0.4.\n\n{table}") == {"82.6", "81", "0.4"}
