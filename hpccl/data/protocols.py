@@ -13,7 +13,7 @@ import torch
 from hpccl.data.rows import Images, Request
 from hpccl.data.transfer import CPU
 
-__all__ = ["Listed", "Split", "Stream", "Task"]
+__all__ = ["Listed", "Split", "Stream", "Task", "training_samples"]
 
 Split = Literal["train", "test"]
 
@@ -35,6 +35,12 @@ class Task(Protocol):
 
     def samples(self, split: Split) -> range:
         """The stream's sample positions that belong to this task (contiguous)."""
+
+
+def training_samples(task: Task) -> npt.NDArray[np.int64]:
+    """[n] sample positions of the task's training examples, ascending."""
+    own = task.samples("train")
+    return np.arange(own.start, own.stop)
 
 
 class Listed(Protocol):

@@ -15,7 +15,7 @@ from hpccl.config.adaptation import RemoveData
 from hpccl.config.base import per_task
 from hpccl.config.run import RunConfig
 from hpccl.data.order import Batch, BatchPlan, mix
-from hpccl.data.protocols import Stream, Task
+from hpccl.data.protocols import Stream, Task, training_samples
 from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, SQUARED, Images, Request, Rows
 from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory, scattered, spread
@@ -78,7 +78,7 @@ def _plan(config: RunConfig, task: Task, num_new: int, num_memory: int) -> Batch
 
 def new_samples(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> Ints:
     """[n] sample positions of the data that a task trains on beside the memory, ascending."""
-    own = np.arange(task.samples("train").start, task.samples("train").stop)
+    own = training_samples(task)
     match config.train.data:
         case "task":
             held = held_out(config, stream, task)

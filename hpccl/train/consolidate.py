@@ -32,7 +32,7 @@ from hpccl.curvature.learned import learned_diagonal
 from hpccl.curvature.protocols import Precision, Totals
 from hpccl.curvature.si import synaptic
 from hpccl.data.order import mix
-from hpccl.data.protocols import Task
+from hpccl.data.protocols import Task, training_samples
 from hpccl.dist.spread import Leaves
 from hpccl.errors import DataError, FolderError, WorldError
 from hpccl.folder import replacing
@@ -102,7 +102,7 @@ def select(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
     if not config.memory.kept:
         return memory
     with world.phase(task, "select") as phase:
-        samples = np.arange(task.samples("train").start, task.samples("train").stop)
+        samples = training_samples(task)
         samples = np.setdiff1d(samples, held_out(config, world.stream, task))
         phase.images = len(samples)
         if isinstance(config.memory.selector, GreedySelector):
@@ -376,7 +376,7 @@ def in_a_file(
 
 def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:
     """The task's samples that are not in memory (or a random share of them), and how many each stands for."""
-    samples = np.arange(task.samples("train").start, task.samples("train").stop)
+    samples = training_samples(task)
     rest = samples[~np.isin(samples, memory.sample.numpy())]
     fraction = per_task(world.config.curvature.fraction, task.index)
     if fraction == 1 or len(rest) == 0:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpccl.data.protocols import Task
+from hpccl.data.protocols import Task, training_samples
 from hpccl.memory.means import ClassMeans, normalised
 from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
@@ -85,7 +85,7 @@ def class_means(task: Task, memory: Memory, state: RunState, world: World) -> Cl
 
 def _samples(tasks: Sequence[Task]) -> Ints:
     """Of all training examples."""
-    return np.concatenate([np.arange(task.samples("train").start, task.samples("train").stop) for task in tasks])
+    return np.concatenate([training_samples(task) for task in tasks])
 
 
 def _feature_sums(task: Task, samples: Ints, state: RunState, world: World, *, mirrored: bool) -> Tensor:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from hpccl.config.memory import GreedySelector
 from hpccl.config.run import RunConfig
 from hpccl.data.order import mix, permutation
-from hpccl.data.protocols import Listed, Task
+from hpccl.data.protocols import Listed, Task, training_samples
 from hpccl.memory.balance import greedy_balance
 from hpccl.memory.budget import per_class, quotas, split_quotas
 from hpccl.memory.select import choose
@@ -60,7 +60,7 @@ def validation(config: RunConfig, stream: Listed, task: Task) -> Ints:
 def _first_of_each_class(config: RunConfig, stream: Listed, task: Task, before: int) -> Ints:
     """The samples with the smallest hashes: those for more classes are among those for fewer."""
     number, _ = per_class(config.memory.total, config.prior.correct.share, before)
-    samples = np.arange(task.samples("train").start, task.samples("train").stop)
+    samples = training_samples(task)
     labels, found = stream.labels("train")[samples], [np.zeros(0, dtype=np.int64)]
     for label in task.classes:
         own = samples[labels == label]
@@ -71,7 +71,7 @@ def _first_of_each_class(config: RunConfig, stream: Listed, task: Task, before: 
 
 def admitted_greedily(config: RunConfig, stream: Listed, task: Task, memory: Ints) -> Ints:
     """Samples in memory, in the order of their arrival, when a task has gone by (GDumb's sampler)."""
-    samples = np.arange(task.samples("train").start, task.samples("train").stop)
+    samples = training_samples(task)
     arriving = samples[permutation(len(samples), config.seed, _ARRIVAL, task.index)]
     total = config.memory.total
     own = config.memory.size or max(1, round(config.memory.fraction * len(samples)))

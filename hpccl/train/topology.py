@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hpccl.config.prior import TopologyConfig
 from hpccl.data.order import permutation
-from hpccl.data.protocols import Task
+from hpccl.data.protocols import Task, training_samples
 from hpccl.data.rows import ANCHOR, PULL, PUSH, FeatureRows
 from hpccl.memory.gas import Gas, Rules
 from hpccl.memory.means import normalised
@@ -43,7 +43,7 @@ def begin_session(task: Task, state: RunState, world: World) -> None:
     if gas is None:
         return
     with world.phase(task, "topology") as phase:
-        features, samples = _features(_samples(task), state, world)
+        features, samples = _features(training_samples(task), state, world)
         phase.images = len(samples)
         labels = world.stream.labels("train")[samples]
         grown = gas.grown(features, samples, labels, _rules(config), each=config.new_nodes, floor=config.floor)
@@ -61,7 +61,7 @@ def end_session(task: Task, state: RunState, world: World) -> Gas | None:
         return None
     rules, floor = _rules(config), config.floor
     with world.phase(task, "topology", part=1) as phase:
-        features, samples = _features(_samples(task), state, world)
+        features, samples = _features(training_samples(task), state, world)
         phase.images = len(samples)
         labels = world.stream.labels("train")[samples]
         if gas is None:
@@ -91,10 +91,6 @@ def end_session(task: Task, state: RunState, world: World) -> Gas | None:
 
 def _rules(config: TopologyConfig) -> Rules:
     return Rules(config.rate, config.spread, config.lifetime, config.first_rank)
-
-
-def _samples(task: Task) -> Ints:
-    return np.arange(task.samples("train").start, task.samples("train").stop)
 
 
 def _features(samples: Ints, state: RunState, world: World) -> tuple[Floats, Ints]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccl.data.order import mix
+from hpccl.data.protocols import training_samples
 from hpccl.errors import ConfigError
 from hpccl.report.memory_map import MemoryMap, worth_showing
 from hpccl.train.evaluate_run import reopened
@@ -97,7 +98,7 @@ def _check(*, examples: int | None, fraction: float, prior_precision: float | No
 def _groups(state: RunState, world: World, *, examples: int | None, fraction: float, posterior: Kind) -> list[Group]:
     last = world.stream.tasks[state.mark.task]
     learned = [last] if world.config.method == "separate" else list(world.stream.tasks[: last.index + 1])
-    spans = [np.arange(each.samples("train").start, each.samples("train").stop) for each in learned]
+    spans = [training_samples(each) for each in learned]
     seen = np.concatenate(spans)
     most = examples if examples is not None else len(seen) if posterior == "last_layer" else _FEW
     mapped = _drawn(seen, min(most, len(seen)), _SUBSAMPLE, world)
