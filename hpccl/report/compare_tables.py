@@ -22,7 +22,16 @@ from hpccl.report.metrics import NUM_BINS
 from hpccl.report.summary import RunReport
 from hpccl.report.text import TextTable, fixed, spread, whole
 
-__all__ = ["calibration", "cost", "paired", "rank_correlation", "reconstruction", "tables", "task_accuracy"]
+__all__ = [
+    "behind_best",
+    "calibration",
+    "cost",
+    "paired",
+    "rank_correlation",
+    "reconstruction",
+    "tables",
+    "task_accuracy",
+]
 
 _CALIBRATION_NOTE = (
     "Of the network after the last task, means over the tasks learned. NLL: negative log-likelihood, nats an image; "
@@ -42,6 +51,10 @@ _PAIRED_NOTE = (
     "in percentage points: mean ± standard error over the seeds that both have. "
     "Better: with how many of them the average accuracy is higher."
 )
+_BEHIND_NOTE = (
+    "Average accuracy less that of the best with as large a memory, in percentage points: mean ± standard error over "
+    "the seeds that both have (±: of two or more)."
+)
 _COST_NOTE = (
     "Wall-clock is of everything, resumes counted, pauses not; training is the steps alone. Tasks trained are fewer "
     "than all where another run gave the first (train.first_task_from) or only the last was trained (train.only_last): "
@@ -60,7 +73,13 @@ _TITLES = {"cosine": "Gradient reconstruction, cosine", "relative_error": "Gradi
 
 def tables(comparison: Comparison) -> list[TextTable]:
     """Those that have a line, in order."""
-    found = [paired(comparison), calibration(comparison), cost(comparison), task_accuracy(comparison)]
+    found = [
+        behind_best(comparison),
+        paired(comparison),
+        calibration(comparison),
+        cost(comparison),
+        task_accuracy(comparison),
+    ]
     found += [reconstruction(comparison, key) for key in _FIGURES]
     return [table for table in found if table.rows]
 
@@ -87,18 +106,49 @@ def _paired_row(comparison: Comparison, first: Group, group: Group) -> list[str]
     seeds = [seed for seed in ours if seed in theirs]
     if len(seeds) < 2:
         return []
-    cells = []
-    for key in _PAIRED:
-        found = statistic([_less(ours[seed], theirs[seed], key) for seed in seeds])
-        error = None if found.std is None else found.std / math.sqrt(found.n)
-        cells.append(spread(found.mean, error, scale=100, digits=1))
+    cells = [_mean_and_error([_less(ours[seed], theirs[seed], key) for seed in seeds]) for key in _PAIRED]
     higher = sum((_less(ours[seed], theirs[seed], "average_accuracy") or 0.0) > 0 for seed in seeds)
     return [*group_cells(comparison, group), str(len(seeds)), *cells, f"{higher} of {len(seeds)}"]
+
+
+def _mean_and_error(differences: Sequence[float | None]) -> str:
+    found = statistic(differences)
+    error = None if found.std is None else found.std / math.sqrt(found.n)
+    return spread(found.mean, error, scale=100, digits=1)
 
 
 def _less(run: RunReport, other: RunReport, figure: str) -> float | None:
     one, two = getattr(run, figure), getattr(other, figure)
     return None if one is None or two is None else one - two
+
+
+# ---------------------------------------------------------------- against the best
+
+
+def behind_best(comparison: Comparison) -> TextTable:
+    """By method and size of memory, the average accuracy less that of the best; no line for fewer than two sizes."""
+    finished = [group for group in comparison.groups if group.statistics["average_accuracy"].mean is not None]
+    best: dict[int, Group] = {}
+    for size in sorted({group.memory_size for group in finished} - {0}):
+        alike = [group for group in finished if group.memory_size == size]
+        if len(alike) > 1:
+            best[size] = max(alike, key=lambda group: group.statistics["average_accuracy"].mean or 0.0)
+    rows = [
+        [series, *(_behind(comparison, [one for one in finished if one.series == series], best[size]) for size in best)]
+        for series in dict.fromkeys(group.series for group in finished if group.memory_size in best)
+    ]
+    header = ["method", *(f"m = {size}" for size in best)]
+    return TextTable("Behind the best, by memory", header, rows if len(best) > 1 else [], 1, [_BEHIND_NOTE])
+
+
+def _behind(comparison: Comparison, series: Sequence[Group], best: Group) -> str:
+    group = next((group for group in series if group.memory_size == best.memory_size), None)
+    if group is None:
+        return spread(None, None)
+    if group is best:
+        return "best"
+    ours, theirs = ({run.seed: run for run in comparison.members(each)} for each in (group, best))
+    return _mean_and_error([_less(ours[seed], theirs[seed], "average_accuracy") for seed in ours if seed in theirs])
 
 
 # ---------------------------------------------------------------- likelihood and calibration

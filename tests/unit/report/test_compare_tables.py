@@ -13,6 +13,7 @@ from hpccl.config.train import EvaluateConfig
 from hpccl.report.compare import Comparison, compare_runs, mean_reconstruction
 from hpccl.report.compare_files import write_comparison
 from hpccl.report.compare_tables import (
+    behind_best,
     calibration,
     cost,
     paired,
@@ -77,6 +78,35 @@ def test_differences_are_of_the_seeds_that_both_have(tmp_path: Path) -> None:
     assert row[-6:] == ["2", f"{mean:.1f} ± {error:.1f}", f"{mean:.1f} ± {error:.1f}", *row[-3:-1], "2 of 2"]
     assert found.notes[0].startswith("Less ewc+fr+replay m=20 ")
     assert not paired(compare_runs(first)).rows
+
+
+def test_each_size_of_memory_has_its_own_best(tmp_path: Path) -> None:
+    """Shifts by hand: with 20 examples replay=0.5 is best, with 40 replay=0 is; seed 2 of one has no partner."""
+    shifts = {
+        (0.5, 20, 0): 0.125,
+        (0.5, 20, 1): 0.125,
+        (0.5, 40, 0): 0.0,
+        (0.0, 20, 0): 0.0,
+        (0.0, 20, 1): 0.0625,
+        (0.0, 20, 2): 0.0625,
+        (0.0, 40, 0): 0.0625,
+        (0.0, 80, 0): 0.5,  # alone
+        (1.0, 20, 1): 0.0625,
+    }
+    runs = [
+        write(tmp_path / f"{replay}-{size}-{seed}", replay=replay, size=size, seed=seed, shift=shift)
+        for (replay, size, seed), shift in shifts.items()
+    ]
+    found = behind_best(compare_runs(runs))
+    assert found.header == ["method", "m = 20", "m = 40"]
+    # Behind by 1/8 and 1/16 in the seeds that both have: 3/32 on average, and half of their difference is the error.
+    assert found.rows == [
+        ["ewc+fr+replay", "best", "−6.2"],
+        ["ewc+fr", f"−{100 * 3 / 32:.1f} ± {100 / 32:.1f}", "best"],
+        ["ewc+replay", "−6.2", "–"],
+    ]
+    assert not behind_best(compare_runs([run for run in runs if "-40-" not in run.name])).rows
+    assert not behind_best(compare_runs(runs[:3])).rows  # one method
 
 
 def evaluation(task: int, shift: float, *, calibrated: bool) -> dict[str, Any]:
