@@ -170,7 +170,7 @@ class Writing:
     start: float
     num_bytes: int = 0
     stalled: float = 0.0  # seconds that training waited
-    failure: OSError | None = None
+    failure: Exception | None = None
     thread: threading.Thread | None = None
 
     @classmethod
@@ -256,17 +256,17 @@ class Writing:
                 )
             if self.comm.leader:
                 self.num_bytes += write_tree(self.beside, self.content.tree, header=self.header)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - in a thread: `finish` raises it, and no part is taken for whole
             self.failure = error
 
 
 @contextlib.contextmanager
 def _together(comm: Comm, beside: Path, final: Path) -> Iterator[None]:
-    """A step that every rank finishes before the next one begins; if one fails, all do."""
-    failure: OSError | None = None
+    """A step that every rank finishes before the next one begins; if one fails, in whatever way, all do."""
+    failure: Exception | None = None
     try:
         yield
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001 - raised below, when the others know
         failure = error
     if not comm.any(failure is not None):
         return
@@ -276,6 +276,8 @@ def _together(comm: Comm, beside: Path, final: Path) -> Iterator[None]:
         raise WorldError(
             f"checkpoint '{final}' was not written: another rank could not write its part; see its message"
         )
+    if not isinstance(failure, OSError):
+        raise failure
     raise FolderError(
         f"checkpoint '{final}' cannot be written: {explain_os_error(failure)}; the checkpoints before it are untouched"
     ) from failure

@@ -141,7 +141,7 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
     from hpccl.cluster.submit import submit, submit_command
 
     jobs: dict[str, list[str]] = {}
-    cluster = _cluster(more)
+    cluster = _cluster(steps, more)
     for step in steps:
         waits = [number for name in step.after for number in jobs[name]]
         dependency = f"afterok:{':'.join(waits)}" if waits else None
@@ -169,9 +169,11 @@ def _configs(arguments: Sequence[str]) -> list[RunConfig]:
     return sweep(files, [argument for argument in arguments if is_override(argument)])
 
 
-def _cluster(more: Sequence[str]) -> SlurmCluster:
-    """What `--with` says of the cluster, for commands that train nothing."""
-    (config,) = _configs(["cluster.kind=slurm", *more])
+def _cluster(steps: Sequence[Step], more: Sequence[str]) -> SlurmCluster:
+    """For commands that train nothing: that of the trainings, or what `--with` says of it where there are none."""
+    trained = next((step.arguments[1:] for step in steps if step.arguments[0] == "train"), None)
+    of_cluster = [each for each in more if not is_override(each) or each.startswith("cluster")]
+    config = _configs(["cluster.kind=slurm", *(of_cluster if trained is None else trained)])[0]
     assert isinstance(config.cluster, SlurmCluster), "a kind that is given counts"
     return config.cluster
 

@@ -39,15 +39,19 @@ def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
     run which ended before it learned anything is taken over, and said to be.
 
     Raises:
-        FolderError: the folder holds another run, or cannot be written.
+        FolderError: the folder holds another run, or another process trains in it, or it cannot be written.
     """
     folder = RunFolder(Path(config.path))
     before = refuse_another(config)
     folder.create()
     if before is None and folder.config.exists():
         _take_over(folder, config)
-    elif before != config:
+    elif before is None:
         _write(folder.config, dump(config))
+    elif before != config:
+        # A job that is queued again reads the file anew: a command that is refused must not have changed it.
+        with holding(folder):
+            _write(folder.config, dump(config))
     if not folder.code.exists():
         _write(folder.code, _code())
     if not folder.env.exists():

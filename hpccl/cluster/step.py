@@ -30,6 +30,7 @@ __all__ = ["end", "fail_step", "in_step", "run_step"]
 
 _HIGHEST = 200  # added to the codes of failures, which are then above those of killed ranks
 _OUTPUTS = (1, 2)  # also of libraries and children
+_STARTS = "starts.jsonl"  # in the folder of logs
 _STANDSTILLS = 5  # starts of a job at one place in the run; the next one is refused
 
 
@@ -65,6 +66,8 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
         sys.stderr.write(f"error: rank {rank}: {error}\n")
         sys.stderr.flush()
         if isinstance(error, WorldError):
+            if rank == 0:
+                _remember(folder, {"job": job.id, "restart": job.restart, "reason": str(error)})
             return STOPPED  # the cause is elsewhere, and may be a broken machine
         _note(folder, job, rank, type(error).__name__, str(error))
         return code_of(error)
@@ -154,24 +157,33 @@ def _refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:
 
     found = latest(folder.checkpoints)
     place = found.name if found is not None else "the beginning"
-    path = folder.logs / "starts.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    starts = _places(path, job.id)
+    lines = [line for line in _remembered(folder.logs / _STARTS) if line.get("job") == job.id]
+    starts = [line["place"] for line in lines if "place" in line]
     if len(starts) >= _STANDSTILLS and set(starts[-_STANDSTILLS:]) == {place}:
+        reason = next((f" ended with: {line['reason']}" for line in lines[-1:] if "reason" in line), None)
         raise FolderError(
-            f"job {job.id} was started {len(starts)} times and the last {_STANDSTILLS} starts all stood at {place}; is "
-            "its time limit (cluster.time) too short to load the data and train a few steps, or its memory "
-            "(cluster.mem) too small? mend that and submit the run again"
+            f"job {job.id} was started {len(starts)} times and the last {_STANDSTILLS} starts all stood at {place}; "
+            + (
+                f"the last one{reason}; mend that and submit the run again"
+                if reason
+                else "is its time limit (cluster.time) too short to load the data and train a few steps, or its memory "
+                "(cluster.mem) too small? mend that and submit the run again"
+            )
         )
+    _remember(folder, {"job": job.id, "restart": job.restart, "place": place})
+
+
+def _remember(folder: RunFolder, line: dict[str, Any]) -> None:
+    """Add to what is known of the starts of jobs: where each began, and what another rank ended it with."""
+    path = folder.logs / _STARTS
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"job": job.id, "restart": job.restart, "place": place}) + "\n")
+        file.write(json.dumps(line) + "\n")
 
 
-def _places(path: Path, job: str) -> list[str]:
-    """Where the earlier starts of a job began."""
+def _remembered(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
-            start = json.loads(line)
-            found += [start["place"]] if start["job"] == job else []
+            found.append(json.loads(line))
     return found

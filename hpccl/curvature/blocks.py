@@ -236,8 +236,9 @@ class Block:
         return total
 
     def times(self, scale: float) -> Block:
-        """Scaled by `scale` >= 0."""
-        return replace(self, terms=tuple(term.times(scale) for term in self.terms), lost=self.lost * scale)
+        """Scaled by `scale` >= 0, as if so many times the examples were behind each term."""
+        terms, counts = (tuple(term.times(scale) for term in self.terms), tuple(count * scale for count in self.counts))
+        return replace(self, terms=terms, counts=counts, lost=self.lost * scale)
 
     def truncated(self, keep: float) -> Block:
         """With factors of low rank that keep the share `keep` of each term's trace; what that changes is in `lost`.

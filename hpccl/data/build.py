@@ -166,10 +166,10 @@ def _arranged(
         case FewShotScenario(shots=shots, lists=lists, seed=own_seed):
             sessions = arrange([_sessions(first, stream.scenario)], order=order, seed=seed)
             # Held out before shots are drawn: sessions are tested on more than a share of their shots.
-            layout = _tested(sessions, data)
             if lists is None:
-                return drawn_shots(layout, shots=shots, seed=own_seed)
-            return listed_shots(layout, Path(lists).expanduser(), names, shots=shots)
+                return drawn_shots(_tested(sessions, data), shots=shots, seed=own_seed)
+            folder = Path(lists).expanduser()
+            return listed_shots(sessions, folder, names, shots=shots, validation=data.validation)
         case _:
             assert_never(stream.scenario)
 

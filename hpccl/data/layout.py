@@ -28,10 +28,13 @@ __all__ = [
     "extended",
     "held_out",
     "numbered",
+    "tested_on",
     "unique_titles",
+    "validation_share",
 ]
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 SPLITS: tuple[Split, Split] = ("train", "test")
 # What a hash is for (apart from those of hpccl.data.order): which examples are held out, the same for every seed.
 _HELD_OUT = 401
@@ -202,29 +205,45 @@ def _renumbered(part: Collection, first: Collection) -> Collection:
 
 
 def held_out(layout: Layout, share: float) -> Layout:
-    """Test on a share of each class's training examples, which are then trained on no more.
+    """Test on a share of each class's training examples, which are then trained on no more: see `validation_share`."""
+    return tested_on(layout, validation_share(layout, share))
+
+
+def validation_share(layout: Layout, share: float, *, spared: Bools | None = None) -> Bools:
+    """[n] a share of the training examples of each class in each data set.
 
     The choice is a hash of where an example is stored: the same for every seed, order of classes and cut into tasks.
 
     Args:
-        layout: its test index is replaced.
-        share: of each class, in (0, 1); rounded to a whole number, at least one example.
+        layout: whose training examples.
+        share: in (0, 1); rounded to a whole number, at least one example.
+        spared: [n] which to leave alone.
 
     Raises:
         ConfigError: a class would have no example left.
     """
     index = layout.index["train"]
     held = np.zeros(len(index), dtype=bool)
-    for number, name in enumerate(layout.class_names):
-        mine = np.flatnonzero(index.label == number)
+    order = np.lexsort((index.label, index.part))  # stable
+    ends = np.flatnonzero((np.diff(index.part[order]) != 0) | (np.diff(index.label[order]) != 0)) + 1
+    for mine in np.split(order, ends):
+        free = mine if spared is None else mine[~spared[mine]]
         count = max(1, round(share * len(mine)))
-        if count >= len(mine):
+        if count > len(free) or count == len(mine):
             raise ConfigError(
-                f"class '{name}' has {len(mine)} training images; data.validation={share:g} would leave none of them "
-                "to train on; make it smaller, or leave such classes out"
+                f"class '{layout.class_names[index.label[mine[0]]]}' has {len(mine)} training images"
+                f"{'' if spared is None else f', {len(mine) - len(free)} of them listed'}; data.validation={share:g} "
+                f"would leave {'none' if spared is None else 'too few'} of them to train on; make it smaller, or leave "
+                "such classes out"
             )
-        priority = mix(_HELD_OUT, index.part[mine], index.local[mine])
-        held[mine[np.argsort(priority, kind="stable")[:count]]] = True
+        priority = mix(_HELD_OUT, index.part[free], index.local[free])
+        held[free[np.argsort(priority, kind="stable")[:count]]] = True
+    return held
+
+
+def tested_on(layout: Layout, held: Bools) -> Layout:
+    """With the training examples where `held` [n] is True as its test examples, which are trained on no more."""
+    index = layout.index["train"]
     before = np.concatenate([[0], np.cumsum(held)])  # [n + 1] held examples before each position
 
     def cut(task: ClassTask) -> ClassTask:

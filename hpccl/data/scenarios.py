@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from hpccl.data.layout import ClassTask, Index, Layout, numbered
+from hpccl.data.layout import ClassTask, Index, Layout, numbered, tested_on, validation_share
 from hpccl.data.order import mix
 from hpccl.errors import ConfigError, DataError
 
@@ -67,10 +67,14 @@ def blurred(layout: Layout, *, blur: float, disjoint: float, seed: int) -> Layou
     Of every task, round(disjoint * classes) classes are drawn that no other task gets images of. Of each other class,
     round(blur * images) training images are drawn and dealt out to the other tasks of its data set in turn, so that
     these get equally many but for one. A task's classes are those of which it has training images.
+
+    Raises:
+        ConfigError: no image would come with another task.
     """
     index = layout.index["train"]
     part_of_task = [int(index.part[task.train.start]) for task in layout.tasks]
-    owner = np.repeat(np.arange(len(layout.tasks)), [len(task.train) for task in layout.tasks])
+    own = np.repeat(np.arange(len(layout.tasks)), [len(task.train) for task in layout.tasks])
+    owner = own.copy()
     for task in layout.tasks:
         others = [t for t, part in enumerate(part_of_task) if part == part_of_task[task.index] and t != task.index]
         for label in _blurry_classes(task, disjoint, seed) if others else ():
@@ -79,6 +83,12 @@ def blurred(layout: Layout, *, blur: float, disjoint: float, seed: int) -> Layou
             moved = mine[np.argsort(mix(seed, _BLUR, index.part[mine], index.local[mine]), kind="stable")[:count]]
             # Classes begin at different tasks, so that remainders do not all go to the first.
             owner[moved] = np.array(others)[(label + np.arange(count)) % len(others)]
+    if np.array_equal(owner, own):
+        raise ConfigError(
+            f"stream.scenario.blur={blur:g} and disjoint={disjoint:g} leave every image with its task: "
+            "round(disjoint * classes) classes of each task are not blurred, and of each other class round(blur * "
+            "images) images are; set disjoint lower or blur higher, or kind to classes"
+        )
     order = np.lexsort((np.arange(len(index)), index.label, owner))
     ends = np.cumsum(np.bincount(owner, minlength=len(layout.tasks))).tolist()
     mixed = index.only(order)
@@ -124,12 +134,14 @@ def drawn_shots(layout: Layout, *, shots: int, seed: int) -> Layout:
     return _only(layout, kept)
 
 
-def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int) -> Layout:
+def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int, validation: float | None = None) -> Layout:
     """Of every task, the training images that its file in `folder` lists; of the first, all if it has none.
 
     names: `<shard>/<key>` of numbers within the data set
+    validation: share of each class to test on instead of the test images, of those that no file lists
 
     Raises:
+        ConfigError: too few images of a class are not listed.
         DataError: a file is missing or cannot be read, or lists an image that is not there, is another task's, or is
             there twice; or it lists another number than `shots` of a class.
     """
@@ -137,11 +149,11 @@ def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int) -> L
     found: dict[str, list[int]] = defaultdict(list)
     for position, name in enumerate(names(index.local)):
         found[_key(name)].append(position)
-    kept = np.zeros(len(index), dtype=bool)
+    kept, listed = np.zeros(len(index), dtype=bool), np.ones(len(index), dtype=bool)
     for task in layout.tasks:
         path = folder / f"session_{task.index + 1}.txt"
         if task.index == 0 and not path.exists():
-            kept[: task.train.stop] = True
+            kept[: task.train.stop], listed[: task.train.stop] = True, False
             continue
         for entry in _entries(path):
             position = _position(entry, found, task, layout, path)
@@ -150,7 +162,10 @@ def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int) -> L
             kept[position] = True
         if task.index > 0:
             _check_shots(kept, task, layout, path, shots)
-    return _only(layout, kept)
+    if validation is None:
+        return _only(layout, kept)
+    held = validation_share(layout, validation, spared=kept & listed)
+    return _only(tested_on(layout, held), kept[~held])
 
 
 def _only(layout: Layout, kept: npt.NDArray[np.bool_]) -> Layout:

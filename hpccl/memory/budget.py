@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 from hpccl.config.memory import MemoryConfig
 
@@ -62,9 +63,11 @@ def per_class(total: int, share: float, classes: int) -> tuple[int, int]:
 def split_quotas(total: int, share: float, *, sizes: Sequence[int], classes: Sequence[int]) -> list[int]:
     """Examples kept of each of the tasks so far, where a share of `total` is held out.
 
+    The least since a task was learned: rounded up twice, what is kept of a class may grow by one with the number of
+    classes, and what was dropped does not return.
+
     sizes: examples of each task that are not held out; classes: of each task
     """
-    if not classes:
-        return []
-    _, kept = per_class(total, share, sum(classes))
-    return [min(kept * number, size) for number, size in zip(classes, sizes, strict=True)]
+    kept = [per_class(total, share, seen)[1] for seen in accumulate(classes)]
+    least = list(accumulate(reversed(kept), min))[::-1]
+    return [min(each * number, size) for each, number, size in zip(least, classes, sizes, strict=True)]

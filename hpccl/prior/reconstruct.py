@@ -52,7 +52,9 @@ def summed_gradients(
             if spread:
                 found = _spread_gradients(parameters, nats, comm, retain_graph=more)
             else:
-                found = list(torch.autograd.grad(nats, list(parameters.values()), retain_graph=more))
+                # Zeros for a parameter without influence.
+                wanted = list(parameters.values())
+                found = list(torch.autograd.grad(nats, wanted, retain_graph=more, materialize_grads=True))
             torch._foreach_add_(list(sums[number].values()), found)
     if not spread:
         comm.sum_([value for total in sums for value in total.values()])
@@ -77,8 +79,10 @@ def local_parts(leaves: Leaves) -> dict[str, Tensor]:
     """What this rank has of each, in the shape in which gradients of a network in shards come."""
     found = {}
     for name, leaf in leaves.items():
-        rows = (-1, *leaf.shape[1:]) if leaf.shape[0] and math.prod(leaf.shape) else leaf.shape
-        found[name] = leaf if isinstance(leaf, Tensor) else leaf.local.view(rows)
+        if isinstance(leaf, Tensor):
+            found[name] = leaf
+        else:
+            found[name] = leaf.local.view((-1, *leaf.shape[1:]) if math.prod(leaf.shape) else leaf.shape)
     return found
 
 

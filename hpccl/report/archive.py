@@ -42,8 +42,12 @@ class Recorded:
 
     @property
     def key(self) -> Key:
-        """When it began and its settings: the same run, however often and from wherever it was read."""
-        return self.events[0]["time"], json.dumps(_settings(self.config), sort_keys=True)
+        """When it began and what decides its result: the same run, however often and from wherever it was read.
+
+        What may change in its folder, such as the engine or how often it logs, may have changed since.
+        """
+        decided = valid_json({"name": self.config.name, **self.config.identity()})
+        return self.events[0]["time"], json.dumps(decided, sort_keys=True)
 
     def report(self) -> RunReport:
         """Its figures."""

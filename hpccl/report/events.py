@@ -18,7 +18,7 @@ import numpy as np
 from hpccl.errors import FolderError
 from hpccl.folder import explain_os_error
 
-__all__ = ["Event", "EventLog", "Sink", "latest", "number", "read_events", "valid_json"]
+__all__ = ["Event", "EventLog", "Sink", "latest", "number", "phase_parts", "read_events", "valid_json"]
 
 Event: TypeAlias = dict[str, Any]
 
@@ -83,6 +83,7 @@ class EventLog:
         self._sinks: tuple[Sink, ...] = tuple(sinks) if enabled else ()
         self._lock = threading.Lock()
         self._file: int | None = None
+        self.kinds: set[str] = set()  # of the events that this process wrote
         if enabled:
             self._open()
 
@@ -111,6 +112,7 @@ class EventLog:
         data = json.dumps(line, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
         with self._lock:
             self._append(data)
+            self.kinds.add(event)
             for sink in self._sinks:
                 sink.write(line)
 
@@ -198,3 +200,27 @@ def latest(events: Iterable[Mapping[str, Any]], kind: str, *keys: str) -> list[M
         if event["event"] == kind:
             found[tuple(event.get(key) or 0 for key in keys)] = event
     return [found[key] for key in sorted(found, key=lambda values: tuple((str(type(v)), v) for v in values))]
+
+
+def phase_parts(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What the parts of every phase cost that a run still has something from, in the order in which they began.
+
+    A phase is entered again, as a new part, at the step where a run is resumed. Its end writes `phase`; checkpoints on
+    the way write `spent`, for a process that is killed has no last word. Of a part that another one followed counts
+    what was spent up to that one's step.
+    """
+    found: dict[tuple[int, str], dict[int, list[Mapping[str, Any]]]] = {}
+    for event in events:
+        if event["event"] in ("phase", "spent"):
+            parts = found.setdefault((event["task"], event["phase"]), {})
+            parts.setdefault(event.get("part") or 0, []).append(event)
+    return [
+        lines[-1] if following is None else _until(following, lines)
+        for parts in found.values()
+        for lines, following in zip((parts[part] for part in sorted(parts)), [*sorted(parts)[1:], None], strict=True)
+    ]
+
+
+def _until(step: int, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The last line of the work before a step; of versions that wrote no `spent`, the last line."""
+    return next((line for line in reversed(lines) if line["event"] == "spent" and line["step"] <= step), lines[-1])

@@ -17,7 +17,7 @@ from hpccl.config.run import RunConfig
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder, explain_os_error
 from hpccl.report import metrics
-from hpccl.report.events import Event, latest, number, read_events, valid_json
+from hpccl.report.events import Event, latest, number, phase_parts, read_events, valid_json
 
 __all__ = ["PhaseCost", "RunReport", "Status", "phase_totals", "read_config", "summarise", "summarise_events"]
 
@@ -148,7 +148,8 @@ def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
     events = _to_the_end(events)
     tasks = [_plain(event) for event in latest(events, "task", "task")]
     memory = [_plain(event) for event in latest(events, "memory", "task")]
-    checkpoints = [_plain(event) for event in latest(events, "checkpoint", "task", "step", "phase")]
+    saved = sorted(latest(events, "checkpoint", "task", "step", "phase"), key=_moment)
+    checkpoints = [_plain(event) for event in saved]
     run = next((event for event in reversed(events) if event["event"] == "run"), {})
     done = next((event for event in reversed(events) if event["event"] == "done"), {})
     skipped = [_plain(event) for event in latest(events, "skipped", "split", "sample")]
@@ -184,6 +185,7 @@ def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
     )
 
 
+_ENDS = ("done", "error", "stop")
 _IDLE = ("run", "start", "done", "error", "stop")  # what a start writes that finds nothing left to learn
 
 
@@ -192,6 +194,13 @@ def _to_the_end(events: Sequence[Event]) -> Sequence[Event]:
     learned = max((index for index, event in enumerate(events) if event["event"] not in _IDLE), default=-1)
     ends = (index for index in range(learned + 1, len(events)) if events[index]["event"] == "done")
     return events[: next(ends, len(events)) + 1]
+
+
+def _moment(checkpoint: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Where in a run it was saved: at one step, `fitted` comes before memory and curvature, and `done` after them."""
+    phases = ("fit", "fitted", "done")
+    phase = checkpoint.get("phase")
+    return checkpoint.get("task") or 0, checkpoint.get("step") or 0, phases.index(phase) if phase in phases else 0
 
 
 def _plain(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,12 +260,11 @@ def _rows(values: metrics.Floats) -> Matrix:
 
 
 def _phases(events: Sequence[Event]) -> list[PhaseCost]:
-    """One entry a task and phase; the last line of each part counts, parts add up."""
-    parts: dict[tuple[int, str], dict[int, Mapping[str, Any]]] = {}
-    for event in events:
-        if event["event"] == "phase":
-            parts.setdefault((event["task"], event["phase"]), {})[event.get("part") or 0] = event
-    return [_phase(task, phase, list(found.values())) for (task, phase), found in parts.items()]
+    """One entry a task and phase; parts add up."""
+    parts: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for part in phase_parts(events):
+        parts.setdefault((part["task"], part["phase"]), []).append(part)
+    return [_phase(task, phase, found) for (task, phase), found in parts.items()]
 
 
 def _phase(task: int, phase: str, parts: Sequence[Mapping[str, Any]]) -> PhaseCost:
@@ -280,10 +288,15 @@ def _training_rate(events: Sequence[Event], phases: Sequence[PhaseCost], done: M
 def _segments(events: Sequence[Event]) -> dict[str, Any]:
     """Wall time: from each start of a process to its last word, added over resumes; pauses between do not count."""
     segments: list[list[float]] = []
+    before = ""
     for event in events:
-        if event["event"] == "run" or not segments:
+        kind = event["event"]
+        # An error right after an end, or before the start had a word, is of a start that failed at once.
+        at_once = kind == "error" and (before in _ENDS or event.get("begun") is False)
+        if kind == "run" or at_once or not segments:
             segments.append([])
         segments[-1].append(event["time"])
+        before = kind
     return {"wall_seconds": sum(max(times) - times[0] for times in segments), "segments": len(segments)}
 
 

@@ -23,8 +23,7 @@ from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.adaptation import Adaptation, Cost, Network
 from hpccl.report.compare import flat
-from hpccl.report.events import latest as latest_events
-from hpccl.report.events import read_events
+from hpccl.report.events import phase_parts, read_events
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate_run import reopened
 from hpccl.train.passes import shared_images
@@ -162,7 +161,10 @@ def _probabilities(state: RunState, world: World) -> tuple[Tensor, Tensor]:
         for seen in passes:
             truth = labels[torch.from_numpy(seen.sample)]
             own = heads[torch.from_numpy(np.searchsorted(ends, seen.sample, side="right"))]
-            logits = state.engine.predict(seen.pixels).cpu().masked_fill(~own, -torch.inf)
+            logits = state.engine.predict(seen.pixels)
+            if world.config.train.flip_test:
+                logits = (logits + state.engine.predict(seen.pixels.flip(-1))) / 2
+            logits = logits.cpu().masked_fill(~own, -torch.inf)
             found.append(logits.softmax(dim=1)[seen.valid])
             shown.append(truth[seen.valid])
     return torch.cat(found), torch.cat(shown)
@@ -196,8 +198,7 @@ def _distance(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float |
 
 def _cost(run: Path) -> Cost:
     """Images that were learned from or labelled, and seconds; the parts of a phase that was cut in two are added."""
-    events = latest_events(read_events(RunFolder(run).events), "phase", "task", "phase", "part")
-    counted = [event for event in events if event["phase"] in _PHASES]
+    counted = [part for part in phase_parts(read_events(RunFolder(run).events)) if part["phase"] in _PHASES]
     return Cost(
         images=sum(int(event["images"]) for event in counted), seconds=sum(float(event["seconds"]) for event in counted)
     )

@@ -178,7 +178,7 @@ class Composer:
             labels=torch.from_numpy(stream.labels("train")),
             task_of_sample=torch.from_numpy(_task_of_sample(stream)),
             heads=heads,
-            tau=_memory_weights(config, stream, task, memory, config.prior.weight, removed=removed),
+            tau=_memory_weights(config, stream, task, memory, config.prior.weight),
             beta=_memory_weights(config, stream, task, memory, (config.prior.label_weight,)),
             memory=memory,
             teacher=teacher,
@@ -393,25 +393,28 @@ def _task_of_sample(stream: Stream) -> Ints:
     return found
 
 
-def _memory_weights(
-    config: RunConfig,
-    stream: Stream,
-    task: Task,
-    memory: Memory,
-    values: tuple[float, ...],
-    *,
-    removed: Tensor | None = None,
-) -> Tensor:
+def _memory_weights(config: RunConfig, stream: Stream, task: Task, memory: Memory, values: tuple[float, ...]) -> Tensor:
     """[T] `values` by task, times N_s / m where memory stands for its whole task, or N_t / M where for the new one.
 
-    removed: [M] bool, examples that count in neither N_s nor m
+    Examples that are to be forgotten count in neither N_s nor m, whether they are still in memory or not.
     """
     weights = []
-    count = len(stream.tasks)
-    gone = [0] * count if removed is None else torch.bincount(memory.task[removed], minlength=count).tolist()
-    for other, kept, out in zip(stream.tasks, memory.per_task(count), gone, strict=True):
-        stands_for = (len(other.samples("train")) - out) / max(kept - out, 1) if config.prior.scale_to_task else 1.0
+    left, kept = _remaining(config, stream, memory)
+    for other in stream.tasks:
+        stands_for = left[other.index] / max(kept[other.index], 1) if config.prior.scale_to_task else 1.0
         if config.prior.scale_to_new:
             stands_for = len(task.samples("train")) / max(len(memory), 1)
         weights.append(per_task(values, other.index) * stands_for)
     return torch.tensor(weights)
+
+
+def _remaining(config: RunConfig, stream: Stream, memory: Memory) -> tuple[list[int], list[int]]:
+    """By task, how many training examples, and how many of them in memory, are not to be forgotten."""
+    count = len(stream.tasks)
+    left, kept = [len(task.samples("train")) for task in stream.tasks], memory.per_task(count)
+    slots = removed_slots(config, stream, memory)
+    if slots is None or not isinstance(config.adapt, RemoveData):
+        return left, kept
+    samples = _task_of_sample(stream)[removed_samples(config.adapt, stream)]
+    gone = np.bincount(samples, minlength=count), torch.bincount(memory.task[slots], minlength=count).numpy()
+    return list(np.array(left) - gone[0]), list(np.array(kept) - gone[1])

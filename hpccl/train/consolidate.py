@@ -39,6 +39,7 @@ from hpccl.folder import replacing
 from hpccl.memory.budget import kept_of
 from hpccl.memory.select import Candidates, choose
 from hpccl.memory.store import DTYPES, Memory, head_columns, stored
+from hpccl.prior.correction import Correction
 from hpccl.prior.fromp import Fromp
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
@@ -78,7 +79,7 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
     keep_images(task, memory, world)
     anchor = state.engine.gather()
     quadratic = measure(task, memory, anchor, state, world)
-    memory = relabel(task, memory, state, world)
+    memory = relabel(task, memory, state, world, corrected)
     fromp = functional(task, memory, state, world)
     means = class_means(task, memory, state, world)
     gas = end_session(task, state, world)
@@ -269,8 +270,11 @@ def _learned(samples: Ints, state: RunState, world: World) -> Precision:
     )
 
 
-def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
-    """All memory with the soft labels of the present model on the stored view; memory.labels=kept: the task's own."""
+def relabel(task: Task, memory: Memory, state: RunState, world: World, corrected: Correction | None = None) -> Memory:
+    """All memory with the soft labels of the present model on the stored view; memory.labels=kept: the task's own.
+
+    corrected: of the present model's logits, before they become labels
+    """
     if len(memory) == 0:
         return memory
     table = head_columns(_labelled(task, world))
@@ -279,10 +283,10 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World) -> Memory
             new = memory.task == task.index
             phase.images = int(new.sum())
             share, whole = memory.only(new), partial(_with_kept, task=task, memory=memory, before=state.prior.memory)
-            file, soft = in_a_file(task, soft_labels(share, table, state, world), world, whole=whole)
+            file, soft = in_a_file(task, soft_labels(share, table, state, world, corrected), world, whole=whole)
         else:
             phase.images = len(memory)
-            file, soft = in_a_file(task, soft_labels(memory, table, state, world), world)
+            file, soft = in_a_file(task, soft_labels(memory, table, state, world, corrected), world)
         relabelled = memory.mapped(soft, table, file)
     world.log.write(
         "memory",
@@ -316,18 +320,21 @@ def _labelled(task: Task, world: World) -> list[list[int]]:
     ]
 
 
-def soft_labels(memory: Memory, heads: Tensor, state: RunState, world: World) -> Tensor:
+def soft_labels(
+    memory: Memory, heads: Tensor, state: RunState, world: World, corrected: Correction | None = None
+) -> Tensor:
     """[share, K] logits of this rank's share of the memory, of each task's classes in `heads` [T, K], as stored.
 
-    On the CPU. Logits of other classes live no longer than their batch.
+    corrected: of the logits, if there is one. On the CPU. Logits of other classes live no longer than their batch.
     """
     found = [torch.zeros(0, heads.shape[1], dtype=DTYPES[world.config.memory.dtype])]
     start = world.comm.share(len(memory)).start
     for seen in shared_images(memory.sample.numpy(), world, size=world.stream_batch):
         number = len(seen.sample)
         named = heads[memory.task[start : start + number]]
-        logits = state.engine.predict(seen.pixels)[:number].cpu().gather(1, named.clamp(min=0))
-        found.append(stored(logits, named, world.config.memory.dtype))
+        logits = state.engine.predict(seen.pixels)[:number].cpu()
+        logits = logits if corrected is None else corrected(logits)
+        found.append(stored(logits.gather(1, named.clamp(min=0)), named, world.config.memory.dtype))
         start += number
     return torch.cat(found)
 

@@ -62,7 +62,13 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     world.progress.begin(task.name, "fit", plan.num_steps, first)
     try:
         with world.phase(task, "fit", part=first) as phase:
-            last = _steps(task, state, world, plan, composer)
+
+            def save(done: int) -> None:
+                phase.images = plan.num_rows(first, done)
+                phase.spent(done)
+                world.save(state, Mark.at(task.index, "fit", done))
+
+            last = _steps(task, state, world, plan, composer, save=save)
             phase.images = plan.num_rows(first, last)
     finally:
         detach()
@@ -74,14 +80,16 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     return True
 
 
-def _steps(task: Task, state: RunState, world: World, plan: BatchPlan, composer: Composer) -> int:
+def _steps(
+    task: Task, state: RunState, world: World, plan: BatchPlan, composer: Composer, *, save: Callable[[int], None]
+) -> int:
     """Run steps until the end or a wish to stop (then saved); returns the step it stands at."""
     with (
         contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches,
         contextlib.closing(_recalled(task, plan, state, world)) as past,
     ):
         layer = None if composer.topology is None else composer.topology.layer
-        return _run_steps(task, state, world, plan, batches=batches, past=past, layer=layer)
+        return _run_steps(task, state, world, plan, batches=batches, past=past, layer=layer, save=save)
 
 
 def _run_steps(
@@ -93,6 +101,7 @@ def _run_steps(
     batches: Batches,
     past: Iterator[Recalled | None],
     layer: str | None,
+    save: Callable[[int], None],
 ) -> int:
     first = state.mark.step
     every = world.config.checkpoint.every
@@ -115,7 +124,7 @@ def _run_steps(
             world.settle(state, wait=False)
         stopping = done % _POLL == 0 and world.stop.requested(world.comm)
         if stopping or (every and done % every == 0):
-            world.save(state, Mark.at(task.index, "fit", done))
+            save(done)
         if stopping:
             return done
     return plan.num_steps

@@ -12,8 +12,10 @@ softmax over the old classes alone, new logits could grow beyond all old ones an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -36,6 +38,9 @@ __all__ = ["Recalled", "functional_prior", "recalled", "rows_memory"]
 
 _BLOCKS = 125  # what a hash is for
 
+# From pixels [n, c, h, w] and K classes to the covariance of their probabilities.
+Kernel: TypeAlias = Callable[[Tensor, list[int]], Tensor]
+
 
 # ---------------------------------------------------------------- at the end of a task
 
@@ -57,11 +62,12 @@ def functional_prior(
     with world.phase(task, "kernel") as phase:
         phase.images = len(memory)
         model = state.engine.whole_module()
-        posterior = None
+        kernel: Kernel | None = None
         if precision is not None:
             mean = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
             posterior = Posterior.of(precision, mean, prior_precision=config.precision, comm=world.comm)
-        made = [_blocks(number, memory, posterior, model, world) for number in _with_memory(memory)]
+            kernel = partial(probability_kernel, posterior, model)
+        made = [_blocks(number, memory, kernel, state, world) for number in _with_memory(memory)]
     fromp = Fromp(config.weight, tuple(tuple(block for block, _ in blocks) for blocks in made), precision)
     world.log.write(
         "functional",
@@ -81,7 +87,7 @@ def _with_memory(memory: Memory) -> list[int]:
 
 
 def _blocks(
-    number: int, memory: Memory, posterior: Posterior | None, model: torch.nn.Module, world: World
+    number: int, memory: Memory, kernel: Kernel | None, state: RunState, world: World
 ) -> list[tuple[Block, float]]:
     """Of one past task, with the jitter of each."""
     config = world.config.prior.fromp
@@ -94,23 +100,19 @@ def _blocks(
     found = []
     with contextlib.closing(world.stream.load(requests, device=world.comm.device)) as images:
         for part, seen in zip(parts, images, strict=True):
-            old = _old(model, seen.pixels, classes)
+            old = _old(state.engine, seen.pixels, classes)
             root, used = None, 0.0
-            if posterior is not None:
-                kernel = probability_kernel(posterior, model, seen.pixels, classes.tolist())
-                root, used = cholesky(kernel, config.jitter)
+            if kernel is not None:
+                root, used = cholesky(kernel(seen.pixels, classes.tolist()), config.jitter)
             found.append((Block(torch.tensor(part), classes.clone(), old, root), used))  # saved one by one
     return found
 
 
 @torch.no_grad()
-def _old(model: torch.nn.Module, pixels: Tensor, classes: Tensor) -> Tensor:
+def _old(engine: Engine, pixels: Tensor, classes: Tensor) -> Tensor:
     """[b, K] float64 probabilities in evaluation mode, as a step's are: rounding and all."""
-    training = model.training
-    model.eval()
-    logits = model(pixels)
-    model.train(training)
-    return probabilities(logits.float(), classes.to(logits.device).expand(len(pixels), -1)).double().contiguous()
+    logits = engine.predict(pixels)
+    return probabilities(logits, classes.to(logits.device).expand(len(pixels), -1)).double().contiguous()
 
 
 # ---------------------------------------------------------------- in a step

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.optim import OptimConfig, SamOptim, TimmOptim
 from hpccl.data.protocols import Task
 from hpccl.engine.protocols import trainable
@@ -36,8 +37,9 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
     Raises:
         ConfigError: a pattern matches nothing, or the network has no last layer that could be told from the rest.
     """
-    frozen = world.config.train.frozen if task.index > 0 else ()
-    still = frozenset(_norms(state.engine.module) if world.config.train.norms == "running" and task.index > 0 else ())
+    begun = task.index > 0 or isinstance(world.config.adapt, AnyAdaptation)  # of a network that learned one task, too
+    frozen = world.config.train.frozen if begun else ()
+    still = frozenset(_norms(state.engine.module) if world.config.train.norms == "running" and begun else ())
     later = _to_come(task, world) if _decays(world.config.optim) and not _named(state, world) else set()
     if not head_only and not frozen and not later:
         state.engine.hold({}, still)

@@ -34,8 +34,7 @@ from hpccl.memory.budget import kept_of, per_class
 from hpccl.memory.store import Memory
 from hpccl.models.build import build_model, refuse_sizes
 from hpccl.models.pretrained import Start, start_from
-from hpccl.report.events import EventLog, read_events
-from hpccl.report.events import latest as latest_events
+from hpccl.report.events import EventLog, phase_parts, read_events
 from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
 from hpccl.train.adapt import adaptation_steps, adaptation_task, begin_adapting, continues
@@ -112,7 +111,7 @@ def _go_on(config: RunConfig, comm: Comm, stop: Stop, command: Sequence[str], *,
                     outcome = _through_the_stream(world, command)
         except HpcclError as error:
             with contextlib.suppress(FolderError):  # a full disk, say, has no room for its own error
-                log.write("error", kind=type(error).__name__, message=str(error))
+                log.write("error", kind=type(error).__name__, message=str(error), begun="run" in log.kinds)
             raise
     return outcome
 
@@ -465,8 +464,8 @@ def _finish(state: RunState, world: World, seconds: float) -> None:
     digest = weights_sha256(streamed({name: leaves[name] for name in sorted(leaves)}, world.comm))
     images = 0
     if world.comm.leader:
-        fits = latest_events(read_events(world.folder.events), "phase", "task", "phase", "part")
-        images = sum(int(event["images"]) for event in fits if event["phase"] == "fit")
+        parts = phase_parts(read_events(world.folder.events))
+        images = sum(int(part["images"]) for part in parts if part["phase"] == "fit")
     world.log.write("done", weights_sha256=digest, wall_seconds=seconds, images=images)
 
 

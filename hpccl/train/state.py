@@ -6,7 +6,7 @@ import contextlib
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,9 +63,13 @@ class RunState:
 
 @dataclass
 class Phase:
-    """What a phase of a task cost."""
+    """What a phase of a task cost, so far.
+
+    spent: write it down as far as a step, at which the phase may have to be entered again
+    """
 
     images: int = 0
+    spent: Callable[[int], None] = lambda step: None
 
 
 @dataclass(frozen=True)
@@ -129,20 +133,17 @@ class World:
     def phase(self, task: Task, name: str, *, part: int = 0) -> Iterator[Phase]:
         """Time a phase and write it down; `part` is the step at which it was (re)entered."""
         start = time.perf_counter()
-        phase = Phase()
+
+        def write(event: str, **more: int) -> None:
+            seconds = time.perf_counter() - start
+            cost = {"seconds": seconds, "images": phase.images, "images_per_second": phase.images / seconds}
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            fields = {"task": task.index, "phase": name, "part": part, **more, **cost, "peak_memory_bytes": peak}
+            self.log.write(event, **fields)
+
+        phase = Phase(spent=lambda step: write("spent", step=step))
         yield phase
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.log.write(
-            "phase",
-            task=task.index,
-            phase=name,
-            part=part,
-            seconds=seconds,
-            images=phase.images,
-            images_per_second=phase.images / seconds,
-            peak_memory_bytes=peak,
-        )
+        write("phase")
 
 
 def _copied(node: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hpccl.config.adaptation import NewPrecision
+from hpccl.config.adaptation import NewPrecision, NoAdaptation
 from hpccl.config.clash import Clash
 from hpccl.config.curvature import MasCurvature, OptimizerCurvature, SiCurvature
 from hpccl.config.memory import GreedySelector, StratifiedMix
@@ -61,6 +61,10 @@ def _normal(config: RunConfig) -> Iterator[Clash]:
         if normal.weight != NormalConfig().weight:
             yield Clash(("prior.normal.weight", key), "weighs a normal prior that there is not; set its precision > 0")
         return
+    fresh = config.train.data == "seen" or config.train.restart
+    if fresh and isinstance(config.adapt, NoAdaptation) and normal.weight != NormalConfig().weight:
+        problem = "is of an old network's prior, and this one begins anew; set it to 1"
+        yield Clash(("prior.normal.weight", "train.restart" if config.train.restart else "train.data"), problem)
     for name in ("weight_decay", "prior_precision"):  # every optimiser has one of them, or none
         if getattr(config.optim, name, 0) > 0:
             problem = f"pulls to 0 beside {key}, which says where to: set it to 0"
@@ -100,6 +104,9 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
         yield Clash(
             ("memory.mix.kind", key), "mixes rows of memory, but it is recalled beside a step's rows; set natural"
         )
+    if getattr(config.memory.selector, "sampled", False):
+        problem = "weighs the examples that it draws, and coupled predictions have no weights; set it to false"
+        yield Clash(("memory.selector.sampled", key), problem)
     if config.memory.total > 0:
         problem = "examples would leave memory whose predictions are coupled; set memory.size or memory.fraction"
         yield Clash(("memory.total", key), problem)
@@ -265,6 +272,9 @@ def _competing(config: RunConfig) -> Iterator[Clash]:
         )
     if train.competing == "all":
         yield from _all_compete(config)
+    elif config.prior.quadratic.weight > 0 and config.curvature.kind != "si":
+        problem = "is measured among all classes seen, and a task's own rows are trained among its own; leave it seen"
+        yield Clash(("train.competing", "prior.quadratic.weight"), problem)
     elif train.data != "task":
         problem = "is about a task's own images beside those of the past; leave it seen, or set train.data=task"
         yield Clash(("train.competing", "train.data"), problem)

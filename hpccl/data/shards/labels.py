@@ -9,6 +9,7 @@ ILSVRC2012_devkit*.tar  the development kit, which has both
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,12 +49,33 @@ class Labels:
                 "these images, and all of them"
             )
         if self.by_name is None:
-            place = {stem: number for number, stem in enumerate(sorted(stems))}
+            place = {stem: number for number, stem in enumerate(_ordered(stems, self.file))}
             return [self.in_order[place[stem]] for stem in stems]
         missing = [stem for stem in stems if stem not in self.by_name]
         if missing:
             raise DataError(f"'{self.file}' has no label for '{missing[0]}' ({len(missing)} images in all have none)")
         return [self.by_name[stem] for stem in stems]
+
+
+def _ordered(stems: Sequence[str], file: Path) -> list[str]:
+    """By name, where that is certain.
+
+    Raises:
+        DataError: two images have one name, or numbers of several lengths are another order than that of names.
+    """
+    found = sorted(stems)
+    twice = next((stem for stem, following in itertools.pairwise(found) if stem == following), None)
+    if twice is not None:
+        raise DataError(
+            f"'{file}' has a label for each image in the order of their names, but several are named '{twice}': put "
+            "all images into one folder, under different names"
+        )
+    if all(stem.isdecimal() for stem in found) and found != sorted(found, key=int):
+        raise DataError(
+            f"'{file}' has a label for each image in the order of their names, but these are numbers of different "
+            f"lengths ('{found[0]}', '{found[1]}', ...): name them with zeros in front, or give labels with names"
+        )
+    return found
 
 
 def read_labels(path: Path, synsets: Path | None = None) -> Labels:

@@ -55,7 +55,8 @@ def by_all_weights(
     posterior = Posterior.of(precision, wholes(state.engine.gather()), prior_precision=prior_precision or 1.0)
     if prior_precision is None:
         posterior = posterior.with_prior_precision(posterior.best_prior_precision())
-    return [_by_jacobians(group, posterior, state, world) for group in groups], posterior.prior_precision
+    mapped = [group for group in groups if len(group.samples)]
+    return [_by_jacobians(group, posterior, state, world) for group in mapped], posterior.prior_precision
 
 
 def _measured(kind: Measured, groups: Sequence[Group], state: RunState, world: World) -> Precision:

@@ -109,7 +109,7 @@ def _groups(state: RunState, world: World, *, examples: int | None, fraction: fl
         Group(each, np.intersect1d(span, mapped), np.intersect1d(span, measured), len(span))
         for each, span in zip(learned, spans, strict=True)
     ]
-    return [group for group in groups if len(group.samples)]
+    return [group for group in groups if len(group.samples) or len(group.measured)]
 
 
 def _drawn(samples: Ints, count: int, purpose: int, world: World) -> Ints:

@@ -40,7 +40,8 @@ def by_last_layer(
             f"{type(state.engine.module).__name__} is none; use --posterior kronecker or diagonal"
         ) from error
     with contextlib.ExitStack() as stack:
-        spools = [stack.enter_context(_Spool.of(group, state, world)) for group in groups]
+        # Groups share no rows: what is known of one says nothing of another.
+        spools = [stack.enter_context(_Spool.of(group, state, world)) for group in groups if len(group.samples)]
         factors = [spool.factors() for spool in spools]
         delta = prior_precision
         if delta is None:
@@ -125,13 +126,10 @@ class _Spool:
         for logits, x, labels in self._parts():
             columns.append(perturbed(logits, labels, top_layer_variance(x, layer)).columns())
             _add_gradients(gradient, logits, x, labels)
-        steps = torch.stack(
-            [
-                factors.posterior(prior_precision, without=number).solve(each * self.scale)
-                for number, each in enumerate(gradient)
-            ]
-        )
-        return Found(self.sample, joined(columns), self._removed(steps))
+        for number, each in enumerate(gradient):  # in place, for they are many
+            left = factors.posterior(prior_precision, without=number) if factors.by_class else layer
+            gradient[number] = left.solve(each * self.scale)
+        return Found(self.sample, joined(columns), self._removed(gradient))
 
     def _widths(self) -> tuple[int, int]:
         """K and d."""
@@ -160,10 +158,15 @@ class _Factors:
     sizes: Tensor
     scale: float
 
+    @property
+    def by_class(self) -> bool:
+        """Whether they are kept apart."""
+        return len(self.sizes) > 1
+
     def posterior(self, prior_precision: float, *, without: int | None = None) -> TopLayer:
         """That of all examples, or of those of other classes as far as they are kept apart."""
         kept = torch.ones(len(self.sizes), dtype=torch.float64)
-        if without is not None and len(kept) > 1:
+        if without is not None and self.by_class:
             kept[without] = 0
         moment = torch.einsum("g,gij->ij", kept, self.moments) / (kept * self.sizes).sum().clamp_min(1)
         curvature = torch.einsum("g,gkl->kl", kept, self.curvatures) * self.scale

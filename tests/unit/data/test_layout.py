@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from hpccl.data.layout import Collection, Layout, arrange, extended, held_out, unique_titles
+from hpccl.data.layout import Collection, Layout, align, arrange, extended, held_out, unique_titles
 from hpccl.data.protocols import Split
 from hpccl.errors import ConfigError, DataError
 
@@ -139,6 +139,18 @@ def test_at_least_one_example_is_held_out_and_one_is_left() -> None:
     np.testing.assert_array_equal(np.bincount(few.index["test"].label), 1)
     with pytest.raises(ConfigError, match=r"class .a. has 1 training images; data\.validation=0\.1 would leave none"):
         held_out(arrange([many("s", tasks=1, count=1)], order="given", seed=0), 0.1)
+
+
+def test_every_domain_holds_out_its_own_share() -> None:
+    """By hand: a tenth of 100 and of 10 images of each class."""
+    domains = [many("large", tasks=1, count=100), many("small", tasks=1, count=10)]
+    layout = held_out(align(domains, order="given", seed=0), 0.1)
+    classes = len(layout.class_names)
+    assert [len(task.test) for task in layout.tasks] == [10 * classes, classes]
+    assert [len(task.train) for task in layout.tasks] == [90 * classes, 9 * classes]
+    for task in layout.tasks:
+        labels = layout.index["test"].label[task.test.start : task.test.stop]
+        assert len(set(np.bincount(labels).tolist())) == 1
 
 
 def test_further_examples_come_behind_the_tasks_under_the_same_class_numbers() -> None:

@@ -147,6 +147,11 @@ def test_disjoint_classes_stay_whole() -> None:
 def test_blurring_loses_no_image_and_follows_the_seed(blur: float, disjoint: float, seed: int, tasks: int) -> None:
     parts = [collection("s", "abcdef", tasks=tasks, count=7), collection("t", "uvw", tasks=1, count=7)]
     whole = arrange(parts, order="given", seed=0)
+    width = 6 // tasks
+    if round(7 * blur) == 0 or round(disjoint * width) == width:
+        with pytest.raises(ConfigError, match=r"leave every image with its task: .* set disjoint lower"):
+            blurred(whole, blur=blur, disjoint=disjoint, seed=seed)
+        return
     layout = blurred(whole, blur=blur, disjoint=disjoint, seed=seed)
     index = layout.index["train"]
     assert len({*zip(index.part.tolist(), index.local.tolist(), strict=True)}) == len(whole.index["train"])
@@ -267,6 +272,22 @@ def test_held_out_and_shots_are_decided_apart() -> None:
     layout = drawn_shots(held_out(sessions(), 0.2), shots=3, seed=0)
     assert [len(task.train) for task in layout.tasks] == [24, 3, 3]
     assert [len(task.test) for task in layout.tasks] == [6, 2, 2]
+
+
+def test_listed_images_are_not_held_out(tmp_path: Path) -> None:
+    """Of ten images a class: two are tested on, others than the two that are listed, whichever these are."""
+    for listed in ("3\n8\n", "43\n48\n"):
+        lists(tmp_path, session_2=listed, session_3="4\n49\n")
+        layout = listed_shots(sessions(), tmp_path, numbers, shots=2, validation=0.2)
+        assert stored(layout, 1) == {(0, int(number)) for number in listed.split()}
+        tested = layout.tasks[1].test
+        held = set(layout.index["test"].local[tested.start : tested.stop].tolist())
+        assert len(held) == 2
+        assert not held & {int(number) for number in listed.split()}
+        assert [len(task.train) for task in layout.tasks] == [24, 2, 2]
+        assert [len(task.test) for task in layout.tasks] == [6, 2, 2]
+    with pytest.raises(ConfigError, match=r"class 'd' has 10 training images, 2 of them listed; data.validation=0.9"):
+        listed_shots(sessions(), tmp_path, numbers, shots=2, validation=0.9)
 
 
 # ---------------------------------------------------------------- shards
