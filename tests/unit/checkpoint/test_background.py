@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpccl.checkpoint import store
 from hpccl.checkpoint.store import Content, Mark, Shard, Writing, latest, load, save
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Slab, Span, whole
@@ -115,3 +116,20 @@ def test_a_kill_before_the_end_leaves_the_one_before(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path, FIRST)["a"], torch.zeros(1))
     save(tmp_path, SECOND, Content({"a": torch.ones(1)}), keep=1)
     assert os.listdir(tmp_path) == [SECOND.name]
+
+
+def test_a_thread_that_ends_in_any_way_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that finds no memory for its copies: half a folder must not take the place of a whole one."""
+
+    def without_memory(*_: object, **__: object) -> int:
+        raise MemoryError("no room")
+
+    save(tmp_path, FIRST, Content({"a": torch.zeros(1)}), keep=1)
+    monkeypatch.setattr(store, "write_tree", without_memory)
+    writing = Writing.begin(
+        tmp_path, SECOND, Content({"a": torch.ones(1)}), keep=1, comm=Comm.solo(), shard=Shard(), wait=False
+    )
+    with pytest.raises(MemoryError, match="no room"):
+        writing.finish()
+    assert latest(tmp_path) == FIRST
+    assert [path.name for path in tmp_path.iterdir()] == [FIRST.name]

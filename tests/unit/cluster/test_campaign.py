@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpccl.cluster.campaign import Campaign, Step, _numbers, carry_out, options
+from hpccl.cluster.campaign import Campaign, Step, _cluster, _numbers, carry_out, options
 from hpccl.cluster.submit import Submitted
 from hpccl.errors import ConfigError
 from tests.run.command import SMALL, events
@@ -116,3 +116,11 @@ def test_who_reads_the_commands_may_stop_early() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def test_commands_that_train_nothing_have_the_cluster_of_the_trainings() -> None:
+    """Settings of the training that the default configuration does not know, or sweeps, are not about the cluster."""
+    more = ("cluster.partition=long", "model.name=resnet18", "seed=0,1")
+    train = ("train", "model={kind: timm, name: resnet50}", "data.image_size=32", *more)
+    assert _cluster([Step("shards", ("shards", "build")), Step("a", train)], more).partition == "long"
+    assert _cluster([Step("shards", ("shards", "build"))], more).partition == "long"

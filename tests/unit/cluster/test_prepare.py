@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -48,6 +49,29 @@ def test_the_same_run_is_taken_up_again_and_machinery_may_change(tmp_path: Path)
     prepare(changed, ["second"])
     assert (folder.env.read_text(), folder.code.stat().st_mtime_ns) == before
     assert load([folder.config], []) == changed
+
+
+def test_a_run_that_is_trained_keeps_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its job reads the file again whenever it is queued again."""
+    folder = prepare(config(tmp_path, "engine.kind=fsdp2", "checkpoint.every=50"), [])
+    text = folder.config.read_text()
+    code = (
+        "import sys; from pathlib import Path; from hpccl.cluster.lock import holding; "
+        "from hpccl.folder import RunFolder; lock = holding(RunFolder(Path(sys.argv[1]))); lock.__enter__(); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        monkeypatch.setattr("hpccl.cluster.prepare.holding", functools.partial(holding, patience=0.1))
+        with pytest.raises(FolderError, match="is training in run folder"):
+            prepare(config(tmp_path, "checkpoint.every=0"), [])
+        prepare(config(tmp_path, "engine.kind=fsdp2", "checkpoint.every=50"), [])  # changes nothing
+        assert folder.config.read_text() == text
+        other.communicate()
+    prepare(config(tmp_path, "checkpoint.every=0"), [])
+    assert folder.config.read_text() != text
 
 
 def test_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> None:

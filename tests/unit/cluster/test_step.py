@@ -84,6 +84,18 @@ def test_the_sixth_start_at_one_place_is_refused(tmp_path: Path) -> None:
     step._refuse_standstill(folder, SlurmJob("12", 5))
 
 
+def test_what_ended_the_last_start_is_said_when_the_next_one_is_refused(tmp_path: Path) -> None:
+    """A device that is not there is no reason to end at once, for the next node may have it; five of them are."""
+    for restart in range(6):
+        process = start(tmp_path / "run", "engine.device=cuda", SLURM_RESTART_COUNT=str(restart))
+        process.communicate(timeout=120)
+        assert process.returncode == (75 if restart < 5 else 201)
+    told = json.loads((tmp_path / "run/logs/error.json").read_text())
+    assert told["kind"] == "FolderError"
+    assert "the last one ended with: engine.device is 'cuda' but torch sees no CUDA device" in told["message"]
+    assert "cluster.time" not in told["message"]
+
+
 def test_blocked_signals_are_heard_and_stay_blocked_for_children() -> None:
     stop = Stop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})

@@ -96,6 +96,24 @@ def test_the_published_files_become_two_splits_of_the_same_classes(
         assert shards.read(sample) == VALIDATION[f"{name}.JPEG"]
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a/1.jpg", "b/1.jpg", "b/2.jpg"], "several are named '1': put all images into one folder"),
+        (
+            ["1.jpg", "2.jpg", "10.jpg"],
+            r"numbers of different lengths \('1', '10', ...\): name them with zeros in front",
+        ),
+    ],
+)
+def test_labels_by_the_order_of_names_need_an_order(tmp_path: Path, names: list[str], message: str) -> None:
+    truth, synsets = text(tmp_path / "truth.txt", ["1", "2", "3"]), text(tmp_path / "synsets.txt", list(NUMBERED))
+    labels = read_labels(truth, synsets)
+    with pytest.raises(DataError, match=message):
+        labels.of(names)
+    assert labels.of(["03.jpg", "x/01.jpg", "02.jpg"]) == [NUMBERED[2], NUMBERED[0], NUMBERED[1]]
+
+
 def test_a_flat_tar_needs_labels(tars: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no class.*--labels"):
         build(tars[1], tmp_path / "shards", split="test")

@@ -57,3 +57,14 @@ def test_quotas_beside_a_part_that_is_held_out() -> None:
     assert split_quotas(2000, 0.1, sizes=[1300] * 3, classes=[10] * 3) == [600] * 3
     assert split_quotas(2000, 0.1, sizes=[500, 1300], classes=[10, 10]) == [500, 900]
     assert split_quotas(2000, 0.1, sizes=[], classes=[]) == []
+
+
+def test_what_is_kept_of_a_task_never_grows() -> None:
+    """Of 100 in all, 35 % held out: 3 of each of 17 classes by the book-keeping, but 4 of each of 18."""
+    assert [per_class(100, 0.35, classes)[1] for classes in (17, 18)] == [3, 4]
+    assert split_quotas(100, 0.35, sizes=[99] * 2, classes=[17, 1]) == [3 * 17, 4]
+    before: list[int] = []
+    for tasks in range(1, 30):
+        now = split_quotas(100, 0.35, sizes=[99] * tasks, classes=[2] * tasks)
+        assert all(new <= old for new, old in zip(now, before, strict=False))
+        before = now

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpccl.config.data import DataConfig
+from hpccl.config.machine import LogConfig
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.archive import NAME, read_runs, write_archive
@@ -63,6 +64,16 @@ def test_a_run_that_went_on_is_taken_as_it_is_now(runs: list[Path], tmp_path: Pa
     for paths in ([tmp_path / "old.xz", runs[0]], [runs[0], tmp_path / "old.xz"]):
         (run,) = read_runs(paths)
         assert run.report().status == "failed"
+
+
+def test_a_run_whose_folder_changed_what_it_may_is_the_same_run(tmp_path: Path) -> None:
+    """How often it logs, say, as a later start may."""
+    folder = synthetic.write_run(tmp_path / "a", synthetic.config(name="a"))
+    write_archive(tmp_path / "old.xz", read_runs([folder]))
+    synthetic.write_config(folder, synthetic.config(name="a", log=LogConfig(every=7)))
+    assert len(read_runs([tmp_path / "old.xz", folder])) == 1
+    synthetic.write_config(folder, synthetic.config(name="a", quadratic=3.0))
+    assert len(read_runs([tmp_path / "old.xz", folder])) == 2
 
 
 def test_time_of_a_killed_part_is_kept_and_steps_are_not(tmp_path: Path) -> None:

@@ -169,3 +169,56 @@ def test_the_configuration_that_training_writes_is_read_back(tmp_path: Path) -> 
     run = synthetic.config(name="a", seed=3)
     (tmp_path / "config.yaml").write_text(dump(run))
     assert read_config(tmp_path) == run
+
+
+def test_the_last_checkpoint_of_a_task_is_the_one_that_ended_it(tmp_path: Path) -> None:
+    synthetic.write_config(tmp_path, synthetic.config())
+    with EventLog(RunFolder(tmp_path).events, clock=synthetic.Clock()) as log:
+        log.write("run", **synthetic.run_fields())
+        for phase, step, num_bytes in (("fit", 10, 1), ("fitted", 20, 2), ("done", 20, 3)):
+            log.write("checkpoint", task=0, phase=phase, step=step, bytes=num_bytes, seconds=0.1)
+    report = summarise(tmp_path)
+    assert report.checkpoint_bytes == 3
+    assert [checkpoint["phase"] for checkpoint in report.checkpoints] == ["fit", "fitted", "done"]
+
+
+@pytest.mark.parametrize("last", ["stop", "step"])
+def test_a_start_that_fails_at_once_does_not_count_the_pause_before_it(tmp_path: Path, last: str) -> None:
+    """Whether the process before it had a last word or was killed."""
+    synthetic.write_config(tmp_path, synthetic.config())
+    clock = synthetic.Clock()
+    with EventLog(RunFolder(tmp_path).events, clock=clock) as log:
+        log.write("run", **synthetic.run_fields())
+        clock.now += 100
+        log.write(last, task=0, phase="fit", step=10)
+        clock.now += 3 * 86400
+        log.write("error", kind="DataError", message="no shards", begun=False)
+        clock.now += 10
+        log.write("run", **synthetic.run_fields())
+        clock.now += 100
+        log.write("done", weights_sha256="a" * 64)
+    assert summarise(tmp_path).wall_seconds == pytest.approx(200.5)
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["killed on the way", "killed before the end was saved"])
+def test_the_work_of_a_killed_part_counts_up_to_where_the_next_one_began(tmp_path: Path, saved: bool) -> None:
+    """By hand: 900 steps of 1 s and 128 images in the first part, the last 100 in the second."""
+    synthetic.write_config(tmp_path, synthetic.config())
+    with EventLog(RunFolder(tmp_path).events, clock=synthetic.Clock()) as log:
+        log.write("run", **synthetic.run_fields())
+        for step in (450, 900):
+            log.write("spent", **synthetic.phase("fit", 0, seconds=step, images=128 * step, part=0), step=step)
+        if not saved:  # it ended, but the checkpoint of its end was not written
+            log.write("phase", **synthetic.phase("fit", 0, seconds=1000, images=128_000, part=0))
+        log.write("run", **synthetic.run_fields())
+        log.write("phase", **synthetic.phase("fit", 0, seconds=100, images=12_800, part=900))
+    (fit,) = summarise(tmp_path).phases
+    assert (fit.seconds, fit.images) == (1000, 128_000)
+
+
+def test_the_work_of_a_part_that_goes_on_counts_as_far_as_it_is_known(tmp_path: Path) -> None:
+    synthetic.write_config(tmp_path, synthetic.config())
+    with EventLog(RunFolder(tmp_path).events, clock=synthetic.Clock()) as log:
+        log.write("run", **synthetic.run_fields())
+        log.write("spent", **synthetic.phase("fit", 0, seconds=3, images=300, part=0), step=30)
+    assert [(fit.seconds, fit.images) for fit in summarise(tmp_path).phases] == [(3, 300)]
