@@ -417,4 +417,4 @@ def _remaining(config: RunConfig, stream: Stream, memory: Memory) -> tuple[list[
         return left, kept
     samples = _task_of_sample(stream)[removed_samples(config.adapt, stream)]
     gone = np.bincount(samples, minlength=count), torch.bincount(memory.task[slots], minlength=count).numpy()
-    return list(np.array(left) - gone[0]), list(np.array(kept) - gone[1])
+    return (np.array(left) - gone[0]).tolist(), (np.array(kept) - gone[1]).tolist()

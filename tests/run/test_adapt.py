@@ -32,9 +32,10 @@ from hpccl.prior.normal import NormalPrior
 from hpccl.prior.prior import Prior
 from hpccl.report.adaptation import Adaptation, write_adaptation
 from hpccl.report.events import latest, read_events
+from hpccl.report.summary import summarise
 from hpccl.train.adapt import adaptation_task, begin_adapting, check_adaptation
 from hpccl.train.adapt_compare import check_reference, compare_adaptation
-from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.compose import Composer, _remaining, plan_task, split
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate import test as evaluate_all
 from hpccl.train.evaluate_run import reopened
@@ -148,6 +149,37 @@ def test_an_adapted_network_is_closer_to_retraining_than_before(
     page = write_adaptation(found, tmp_path / "out").read_text()
     assert "| adapted | retrained |" in page
     assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_what_is_frozen_stays_in_an_adaptation_of_a_single_task(digits: Path, tmp_path: Path) -> None:
+    config, _ = both(digits, tmp_path / "out", REMOVE, "train.frozen=[features]", "train.epochs=1")
+    assert learn(config) == "done"
+    with reopened(digits) as (state, _), reopened(tmp_path / "out") as (other, _):
+        before, after = wholes(state.engine.gather()), wholes(other.engine.gather())
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed == set(list(before)[-2:])  # weight and bias of the last layer
+
+
+def test_an_adaptation_is_tested_as_its_run_was(tmp_path: Path) -> None:
+    """With mirrored images, too: the accuracy beside the reference is that of the run's own report."""
+    folder = source(tmp_path / "run", {"train": {"flip_test": True, "epochs": 5}})
+    config, _ = both(folder, tmp_path / "out", REMOVE, "train.epochs=1")
+    assert learn(config) == "done"
+    found = compare_adaptation(tmp_path / "out", None)
+    for network, run_folder in ((found.start, folder), (found.adapted, tmp_path / "out")):
+        assert network.accuracy == pytest.approx(summarise(run_folder).average_accuracy_class_incremental)
+
+
+@pytest.mark.parametrize("replay", [0.0, 0.5])
+def test_removed_examples_count_in_neither_number(tmp_path: Path, replay: float) -> None:
+    """Also those that memory replayed, which have left it."""
+    folder = source(tmp_path / "run", {"train": {"epochs": 1}, "prior": {"replay": replay}})
+    config, _ = both(folder, tmp_path / "out", REMOVE)
+    state, world = begun(config, tmp_path / "state")
+    labels, memory = world.stream.labels("train"), state.prior.memory
+    left, kept = _remaining(config, world.stream, memory)
+    assert left == [int((labels != 3).sum())]
+    assert kept == [int((labels[memory.sample.numpy()] != 3).sum())]
 
 
 @pytest.mark.slow

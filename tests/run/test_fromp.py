@@ -110,8 +110,10 @@ def _request(samples: Tensor) -> Any:
     return Request(samples.numpy(), np.zeros(len(samples), dtype=np.uint64))
 
 
-def test_at_the_old_weights_nothing_pulls(tmp_path: Path) -> None:
-    state, world = after_one_task({}, tmp_path)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_at_the_old_weights_nothing_pulls(tmp_path: Path, precision: str) -> None:
+    """In bf16 too: what was predicted is rounded as what a step predicts."""
+    state, world = after_one_task({"engine": {"kind": "ddp", "precision": precision}}, tmp_path)
     gradient, value = recalled_gradient(state, world, step=0, num_train=50)
     assert abs(value) < 1e-6
     assert all(float(part.norm()) < 1e-4 for part in gradient.values())

@@ -127,6 +127,21 @@ def test_all_weights(run: Path, found: MemoryMap, posterior: Any, fraction: floa
     assert all(row["removed"] is None for row in few.classes)
 
 
+def test_the_posterior_knows_tasks_of_which_nothing_is_mapped(tmp_path: Path) -> None:
+    """With own heads, five of all examples are of some of five tasks only; all of them were learned."""
+    config = merged({"train": {"epochs": 1}})
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 5)
+    world.save(state, Mark.at(4, "done", 9))
+    (tmp_path / "config.yaml").write_text(dump(config))
+    few = map_memory(tmp_path, posterior="diagonal", examples=3)
+    assert len(few.table["sample"]) == 3
+    assert len({int(task) for task in few.table["task"]}) < 5
+    assert few.num_seen == 1438
+    last = map_memory(tmp_path, posterior="last_layer", examples=3)
+    assert len(last.table["sample"]) == 3
+
+
 LEARNED: dict[str, dict[str, Any]] = {
     "adamw": {"kind": "timm", "name": "adamw", "lr": 5e-3},
     "ivon": {"kind": "ivon", "lr": 0.5, "initial_curvature": 0.1, "curvature_decay": 0.999, "weight_decay": 1e-2},

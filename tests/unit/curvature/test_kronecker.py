@@ -314,6 +314,24 @@ def test_equal_tasks_are_merged_without_error() -> None:
     assert both.totals(SOLO).error < 1e-5
 
 
+def test_pooled_inputs_weigh_as_much_as_what_is_behind_them() -> None:
+    """By hand, A = sum_t n_t A_t / n: of a task decayed to a hundredth, or that stands for ten times its examples."""
+    layout = Layout("linear", "linear.weight", None, (2, 2))
+    none = Diagonal({}, 1000.0)
+
+    def task(first: float, second: float) -> Kronecker:
+        pair = Pair(
+            Dense(torch.diag(torch.tensor([first, second], dtype=torch.float32))[None]), Dense(torch.eye(2)[None])
+        )
+        return Kronecker((Block(layout, (pair,), (1000.0,)),), none, 1000.0, PooledTasks(), (layout,))
+
+    for scaled, other, share in ((0.01, 1.0, 0.01 / 1.01), (1.0, 10.0, 1 / 11)):
+        (block,) = task(1, 0).times(scaled).plus(task(0, 1).times(other), SOLO).blocks
+        (term,) = block.terms
+        assert isinstance(term, Pair)
+        torch.testing.assert_close(term.a.dense()[0].diagonal(), torch.tensor([share, 1 - share]))
+
+
 def test_other_kinds_and_layers_are_refused() -> None:
     one = precision(0)
     with pytest.raises(CoverageError, match="both must be of one kind"):

@@ -130,6 +130,21 @@ def test_tests_and_the_next_teacher_are_corrected(tmp_path: Path) -> None:
     assert evaluate_all(state, world, last=2) == evaluate_all(RunState(state.engine), world, last=2)
 
 
+def test_soft_labels_of_a_corrected_network_are_corrected(tmp_path: Path) -> None:
+    """Whatever the view: what the old network says includes its correction (Wu et al. 2019)."""
+    sections = {"memory": {"total": 100}, "prior": {"correct": {"share": 0.1}}}
+    state, world = make_world(merged({"train": {"head": "seen", "epochs": 3}}, sections), tmp_path)
+    learn(state, world, 2)
+    memory, found = state.prior.memory, state.prior.correction
+    assert found is not None
+    assert abs(found.alpha - 1) + abs(found.beta) > 1e-3
+    plain = state.engine.predict(images(memory.sample, world))
+    columns = memory.columns(torch.arange(len(memory)))
+    torch.testing.assert_close(memory.soft, found(plain).gather(1, columns), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(memory.soft, plain.gather(1, columns), atol=1e-4)
+    torch.testing.assert_close(_old_network(state)(images(memory.sample, world)), found(plain), atol=1e-5, rtol=1e-5)
+
+
 def test_the_head_has_a_schedule_of_its_own(tmp_path: Path) -> None:
     """Li and Hoiem 2016, section 3: warm up, then all together; each with a whole schedule."""
     changes = {"train": {"epochs": 2, "head_epochs": 1}, "log": {"every": 1}, "optim": {"schedule": "cosine"}}
