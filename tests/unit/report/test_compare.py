@@ -215,6 +215,14 @@ def test_published_values_that_do_not_fit_are_an_error(
         compare_runs(seeds, published=published, dataset=dataset)
 
 
+def test_a_short_line_of_published_values_says_nothing_of_what_it_lacks(seeds: list[Path], published: Path) -> None:
+    """A mean without its figures, and a line that ends before it says what it is."""
+    published.write_text(f"{PUBLISHED}Toy,ewc,20,mean(n=1)\nToy,ewc\n")
+    (group,) = compare_runs(seeds, published=published).groups
+    assert group.published is not None
+    assert group.published.figures["average_accuracy"][0] == pytest.approx(0.715)
+
+
 def test_published_values_that_are_absent_are_an_error(seeds: list[Path], tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="cannot be read"):
         compare_runs(seeds, published=tmp_path / "absent.csv")
