@@ -49,12 +49,12 @@ def signed(value: float | None, digits: int = 1) -> str:
 def spread(mean: float | None, std: float | None, scale: float = 100.0, digits: int = 1) -> str:
     """Mean and, where there is one, standard deviation.
 
-    >>> spread(0.8, 0.011), spread(0.8, None)
-    ('80.0 ± 1.1', '80.0')
+    >>> spread(0.8, 0.011), spread(0.8, None), spread(-0.0004, None)
+    ('80.0 ± 1.1', '80.0', '0.0')
     """
     if mean is None:
         return _ABSENT
-    text = f"{scale * mean:.{digits}f}".replace("-", "−")
+    text = f"{scale * mean:z.{digits}f}".replace("-", "−")
     return text if std is None else f"{text} ± {scale * std:.{digits}f}"
 
 
