@@ -67,7 +67,8 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
         sys.stderr.flush()
         if isinstance(error, WorldError):
             if rank == 0:
-                _remember(folder, {"job": job.id, "restart": job.restart, "reason": str(error)})
+                with contextlib.suppress(OSError):
+                    _remember(folder, {"job": job.id, "restart": job.restart, "reason": str(error)})
             return STOPPED  # the cause is elsewhere, and may be a broken machine
         _note(folder, job, rank, type(error).__name__, str(error))
         return code_of(error)

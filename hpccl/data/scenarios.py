@@ -138,7 +138,8 @@ def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int, vali
     """Of every task, the training images that its file in `folder` lists; of the first, all if it has none.
 
     names: `<shard>/<key>` of numbers within the data set
-    validation: share of each class to test on instead of the test images, of those that no file lists
+    validation: share of each class to test on instead of the test images; after the first task, of those that no file
+        lists
 
     Raises:
         ConfigError: too few images of a class are not listed.
@@ -149,11 +150,11 @@ def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int, vali
     found: dict[str, list[int]] = defaultdict(list)
     for position, name in enumerate(names(index.local)):
         found[_key(name)].append(position)
-    kept, listed = np.zeros(len(index), dtype=bool), np.ones(len(index), dtype=bool)
+    kept = np.zeros(len(index), dtype=bool)
     for task in layout.tasks:
         path = folder / f"session_{task.index + 1}.txt"
         if task.index == 0 and not path.exists():
-            kept[: task.train.stop], listed[: task.train.stop] = True, False
+            kept[: task.train.stop] = True
             continue
         for entry in _entries(path):
             position = _position(entry, found, task, layout, path)
@@ -164,7 +165,7 @@ def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int, vali
             _check_shots(kept, task, layout, path, shots)
     if validation is None:
         return _only(layout, kept)
-    held = validation_share(layout, validation, spared=kept & listed)
+    held = validation_share(layout, validation, spared=kept & (np.arange(len(kept)) >= layout.tasks[0].train.stop))
     return _only(tested_on(layout, held), kept[~held])
 
 

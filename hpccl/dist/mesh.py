@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hpccl.dist.allocator import keep_freed_memory
 from hpccl.dist.comm import Comm
 from hpccl.dist.lost import straggler, waited_in_vain
-from hpccl.errors import ConfigError, WorldError
+from hpccl.errors import WorldError
 
 __all__ = ["join", "leave", "meet_alone", "pick_device"]
 
@@ -20,8 +20,8 @@ def pick_device(wanted: str) -> torch.device:
     """The device of this process: `auto` is this rank's CUDA device where there is one; made ready for tensors.
 
     Raises:
-        ConfigError: there are more processes than devices.
-        WorldError: cuda was asked for and there is none, as on a node that is broken.
+        WorldError: cuda was asked for and there is none, or there are more processes than devices: another node may have
+            them.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         keep_freed_memory()
@@ -31,7 +31,7 @@ def pick_device(wanted: str) -> torch.device:
     visible, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     masked = visible == 1 and "HPCCL_PARENT" not in os.environ  # by a launcher that shows each process its own device
     if local_size > visible and not masked:
-        raise ConfigError(
+        raise WorldError(
             f"{local_size} processes on this machine but only {visible} CUDA devices, and two cannot share one; "
             f"use at most {visible} processes, or engine.device=cpu"
         )

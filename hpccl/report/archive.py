@@ -104,9 +104,12 @@ def _record(run: Recorded) -> dict[str, Any]:
 
 
 def _kept(events: Sequence[Event]) -> list[Event]:
-    """All but steps; of these the last, and the last before a start, which ends a stretch of time that was killed."""
+    """All but steps; of these the last, and the last before a start, which ends a stretch of time that was killed.
+
+    A start that fails at once has an error alone.
+    """
     last = max((number for number, event in enumerate(events) if event["event"] == "step"), default=-1)
-    before = {number - 1 for number, event in enumerate(events) if event["event"] == "run"} | {last}
+    before = {number - 1 for number, event in enumerate(events) if event["event"] in ("run", "error")} | {last}
     return [event for number, event in enumerate(events) if event["event"] != "step" or number in before]
 
 

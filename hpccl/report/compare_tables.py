@@ -126,8 +126,16 @@ def _less(run: RunReport, other: RunReport, figure: str) -> float | None:
 
 
 def behind_best(comparison: Comparison) -> TextTable:
-    """By method and size of memory, the average accuracy less that of the best; no line for fewer than two sizes."""
-    finished = [group for group in comparison.groups if group.statistics["average_accuracy"].mean is not None]
+    """By method and size of memory, the average accuracy less that of the best; no line for fewer than two sizes.
+
+    Of finished runs: after few tasks accuracies are high.
+    """
+    finished = [
+        group
+        for group in comparison.groups
+        if group.statistics["average_accuracy"].mean is not None
+        and all(run.status == "done" for run in comparison.members(group))
+    ]
     best: dict[int, Group] = {}
     for size in sorted({group.memory_size for group in finished} - {0}):
         alike = [group for group in finished if group.memory_size == size]

@@ -203,17 +203,19 @@ def latest(events: Iterable[Mapping[str, Any]], kind: str, *keys: str) -> list[M
 
 
 def phase_parts(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What the parts of every phase cost that a run still has something from, in the order in which they began.
+    """What the parts of every phase cost that a run still has something from.
 
     A phase is entered again, as a new part, at the step where a run is resumed. Its end writes `phase`; checkpoints on
     the way write `spent`, for a process that is killed has no last word. Of a part that another one followed counts
-    what was spent up to that one's step.
+    what was spent up to that one's step; parts that began at later steps are gone with their checkpoints.
     """
     found: dict[tuple[int, str], dict[int, list[Mapping[str, Any]]]] = {}
     for event in events:
         if event["event"] in ("phase", "spent"):
-            parts = found.setdefault((event["task"], event["phase"]), {})
-            parts.setdefault(event.get("part") or 0, []).append(event)
+            parts, part = found.setdefault((event["task"], event["phase"]), {}), event.get("part") or 0
+            for gone in [later for later in parts if later > part]:
+                del parts[gone]
+            parts.setdefault(part, []).append(event)
     return [
         lines[-1] if following is None else _until(following, lines)
         for parts in found.values()

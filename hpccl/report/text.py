@@ -34,7 +34,7 @@ def percent(value: float | None, digits: int = 1) -> str:
     >>> percent(0.8231), percent(None)
     ('82.3', '–')
     """
-    return _ABSENT if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
+    return _ABSENT if value is None or math.isnan(value) else f"{100 * value:z.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 1) -> str:
@@ -43,7 +43,7 @@ def signed(value: float | None, digits: int = 1) -> str:
     >>> signed(-0.012), signed(0.5)
     ('−1.2', '+50.0')
     """
-    return _ABSENT if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
+    return _ABSENT if value is None else f"{100 * value:+z.{digits}f}".replace("-", "−")
 
 
 def spread(mean: float | None, std: float | None, scale: float = 100.0, digits: int = 1) -> str:

@@ -139,7 +139,7 @@ def begin_adapting(state: RunState, world: World) -> None:
     with world.phase(task, "relabel") as phase:
         memory = _with_removed(state.prior, config.adapt, world.stream)
         phase.images = len(memory)
-        file, soft = in_a_file(task, soft_labels(memory, heads, state, world, state.prior.correction), world)
+        file, soft = in_a_file(task, soft_labels(memory, heads, state, world), world)
     state.prior = replace(state.prior, memory=memory.mapped(soft, heads, file))
 
 

@@ -51,7 +51,13 @@ def test_kill_9_and_again_gives_the_same_weights(undisturbed: Path, tmp_path: Pa
     again, once = report(folder), report(undisturbed)
     assert again["weights_sha256"] == once["weights_sha256"]
     assert again["accuracy_matrix"] == once["accuracy_matrix"]
+    assert images_trained(again) == images_trained(once)
     assert len(events(folder, "run")) == len(kills) + 1
+
+
+def images_trained(found: dict[str, Any]) -> list[int]:
+    """By task: each once, whatever was killed and done again."""
+    return [phase["images"] for phase in found["phases"] if phase["phase"] == "fit"]
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,8 @@ def unsupported(section: str) -> set[str]:
 def _rounds_to(value: Decimal, figure: re.Match[str]) -> bool:
     said = Decimal(figure["value"])
     near = Decimal("0.5").scaleb(said.as_tuple().exponent)  # type: ignore[arg-type]  # of a number it is an int
-    return any(abs(value * scale - said) <= near for scale in ((1, 100) if figure["percent"] else (1,)))
+    scales = (1, 100) if figure["percent"] and value < 1 else (1,)
+    return any(abs(value * scale - said) <= near for scale in scales)
 
 
 def sections(page: Path) -> dict[str, str]:

@@ -272,12 +272,13 @@ def _competing(config: RunConfig) -> Iterator[Clash]:
         )
     if train.competing == "all":
         yield from _all_compete(config)
-    elif config.prior.quadratic.weight > 0 and config.curvature.kind != "si":
-        problem = "is measured among all classes seen, and a task's own rows are trained among its own; leave it seen"
-        yield Clash(("train.competing", "prior.quadratic.weight"), problem)
     elif train.data != "task":
         problem = "is about a task's own images beside those of the past; leave it seen, or set train.data=task"
         yield Clash(("train.competing", "train.data"), problem)
+    measured = config.prior.quadratic.weight > 0 and not isinstance(config.curvature, SiCurvature | OptimizerCurvature)
+    if train.competing == "task" and measured:
+        problem = "is measured among all classes seen, and a task's own rows are trained among its own; leave it seen"
+        yield Clash(("train.competing", "prior.quadratic.weight"), problem)
     if train.loss == "sigmoid":
         yield Clash(("train.competing", "train.loss"), "is about a softmax, and there is none; leave it seen")
 

@@ -61,7 +61,7 @@ def _ordered(stems: Sequence[str], file: Path) -> list[str]:
     """By name, where that is certain.
 
     Raises:
-        DataError: two images have one name, or numbers of several lengths are another order than that of names.
+        DataError: two images have one name, or the numbers in their names have several lengths and another order.
     """
     found = sorted(stems)
     twice = next((stem for stem, following in itertools.pairwise(found) if stem == following), None)
@@ -70,12 +70,20 @@ def _ordered(stems: Sequence[str], file: Path) -> list[str]:
             f"'{file}' has a label for each image in the order of their names, but several are named '{twice}': put "
             "all images into one folder, under different names"
         )
-    if all(stem.isdecimal() for stem in found) and found != sorted(found, key=int):
+    counted = sorted(found, key=_counted)
+    if found != counted:
+        one, other = next(pair for pair in zip(found, counted, strict=True) if pair[0] != pair[1])
         raise DataError(
-            f"'{file}' has a label for each image in the order of their names, but these are numbers of different "
-            f"lengths ('{found[0]}', '{found[1]}', ...): name them with zeros in front, or give labels with names"
+            f"'{file}' has a label for each image in the order of their names, but these have numbers of different "
+            f"lengths: is '{one}' before '{other}'? name them with zeros in front, or give labels with names"
         )
     return found
+
+
+def _counted(stem: str) -> list[tuple[str, int]]:
+    """A key by which names with numbers come in the order of the numbers."""
+    parts = re.split(r"([0-9]+)", stem)
+    return [(text, int(digits or 0)) for text, digits in itertools.zip_longest(parts[::2], parts[1::2])]
 
 
 def read_labels(path: Path, synsets: Path | None = None) -> Labels:

@@ -105,11 +105,10 @@ def _groups(state: RunState, world: World, *, examples: int | None, fraction: fl
     measured = _drawn(seen, max(1, round(fraction * len(seen))), _CURVATURE, world)
     if world.config.train.head == "seen" or len({each.classes for each in learned}) == 1:
         return [Group(last, mapped, measured, len(seen))]
-    groups = [
+    return [
         Group(each, np.intersect1d(span, mapped), np.intersect1d(span, measured), len(span))
         for each, span in zip(learned, spans, strict=True)
     ]
-    return [group for group in groups if len(group.samples) or len(group.measured)]
 
 
 def _drawn(samples: Ints, count: int, purpose: int, world: World) -> Ints:

@@ -60,6 +60,7 @@ DOMAINS = "stream.scenario.kind=domains"
         ([*SESSIONS, "stream.scenario.seed=1", "stream.scenario.lists=a"], "stream.scenario.seed"),
         ([PERMUTED, "train.head_epochs=1"], "train.head_epochs"),
         (["train.head=seen", "train.competing=task", "prior.quadratic.weight=1"], "train.competing"),
+        (["train.head=seen", "train.competing=task", "train.data=seen"], "train.competing"),
         ([*FROMP, "memory.selector={kind: gini, sampled: true}"], "memory.selector.sampled"),
         (["prior.normal={precision: 1, weight: 0.5}", "train.data=seen"], "prior.normal.weight"),
         ([BLURRY, "train.frozen=[old_classes]"], "train.frozen"),

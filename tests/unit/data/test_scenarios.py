@@ -286,6 +286,10 @@ def test_listed_images_are_not_held_out(tmp_path: Path) -> None:
         assert not held & {int(number) for number in listed.split()}
         assert [len(task.train) for task in layout.tasks] == [24, 2, 2]
         assert [len(task.test) for task in layout.tasks] == [6, 2, 2]
+    lists(tmp_path, session_1="\n".join(str(number) for number in range(50) if number % 5 < 3))  # as TOPIC's have it
+    layout = listed_shots(sessions(), tmp_path, numbers, shots=2, validation=0.2)
+    assert [len(task.train) for task in layout.tasks] == [24, 2, 2]
+    assert [len(task.test) for task in layout.tasks] == [6, 2, 2]
     with pytest.raises(ConfigError, match=r"class 'd' has 10 training images, 2 of them listed; data.validation=0.9"):
         listed_shots(sessions(), tmp_path, numbers, shots=2, validation=0.9)
 
@@ -305,9 +309,21 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def of_shards(shards: Path, *names: str, tasks: int = 1, scenario: str, cache: Path) -> ImageStream:
+def of_shards(
+    shards: Path, *names: str, tasks: int = 1, scenario: str, cache: Path, more: tuple[str, ...] = ()
+) -> ImageStream:
     parts = ", ".join(f"{{path: {shards / name}, tasks: {tasks}}}" for name in names)
-    return opened(f"stream={{kind: shards, parts: [{parts}], scenario: {scenario}}}", f"data.cache={cache}")
+    return opened(f"stream={{kind: shards, parts: [{parts}], scenario: {scenario}}}", f"data.cache={cache}", *more)
+
+
+def test_domains_with_other_held_out_images_are_other_data(shards: Path, tmp_path: Path) -> None:
+    """A run of a version that held out otherwise is not continued."""
+    settings = {"tasks": 1, "scenario": "{kind: domains}"}
+    plain = of_shards(shards, "one", "two", cache=tmp_path, **settings)
+    held = [
+        of_shards(shards, "one", "two", cache=tmp_path, more=(f"data.validation={v}",), **settings) for v in (0.2, 0.5)
+    ]
+    assert len({stream.fingerprint for stream in (plain, *held)}) == 3
 
 
 def test_data_sets_of_the_same_classes_are_domains(shards: Path, tmp_path: Path) -> None:

@@ -100,10 +100,8 @@ def test_the_published_files_become_two_splits_of_the_same_classes(
     ("names", "message"),
     [
         (["a/1.jpg", "b/1.jpg", "b/2.jpg"], "several are named '1': put all images into one folder"),
-        (
-            ["1.jpg", "2.jpg", "10.jpg"],
-            r"numbers of different lengths \('1', '10', ...\): name them with zeros in front",
-        ),
+        (["1.jpg", "2.jpg", "10.jpg"], "numbers of different lengths: is '10' before '2'[?] name them with zeros in"),
+        (["val_1.jpg", "val_10.jpg", "val_2.jpg"], "numbers of different lengths: is 'val_10' before 'val_2'"),
     ],
 )
 def test_labels_by_the_order_of_names_need_an_order(tmp_path: Path, names: list[str], message: str) -> None:

@@ -109,6 +109,16 @@ def test_each_size_of_memory_has_its_own_best(tmp_path: Path) -> None:
     assert not behind_best(compare_runs(runs[:3])).rows  # one method
 
 
+def test_a_run_that_is_not_finished_is_not_the_best(tmp_path: Path) -> None:
+    """After one task of three its accuracy is high."""
+    runs = [synthetic.write_run(tmp_path / f"a{size}", synthetic.config(size=size)) for size in (20, 40)]
+    half = [
+        synthetic.write_run(tmp_path / f"b{size}", synthetic.config(size=size, replay=0.0), tasks=1, finished=False)
+        for size in (20, 40)
+    ]
+    assert not behind_best(compare_runs([*runs, *half])).rows
+
+
 def evaluation(task: int, shift: float, *, calibrated: bool) -> dict[str, Any]:
     fields = synthetic.evaluation(task, shift=shift)
     for result in fields["results"]:

@@ -7,6 +7,7 @@ import pytest
 
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
+from hpccl.report.archive import read_runs
 from hpccl.report.events import EventLog
 from hpccl.report.summary import PhaseCost, phase_totals, read_config, summarise
 from tests.unit.report import synthetic
@@ -198,6 +199,8 @@ def test_a_start_that_fails_at_once_does_not_count_the_pause_before_it(tmp_path:
         clock.now += 100
         log.write("done", weights_sha256="a" * 64)
     assert summarise(tmp_path).wall_seconds == pytest.approx(200.5)
+    (run,) = read_runs([tmp_path])  # without its steps, but for those that this needs
+    assert run.report().wall_seconds == pytest.approx(200.5)
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["killed on the way", "killed before the end was saved"])
@@ -214,6 +217,19 @@ def test_the_work_of_a_killed_part_counts_up_to_where_the_next_one_began(tmp_pat
         log.write("phase", **synthetic.phase("fit", 0, seconds=100, images=12_800, part=900))
     (fit,) = summarise(tmp_path).phases
     assert (fit.seconds, fit.images) == (1000, 128_000)
+
+
+def test_parts_whose_checkpoints_are_gone_do_not_count(tmp_path: Path) -> None:
+    """Killed at 400 after a start at 300; the two newest checkpoints were deleted, and it began at 200 once more."""
+    synthetic.write_config(tmp_path, synthetic.config())
+    with EventLog(RunFolder(tmp_path).events, clock=synthetic.Clock()) as log:
+        log.write("run", **synthetic.run_fields())
+        for step, part in ((100, 0), (200, 0), (300, 0), (400, 300)):
+            cost = synthetic.phase("fit", 0, seconds=step - part, images=10 * (step - part), part=part)
+            log.write("spent", **cost, step=step)
+        log.write("run", **synthetic.run_fields())
+        log.write("phase", **synthetic.phase("fit", 0, seconds=800, images=8000, part=200))
+    assert [(fit.seconds, fit.images) for fit in summarise(tmp_path).phases] == [(1000, 10_000)]
 
 
 def test_the_work_of_a_part_that_goes_on_counts_as_far_as_it_is_known(tmp_path: Path) -> None:
