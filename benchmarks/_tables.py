@@ -122,8 +122,8 @@ def _headline(results: Sequence[Details]) -> list[str]:
 
 
 def _curvature(results: Sequence[Details]) -> list[str]:
-    head = ("model", "", "Monte-Carlo, s", "empirical, s", "times forward + backward", "peak memory, MiB")
-    head = (*head, "time over hpccl's", "memory over hpccl's")
+    head = ["model", "", "Monte-Carlo, s", "empirical, s", "times forward + backward", "peak memory, MiB"]
+    head += ["time over hpccl's", "memory over hpccl's"]
     cells = []
     for result in results:
         details, cpu = result["details"], result["machine"]["cpu"]

@@ -20,7 +20,8 @@ class Scaled(nn.Module):
         self.idle = nn.Parameter(torch.ones(4))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.linear(pixels) * self.gain
+        scaled: Tensor = self.linear(pixels) * self.gain
+        return scaled
 
 
 def test_every_parameter_has_its_gradient() -> None:
