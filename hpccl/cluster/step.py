@@ -161,15 +161,16 @@ def _refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:
     lines = [line for line in _remembered(folder.logs / _STARTS) if line.get("job") == job.id]
     starts = [line["place"] for line in lines if "place" in line]
     if len(starts) >= _STANDSTILLS and set(starts[-_STANDSTILLS:]) == {place}:
-        reason = next((f" ended with: {line['reason']}" for line in lines[-1:] if "reason" in line), None)
+        reason = lines[-1].get("reason")
+        cause = (
+            f"the last one ended with: {reason};"
+            if reason
+            else "is its time limit (cluster.time) too short to load the data and train a few steps, or its memory "
+            "(cluster.mem) too small?"
+        )
         raise FolderError(
             f"job {job.id} was started {len(starts)} times and the last {_STANDSTILLS} starts all stood at {place}; "
-            + (
-                f"the last one{reason}; mend that and submit the run again"
-                if reason
-                else "is its time limit (cluster.time) too short to load the data and train a few steps, or its memory "
-                "(cluster.mem) too small? mend that and submit the run again"
-            )
+            f"{cause} mend that and submit the run again"
         )
     _remember(folder, {"job": job.id, "restart": job.restart, "place": place})
 

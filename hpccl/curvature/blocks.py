@@ -237,8 +237,8 @@ class Block:
 
     def times(self, scale: float) -> Block:
         """Scaled by `scale` >= 0, as if so many times the examples were behind each term."""
-        terms, counts = (tuple(term.times(scale) for term in self.terms), tuple(count * scale for count in self.counts))
-        return replace(self, terms=terms, counts=counts, lost=self.lost * scale)
+        terms = tuple(term.times(scale) for term in self.terms)
+        return replace(self, terms=terms, counts=tuple(count * scale for count in self.counts), lost=self.lost * scale)
 
     def truncated(self, keep: float) -> Block:
         """With factors of low rank that keep the share `keep` of each term's trace; what that changes is in `lost`.

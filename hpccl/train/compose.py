@@ -399,7 +399,7 @@ def _memory_weights(config: RunConfig, stream: Stream, task: Task, memory: Memor
     Examples that are to be forgotten count in neither N_s nor m, whether they are still in memory or not.
     """
     weights = []
-    left, kept = _remaining(config, stream, memory)
+    left, kept = _remaining(config, stream, memory) if config.prior.scale_to_task else ([], [])
     for other in stream.tasks:
         stands_for = left[other.index] / max(kept[other.index], 1) if config.prior.scale_to_task else 1.0
         if config.prior.scale_to_new:
