@@ -15,24 +15,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, streamed, whole
+from hpccl.engine.held import Held
 from hpccl.engine.hooks import Hooks
+from hpccl.engine.modes import recomputing, refuse_recompute, without_statistics
 from hpccl.engine.moments import local
 from hpccl.engine.optim import learning_rate
 from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.engine.squares import Squares
 from hpccl.engine.trial import drawing, held_within
-from hpccl.errors import ConfigError, WorldError
+from hpccl.errors import WorldError
 from hpccl.models.dropout import set_noise
 from hpccl.optim.noise import Run
 from hpccl.optim.perturbing import Perturbing
 from hpccl.optim.vogn import Vogn
 
-__all__ = ["BaseEngine", "Moments", "refuse_recompute"]
+__all__ = ["BaseEngine", "Moments"]
 
 # By parameter, by key: this rank's elements (or a number that is not a parameter's), and where they belong.
 Moments = Mapping[str, Mapping[str, Any]]
@@ -55,9 +56,7 @@ class BaseEngine(ABC):
         self._pull: Callable[[str, Tensor], Tensor] | None = None
         self._task = self._step = self._num_steps = 0
         self._last = False
-        self._held: dict[str, Tensor] = {}
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
-        self._still: list[nn.Module] = []
+        self._held = Held()
         refuse_recompute(model, config)
 
     # ---------------------------------------------------------------- where things are
@@ -134,11 +133,10 @@ class BaseEngine(ABC):
     def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True, training: bool = True) -> Tensor:
         """Logits with a gradient, fp32; autocast ends here, before any loss or prior."""
         self._model.train(training)
-        for norm in self._still:
-            norm.eval()
+        self._held.still()
         set_noise(self._model, noise)
         self._last = last
-        with self._recomputing(), self._autocast():
+        with recomputing(self._model, self._config.recompute), self._autocast():
             logits = self._run(pixels.to(memory_format=self._format))
         return logits.float()
 
@@ -159,7 +157,9 @@ class BaseEngine(ABC):
 
         Engines average over ranks; the caller's losses are this rank's share of a sum, so the world size is put back.
         """
-        with self._statistics_kept():
+        # Activations that are computed again pass BatchNorm twice; it must count them once. Without its statistics it
+        # would save other tensors the second time, which checkpointing refuses; so they are put back.
+        with without_statistics(self._model, self._config.recompute):
             self._pull_back(loss * self._comm.size)
 
     def _pull_back(self, loss: Tensor) -> None:
@@ -180,10 +180,9 @@ class BaseEngine(ABC):
     def _moved(self) -> Tensor:
         """An update of what is not held; returns the gradient's norm before."""
         norm = self._update(self.lr)
-        if self._kept:
+        if self._held.masks:
             # An optimiser moves also what has no gradient: by weight decay, or by the sign of nothing.
-            own = self._locals()
-            self._put_locals({name: kept.where(mask, own[name]) for name, (mask, kept) in self._kept.items()})
+            self._put_locals(self._held.restored(self._locals()))
         return norm
 
     @property
@@ -201,20 +200,9 @@ class BaseEngine(ABC):
     # ---------------------------------------------------------------- what does not learn
 
     def hold(self, held: Mapping[str, Tensor], norms: frozenset[str]) -> None:
-        """See the protocol; masks stay small, but for this rank's elements of parameters that are spread."""
-        own = self._locals()
-        self._held = {name: mask.to(self.device) for name, mask in held.items()}
-        self._kept = {}
-        for name, mask in held.items():
-            part = mask.to(own[name].device)
-            span = self._spans.get(name)
-            if span is not None and mask.numel() > 1:
-                whole_mask = mask.expand(span.shape).reshape(-1)
-                part = whole_mask[span.start : span.stop].to(own[name].device).view_as(own[name])
-            elif span is not None:
-                part = part.reshape(1)
-            self._kept[name] = (part, own[name].clone())
-        self._still = [module for name, module in self._model.named_modules() if name in norms]
+        """See the protocol."""
+        self._held.take(held, self._locals(), self._spans, self.device)
+        self._held.take_norms(self._model, norms)
 
     # ---------------------------------------------------------------- the path
 
@@ -330,11 +318,11 @@ class BaseEngine(ABC):
         runs = self._runs()
         tensors = list(runs)
         trial = optimiser.trial(number, tensors, drawing(runs, (self._seed, self._task, self._step)))
-        if trial is not None and self._held:
+        if trial is not None and self._held.masks:
             shapes = {name: value.shape for name, value in self.like.items()}
-            held = [held_within(tensor, runs[tensor], self._held, shapes) for tensor in tensors]
+            held = [held_within(tensor, runs[tensor], self._held.masks, shapes) for tensor in tensors]
             trial = [own.where(mask, values) for own, mask, values in zip(tensors, held, trial, strict=True)]
-        with self._without_statistics(number > 0), self._shown(tensors, trial):
+        with without_statistics(self._model, number > 0), self._shown(tensors, trial):
             yield
         if isinstance(optimiser, Vogn):
             self._squares.give(optimiser, runs, self._spans, num_rows=num_rows)
@@ -404,8 +392,7 @@ class BaseEngine(ABC):
         def call(gradient: Tensor) -> Tensor:
             if self._last:
                 gradient = self._hooks.call(name, gradient, self._whole_now)
-            held = self._held.get(name)
-            return gradient if held is None else gradient.masked_fill(held, 0.0)
+            return self._held.clear(name, gradient)
 
         return call
 
@@ -552,59 +539,7 @@ class BaseEngine(ABC):
         lower = self._config.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=lower, cache_enabled=not self._spans)
 
-    @contextlib.contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        """Timm's activation checkpointing, in training only: other passes look into layers, and gain nothing."""
-        if not self._config.recompute:
-            yield
-            return
-        switch: Any = self._model.set_grad_checkpointing
-        switch(True)
-        try:
-            yield
-        finally:
-            switch(False)
-
-    @contextlib.contextmanager
-    def _statistics_kept(self) -> Iterator[None]:
-        """BatchNorm counts a batch once, though its activations are computed twice.
-
-        Without its statistics it would save other tensors the second time, which checkpointing refuses.
-        """
-        with self._without_statistics(self._config.recompute):
-            yield
-
-    @contextlib.contextmanager
-    def _without_statistics(self, without: bool) -> Iterator[None]:
-        """BatchNorm's running statistics stay as they are."""
-        norms = [module for module in self._model.modules() if isinstance(module, _BatchNorm)] if without else []
-        momenta = [norm.momentum for norm in norms]
-        counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
-        counted = [count.clone() for count in counts]
-        try:
-            for norm in norms:
-                norm.momentum = 0.0
-            yield
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-            for count, before in zip(counts, counted, strict=True):
-                count.copy_(before)
-
 
 def _as_whole(value: Tensor | Slab | Stored) -> Tensor | Stored:
     assert not isinstance(value, Slab), "a part is not the whole"
     return value
-
-
-def refuse_recompute(model: nn.Module, config: RunConfig) -> None:
-    """Only some models can let activations go.
-
-    Raises:
-        ConfigError: it is asked for, and this one cannot.
-    """
-    if config.engine.recompute and not hasattr(model, "set_grad_checkpointing"):
-        raise ConfigError(
-            f"engine.recompute=true: {type(model).__name__} (model.kind={config.model.kind}) cannot recompute its "
-            "activations; allowed with timm models that have set_grad_checkpointing"
-        )

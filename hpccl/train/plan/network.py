@@ -20,7 +20,7 @@ from hpccl.config.run import RunConfig
 from hpccl.curvature.blocks import Layout
 from hpccl.curvature.factors import refuse_large
 from hpccl.curvature.layers import acts_as_known, has_formula
-from hpccl.engine.base import refuse_recompute
+from hpccl.engine.modes import refuse_recompute
 from hpccl.engine.optim import build_optimizer
 from hpccl.engine.protocols import trainable
 from hpccl.engine.sharded import units
