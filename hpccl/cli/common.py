@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpccl.cluster.outcome import DONE, INTERRUPTED, STOPPED
+from hpccl.cluster.step import in_step
 from hpccl.config.load import is_override, sweep
+from hpccl.config.unheard import unheard
 
 if TYPE_CHECKING:
     from hpccl.config.run import RunConfig
@@ -28,9 +30,14 @@ Arguments = Annotated[
 
 
 def configs_of(arguments: Sequence[str]) -> list[RunConfig]:
-    """Raises ConfigError."""
+    """One for each run; settings that have no effect are told of on stderr. Raises ConfigError."""
     files = [Path(argument) for argument in arguments if not is_override(argument)]
-    return sweep(files, [argument for argument in arguments if is_override(argument)])
+    overrides = [argument for argument in arguments if is_override(argument)]
+    configs = sweep(files, overrides)
+    if not in_step():  # there, every rank would say it
+        for line in unheard(configs, overrides):
+            typer.echo(f"note: {line}", err=True)
+    return configs
 
 
 def train_all(configs: Sequence[RunConfig]) -> int:

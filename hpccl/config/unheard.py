@@ -1,0 +1,75 @@
+"""Settings that say nothing in a run: of terms that are off, and the like.
+
+In a file they may stand, for one recipe serves many methods; whoever writes one on the command line expects it to do
+something, and is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from hpccl.config.curvature import EkfacCurvature, KroneckerCurvature
+
+if TYPE_CHECKING:
+    from hpccl.config.run import RunConfig
+
+__all__ = ["unheard"]
+
+
+class _Silence(NamedTuple):
+    """keys: a setting, or a section with all that is in it; but: what switches it on; when: it is silent; why: then"""
+
+    keys: str
+    but: str
+    when: Callable[[RunConfig], bool]
+    why: str
+
+
+def _off(section: str, switch: str) -> _Silence:
+    """A section of `prior` that a number switches on."""
+    path = f"prior.{section}.{switch}"
+    return _Silence(f"prior.{section}", path, lambda c: getattr(getattr(c.prior, section), switch) == 0, f"{path} is 0")
+
+
+_SILENCES = (
+    _off("quadratic", "weight"),
+    _off("normal", "precision"),
+    _off("fromp", "weight"),
+    _off("distill", "weight"),
+    _off("correct", "share"),
+    _off("topology", "nodes"),
+    _Silence(
+        "prior.quadratic.products",
+        "",
+        lambda c: not isinstance(c.curvature, (KroneckerCurvature, EkfacCurvature)),
+        "it is of curvature.kind=kronecker and ekfac",
+    ),
+    _Silence(
+        "curvature",
+        "",
+        lambda c: not c.measures and not c.follows,
+        "no term uses a curvature (prior.quadratic.weight and prior.fromp.weight are 0, or its kernel is identity)",
+    ),
+    _Silence("memory.selector", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
+    _Silence("prior.scale_to_task", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
+)
+
+
+def unheard(configs: Sequence[RunConfig], overrides: Sequence[str]) -> list[str]:
+    """A line for each `key=value` that has no effect in any of the runs."""
+    found = []
+    for override in overrides:
+        key = override.partition("=")[0]
+        reasons = [_reason(config, key) for config in configs]
+        if reasons and reasons[0] is not None and all(reasons):
+            found.append(f"{override} has no effect here: {reasons[0]}")
+    return found
+
+
+def _reason(config: RunConfig, key: str) -> str | None:
+    for silence in _SILENCES:
+        within = key == silence.keys or key.startswith(f"{silence.keys}.")
+        if within and key != silence.but and silence.when(config):
+            return silence.why
+    return None
