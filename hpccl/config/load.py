@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -356,7 +357,16 @@ def _untagged(loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[Section
         if held and held.tagged and at < len(loc):
             inside = held.pick(str(loc[at]))
             at += 1
+        if held is None and section is not None and _of_types(section, name):
+            break  # what follows names the type that was tried
     return tuple(path), section
+
+
+def _of_types(section: type[Section], key: str) -> bool:
+    """Whether a value may be of several types, such as a number or a word."""
+    field = section.model_fields.get(key)
+    types = get_args(field.annotation) if field and get_origin(field.annotation) in (Union, UnionType) else ()
+    return len([each for each in types if each is not NoneType]) > 1
 
 
 def _line(wrong: _Wrong, tree: Node) -> str:

@@ -126,7 +126,9 @@ class PriorConfig(Section):
     weight: FloatPerTask = (1.0,)  # tau of a memory example, by the task it comes from
     scale_to_task: bool = False  # tau * N_s / m: memory stands for its whole task
     scale_to_new: bool = False  # tau * N_t / M: all memory together counts as much as the new task (ER, DER)
-    replay: Fraction = 0.0  # share of memory with true labels; the rest has the old model's soft labels
+    # share of memory with true labels; the rest has the old model's soft labels. coverage: of each task, the share of
+    # its examples that memory keeps
+    replay: Fraction | Literal["coverage"] = 0.0
     # beta, in tau's place: soft-labelled memory also speaks by its true labels, with this weight (DER++)
     label_weight: NonNegativeFloat = 0.0
     # of soft labels: of probabilities; or squared differences of logits, their mean over classes (DER)
@@ -142,3 +144,19 @@ class PriorConfig(Section):
     distill: DistillConfig = DistillConfig()  # the previous network on the task's own images
     correct: CorrectConfig = CorrectConfig()  # of the logits of the newest classes
     topology: TopologyConfig = TopologyConfig()  # a net of nodes over features
+
+    @property
+    def some_true(self) -> bool:
+        """Whether examples in memory may speak by their true labels (replay)."""
+        return self.replay != 0
+
+    @property
+    def some_soft(self) -> bool:
+        """Whether examples in memory may speak by soft labels."""
+        return self.replay != 1
+
+    def num_replayed(self, kept: int, num_train: int) -> int:
+        """Of `kept` examples of a task with `num_train` training examples, those with true labels."""
+        if self.replay == "coverage":
+            return kept * kept // max(num_train, 1)
+        return int(self.replay * kept + 1e-9)  # 0.29 * 100 < 29

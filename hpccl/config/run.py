@@ -104,15 +104,15 @@ class RunConfig(Section):
     def _remembered(self) -> list[str]:
         """Of methods that keep examples; those that are named with their memory say nothing here."""
         prior, names = self.prior, self._distilled()
-        if not self.memory.kept or (prior.replay == 1 and names in (["icarl"], ["bic"])):
+        if not self.memory.kept or (not prior.some_soft and names in (["icarl"], ["bic"])):
             return []
         soft, replay = ["kpriors" if prior.normal.precision > 0 else "fr"], []
         if prior.loss == "squared":
             soft = ["der++" if prior.label_weight else "der"]
         elif prior.fromp.weight > 0:
             soft = ["fromp"]
-        soft = soft if prior.replay < 1 else []
-        if prior.replay > 0:
+        soft = soft if prior.some_soft else []
+        if prior.some_true:
             replay = [self._replayed()] if prior.scale_to_new and not soft else ["replay"]
         return soft + replay
 

@@ -65,7 +65,7 @@ def _adapted(config: RunConfig) -> Iterator[Clash]:
     if config.prior.topology.nodes > 0:
         problem = "keeps features in place while new classes are learned, and there are none; set it to 0"
         yield Clash(("prior.topology.nodes", "adapt.kind"), problem)
-    if config.prior.replay == 1 and isinstance(adapt, NewModel):
+    if not config.prior.some_soft and isinstance(adapt, NewModel):
         problem = "the old network says nothing where all of the memory has true labels; adapt a run with soft labels"
         yield Clash(("prior.replay", "adapt.kind"), problem)
     if config.prior.view == "teacher" and isinstance(adapt, NewModel):

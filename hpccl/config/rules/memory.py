@@ -27,7 +27,7 @@ def _selector(config: RunConfig) -> Iterator[Clash]:
     selector = config.memory.selector
     if not config.memory.kept or not isinstance(selector, ReconstructionSelector):
         return
-    if selector.probes == 0 and config.prior.replay == 0:
+    if selector.probes == 0 and not config.prior.some_true:
         problem = "soft labels say nothing at the weights that end a task; set probes > 0, or prior.replay > 0"
         yield Clash(("memory.selector.probes", "prior.replay"), problem)
     if selector.weights == "equal" and differs(selector, ReconstructionSelector(), "ridge"):
@@ -67,7 +67,7 @@ def _copies(config: RunConfig) -> Iterator[Clash]:
 
 def _needs_soft_labels(config: RunConfig) -> Iterator[Clash]:
     prior, usual = config.prior, PriorConfig()
-    if config.memory.kept and prior.replay < 1:
+    if config.memory.kept and prior.some_soft:
         return
     empty = not config.memory.kept
     cause = ("memory.size",) if empty else ("prior.replay",)

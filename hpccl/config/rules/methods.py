@@ -84,7 +84,7 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
         return
     if not config.memory.kept:
         yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
-    if prior.replay > 0:
+    if prior.some_true:
         yield Clash(("prior.replay", key), "memory's predictions are kept as they are, not its labels; set it to 0")
     if prior.quadratic.weight > 0:
         problem = f"stands for the past, as does {key}: it would count twice; set one of them to 0"
@@ -143,7 +143,7 @@ def _memory_alone(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("memory.selector.kind", "train.data"), problem)
     if isinstance(memory.mix, StratifiedMix):
         yield Clash(("memory.mix.kind", "train.data"), "mixes memory with new data, of which there are none")
-    if config.prior.replay < 1:
+    if config.prior.some_soft:
         yield Clash(("prior.replay", "train.data"), "all of memory is learned by its true labels; set prior.replay=1")
     if differs(config.prior, PriorConfig(), "weight"):
         problem = "weighs memory against new data, of which there are none; leave it 1"
@@ -158,7 +158,7 @@ def _distilled(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("prior.distill.weight", "train.data"), "train.data=seen already trains on the past; unset one")
     if distill.images == "all" and not config.memory.kept:
         yield Clash(("prior.distill.images", "memory.size"), "is about memory's images, but there is no memory")
-    elif distill.images == "all" and prior.replay < 1:
+    elif distill.images == "all" and prior.some_soft:
         problem = "memory's soft labels say the same already; set prior.replay=1, or leave it new"
         yield Clash(("prior.distill.images", "prior.replay"), problem)
     if distill.balance == "classes" and config.train.head == "own":
@@ -175,7 +175,7 @@ def _sigmoids(config: RunConfig) -> Iterator[Clash]:
     because = "train.loss=sigmoid has no softmax"
     if prior.quadratic.weight > 0:
         yield Clash(("prior.quadratic.weight", "train.loss"), f"curvature is that of a softmax, and {because}")
-    if config.memory.kept and prior.replay < 1:
+    if config.memory.kept and prior.some_soft:
         yield Clash(("prior.replay", "train.loss"), f"soft labels are a softmax's, and {because}; set prior.replay=1")
     if train.label_smoothing > 0:
         yield Clash(("train.label_smoothing", "train.loss"), f"spreads a label over a softmax, and {because}")
@@ -194,7 +194,7 @@ def _sigmoids(config: RunConfig) -> Iterator[Clash]:
 def _logits_kept(config: RunConfig) -> Iterator[Clash]:
     """Of what is said of memory by logits (DER) and by two rows (DER++)."""
     prior, usual = config.prior, PriorConfig()
-    soft = config.memory.kept and prior.replay < 1
+    soft = config.memory.kept and prior.some_soft
     if not soft:
         keys = [f"prior.{key}" for key in ("loss", "label_weight") if differs(prior, usual, key)]
         keys += ["memory.labels"] if config.memory.labels == "kept" else []
@@ -204,7 +204,7 @@ def _logits_kept(config: RunConfig) -> Iterator[Clash]:
     if config.memory.labels == "kept" and prior.view == "teacher":
         problem = "asks the newest network; with kept labels, set it to stored or recorded"
         yield Clash(("prior.view", "memory.labels"), problem)
-    if prior.label_weight > 0 and prior.replay > 0:
+    if prior.label_weight > 0 and prior.some_true:
         problem = "every example speaks by its soft and its true label already; set prior.replay=0"
         yield Clash(("prior.replay", "prior.label_weight"), problem)
     if prior.classes == "known" and config.train.head == "own":
@@ -287,7 +287,7 @@ def _all_compete(config: RunConfig) -> Iterator[Clash]:
     """Those of soft labels and of what is measured are the classes seen."""
     prior, key = config.prior, "train.competing"
     problem = "lets classes to come compete in rows with true labels alone, and here others speak of the same images"
-    soft = config.memory.kept and prior.replay < 1 and prior.weight != (0.0,) and prior.loss != "squared"
+    soft = config.memory.kept and prior.some_soft and prior.weight != (0.0,) and prior.loss != "squared"
     others = {
         "prior.replay": soft,
         "prior.distill.weight": prior.distill.weight > 0,

@@ -309,11 +309,15 @@ class _Case:
         """Examples kept of each of the first tasks, when all of these have been learned."""
         return kept_of_tasks(self.config, self.stream, tasks)
 
+    def _own(self, task: Task) -> int:
+        """Training examples of a task."""
+        return len(task.samples("train")) - len(held_out(self.config, self.stream, task))
+
     def _num_new(self, task: Task) -> int:
         """Examples that a task trains on, beside memory."""
         match self.config.train.data:
             case "task":
-                return len(task.samples("train")) - len(held_out(self.config, self.stream, task))
+                return self._own(task)
             case "seen":
                 return task.samples("train").stop
             case "memory":
@@ -382,15 +386,22 @@ class _Case:
         *_, last = self.batch_plans()
         mixed = last.memory_rows / last.batch_size if last.memory_rows else last.num_memory / last.num_train
         distill = self.config.prior.distill
-        soft = mixed * (1 - self.config.prior.replay) if self.config.prior.view == "teacher" else 0.0
+        soft = mixed * self._softly() if self.config.prior.view == "teacher" else 0.0
         if distill.weight == 0 or distill.view == "recorded":
             return soft
         return 1.0 if distill.images == "all" else 1 - mixed + soft
 
+    def _softly(self) -> float:
+        """Of memory in the last task, the share with soft labels."""
+        tasks = self.stream.tasks[:-1]
+        kept = self._kept(len(tasks))
+        replayed = [self.config.prior.num_replayed(num, self._own(task)) for num, task in zip(kept, tasks, strict=True)]
+        return 1 - sum(replayed) / max(sum(kept), 1)
+
     @property
     def _has_teacher(self) -> bool:
         config = self.config
-        soft = config.memory.kept and config.prior.view == "teacher" and config.prior.replay < 1
+        soft = config.memory.kept and config.prior.view == "teacher" and config.prior.some_soft
         return soft or (config.prior.distill.weight > 0 and config.prior.distill.view == "same")
 
     def batch_plans(self) -> Iterator[BatchPlan]:
