@@ -214,6 +214,13 @@ def test_two_processes_give_the_same_map(found: MemoryMap, tmp_path: Path) -> No
         np.testing.assert_allclose(other.table[name], found.table[name], rtol=2e-2, atol=1e-4, err_msg=name)
 
 
+def test_classes_in_turn_lose_what_all_at_once_lose(
+    run: Path, found: MemoryMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpccl.train.memory_map.last_layer._GRADIENTS", 3 * 5 * 17)  # of 5 classes, three and two
+    assert summary(map_memory(run)) == summary(found)
+
+
 def test_an_earlier_task_and_the_command(run: Path, tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["memory", "map", str(run), "--task", "0", "--out", str(tmp_path / "map")])
     assert said.exit_code == 0, said.output

@@ -26,6 +26,7 @@ __all__ = ["by_last_layer"]
 Ints = npt.NDArray[np.int64]
 
 _BY_CLASS = 1 << 26  # numbers of the factors of each class alone
+_GRADIENTS = 1 << 26  # numbers of the gradients of some classes at once: of 1,000 classes, all would be 16 GB
 
 
 def by_last_layer(
@@ -93,13 +94,18 @@ class _Spool:
             labels = np.searchsorted(classes, world.stream.labels("train")[sample])
             yield cls(classes, sample, labels, path, group.total / len(sample))
 
-    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(logits, x, labels) of some examples."""
+    def _parts(self, among: range | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(logits, x, labels) of some examples; among: of these classes only."""
         rows = np.memmap(self.path, dtype=np.float32, mode="r").reshape(len(self.sample), -1)
         size = max(1, min(4096, (1 << 25) // len(self.classes) ** 2))
-        for start in range(0, len(rows), size):
-            part = torch.from_numpy(np.array(rows[start : start + size]))
-            labels = torch.from_numpy(self.labels[start : start + size])
+        some = np.ones(len(rows), dtype=bool)
+        if among is not None:
+            some = (self.labels >= among.start) & (self.labels < among.stop)
+        places = np.flatnonzero(some)
+        for start in range(0, len(places), size):
+            here = places[start : start + size]
+            part = torch.from_numpy(np.array(rows[here]))
+            labels = torch.from_numpy(self.labels[here])
             yield part[:, : len(self.classes)], part[:, len(self.classes) :], labels
 
     def factors(self) -> _Factors:
@@ -121,29 +127,46 @@ class _Spool:
     def scored(self, factors: _Factors, prior_precision: float) -> Found:
         """Every example's figures, and what every class would lose."""
         layer = factors.posterior(prior_precision)
-        columns: list[dict[str, Tensor]] = []
-        gradient = torch.zeros(len(self.classes), *self._widths(), dtype=torch.float64)
-        for logits, x, labels in self._parts():
-            columns.append(perturbed(logits, labels, top_layer_variance(x, layer)).columns())
-            _add_gradients(gradient, logits, x, labels)
-        for number, each in enumerate(gradient):  # in place, for they are many
-            left = factors.posterior(prior_precision, without=number) if factors.by_class else layer
-            gradient[number] = left.solve(each * self.scale)
-        return Found(self.sample, joined(columns), self._removed(gradient))
+        columns = [
+            perturbed(logits, labels, top_layer_variance(x, layer)).columns() for logits, x, labels in self._parts()
+        ]
+        outputs, inputs = self._widths()
+        removed: dict[int, float] = {}
+        some = max(1, _GRADIENTS // (outputs * inputs))
+        for first in range(0, outputs, some):
+            among = range(first, min(first + some, outputs))
+            steps = self._gradients(among)
+            for number in among:  # in place, for they are large
+                left = factors.posterior(prior_precision, without=number) if factors.by_class else layer
+                steps[number - first] = left.solve(steps[number - first] * self.scale)
+            removed |= self._removed(among, steps)
+        return Found(self.sample, joined(columns), removed)
 
     def _widths(self) -> tuple[int, int]:
         """K and d."""
         width = self.path.stat().st_size // (4 * len(self.sample))
         return len(self.classes), width - len(self.classes)
 
-    def _removed(self, steps: Tensor) -> dict[int, float]:
-        total, count = np.zeros(len(self.classes)), np.bincount(self.labels, minlength=len(self.classes))
-        for logits, x, labels in self._parts():
+    def _gradients(self, among: range) -> Tensor:
+        """Sums of e_j x_j' over the examples of each of some classes, [len(among), K, d]."""
+        total = torch.zeros(len(among), *self._widths(), dtype=torch.float64)
+        for logits, x, labels in self._parts(among):
+            p = logits.double().softmax(dim=1)
+            error = p - torch.nn.functional.one_hot(labels, logits.shape[1]).to(p)
             for number in labels.unique().tolist():
                 own = labels == number
-                moved = logits[own].double() + x[own].double() @ steps[number].T
+                total[number - among.start] += error[own].T @ x[own].double()
+        return total
+
+    def _removed(self, among: range, steps: Tensor) -> dict[int, float]:
+        """By number of class, the mean loss of its examples at weights that have moved by `steps`."""
+        total, count = np.zeros(len(self.classes)), np.bincount(self.labels, minlength=len(self.classes))
+        for logits, x, labels in self._parts(among):
+            for number in labels.unique().tolist():
+                own = labels == number
+                moved = logits[own].double() + x[own].double() @ steps[number - among.start].T
                 total[number] += float(torch.nn.functional.cross_entropy(moved, labels[own], reduction="sum"))
-        return {number: float(total[k] / count[k]) for k, number in enumerate(self.classes) if count[k]}
+        return {self.classes[k]: float(total[k] / count[k]) for k in among if count[k]}
 
 
 @dataclass(frozen=True)
@@ -171,15 +194,6 @@ class _Factors:
         moment = torch.einsum("g,gij->ij", kept, self.moments) / (kept * self.sizes).sum().clamp_min(1)
         curvature = torch.einsum("g,gkl->kl", kept, self.curvatures) * self.scale
         return TopLayer.of(moment, curvature, prior_precision=prior_precision)
-
-
-def _add_gradients(total: Tensor, logits: Tensor, x: Tensor, labels: Tensor) -> None:
-    """Add sum_j e_j x_j' over the examples of each class to [K, K, d]."""
-    p = logits.double().softmax(dim=1)
-    error = p - torch.nn.functional.one_hot(labels, logits.shape[1]).to(p)
-    for number in labels.unique().tolist():
-        own = labels == number
-        total[number] += error[own].T @ x[own].double()
 
 
 def _refuse_infinite(rows: npt.NDArray[np.floating[Any]], sample: Ints) -> None:
