@@ -60,9 +60,10 @@ from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
 from hpccl.prior.reconstruct import Losses, compare_gradients, summed_gradients
 from hpccl.train.compose import Composer
-from hpccl.train.consolidate import consolidate, measure, relabel, select
+from hpccl.train.consolidate import consolidate, relabel, select
 from hpccl.train.fit import fit
 from hpccl.train.loss import row_nats
+from hpccl.train.measure import measure
 from hpccl.train.run import fresh_state
 from hpccl.train.state import RunState, World
 

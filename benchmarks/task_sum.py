@@ -34,8 +34,8 @@ from hpccl.memory.store import Memory
 from hpccl.prior.prior import Prior
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
-from hpccl.train.consolidate import measure
 from hpccl.train.fit import fit
+from hpccl.train.measure import measure
 from hpccl.train.run import fresh_state
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop

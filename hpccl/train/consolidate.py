@@ -16,41 +16,22 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hpccl.checkpoint.apart import Apart, read_apart, write_apart
-from hpccl.config.base import per_task
-from hpccl.config.curvature import (
-    DenseCurvature,
-    DiagonalCurvature,
-    MasCurvature,
-    OptimizerCurvature,
-    PassCurvature,
-    SiCurvature,
-)
 from hpccl.config.memory import GreedySelector
-from hpccl.curvature.build import build_estimator
-from hpccl.curvature.diagonal import Diagonal
-from hpccl.curvature.learned import learned_diagonal
-from hpccl.curvature.protocols import Precision, Totals
-from hpccl.curvature.si import synaptic
-from hpccl.data.order import mix
 from hpccl.data.protocols import Task, training_samples
-from hpccl.dist.spread import Leaves
 from hpccl.errors import DataError, FolderError, WorldError
 from hpccl.folder import replacing
 from hpccl.memory.budget import kept_of
 from hpccl.memory.select import Candidates, choose
 from hpccl.memory.store import DTYPES, Memory, head_columns, stored
 from hpccl.prior.correction import Correction
-from hpccl.prior.fromp import Fromp
 from hpccl.prior.prior import Prior
-from hpccl.prior.quadratic import Quadratic
 from hpccl.train.copies import keep_images
 from hpccl.train.end_of_task import class_means, correction
-from hpccl.train.functional import functional_prior
 from hpccl.train.kept import admitted_greedily, held_out, kept_of_tasks
+from hpccl.train.measure import functional, measure
 from hpccl.train.passes import shared_images
 from hpccl.train.selection import chosen
 from hpccl.train.state import RunState, World
-from hpccl.train.task_pass import TaskPass
 from hpccl.train.topology import end_session
 
 __all__ = ["admit_first", "consolidate", "thumbnail"]
@@ -58,7 +39,7 @@ __all__ = ["admit_first", "consolidate", "thumbnail"]
 Ints = npt.NDArray[np.int64]
 
 # What a hash is for (apart from those of hpccl.data.order).
-_SELECT, _REPLAY, _SUBSAMPLE = 101, 102, 103
+_SELECT, _REPLAY = 101, 102
 _PICTURES = 100
 _THUMBNAIL = 64
 
@@ -78,7 +59,7 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
     memory = select(task, state.prior.memory, state, world)
     keep_images(task, memory, world)
     anchor = state.engine.gather()
-    quadratic = measure(task, memory, anchor, state, world)
+    quadratic = measure(task, memory, anchor, state, world, before=state.prior.memory)
     memory = relabel(task, memory, state, world, corrected)
     fromp = functional(task, memory, state, world)
     means = class_means(task, memory, state, world)
@@ -179,97 +160,6 @@ def _replayed(before: Memory, memory: Memory, world: World) -> Memory:
         chosen_ones = choose(label, sample, keep=keep, balanced=config.memory.balanced, words=words)
         replay[own] = torch.from_numpy(np.isin(np.arange(len(sample)), chosen_ones))
     return replace(memory, replay=replay)
-
-
-def measure(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: World) -> Quadratic | None:
-    """The quadratic with the curvature of the task's examples that are not in memory; None if there is none."""
-    config = world.config.prior.quadratic
-    if config.weight == 0:
-        return None
-    with world.phase(task, "curvature") as phase:
-        precision, count = _precision(task, memory, anchor, state, world)
-        phase.images = count if isinstance(world.config.curvature, PassCurvature) else 0
-        new = precision.totals(world.comm)
-        if state.prior.quadratic is None:
-            quadratic = Quadratic(precision, anchor, config.weight, config.damping, products=config.products)
-        else:
-            own = state.engine.like if config.anchor == "each" else ()
-            quadratic = state.prior.quadratic.plus(precision, anchor, world.comm, own_anchors=own, decay=config.decay)
-    _write_curvature(task, new, quadratic.precision, world, num_examples=count, state=state)
-    return quadratic
-
-
-def functional(task: Task, memory: Memory, state: RunState, world: World) -> Fromp | None:
-    """The functional prior, with the curvature of all examples of all past tasks; None if there is none."""
-    precision = None
-    if world.config.prior.fromp.weight > 0 and world.config.measures:
-        with world.phase(task, "curvature") as phase:
-            samples, precision = _measured(task, Memory.empty(), state, world)
-            phase.images = len(samples)
-            new = precision.totals(world.comm)
-            before = state.prior.precision
-            precision = precision if before is None else before.plus(precision, world.comm)
-        _write_curvature(task, new, precision, world, num_examples=len(samples), state=state)
-    return functional_prior(task, memory, precision, state, world)
-
-
-def _measured(task: Task, memory: Memory, state: RunState, world: World) -> tuple[Ints, Precision]:
-    """The examples of the task that are not in memory (or a share of them), and the curvature of all of these."""
-    config = world.config.curvature
-    assert isinstance(config, PassCurvature), "others need no pass"
-    rest, times = _rest(task, memory, world)
-    estimator = build_estimator(config, world.config.seed, state.coverage)
-    network = state.engine.whole_module() if isinstance(config, DenseCurvature) else state.engine.module
-    group = config.group if isinstance(config, (DiagonalCurvature, MasCurvature)) else 1
-    return rest, estimator.estimate(network, TaskPass(task, rest, world, group), world.comm).times(times)
-
-
-def _write_curvature(
-    task: Task, new: Totals, precision: Precision, world: World, *, num_examples: int, state: RunState
-) -> None:
-    total = precision.totals(world.comm)
-    world.log.write(
-        "curvature",
-        task=task.index,
-        kind=world.config.curvature.kind,
-        trace=new.trace,
-        total_trace=total.trace,
-        num_examples=num_examples,
-        bytes=total.num_bytes,
-        rank_bytes=total.rank_bytes,
-        terms=total.terms,
-        error=total.error,
-        parameters=sum(parameter.numel() for parameter in state.engine.module.parameters()),
-    )
-
-
-def _precision(task: Task, memory: Memory, anchor: Leaves, state: RunState, world: World) -> tuple[Precision, int]:
-    """The task's, summed over its examples, and from how many of them it is known; collective."""
-    config = world.config.curvature
-    if isinstance(config, SiCurvature):
-        (credit, start), count = state.engine.path(), len(task.samples("train"))
-        return synaptic(credit, start, anchor, xi=config.xi, num_examples=count, limit=config.limit), count
-    if isinstance(config, OptimizerCurvature):
-        samples, _ = _rest(task, memory, world)
-        return _learned(samples, state, world), len(samples)
-    rest, precision = _measured(task, memory, state, world)
-    return precision, len(rest)
-
-
-def _learned(samples: Ints, state: RunState, world: World) -> Precision:
-    """By the optimiser, of the samples that it trained on."""
-    config, quadratic = world.config.prior.quadratic, state.prior.quadratic
-    past = None if quadratic is None else quadratic.precision
-    assert past is None or isinstance(past, Diagonal), "all tasks' curvatures are of one kind"
-    return learned_diagonal(
-        state.engine,
-        world.config.optim,
-        world.comm,
-        num_train=len(samples),
-        past=past,
-        weight=config.weight,
-        damping=config.damping,
-    )
 
 
 def relabel(task: Task, memory: Memory, state: RunState, world: World, corrected: Correction | None = None) -> Memory:
@@ -381,18 +271,6 @@ def in_a_file(
         raise failure or WorldError("soft labels were not written: the first process could not; see its message")
     found = Apart(comm.broadcast_text(path))
     return found, read_apart(world.folder.path, found)
-
-
-def _rest(task: Task, memory: Memory, world: World) -> tuple[Ints, float]:
-    """The task's samples that are not in memory (or a random share of them), and how many each stands for."""
-    samples = training_samples(task)
-    rest = samples[~np.isin(samples, memory.sample.numpy())]
-    fraction = per_task(world.config.curvature.fraction, task.index)
-    if fraction == 1 or len(rest) == 0:
-        return rest, 1.0
-    count = max(1, round(fraction * len(rest)))
-    priority = mix(world.config.seed, _SUBSAMPLE, task.index, rest)
-    return np.sort(rest[np.argsort(priority, kind="stable")[:count]]), len(rest) / count
 
 
 def thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -34,8 +34,9 @@ from hpccl.memory.store import Memory
 from hpccl.prior.prior import Prior
 from hpccl.prior.reconstruct import compare_gradients
 from hpccl.report.reconstruction import Reconstruction
-from hpccl.train.consolidate import measure, relabel, select
+from hpccl.train.consolidate import relabel, select
 from hpccl.train.evaluate_run import find_checkpoint, reopened
+from hpccl.train.measure import measure
 from hpccl.train.reconstruction import prior_gradients, true_gradient
 from hpccl.train.state import RunState, World
 
@@ -248,10 +249,10 @@ def _chosen(learned: Sequence[Task], own: Prior, fraction: float, state: RunStat
     memory, quadratic = Memory.empty(), own.quadratic if fraction == 0 else None
     anchor = state.engine.gather()
     for task in learned:
-        memory = select(task, memory, state, world)
+        before, memory = memory, select(task, memory, state, world)
         if fraction:
             state.prior = Prior(memory, quadratic)
-            quadratic = measure(task, memory, anchor, state, world)
+            quadratic = measure(task, memory, anchor, state, world, before=before)
     return Prior(relabel(learned[-1], memory, state, world), quadratic, anchor)
 
 

@@ -29,6 +29,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "memory": {"total": 60, "selector": {"kind": "reservoir"}, "labels": "kept", "mix": {"kind": "stratified"}},
         "prior": {"weight": 0.2, "label_weight": 0.5, "loss": "squared", "view": "recorded", "scale_to_new": True},
     },
+    "ewc+replay of what leaves memory": {
+        "memory": {"total": 60, "selector": {"kind": "herding"}},
+        "prior": {"replay": 1.0, "quadratic": {"weight": 1.0}},
+        "curvature": {"kind": "diagonal"},
+    },
     "er_ace": {
         "train": {"head": "seen", "competing": "task"},
         "memory": {"total": 60, "selector": {"kind": "reservoir"}, "mix": {"kind": "stratified"}},
@@ -48,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-FEW = ("lwf", "der++", "bic")
+FEW = ("lwf", "der++", "ewc+replay of what leaves memory", "bic")
 OTHERS = tuple(name for name in METHODS if name not in FEW)
 
 
