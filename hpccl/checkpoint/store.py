@@ -31,6 +31,7 @@ __all__ = [
     "Shard",
     "Writing",
     "latest",
+    "latest_of_all",
     "load",
     "marks",
     "open_shards",
@@ -40,6 +41,7 @@ __all__ = [
 
 FORMAT = 1
 _OF = "curvature"  # in a header: the number of the curvature that a checkpoint's shards hold
+_UNSEEN = 120.0  # seconds until a folder that another node made must be seen
 _PHASES = ("fit", "fitted", "done")
 _NAME = re.compile(r"task-(\d{3,})-(fit|fitted|done)-(\d{8,})")
 
@@ -332,6 +334,30 @@ def _stem(what: str, number: int, count: int) -> str:
 def latest(checkpoints: Path) -> Mark | None:
     """The newest checkpoint, or None."""
     return max(marks(checkpoints), default=None)
+
+
+def latest_of_all(checkpoints: Path, comm: Comm) -> Mark | None:
+    """The newest checkpoint as the first rank finds it, the same on every rank; None if there is none. Collective.
+
+    On a network file system another node's list of the folder may be a minute old: it waits until it sees it.
+
+    Raises:
+        WorldError: a rank does not see it in two minutes.
+    """
+    found = latest(checkpoints) if comm.leader else None
+    name = comm.broadcast_text(found.name if found is not None else "")
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    until = time.monotonic() + _UNSEEN
+    while not (seen := (checkpoints / name).is_dir()) and time.monotonic() < until:
+        time.sleep(0.5)
+    if comm.any(not seen):
+        raise WorldError(
+            f"checkpoint '{checkpoints / name}' is seen by the first process, but not by all in {_UNSEEN:.0f} s; is "
+            "the run folder on a file system that all nodes share? Start the run again to continue"
+        )
+    return Mark.at(int(match[1]), match[2], int(match[3]))
 
 
 def load(checkpoints: Path, mark: Mark, *, lazy: bool = False) -> dict[str, Any]:

@@ -126,7 +126,10 @@ def choose(
     *,
     out: Annotated[Path | None, typer.Option(help="Folder for METHOD.yaml files with what was chosen.")] = None,
 ) -> None:
-    """For each method, choose the settings that did best on a validation split (data.validation)."""
+    """For each method, choose the settings that did best on a validation split (data.validation).
+
+    Judged by the average accuracy over tasks with train.head=own, by that of all classes together with train.head=seen.
+    """
     from hpccl.report.choose import choose_runs, write_choices
     from hpccl.report.text import percent
 

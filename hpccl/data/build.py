@@ -205,10 +205,11 @@ def _changes(stream: StreamConfig) -> Changes | None:
 def _marked(fingerprint: str, layout: Layout, stream: StreamConfig, data: DataConfig) -> str:
     """A fingerprint that also changes with which sample is where, where a seed or a file decides it.
 
-    And with what domains hold out: earlier versions took other images.
+    And with what domains, or data sets that come again, hold out: earlier versions took other images.
     """
-    domains = isinstance(stream.scenario, DomainScenario)
-    if isinstance(stream.scenario, ClassScenario) or (domains and data.validation is None):
+    by_class, domains = isinstance(stream.scenario, ClassScenario), isinstance(stream.scenario, DomainScenario)
+    once = len(set(layout.first_of)) == len(layout.first_of)
+    if (by_class and (once or data.validation is None)) or (domains and data.validation is None):
         return fingerprint
     digest = hashlib.sha256(fingerprint.encode())
     for split in SPLITS:
@@ -406,6 +407,7 @@ def _collection(opened: _Opened) -> Collection:
         groups={split: np.asarray(shards.shard_of, dtype=np.int64) for split, shards in opened.splits.items()},
         tasks=opened.part.tasks,
         keep=opened.part.classes,
+        images=opened.splits["train"].fingerprint,
     )
 
 

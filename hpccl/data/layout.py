@@ -47,6 +47,7 @@ class Collection:
     labels, groups: by split, [num_images] class number within the data set and shard number
     tasks: how many; keep: use only so many classes (after ordering), None for all
     widths: classes of each task, which `tasks` and `keep` agree with; None for equally many
+    images: what tells its training images from other data sets'; None: nothing else has them
     """
 
     title: str
@@ -56,6 +57,7 @@ class Collection:
     tasks: int
     keep: int | None = None
     widths: tuple[int, ...] | None = None
+    images: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,14 @@ class Layout:
     """The tasks of a stream and the index of each split.
 
     added: positions, behind those of the tasks, of further training examples of the same classes
+    first_of: by data set, the first one with the same images: itself, but where a data set comes again
     """
 
     tasks: tuple[ClassTask, ...]
     class_names: tuple[str, ...]
     index: Mapping[Split, Index]
     added: range = range(0)
+    first_of: tuple[int, ...] = ()
 
 
 def arrange(collections: Sequence[Collection], *, order: Literal["given", "random"], seed: int) -> Layout:
@@ -134,7 +138,7 @@ def arrange(collections: Sequence[Collection], *, order: Literal["given", "rando
             names += [(part.title, part.class_names[name]) for name in mine]
             tasks.append(ClassTask(len(tasks), title, tuple(range(first, first + width)), *ranges))
     index: dict[Split, Index] = {split: _joined(pieces[split]) for split in SPLITS}
-    return Layout(tuple(tasks), _told_apart(names), index)
+    return Layout(tuple(tasks), _told_apart(names), index, first_of=_first_of(collections))
 
 
 def extended(layout: Layout, more: Sequence[Collection], *, parts: int) -> Layout:
@@ -187,7 +191,13 @@ def align(collections: Sequence[Collection], *, order: Literal["given", "random"
                 raise DataError(f"task {part.title} has no {split} images; its classes: {_list(part, classes)}")
         tasks.append(ClassTask(which, part.title, tuple(range(len(names))), *ranges))
     index: dict[Split, Index] = {split: _joined(pieces[split]) for split in SPLITS}
-    return Layout(tuple(tasks), names, index)
+    return Layout(tuple(tasks), names, index, first_of=_first_of(collections))
+
+
+def _first_of(collections: Sequence[Collection]) -> tuple[int, ...]:
+    """By data set, the first one with the same images."""
+    names = [part.images for part in collections]
+    return tuple(which if name is None else names.index(name) for which, name in enumerate(names))
 
 
 def _renumbered(part: Collection, first: Collection) -> Collection:
@@ -212,7 +222,8 @@ def held_out(layout: Layout, share: float) -> Layout:
 def validation_share(layout: Layout, share: float, *, spared: Bools | None = None) -> Bools:
     """[n] a share of the training examples of each class in each data set.
 
-    The choice is a hash of where an example is stored: the same for every seed, order of classes and cut into tasks.
+    The choice is a hash of where an example is stored: the same for every seed, order of classes and cut into tasks,
+    and wherever a data set comes again.
 
     Args:
         layout: whose training examples.
@@ -225,6 +236,7 @@ def validation_share(layout: Layout, share: float, *, spared: Bools | None = Non
     index = layout.index["train"]
     held = np.zeros(len(index), dtype=bool)
     order = np.lexsort((index.label, index.part))  # stable
+    first_of = np.array(layout.first_of, dtype=np.int64)
     ends = np.flatnonzero((np.diff(index.part[order]) != 0) | (np.diff(index.label[order]) != 0)) + 1
     for mine in np.split(order, ends):
         free = mine if spared is None else mine[~spared[mine]]
@@ -236,7 +248,7 @@ def validation_share(layout: Layout, share: float, *, spared: Bools | None = Non
                 f"would leave {'none' if spared is None else 'too few'} of them to train on; make it smaller, or leave "
                 "such classes out"
             )
-        priority = mix(_HELD_OUT, index.part[free], index.local[free])
+        priority = mix(_HELD_OUT, first_of[index.part[free]], index.local[free])
         held[free[np.argsort(priority, kind="stable")[:count]]] = True
     return held
 

@@ -84,8 +84,11 @@ class DdpEngine(BaseEngine):
         """
         last, self._warm, self._last = self._last, True, False  # the gradient hooks stay silent
         buffers = {name: value.detach().clone() for name, value in self._model.named_buffers()}
-        logits: Tensor = self._wrapped(pixels)
-        (logits.float().sum() * 0).backward()
+        devices = [self._comm.device] if self._comm.device.type == "cuda" else []
+        # What dropout draws here must not be missing in the step.
+        with torch.random.fork_rng(devices):
+            logits: Tensor = self._wrapped(pixels)
+            (logits.float().sum() * 0).backward()
         for parameter in self._parameters.values():
             if parameter.grad is not None:
                 parameter.grad.zero_()

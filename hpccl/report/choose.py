@@ -1,7 +1,8 @@
 """Which settings are best on a validation split: a pure choice among finished runs, written as configuration files.
 
 Candidates of a method are its runs that differ in more than seed and size of the memory. The best has the highest mean
-of the average accuracy (task-incremental, after the last task) over all its sizes and seeds; of equals, the one whose
+accuracy after the last task over all its sizes and seeds: with train.head=own the average over tasks, in each of which
+its own classes compete; with train.head=seen that of all classes on all their images. Of equals, it is the one whose
 runs were given first. Nothing here looks at test images: runs without data.validation are refused, and so are runs of a
 method that were not tested on the same images and tasks.
 """
@@ -50,11 +51,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidates of a method, the best one first, and on how much of the training images they were judged."""
+    """The candidates of a method, the best one first, and on how much of the training images they were judged.
+
+    figure: which accuracy they were judged by, in words
+    """
 
     method: str
     candidates: tuple[Candidate, ...]
     validation: float
+    figure: str = "Average accuracy"
 
     @property
     def best(self) -> Candidate:
@@ -96,7 +101,8 @@ def choose(identities: Sequence[Flat], runs: Sequence[RunReport]) -> list[Choice
     found = []
     for method in dict.fromkeys(run.method for run in runs):
         mine = [(one, run) for one, run in zip(identities, runs, strict=True) if run.method == method]
-        found.append(Choice(method, _candidates(method, mine), float(mine[0][1].validation or 0.0)))
+        figure = "Class-incremental accuracy" if _all_compete(mine[0][0]) else "Average accuracy"
+        found.append(Choice(method, _candidates(method, mine), float(mine[0][1].validation or 0.0), figure))
     return found
 
 
@@ -112,6 +118,19 @@ def write_choices(choices: Iterable[Choice], out: Path) -> list[Path]:
         write_text(path, _render(choice))
         paths.append(path)
     return paths
+
+
+def _all_compete(identity: Flat) -> bool:
+    """Whether a run is about telling all classes apart."""
+    return bool(identity.get("train.head") == "seen")
+
+
+def _accuracy(identity: Flat, run: RunReport) -> float:
+    """What a run is judged by, a share."""
+    found = run.union_accuracy[-1] if _all_compete(identity) and run.union_accuracy else run.average_accuracy
+    if found is None:
+        raise ConfigError(f"run '{run.name}' has no accuracy of all classes after the last task; leave it out")
+    return found
 
 
 def _check(run: RunReport) -> None:
@@ -144,7 +163,7 @@ def _candidates(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> tuple[Ca
     for group in groups.values():
         ordered = sorted(group, key=lambda each: _place(*each))
         settings = {key: group[0][0][key] for key in keys if key in group[0][0]}
-        accuracies = tuple(float(run.average_accuracy or 0.0) for _, run in ordered)
+        accuracies = tuple(_accuracy(*each) for each in ordered)
         found.append(Candidate(settings, accuracies, tuple(run.name for _, run in ordered)))
     return tuple(sorted(found, key=lambda candidate: -candidate.accuracy))  # stable: of equals, the first given
 
@@ -165,12 +184,12 @@ def _refuse_other_tests(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> 
         raise ConfigError(
             f"runs of '{method}' were not tested on the same images and tasks, so that their accuracies cannot be "
             f"compared: {'; '.join(told[:_SHOWN])}{more}. Give runs to `hpccl choose` that have the same "
-            "data.validation and stream"
+            "data.validation, train.head and stream"
         )
 
 
 def _is_of_test(key: str) -> bool:
-    return key == "data.validation" or key.startswith("stream.")
+    return key in ("data.validation", "train.head") or key.startswith("stream.")
 
 
 def _unlike(name: str, first: Any, second: Any) -> Iterator[tuple[str, str, str]]:
@@ -208,7 +227,7 @@ def _render(choice: Choice) -> str:
     runs = f"{len(best.runs)} run{'s' * (len(best.runs) > 1)}"
     lines = [
         f"# {choice.method}: chosen by `hpccl choose` on {100 * choice.validation:g} % of the training images.",
-        f"# Average accuracy {100 * best.accuracy:.1f} % over {runs}, {ahead}.",
+        f"# {choice.figure} {100 * best.accuracy:.1f} % over {runs}, {ahead}.",
     ]
     nested: dict[str, Any] = {}
     for key, value in best.settings.items():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpccl.checkpoint.store import Mark, latest, load, marks, open_shards, refuse_torn
+from hpccl.checkpoint.store import Mark, latest, latest_of_all, load, marks, open_shards, refuse_torn
 from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.curvature import DenseCurvature, PassCurvature
 from hpccl.config.load import load as load_config
@@ -27,7 +27,7 @@ from hpccl.data.protocols import Listed, Split, Stream, Task
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
 from hpccl.engine.build import build_engine, spreads_weights
-from hpccl.errors import CapacityError, ConfigError, FolderError, HpcclError
+from hpccl.errors import CapacityError, ConfigError, FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, out_of_memory, slurm_job, versions
 from hpccl.memory.budget import kept_of, per_class
@@ -70,7 +70,7 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
     """
     folder = RunFolder(Path(config.path))
     folder.create()
-    outcome = "done" if _was_done(folder) else _go_on(config, comm, stop, command, quiet=quiet)
+    outcome = "done" if _was_done(folder, comm) else _go_on(config, comm, stop, command, quiet=quiet)
     if comm.leader:
         from hpccl.report.write import report_run  # loads the plotting library, which other ranks do without
 
@@ -78,12 +78,25 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
     return outcome
 
 
-def _was_done(folder: RunFolder) -> bool:
-    """Whether the run came to its end, and what it ended with is there and whole.
+def _was_done(folder: RunFolder, comm: Comm) -> bool:
+    """Whether the run came to its end, and what it ended with is there and whole; as the first rank sees it.
 
     Raises:
         CheckpointError: the last checkpoint is damaged.
+        WorldError: ... as the first rank found.
     """
+    done, problem = False, None
+    if comm.leader:
+        try:
+            done = _ended(folder)
+        except HpcclError as error:
+            problem = error
+    if comm.any(problem is not None):
+        raise problem or WorldError("the last checkpoint cannot be read: see what the first process says")
+    return comm.any(done)
+
+
+def _ended(folder: RunFolder) -> bool:
     newest = latest(folder.checkpoints)
     if newest is None or newest.phase != "done" or not folder.events.exists():
         return False
@@ -154,7 +167,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     check_memory(config, stream)
     check_sizes(config, stream)
     begun = time.perf_counter()
-    found = latest(world.folder.checkpoints)
+    found = latest_of_all(world.folder.checkpoints, world.comm)
     if found is None and config.train.first_task_from is not None:
         _first_task_elsewhere(config, config.train.first_task_from)
     # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
@@ -347,7 +360,14 @@ def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
     if world.config.train.first_task_from is None or task.index > 0:
         return False
     checkpoints, mark = _first_task_elsewhere(world.config, world.config.train.first_task_from)
-    state.engine.put(load(checkpoints, mark)["engine"]["weights"])
+    tree, ours = load(checkpoints, mark), world.stream.fingerprint
+    if tree["data"] != ours:
+        raise ConfigError(
+            f"train.first_task_from='{world.config.train.first_task_from}' learned its first task from other data "
+            f"(fingerprint {tree['data'][:12]}, here {ours[:12]}): shards were built anew in their place; train that "
+            "run again, or set it to null"
+        )
+    state.engine.put(tree["engine"]["weights"])
     world.save(state, Mark.at(0, "fitted", mark.step))
     return True
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -132,6 +134,15 @@ def test_what_is_held_out_depends_on_where_it_is_stored_alone() -> None:
     assert chosen(one) < chosen(more)
     # Not the first of each class, nor every fourth.
     assert len({local // 4 % 4 for local in chosen(one)}) == 4
+
+
+@pytest.mark.parametrize("cut", [arrange, align])
+def test_a_data_set_that_comes_again_holds_out_the_same(cut: Callable[..., Layout]) -> None:
+    """Or a later task would train on what an earlier one is tested on."""
+    parts = [replace(many(name, tasks=1), images=images) for name, images in (("a", "x"), ("b", "y"), ("a#2", "x"))]
+    test = held_out(cut(parts, order="given", seed=0), 0.25).index["test"]
+    first, other, again = (test.local[test.part == number].tolist() for number in range(3))
+    assert sorted(first) == sorted(again) != sorted(other)
 
 
 def test_at_least_one_example_is_held_out_and_one_is_left() -> None:

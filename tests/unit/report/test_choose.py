@@ -12,6 +12,7 @@ from hpccl.config.data import DataConfig
 from hpccl.config.load import load
 from hpccl.config.prior import PriorConfig, QuadraticConfig
 from hpccl.config.stream import Part, ShardStream
+from hpccl.config.train import TrainConfig
 from hpccl.errors import ConfigError
 from hpccl.report.choose import Choice, choose_runs, write_choices
 from hpccl.report.events import EventLog
@@ -20,12 +21,15 @@ from tests.unit.report import synthetic
 HELD = DataConfig(validation=0.1)
 
 
-def write(folder: Path, accuracy: float, *, finished: bool = True, **settings: Any) -> Path:
-    """A run whose average accuracy is higher by `accuracy` than others'."""
+def write(folder: Path, accuracy: float, *, seen: float | None = None, finished: bool = True, **settings: Any) -> Path:
+    """A run whose average accuracy is higher by `accuracy` than others', class-incrementally by `seen`."""
     run = synthetic.config(name=folder.name, **{"data": HELD, **settings})
     synthetic.write_run(folder, run, finished=False)
     with EventLog(folder / "events.jsonl", clock=synthetic.Clock(1_000_020)) as log:
-        log.write("evaluate", **synthetic.evaluation(2, shift=accuracy))
+        found = synthetic.evaluation(2, shift=accuracy)
+        for result in found["results"] if seen is not None else ():
+            result["class_incremental"]["accuracy"] += seen - accuracy
+        log.write("evaluate", **found)
         if finished:
             log.write("done", weights_sha256=folder.name)
     return folder
@@ -59,6 +63,18 @@ def test_the_highest_mean_over_sizes_and_seeds_is_chosen(tmp_path: Path) -> None
     assert choice.lead == pytest.approx(0.005)
     # Differences to the next, size by size: -0.09 and 0.10.
     assert choice.lead_error == pytest.approx(0.19 / 2**0.5 / 2**0.5)
+
+
+def test_runs_in_which_all_classes_compete_are_judged_by_that(tmp_path: Path) -> None:
+    """Own classes alone are told apart best by the first, all classes by the second."""
+    runs = []
+    for name, own, seen in (("a", 0.1, -0.1), ("b", 0.0, 0.1)):
+        weight = {"a": 1.0, "b": 2.0}[name]
+        runs.append(write(tmp_path / name, own, seen=seen, quadratic=weight, train=TrainConfig(head="seen")))
+    (choice,) = choose_runs(runs)
+    assert choice.best.settings == {"prior.quadratic.weight": 2.0}
+    assert choice.best.accuracy == pytest.approx(sum((0.25, 0.5, 0.875)) / 3 + 0.1)
+    assert "# Class-incremental accuracy" in write_choices([choice], tmp_path / "out")[0].read_text()
 
 
 def test_of_equals_the_first_given_is_chosen(tmp_path: Path) -> None:
