@@ -34,7 +34,9 @@ class TrainConfig(Section):
     accumulate: PositiveInt = 1  # micro-batches a step
     clip_norm: PositiveFloat | None = None  # largest norm of the gradient; null: no limit
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of true labels: of new and of replayed examples
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the averaged weights that end a task
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # decay of the averaged weights that end a task; the first steps' is lower
+    )
     # epochs before the others of every later task, with a schedule of their own: only the new classes' rows of the last
     # layer learn
     head_epochs: NonNegativeInt = 0

@@ -23,7 +23,7 @@ from hpccl.engine.held import Held
 from hpccl.engine.hooks import Hooks
 from hpccl.engine.modes import recomputing, refuse_recompute, without_statistics
 from hpccl.engine.moments import local
-from hpccl.engine.optim import learning_rate
+from hpccl.engine.optim import averaging, learning_rate
 from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.engine.squares import Squares
 from hpccl.engine.trial import drawing, held_within
@@ -173,7 +173,8 @@ class BaseEngine(ABC):
             perturbing.forget()
         if self._average is not None and self._train.ema is not None and bool(torch.isfinite(norm)):
             with torch.no_grad():
-                torch._foreach_lerp_(list(self._average.values()), list(self._locals().values()), 1 - self._train.ema)
+                kept = averaging(self._train.ema, self._step)
+                torch._foreach_lerp_(list(self._average.values()), list(self._locals().values()), 1 - kept)
         self._step += 1
         return norm
 

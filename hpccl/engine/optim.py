@@ -14,7 +14,7 @@ from hpccl.config.optim import AnyOptim, OptimConfig, TimmOptim
 from hpccl.errors import ConfigError
 from hpccl.optim.build import build_perturbing
 
-__all__ = ["build_optimizer", "learning_rate"]
+__all__ = ["averaging", "build_optimizer", "learning_rate"]
 
 # torch's own optimisers that have a fused kernel on every device we run on.
 _FUSED = {"adam", "adamw", "sgd", "momentum"}
@@ -34,6 +34,15 @@ def learning_rate(config: AnyOptim, *, task: int, step: int, num_steps: int) -> 
     progress = (step - rising) / max(num_steps - rising, 1)
     falling = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (config.final_lr + (1 - config.final_lr) * falling)
+
+
+def averaging(decay: float, step: int) -> float:
+    """What is left of the averaged weights in step `step` (from 0) of a task.
+
+    Less than `decay` at first: they began at the last task's weights, of which a short task would else keep most. The
+    rule of TensorFlow's ExponentialMovingAverage with num_updates.
+    """
+    return min(decay, (1 + step) / (10 + step))
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,8 +1,9 @@
 """Which weights stay as they are while the rest learns: frozen parts, all but the new classes' rows at first, and rows
-of classes that have not come yet.
+of classes of which nothing is said.
 
 The last layer has rows for all classes of the stream from the beginning. Those of later tasks mostly have no gradient:
-weight decay alone would act on them, and a late class would begin at weights that have nearly gone.
+weight decay alone would act on them, and a late class would begin at weights that have nearly gone. With own heads and
+nothing that speaks for the past, so it is with the rows of earlier tasks, whose heads would be worn away.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from hpccl.config.adaptation import AnyAdaptation
-from hpccl.config.optim import OptimConfig, SamOptim, TimmOptim
+from hpccl.config.optim import SamOptim, TimmOptim
 from hpccl.data.protocols import Task
 from hpccl.engine.protocols import trainable
 from hpccl.errors import ConfigError
@@ -32,7 +33,8 @@ _LAYERS = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
 def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
     """Tell the engine what is held from now on; collective.
 
-    Frozen parts and, where weights decay, rows of later classes; or, with `head_only`, all but the new classes' rows.
+    Frozen parts and, where weights decay, rows of classes of which nothing is said; or, with `head_only`, all but the
+    new classes' rows.
 
     Raises:
         ConfigError: a pattern matches nothing, or the network has no last layer that could be told from the rest.
@@ -40,8 +42,8 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
     begun = task.index > 0 or isinstance(world.config.adapt, AnyAdaptation)  # of a network that learned one task, too
     frozen = world.config.train.frozen if begun else ()
     still = frozenset(_norms(state.engine.module) if world.config.train.norms == "running" and begun else ())
-    later = _to_come(task, world) if _decays(world.config.optim) and not _named(state, world) else set()
-    if not head_only and not frozen and not later:
+    silent = _silent(task, state, world)
+    if not head_only and not frozen and not silent:
         state.engine.hold({}, still)
         return
     # FSDP2 and ZeRO keep a parameter's shape beside its shards.
@@ -53,7 +55,7 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
         return
     names = set().union(*(_matching(pattern, state, world) for pattern in frozen if pattern != _OLD))
     held = {name: torch.ones([1] * len(shape), dtype=torch.bool) for name, shape in shapes.items() if name in names}
-    held = {**_held_rows(task, later, state, world), **held}
+    held = {**_held_rows(task, silent, state, world), **held}
     norms = (name for name in _norms(state.engine.module) if f"{name}.running_mean" in names)
     state.engine.hold(held, frozenset(norms) | still)
 
@@ -71,11 +73,11 @@ def check_frozen(state: RunState, world: World) -> None:
             _matching(pattern, state, world)
 
 
-def _held_rows(task: Task, later: set[int], state: RunState, world: World) -> dict[str, Tensor]:
-    """By name, True in the rows of the last layer that are held: of later classes, and of old ones if that is asked."""
+def _held_rows(task: Task, silent: set[int], state: RunState, world: World) -> dict[str, Tensor]:
+    """By name, True in the rows of the last layer that are held: of `silent` classes, and of old ones if asked for."""
     asked = task.index > 0 and _OLD in world.config.train.frozen
     old = {number for other in world.stream.tasks[: task.index] for number in other.classes} if asked else set()
-    if not later | old:
+    if not silent | old:
         return {}
     try:
         last = last_name(state, world, f"train.frozen={_OLD}")
@@ -84,15 +86,34 @@ def _held_rows(task: Task, later: set[int], state: RunState, world: World) -> di
             raise
         return {}  # logits that no linear layer makes have no rows
     return {
-        name: _rows(value.shape, later | old)
+        name: _rows(value.shape, silent | old)
         for name, value in state.engine.like.items()
         if name.startswith(f"{last}.")
     }
 
 
-def _decays(config: OptimConfig) -> bool:
-    """Whether weights without a gradient become smaller; a variational optimiser's prior may do as it says."""
-    return isinstance(config, TimmOptim | SamOptim) and config.weight_decay > 0
+def _silent(task: Task, state: RunState, world: World) -> set[int]:
+    """Classes of which nothing is said while the task is learned, and whose rows would become smaller."""
+    config = world.config
+    normal = config.prior.normal.precision > 0
+    optim = config.optim
+    # A variational optimiser has a prior of all weights, also of those that are still to learn.
+    plain = isinstance(optim, TimmOptim | SamOptim)
+    decays = optim.weight_decay > 0 if isinstance(optim, TimmOptim | SamOptim) else True
+    found: set[int] = set()
+    if plain and (decays or normal) and not _named(state, world):
+        found |= _to_come(task, world)
+    if decays and not normal and _forgets(state, world):
+        found |= _finished(task, world)
+    return found
+
+
+def _forgets(state: RunState, world: World) -> bool:
+    """Whether nothing speaks for the heads of earlier tasks."""
+    config, prior = world.config, state.prior
+    spoken = len(prior.memory) > 0 or prior.quadratic is not None or config.prior.distill.weight > 0
+    alone = config.train.data == "task" and not isinstance(config.adapt, AnyAdaptation)
+    return config.train.head == "own" and alone and not spoken
 
 
 def _named(state: RunState, world: World) -> bool:
@@ -106,6 +127,11 @@ def _to_come(task: Task, world: World) -> set[int]:
     """Classes that no task up to this one has."""
     first, then = world.stream.tasks[: task.index + 1], world.stream.tasks[task.index + 1 :]
     return {number for each in then for number in each.classes} - {number for each in first for number in each.classes}
+
+
+def _finished(task: Task, world: World) -> set[int]:
+    """Classes of earlier tasks that this one has not."""
+    return {number for each in world.stream.tasks[: task.index] for number in each.classes} - set(task.classes)
 
 
 def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hpccl.config.clash import Clash
 from hpccl.config.curvature import KroneckerCurvature, Measured
 from hpccl.config.engine import DdpEngine, DeepspeedEngine
-from hpccl.config.optim import TimmOptim, VognOptim
+from hpccl.config.optim import LieOptim, MultiplicativeGroup, TimmOptim, VognOptim
 from hpccl.config.stream import DigitsStream
 
 if TYPE_CHECKING:
@@ -46,6 +46,14 @@ def _schedule(config: RunConfig) -> Iterator[Clash]:
     if isinstance(curvature, Measured) and curvature.samples != 1 and curvature.fisher != "mc":
         keys = ("curvature.samples", "curvature.fisher")
         yield Clash(keys, "labels are drawn only with curvature.fisher=mc")
+
+
+def _clipped(config: RunConfig) -> Iterator[Clash]:
+    optim = config.optim
+    multiplies = isinstance(optim, LieOptim) and isinstance(optim.group, MultiplicativeGroup)
+    if config.train.clip_norm is not None and multiplies:
+        problem = "clips the mean gradient, of which the multiplicative rule makes no use: set it to null"
+        yield Clash(("train.clip_norm", "optim.group.kind"), problem)
 
 
 def _lengths(config: RunConfig) -> Iterator[Clash]:
@@ -99,6 +107,7 @@ def _per_example(config: RunConfig) -> Iterator[Clash]:
 
 RULES = (
     _schedule,
+    _clipped,
     _lengths,
     _shards,
     _per_example,

@@ -1,6 +1,7 @@
 """The engine in a world of one: accumulation, clipping, hooks, averages, exact state."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
 from hpccl.engine.ddp import DdpEngine
+from hpccl.engine.optim import averaging
 from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.models.small import cifarnet, mlp
 
@@ -92,13 +94,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 
 
 def test_average_becomes_the_weights_at_the_end() -> None:
+    """After two steps of w_0, w_1, w_2: what is left of the average is 1/10, then 2/11."""
     made = engine(train={"ema": 0.5})
-    start = weights(made)
-    made.backward(loss(made, *batch()))
-    made.step()
-    stepped = weights(made)
+    w = [weights(made)]
+    for _ in range(2):
+        made.backward(loss(made, *batch()))
+        made.step()
+        w.append(weights(made))
     made.finish()
-    torch.testing.assert_close(weights(made), (start + stepped) / 2)
+    torch.testing.assert_close(weights(made), 2 / 11 * (w[0] / 10 + 9 / 10 * w[1]) + 9 / 11 * w[2])
+
+
+def test_an_average_of_few_steps_is_not_what_it_began_with() -> None:
+    decays = [averaging(0.999, step) for step in range(100)]
+    left = math.prod(decays)  # of the first weights, after 100 steps: a plain decay would leave 90 %
+    assert left < 1e-9
+    assert decays == sorted(decays)
+    assert averaging(0.9, 10_000) == 0.9
 
 
 def test_reset_and_frozen_copy() -> None:

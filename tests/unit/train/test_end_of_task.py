@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hpccl.checkpoint.store import Mark
+from hpccl.data.protocols import training_samples
+from hpccl.data.rows import Request
 from hpccl.errors import ConfigError
 from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
@@ -32,7 +35,6 @@ ICARL: dict[str, Any] = {
 
 
 def images(samples: Tensor, world: World, split: Any = "train") -> Tensor:
-    from hpccl.data.rows import Request
 
     numbers = samples.numpy()
     (found,) = list(world.stream.load([Request(numbers, (0 * numbers).astype("uint64"))], split))
@@ -220,8 +222,35 @@ def test_weight_decay_leaves_classes_alone_that_have_not_come(
         return {row for row in range(10) if torch.equal(before[row], after[row])}
 
     assert unchanged(tmp_path / "held") == set(range(4, 10))
-    monkeypatch.setattr("hpccl.train.hold._decays", lambda _: False)
+    monkeypatch.setattr("hpccl.train.hold._silent", lambda *_: set())
     assert unchanged(tmp_path / "free") == set()
+
+
+def test_the_normal_prior_leaves_classes_alone_that_have_not_come(tmp_path: Path) -> None:
+    config = merged(
+        {"train": {"epochs": 2}, "memory": {"size": 5}, "prior": {"normal": {"precision": 1.0}}, "optim": {"lr": 0.01}}
+    )
+    state, world = make_world(config, tmp_path)
+    rows = list(state.engine.module.state_dict().values())[-2]
+    before = rows.clone()
+    learn(state, world, 2)
+    assert {row for row in range(10) if torch.equal(before[row], rows[row])} == set(range(4, 10))
+
+
+@pytest.mark.parametrize("optim", [{"name": "sgd", "weight_decay": 0.01}, {"kind": "vogn"}, {"kind": "bsam"}], ids=str)
+def test_a_head_that_nothing_speaks_for_is_not_worn_away(tmp_path: Path, optim: dict[str, Any]) -> None:
+    """On frozen features the first task's logits stay what they were, to the last bit."""
+    config = merged({"train": {"epochs": 3, "frozen": ["features"]}, "optim": {**optim, "lr": 0.1}})
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 1)
+    first = world.stream.tasks[0]
+    (images,) = world.stream.load(iter([Request(training_samples(first)[:9], np.zeros(9, dtype=np.uint64))]))
+    before = state.engine.predict(images.pixels)
+    learn_next(state, world, 1)
+    after = state.engine.predict(images.pixels)
+    own, new = list(first.classes), list(world.stream.tasks[1].classes)
+    assert torch.equal(after[:, own], before[:, own])
+    assert not torch.equal(after[:, new], before[:, new])
 
 
 @pytest.mark.parametrize("decay", [0.0, 1e-3])
