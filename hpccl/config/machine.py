@@ -34,7 +34,9 @@ class LogConfig(Section):
     every: PositiveInt = 20  # steps between two lines of loss terms
     quiet: bool = False  # no progress display
     tensorboard: bool = True  # write curves to the run folder
-    reconstruction: Fraction = 0.0  # share of the past on which the gradient-reconstruction error is measured
+    reconstruction: Fraction = (
+        0.0  # share of the past on which the error of reconstructed gradients is measured, where there is a prior
+    )
 
 
 class AnyCluster(Section):

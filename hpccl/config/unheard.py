@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hpccl.config.curvature import EkfacCurvature, KroneckerCurvature
+from hpccl.config.memory import GreedySelector
 
 if TYPE_CHECKING:
     from hpccl.config.run import RunConfig
@@ -52,6 +53,12 @@ _SILENCES = (
         "no term uses a curvature (prior.quadratic.weight and prior.fromp.weight are 0, or its kernel is identity)",
     ),
     _Silence("memory.selector", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
+    _Silence(
+        "memory.balanced",
+        "",
+        lambda c: isinstance(c.memory.selector, GreedySelector),
+        "memory.selector.kind=greedy keeps classes balanced",
+    ),
     _Silence("prior.scale_to_task", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
 )
 

@@ -97,13 +97,13 @@ def new_samples(config: RunConfig, stream: Stream, task: Task, memory: Memory) -
 class Part:
     """One micro-batch of one rank.
 
-    rows: [p] positions in the step's batch. absent: there were fewer rows than parts and this one only keeps the
-    collectives company; its rows count nothing. anchors: [a] positions among images that every step shows.
+    rows: [p] positions in the step's batch. company: how many of the last of them are other parts' and count nothing
+    here. anchors: [a] positions among images that every step shows.
     """
 
     batch: Batch
     rows: npt.NDArray[np.int64]
-    absent: bool
+    company: int = 0
     anchors: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
@@ -114,10 +114,18 @@ def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> lis
     parts = []
     for number in range(accumulate):
         rows, extra = (np.array(_cut(items, number, accumulate), dtype=np.int64) for items in (whole, shown))
-        # Two rows, not one: BatchNorm cannot normalise a single example.
-        company = np.arange(min(2, len(batch)))
-        parts.append(Part(batch, rows if len(rows) else company, absent=len(rows) == 0, anchors=extra))
+        company = _company(rows, len(batch))
+        parts.append(Part(batch, np.concatenate([rows, company]), company=len(company), anchors=extra))
     return parts
+
+
+def _company(rows: Ints, count: int) -> Ints:
+    """Rows of a batch of `count` that make a part of two: without any it could not keep the collectives company.
+
+    BatchNorm cannot normalise a single example. A batch of one row has no other.
+    """
+    start = int(rows[0]) + 1 if len(rows) else 0
+    return (start + np.arange(max(0, min(2, count) - len(rows)))) % count
 
 
 def _cut(items: range, number: int, parts: int) -> range:
@@ -257,11 +265,10 @@ class Composer:
         if self.removed is not None:
             taken = from_memory & self.removed[slot.clamp(min=0)]
             rows = less(rows, taken, *self.hard_targets(sample))
-        weight = rows.weight * images.valid[rows.image]
-        if part.absent:
-            weight = torch.zeros_like(weight)
+        own = torch.arange(len(slot)) < len(slot) - part.company
+        weight = rows.weight * images.valid[rows.image] * own[rows.image]
         if self.topology is not None:
-            new = torch.zeros_like(from_memory) if part.absent else ~from_memory
+            new = own & ~from_memory
             said_of = self.topology.rows(sample, new, part.anchors, images.valid, batch=len(part.batch))
             rows = replace(rows, features=said_of)
         plain = self.hard_kind == CROSS_ENTROPY and self.soft_kind == CROSS_ENTROPY

@@ -271,7 +271,8 @@ def check_memory(config: RunConfig, stream: Listed) -> None:
     """The rules that only the data can settle.
 
     Raises:
-        ConfigError: the memory is larger than a task, or too small for a part that is held out.
+        ConfigError: the memory is larger than a task, or too small for a part that is held out; a task has one class
+            and a head of its own.
     """
     # Of a session of few shots, memory keeps all there is.
     tasks = stream.tasks[:1] if config.stream.scenario.kind == "few_shot" else stream.tasks
@@ -288,6 +289,7 @@ def check_memory(config: RunConfig, stream: Listed) -> None:
             f"prior.topology.nodes={nodes} is more than the {first} training examples of the first task; allowed: 1 to "
             f"{first}, or 0 for no topology"
         )
+    _check_heads(config, stream)
     _check_means(config, stream)
     share, classes = config.prior.correct.share, len(stream.class_names)
     if share > 0 and 0 in per_class(config.memory.total, share, classes):
@@ -295,6 +297,16 @@ def check_memory(config: RunConfig, stream: Listed) -> None:
             f"prior.correct.share={share} of memory.total={config.memory.total} leaves no example of each of {classes} "
             f"classes to hold out, or none to learn from; allowed: memory.total >= {math.ceil(classes / share)}, and a "
             "share below 1/2"
+        )
+
+
+def _check_heads(config: RunConfig, stream: Listed) -> None:
+    """A class alone in its softmax has probability 1: nothing would be learned, and every accuracy would be 100 %."""
+    alone = [task.name for task in stream.tasks if len(task.classes) == 1]
+    if alone and config.train.head == "own" and not isinstance(config.adapt, AnyAdaptation):
+        raise ConfigError(
+            f"train.head=own: task '{alone[0]}' has one class ({len(alone)} such tasks), which has nothing to compete "
+            "with, so that nothing would be learned; set train.head=seen, or fewer tasks"
         )
 
 

@@ -166,6 +166,7 @@ DOMAINS = "stream.scenario.kind=domains"
         ([*SI, MEMORY, "memory.selector.kind=reconstruction", "prior.replay=1"], "memory.selector.kind"),
         ([*SI, "optim.kind=ivon"], "optim.kind"),
         ([*SI, "train.ema=0.9"], "train.ema"),
+        (["memory.size=9", "prior.replay=0.1"], "prior.replay"),
         (["optim.kind=lie", "optim.group.kind=multiplicative", "train.clip_norm=1"], "train.clip_norm"),
         ([*SI, "train.first_task_from=runs/a"], "train.first_task_from"),
         ([*SI, "train.head_epochs=1"], "train.head_epochs"),

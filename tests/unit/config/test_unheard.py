@@ -46,6 +46,18 @@ def test_the_precision_of_products_that_a_diagonal_does_not_make() -> None:
     assert line.startswith("prior.quadratic.products=bf16 has no effect here: it is of curvature.kind=kronecker")
 
 
+def test_a_sampler_that_balances_by_itself() -> None:
+    gdumb = (
+        "train.data=memory",
+        "train.restart=true",
+        "memory.total=20",
+        "prior.replay=1",
+        "memory.selector.kind=greedy",
+    )
+    (line,) = told(*gdumb, "memory.balanced=false")
+    assert line.endswith("memory.selector.kind=greedy keeps classes balanced")
+
+
 def test_switches_and_files_are_not_told_of(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("prior: {quadratic: {products: bf16}}\n")
