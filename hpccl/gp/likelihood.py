@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from hpccl.errors import ConfigError, DataError
 
@@ -162,9 +163,11 @@ class Softmax:
     def expected_log(self, y: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """See Likelihood."""
         total = torch.zeros(len(mean), dtype=mean.dtype, device=mean.device)
-        for f in self._points(mean, variance):
-            own = y.long().expand(len(f), len(y))[..., None]
-            total = total + f.log_softmax(2).gather(2, own)[..., 0].sum(0) / _SOBOL
+        root = variance.clamp_min(1e-30).sqrt()
+        for points in self._groups(mean):
+            # Computed again in the backward pass: a graph of all points would hold S times n x C numbers, and more.
+            part = checkpoint(_summed_log, y, mean, root, points, use_reentrant=False, preserve_rng_state=False)
+            total = total + part / _SOBOL
         return total
 
     def predict(self, mean: Tensor, variance: Tensor) -> Tensor:
@@ -177,8 +180,21 @@ class Softmax:
     def _points(self, mean: Tensor, variance: Tensor) -> Iterator[Tensor]:
         """[s, n, C] values of the latent functions, a few of the S points at a time."""
         root = variance.clamp_min(1e-30).sqrt()
-        for points in _normal(self.num_latent, mean.device).split(max(1, _TOGETHER // max(1, mean.numel()))):
+        for points in self._groups(mean):
             yield mean + root * points[:, None]
+
+    def _groups(self, mean: Tensor) -> tuple[Tensor, ...]:
+        """Of the S points [s, C], a few that go together."""
+        together = max(1, _TOGETHER // max(1, mean.numel()))
+        return tuple(_normal(self.num_latent, mean.device).split(together))
+
+
+def _summed_log(y: Tensor, mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
+    """[n] sum over points of log softmax(mean + root point)_y."""
+    f = mean + root * points[:, None]
+    own = y.long().expand(len(f), len(y))[..., None]
+    found: Tensor = f.log_softmax(2).gather(2, own)[..., 0].sum(0)
+    return found
 
 
 def likelihood_of(kind: str, num_latent: int, noise: Tensor | None = None) -> Likelihood:

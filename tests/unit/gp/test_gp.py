@@ -173,6 +173,26 @@ def test_expectations_of_the_softmax_are_those_of_many_draws() -> None:
     torch.testing.assert_close(likelihood.expected_log(y, mean, variance), expected, atol=0.02, rtol=0)
 
 
+def test_the_graph_of_the_evidence_does_not_hold_all_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take 256 n C numbers several times over: a terabyte for a hundred thousand images of 1,000 classes."""
+    y = torch.arange(60) % 7
+    mean, variance = torch.randn(60, 7, dtype=torch.float64), torch.rand(60, 7, dtype=torch.float64) + 0.1
+    inputs = [mean.requires_grad_(), variance.requires_grad_()]
+    whole = torch.autograd.grad(Softmax(7).expected_log(y, *inputs).sum(), inputs)
+    monkeypatch.setattr("hpccl.gp.likelihood._TOGETHER", mean.numel())  # one point at a time
+    held: set[tuple[int, int]] = set()
+
+    def keep(value: Tensor) -> Tensor:
+        held.add((value.data_ptr(), value.numel()))
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        evidence = Softmax(7).expected_log(y, *inputs).sum()
+    assert sum(number for _, number in held) < 10 * mean.numel()
+    for found, expected in zip(torch.autograd.grad(evidence, inputs), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def optimum(kernel: Kernel, likelihood: Likelihood, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance at x of the q(f) = N(m, L L') with the largest bound, by plain optimisation."""
     prior = kernel(x, x) + 1e-9 * torch.eye(len(x), dtype=torch.float64)
