@@ -129,6 +129,9 @@ class PriorConfig(Section):
     # share of memory with true labels; the rest has the old model's soft labels. coverage: of each task, the share of
     # its examples that memory keeps
     replay: Fraction | Literal["coverage"] = 0.0
+    # what the share is of. examples: some have true labels, others soft ones; labels: every example has both, its true
+    # label with this share of its weight: the mean over all ways to choose the examples
+    share_of: Literal["examples", "labels"] = "examples"
     # beta, in tau's place: soft-labelled memory also speaks by its true labels, with this weight (DER++)
     label_weight: NonNegativeFloat = 0.0
     # of soft labels: of probabilities; or squared differences of logits, their mean over classes (DER)
@@ -155,8 +158,19 @@ class PriorConfig(Section):
         """Whether examples in memory may speak by soft labels."""
         return self.replay != 1
 
+    @property
+    def mixes(self) -> bool:
+        """Whether every example in memory speaks by both of its labels, in shares."""
+        return self.share_of == "labels" and self.some_true and self.some_soft
+
+    def true_share(self, kept: int, num_train: int) -> float:
+        """Share of true labels, of a task with `num_train` training examples of which memory keeps `kept`."""
+        return kept / max(num_train, 1) if self.replay == "coverage" else self.replay
+
     def num_replayed(self, kept: int, num_train: int) -> int:
-        """Of `kept` examples of a task with `num_train` training examples, those with true labels."""
+        """Of `kept` examples of a task with `num_train` training examples, those with true labels alone."""
+        if self.mixes:
+            return 0
         if self.replay == "coverage":
             return kept * kept // max(num_train, 1)
         return int(self.replay * kept + 1e-9)  # 0.29 * 100 < 29

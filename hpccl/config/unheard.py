@@ -59,6 +59,13 @@ _SILENCES = (
         lambda c: isinstance(c.memory.selector, GreedySelector),
         "memory.selector.kind=greedy keeps classes balanced",
     ),
+    _Silence("prior.share_of", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
+    _Silence(
+        "prior.share_of",
+        "",
+        lambda c: not (c.prior.some_true and c.prior.some_soft),
+        "all of memory has one kind of label (prior.replay is 0 or 1)",
+    ),
     _Silence("prior.scale_to_task", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
 )
 

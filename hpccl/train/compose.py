@@ -180,14 +180,17 @@ class Composer:
         for other in stream.tasks:
             heads[other.index, list(other.classes)] = True
             heads[-1] |= heads[other.index] & (other.index <= task.index)
+        tau = _memory_weights(config, stream, task, memory, config.prior.weight)
+        said_too = _memory_weights(config, stream, task, memory, (config.prior.label_weight,))
+        share = _true_shares(config, stream, memory)
         return cls(
             config=config,
             samples=new_samples(config, stream, task, memory),
             labels=torch.from_numpy(stream.labels("train")),
             task_of_sample=torch.from_numpy(_task_of_sample(stream)),
             heads=heads,
-            tau=_memory_weights(config, stream, task, memory, config.prior.weight),
-            beta=_memory_weights(config, stream, task, memory, (config.prior.label_weight,)),
+            tau=tau * (1 - share),
+            beta=tau * share if config.prior.mixes else said_too,
             memory=memory,
             teacher=teacher,
             device=device,
@@ -257,7 +260,7 @@ class Composer:
             term=term,
             kind=torch.where(soft, self.soft_kind, self.hard_kind),
         )
-        if self.config.prior.label_weight > 0 and bool(soft.any()):
+        if (self.config.prior.label_weight > 0 or self.config.prior.mixes) and bool(soft.any()):
             beta = part.batch.weight_memory * self.memory_weights(slot[soft], self.beta)
             rows = _with(rows, soft, true_target, true_head, weight=beta, temperature=1.0, term=REPLAY, kind=0)
         if self.distilled is not None:
@@ -413,6 +416,16 @@ def _memory_weights(config: RunConfig, stream: Stream, task: Task, memory: Memor
             stands_for = len(task.samples("train")) / max(len(memory), 1)
         weights.append(per_task(values, other.index) * stands_for)
     return torch.tensor(weights)
+
+
+def _true_shares(config: RunConfig, stream: Stream, memory: Memory) -> Tensor:
+    """[T] by task, the share of a memory example's weight that its true label has, where every one has both."""
+    tasks = stream.tasks
+    if not config.prior.mixes:
+        return torch.zeros(len(tasks))
+    own = [len(task.samples("train")) - len(held_out(config, stream, task)) for task in tasks]
+    kept = memory.per_task(len(tasks))
+    return torch.tensor([config.prior.true_share(*each) for each in zip(kept, own, strict=True)])
 
 
 def _remaining(config: RunConfig, stream: Stream, memory: Memory) -> tuple[list[int], list[int]]:

@@ -3,6 +3,7 @@
 Each would have caught a bug of the released code (numbers as in the method's specification).
 """
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,44 @@ def test_2_whole_tasks_in_replay_memory_give_the_joint_gradient(tmp_path: Path) 
     joint = objective_gradient(joint_state, joint_world, 1)
     for name, value in joint.items():
         torch.testing.assert_close(replayed[name], value, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("replay", "head"), [(0.5, "own"), (0.25, "seen"), ("coverage", "own")])
+def test_both_labels_in_shares_are_the_mean_over_all_choices_of_examples(
+    tmp_path: Path, replay: float | str, head: str
+) -> None:
+    """Four examples in memory: the gradient is the mean over the ways to give so many of them true labels."""
+    settings = {"memory": {"size": 4}, "train": {"batch_size": 1000, "head": head}}
+    mixed = merged(settings, {"prior": {"replay": replay, "share_of": "labels"}})
+    state, world = make_world(mixed, tmp_path / "mixed")
+    learn(state, world, 1)
+    moved = {name: value + 0.05 for name, value in wholes(state.engine.gather()).items()}
+    state.engine.put(moved)
+    found = objective_gradient(state, world, 1)
+    assert not bool(state.prior.memory.replay.any())
+
+    kept, num_train = len(state.prior.memory), len(world.stream.tasks[0].samples("train"))
+    share = kept / num_train if replay == "coverage" else float(replay)
+    # Where the share is no whole number of examples: the mean of none and one, as often as it says.
+    choices = (
+        list(itertools.combinations(range(4), int(4 * share))) if replay != "coverage" else [(n,) for n in range(4)]
+    )
+    split_state, split_world = make_world(merged(settings, {"prior": {"replay": 0.5}}), tmp_path / "split")
+    split_state.engine.put(moved)
+
+    def gradient(slots: tuple[int, ...]) -> dict[str, Tensor]:
+        replayed = torch.zeros(4, dtype=torch.bool)
+        replayed[list(slots)] = True
+        split_state.prior = Prior(replace(state.prior.memory, replay=replayed))
+        return objective_gradient(split_state, split_world, 1)
+
+    of_choices = [gradient(slots) for slots in choices]
+    none = gradient(())
+    for name, value in found.items():
+        mean = sum((each[name] for each in of_choices), torch.zeros_like(value)) / len(choices)
+        if replay == "coverage":
+            mean = none[name] + 4 * share * (mean - none[name])
+        torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.6])

@@ -51,7 +51,7 @@ def _needs_memory(config: RunConfig) -> Iterator[Clash]:
 
 def _few(config: RunConfig) -> Iterator[Clash]:
     size, prior = config.memory.size, config.prior
-    if size > 0 and prior.replay not in (0, "coverage") and prior.num_replayed(size, size) == 0:
+    if size > 0 and prior.replay not in (0, "coverage") and not prior.mixes and prior.num_replayed(size, size) == 0:
         problem = f"gives none of {size} examples of a task its true label; set it to 0, or to at least {1 / size:.3g}"
         yield Clash(("prior.replay", "memory.size"), problem)
 
