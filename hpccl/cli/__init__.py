@@ -42,7 +42,7 @@ def main() -> None:
     """Run the command and exit.
 
     Exit codes: 0 done; 1 failed; 2 wrong command or configuration; 75 stopped and saved, the same command continues;
-    130 stopped by Ctrl-C.
+    130 stopped by Ctrl-C, before training listens for it or by a second one.
     """
     try:
         app()
@@ -54,6 +54,7 @@ def main() -> None:
             raise
         sys.exit(tell(CapacityError(f"memory ran out ({words}); free some, or take a machine or device with more")))
     except KeyboardInterrupt:
+        sys.stderr.write("stopped by Ctrl-C; run the same command again\n")
         sys.exit(INTERRUPTED)
 
 

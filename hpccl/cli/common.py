@@ -52,7 +52,7 @@ def train_all(configs: Sequence[RunConfig]) -> int:
             typer.echo(f"run {number} of {len(configs)}: {config.path}", err=True)
         ended = launch(config, argv=argv)
         if ended in (STOPPED, INTERRUPTED):
-            if ended == STOPPED:
+            if ended == STOPPED and any(Path(config.path, "checkpoints").glob("task-*")):
                 typer.echo(f"stopped and saved in {config.path}; run the same command again to continue", err=True)
             return ended
         if ended == DONE:

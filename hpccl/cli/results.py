@@ -106,6 +106,8 @@ def report(
             )
         if refused:
             typer.echo(f"{folder}: {refused}: no report is written into it, it is compared all the same", err=True)
+    if dataset is not None and compare is None:
+        raise ConfigError("--dataset without --compare: it names rows of a file of published values; give both")
     if add and out is None:
         raise ConfigError("--add without --out: it adds to the comparison in that folder; give it, or leave --add out")
     earlier = [out / NAME] if add and out is not None and (out / NAME).exists() else []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpccl.cluster.outcome import DONE, INTERRUPTED, STOPPED, tell
-from hpccl.config.load import load
+from hpccl.config.load import load_recorded
 from hpccl.errors import FolderError, HpcclError
 from hpccl.folder import RunFolder, explain_os_error
 
@@ -41,7 +41,7 @@ def _main(arguments: Sequence[str]) -> int:
     worst = DONE
     for folder in folders:
         try:
-            config = load([RunFolder(Path(folder)).config], [])
+            config = load_recorded(RunFolder(Path(folder)).config)
         except HpcclError as error:
             worst = max(worst, tell(error))
             continue

@@ -23,13 +23,13 @@ class TrainJob:
     def __call__(self) -> None:
         """Train to the end of this process."""
         from hpccl.cluster.step import end, fail_step, run_step
-        from hpccl.config.load import load
+        from hpccl.config.load import load_recorded
         from hpccl.errors import HpcclError
         from hpccl.folder import RunFolder
 
         folder = RunFolder(Path(self.folder))
         try:
-            config = load([folder.config], [])
+            config = load_recorded(folder.config)
         except HpcclError as error:
             end(fail_step(folder, error))
         end(run_step(config, self.command, leader_log=True))

@@ -14,7 +14,7 @@ DONE: Final = 0
 FAILED: Final = 1
 WRONG_CONFIG: Final = 2
 STOPPED: Final = 75  # EX_TEMPFAIL: asked to stop, everything saved; a scheduler may run the same command again
-INTERRUPTED: Final = 130  # stopped hard by a second Ctrl-C
+INTERRUPTED: Final = 130  # by Ctrl-C before training listens for it, or by a second one
 
 # What asks a run to save and end.
 ASKED_TO_STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

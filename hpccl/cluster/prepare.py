@@ -17,7 +17,7 @@ import hpccl
 from hpccl.cluster.lock import holder, holding
 from hpccl.cluster.records import read_records
 from hpccl.config.adaptation import AnyAdaptation
-from hpccl.config.load import dump, load
+from hpccl.config.load import dump, load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import RunFolder, explain_os_error, replacing
@@ -150,7 +150,7 @@ def _earlier(folder: RunFolder, here: RunConfig) -> RunConfig | None:
     try:
         if not folder.config.exists():
             return None
-        return load([folder.config], [])
+        return load_recorded(folder.config)
     except PermissionError as error:
         raise FolderError(
             f"run folder '{folder.path}' cannot be read: {explain_os_error(error, other=_OTHER)}"

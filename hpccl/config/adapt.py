@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpccl.config.adaptation import AnyAdaptation
-from hpccl.config.load import load
+from hpccl.config.load import load, load_recorded
 from hpccl.config.run import READING, RunConfig
 from hpccl.errors import ConfigError, FolderError
 
@@ -52,6 +52,8 @@ def adapted_config(
         _refuse_fixed(setting, model)
     words = _words(run, out, source, task=task, change=change)
     words += [*_model(model), "train.data=task"]
+    # What is taken away has no lower bound: as many epochs as learning took would take far too much.
+    words += ["train.epochs=1"] if change["kind"] == "remove" else []
     if model is not None:
         words += [*_NO_QUADRATIC, *_ALL_LEARNS]
     return load([run / "config.yaml"], [*words, *settings])
@@ -90,7 +92,7 @@ def reference_config(
 def _source(run: Path) -> RunConfig:
     if not (run / "config.yaml").is_file():
         raise FolderError(f"'{run}' is not a run folder (it has no config.yaml); give the folder of a run")
-    source = load([run / "config.yaml"], [])
+    source = load_recorded(run / "config.yaml")
     if isinstance(source.adapt, AnyAdaptation):
         raise FolderError(
             f"'{run}' is an adaptation of '{source.adapt.source}' and has no memory of its own; adapt that run"

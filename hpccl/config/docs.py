@@ -37,9 +37,9 @@ hpccl train configs/quickstart.yaml configs/method/ewc+fr.yaml train.epochs=3 se
 - A key that takes one value for each task takes a single value too; the last of a list repeats.
 - `hpccl check FILES... key=value` prints the whole configuration that results, or every mistake in it; it runs nothing.
 - `name`, `folder`, `checkpoint`, `log`, `cluster`, `data.cache`, `data.shard_cache`, `data.shard_gib`, `data.retries`,
-  `data.workers`, `data.timeout` and `engine` (but for `engine.precision`) may change when a run is resumed, and the
-  limits `curvature.batch_size`, `curvature.max_factor` and `curvature.max_parameters`. Everything else decides the
-  result and may not.
+  `data.workers`, `data.timeout`, `memory.keep` and `engine` (but for `engine.precision`) may change when a run is
+  resumed, and the limits `curvature.batch_size`, `curvature.max_factor` and `curvature.max_parameters`. Everything
+  else decides the result and may not.
 
 This page is written by `python -m hpccl.config.docs docs/configuration.md`.
 """

@@ -70,6 +70,8 @@ def open_stream(
     """
     match stream:
         case DigitsStream():
+            if added and not Path(added[0]).exists():
+                raise DataError(f"'{added[0]}' does not exist; give a folder of shards, see `hpccl shards build`")
             if added:
                 raise DataError(
                     f"'{added[0]}' cannot be added to the embedded digits, whose images have one channel and those of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import Any
 
@@ -57,7 +58,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
 def _from_timm(config: TimmOptim, model: nn.Module) -> torch.optim.Optimizer:
     """By timm's name; weight decay spares biases and normalisation."""
     import_timm()
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2, list_optimizers
 
     options: dict[str, Any] = dict(config.options)
     if config.name.lower() in _FUSED:
@@ -72,5 +73,10 @@ def _from_timm(config: TimmOptim, model: nn.Module) -> torch.optim.Optimizer:
             **options,
         )
     except (ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(f"optim.name '{config.name}' with options {config.options} was refused: {error}") from error
+        with_options = f" with options {config.options}" if config.options else ""
+        known = [str(name) for name in list_optimizers()]
+        near = ", ".join(difflib.get_close_matches(config.name.lower(), known, n=6)) or "none"
+        unknown = config.name.lower() not in known
+        advice = f"; similar: {near}; `timm.optim.list_optimizers()` has all" if unknown else ""
+        raise ConfigError(f"optim.name '{config.name}'{with_options} was refused: {error}{advice}") from error
     return optimizer

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from hpccl.config.load import refuse_cut_off
 from hpccl.config.run import RunConfig
-from hpccl.errors import FolderError
+from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import RunFolder, explain_os_error
 from hpccl.report import metrics
 from hpccl.report.events import Event, latest, number, phase_parts, read_events, valid_json
@@ -120,7 +121,10 @@ def read_config(folder: Path) -> RunConfig:
     path = RunFolder(folder).config
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        refuse_cut_off(content, path)
         return RunConfig.model_validate(content)
+    except ConfigError as error:
+        raise FolderError(str(error)) from error
     except FileNotFoundError as error:
         raise FolderError(f"'{folder}' is not the folder of a run: it has no config.yaml. Give runs/<name>") from error
     except OSError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpccl.checkpoint.store import latest, load
 from hpccl.config.adaptation import AnyAdaptation, RemoveData
-from hpccl.config.load import load as load_config
+from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.data.shards.remote import is_url
 from hpccl.dist.spread import wholes
@@ -59,7 +59,7 @@ def check_reference(reference: RunConfig) -> None:
     given = f"--reference '{folder.path}'"
     if not folder.config.is_file():
         raise FolderError(f"{given} is not a run folder (it has no config.yaml); {_INSTEAD}")
-    there, here = _decided(load_config([folder.config], [])), _decided(reference)
+    there, here = _decided(load_recorded(folder.config)), _decided(reference)
     lines = [
         f"  {key}: {_short(there.get(key, _ABSENT))} there, {_short(here.get(key, _ABSENT))} expected"
         for key in {**there, **here}
@@ -113,7 +113,7 @@ def compare_adaptation(run: Path, reference: RunConfig | None = None) -> Adaptat
     """
     if reference is not None:
         check_reference(reference)
-    config = load_config([RunFolder(run).config], [])
+    config = load_recorded(RunFolder(run).config)
     adapt = config.adapt
     if not isinstance(adapt, AnyAdaptation):
         raise FolderError(f"'{run}' is no adaptation; give a folder that hpccl adapt wrote")

@@ -21,7 +21,7 @@ from rich.text import Text
 from torch import Tensor
 
 from hpccl.checkpoint.store import Mark, load, open_shards
-from hpccl.config.load import load as load_config
+from hpccl.config.load import load_recorded
 from hpccl.curvature.blocks import Block
 from hpccl.curvature.build import precision_from_state
 from hpccl.curvature.dense import DensePrecision
@@ -174,7 +174,7 @@ def _quadratic_state(folder: RunFolder, mark: Mark) -> Mapping[str, Any]:
         raise CheckpointError(f"checkpoint '{folder.checkpoints / mark.name}' has no {error}: it is damaged") from error
     if isinstance(state, Mapping):
         return state
-    if load_config([folder.config], []).prior.quadratic.weight == 0:
+    if load_recorded(folder.config).prior.quadratic.weight == 0:
         raise FolderError(no_curvature(str(folder.path), mark.name))
     raise FolderError(
         f"'{folder.path}' has no curvature in checkpoint {mark.name}: it is measured at the end of a task, and no task "

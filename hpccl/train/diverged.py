@@ -44,6 +44,7 @@ def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
     terms = failure.terms.clone()
     world.comm.sum_([terms])
     named = {name: float(value) for name, value in zip(TERM_NAMES, terms, strict=True)}
+    said = {name: value for name, value in named.items() if value != 0 or name == "new"}  # the others are not there
     weights = {name: _own(leaf) for name, leaf in state.engine.gather().items()}
     flags = torch.tensor([not bool(torch.isfinite(value).all()) for value in weights.values()], dtype=torch.float32)
     world.comm.sum_([flags])
@@ -54,7 +55,7 @@ def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
     world.comm.barrier()
     return DivergedError(
         f"the gradient is not finite at step {failure.step} of task {failure.task.index} ('{failure.task.name}'); "
-        f"loss terms in nats per example: {', '.join(f'{name} {value:.4g}' for name, value in named.items())}; "
+        f"loss terms in nats per example: {', '.join(f'{name} {value:.4g}' for name, value in said.items())}; "
         f"weights that are not finite: {', '.join(broken[:3]) or 'none'}. The batch and the weights are in '{note}.*', "
         f"the last checkpoint is untouched. {_advice(failure, world)}"
     )

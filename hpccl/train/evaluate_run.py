@@ -11,11 +11,11 @@ import numpy as np
 
 from hpccl.checkpoint.store import Mark, load, marks, open_shards
 from hpccl.config.engine import DdpEngine
-from hpccl.config.load import load as load_config
+from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
 from hpccl.dist.mesh import pick_device
-from hpccl.errors import ConfigError, DataError, FolderError
+from hpccl.errors import CheckpointError, ConfigError, DataError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
@@ -27,7 +27,9 @@ from hpccl.train.run import fresh_state
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
 
-__all__ = ["evaluate_run", "find_checkpoint", "put_weights", "reopened"]
+__all__ = ["evaluate_run", "find_checkpoint", "newest_tree", "put_weights", "reopened"]
+
+_LOOKS = 3  # at a folder of checkpoints that a run is replacing
 
 
 def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = None) -> dict[str, Any]:
@@ -98,12 +100,12 @@ def reopened(path: Path, *, task: int | None = None) -> Iterator[tuple[RunState,
         FolderError: the folder is no run, or has no such checkpoint.
     """
     folder = RunFolder(path)
-    mark = find_checkpoint(folder, task)
-    config = _in_one_process(load_config([folder.config], []))
+    mark, tree = newest_tree(folder, task)
+    config = _in_one_process(load_recorded(folder.config))
     comm = Comm.solo(pick_device(config.engine.device))
     stream = open_for(config, folder)
     state = fresh_state(config, stream, comm, pretrained=False)
-    state.load_state_dict(load(folder.checkpoints, mark), mark, open_shards(folder.checkpoints, mark), comm)
+    state.load_state_dict(tree, mark, open_shards(folder.checkpoints, mark), comm)
     with EventLog(folder.events, enabled=False) as log, make_progress(False) as progress:
         yield state, World(config, comm, stream, folder, log, progress, Stop())
 
@@ -113,6 +115,24 @@ def _in_one_process(config: RunConfig) -> RunConfig:
     engine = config.engine
     alone = DdpEngine(device=engine.device, precision=engine.precision, channels_last=engine.channels_last)
     return config.model_copy(update={"engine": alone})
+
+
+def newest_tree(folder: RunFolder, task: int | None) -> tuple[Mark, dict[str, Any]]:
+    """The newest checkpoint (or that of a task), and what is in it; looks again where a run has just replaced it.
+
+    Raises:
+        CheckpointError: it is damaged.
+        FolderError: as `find_checkpoint`.
+    """
+    for _ in range(_LOOKS - 1):
+        mark = find_checkpoint(folder, task)
+        try:
+            return mark, load(folder.checkpoints, mark)
+        except CheckpointError:
+            if (folder.checkpoints / mark.name).exists():
+                raise
+    mark = find_checkpoint(folder, task)
+    return mark, load(folder.checkpoints, mark)
 
 
 def find_checkpoint(folder: RunFolder, task: int | None) -> Mark:

@@ -17,7 +17,7 @@ from hpccl.checkpoint.store import FORMAT, Mark, load, marks, open_shards
 from hpccl.checkpoint.streamed import write_tensors
 from hpccl.checkpoint.tree import write_tree
 from hpccl.config.curvature import MasCurvature, SiCurvature
-from hpccl.config.load import load as load_config
+from hpccl.config.load import load_recorded
 from hpccl.config.model import ModelConfig, TimmModel
 from hpccl.config.run import RunConfig
 from hpccl.curvature.build import precision_from_state
@@ -83,7 +83,7 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
     """
     run = RunFolder(path)
     mark = find_finished(run, task)
-    config = load_config([run.config], [])
+    config = load_recorded(run.config)
     if config.method == "separate" and task is None:
         raise ConfigError(
             f"'{path}' trained a network of its own for every task (method separate); "
@@ -171,7 +171,7 @@ def described(run: RunFolder, mark: Mark) -> tuple[dict[str, Any], nn.Module]:
     Raises:
         DataError: the data that the run learned from is not there; it knows the names of the classes.
     """
-    config = load_config([run.config], [])
+    config = load_recorded(run.config)
     content = _Content(run, config, mark, outline(config.stream, config.data, copies=copies_of(config, run)))
     model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)
     return content.config_json(model), model
@@ -234,11 +234,27 @@ def refuse_what_is_there(out: Path, *, force: bool) -> None:
         raise FolderError(f"'{out}' exists; choose another folder, or replace an earlier export with --force")
     ours = {WEIGHTS, CONFIG, README, f"{CURVATURE}.json", f"{CURVATURE}.safetensors"}
     others = sorted({entry.name for entry in out.iterdir()} - ours) if out.is_dir() else [out.name]
+    if not others and not _is_export(out):
+        raise FolderError(
+            f"'{out}' has no {CONFIG} of an export by hpccl, so --force does not replace it; choose another folder, or "
+            "delete it yourself"
+        )
     if others:
         raise FolderError(
             f"'{out}' holds more than an export ({', '.join(others[:3])}), which --force would delete; "
             "choose another folder, or delete it yourself"
         )
+
+
+def _is_export(out: Path) -> bool:
+    """Whether hpccl wrote what is there; an empty folder is nobody's. Other libraries' files have the same names."""
+    if not any(out.iterdir()):
+        return True
+    try:
+        found = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "hpccl" in found
 
 
 @contextlib.contextmanager

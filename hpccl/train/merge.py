@@ -21,7 +21,7 @@ from hpccl.checkpoint.streamed import Writer, writing
 from hpccl.config.model import ModelConfig
 from hpccl.curvature import merging
 from hpccl.curvature.merging import Model, Solved
-from hpccl.errors import ConfigError, DataError
+from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.models.build import skeleton
 from hpccl.models.exported import CONFIG, WEIGHTS
 from hpccl.train.export import README, folder_beside, refuse_what_is_there, write_text
@@ -109,6 +109,9 @@ def merge(
         FolderError: `out` is in the way, or one of the folders is no network.
     """
     scales = _checked_scales(models, weights, method, base, prior_precision)
+    for path in (*models, *(() if base is None else (base,))):
+        if path.resolve() == out.resolve():
+            raise FolderError(f"--out '{out}' is one of the networks that are merged; choose another folder")
     refuse_what_is_there(out, force=force)
     sources = [open_source(path) for path in models]
     plan = _plan(sources, scales, None if base is None else open_weights(base), method, prior_precision)

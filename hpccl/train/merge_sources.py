@@ -15,7 +15,7 @@ from torch import Tensor
 from hpccl.checkpoint.store import load, open_shards
 from hpccl.checkpoint.tree import StoredWhole, read_tree
 from hpccl.config.curvature import MasCurvature, SiCurvature
-from hpccl.config.load import load as load_config
+from hpccl.config.load import load_recorded
 from hpccl.curvature.blocks import Block, Layout
 from hpccl.curvature.merging import BlockCurve, Curve, DenseCurve, DiagonalCurve
 from hpccl.dist.spread import Stored, whole
@@ -140,7 +140,7 @@ def open_weights(path: Path) -> Source:
 def _run(path: Path) -> Source:
     run = RunFolder(path)
     mark = find_finished(run, None)
-    settings = load_config([run.config], [])
+    settings = load_recorded(run.config)
     refuse_other_logits(settings, path)
     if settings.method == "separate":
         raise ConfigError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hpccl.checkpoint.store import Mark, latest, latest_of_all, load, marks, open_shards, refuse_torn
 from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.curvature import DenseCurvature, PassCurvature
-from hpccl.config.load import load as load_config
+from hpccl.config.load import load_recorded
 from hpccl.config.model import TimmModel
 from hpccl.config.run import RunConfig
 from hpccl.curvature.build import build_estimator
@@ -398,7 +398,7 @@ def _first_task_elsewhere(config: RunConfig, source: str) -> tuple[Path, Mark]:
             f"train.first_task_from='{source}' is not the folder of a run: {problem}; give that of a run with the same "
             "first task, such as runs/NAME, or null to train it"
         )
-    theirs, ours = first_task_identity(load_config([other.config], [])), first_task_identity(config)
+    theirs, ours = first_task_identity(load_recorded(other.config)), first_task_identity(config)
     differing = sorted(key for key in theirs if theirs[key] != ours[key])
     if differing:
         raise ConfigError(

@@ -198,8 +198,9 @@ def _logits_kept(config: RunConfig) -> Iterator[Clash]:
     if not soft:
         keys = [f"prior.{key}" for key in ("loss", "label_weight") if differs(prior, usual, key)]
         keys += ["memory.labels"] if config.memory.labels == "kept" else []
+        other, remedy = ("prior.replay", "prior.replay < 1") if config.memory.kept else ("memory.size", "memory.size")
         for key in keys:
-            yield Clash((key, "prior.replay"), "is about soft-labelled memory, and there is none; set prior.replay < 1")
+            yield Clash((key, other), f"is about soft-labelled memory, and there is none; set {remedy}")
         return
     if config.memory.labels == "kept" and prior.view == "teacher":
         problem = "asks the newest network; with kept labels, set it to stored or recorded"

@@ -134,7 +134,9 @@ class Manifest:
                 f"'{folder}' has no {MANIFEST}: it is not a finished folder of shards (see `hpccl shards build`)"
             ) from None
         except OSError as error:
-            raise DataError(f"'{path}' cannot be read ({error}): copy or build the shards again") from error
+            raise DataError(
+                f"'{path}' cannot be read ({error}): copy the shards again, or delete their folder and build them again"
+            ) from error
         return cls.parse(data, str(path))
 
     @classmethod
@@ -147,14 +149,18 @@ class Manifest:
         try:
             document = json.loads(data)
         except ValueError as error:
-            raise DataError(f"'{path}' cannot be read ({error}): copy or build the shards again") from error
+            raise DataError(
+                f"'{path}' cannot be read ({error}): copy the shards again, or delete their folder and build them again"
+            ) from error
         found = document.get("format") if isinstance(document, dict) else None
         if found != FORMAT:
             raise DataError(f"'{path}' has format {found!r}, but this version of hpccl reads format {FORMAT}")
         try:
             manifest = _parse(document)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"'{path}' is damaged ({error!r}): copy or build the shards again") from error
+            raise DataError(
+                f"'{path}' is damaged ({error!r}): copy the shards again, or delete their folder and build them again"
+            ) from error
         for shard in manifest.shards:  # copies of shards are written under these names
             if Path(shard.file).name != shard.file:
                 raise DataError(f"'{path}' names a shard outside of its folder, '{shard.file}'; do not use it")

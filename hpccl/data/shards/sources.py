@@ -18,7 +18,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -304,6 +304,8 @@ def _arrange(members: list[Member], source: Path) -> Listing:
     if len(top) == 1 and not top <= set(SPLITS) and all(len(path) >= 3 for path in paths):
         paths = [path[1:] for path in paths]  # the folder that was packed
     has_splits = _has_splits(paths)
+    if not has_splits:
+        _refuse_half_splits(paths, source)
     listing: Listing = {}
     for path, member in zip(paths, members, strict=True):
         if len(path) < 2 + has_splits:
@@ -321,6 +323,17 @@ def _labelled(members: list[Member], labels: Labels) -> Listing:
     for member, name in zip(members, labels.of([member.name for member in members]), strict=True):
         by_class.setdefault(name, []).append(member)
     return {"": by_class}
+
+
+def _refuse_half_splits(paths: Sequence[tuple[str, ...]], source: Path) -> None:
+    """Or the splits would be taken for classes."""
+    splits = sorted({path[0] for path in paths if path[0] in SPLITS and len(path) >= 3})
+    others = sorted({path[0] for path in paths if path[0] not in SPLITS and len(path) >= 2})
+    if splits and others:
+        raise DataError(
+            f"'{others[0]}' stands beside '{splits[0]}' in '{source}', which has class folders of its own: the first "
+            f"folders must all be splits ({', '.join(SPLITS)}) or all be classes; rename '{others[0]}' or take it out"
+        )
 
 
 def _has_splits(paths: Iterable[tuple[str, ...]]) -> bool:

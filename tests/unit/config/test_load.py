@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpccl.config.load import dump, is_override, load, sweep
+from hpccl.config.load import dump, is_override, load, load_recorded, sweep
 from hpccl.config.memory import ScoreSelector
 from hpccl.config.model import MlpModel, PaperModel, TimmModel
 from hpccl.config.optim import TimmOptim
@@ -128,6 +128,17 @@ def test_arguments_and_files_are_told_apart() -> None:
 
 
 # ---------------------------------------------------------------- dump
+
+
+def test_a_runs_configuration_that_was_cut_off(tmp_path: Path) -> None:
+    whole = dump(load([], ["seed=5"]))
+    path = tmp_path / "config.yaml"
+    path.write_text(whole)
+    assert load_recorded(path).seed == 5
+    for text in ("", whole[: whole.index("engine:")]):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"config.yaml' is empty or cut off .*'cluster' is missing"):
+            load_recorded(path)
 
 
 def test_dump_loads_back(tmp_path: Path) -> None:

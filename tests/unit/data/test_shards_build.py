@@ -124,6 +124,15 @@ def test_all_kinds_of_sources_make_the_same_shards(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("other", ["valid/class_0/a.png", "class_9/a.png"])
+def test_a_folder_beside_the_splits_is_told(tmp_path: Path, other: str) -> None:
+    """Or train and test would be classes."""
+    source = write_folder(tmp_path / "set", {**tiny_set(), other: image_bytes(pixels(1), "png")})
+    with pytest.raises(DataError, match=rf"'{other.split('/', maxsplit=1)[0]}' stands beside 'test'.*all be splits"):
+        build(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_splits_share_one_numbering_of_classes(tmp_path: Path) -> None:
     files = {path: data for path, data in tiny_set().items() if not path.startswith("test/class_1")}
     source = write_folder(tmp_path / "set", files)

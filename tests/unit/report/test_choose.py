@@ -26,9 +26,11 @@ def write(folder: Path, accuracy: float, *, seen: float | None = None, finished:
     run = synthetic.config(name=folder.name, **{"data": HELD, **settings})
     synthetic.write_run(folder, run, finished=False)
     with EventLog(folder / "events.jsonl", clock=synthetic.Clock(1_000_020)) as log:
-        found = synthetic.evaluation(2, shift=accuracy)
-        for result in found["results"] if seen is not None else ():
-            result["class_incremental"]["accuracy"] += seen - accuracy
+        found = synthetic.evaluation(2)
+        for result in found["results"]:
+            result["task_incremental"]["accuracy"] += accuracy
+        for result in found["results"]:
+            result["class_incremental"]["accuracy"] += accuracy if seen is None else seen
         log.write("evaluate", **found)
         if finished:
             log.write("done", weights_sha256=folder.name)

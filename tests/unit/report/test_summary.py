@@ -154,8 +154,10 @@ def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("a: [", "is not YAML"),
-        ("nmae: x", "does not fit this version of hpccl: nmae"),
-        ("- 1", "does not fit this version"),
+        ("nmae: x\ncluster: {}", "does not fit this version of hpccl: nmae"),
+        ("name: x", "is empty or cut off .*'cluster' is missing"),
+        ("- 1", "is empty or cut off"),
+        ("", "is empty or cut off"),
     ],
 )
 def test_a_configuration_that_cannot_be_read_says_why(tmp_path: Path, text: str, words: str) -> None:

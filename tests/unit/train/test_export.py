@@ -27,6 +27,7 @@ from hpccl.errors import CheckpointError, ConfigError, DataError, FolderError
 from hpccl.models.exported import load_exported
 from hpccl.train.export import export
 from hpccl.train.fit import fit
+from hpccl.train.merge import merge
 from hpccl.train.state import RunState
 from tests.run.method import make_world, merged
 
@@ -190,6 +191,20 @@ def test_what_is_there_is_not_overwritten(run: Run, tmp_path: Path) -> None:
         export(folder, out, force=True)
     assert (out / "thesis.tex").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_of_another_library_are_not_replaced(run: Run, tmp_path: Path) -> None:
+    """Their names are the same."""
+    folder, _, _ = run("mlp")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text('{"architecture": "resnet18"}')
+    (out / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(FolderError, match=r"no config.json of an export by hpccl, so --force does not replace it"):
+        export(folder, out, force=True)
+    assert (out / "model.safetensors").read_bytes() == b"weights"
+    with pytest.raises(FolderError, match="is one of the networks that are merged"):
+        merge([folder], folder, method="average", force=True)
 
 
 def test_what_cannot_be_exported_is_told(run: Run, tmp_path: Path) -> None:
