@@ -154,7 +154,7 @@ def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("a: [", "is not YAML"),
-        ("nmae: x\ncluster: {}", "does not fit this version of hpccl: nmae"),
+        ("nmae: x\ncluster: {kind: local}", "does not fit this version of hpccl: nmae"),
         ("name: x", "is empty or cut off .*'cluster' is missing"),
         ("- 1", "is empty or cut off"),
         ("", "is empty or cut off"),
