@@ -50,7 +50,7 @@ _SILENCES = (
         "curvature",
         "",
         lambda c: not c.measures and not c.follows,
-        "no term uses a curvature (prior.quadratic.weight and prior.fromp.weight are 0, or its kernel is identity)",
+        "no term of training uses a curvature (prior.quadratic.weight and prior.fromp.weight are 0)",
     ),
     _Silence("memory.selector", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
     _Silence(
@@ -58,6 +58,12 @@ _SILENCES = (
         "",
         lambda c: isinstance(c.memory.selector, GreedySelector),
         "memory.selector.kind=greedy keeps classes balanced",
+    ),
+    _Silence(
+        "prior.replay",
+        "",
+        lambda c: c.memory.size > 0 and c.prior.replay != "coverage" and not c.prior.mixes and _none_replayed(c),
+        "of so few examples it gives none its true label",
     ),
     _Silence("prior.share_of", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
     _Silence(
@@ -68,6 +74,10 @@ _SILENCES = (
     ),
     _Silence("prior.scale_to_task", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
 )
+
+
+def _none_replayed(config: RunConfig) -> bool:
+    return config.prior.some_true and config.prior.num_replayed(config.memory.size, config.memory.size) == 0
 
 
 def unheard(configs: Sequence[RunConfig], overrides: Sequence[str]) -> list[str]:

@@ -94,24 +94,20 @@ def _held_rows(task: Task, silent: set[int], state: RunState, world: World) -> d
 
 def _silent(task: Task, state: RunState, world: World) -> set[int]:
     """Classes of which nothing is said while the task is learned, and whose rows would become smaller."""
-    config = world.config
-    normal = config.prior.normal.precision > 0
-    optim = config.optim
-    # A variational optimiser has a prior of all weights, also of those that are still to learn.
+    optim = world.config.optim
     plain = isinstance(optim, TimmOptim | SamOptim)
-    decays = optim.weight_decay > 0 if isinstance(optim, TimmOptim | SamOptim) else True
-    found: set[int] = set()
-    if plain and (decays or normal) and not _named(state, world):
-        found |= _to_come(task, world)
-    if decays and not normal and _forgets(state, world):
-        found |= _finished(task, world)
-    return found
+    if isinstance(optim, TimmOptim | SamOptim) and optim.weight_decay == 0:
+        return set()
+    # A variational optimiser has a prior of all weights, also of those that are still to learn.
+    later = _to_come(task, world) if plain and not _named(state, world) else set()
+    return later | (_finished(task, world) if _forgets(state, world) else set())
 
 
 def _forgets(state: RunState, world: World) -> bool:
     """Whether nothing speaks for the heads of earlier tasks."""
     config, prior = world.config, state.prior
     spoken = len(prior.memory) > 0 or prior.quadratic is not None or config.prior.distill.weight > 0
+    spoken = spoken or config.prior.normal.precision > 0
     alone = config.train.data == "task" and not isinstance(config.adapt, AnyAdaptation)
     return config.train.head == "own" and alone and not spoken
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hpccl.config.adaptation import AddData, AnyAdaptation, NewModel
+from hpccl.config.adaptation import AddData, AnyAdaptation, NewModel, RemoveData
 from hpccl.config.clash import Clash
 from hpccl.config.prior import PriorConfig
 from hpccl.config.rules.common import differs
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from hpccl.config.run import RunConfig
 
 __all__ = ["RULES"]
+
+
+def _removed(config: RunConfig) -> Iterator[Clash]:
+    if isinstance(config.adapt, RemoveData) and config.prior.mixes:
+        problem = (
+            "gives every example a part of both labels, of which forgetting takes back one; adapt a run of examples"
+        )
+        yield Clash(("prior.share_of", "adapt.kind"), problem)
 
 
 def _adapted(config: RunConfig) -> Iterator[Clash]:
@@ -76,4 +84,4 @@ def _adapted(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("prior.quadratic.weight", "adapt.kind"), problem)
 
 
-RULES = (_adapted,)
+RULES = (_adapted, _removed)

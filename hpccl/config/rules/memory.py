@@ -49,13 +49,6 @@ def _needs_memory(config: RunConfig) -> Iterator[Clash]:
         yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
 
 
-def _few(config: RunConfig) -> Iterator[Clash]:
-    size, prior = config.memory.size, config.prior
-    if size > 0 and prior.replay not in (0, "coverage") and not prior.mixes and prior.num_replayed(size, size) == 0:
-        problem = f"gives none of {size} examples of a task its true label; set it to 0, or to at least {1 / size:.3g}"
-        yield Clash(("prior.replay", "memory.size"), problem)
-
-
 def _copies(config: RunConfig) -> Iterator[Clash]:
     if not config.memory.kept or config.memory.keep == "reference":
         return
@@ -96,7 +89,6 @@ RULES = (
     _one_budget,
     _selector,
     _needs_memory,
-    _few,
     _copies,
     _needs_soft_labels,
     _fading,

@@ -97,6 +97,15 @@ DOMAINS = "stream.scenario.kind=domains"
         ([*ADAPT, "prior.normal={precision: 1.0, weight: 0.5}"], "prior.normal.weight"),
         ([*ADAPT, "optim.weight_decay=0.1"], "optim.weight_decay"),
         ([*ADAPT, "log.reconstruction=0.5"], "log.reconstruction"),
+        (
+            [
+                "adapt={kind: remove, names: [a], source: runs/a, task: 0}",
+                MEMORY,
+                "prior.replay=0.5",
+                "prior.share_of=labels",
+            ],
+            "prior.share_of",
+        ),
         ([*ADAPT, "memory.labels=kept"], "memory.labels"),
         ([*ADAPT, "prior.distill.weight=1"], "prior.distill.weight"),
         ([*ADAPT, "evaluate.classifier=nearest_mean"], "evaluate.classifier"),
@@ -166,7 +175,6 @@ DOMAINS = "stream.scenario.kind=domains"
         ([*SI, MEMORY, "memory.selector.kind=reconstruction", "prior.replay=1"], "memory.selector.kind"),
         ([*SI, "optim.kind=ivon"], "optim.kind"),
         ([*SI, "train.ema=0.9"], "train.ema"),
-        (["memory.size=9", "prior.replay=0.1"], "prior.replay"),
         (["optim.kind=lie", "optim.group.kind=multiplicative", "train.clip_norm=1"], "train.clip_norm"),
         ([*SI, "train.first_task_from=runs/a"], "train.first_task_from"),
         ([*SI, "train.head_epochs=1"], "train.head_epochs"),

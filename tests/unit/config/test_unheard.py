@@ -25,8 +25,8 @@ def told(*overrides: str, files: tuple[Path, ...] = ()) -> list[str]:
         ("prior.correct.penalty=1", "", "prior.correct.share is 0"),
         ("prior.fromp.jitter=1e-4", "", "prior.fromp.weight is 0"),
         ("prior.topology.margin=1", "prior.topology.nodes=4", "prior.topology.nodes is 0"),
-        ("curvature.fisher=empirical", "prior.quadratic.weight=1", "no term uses a curvature"),
-        ("curvature.kind=diagonal", "prior.quadratic.weight=1", "no term uses a curvature"),
+        ("curvature.fisher=empirical", "prior.quadratic.weight=1", "no term of training uses a curvature"),
+        ("curvature.kind=diagonal", "prior.quadratic.weight=1", "no term of training uses a curvature"),
         ("memory.selector.kind=leverage", "memory.size=3", "there is no memory"),
         ("prior.scale_to_task=true", "memory.size=3", "there is no memory"),
     ],
@@ -44,6 +44,12 @@ def test_the_precision_of_products_that_a_diagonal_does_not_make() -> None:
     assert told(*common, "curvature.kind=ekfac") == []
     (line,) = told(*common, "curvature.kind=diagonal")
     assert line.startswith("prior.quadratic.products=bf16 has no effect here: it is of curvature.kind=kronecker")
+
+
+def test_a_share_of_too_few_examples() -> None:
+    (line,) = told("memory.size=9", "prior.replay=0.1")
+    assert line.endswith("of so few examples it gives none its true label")
+    assert told("memory.size=10", "prior.replay=0.1") == told("memory.size=9", "prior.replay=0") == []
 
 
 def test_a_sampler_that_balances_by_itself() -> None:

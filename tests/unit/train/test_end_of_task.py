@@ -226,17 +226,6 @@ def test_weight_decay_leaves_classes_alone_that_have_not_come(
     assert unchanged(tmp_path / "free") == set()
 
 
-def test_the_normal_prior_leaves_classes_alone_that_have_not_come(tmp_path: Path) -> None:
-    config = merged(
-        {"train": {"epochs": 2}, "memory": {"size": 5}, "prior": {"normal": {"precision": 1.0}}, "optim": {"lr": 0.01}}
-    )
-    state, world = make_world(config, tmp_path)
-    rows = list(state.engine.module.state_dict().values())[-2]
-    before = rows.clone()
-    learn(state, world, 2)
-    assert {row for row in range(10) if torch.equal(before[row], rows[row])} == set(range(4, 10))
-
-
 @pytest.mark.parametrize("optim", [{"name": "sgd", "weight_decay": 0.01}, {"kind": "vogn"}, {"kind": "bsam"}], ids=str)
 def test_a_head_that_nothing_speaks_for_is_not_worn_away(tmp_path: Path, optim: dict[str, Any]) -> None:
     """On frozen features the first task's logits stay what they were, to the last bit."""
