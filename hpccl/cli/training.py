@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["adapt", "check", "plan", "train"]
 
+_MUCH = 0.05  # of accuracy, that an adaptation should not cost
+
 
 def train(
     arguments: Arguments,
@@ -114,11 +116,19 @@ def _refuse_folders(runs: Sequence[RunConfig], reference: RunConfig | None) -> N
 
 def _compare(out: Path, reference: RunConfig | None) -> None:
     from hpccl.report.adaptation import markdown, write_adaptation
+    from hpccl.report.text import percent
     from hpccl.train.adapt_compare import compare_adaptation
 
     found = compare_adaptation(out, reference)
     page = write_adaptation(found, out)
     typer.echo(f"{markdown(found)}\n\n{page}")
+    before, after = found.start.accuracy_kept, found.adapted.accuracy_kept
+    if before is not None and after is not None and after < before - _MUCH:
+        typer.echo(
+            f"note: the accuracy of what stays fell from {percent(before)} to {percent(after)} %: adapt again, into "
+            "another --out, with fewer train.epochs or a smaller optim.lr",
+            err=True,
+        )
 
 
 def _change(

@@ -52,8 +52,6 @@ def adapted_config(
         _refuse_fixed(setting, model)
     words = _words(run, out, source, task=task, change=change)
     words += [*_model(model), "train.data=task"]
-    # What is taken away has no lower bound: as many epochs as learning took would take far too much.
-    words += ["train.epochs=1"] if change["kind"] == "remove" else []
     if model is not None:
         words += [*_NO_QUADRATIC, *_ALL_LEARNS]
     return load([run / "config.yaml"], [*words, *settings])

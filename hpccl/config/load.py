@@ -54,8 +54,9 @@ def load_recorded(path: Path) -> RunConfig:
     Raises:
         ConfigError: it is no such file any more, or this version cannot read it.
     """
+    config = load([path], [])
     refuse_cut_off(read_file(path).entries, path)
-    return load([path], [])
+    return config
 
 
 def refuse_cut_off(content: Any, path: Path) -> None:

@@ -414,7 +414,8 @@ FIXED = (
         ({"kind": "remove", "names": ["3", "eleven"]}, "'eleven' .* neither a class nor the id"),
         ({"kind": "remove", "names": ["digits/99999"]}, "'digits/99999' .* ids are like 'digits/"),
         ({"kind": "remove", "names": [str(number) for number in range(10)]}, "all 1438 training examples"),
-        ({"kind": "add", "data": ["nowhere"]}, "cannot be added to the embedded digits"),
+        ({"kind": "add", "data": ["nowhere"]}, "'nowhere' does not exist; give a folder of shards"),
+        ({"kind": "add", "data": ["."]}, "cannot be added to the embedded digits"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(digits: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -194,7 +194,7 @@ def test_some_shards_of_a_part_may_go(shards: Path, tmp_path: Path) -> None:
     """A data set cut into several tasks loses the files of those that are finished, and no others."""
     (tmp_path / "all").mkdir()
     stream = f"stream={{kind: shards, parts: [{{path: {shards / 'one'}, tasks: 3}}]}}"
-    memory = ["memory.size=3", "model={kind: mlp, hidden: [4]}"]
+    memory = ["memory.size=3", "model={kind: mlp, hidden: [4]}", "train.head=seen"]
     expected = config_of(shards, tmp_path / "whole", stream, *memory)
     assert go_on(expected) == "done"
     config = config_of(shards, tmp_path / "run", stream, *memory)

@@ -250,7 +250,7 @@ def test_an_undecodable_image_stops_or_is_skipped_and_counted(tmp_path: Path, st
     entries = [dataclasses.replace(each, sha256=file_sha256(shards / "train" / each.file)) for each in manifest.shards]
     dataclasses.replace(manifest, shards=tuple(entries)).save(shards / "train")
     own = [*shard_settings(shards, tmp_path / "cache"), f"data.storage={storage}", "data.workers=0", "memory.size=0"]
-    own += ["prior.replay=0", "prior.temperature=1.0"]
+    own += ["prior.replay=0", "prior.temperature=1.0", "train.head=seen"]
     # With images decoded on demand, only one of the two ranks meets it: its message must be the one that is shown.
     code, output = finish(start(tmp_path / "stop", *own, "--nproc=2"))
     assert code == 1

@@ -17,7 +17,12 @@ from tests.unit.data.tiny_images import tiny_set, write_folder
 def config_of(tmp_path: Path, name: str, *more: str) -> RunConfig:
     parts = f"stream={{kind: shards, parts: [{{path: '{tmp_path / 'shards'}', tasks: 3}}]}}"
     small = ["data={image_size: 12, workers: 0}", "model={kind: mlp, hidden: [8]}", "train={epochs: 2, batch_size: 8}"]
-    rest = ["log.tensorboard=false", f"folder={tmp_path / name}", f"data.cache={tmp_path / name}-cache"]
+    rest = [
+        "train.head=seen",
+        "log.tensorboard=false",
+        f"folder={tmp_path / name}",
+        f"data.cache={tmp_path / name}-cache",
+    ]
     return load([], [parts, *small, *rest, *more])
 
 
