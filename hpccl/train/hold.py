@@ -95,12 +95,12 @@ def _held_rows(task: Task, silent: set[int], state: RunState, world: World) -> d
 def _silent(task: Task, state: RunState, world: World) -> set[int]:
     """Classes of which nothing is said while the task is learned, and whose rows would become smaller."""
     optim = world.config.optim
-    plain = isinstance(optim, TimmOptim | SamOptim)
-    if isinstance(optim, TimmOptim | SamOptim) and optim.weight_decay == 0:
+    finished = _finished(task, world) if _forgets(state, world) else set()
+    if not isinstance(optim, TimmOptim | SamOptim):
+        return finished  # a variational optimiser has a prior of all weights, also of those that are still to learn
+    if optim.weight_decay == 0:
         return set()
-    # A variational optimiser has a prior of all weights, also of those that are still to learn.
-    later = _to_come(task, world) if plain and not _named(state, world) else set()
-    return later | (_finished(task, world) if _forgets(state, world) else set())
+    return finished | (set() if _named(state, world) else _to_come(task, world))
 
 
 def _forgets(state: RunState, world: World) -> bool:

@@ -43,6 +43,33 @@ def refusal(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     return ended.value.code, capsys.readouterr().err
 
 
+INTERRUPTED = """
+import sys
+
+class Pressed:
+    def find_spec(self, name, path, target=None):
+        if name == "hpccl.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Pressed())
+from hpccl.__main__ import run
+run()
+"""
+
+
+def test_ctrl_c_while_the_command_is_starting() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert found.returncode == 130
+    assert found.stderr == "stopped by Ctrl-C before anything began; run the same command again\n"
+
+
 def test_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"hpccl {hpccl.__version__}\n")
