@@ -116,19 +116,25 @@ def _refuse_folders(runs: Sequence[RunConfig], reference: RunConfig | None) -> N
 
 def _compare(out: Path, reference: RunConfig | None) -> None:
     from hpccl.report.adaptation import markdown, write_adaptation
-    from hpccl.report.text import percent
     from hpccl.train.adapt_compare import compare_adaptation
 
     found = compare_adaptation(out, reference)
     page = write_adaptation(found, out)
     typer.echo(f"{markdown(found)}\n\n{page}")
-    before, after = found.start.accuracy_kept, found.adapted.accuracy_kept
-    if before is not None and after is not None and after < before - _MUCH:
-        typer.echo(
-            f"note: the accuracy of what stays fell from {percent(before)} to {percent(after)} %: adapt again, into "
-            "another --out, with fewer train.epochs or a smaller optim.lr",
-            err=True,
-        )
+    if note := loss_of_what_stays(found.start.accuracy_kept, found.adapted.accuracy_kept):
+        typer.echo(f"note: {note}", err=True)
+
+
+def loss_of_what_stays(before: float | None, after: float | None) -> str | None:
+    """What to say of it, from accuracies as shares; None if it is small or was not measured."""
+    from hpccl.report.text import percent
+
+    if before is None or after is None or after >= before - _MUCH:
+        return None
+    return (
+        f"the accuracy of what stays fell from {percent(before)} to {percent(after)} %: adapt again, into another "
+        "--out, with fewer train.epochs or a smaller optim.lr"
+    )
 
 
 def _change(

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import hpccl
 from hpccl.cli import app, main
+from hpccl.cli.training import loss_of_what_stays
 from hpccl.config.load import load
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,14 @@ def test_ctrl_c_while_the_command_is_starting() -> None:
     )
     assert found.returncode == 130
     assert found.stderr == "stopped by Ctrl-C before anything began; run the same command again\n"
+
+
+def test_what_an_adaptation_cost() -> None:
+    assert loss_of_what_stays(0.95, 0.91) is None
+    assert loss_of_what_stays(None, 0.5) is None
+    told = loss_of_what_stays(0.953, 0.689)
+    assert told is not None
+    assert told.startswith("the accuracy of what stays fell from 95.3 to 68.9 %: adapt again, into another --out")
 
 
 def test_version() -> None:

@@ -9,8 +9,11 @@ import pytest
 
 from hpccl.checkpoint.store import Mark
 from hpccl.config.load import dump
+from hpccl.errors import CheckpointError
+from hpccl.folder import RunFolder
+from hpccl.train import evaluate_run as module
 from hpccl.train.evaluate import test as evaluate_all
-from hpccl.train.evaluate_run import evaluate_run
+from hpccl.train.evaluate_run import evaluate_run, newest_tree
 from tests.run.method import learn, make_world, merged
 
 
@@ -22,3 +25,23 @@ def test_a_run_of_many_ranks_is_evaluated_by_one(tmp_path: Path, engine: dict[st
     world.save(state, Mark.at(0, "done", state.mark.step))
     world.folder.config.write_text(dump(merged({"train": {"epochs": 1}, "engine": engine})))
     assert evaluate_run(tmp_path)["average_accuracy"] == expected
+
+
+def test_a_checkpoint_that_a_run_has_just_replaced_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, world = make_world(merged({"train": {"epochs": 1}}), tmp_path)
+    learn(state, world, 1)
+    new = Mark.at(0, "done", state.mark.step)
+    world.save(state, new)
+    world.folder.config.write_text(dump(world.config))
+    listed = iter([Mark.at(0, "fit", 1), new])  # the first went between the list and the reading
+    monkeypatch.setattr(module, "find_checkpoint", lambda *_: next(listed))
+    mark, tree = newest_tree(RunFolder(tmp_path), None)
+    assert mark == new
+    assert tree["engine"]["weights"]
+
+    (tmp_path / "checkpoints" / new.name / "state.json").unlink()  # one that is there, and damaged, is not passed over
+    monkeypatch.setattr(module, "find_checkpoint", lambda *_: new)
+    with pytest.raises(CheckpointError):
+        newest_tree(RunFolder(tmp_path), None)
