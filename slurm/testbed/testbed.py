@@ -225,7 +225,9 @@ class Testbed:
         # `ip` acts in ctl's network but counts processes as the machine does: `netns` takes the machine's number.
         ip = ["nsenter", "-t", controller, "--net", "ip"]
         _wait_for(f"the former cable of {node} to go", lambda: cable not in _run([*ip, "-o", "link"]), 10)
-        _run([*ip, "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", host])
+        # Like a machine it keeps its network address: the others remember that, and would send to the former one.
+        address = f"02:00:00:00:00:{number:02x}"
+        _run([*ip, "link", "add", cable, "type", "veth", "peer", "name", "eth0", "address", address, "netns", host])
         _run([*ip, "link", "set", cable, "master", "br0", "up"])
         _run(["nsenter", "-t", host, "--net", "ip", "addr", "add", f"{_NETWORK}.{number}/24", "dev", "eth0"])
         _run(["nsenter", "-t", host, "--net", "ip", "link", "set", "eth0", "up"])

@@ -112,6 +112,15 @@ def test_a_pulled_cable_cuts_a_node_off(cluster: Testbed) -> None:
     cluster.run(reach, "n1", timeout=10)
 
 
+def test_a_node_that_was_off_is_reached_at_once(cluster: Testbed) -> None:
+    reach = ["bash", "-c", "until exec 3<>/dev/tcp/n2/6818; do sleep 0.1; done"]
+    cluster.run(reach, "n1", timeout=10)  # and remembers where n2 is
+    cluster.power_off("n2")
+    cluster.power_on("n2")
+    cluster.run(reach, "n2", timeout=10)  # its daemon is there
+    cluster.run([*reach[:2], "exec 3<>/dev/tcp/n2/6818"], "n1", timeout=2)
+
+
 def test_a_rank_can_be_killed_from_outside(cluster: Testbed, tmp_path: Path) -> None:
     job = submit(tmp_path, "srun -n4 --kill-on-bad-exit=1 sleep 300", options=["-N2", "-n4"])
     wait_for_state(job, "RUNNING")
