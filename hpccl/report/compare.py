@@ -414,6 +414,7 @@ def _notes(comparison: Comparison) -> list[str]:
     notes += [f"Not finished and left out: {', '.join(left_out)}."] if left_out else []
     early = [run.name for run in comparison.runs if run.status != "done" and run.name not in _names(left_out)]
     notes += [f"Not finished, shown as they stand: {', '.join(early)}."] if early else []
+    notes += [f"{run.name}: {run.message}." for run in comparison.runs if run.status == "done" and run.message]
     return notes
 
 

@@ -50,6 +50,7 @@ class RunReport:
     `average_union_accuracy` is its mean, `_later` without the first task, `performance_drop` its first less its last.
     `calibration`: by setting, [3, 15] counts, sums of confidence and numbers of right answers, by confidence; of the
     last network on the tasks it has learned, empty where every task has its own network.
+    `message`: of what ended it; of a run that is done, which lines are lost.
     `validation`: the share of the training images that all of these are on, if they are not on test images.
     """
 
@@ -159,6 +160,9 @@ def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
     skipped = [_plain(event) for event in latest(events, "skipped", "split", "sample")]
     phases = _phases(events)
     status, message = _status(events)
+    accuracies = _accuracies(events, len(tasks))
+    if status == "done":
+        message = _lost(accuracies["accuracy_matrix"])
     return RunReport(
         name=config.name,
         method=config.method,
@@ -166,7 +170,7 @@ def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
         status=status,
         message=message,
         validation=config.data.validation,
-        **_accuracies(events, len(tasks)),
+        **accuracies,
         # An earlier `done` says nothing about a run that was started again since.
         weights_sha256=done.get("weights_sha256") if status == "done" else None,
         images_per_second=_training_rate(events, phases, done),
@@ -318,6 +322,20 @@ def _status(events: Sequence[Event]) -> tuple[Status, str | None]:
             return "stopped", f"{last.get('reason')} at {place}"
         case other:
             return _STATUS[other], None
+
+
+def _lost(matrix: Matrix) -> str | None:
+    """What evaluations a run that is done should have told of and has not; `joint` has none before its last."""
+    told = [any(value is not None for value in row) for row in matrix]
+    first = told.index(True) if True in told else 0
+    lost = [str(task) for task in range(first, len(told)) if not told[task]]
+    if told and not lost:
+        return None
+    which = f"tasks {', '.join(lost)} (counted from 0)" if True in told else "any task"
+    return (
+        f"events.jsonl lacks the evaluation after {which}, "
+        "so that figures are missing, or of an earlier task; `hpccl evaluate RUN --task N` measures them again"
+    )
 
 
 def phase_totals(phases: Sequence[PhaseCost]) -> list[PhaseCost]:

@@ -8,6 +8,7 @@ import pytest
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.archive import read_runs
+from hpccl.report.compare import _notes, compare_runs
 from hpccl.report.events import EventLog
 from hpccl.report.summary import PhaseCost, phase_totals, read_config, summarise
 from tests.unit.report import synthetic
@@ -53,6 +54,22 @@ def test_a_run_under_way_reports_what_is_there(tmp_path: Path) -> None:
     assert report.average_accuracy == pytest.approx((0.75 + 0.875) / 2)
     assert report.accuracy_matrix[2] == [None, None, None]
     assert report.weights_sha256 is None
+
+
+@pytest.mark.parametrize(
+    ("cut", "named"), [([2], "tasks 2"), ([0, 2], "tasks 2"), ([1], "tasks 1"), ([0, 1, 2], "any task")]
+)
+def test_lost_evaluations_of_a_run_that_is_done_are_told_of(tmp_path: Path, cut: list[int], named: str) -> None:
+    path = synthetic.write_run(tmp_path / "run") / "events.jsonl"
+    lost = {f'"task": {task}, "results"' for task in cut}
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not ('"evaluate"' in line and any(each in line for each in lost))]
+    assert len(kept) == len(lines) - len(cut)
+    path.write_text("".join(kept))
+    report = summarise(path.parent)
+    assert report.status == "done"
+    assert f"lacks the evaluation after {named}" in (report.message or "")
+    assert f"{report.name}: {report.message}." in "\n".join(_notes(compare_runs([path.parent])))
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
