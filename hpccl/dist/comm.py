@@ -133,7 +133,8 @@ class Comm:
         Where items are fewer than ranks, a part may be empty.
         """
         share = self.share(count)
-        number = -(-(-(-count // self.size)) // size)
+        largest = -(-count // self.size)
+        number = -(-largest // size)
         return [
             range(share.start + k * len(share) // number, share.start + (k + 1) * len(share) // number)
             for k in range(number)

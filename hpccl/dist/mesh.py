@@ -20,8 +20,8 @@ def pick_device(wanted: str) -> torch.device:
     """The device of this process: `auto` is this rank's CUDA device where there is one; made ready for tensors.
 
     Raises:
-        WorldError: cuda was asked for and there is none, or there are more processes than devices: another node may have
-            them.
+        WorldError: cuda was asked for and there is none, or there are more processes than devices: another node may
+            have them.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         keep_freed_memory()

@@ -128,7 +128,9 @@ def aligned(leaf: Leaf, like: Leaf, comm: Comm) -> Leaf:
     if isinstance(leaf, Slab) and isinstance(like, Slab) and not comm.any(leaf.span != like.span):
         return leaf
     ((_, full),) = streamed({"": leaf}, comm)
-    return full if isinstance(like, Tensor) else Slab(elements(full, like.span.start, like.span.stop).clone(), like.span)
+    return (
+        full if isinstance(like, Tensor) else Slab(elements(full, like.span.start, like.span.stop).clone(), like.span)
+    )
 
 
 def wholes(leaves: Leaves) -> dict[str, Tensor]:

@@ -77,7 +77,11 @@ def fitted(comm: Comm, folder: str) -> dict[str, Any]:
     state.mark = Mark.at(1, "done", 1)
     settings = Settings(inducing=10, steps=4, memory=6, tune=2)
     gp, after = fit_features(state, world, settings, Kernel.of("rbf", variance=5.0), typical=True)
-    return {"accuracy": [[row["accuracy"] for row in rows] for rows in after], "nll": after[-1][0]["nll"], "seen": gp.num_seen}
+    return {
+        "accuracy": [[row["accuracy"] for row in rows] for rows in after],
+        "nll": after[-1][0]["nll"],
+        "seen": gp.num_seen,
+    }
 
 
 def test_features_of_a_network_are_learned_by_any_number_of_ranks(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 def blocks() -> nn.Module:
-    """Of the units that shards are made of, one has a layer without a formula, one is a layer, one begins with a norm."""
+    """Of the units of shards, one has a layer without a formula, one is a layer, one begins with a norm."""
     torch.manual_seed(2)
     first, wide, standard = nn.Conv2d(2, 40, 3), nn.Conv2d(40, 48, 3), StandardConv(48, 48, 3)
     body = (first, Block(wide, 40), Block(standard, 48), nn.BatchNorm2d(48), nn.ReLU())
@@ -116,7 +116,10 @@ def test_the_local_importance_on_engines_with_shards(tmp_path: Path, name: str) 
 
 
 WHERE = {**ENGINES, **{f"{name}, offloaded": engine for name, engine in OFFLOAD.items()}}
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero-0", "zero-1", "zero-1, offloaded", "zero-3, offloaded")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("zero-0", "zero-1", "zero-1, offloaded", "zero-3, offloaded")
+]
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero-2", "zero-3", *SLOW])
@@ -168,7 +171,9 @@ def last_part(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), [("fsdp2", "ddp"), ("zero-2", "ddp"), ("zero-1", "zero-3"), ("ddp", "zero-2")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("fsdp2", "ddp"), ("zero-2", "ddp"), ("zero-1", "zero-3"), ("ddp", "zero-2")]
+)
 def test_a_path_goes_on_elsewhere(tmp_path: Path, first: str, second: str) -> None:
     """Stopped on one engine and ended on another, against one process alone."""
     (whole,) = run_in_world(last_part, 1, tmp_path / "one", str(tmp_path / "whole"), {**SI, "engine": DDP})

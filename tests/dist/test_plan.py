@@ -1,4 +1,4 @@
-"""A plan is what a run holds and sends: predicted bytes against those of live tensors and of collectives, on every rank."""
+"""A plan is what a run holds and sends: predicted bytes against those of live tensors and collectives."""
 
 from __future__ import annotations
 
@@ -126,9 +126,7 @@ def two_tasks(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
     return {**found, "sent": sending.num_bytes}
 
 
-@pytest.mark.parametrize(
-    ("engine", "size"), [(name, 2) for name in ENGINES] + [("ddp", 4), ("fsdp2", 4)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("engine", "size"), [(name, 2) for name in ENGINES] + [("ddp", 4), ("fsdp2", 4)], ids=str)
 def test_what_is_held_and_sent_is_what_was_planned(engine: str, size: int, tmp_path: Path) -> None:
     compare({"engine": ENGINES[engine]}, size, tmp_path)
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpccl.config.run import RunConfig
 from hpccl.config.curvature import ListedTasks
+from hpccl.config.run import RunConfig
 from hpccl.curvature.dense import DenseEstimator, DensePrecision
 from hpccl.curvature.diagonal import Diagonal, DiagonalEstimator
 from hpccl.curvature.factors import KroneckerPass

@@ -48,7 +48,13 @@ def labelled(comm: Comm, folder: str, dtype: str) -> Result:
         slots = torch.randint(ROWS, (1000,), generator=random)
         target, _ = memory.soft_targets(slots, temperature=2.0, num_classes=CLASSES)
     grown = anonymous() - before
-    return {"grown": grown, "bytes": memory.soft_bytes, "target": target, "soft": memory.soft.clone(), "path": file.path}
+    return {
+        "grown": grown,
+        "bytes": memory.soft_bytes,
+        "target": target,
+        "soft": memory.soft.clone(),
+        "path": file.path,
+    }
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -1,4 +1,4 @@
-"""Freed memory is used again without the system's help, and whoever set the C library's habits by hand is left alone."""
+"""Freed memory is used again without the system's help; whoever set the C library's habits by hand is left alone."""
 
 import os
 import platform
