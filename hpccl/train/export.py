@@ -22,7 +22,8 @@ from hpccl.config.model import ModelConfig, TimmModel
 from hpccl.config.run import RunConfig
 from hpccl.curvature.build import precision_from_state
 from hpccl.data.augment import Normaliser
-from hpccl.data.build import Outline, outline
+from hpccl.data.build import outline
+from hpccl.data.outline import Outline
 from hpccl.data.protocols import Task
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import whole

@@ -12,8 +12,9 @@ from hpccl.config.curvature import PassCurvature, SiCurvature
 from hpccl.config.memory import StratifiedMix
 from hpccl.config.optim import TimmOptim, VognOptim, passes_of, trials_of
 from hpccl.config.run import RunConfig
-from hpccl.data.build import Outline, outline
+from hpccl.data.build import outline
 from hpccl.data.order import BatchPlan
+from hpccl.data.outline import Outline
 from hpccl.data.protocols import Task
 from hpccl.dist.mesh import pick_device
 from hpccl.models.build import refuse_sizes
