@@ -26,7 +26,10 @@ __all__ = ["FOLDER", "PAGES", "filled"]
 
 _DOCS = Path(__file__).parent.parent / "docs"
 FOLDER = _DOCS / "results" / "benchmarks"
-PAGES = tuple(_DOCS / page for page in ("results.md", "curvature.md", "memory.md", "methods.md"))
+PAGES = (
+    *(_DOCS / page for page in ("results.md", "curvature.md", "memory.md", "methods.md")),
+    _DOCS.parent / "README.md",
+)
 
 _TABLE = re.compile(r"<!-- table: (?P<name>[^ ]*) -->\n(?P<rows>.*?)<!-- end -->", re.DOTALL)
 _MIB = 2**20
