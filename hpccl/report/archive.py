@@ -1,8 +1,8 @@
 """Runs without their folders: configuration and events of many in one small file, to report them again at any time.
 
 The file is JSON lines, a run each, compressed with xz. Of the events all are kept but the steps, of which there are
-thousands: of these a report without curves reads the last one, and the last before a pause. What the cluster is called,
-and its machines, is left out.
+thousands: of these a report without curves reads the last one, and the last before a pause. Figures have six digits;
+more are noise, and would be a third of the file. What the cluster is called, and its machines, is left out.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = ["NAME", "Recorded", "read_runs", "write_archive"]
 
 NAME = "runs.jsonl.xz"
 _FORMAT = 1
+_DIGITS = 6  # of a figure
 _LONGEST = 1 << 26  # bytes of a run's text, and
 _LARGEST = 1 << 30  # of an archive's: a small file could hold as much as fills the memory
 
@@ -89,7 +90,7 @@ def _read_folder(folder: Path) -> Recorded:
     config, events = read_config(folder), read_events(RunFolder(folder).events)
     if not events:
         raise FolderError(f"run '{folder}' has not started: its events.jsonl is empty. Continue it, or leave it out")
-    return Recorded(config, tuple(_kept(events)))
+    return Recorded(config, tuple(map(_rounded, _kept(events))))
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
@@ -111,6 +112,23 @@ def _kept(events: Sequence[Event]) -> list[Event]:
     last = max((number for number, event in enumerate(events) if event["event"] == "step"), default=-1)
     before = {number - 1 for number, event in enumerate(events) if event["event"] in ("run", "error")} | {last}
     return [event for number, event in enumerate(events) if event["event"] != "step" or number in before]
+
+
+def _rounded(event: Event) -> Event:
+    """Also one of a folder, or of an earlier version: a comparison is the same from wherever its runs come."""
+    return {key: value if key == "time" else _short(value) for key, value in event.items()}
+
+
+def _short(value: Any) -> Any:
+    match value:
+        case float():
+            return float(f"{value:.{_DIGITS}g}")
+        case dict():
+            return {key: _short(each) for key, each in value.items()}
+        case list():
+            return [_short(each) for each in value]
+        case _:
+            return value
 
 
 def _nameless(event: Mapping[str, Any]) -> Event:
@@ -168,4 +186,4 @@ def _recorded(path: Path, number: int, line: bytes) -> Recorded:
 def _checked(event: Any) -> Event:
     if not isinstance(event["event"], str) or not math.isfinite(event["time"]):
         raise ValueError(f"an event is called {event['event']!r} at {event['time']!r}")
-    return dict(event)
+    return _rounded(event)

@@ -47,6 +47,23 @@ def test_an_archive_gives_the_same_comparison_as_the_folders(runs: list[Path], t
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
+def test_figures_have_six_digits_and_moments_all_of_theirs(tmp_path: Path) -> None:
+    """In an archive of an earlier version, too."""
+    folder, third, moment = write(tmp_path / "a", start=1_234_567.125), 0.123456789, 1_234_567.125
+    path = RunFolder(folder).events
+    first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text(
+        json.dumps({**json.loads(first), "time": moment, "more": {"list": [third, 7, True]}}) + "\n" + "".join(rest)
+    )
+    write_archive(tmp_path / NAME, read_runs([folder]))
+    line = json.loads(lzma.decompress((tmp_path / NAME).read_bytes()))
+    line["events"][0]["more"]["list"][0] = third
+    (tmp_path / "earlier.xz").write_bytes(lzma.compress(json.dumps(line).encode()))
+    for path in (folder, tmp_path / NAME, tmp_path / "earlier.xz"):
+        event = read_runs([path])[0].events[0]
+        assert (event["time"], event["more"]) == (moment, {"list": [0.123457, 7, True]})
+
+
 def test_runs_are_added_to_those_of_an_archive(runs: list[Path], tmp_path: Path) -> None:
     write_archive(tmp_path / "old.xz", read_runs(runs[:1]))
     comparison = compare_runs([tmp_path / "old.xz", *runs])
