@@ -1,4 +1,4 @@
-"""Split-CIFAR in full: ten methods, six sizes of memory, three seeds, compared with the published table.
+"""Split-CIFAR in full: eleven methods, six sizes of memory, three seeds, compared with the published table.
 
     python launch/split_cifar.py [--compare CSV] [--jobs 2]
     python launch/split_cifar.py --methods ewc+fr+replay joint --sizes 100 1000 --seeds 0
@@ -21,7 +21,7 @@ from pathlib import Path
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
 
 ALONE = ("finetune", "joint", "separate", "ewc")  # methods without a memory
-METHODS = (*ALONE, "replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+replay")
+METHODS = (*ALONE, "replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+replay", "ewc+both")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def campaign(setting: Setting, methods: Sequence[str], published: Path | None) -
 if __name__ == "__main__":
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="all ten")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="all eleven")
     parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="examples a task in memory")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="0 1 2")
     parser.add_argument("--compare", type=Path, metavar="CSV", help="file of published values to put beside")

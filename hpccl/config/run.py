@@ -112,6 +112,8 @@ class RunConfig(Section):
         elif prior.fromp.weight > 0:
             soft = ["fromp"]
         soft = soft if prior.some_soft else []
+        if prior.mixes and soft == ["fr"]:
+            return ["both"]
         if prior.some_true:
             replay = [self._replayed()] if prior.scale_to_new and not soft else ["replay"]
         return soft + replay

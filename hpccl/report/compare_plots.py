@@ -21,8 +21,8 @@ Curve: TypeAlias = tuple[str | None, str, "Points", bool]  # label, method, poin
 Points: TypeAlias = list[tuple[int, float, float | None]]  # examples of a task, mean, standard deviation
 
 # One colour and marker a method in every plot of every comparison.
-_COLOURS = (*COLOURS, "#999933", "#8b5cf6", INK, "#8a8a8a")
-_MARKERS = "os^vDP<>Xd"
+_COLOURS = (*COLOURS, "#999933", "#8b5cf6", INK, "#8a8a8a", "#882255")
+_MARKERS = "os^vDP<>Xd*"
 _METHODS = (
     "finetune",
     "fr",
@@ -34,6 +34,7 @@ _METHODS = (
     "ewc+fr+replay",
     "joint",
     "separate",
+    "ewc+both",
 )
 AGAINST_MEMORY = {
     "accuracy": ("average_accuracy", "average accuracy / %"),

@@ -13,7 +13,7 @@ from hpccl.config.schema import keys
 ROOT = Path(__file__).parents[3]
 METHODS = sorted((ROOT / "configs" / "method").glob("*.yaml"))
 NAMES = (
-    "finetune joint separate ewc replay fr fr+replay ewc+fr ewc+replay ewc+fr+replay "
+    "finetune joint separate ewc replay fr fr+replay ewc+fr ewc+replay ewc+fr+replay ewc+both "
     "kpriors fromp lwf lwf.mc feature_extraction finetune_head er er_ace der der++ gdumb icarl bic mas mas_local si "
     "online_ewc topic prototypes"
 )
