@@ -164,8 +164,9 @@ def small_shards(folder: Path) -> Path:
 
 
 def shard_settings(shards: Path, cache: Path) -> list[str]:
-    """A stream of those shards."""
-    return ["stream.kind=shards", f"stream.parts=[{{path: {shards}, tasks: 2}}]", f"data.cache={cache}"]
+    """A stream of those shards, a class a task; all classes seen compete, for one alone has nothing to compete with."""
+    parts = f"stream.parts=[{{path: {shards}, tasks: 2}}]"
+    return ["stream.kind=shards", parts, f"data.cache={cache}", "train.head=seen"]
 
 
 @pytest.mark.slow
@@ -250,7 +251,7 @@ def test_an_undecodable_image_stops_or_is_skipped_and_counted(tmp_path: Path, st
     entries = [dataclasses.replace(each, sha256=file_sha256(shards / "train" / each.file)) for each in manifest.shards]
     dataclasses.replace(manifest, shards=tuple(entries)).save(shards / "train")
     own = [*shard_settings(shards, tmp_path / "cache"), f"data.storage={storage}", "data.workers=0", "memory.size=0"]
-    own += ["prior.replay=0", "prior.temperature=1.0", "train.head=seen"]
+    own += ["prior.replay=0", "prior.temperature=1.0"]
     # With images decoded on demand, only one of the two ranks meets it: its message must be the one that is shown.
     code, output = finish(start(tmp_path / "stop", *own, "--nproc=2"))
     assert code == 1
