@@ -31,14 +31,15 @@ from hpccl.cluster.campaign import Campaign, Step, carry_out, options
 
 HEADS = {"own": "task_incremental", "seen": "class_incremental"}
 CLASSES = ("icarl", "bic", "er_ace", "lwf.mc", "topic", "prototypes")  # whose files say train.head=seen
-SIZED = ("replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+replay", "kpriors")  # memory.size examples a task
+# memory.size examples a task
+SIZED = ("replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+replay", "ewc+both", "kpriors")
 BUDGET = ("er", "er_ace", "der", "der++", "gdumb", "icarl", "bic")  # memory.total examples of all tasks
 WITHOUT = (
     *("finetune", "joint", "separate", "feature_extraction", "finetune_head", "ewc", "online_ewc", "mas", "mas_local"),
     *("si", "lwf", "lwf.mc", "topic", "prototypes"),
 )
 METHODS = (*WITHOUT, *SIZED, "fromp", *BUDGET)
-CURVED = ("ewc", "online_ewc", "ewc+fr", "ewc+replay", "ewc+fr+replay")  # with the base's curvature
+CURVED = ("ewc", "online_ewc", "ewc+fr", "ewc+replay", "ewc+fr+replay", "ewc+both")  # with the base's curvature
 FROMP = ("prior.fromp.weight=50000", "prior.fromp.precision=1e-4", "prior.fromp.jitter=1e-6")
 NO_NATS = ("mas", "mas_local", "si")  # whose importances have units of their own, and so a weight that is looked for
 # Their first task is another one than finetune's, or they need its path (si).

@@ -76,9 +76,9 @@ def test_every_training_is_valid(monkeypatch: pytest.MonkeyPatch, name: str, set
     assert len(folders) == len(trainings)
 
 
-def test_split_cifar_has_ten_methods_and_whole_seeds() -> None:
+def test_split_cifar_has_eleven_methods_and_whole_seeds() -> None:
     steps = [step.name for step in campaign_of("split_cifar", "SPLIT_CIFAR").steps]
-    assert len(steps) == 3 * (4 + 6 * 6) + 1
+    assert len(steps) == 3 * (4 + 7 * 6) + 1
     seeds = [int(name.rsplit("-", 1)[1]) for name in steps[:-1]]
     assert seeds == sorted(seeds)
     assert steps[-1] == "report"
