@@ -118,7 +118,8 @@ class SourceReader:
         if name not in self._open:
             if len(self._open) >= self._max_open:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[name] = open(self.source / name if name else self.source, "rb", buffering=0)  # noqa: SIM115
+            path = self.source / name if name else self.source
+            self._open[name] = open(path, "rb", buffering=0)  # noqa: SIM115 - it stays open, `close` closes all
         return self._open[name]
 
 
