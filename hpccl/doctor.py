@@ -22,8 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hpccl.compat import import_timm
+from hpccl.machine import usable_cores
 
-__all__ = ["Check", "Status", "as_dict", "diagnose", "ready", "render", "usable_cores"]
+__all__ = ["Check", "Status", "as_dict", "diagnose", "ready", "render"]
 
 Status = Literal["ok", "warn", "missing"]
 
@@ -289,16 +290,6 @@ def check_slurm() -> Check:
 
 
 # ---------------------------------------------------------------- looking
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity and its container's quota, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def _import(name: str) -> tuple[ModuleType | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from hpccl.errors import FolderError
 
-__all__ = ["RunFolder", "explain_os_error", "replacing"]
+__all__ = ["RunFolder", "explain_os_error", "put_in_place", "replacing", "replacing_folder", "sync"]
 
 
 @dataclass(frozen=True)
@@ -131,3 +132,52 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(final: Path) -> Iterator[Path]:
+    """Yield a new folder to fill; it becomes `final` at the end, in the place of what was there, or disappears.
+
+    Raises:
+        FolderError: it cannot be written.
+    """
+    beside = final.with_name(f".{final.name}.{os.getpid()}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        put_in_place(beside, final)
+    except OSError as error:
+        raise FolderError(f"'{final}' cannot be written: {explain_os_error(error)}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def put_in_place(beside: Path, final: Path) -> None:
+    """Rename a folder that is written whole; what was at `final` is deleted after it.
+
+    Half a folder is never at `final`: whoever is killed in between leaves the old one, the new one or none.
+
+    Raises:
+        OSError: it cannot be renamed; what was there is still there.
+    """
+    old = final.with_name(f".{final.name}.{os.getpid()}.old.part")
+    there = final.exists()
+    if there:
+        os.replace(final, old)
+    try:
+        os.replace(beside, final)
+    except OSError:
+        if there:
+            os.replace(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

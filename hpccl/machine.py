@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SlurmJob", "commit", "machine", "out_of_memory", "slurm_job", "versions"]
+__all__ = ["SlurmJob", "ask_git", "commit", "machine", "out_of_memory", "slurm_job", "usable_cores", "versions"]
 
 _PACKAGES = ("hpccl", "torch", "timm", "webdataset", "numpy", "pydantic", "safetensors", "deepspeed", "submitit")
 
@@ -21,10 +21,20 @@ def machine() -> dict[str, Any]:
     """CPU, cores that this process may use, memory in bytes, host name."""
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "hostname": socket.gethostname(),
     }
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity and its container's quota, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 _NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")  # in the words of torch, CUDA and its libraries
@@ -73,17 +83,21 @@ def slurm_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
 def commit() -> str:
     """The commit of the code that runs, with `+dirty` if files differ from it; the version outside a checkout."""
     root = Path(__file__).resolve().parent.parent
-    try:
-        head = _git(root, "rev-parse", "HEAD")
-        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
+    head = ask_git(root, "rev-parse", "HEAD")
+    dirty = ask_git(root, "status", "--porcelain", "--untracked-files=no")
+    if head is None or dirty is None:
         return f"version {versions().get('hpccl', 'unknown')}"
-    return head + ("+dirty" if dirty else "")
+    return head.strip() + ("+dirty" if dirty.strip() else "")
 
 
-def _git(root: Path, *arguments: str) -> str:
+def ask_git(root: Path, *arguments: str) -> str | None:
+    """What git says, or None where it fails, takes half a minute or is not installed."""
     command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", errors="replace")
 
 
 def _cpu_model() -> str:

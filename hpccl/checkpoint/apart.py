@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import safetensors
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hpccl.checkpoint.streamed import write_tensors
 from hpccl.errors import CheckpointError
-from hpccl.folder import replacing
+from hpccl.folder import replacing, sync
 
 __all__ = ["Apart", "read_apart", "write_apart"]
 
@@ -47,8 +46,9 @@ def write_apart(root: Path, stem: str, tensor: Tensor) -> Apart:
     digest.update(value.view(-1).view(torch.uint8).numpy().data)
     found = Apart(f"{stem}-{digest.hexdigest()[:16]}.safetensors")
     with replacing(root / found.path) as path:
-        path.write_bytes(safetensors.torch.save({_NAME: value}))
-    _sync((root / found.path).parent)
+        write_tensors(path, {_NAME: value})
+    with contextlib.suppress(OSError):  # the file itself is on the disk
+        sync((root / found.path).parent)
     for other in (root / found.path).parent.glob(f"{Path(stem).name}-*.safetensors"):
         if other != root / found.path:
             other.unlink(missing_ok=True)
@@ -72,13 +72,3 @@ def read_apart(root: Path, where: Apart) -> Tensor:
             "run folder again, or delete the checkpoint to continue from the one before"
         ) from error
     return found
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename last through a power cut."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from hpccl.checkpoint.tree import has_slabs, read_header, read_tree, write_slabs, write_tree
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, FolderError, WorldError
-from hpccl.folder import explain_os_error
+from hpccl.folder import explain_os_error, put_in_place, sync
 
 __all__ = [
     "FORMAT",
@@ -231,11 +231,9 @@ class Writing:
                 raise self.failure
         with _together(self.comm, self.beside, self.final):
             if self.comm.leader:
-                _sync(self.beside)
-                if self.final.exists():  # the same moment, repeated after a kill
-                    shutil.rmtree(self.final)
-                os.replace(self.beside, self.final)
-                _sync(self.checkpoints)
+                sync(self.beside)
+                put_in_place(self.beside, self.final)  # where the same moment is repeated after a kill, one is there
+                sync(self.checkpoints)
                 _prune(self.checkpoints, self.keep)
         self.shard.moved(self.content.source, self.final, self.header[_OF])
         written = torch.tensor([self.num_bytes], device=self.comm.device)
@@ -408,15 +406,6 @@ def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):  # pruning is no reason to stop a run
         os.replace(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _clear(checkpoints: Path) -> None:

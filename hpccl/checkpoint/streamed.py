@@ -10,15 +10,16 @@ import contextlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, final
 
 import torch
 from torch import Tensor
 
-__all__ = ["Writer", "write_tensors", "writing"]
+__all__ = ["Writer", "checksum", "write_tensors", "writing"]
 
 # Names of the format; of what networks are made of.
 _DTYPES = {
@@ -41,21 +42,22 @@ class Writer:
     """An open file with room for all tensors.
 
     places: by name, dtype, shape and first byte
+    sums: by name, the checksum of what was written
     """
 
     file: BinaryIO
     places: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]
-    written: set[str]
+    sums: dict[str, int] = field(default_factory=dict)
 
     def write(self, name: str, value: Tensor) -> None:
         """One tensor, of the dtype and shape that were announced."""
         dtype, shape, first = self.places[name]
         assert (value.dtype, tuple(value.shape)) == (dtype, shape), f"'{name}' is not as announced"
-        assert name not in self.written, f"'{name}' is there"
-        self.written.add(name)
+        assert name not in self.sums, f"'{name}' is there"
+        plain = value.detach().cpu().contiguous()
+        self.sums[name] = checksum(plain)
         self.file.seek(first)
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        self.file.write(flat.view(torch.uint8).numpy().data)
+        self.file.write(_bytes(plain))
 
 
 @contextlib.contextmanager
@@ -80,17 +82,20 @@ def writing(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(start + position)
-        writer = Writer(file, {name: (*kind, start + offsets[name]) for name, kind in tensors.items()}, set())
+        writer = Writer(file, {name: (*kind, start + offsets[name]) for name, kind in tensors.items()})
         yield writer
-        assert writer.written == tensors.keys(), "every tensor is written"
+        assert writer.sums.keys() == tensors.keys(), "every tensor is written"
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
-    """A new file at `path` with all `tensors`, readable as the user's umask says.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """A new file at `path` with all `tensors`, readable as the user's umask says; the checksum of each.
 
-    The library's own function makes files that nobody else may read, and has an error of its own for a full disk.
+    The library's own functions hold all of a file in memory, or make files that nobody else may read and have an error
+    of their own for a full disk.
 
     Raises:
         OSError: it cannot be written.
@@ -101,3 +106,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
     with writing(path, kinds, metadata=metadata or {}) as writer:
         for name, value in ordered.items():
             writer.write(name, value)
+    return writer.sums
+
+
+def checksum(value: Tensor) -> int:
+    """CRC-32 of the bytes of a contiguous tensor on the CPU."""
+    return zlib.crc32(_bytes(value))
+
+
+def _bytes(value: Tensor) -> memoryview:
+    found: memoryview = value.reshape(-1).view(torch.uint8).numpy().data
+    return found

@@ -11,19 +11,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import safetensors
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from hpccl.checkpoint.apart import Apart, read_apart
+from hpccl.checkpoint.streamed import checksum, write_tensors
 from hpccl.dist.spread import Slab, Stored
 from hpccl.errors import CheckpointError
 
@@ -69,24 +68,18 @@ def has_slabs(tree: dict[str, Any]) -> bool:
 
 
 def _write(folder: Path, stem: str, tensors: Mapping[str, Tensor], content: dict[str, Any]) -> int:
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    data = safetensors.torch.save(plain)
-    text = json.dumps({**content, _SUMS: {name: _checksum(value) for name, value in plain.items()}}).encode()
-    for name, part in ((f"{stem}.safetensors", data), (f"{stem}.json", text)):
-        with open(folder / name, "wb") as file:
-            file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-    return len(data) + len(text)
-
-
-def _checksum(value: Tensor) -> int:
-    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data)
+    path = folder / f"{stem}.safetensors"
+    text = json.dumps({**content, _SUMS: write_tensors(path, tensors)}).encode()
+    with open(folder / f"{stem}.json", "wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return path.stat().st_size + len(text)
 
 
 def _checked(value: Tensor, name: str, expected: int | None) -> Tensor:
     """Raises ValueError unless the tensor is what was written."""
-    if expected is not None and _checksum(value) != expected:
+    if expected is not None and checksum(value) != expected:
         raise ValueError(f"'{name}' was altered since it was written")
     return value
 
@@ -193,7 +186,7 @@ class _StoredTensor:
         found = torch.empty(stop - start, dtype=self.dtype)
         missing = stop - start
         ends = [*(first for first, _, _ in self.pieces[1:]), math.prod(self.shape)]
-        for (first, path, checksum), end_of_piece in zip(self.pieces, ends, strict=False):
+        for (first, path, expected), end_of_piece in zip(self.pieces, ends, strict=False):
             if first >= stop or end_of_piece <= start:  # opening a file of every rank for every tensor would take long
                 continue
             try:
@@ -203,7 +196,7 @@ class _StoredTensor:
                     if begin < end:
                         taken: Tensor = part[begin - first : end - first]
                         complete = end - begin == math.prod(part.get_shape())
-                        found[begin - start : end - start] = _checked(taken, self.name, checksum if complete else None)
+                        found[begin - start : end - start] = _checked(taken, self.name, expected if complete else None)
                         missing -= end - begin
             except (OSError, ValueError, SafetensorError) as error:
                 raise CheckpointError(f"'{path}' cannot be read ({error}); {_BEFORE.format(path.parent)}") from error

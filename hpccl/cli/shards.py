@@ -50,7 +50,7 @@ def build_shards(
     """Turn images into shards. After a kill, the same command continues."""
     from hpccl.data.shards.build import Progress, build
     from hpccl.data.shards.labels import read_labels
-    from hpccl.machine import machine
+    from hpccl.machine import usable_cores
 
     encoding = _encoding(max_side=max_side, quality=quality, lossless=lossless)
     if synsets is not None and labels is None:
@@ -70,7 +70,7 @@ def build_shards(
         out,
         split=split,
         encoding=encoding,
-        workers=workers or int(machine()["cores"]),
+        workers=workers or usable_cores(),
         bad_images="skip" if skip_bad else "stop",
         labels=None if labels is None else read_labels(labels, synsets),
         checksum=checksum,

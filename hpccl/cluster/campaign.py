@@ -23,7 +23,7 @@ from hpccl.config.load import is_override, sweep
 from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, HpcclError
-from hpccl.machine import machine
+from hpccl.machine import usable_cores
 
 if TYPE_CHECKING:
     from hpccl.cluster.submit import Submitted
@@ -222,7 +222,7 @@ class _Local:
             output = log.open("ab")
         where = f" > {output.name}" if output is not None else ""
         print(f"{_shown(step)}{where}", flush=True)
-        threads = {"OMP_NUM_THREADS": str(max(1, int(machine()["cores"]) // self.limit))} if self.limit > 1 else {}
+        threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.limit))} if self.limit > 1 else {}
         command = [sys.executable, "-m", "hpccl.cli", *step.arguments]
         with output or contextlib.nullcontext():
             return subprocess.Popen(

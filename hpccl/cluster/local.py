@@ -23,7 +23,7 @@ from hpccl.cluster.step import in_step, run_step
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder, explain_os_error
-from hpccl.machine import machine
+from hpccl.machine import usable_cores
 
 __all__ = ["launch", "pick_port", "spawn"]
 
@@ -87,7 +87,7 @@ def _threads(config: RunConfig) -> int:
     """Threads a process: as configured, or as OMP_NUM_THREADS says, or an equal share of the cores."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     chosen = config.cluster.threads or (int(given) if given.isdecimal() else 0)
-    return chosen or max(1, int(machine()["cores"]) // config.cluster.nproc)
+    return chosen or max(1, usable_cores() // config.cluster.nproc)
 
 
 def pick_port(port: int) -> int:

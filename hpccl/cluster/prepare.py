@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from hpccl.config.load import dump, load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import RunFolder, explain_os_error, replacing
-from hpccl.machine import commit, machine
+from hpccl.machine import ask_git, commit, machine
 from hpccl.report.events import Event, read_events
 
 __all__ = ["prepare", "refuse_another", "refuse_any_other"]
@@ -214,21 +213,11 @@ def _code() -> str:
     root = Path(hpccl.__file__).parents[1]
     lines = [f"hpccl {hpccl.__version__}", f"commit {commit()}"]
     # The package may be installed inside some other project's repository: ask for its own file.
-    if _git(root, "ls-files", "--error-unmatch", "hpccl/__init__.py") is None:
+    if ask_git(root, "ls-files", "--error-unmatch", "hpccl/__init__.py") is None:
         return "\n".join([*lines, "not under git", ""])
-    untracked = (_git(root, "ls-files", "--others", "--exclude-standard") or "").strip()
-    changes = _git(root, "diff", "HEAD", "--no-ext-diff") or ""
+    untracked = (ask_git(root, "ls-files", "--others", "--exclude-standard") or "").strip()
+    changes = ask_git(root, "diff", "HEAD", "--no-ext-diff") or ""
     return "\n".join([*lines, "", "untracked files:", untracked or "none", "", "changes:", changes or "none", ""])
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """What git says, or None where it fails or is not installed."""
-    command = ["git", "-C", str(root), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode("utf-8", errors="replace")
 
 
 def _environment(argv: Sequence[str]) -> str:

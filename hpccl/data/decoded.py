@@ -29,6 +29,7 @@ from hpccl.data.rows import Images, Request, Views
 from hpccl.data.transfer import CPU, delivered
 from hpccl.errors import DataError, FolderError
 from hpccl.folder import replacing
+from hpccl.machine import usable_cores
 
 __all__ = ["DecodedImages", "Kept", "cache_folder", "keep_decoded", "kept_path"]
 
@@ -217,7 +218,7 @@ def _write(path: Path, shape: tuple[int, int, int, int], read: Read, decode: Dec
             return np.zeros(shape[1:], dtype=np.uint8)
         return pixels
 
-    threads = len(os.sched_getaffinity(0))
+    threads = usable_cores()
     with replacing(path) as beside, open(beside, "wb") as file, ThreadPoolExecutor(threads) as pool:
         np.lib.format.write_array_header_1_0(
             file, {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}

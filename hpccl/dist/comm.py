@@ -61,12 +61,12 @@ class Comm:
         length = torch.tensor([tensor.shape[0]], device=self.device)
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length)
-        longest = int(max(int(other) for other in lengths))
-        padded = tensor.new_zeros((longest, *tensor.shape[1:]), device=self.device)
+        counts: list[int] = torch.cat(lengths).tolist()
+        padded = tensor.new_zeros((max(counts), *tensor.shape[1:]), device=self.device)
         padded[: tensor.shape[0]] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
-        whole = torch.cat([part[: int(count)] for part, count in zip(parts, lengths, strict=True)])
+        whole = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
         return whole.to(tensor.device)
 
     def exchange(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:

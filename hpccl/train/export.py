@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from hpccl.data.protocols import Task
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import whole
 from hpccl.errors import CheckpointError, ConfigError, FolderError
-from hpccl.folder import RunFolder, explain_os_error
+from hpccl.folder import RunFolder, replacing_folder
 from hpccl.models.build import skeleton
 from hpccl.models.exported import CONFIG, WEIGHTS
 from hpccl.train.copies import copies_of
@@ -40,7 +38,6 @@ __all__ = [
     "described",
     "export",
     "find_finished",
-    "folder_beside",
     "layer_key",
     "no_curvature",
     "refuse_importance",
@@ -98,7 +95,7 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
     model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)
     weights = _checked(dict(weights_of(run, mark)), model, run.checkpoints / mark.name)
     measured = curvature_tree(run, mark) if curvature else None
-    with folder_beside(out) as beside:
+    with replacing_folder(out) as beside:
         write_tensors(beside / WEIGHTS, weights, metadata={"format": "pt"})
         if measured is not None:
             write_tree(beside, measured, header={"format": FORMAT, "checkpoint": mark.name}, stem=CURVATURE)
@@ -256,23 +253,6 @@ def _is_export(out: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and "hpccl" in found
-
-
-@contextlib.contextmanager
-def folder_beside(out: Path) -> Iterator[Path]:
-    """Yield a new folder; at the end it becomes `out`, in the place of what was there."""
-    beside, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
-    try:
-        beside.mkdir(parents=True)
-        yield beside
-        if out.exists():
-            os.replace(out, old)
-        os.replace(beside, out)
-    except OSError as error:
-        raise FolderError(f"'{out}' cannot be written: {explain_os_error(error)}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -22,9 +22,10 @@ from hpccl.config.model import ModelConfig
 from hpccl.curvature import merging
 from hpccl.curvature.merging import Model, Solved
 from hpccl.errors import ConfigError, DataError, FolderError
+from hpccl.folder import replacing_folder
 from hpccl.models.build import skeleton
 from hpccl.models.exported import CONFIG, WEIGHTS
-from hpccl.train.export import README, folder_beside, refuse_what_is_there, write_text
+from hpccl.train.export import README, refuse_what_is_there, write_text
 from hpccl.train.merge_sources import Curvature, Source, groups_of, open_source, open_weights, refuse_other
 
 __all__ = ["Merged", "Method", "merge"]
@@ -115,7 +116,7 @@ def merge(
     refuse_what_is_there(out, force=force)
     sources = [open_source(path) for path in models]
     plan = _plan(sources, scales, None if base is None else open_weights(base), method, prior_precision)
-    with folder_beside(out) as beside:
+    with replacing_folder(out) as beside:
         tensors = {name: (plan.dtypes[name], shape) for name, shape in plan.shapes.items()}
         with writing(beside / WEIGHTS, tensors, metadata={"format": "pt"}) as writer:
             measured, steps = _merge_parameters(plan, writer)

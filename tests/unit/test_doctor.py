@@ -154,7 +154,3 @@ def test_optional_packages() -> None:
     assert absent.status == "missing"
     assert "hpccl[slurm]" in absent.advice
     assert doctor.check_package("numpy", extra="", purpose="").status == "ok"
-
-
-def test_usable_cores_are_at_least_one_and_at_most_all() -> None:
-    assert 1 <= doctor.usable_cores() <= (os.cpu_count() or 1)

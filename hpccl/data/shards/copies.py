@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from hpccl.data.shards.reader import Copies, ShardSet
 from hpccl.data.shards.remote import ShardCache, is_url, load_manifest
 from hpccl.data.shards.write import Row, ShardWriter
 from hpccl.errors import DataError, FolderError
-from hpccl.folder import explain_os_error, replacing
+from hpccl.folder import explain_os_error, replacing, replacing_folder, sync
 
 __all__ = ["copied_name", "copy_images", "drop_copies", "manifest_with_copies", "open_with_copies"]
 
@@ -51,7 +51,7 @@ def copy_images(folder: Path, name: str, shards: ShardSet, samples: Ints, *, par
         samples = np.sort(samples)
         if _is_there(folder / name, shards, samples):
             return
-        with _folder_beside(folder / name) as beside:
+        with replacing_folder(folder / name) as beside:
             _write(beside, name, shards, samples)
     except OSError as error:
         raise FolderError(f"'{folder / name}' cannot be written: {explain_os_error(error)}") from error
@@ -138,21 +138,6 @@ def _is_there(folder: Path, shards: ShardSet, samples: Ints) -> bool:
     return found.manifest.listing == shards.fingerprint and np.array_equal(_originals(found, shards), samples)
 
 
-@contextlib.contextmanager
-def _folder_beside(final: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `final` at the end."""
-    beside = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(beside, final)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
 def _write(folder: Path, name: str, shards: ShardSet, samples: Ints) -> None:
     entries: list[ShardEntry] = []
     rows: list[Row] = []
@@ -165,7 +150,7 @@ def _write(folder: Path, name: str, shards: ShardSet, samples: Ints) -> None:
                 width, height = map(int, shards.index.size[sample])
                 key, extension = shards.index.key[sample].decode(), shards.extension(sample)
                 writer.add(key, extension, shards.read(sample), width=width, height=height)
-        _sync(path)
+        sync(path)
         entries.append(writer.entry(original.file, original.class_name))
         rows += writer.rows
     num_bytes, sha256 = Index.of(rows).save(folder)
@@ -178,12 +163,6 @@ def _write(folder: Path, name: str, shards: ShardSet, samples: Ints) -> None:
         index_sha256=sha256,
         skipped=(),
     ).save(folder)
-
-
-def _sync(path: Path) -> None:
-    """Make what was written last through a power cut."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _copies(folder: Path, shards: ShardSet) -> tuple[Copies | None, list[str]]:
