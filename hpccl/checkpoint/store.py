@@ -358,13 +358,18 @@ def latest_of_all(checkpoints: Path, comm: Comm) -> Mark | None:
     return Mark.at(int(match[1]), match[2], int(match[3]))
 
 
-def load(checkpoints: Path, mark: Mark, *, lazy: bool = False) -> dict[str, Any]:
+def load(checkpoints: Path, mark: Mark, *, only: str | None = None, lazy: bool = False) -> dict[str, Any]:
     """The nest that was saved; what was spread over ranks, or if `lazy` every tensor, stays in its files (Stored).
+
+    only: the first key that is wanted; None: all.
 
     Raises:
         CheckpointError: it is damaged, or of a format this version does not know.
     """
-    header, tree = read_tree(checkpoints / mark.name, slabs=_weight_stems, lazy=lazy, apart=checkpoints.parent)
+    wanted = None if only is None else only.__eq__
+    header, tree = read_tree(
+        checkpoints / mark.name, slabs=_weight_stems, wanted=wanted, lazy=lazy, apart=checkpoints.parent
+    )
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint '{checkpoints / mark.name}' has format {header.get('format')!r}, this version reads {FORMAT}; "

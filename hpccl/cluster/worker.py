@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from hpccl.cluster.lock import holding
 from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, INTERRUPTED, STOPPED, code_of, tell
 from hpccl.cluster.prepare import refuse_any_other
-from hpccl.config.load import load
+from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import HpcclError
 from hpccl.folder import RunFolder
@@ -178,7 +178,7 @@ def _entry(arguments: Sequence[str]) -> int:
     sys.excepthook = _on_crash
     path, *command = arguments
     try:
-        config = load([Path(path)], [])
+        config = load_recorded(Path(path))
     except HpcclError as error:
         return _on_error(error)
     return main(config, command, report=_on_error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -23,7 +23,7 @@ from hpccl.config.schema import Choice, allowed, choice, suggest
 from hpccl.config.tree import Items, Leaf, Node, Table, locate, nested, plain, read_file, read_value, without
 from hpccl.errors import ConfigError
 
-__all__ = ["dump", "is_override", "load", "load_recorded", "points", "refuse_cut_off", "sweep"]
+__all__ = ["dump", "is_override", "load", "load_recorded", "points", "sweep"]
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 _DEEPEST = 20  # dots in a key; sections are nested much less
@@ -55,21 +55,12 @@ def load_recorded(path: Path) -> RunConfig:
         ConfigError: it is no such file any more, or this version cannot read it.
     """
     config = load([path], [])
-    refuse_cut_off(read_file(path).entries, path)
-    return config
-
-
-def refuse_cut_off(content: Any, path: Path) -> None:
-    """A run's config.yaml says everything; an empty one, or half of one, would be a run with other settings.
-
-    Raises:
-        ConfigError: the last key is missing.
-    """
     *_, last = RunConfig.model_fields
-    if not isinstance(content, Mapping) or last not in content:
+    if last not in config.model_fields_set:  # it says everything; half of it would be a run with other settings
         raise ConfigError(
             f"'{path}' is empty or cut off (a run's has every key, and '{last}' is missing): restore it from a copy"
         )
+    return config
 
 
 def sweep(files: Sequence[Path], overrides: Sequence[str]) -> list[RunConfig]:

@@ -23,7 +23,7 @@ from hpccl.kron.merge import gram, sum_norm
 from hpccl.kron.pair import Pair
 from hpccl.kron.product import matmul
 
-__all__ = ["WHOLE", "Block", "Layout", "Part", "Term"]
+__all__ = ["WHOLE", "Block", "Layout", "Part", "Term", "is_channels_last"]
 
 Term: TypeAlias = Pair | Eigen
 
@@ -67,6 +67,10 @@ class Layout:
         """(g, o, d)."""
         inputs = math.prod(self.weight_shape[1:]) + (self.bias is not None)
         return self.groups, self.weight_shape[0] // self.groups, inputs
+
+    def as_lies(self, weight: Tensor | None) -> Layout:
+        """The same layer with its inputs in the order in which a weight lies in memory; None: as they are."""
+        return self if weight is None else replace(self, channels_last=is_channels_last(weight))
 
     def difference(self, weights: Weights, anchor: Weights) -> Tensor:
         """Weights - anchor as a matrix [g, o, d], subtracted in fp32."""
@@ -129,6 +133,11 @@ class Layout:
             weight = weight.movedim(-3, -1)
         groups, outputs, _ = self.shape
         return weight.reshape(*before, groups, outputs, -1)
+
+
+def is_channels_last(weight: Tensor) -> bool:
+    """Whether it is the weight of a convolution larger than 1x1 and lies in memory as (o, kh, kw, channel)."""
+    return weight.dim() == 4 and not weight.is_contiguous()
 
 
 @final
@@ -286,6 +295,14 @@ class Block:
             return self
         return replace(self, terms=tuple(_cut(term, part) for term in self.terms), part=part)
 
+    def reordered(self, layout: Layout) -> Block:
+        """A whole block with its inputs in the order of another layout of the same layer."""
+        assert self.part == WHOLE
+        if layout == self.layout:
+            return self
+        places = self.layout.order().argsort()[layout.order()]
+        return replace(self, layout=layout, terms=tuple(_reordered(term, places) for term in self.terms))
+
     @classmethod
     def joined(cls, parts: list[Block]) -> Block:
         """The whole block from all its parts."""
@@ -341,6 +358,17 @@ def _cut(term: Term, part: Part) -> Term:
     if part.axis == "input":
         return Pair(Dense(a[:, :, part.range].clone()), Dense(b.clone()))
     return Pair(Dense(a.clone()), Dense(b[:, part.range].clone()))
+
+
+def _reordered(term: Term, places: Tensor) -> Term:
+    """places: [d] of the term's inputs, in the new order."""
+    if isinstance(term, Eigen):
+        return replace(term, qa=term.qa[:, places])
+    match term.a:
+        case Dense(matrix):
+            return Pair(Dense(matrix[:, places][:, :, places]), term.b)
+        case LowRank(vectors, values):
+            return Pair(LowRank(vectors[:, places], values), term.b)
 
 
 def _joined(terms: list[Term], part: Part) -> Term:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, assert_never
 
 from hpccl.config.curvature import (
@@ -22,7 +23,7 @@ from hpccl.curvature.grouped import GroupedEstimator
 from hpccl.curvature.kfac import EkfacEstimator, KroneckerEstimator
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.mas_local import LocalMasEstimator
-from hpccl.curvature.protocols import Estimator, Precision, Shards
+from hpccl.curvature.protocols import Estimator, Precision, Shards, Weights
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Place, placed_whole
 from hpccl.errors import CheckpointError
@@ -57,16 +58,22 @@ def build_estimator(config: PassCurvature, seed: int, known: Coverage | None = N
 
 
 def precision_from_state(
-    state: Mapping[str, Any], shards: Shards, comm: Comm, place: Place = placed_whole
+    state: Mapping[str, Any],
+    shards: Shards,
+    comm: Comm,
+    place: Place = placed_whole,
+    like: Weights = MappingProxyType({}),
 ) -> Precision:
     """The precision that `state_dict` and the ranks' `shard_dict` described, spread over the ranks of `comm`.
+
+    like: see Kronecker.from_state_dict.
 
     Raises:
         CheckpointError: of an unknown kind, or damaged.
     """
     match state.get("kind"):
         case "kronecker":
-            return Kronecker.from_state_dict(state, shards, comm, place)
+            return Kronecker.from_state_dict(state, shards, comm, place, like)
         case "diagonal":
             return Diagonal.from_state_dict(state, place)
         case "dense":

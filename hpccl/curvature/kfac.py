@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hpccl.config.curvature import RefitTasks, TasksConfig
-from hpccl.curvature.blocks import Block, Layout, Part
+from hpccl.curvature.blocks import Block, Layout, Part, is_channels_last
 from hpccl.curvature.diagonal import summed_diagonal
 from hpccl.curvature.factors import EigenPass, KroneckerPass, Measured
 from hpccl.curvature.kronecker import Kronecker, layout_parts
@@ -131,9 +131,8 @@ def _layouts(model: nn.Module, measured: Measured) -> list[Layout]:
             continue
         sums = measured.blocks[name]
         weight = model.get_parameter(sums.weight)
-        last = weight.dim() == 4 and not weight.is_contiguous()
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
-        found.append(Layout(name, sums.weight, sums.bias, tuple(weight.shape), groups, last))
+        found.append(Layout(name, sums.weight, sums.bias, tuple(weight.shape), groups, is_channels_last(weight)))
     return found
 
 

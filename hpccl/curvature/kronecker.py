@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -51,33 +52,42 @@ class Kronecker:
 
     @classmethod
     def from_state_dict(
-        cls, state: Mapping[str, Any], shards: Shards, comm: Comm, place: Place = placed_whole
+        cls,
+        state: Mapping[str, Any],
+        shards: Shards,
+        comm: Comm,
+        place: Place = placed_whole,
+        like: Weights = MappingProxyType({}),
     ) -> Kronecker:
         """The inverse of `state_dict` and all ranks' `shard_dict`, spread over the ranks of `comm`. Not collective.
+
+        like: weights whose memory layout is that of the network now, as what it measures will be added; those that are
+            not there keep the one with which they were measured.
 
         Raises:
             CheckpointError: damaged.
         """
         try:
-            layouts = [Layout.from_state_dict(layout) for layout in state["layouts"]]
+            measured = [Layout.from_state_dict(layout) for layout in state["layouts"]]
             tasks = TypeAdapter(TasksConfig).validate_python(state["tasks"])
             rest = Diagonal.from_state_dict(state["rest"], place)
             num_examples, keep_trace = float(state["num_examples"]), float(state["keep_trace"])
             divisible = bool(state["divisible"])
         except (KeyError, TypeError, ValidationError) as error:
             raise CheckpointError(f"the Kronecker curvature in the checkpoint is damaged: {error}") from error
+        layouts = [layout.as_lies(like.get(layout.weight)) for layout in measured]
         parts = layout_parts(layouts, comm, divisible=divisible)
         mine = {layout.name: [part for rank, part in ranks if rank == comm.rank] for layout, ranks in parts}
         saved = shards(lambda name: bool(mine.get(name)))
         blocks: list[Block] = []
-        for layout in layouts:
+        for before, layout in zip(measured, layouts, strict=True):
             if mine[layout.name]:
                 if layout.name not in saved:
                     raise CheckpointError(
                         f"the checkpoint has no curvature of layer '{layout.name}': a file is missing"
                     )
-                whole = Block.joined([Block.from_state_dict(layout, part) for part in saved[layout.name]])
-                blocks += [whole.cut(part) for part in mine[layout.name]]
+                whole = Block.joined([Block.from_state_dict(before, part) for part in saved[layout.name]])
+                blocks += [whole.reordered(layout).cut(part) for part in mine[layout.name]]
         return cls(tuple(blocks), rest, num_examples, tasks, tuple(layouts), divisible, keep_trace)
 
     def pieces(self, comm: Comm, like: Weights) -> list[Piece]:

@@ -57,6 +57,7 @@ class BaseEngine(ABC):
         self._task = self._step = self._num_steps = 0
         self._last = False
         self._held = Held()
+        self._optimizer: torch.optim.Optimizer | None = None  # before any task
         refuse_recompute(model, config)
 
     # ---------------------------------------------------------------- where things are
@@ -107,7 +108,7 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def _update(self, rate: float) -> Tensor:
-        """Clip, update and clear; returns the norm before. Nothing changes if the norm is not finite."""
+        """Clip, update and clear; returns the norm before, on the CPU. Nothing changes if it is not finite."""
 
     def start(self, *, num_steps: int, task: int, num_train: int = 1) -> None:
         """See the protocol."""
@@ -262,11 +263,6 @@ class BaseEngine(ABC):
 
     # ---------------------------------------------------------------- trial weights
 
-    @property
-    @abstractmethod
-    def _optimiser(self) -> torch.optim.Optimizer | None:
-        """None before any task."""
-
     @abstractmethod
     def _runs(self) -> dict[Tensor, list[Run]]:
         """The tensors that the optimiser updates, and which elements are where in them."""
@@ -298,8 +294,7 @@ class BaseEngine(ABC):
 
     @property
     def _perturbing(self) -> Perturbing | None:
-        optimiser = self._optimiser
-        return optimiser if isinstance(optimiser, Perturbing) else None
+        return self._optimizer if isinstance(self._optimizer, Perturbing) else None
 
     @property
     def passes(self) -> int:

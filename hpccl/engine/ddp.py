@@ -39,7 +39,6 @@ class DdpEngine(BaseEngine):
         self._wrapped = self._wrap(compiled)  # type: ignore[arg-type]  # compile of a module is typed as a function
         for name, parameter in trainable(self._model).items():
             parameter.register_hook(self._relay(name))
-        self._optimizer: torch.optim.Optimizer | None = None
         self._warm = False
 
     def _wrap(self, model: nn.Module) -> nn.Module | DistributedDataParallel:
@@ -109,18 +108,15 @@ class DdpEngine(BaseEngine):
         assert self._optimizer is not None, "start() comes first"
         parameters = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if bool(torch.isfinite(norm)):
+        known = norm.cpu()  # the one wait of a step: later questions must not wait for the optimiser
+        if bool(torch.isfinite(known)):
             if self._train.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self._train.clip_norm, norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             self._optimizer.step()
         self._clear_gradients()
-        return norm
-
-    @property
-    def _optimiser(self) -> torch.optim.Optimizer | None:
-        return self._optimizer
+        return known
 
     def _runs(self) -> dict[Tensor, list[Run]]:
         return {value: [Run(name, 0, value.numel())] for name, value in trainable(self._model).items()}

@@ -58,7 +58,7 @@ class DeepspeedEngine(BaseEngine):
         self._twin: nn.Module | None = None
         self._twin_spans: dict[str, Span] = {}
         self._stale = True
-        self._started = self._trying = False
+        self._trying = False
         self._keep_initial()
 
     # ---------------------------------------------------------------- where things are
@@ -118,7 +118,7 @@ class DeepspeedEngine(BaseEngine):
     # ---------------------------------------------------------------- training
 
     def _restart(self) -> None:
-        self._started = True
+        self._optimizer = self._inner
         self._inner.state.clear()
         for group, numbers in zip(self._inner.param_groups, self._fresh, strict=True):
             for key in group_numbers([group])[0].keys() - numbers.keys():  # Adan counts steps there once it has begun
@@ -142,17 +142,18 @@ class DeepspeedEngine(BaseEngine):
             return self._update_whole()
         self._engine.step()  # which skips the update if the norm is not finite
         norm = self._engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        return torch.as_tensor(norm, dtype=torch.float32, device="cpu")
 
     def _update_whole(self) -> Tensor:
         parameters = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if bool(torch.isfinite(norm)):
+        known = norm.cpu()  # the one wait of a step: later questions must not wait for the optimiser
+        if bool(torch.isfinite(known)):
             if self._train.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self._train.clip_norm, norm)
             self._engine.step()
         self._engine.zero_grad()
-        return norm
+        return known
 
     # ---------------------------------------------------------------- the path
 
@@ -198,10 +199,6 @@ class DeepspeedEngine(BaseEngine):
             self._graded(name, value.zero_()).copy_(own)
 
     # ---------------------------------------------------------------- trial weights
-
-    @property
-    def _optimiser(self) -> torch.optim.Optimizer | None:
-        return self._inner if self._started else None
 
     def _runs(self) -> dict[Tensor, list[Run]]:
         if self._stage == 0:
@@ -359,7 +356,7 @@ class DeepspeedEngine(BaseEngine):
             yield flat, found
 
     def _optimizer_state(self) -> dict[str, Any] | None:
-        if not self._started:
+        if self._optimizer is None:
             return None
         if self._stage == 0:
             return state_of(self._inner, self._names, {})

@@ -63,7 +63,6 @@ class Fsdp2Engine(BaseEngine):
             if is_spread(unit):
                 unit.register_forward_pre_hook(self._listen)
         self._places = {name: place_of(model, name) for name in names}
-        self._optimizer: torch.optim.Optimizer | None = None
         self._keep_initial()
 
     @property
@@ -123,7 +122,8 @@ class Fsdp2Engine(BaseEngine):
         self._show_gradients()
         gradients = [rows.grad for rows in self._names if rows.grad is not None]
         norm = self._total_norm(gradients)
-        if bool(torch.isfinite(norm)):
+        known = norm.cpu()  # the one wait of a step: later questions must not wait for the optimiser
+        if bool(torch.isfinite(known)):
             if self._train.clip_norm is not None and gradients:  # a small network leaves some ranks without rows
                 scale = (self._train.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device)
                 torch._foreach_mul_(gradients, scale)
@@ -131,11 +131,7 @@ class Fsdp2Engine(BaseEngine):
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             self._optimizer.step()
         self._clear_gradients()
-        return norm
-
-    @property
-    def _optimiser(self) -> torch.optim.Optimizer | None:
-        return self._optimizer
+        return known
 
     def _runs(self) -> dict[Tensor, list[Run]]:
         return {

@@ -134,7 +134,7 @@ class Engine(Protocol):
         """
 
     def step(self) -> Tensor:
-        """Clip, update, clear. Returns the gradient's norm before clipping (scalar, equal on all ranks)."""
+        """Clip, update, clear. Returns the gradient's norm before clipping (scalar on the CPU, equal on all ranks)."""
 
     @property
     def lr(self) -> float:

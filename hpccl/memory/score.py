@@ -156,11 +156,11 @@ class Residuals:
     """What the output says of each example at the present last layer and at some others around it.
 
     steps: [r - 1, K, d] from the present last layer to the others
-    true_labels: against the true labels; otherwise against the present prediction, as soft labels are
+    true_share: of the true label in the label y; the rest is the present prediction's, as soft labels are
     """
 
     steps: Tensor
-    true_labels: bool
+    true_share: float
 
     @classmethod
     def around(
@@ -171,18 +171,16 @@ class Residuals:
         probes: int,
         size: float,
         words: tuple[int, ...],
-        true_labels: bool,
+        true_share: float,
     ) -> Residuals:
         """Every weight moves by +-size, independently."""
         steps = signs(probes * num_classes * inputs, *words).view(probes, num_classes, inputs) * size
-        return cls(steps, true_labels)
+        return cls(steps, true_share)
 
     def __call__(self, logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
         """P - y there, [n, r K] float32, for logits [n, K] and inputs x [n, d] at the present last layer."""
         p = logits.double().softmax(dim=1)
-        reference = p
-        if self.true_labels:
-            reference = functional.one_hot(labels, logits.shape[1]).to(p)
+        reference = p.lerp(functional.one_hot(labels, logits.shape[1]).to(p), self.true_share)
         found = [p - reference]
         found += [(logits.double() + moved).softmax(dim=1) - reference for moved in self._moves(x)]
         return torch.cat(found, dim=1).float()

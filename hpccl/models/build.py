@@ -57,13 +57,12 @@ def refuse_sizes(
     Raises:
         ConfigError: it does not take `image_shape`, or not another of the `sides`.
     """
-    if isinstance(config, TimmModel):  # the others refuse what they do not take when they are built
-        _refuse_images(config, image_shape, num_classes)
     others = [side for side in sides if image_shape[1:] != (side, side)]
-    if not others:
-        return
-    network = skeleton(config, image_shape=image_shape, num_classes=num_classes).eval()
-    if _refused(network, image_shape) is not None:
+    if isinstance(config, TimmModel):
+        network = _taking(config, image_shape, num_classes)
+    else:  # which refuse the images that they do not take when they are built
+        network = skeleton(config, image_shape=image_shape, num_classes=num_classes).eval() if others else None
+    if network is None or _refused(network, image_shape) is not None:
         return  # it does not work without memory at all
     for side in others:
         error = _refused(network, (image_shape[0], side, side))
@@ -76,11 +75,16 @@ def refuse_sizes(
             )
 
 
-def _refuse_images(config: TimmModel, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raises ConfigError if the network does not take images of a shape."""
+def _taking(config: TimmModel, shape: tuple[int, int, int], num_classes: int) -> nn.Module | None:
+    """The network without memory for its weights; None of one that cannot be tried so, but takes the images.
+
+    Raises:
+        ConfigError: it does not take images of that shape.
+    """
     with contextlib.suppress(ConfigError):  # of what cannot be made without memory
-        if _refused(skeleton(config, image_shape=shape, num_classes=num_classes).eval(), shape) is None:
-            return
+        bare = skeleton(config, image_shape=shape, num_classes=num_classes).eval()
+        if _refused(bare, shape) is None:
+            return bare
     # Some networks cannot be tried without memory, so it takes one that has it to say no.
     network = build_model(config, image_shape=shape, num_classes=num_classes, seed=0).eval()
     error = _refused(network, shape, device="cpu")
@@ -93,6 +97,7 @@ def _refuse_images(config: TimmModel, shape: tuple[int, int, int], num_classes: 
             f"{{img_size: {side}}} (and a patch_size that divides it), or give shards another data.image_size, or take "
             "another model.name"
         )
+    return None
 
 
 def _refused(network: nn.Module, shape: tuple[int, int, int], *, device: str = "meta") -> str | None:

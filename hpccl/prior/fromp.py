@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hpccl.curvature.build import precision_from_state
-from hpccl.curvature.protocols import Precision, Shards
+from hpccl.curvature.protocols import Precision, Shards, Weights
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Place
 from hpccl.errors import DivergedError
@@ -98,13 +98,15 @@ class Fromp:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], shards: Shards, comm: Comm, place: Place) -> Fromp:
-        """The inverse."""
+    def from_state_dict(
+        cls, state: Mapping[str, Any], shards: Shards, comm: Comm, place: Place, like: Weights
+    ) -> Fromp:
+        """The inverse; see Prior.from_state_dict."""
         precision = state["precision"]
         return cls(
             weight=state["weight"],
             tasks=tuple(tuple(Block(**block) for block in blocks) for blocks in state["tasks"]),
-            precision=None if precision is None else precision_from_state(precision, shards, comm, place),
+            precision=None if precision is None else precision_from_state(precision, shards, comm, place, like),
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hpccl.curvature.protocols import Precision, Shards
+from hpccl.curvature.protocols import Precision, Shards, Weights
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves, Place
 from hpccl.memory.gas import Gas
@@ -75,13 +75,17 @@ class Prior:
         return {} if self.precision is None else self.precision.shard_dict()
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], shards: Shards, comm: Comm, place: Place) -> Prior:
-        """The inverse; `shards` reads the ranks' `curvature_shard`, `place` spreads weights as the engine does."""
+    def from_state_dict(cls, state: dict[str, Any], shards: Shards, comm: Comm, place: Place, like: Weights) -> Prior:
+        """The inverse; `shards` reads the ranks' `curvature_shard`.
+
+        place: spreads weights as the engine does
+        like: the network's weights, of which the memory layout counts
+        """
         anchor, quadratic = state["anchor"], state["quadratic"]
         placed = None if anchor is None else place(anchor)
         restored = None
         if quadratic is not None and placed is not None:
-            restored = Quadratic.from_state_dict(quadratic, placed, shards, comm, place)
+            restored = Quadratic.from_state_dict(quadratic, placed, shards, comm, place=place, like=like)
         # Earlier checkpoints have none of these.
         correction, means, fromp, gas = (state.get(name) for name in ("correction", "means", "fromp", "gas"))
         return cls(
@@ -90,6 +94,6 @@ class Prior:
             anchor=placed,
             correction=None if correction is None else Correction.from_state_dict(correction),
             means=None if means is None else ClassMeans(**means),
-            fromp=None if fromp is None else Fromp.from_state_dict(fromp, shards, comm, place),
+            fromp=None if fromp is None else Fromp.from_state_dict(fromp, shards, comm, place, like),
             gas=None if gas is None else Gas(**gas),
         )

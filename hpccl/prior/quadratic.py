@@ -164,10 +164,10 @@ class Quadratic:
 
     @classmethod
     def from_state_dict(
-        cls, state: dict[str, Any], anchor: Leaves, shards: Shards, comm: Comm, place: Place
+        cls, state: dict[str, Any], anchor: Leaves, shards: Shards, comm: Comm, *, place: Place, like: Weights
     ) -> Quadratic:
-        """The inverse; `shards` reads what ranks held alone, on any number of ranks; `place` spreads weights."""
-        precision = precision_from_state(state["precision"], shards, comm, place)
+        """The inverse; `shards` reads what ranks held alone, on any number of ranks; see Prior.from_state_dict."""
+        precision = precision_from_state(state["precision"], shards, comm, place, like)
         pull = state.get("pull")
         placed = None if pull is None else place(pull)
         return cls(precision, anchor, state["weight"], state["damping"], placed, state.get("products", "fp32"))

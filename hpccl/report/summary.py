@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from hpccl.config.load import refuse_cut_off
+from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
-from hpccl.folder import RunFolder, explain_os_error
+from hpccl.folder import RunFolder
 from hpccl.report import metrics
 from hpccl.report.events import Event, latest, number, phase_parts, read_events, valid_json
 
@@ -120,22 +117,13 @@ def read_config(folder: Path) -> RunConfig:
         FolderError: there is none, or this version cannot read it.
     """
     path = RunFolder(folder).config
+    if not path.is_file():
+        raise FolderError(f"'{folder}' is not the folder of a run: it has no config.yaml. Give runs/<name>")
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        refuse_cut_off(content, path)
-        return RunConfig.model_validate(content)
+        return load_recorded(path)
     except ConfigError as error:
-        raise FolderError(str(error)) from error
-    except FileNotFoundError as error:
-        raise FolderError(f"'{folder}' is not the folder of a run: it has no config.yaml. Give runs/<name>") from error
-    except OSError as error:
-        raise FolderError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
-    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise FolderError(f"'{path}' is not YAML: {error}. Restore it or run again in another folder") from error
-    except ValidationError as error:
-        mistakes = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
         raise FolderError(
-            f"'{path}' does not fit this version of hpccl: {mistakes}. Use the version of code.txt"
+            f"{error}\n'{path}' is not what this version of hpccl writes: see code.txt for the run's"
         ) from error
 
 

@@ -131,7 +131,7 @@ def begin_adapting(state: RunState, world: World) -> None:
         return
     engine, shards = state.engine, open_shards(RunFolder(Path(config.adapt.source)).checkpoints, mark)
     engine.put(tree["engine"]["weights"])
-    state.prior = Prior.from_state_dict(tree["prior"], shards, world.comm, engine.place).to(engine.device)
+    state.prior = Prior.from_state_dict(tree["prior"], shards, world.comm, engine.place, engine.like).to(engine.device)
     if not isinstance(config.adapt, RemoveData):
         state.prior = replace(state.prior, memory=_own_file(state.prior.memory, world))
         return

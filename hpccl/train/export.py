@@ -159,7 +159,7 @@ def weights_of(run: RunFolder, mark: Mark) -> Iterator[tuple[str, Tensor]]:
     Raises:
         CheckpointError: it is damaged.
     """
-    for name, value in load(run.checkpoints, mark)["engine"]["weights"].items():
+    for name, value in load(run.checkpoints, mark, only="engine", lazy=True)["engine"]["weights"].items():
         yield name, whole(value)
 
 
@@ -182,7 +182,7 @@ def curvature_tree(run: RunFolder, mark: Mark) -> dict[str, Any]:
         CheckpointError: it is damaged.
         FolderError: there is none.
     """
-    state = load(run.checkpoints, mark)["prior"]["quadratic"]
+    state = load(run.checkpoints, mark, only="prior")["prior"]["quadratic"]
     if state is None:
         raise FolderError(no_curvature(str(run.path), mark.name))
     shards = open_shards(run.checkpoints, mark)

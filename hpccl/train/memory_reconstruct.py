@@ -162,7 +162,7 @@ def _path(folder: RunFolder, end: Mark, anchor: Weights, points: int) -> list[_P
 
 
 def _weights(folder: RunFolder, mark: Mark) -> dict[str, Tensor]:
-    return placed_whole(load(folder.checkpoints, mark)["engine"]["weights"])
+    return placed_whole(load(folder.checkpoints, mark, only="engine", lazy=True)["engine"]["weights"])
 
 
 def _between(start: Weights, end: Weights, share: float) -> dict[str, Tensor]:

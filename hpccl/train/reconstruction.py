@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
+from hpccl.dist.spread import aligned
 from hpccl.engine.sharded import is_spread, parameters_of
 from hpccl.memory.store import Memory
 from hpccl.prior.normal import NormalPrior
@@ -74,7 +75,9 @@ def prior_gradients(task: Task, prior: Prior, state: RunState, world: World) -> 
     terms = {"soft": soft, "replay": replay, "quadratic": quadratic}
     normal = NormalPrior.of(world.config, prior.anchor)
     if normal is not None and prior.anchor is not None:
-        own, anchor = local_parts(weights), local_parts({name: prior.anchor[name] for name in soft})
+        # An engine may cut what it saves elsewhere than the network of this pass is cut.
+        anchors = {name: aligned(prior.anchor[name], weights[name], world.comm) for name in soft}
+        own, anchor = local_parts(weights), local_parts(anchors)
         terms["normal"] = {name: normal.force(own[name], anchor[name]) for name in soft}
     total = {name: torch.stack([term[name] for term in terms.values()]).sum(0) for name in soft}
     return {**terms, "total": total}

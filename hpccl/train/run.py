@@ -165,9 +165,10 @@ def _what_takes_less(config: RunConfig) -> str:
 def _through_the_stream(world: World, command: Sequence[str]) -> str:
     config, stream = world.config, world.stream
     check_memory(config, stream)
-    check_sizes(config, stream)
     begun = time.perf_counter()
     found = latest_of_all(world.folder.checkpoints, world.comm)
+    if found is None:  # the network of a run that began took them
+        check_sizes(config, stream)
     if found is None and config.train.first_task_from is not None:
         _first_task_elsewhere(config, config.train.first_task_from)
     # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
@@ -436,6 +437,10 @@ def _introduce(world: World, command: Sequence[str], found: Mark | None, state: 
         saved = None if found is None else load(world.folder.checkpoints, found)["prior"]["memory"]
         memory = state.prior.memory if saved is None else Memory.from_state_dict(saved)
         steps = adaptation_steps(adaptation_task(config, stream), memory, world)
+    if found is not None:
+        world.progress.message(f"continuing from {found.name}")
+    if not world.comm.leader:  # of what follows, git asks the disk, which may be far away
+        return
     gpu = torch.cuda.get_device_name() if world.comm.device.type == "cuda" else None
     world.log.write(
         "run",
@@ -449,8 +454,6 @@ def _introduce(world: World, command: Sequence[str], found: Mark | None, state: 
         job=None if (job := slurm_job()) is None else asdict(job),
         resumed=None if found is None else {"task": found.task, "phase": found.phase, "step": found.step},
     )
-    if found is not None:
-        world.progress.message(f"continuing from {found.name}")
 
 
 def _tell_start(start: Start, world: World) -> None:

@@ -210,7 +210,7 @@ def _reconstruction(
         probes=config.probes,
         size=step_size(float(total[0] / total[1].clamp_min(1)), config.radius),
         words=(*given.words, _PROBES),
-        true_labels=prior.some_true,
+        true_share=prior.true_share(given.keep, len(given.samples)) if prior.mixes else float(prior.some_true),
     )
     outputs = (config.probes + 1) * num_classes
     words = (*given.words, _PROJECTION)

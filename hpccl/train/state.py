@@ -56,7 +56,8 @@ class RunState:
     def load_state_dict(self, state: dict[str, Any], mark: Mark, shards: Shards, comm: Comm) -> None:
         """The inverse of state_dict, taken at `mark`; `shards` reads the ranks' own parts, on any number of ranks."""
         self.engine.load_state_dict(state["engine"])
-        self.prior = Prior.from_state_dict(state["prior"], shards, comm, self.engine.place).to(self.engine.device)
+        engine = self.engine
+        self.prior = Prior.from_state_dict(state["prior"], shards, comm, engine.place, engine.like).to(engine.device)
         self.results = state["results"]
         self.mark = mark
 

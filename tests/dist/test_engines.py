@@ -130,6 +130,16 @@ def test_every_curvature_and_teacher_on_every_engine(tmp_path: Path, name: str, 
         agree(found, expected, 1e-6)
 
 
+def test_a_normal_prior_where_ranks_have_parts_of_rows(tmp_path: Path) -> None:
+    """ZeRO-3 cuts what it saves into equal parts, the network of other passes is cut by rows: 10 rows on 3 ranks."""
+    changes = {"prior": {"normal": {"precision": 0.01}}}
+    expected = run_in_world(two_tasks, 1, tmp_path / "ddp", str(tmp_path), {**changes, "engine": DDP})[0]
+    for found in run_in_world(
+        two_tasks, 3, tmp_path / "zero-3", str(tmp_path), {**changes, "engine": ENGINES["zero-3"]}
+    ):
+        agree(found, expected, 1e-6)
+
+
 @pytest.mark.parametrize("name", ["zero-0", "zero-1"])
 def test_every_task_has_an_optimiser_of_its_own(tmp_path: Path, name: str) -> None:
     """Adan counts its steps in the groups of parameters, from its first step on."""

@@ -347,9 +347,9 @@ def test_load_refuses_a_sweep() -> None:
 # ---------------------------------------------------------------- fast, without torch
 
 
-def test_loading_needs_no_torch_and_little_time() -> None:
+def test_loading_needs_no_torch() -> None:
     code = """
-import sys, time
+import sys
 from hpccl.config.load import dump, load
 dump(load([], ["memory.size=3", "optim.lr=0.1"]))
 try:
@@ -357,13 +357,8 @@ try:
 except Exception as error:
     assert "memory" in str(error)
 assert "torch" not in sys.modules
-print(time.process_time())
 """
-    times = []
-    for _ in range(3):  # the best of three, in processor time: the machine may be busy with something else
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-        times.append(float(done.stdout))
-    assert min(times) < 0.3
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_kind_alone_stands_for_its_section(tmp_path: Path) -> None:

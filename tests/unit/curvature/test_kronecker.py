@@ -371,6 +371,30 @@ def test_saved_on_one_rank_and_found_on_several(tasks: TasksConfig, size: int) -
         torch.testing.assert_close(dense(one), dense(other), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("tasks", [ListedTasks(), RefitTasks()], ids=lambda tasks: tasks.kind)
+@pytest.mark.parametrize("keep", [1.0, 0.9])
+@pytest.mark.parametrize("size", [1, 3])
+def test_found_by_a_network_that_lies_otherwise_in_memory(tasks: TasksConfig, keep: float, size: int) -> None:
+    """Such as one on another engine: the same matrix, over inputs in the order of what will be added."""
+    divisible = isinstance(tasks, ListedTasks) and keep == 1
+    whole, _ = total(tasks, 2)
+    blocks = tuple(block.truncated(keep) for block in whole.blocks)
+    whole = Kronecker(blocks, whole.rest, whole.num_examples, tasks, LAYOUTS, divisible, keep)
+    like = weights(1)
+    like["conv.weight"] = like["conv.weight"].contiguous()
+    like["grouped.weight"] = like["grouped.weight"].to(memory_format=torch.channels_last)
+    state, shards = whole.state_dict(), [whole.shard_dict()]
+    comms = [Comm(rank, size, torch.device("cpu")) for rank in range(size)]
+    ranks = [Kronecker.from_state_dict(state, reader(shards), comm, like=like) for comm in comms]
+    assert [layout.channels_last for layout in ranks[0].layouts] == [False, True, False]
+    again = Kronecker.from_state_dict(ranks[0].state_dict(), reader([rank.shard_dict() for rank in ranks]), SOLO)
+    found, expected = (product(one.pieces(SOLO, like), weights(2)) for one in (again, whole))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    new = Kronecker.from_state_dict(state, reader(shards), SOLO, like=like)
+    assert again.plus(new, SOLO).num_examples == 2 * whole.num_examples
+
+
 def test_damaged_states_are_refused() -> None:
     whole = precision(0)
     state = whole.state_dict()

@@ -143,8 +143,8 @@ def test_variance_is_that_of_the_network_posterior_of_its_head() -> None:
     torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("true_labels", [True, False])
-def test_residuals_are_gradients_of_the_moved_layer(true_labels: bool) -> None:
+@pytest.mark.parametrize("true_share", [1.0, 0.25, 0.0])
+def test_residuals_are_gradients_of_the_moved_layer(true_share: float) -> None:
     """By autograd, the nats at every probe; by the dense matrix, a quadratic with the exact curvature."""
     x, weights, logits, labels = problem()
     made = Residuals.around(
@@ -153,12 +153,12 @@ def test_residuals_are_gradients_of_the_moved_layer(true_labels: bool) -> None:
         probes=2,
         size=0.2,
         words=(1,),
-        true_labels=true_labels,
+        true_share=true_share,
     )
     found = made(logits, x, labels).view(NUMBER, 3, CLASSES)
     curved = made.first_order(logits, x).view(NUMBER, 3, CLASSES)
     for row in range(NUMBER):
-        target = torch.eye(CLASSES, dtype=torch.float64)[labels[row]] if true_labels else logits[row].softmax(0)
+        target = true_share * torch.eye(CLASSES)[labels[row]] + (1 - true_share) * logits[row].double().softmax(0)
         for number, step in enumerate([torch.zeros(CLASSES, INPUTS), *made.steps]):
             layer = (weights + step.double()).requires_grad_()
             nats = torch.nn.functional.cross_entropy((layer @ x[row])[None], target[None])
@@ -172,7 +172,7 @@ def test_residuals_are_gradients_of_the_moved_layer(true_labels: bool) -> None:
 
 def test_few_numbers_are_not_projected_and_many_keep_their_inner_products() -> None:
     x, _, logits, labels = problem()
-    residuals = Residuals(torch.zeros(0), true_labels=True)(logits, x, labels)
+    residuals = Residuals(torch.zeros(0), true_share=1.0)(logits, x, labels)
     exact = Projection.of(outputs=CLASSES, inputs=INPUTS, size=20, words=(2,))(residuals, x)
     assert exact.shape == (NUMBER, 20)
     products = exact @ exact.T

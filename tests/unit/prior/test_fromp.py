@@ -245,7 +245,7 @@ def test_state_comes_back() -> None:
     root = torch.eye(2, dtype=torch.float64).expand(2, -1, -1).contiguous()
     fromp = Fromp(2.0, ((Block(torch.tensor([3, 1]), torch.tensor([0, 4]), torch.rand(2, 2).double(), root),),))
     none: Callable[..., dict[str, object]] = lambda wanted: {}  # noqa: E731
-    again = Fromp.from_state_dict(fromp.state_dict(), none, SOLO, dict)  # type: ignore[arg-type]
+    again = Fromp.from_state_dict(fromp.state_dict(), none, SOLO, dict, {})  # type: ignore[arg-type]
     assert again.weight == 2
     for name, value in vars(fromp.tasks[0][0]).items():
         assert torch.equal(getattr(again.tasks[0][0], name), value)

@@ -91,7 +91,7 @@ def test_each_task_may_keep_its_own_anchor() -> None:
     for name, force in third.force(weights, SOLO).items():
         torch.testing.assert_close(force, expected[name])
     saved = replace(third, products="bf16").state_dict()
-    again = Quadratic.from_state_dict(saved, last, lambda wanted: {}, SOLO, place=as_they_are)
+    again = Quadratic.from_state_dict(saved, last, lambda wanted: {}, SOLO, place=as_they_are, like={})
     assert again.value(weights, SOLO) == pytest.approx(third.value(weights, SOLO))
     assert again.products == again.plus(second, last, SOLO).products == "bf16"
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import time
 
 import pytest
 
@@ -87,10 +86,10 @@ def test_a_phase_follows_another() -> None:
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
-def test_an_update_costs_next_to_nothing(stream: io.StringIO) -> None:
+def test_few_updates_are_shown(stream: io.StringIO) -> None:
+    """Steps may take microseconds; a terminal or a log is told now and then."""
     with make_progress(stream=stream) as progress:
         progress.begin("a", "fit", 10**9)
-        start = time.perf_counter()
         for step in range(20_000):
             progress.update(step, 0.1, {"loss": 0.5}, 100.0, 10.0)
-        assert (time.perf_counter() - start) / 20_000 < 50e-6
+    assert stream.getvalue().count("loss") < 1000

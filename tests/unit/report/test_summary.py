@@ -170,10 +170,10 @@ def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: [", "is not YAML"),
-        ("nmae: x\ncluster: {kind: local}", "does not fit this version of hpccl: nmae"),
+        ("a: [", "not valid YAML"),
+        ("nmae: x\ncluster: {kind: local}", "nmae = x: no such key; did you mean 'name'"),
         ("name: x", "is empty or cut off .*'cluster' is missing"),
-        ("- 1", "is empty or cut off"),
+        ("- 1", "holds a list"),
         ("", "is empty or cut off"),
     ],
 )
