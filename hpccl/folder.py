@@ -12,7 +12,15 @@ from pathlib import Path
 
 from hpccl.errors import FolderError
 
-__all__ = ["RunFolder", "explain_os_error", "put_in_place", "replacing", "replacing_folder", "sync"]
+__all__ = [
+    "RunFolder",
+    "explain_os_error",
+    "put_in_place",
+    "refuse_unwritable",
+    "replacing",
+    "replacing_folder",
+    "sync",
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,22 @@ class RunFolder:
         except OSError as error:
             explained = explain_os_error(error, other="another folder=...")
             raise FolderError(f"run folder '{self.path}' cannot be written: {explained}") from error
+
+
+def refuse_unwritable(folder: Path, option: str) -> None:
+    """See before long work that a folder could be made and written.
+
+    option: how another one is given
+
+    Raises:
+        FolderError: it could not.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise FolderError(f"'{folder}' cannot be written: {explain_os_error(error, other=option)}") from error
 
 
 def explain_os_error(error: OSError, *, other: str = "another folder") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from hpccl.cli.shards import shards
 from hpccl.cluster.outcome import INTERRUPTED, tell
 from hpccl.errors import CapacityError, HpcclError
 from hpccl.machine import out_of_memory
+from hpccl.output import Told, flush, say
 
 __all__ = ["app", "main"]
 
@@ -45,7 +47,11 @@ def main() -> None:
     130 stopped by Ctrl-C, before training listens for it or by a second one.
     """
     try:
-        app()
+        with contextlib.redirect_stdout(Told(sys.stdout)) as told:
+            try:
+                app()
+            finally:
+                told.flush()
     except HpcclError as error:
         sys.exit(tell(error))
     except (MemoryError, RuntimeError) as error:
@@ -54,8 +60,10 @@ def main() -> None:
             raise
         sys.exit(tell(CapacityError(f"memory ran out ({words}); free some, or take a machine or device with more")))
     except KeyboardInterrupt:
-        sys.stderr.write("stopped by Ctrl-C; run the same command again\n")
+        say("stopped by Ctrl-C; run the same command again")
         sys.exit(INTERRUPTED)
+    finally:
+        flush()
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,6 +13,7 @@ from hpccl.cluster.outcome import DONE, INTERRUPTED, STOPPED
 from hpccl.cluster.step import in_step
 from hpccl.config.load import is_override, sweep
 from hpccl.config.unheard import unheard
+from hpccl.output import say
 
 if TYPE_CHECKING:
     from hpccl.config.run import RunConfig
@@ -49,17 +50,17 @@ def train_all(configs: Sequence[RunConfig]) -> int:
     code = DONE
     for number, config in enumerate(configs, start=1):
         if len(configs) > 1:
-            typer.echo(f"run {number} of {len(configs)}: {config.path}", err=True)
+            say(f"run {number} of {len(configs)}: {config.path}")
         ended = launch(config, argv=argv)
         if ended in (STOPPED, INTERRUPTED):
             if ended == STOPPED and any(Path(config.path, "checkpoints").glob("task-*")):
-                typer.echo(f"stopped and saved in {config.path}; run the same command again to continue", err=True)
+                say(f"stopped and saved in {config.path}; run the same command again to continue")
             return ended
         if ended == DONE:
-            typer.echo(f"done: {config.path}", err=True)
+            say(f"done: {config.path}")
             continue
         failed.append(config.path)
         code = max(code, ended)
     if failed and len(configs) > 1:
-        typer.echo(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}", err=True)
+        say(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}")
     return code

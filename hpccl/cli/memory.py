@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from hpccl.errors import ConfigError
+from hpccl.folder import refuse_unwritable
 
 __all__ = ["memory"]
 
@@ -40,6 +41,8 @@ def map_memory(
     from hpccl.report.memory_map import summary, write_memory_map
     from hpccl.train.memory_map.build import map_memory as find
 
+    out = out or run / "memory_map"
+    refuse_unwritable(out, "--out FOLDER")
     found = find(
         run,
         task=task,
@@ -48,7 +51,7 @@ def map_memory(
         fraction=fraction,
         prior_precision=prior_precision,
     )
-    page = write_memory_map(found, out or run / "memory_map")
+    page = write_memory_map(found, out)
     typer.echo(json.dumps(summary(found), indent=2, allow_nan=False) if as_json else str(page))
 
 
@@ -82,6 +85,8 @@ def reconstruct_memory(
     from hpccl.report.reconstruction import markdown, write_reconstruction
     from hpccl.train.memory_reconstruct import reconstruct_memory as find
 
+    out = out or run / "reconstruction"
+    refuse_unwritable(out, "--out FOLDER")
     found = find(
         run,
         sizes=_numbers(sizes),
@@ -91,7 +96,7 @@ def reconstruct_memory(
         past=past,
         fraction=fraction,
     )
-    page = write_reconstruction(found, out or run / "reconstruction")
+    page = write_reconstruction(found, out)
     typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False) if as_json else f"{markdown(found)}\n{page}")
 
 

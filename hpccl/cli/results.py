@@ -11,6 +11,7 @@ import typer
 
 from hpccl.cluster.outcome import DONE, FAILED
 from hpccl.errors import ConfigError, FolderError
+from hpccl.folder import refuse_unwritable
 
 __all__ = ["choose", "doctor", "evaluate", "export", "merge", "report"]
 
@@ -60,6 +61,8 @@ def evaluate(
 
     if weights is not None:
         raise ConfigError("--weights with --posterior: the posterior is around the run's own weights; give one of them")
+    out = out or run / "uncertainty"
+    refuse_unwritable(out, "--out FOLDER")
     found = evaluate_posterior(
         run,
         approximation=posterior,
@@ -68,7 +71,7 @@ def evaluate(
         examples=examples,
         prior_precision=prior_precision,
     )
-    page = write_uncertainty(found, out or run / "uncertainty")
+    page = write_uncertainty(found, out)
     typer.echo(json.dumps(summary(found), indent=2, allow_nan=False) if as_json else f"{markdown(found)}\n{page}")
 
 

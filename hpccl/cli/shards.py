@@ -10,6 +10,7 @@ import typer
 
 from hpccl.cluster.outcome import FAILED
 from hpccl.errors import ConfigError
+from hpccl.output import say
 
 if TYPE_CHECKING:
     from hpccl.data.shards.encodings import Encoding
@@ -60,10 +61,9 @@ def build_shards(
         end = "\n" if progress.done == progress.total else "\r"
         line = f"{progress.done} of {progress.total} images"
         if sys.stderr.isatty():
-            sys.stderr.write(f"{line}\x1b[K{end}")
+            say(f"{line}\x1b[K", end=end)
         elif progress.shard is not None:
-            sys.stderr.write(f"{line}, wrote {progress.shard}\n")
-        sys.stderr.flush()
+            say(f"{line}, wrote {progress.shard}")
 
     manifests = build(
         source,
@@ -81,6 +81,10 @@ def build_shards(
             f"{out / name}: {manifest.samples} images of {len(manifest.classes)} classes "
             f"in {len(manifest.shards)} shards, {len(manifest.skipped)} skipped"
         )
+        absent = sorted(set(manifest.classes) - {shard.class_name for shard in manifest.shards})
+        if absent:
+            shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            say(f"note: '{name}' has no image of {shown}, which another split has")
 
 
 def _encoding(*, max_side: int | None, quality: int | None, lossless: bool) -> Encoding:

@@ -24,6 +24,7 @@ from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, HpcclError
 from hpccl.machine import usable_cores
+from hpccl.output import discard
 
 if TYPE_CHECKING:
     from hpccl.cluster.submit import Submitted
@@ -124,8 +125,7 @@ def _list(steps: Sequence[Step]) -> int:
             print(_shown(step))
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more when it ends, and would complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
     return DONE
 
 

@@ -24,6 +24,7 @@ from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder, explain_os_error
 from hpccl.machine import usable_cores
+from hpccl.output import say
 
 __all__ = ["launch", "pick_port", "spawn"]
 
@@ -346,21 +347,21 @@ def _explain(culprit: _Rank, ranks: Sequence[_Rank], asked: _Asked, silent: Mapp
     """Print the one message, and return the exit code."""
     code, word = culprit.code() or 0, culprit.word
     if code < 0 and -code in asked.numbers:  # asked to stop before it could listen: nothing had been learned yet
-        sys.stderr.write("stopped before training began; run the same command again to continue\n")
+        say("stopped before training began; run the same command again to continue")
         return STOPPED
     if word is not None and word.kind == _WAITED:
-        sys.stderr.write(f"error: {word.message}; {_blame(silent, ranks)}; {_AGAIN}\n")
+        say(f"error: {word.message}; {_blame(silent, ranks)}; {_AGAIN}")
         return FAILED
     if word is not None and word.kind != "crash":
-        sys.stderr.write(f"error: {word.message}\n")
+        say(f"error: {word.message}")
         return WRONG_CONFIG if code == WRONG_CONFIG else FAILED
     others = f"; {_blame(silent, ranks)}" if silent else ""
     others += {1: "", 2: "; the other one was stopped"}.get(len(ranks), f"; the other {len(ranks) - 1} were stopped")
-    sys.stderr.write(f"error: rank {culprit.number} {_ending(code)}{others}; {_AGAIN}\n")
+    say(f"error: rank {culprit.number} {_ending(code)}{others}; {_AGAIN}")
     tail = word.message.splitlines() if word is not None else _new_lines(culprit)
     if tail:
         source = f" (all in {culprit.log})" if culprit.number else ""
-        sys.stderr.write("\n".join([f"last words of rank {culprit.number}{source}:", *tail[-_TAIL:], ""]))
+        say("\n".join([f"last words of rank {culprit.number}{source}:", *tail[-_TAIL:]]))
     return FAILED
 
 

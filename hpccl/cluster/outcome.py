@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import signal
-import sys
 from typing import Final
 
 from hpccl.errors import ConfigError, HpcclError
+from hpccl.output import say
 
 __all__ = ["ASKED_TO_STOP", "DONE", "FAILED", "INTERRUPTED", "STOPPED", "WRONG_CONFIG", "code_of", "tell"]
 
@@ -27,6 +27,5 @@ def code_of(error: HpcclError) -> int:
 
 def tell(error: HpcclError) -> int:
     """Print an error without a traceback, and return its exit code."""
-    sys.stderr.write(f"error: {error}\n")
-    sys.stderr.flush()
+    say(f"error: {error}")
     return code_of(error)

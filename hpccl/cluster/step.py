@@ -24,6 +24,7 @@ from hpccl.config.run import RunConfig
 from hpccl.errors import FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder, explain_os_error, replacing
 from hpccl.machine import SlurmJob, slurm_job
+from hpccl.output import flush, say
 from hpccl.report.standing import read_standing
 
 __all__ = ["end", "fail_step", "in_step", "run_step"]
@@ -95,15 +96,14 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
 def fail_step(folder: RunFolder, error: HpcclError) -> int:
     """Tell of an error from before the run began, which the next start would meet again; the exit code."""
     rank = int(os.environ.get("SLURM_PROCID", "0"))
-    sys.stderr.write(f"error: rank {rank}: {error}\n")
+    say(f"error: rank {rank}: {error}")
     _note(folder, slurm_job() or SlurmJob("none", 0), rank, type(error).__name__, str(error))
     return code_of(error)
 
 
 def end(code: int) -> NoReturn:
     """End this task, without the interpreter's teardown, in which communication threads may abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     os._exit(code + _HIGHEST if code in (FAILED, WRONG_CONFIG) else code)
 
 
@@ -140,8 +140,7 @@ def _own_log(folder: RunFolder, rank: int) -> Iterator[None]:
 
 def _redirect(targets: Sequence[int]) -> None:
     """Have standard output and error go to open files."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     for target, number in zip(targets, _OUTPUTS, strict=True):
         os.dup2(target, number)
 

@@ -27,6 +27,7 @@ from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import HpcclError
 from hpccl.folder import RunFolder
+from hpccl.output import flush, say
 
 if TYPE_CHECKING:
     from hpccl.train.stop import Stop
@@ -155,7 +156,7 @@ def _leave_word(kind: str, message: str) -> None:
     """Tell the launcher of an error; it prints one of all ranks' errors."""
     pipe = os.environ.get("HPCCL_ERROR_PIPE")
     if pipe is None:
-        sys.stderr.write(message)
+        say(message)
         return
     shown = message if len(message) <= _LONGEST else f"... {message[-_LONGEST:]}"
     with contextlib.suppress(OSError):  # the launcher is gone, and this process about to be
@@ -186,8 +187,7 @@ def _entry(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     code = _entry(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     # Everything is saved and the world was left. Skip the interpreter's teardown: communication threads of a rank that
     # ends before the others may abort there, and the launcher would take that for a failure.
     os._exit(code)

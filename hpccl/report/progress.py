@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
+
+from hpccl.output import discard, say
 
 __all__ = ["LiveDisplay", "PlainDisplay", "Progress", "QuietDisplay", "duration", "make_progress"]
 
@@ -103,7 +106,10 @@ class QuietDisplay:
 
 
 class PlainDisplay:
-    """A line of `key=value` pairs every `interval` seconds and at both ends of a phase, for log files and programs."""
+    """A line of `key=value` pairs every `interval` seconds and at both ends of a phase, for log files and programs.
+
+    A line that cannot be written (a full disk, a reader that is gone) is lost; training is not.
+    """
 
     def __init__(self, stream: TextIO, *, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
@@ -144,7 +150,7 @@ class PlainDisplay:
         self._print(text)
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        say(line, self._stream)
 
     def __enter__(self) -> Self:
         return self
@@ -152,7 +158,10 @@ class PlainDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stream.flush()
+        try:
+            self._stream.flush()
+        except OSError:
+            discard(self._stream)
 
 
 def _word(text: str) -> str:
@@ -210,7 +219,8 @@ class LiveDisplay:
 
     def message(self, text: str) -> None:
         """See Progress."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        with contextlib.suppress(OSError):
+            self._progress.console.print(text, markup=False, highlight=False)
 
     def __enter__(self) -> Self:
         self._progress.start()

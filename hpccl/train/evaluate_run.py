@@ -87,7 +87,7 @@ def put_weights(state: RunState, path: Path) -> None:
     if differing:
         raise ConfigError(
             f"--weights '{path}' is of another network: {', '.join(differing[:3])} differ in name or shape "
-            f"({len(differing)} of {len(own)}); give weights of the network in config.yaml"
+            f"({len(differing)} of {len({*theirs, *own})}); give weights of the network in config.yaml"
         )
     state.engine.put(given.weights)
 

@@ -98,11 +98,13 @@ def _was_done(folder: RunFolder, comm: Comm) -> bool:
 
 def _ended(folder: RunFolder) -> bool:
     newest = latest(folder.checkpoints)
-    if newest is None or newest.phase != "done" or not folder.events.exists():
+    if (newest is not None and newest.phase != "done") or not folder.events.exists():
         return False
     turns = [each for each in read_events(folder.events) if each["event"] in ("done", "checkpoint", "step", "task")]
     if not turns or turns[-1]["event"] != "done":
         return False
+    if newest is None:  # its checkpoints were deleted to make room, its results are here
+        return True
     saved = next((each for each in reversed(turns) if each["event"] == "checkpoint"), None)
     if saved is None or Mark.at(saved["task"], saved["phase"], saved["step"]) != newest:
         return False
@@ -167,8 +169,9 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     check_memory(config, stream)
     begun = time.perf_counter()
     found = latest_of_all(world.folder.checkpoints, world.comm)
-    if found is None:  # the network of a run that began took them
-        check_sizes(config, stream)
+    if found is None:
+        _refuse_lost(world)
+        check_sizes(config, stream)  # the network of a run that began takes them
     if found is None and config.train.first_task_from is not None:
         _first_task_elsewhere(config, config.train.first_task_from)
     # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
@@ -203,6 +206,16 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
         world = _with_copies(state, world)
     _finish(state, world, time.perf_counter() - begun)
     return "done"
+
+
+def _refuse_lost(world: World) -> None:
+    """Raises FolderError if what the run learned is gone: it would begin anew, and its earlier figures with it."""
+    events = read_events(world.folder.events) if world.comm.leader else []
+    if world.comm.any(any(event["event"] == "checkpoint" for event in events)):
+        raise FolderError(
+            f"'{world.folder.checkpoints}' is empty, but '{world.folder.events}' tells of checkpoints: restore them to "
+            "continue, give another folder=..., or delete that file to begin anew and lose what it tells"
+        )
 
 
 def _with_copies(state: RunState, world: World) -> World:

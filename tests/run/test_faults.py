@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hpccl.data.shards.manifest import Manifest, file_sha256
-from tests.run.command import events, finish, hpccl, ranks, report, start, wait_for_steps
+from tests.run.command import events, finish, hpccl, kill_tree, ranks, report, start, wait_for_steps
 
 
 def test_a_dead_rank_ends_the_others_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -204,6 +204,26 @@ def test_other_images_in_the_same_place_are_refused(tmp_path: Path) -> None:
     assert code == 1
     assert "the data changed since" in output
     assert "Traceback" not in output
+
+
+def test_checkpoints_that_are_gone(tmp_path: Path) -> None:
+    """Of a run that is done nothing is missed; any other does not begin anew behind the user's back."""
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for_steps(folder, process, 60)
+    kill_tree(process)
+    shutil.rmtree(folder / "checkpoints")
+    figures = (folder / "events.jsonl").read_bytes()
+    code, output = finish(start(folder))
+    assert code == 1
+    assert f"'{folder / 'checkpoints'}' is empty, but '{folder / 'events.jsonl'}' tells of checkpoints" in output
+    assert (folder / "events.jsonl").read_bytes().startswith(figures)
+    (folder / "events.jsonl").unlink()
+    assert finish(start(folder))[0] == 0
+    shutil.rmtree(folder / "checkpoints")
+    whole = (folder / "events.jsonl").read_bytes()
+    assert finish(start(folder))[0] == 0
+    assert (folder / "events.jsonl").read_bytes() == whole
 
 
 def test_mistakes_in_the_command_are_all_reported(tmp_path: Path) -> None:

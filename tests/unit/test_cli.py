@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,36 @@ def test_an_occupied_port_is_named(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: cluster.port={port} cannot be used: Address already in use")
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for command in (["evaluate", "--posterior", "sampled"], ["memory", "map"], ["memory", "reconstruct"]):
+        arguments = (*command, "nowhere", "--out", "file/within")
+        code, told = refusal(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 1
+        assert "'file/within' cannot be written: Not a directory (a part of the path is a file: choose --out" in told
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a full disk for whoever writes")
+def test_output_that_cannot_be_written_is_told_and_does_not_end_training(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        arguments = [sys.executable, "-m", "hpccl.cli"]
+        run = partial(subprocess.run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, check=False)
+        done = run([*arguments, "check", QUICK], stdout=full, stderr=subprocess.PIPE)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: the output cannot be written: No space left on device (the disk is full")
+        assert done.stderr.count("\n") == 1
+        assert run([*arguments, "train", QUICK, *SMALL, "name=full"], stdout=full, stderr=full).returncode == 0
+    assert (tmp_path / "runs" / "full" / "report.json").exists()
+    read, write = os.pipe()
+    os.close(read)
+    closed = run([*arguments, "train", QUICK, *SMALL, "name=closed"], stdout=write, stderr=write)
+    os.close(write)
+    assert closed.returncode == 0
+
+
 @pytest.mark.parametrize("name", [["evaluate"], ["report"], ["curvature", "show"]])
 def test_what_is_no_run_is_told(
     name: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -239,9 +270,12 @@ def test_shards_are_built_and_verified(tmp_path: Path) -> None:
             for number in range(3):
                 pixels = np.full((8, 8, 3), 40 * number, dtype=np.uint8)
                 Image.fromarray(pixels).save(source / split / name / f"{number}.png")
+    (source / "test" / "bird").mkdir()
+    Image.fromarray(pixels).save(source / "test" / "bird" / "0.png")
     done = command("shards", "build", "source", "out", "--lossless", "--workers", "1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "out/train: 6 images of 2 classes in 2 shards, 0 skipped" in done.stdout
+    assert "out/train: 6 images of 3 classes in 2 shards, 0 skipped" in done.stdout
+    assert "note: 'train' has no image of bird, which another split has\n" in done.stderr
 
     assert command("shards", "verify", "out", folder=tmp_path).returncode == 0
     shard = next((tmp_path / "out" / "train").glob("*.tar"))
@@ -249,6 +283,12 @@ def test_shards_are_built_and_verified(tmp_path: Path) -> None:
     done = command("shards", "verify", "out", folder=tmp_path)
     assert done.returncode == 1
     assert shard.name in done.stdout
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    for name in ("config.yaml", ".lock"):
+        (tmp_path / "runs" / "one" / name).touch()
+    done = command("shards", "verify", "runs", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no shards in 'runs'")
 
 
 def test_two_ways_to_store_images_are_refused(

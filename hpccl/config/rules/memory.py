@@ -45,8 +45,9 @@ def _needs_memory(config: RunConfig) -> Iterator[Clash]:
     ignored = [f"prior.{key}" for key in ("replay", "weight") if differs(prior, usual, key)]
     if isinstance(config.memory.mix, StratifiedMix):
         ignored.append("memory.mix.kind")
+    problem = "needs a memory; set memory.size to the examples kept of each task, or memory.total"
     for key in ignored:
-        yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
+        yield Clash((key, "memory.size"), problem)
 
 
 def _copies(config: RunConfig) -> Iterator[Clash]:

@@ -19,6 +19,7 @@ from hpccl.data.shards.manifest import (
     splits,
 )
 from hpccl.errors import DataError
+from hpccl.folder import RunFolder
 
 __all__ = ["Problem", "verify"]
 
@@ -44,8 +45,9 @@ def verify(path: Path, split: str | None = None, workers: int = 4) -> list[Probl
         DataError: there is no such folder, there are no shards in it, or not this split.
     """
     refuse_absent(path)
-    signs = (sign.parent.name for pattern in _SIGNS for sign in path.glob(f"[!.]*/{pattern}"))
-    found = sorted({*splits(path), *signs})
+    signs = {sign.parent.name for pattern in _SIGNS for sign in path.glob(f"[!.]*/{pattern}")}
+    runs = {name for name in signs if RunFolder(path / name).config.is_file()}  # they have such a lock, too
+    found = sorted({*splits(path), *(signs - runs)})
     if not found or (split is not None and not (path / split).is_dir()):
         raise DataError(
             f"no shards {f'of split {split!r} ' if split else ''}in '{path}' (found splits: {found or 'none'})"

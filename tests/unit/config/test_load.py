@@ -16,7 +16,7 @@ from hpccl.config.run import RunConfig
 from hpccl.config.stream import ShardStream
 from hpccl.errors import ConfigError
 
-NEEDS_MEMORY = "needs a memory; set memory.size to the examples kept of each task"
+NEEDS_MEMORY = "needs a memory; set memory.size to the examples kept of each task, or memory.total"
 
 
 def write(folder: Path, text: str, name: str = "a.yaml") -> Path:

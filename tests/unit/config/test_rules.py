@@ -284,8 +284,8 @@ def test_several_clashes_are_told_together_and_name_the_values() -> None:
         load([], ["prior.replay=1", "prior.temperature=3", "train.only_last=true"])
     replay, temperature, only_last = str(caught.value).splitlines()
     assert replay == (
-        "prior.replay = 1 with memory.size = 0: needs a memory; set memory.size to the examples kept of each task "
-        "(argument 'prior.replay=1')"
+        "prior.replay = 1 with memory.size = 0: needs a memory; set memory.size to the examples kept of each task, or "
+        "memory.total (argument 'prior.replay=1')"
     )
     assert temperature == (
         "prior.temperature = 3 with memory.size = 0: is about soft labels, but there is no memory; set memory.size, "
