@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +17,12 @@ from hpccl.errors import FolderError
 __all__ = [
     "RunFolder",
     "explain_os_error",
+    "locked",
     "put_in_place",
     "refuse_unwritable",
     "replacing",
     "replacing_folder",
+    "similar",
     "sync",
 ]
 
@@ -105,6 +109,27 @@ class RunFolder:
         except OSError as error:
             explained = explain_os_error(error, other="another folder=...")
             raise FolderError(f"run folder '{self.path}' cannot be written: {explained}") from error
+
+
+def similar(path: Path, names: Iterable[str]) -> Path | None:
+    """Of the names in its folder, the one that `path` may have meant."""
+    near = difflib.get_close_matches(path.name, list(names), n=1)
+    return path.parent / near[0] if near else None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process in and have the others wait; the system frees the lock of a process that dies.
+
+    For what several processes may do without harm, only in vain: a file system without locks lets all of them in.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    with open(path, "wb") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def refuse_unwritable(folder: Path, option: str) -> None:

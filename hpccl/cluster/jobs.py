@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from hpccl.cluster.lock import holder
 from hpccl.cluster.queue import UNKNOWN, JobState, states
 from hpccl.cluster.records import JobRecord, birth, read_records
 from hpccl.errors import ConfigError
-from hpccl.folder import RunFolder
+from hpccl.folder import RunFolder, similar
 from hpccl.report.standing import Standing
 
 __all__ = ["Job", "find_jobs", "find_runs", "is_run", "latest_job", "refuse_absent"]
@@ -58,8 +57,8 @@ def _is_absent(folder: Path) -> bool:
 
 
 def _absence(folder: Path) -> str:
-    near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.glob("*")], n=1)
-    return f"'{folder}' does not exist" + (f" (did you mean '{folder.parent / near[0]}'?)" if near else "")
+    near = similar(folder, (path.name for path in folder.parent.glob("*")))
+    return f"'{folder}' does not exist" + (f" (did you mean '{near}'?)" if near else "")
 
 
 def _below(folder: Path, depth: int = 8) -> Iterator[Path]:

@@ -8,14 +8,14 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import hpccl
 from hpccl.cluster.lock import holder, holding
 from hpccl.cluster.records import read_records
 from hpccl.config.adaptation import AnyAdaptation
+from hpccl.config.differences import differences, flat
 from hpccl.config.load import dump, load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
@@ -179,12 +179,10 @@ def _refuse_unnamed(folder: RunFolder, here: RunConfig) -> None:
 
 
 def _refuse_another(there: RunConfig, here: RunConfig, folder: RunFolder) -> None:
-    old, new = dict(_flat(there.identity())), dict(_flat(here.identity()))
-    changed = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+    changed = differences(flat(there.identity()), flat(here.identity()))
     if not changed:
         return
-    lines = [f"  {key}: {old.get(key, _ABSENT)} there, {new.get(key, _ABSENT)} here" for key in changed]
-    differs = "\n".join(lines)
+    differs = "\n".join(f"  {key}: {old} there, {new} here" for key, old, new in changed)
     advice = f"set folder=... (or name=...) for a new run, or delete '{folder.path}', or undo the change to resume"
     if _adapts(here):  # deleting is no advice: the folder may be that of a run to adapt
         advice = "give another --out, or undo the change to continue what is there"
@@ -194,17 +192,6 @@ def _refuse_another(there: RunConfig, here: RunConfig, folder: RunFolder) -> Non
 def _adapts(config: RunConfig) -> bool:
     """Whether it is of `hpccl adapt`, whose folder is an option and no setting."""
     return isinstance(config.adapt, AnyAdaptation)
-
-
-_ABSENT = "absent"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 @functools.cache  # the same for all runs of a sweep

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.nodes import Node as YamlNode
 
 from hpccl.errors import ConfigError
+from hpccl.folder import similar
 
 __all__ = ["Items", "Leaf", "Node", "Table", "locate", "nested", "plain", "read_file", "read_value", "without"]
 
@@ -145,8 +145,8 @@ def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"'{path}' is not UTF-8 text (byte {error.start}); is it a configuration file?"
     if isinstance(error, FileNotFoundError):
-        near = difflib.get_close_matches(path.name, [found.name for found in path.parent.glob("*.y*ml")], n=1)
-        hint = f"did you mean '{path.parent / near[0]}'?" if near else "a setting is written key=value"
+        near = similar(path, (found.name for found in path.parent.glob("*.y*ml")))
+        hint = f"did you mean '{near}'?" if near else "a setting is written key=value"
         return f"'{path}': no such file; {hint}"
     return f"'{path}' cannot be read: {error.strerror}"
 

@@ -7,12 +7,10 @@ a list of the images that could not be decoded (zero pixels in the file).
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +26,7 @@ from hpccl.data.protocols import Split
 from hpccl.data.rows import Images, Request, Views
 from hpccl.data.transfer import CPU, delivered
 from hpccl.errors import DataError, FolderError
-from hpccl.folder import replacing
+from hpccl.folder import locked, replacing
 from hpccl.machine import usable_cores
 
 __all__ = ["DecodedImages", "Kept", "cache_folder", "keep_decoded", "kept_path"]
@@ -160,7 +158,7 @@ def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], read: Read, de
         if kept is not None:
             return kept
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             kept = _opened(path, shape)  # another process may have been quicker
             if kept is None:
                 _write(path, shape, read, decode)
@@ -191,16 +189,6 @@ def _opened(path: Path, shape: tuple[int, ...]) -> Kept | None:
 
 def _bad_path(path: Path) -> Path:
     return path.with_suffix(".bad.json")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process decode and the others wait. The system frees the lock of a process that dies."""
-    with open(path, "wb") as file:
-        # A file system without locks only costs time: all decode the same and the last rename wins.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write(path: Path, shape: tuple[int, int, int, int], read: Read, decode: Decode) -> None:

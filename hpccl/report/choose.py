@@ -14,20 +14,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from ruamel.yaml import YAML
 
+from hpccl.config.differences import Flat, flat
 from hpccl.errors import ConfigError
 from hpccl.report.archive import read_runs
-from hpccl.report.compare import IGNORED, flat
+from hpccl.report.compare import IGNORED
 from hpccl.report.summary import RunReport
 from hpccl.report.write import write_text
 
 __all__ = ["Candidate", "Choice", "choose", "choose_runs", "write_choices"]
 
-Flat: TypeAlias = dict[str, Any]
 _SIZES = ("memory.size", "memory.total", "memory.fraction")
 _SHOWN = 5  # settings that an error names one by one
 

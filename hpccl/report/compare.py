@@ -7,13 +7,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hpccl.config.differences import Flat, flat
 from hpccl.errors import ConfigError
 from hpccl.report.archive import Recorded, read_runs
 from hpccl.report.events import number, valid_json
@@ -30,7 +31,6 @@ __all__ = [
     "Group",
     "Statistic",
     "compare_runs",
-    "flat",
     "group_cells",
     "group_header",
     "group_table",
@@ -65,7 +65,6 @@ _NOTE = (
 # Keys that change what a run costs, or which of several equal paths it took, but not what is compared.
 IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
 
-Flat: TypeAlias = dict[str, Any]
 _MANY = 2  # settings, beyond which they are told against the first group's
 
 
@@ -201,16 +200,6 @@ def _num_tasks(runs: Iterable[RunReport]) -> int:
 
 
 # ---------------------------------------------------------------- grouping
-
-
-def flat(value: Any, prefix: str = "") -> Flat:
-    """Dotted keys of the leaves; a mapping's own key is kept where it is empty."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    found: Flat = {}
-    for key, item in value.items():
-        found |= flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def _groups(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hpccl.checkpoint.store import latest, load
 from hpccl.config.adaptation import AnyAdaptation, RemoveData
+from hpccl.config.differences import differences, flat
 from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.data.shards.remote import is_url
@@ -22,7 +23,6 @@ from hpccl.engine.protocols import trainable
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.adaptation import Adaptation, Cost, Network
-from hpccl.report.compare import flat
 from hpccl.report.events import phase_parts, read_events
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate_run import reopened
@@ -61,9 +61,7 @@ def check_reference(reference: RunConfig) -> None:
         raise FolderError(f"{given} is not a run folder (it has no config.yaml); {_INSTEAD}")
     there, here = _decided(load_recorded(folder.config)), _decided(reference)
     lines = [
-        f"  {key}: {_short(there.get(key, _ABSENT))} there, {_short(here.get(key, _ABSENT))} expected"
-        for key in {**there, **here}
-        if there.get(key, _ABSENT) != here.get(key, _ABSENT)
+        f"  {key}: {_short(theirs)} there, {_short(ours)} expected" for key, theirs, ours in differences(there, here)
     ]
     if lines:
         raise FolderError("\n".join([f"{given} is not the reference of this adaptation:", *lines, _INSTEAD]))
@@ -75,7 +73,6 @@ def check_reference(reference: RunConfig) -> None:
         raise FolderError(f"the data changed since {given} was trained; restore the shards of then, or {_INSTEAD}")
 
 
-_ABSENT = "absent"
 _INSTEAD = (
     "give --reference retrain, or the folder `reference` that it made beside the same adaptation of the same run, with "
     "the same settings of model, engine and weight decay"

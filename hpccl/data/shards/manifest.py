@@ -9,7 +9,6 @@ id is `<shard>/<key>`, such as `c0012-000/n01440764_10026`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import io
 import json
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccl.errors import DataError
-from hpccl.folder import replacing
+from hpccl.folder import replacing, similar
 
 __all__ = [
     "FORMAT",
@@ -253,10 +252,9 @@ def refuse_absent(path: Path) -> None:
         return
     if path.exists():
         raise DataError(f"'{path}' is a file, not a folder of shards: give the folder that `hpccl shards build` wrote")
-    beside = [folder.name for folder in path.parent.glob("*") if folder.is_dir()]
-    near = difflib.get_close_matches(path.name, beside, n=1)
+    near = similar(path, (folder.name for folder in path.parent.glob("*") if folder.is_dir()))
     seen_from = "" if path.is_absolute() else f", seen from '{Path.cwd()}'"
-    advice = f"did you mean '{path.parent / near[0]}'?" if near else "check the path, or see `hpccl shards build`"
+    advice = f"did you mean '{near}'?" if near else "check the path, or see `hpccl shards build`"
     raise DataError(f"the folder of shards '{path}' does not exist{seen_from}; {advice}")
 
 

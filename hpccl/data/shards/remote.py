@@ -21,7 +21,7 @@ from typing import BinaryIO, TypeVar
 
 from hpccl.data.shards.manifest import INDEX, MANIFEST, Index, Manifest, ShardEntry
 from hpccl.errors import DataError
-from hpccl.folder import explain_os_error
+from hpccl.folder import explain_os_error, locked
 
 __all__ = ["ShardCache", "is_url", "load_manifest"]
 
@@ -104,7 +104,7 @@ class ShardCache:
         beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / f".lock-{sha256[:2]}"):
+            with locked(self.folder / f".lock-{sha256[:2]}"):
                 if not _used(path):  # another process may have been quicker
                     self._make_room(size, beside)
                     self._persistently(lambda: self._download(url, path, beside, size), url)
@@ -139,7 +139,7 @@ class ShardCache:
     def _shrink(self, spared: str = "") -> None:
         """Delete what was not used for longest, until all is within the bound; what others may not delete stays."""
         there, total = [], 0
-        with _locked(self.folder / _SWEEP):
+        with locked(self.folder / _SWEEP):
             for entry in os.scandir(self.folder):
                 with contextlib.suppress(OSError):  # gone, or of another user
                     status = entry.stat()
@@ -216,7 +216,7 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 def _taken(path: Path, size: int) -> BinaryIO:
     """A file of `size` bytes to be written, which is held as long as it is open."""
-    with _locked(path.parent / _SWEEP):  # or others find it before it is held, and delete it as abandoned
+    with locked(path.parent / _SWEEP):  # or others find it before it is held, and delete it as abandoned
         file = path.open("wb")
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,12 +245,3 @@ def _used(path: Path) -> bool:
     except OSError:
         return path.exists()  # of another user, or a folder that cannot be written
     return True
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("wb") as file:
-        # Without locks, processes only download the same.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
