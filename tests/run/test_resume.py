@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from hpccl.checkpoint.store import Mark, load, marks, open_shards
+from hpccl.config.run import RunConfig
 from hpccl.dist.spread import wholes
 from hpccl.train.fit import fit
 from hpccl.train.run import fresh_state, weights_sha256
@@ -237,3 +239,27 @@ def test_a_run_folder_that_was_copied_elsewhere_goes_on(tmp_path: Path) -> None:
     ]
     for mark in marks(tmp_path / "moved" / "checkpoints"):
         load(tmp_path / "moved" / "checkpoints", mark)
+
+
+def test_a_convolutional_network_goes_on_in_another_memory_layout(tmp_path: Path) -> None:
+    """What is measured then is added to what was measured before: their factors have one order of inputs."""
+    changes = {
+        "model": {"kind": "timm", "name": "test_resnet"},
+        "train": {"epochs": 1, "batch_size": 512},
+        "curvature": {"kind": "kronecker", "fraction": 0.02},
+        "prior": {"quadratic": {"weight": 1.0}},
+    }
+
+    def config(channels_last: bool) -> RunConfig:
+        engine = {"engine": {"kind": "ddp", "channels_last": channels_last}}
+        return merged(changes, engine).model_copy(update={"folder": str(tmp_path / "run")})
+
+    def layouts() -> dict[bool, int]:
+        checkpoints = tmp_path / "run" / "checkpoints"
+        precision = load(checkpoints, marks(checkpoints)[-1])["prior"]["quadratic"]["precision"]
+        return Counter(layout["channels_last"] for layout in precision["layouts"])
+
+    assert go_on(config(True), 1) == "stopped"
+    assert layouts()[True] > 0
+    assert go_on(config(False), 2) == "stopped"
+    assert layouts()[True] == 0
