@@ -27,7 +27,7 @@ from hpccl.data.build import open_stream
 from hpccl.dist.comm import Comm
 from hpccl.prior.reconstruct import compare_gradients
 from hpccl.train.consolidate import consolidate
-from hpccl.train.evaluate import test
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.reconstruction import prior_gradients, true_gradient
 from hpccl.train.run import fresh_state
@@ -63,7 +63,7 @@ def learned(prior: Sequence[str], selector: str, seed: int, folder: Path) -> tup
             consolidate(task, state, world)
     true = true_gradient(second, 1.0, state, world)
     errors, _ = compare_gradients(true, {"total": prior_gradients(second, state.prior, state, world)["total"]}, comm)
-    return errors["total"]["relative_error"], test(state, world, last=1)[0]["task_incremental"]["accuracy"]
+    return errors["total"]["relative_error"], evaluate_all(state, world, last=1)[0]["task_incremental"]["accuracy"]
 
 
 def main(*, quick: bool) -> None:

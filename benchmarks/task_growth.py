@@ -175,7 +175,7 @@ def timed(state: RunState, world: World, size: Size) -> tuple[dict[str, list[flo
         checkpoints = world.folder.checkpoints
         before = next(mark for mark in marks(checkpoints) if (mark.task, mark.phase) == (index - 1, "done"))
         saved, shards = load(checkpoints, before)["prior"], open_shards(checkpoints, before)
-        prior = Prior.from_state_dict(saved, shards, world.comm, state.engine.place)
+        prior = Prior.from_state_dict(saved, shards, world.comm, state.engine.place, state.engine.like)
         return Steps(world, state.engine, world.stream.tasks[index], prior, size.steps)
 
     runs = {"early": steps(EARLY), "late": steps(LATE), "again": steps(EARLY)}

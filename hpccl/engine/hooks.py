@@ -32,7 +32,8 @@ class Hooks:
         """Returns what removes them; collective where weights are spread."""
         for name, hook in hooks:
             self._hooks[name] = _both(self._hooks[name], hook) if name in self._hooks else hook
-        far = {needed for name, hook in hooks for needed in hook.needs if _layer(needed) != _layer(name)}
+        everyone = self._hooks.items()
+        far = {needed for name, hook in everyone for needed in hook.needs if _layer(needed) != _layer(name)}
         self._wanted = far if spread and comm.any(bool(far)) else None
 
         def remove() -> None:

@@ -17,7 +17,7 @@ from hpccl.train.loss import row_nats
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
-__all__ = ["evaluate", "test"]
+__all__ = ["evaluate", "evaluate_all"]
 
 Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -38,7 +38,7 @@ def evaluate(task: Task, state: RunState, world: World) -> None:
     world.log.write("evaluate", task=task.index, results=results, calibration=calibration)
 
 
-def test(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
+def evaluate_all(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
     """One entry a task of the stream, also those not yet trained (for forward transfer).
 
     Each has {task, num, task_incremental, class_incremental}, the latter two {accuracy, nll, ece}; the classes of tasks

@@ -20,7 +20,7 @@ from hpccl.folder import RunFolder
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
 from hpccl.train.copies import open_for
-from hpccl.train.evaluate import test
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.export import refuse_other_logits
 from hpccl.train.merge_sources import open_weights
 from hpccl.train.run import fresh_state
@@ -50,7 +50,7 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
         if weights is not None:
             refuse_other_logits(world.config, path)
             put_weights(state, weights)
-        results = test(state, world, last=mark.task)
+        results = evaluate_all(state, world, last=mark.task)
     # Where every task has a network of its own, those of earlier tasks were tested when they were there.
     if weights is None and world.config.method == "separate":
         results = state.results[: mark.task] + results[mark.task :]

@@ -197,7 +197,7 @@ def _recorded(task: Task, composer: Composer, distilled: Distilled, state: RunSt
 
 
 def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None]:
-    """The priors of the weights, until the returned function is called; the quadratic last, for its needs are wider."""
+    """The priors of the weights, until the returned function is called."""
     normal, quadratic = NormalPrior.of(world.config, state.prior.anchor), state.prior.quadratic
     with contextlib.ExitStack() as stack:
         for part in (normal, quadratic):

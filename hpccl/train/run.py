@@ -41,7 +41,7 @@ from hpccl.train.adapt import adaptation_steps, adaptation_task, begin_adapting,
 from hpccl.train.compose import planned_steps
 from hpccl.train.consolidate import admit_first, consolidate
 from hpccl.train.copies import check_images, drop_images, open_for, reopened_stream
-from hpccl.train.evaluate import evaluate, test
+from hpccl.train.evaluate import evaluate, evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.hold import check_frozen
 from hpccl.train.reconstruction import reconstruct
@@ -193,7 +193,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
         world = _with_copies(state, world)
     else:
         check_images(_first_task(config, stream, state.mark), state, world)
-        world.log.write("evaluate", task=-1, results=test(state, world, last=-1))
+        world.log.write("evaluate", task=-1, results=evaluate_all(state, world, last=-1))
     for task in _tasks(config, stream, state.mark):
         if state.mark.task < task.index:
             state.mark = Mark.at(task.index, "fit", 0)

@@ -14,7 +14,7 @@ from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
 from hpccl.engine.build import build_engine
 from hpccl.train.consolidate import consolidate
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.reconstruction import reconstruct
 from tests.dist.world import Result, dismiss, run_in_world

@@ -11,7 +11,7 @@ from hpccl.curvature.diagonal import Diagonal
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
 from hpccl.train.compose import Composer, plan_task, split
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.step import train_step
 from tests.dist.world import Result, run_in_world

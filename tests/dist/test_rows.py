@@ -9,7 +9,7 @@ import torch
 from hpccl.checkpoint.store import Mark
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.state import RunState, World
 from tests.dist.world import Result, run_in_world

@@ -8,7 +8,7 @@ import torch
 
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from tests.dist.world import Result, run_in_world
 from tests.run.method import learn, make_world, merged
 

@@ -37,7 +37,7 @@ from hpccl.train.adapt import adaptation_task, begin_adapting, check_adaptation
 from hpccl.train.adapt_compare import check_reference, compare_adaptation
 from hpccl.train.compose import Composer, _remaining, plan_task, split
 from hpccl.train.copies import open_for
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.evaluate_run import reopened
 from hpccl.train.fit import fit
 from hpccl.train.loss import weighted_nats

@@ -15,7 +15,7 @@ from hpccl.dist.spread import streamed, wholes
 from hpccl.engine.protocols import trainable
 from hpccl.report.events import read_events
 from hpccl.train.consolidate import consolidate
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.functional import recalled
 from hpccl.train.run import run

@@ -15,7 +15,7 @@ from hpccl.config.run import RunConfig
 from hpccl.data.shards.build import build
 from hpccl.data.shards.encodings import Reencode
 from hpccl.data.shards.labels import read_labels
-from hpccl.train.evaluate import test as evaluated
+from hpccl.train.evaluate import evaluate_all as evaluated
 from tests.run.command import hpccl
 from tests.run.method import learn, make_world
 from tests.unit.data.tiny_images import image_bytes, per_class_tars, pixels, tar_bytes

@@ -18,7 +18,7 @@ from hpccl.engine.build import build_engine
 from hpccl.prior.quadratic import Quadratic
 from hpccl.train.compose import Composer, plan_task, split
 from hpccl.train.consolidate import consolidate
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.loss import weighted_nats
 from hpccl.train.run import fresh_state, weights_sha256

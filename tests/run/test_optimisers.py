@@ -7,7 +7,7 @@ import pytest
 
 from hpccl.checkpoint.store import Mark, load, open_shards
 from hpccl.dist.spread import wholes
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.run import weights_sha256
 from hpccl.train.state import RunState

@@ -17,7 +17,7 @@ from hpccl.errors import ConfigError
 from hpccl.report.summary import summarise
 from hpccl.train.compose import Composer
 from hpccl.train.distill import old_heads
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.evaluate_run import evaluate_run
 from hpccl.train.export import export
 from hpccl.train.memory_map.build import map_memory

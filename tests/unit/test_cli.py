@@ -271,7 +271,7 @@ def test_shards_are_built_and_verified(tmp_path: Path) -> None:
                 pixels = np.full((8, 8, 3), 40 * number, dtype=np.uint8)
                 Image.fromarray(pixels).save(source / split / name / f"{number}.png")
     (source / "test" / "bird").mkdir()
-    Image.fromarray(pixels).save(source / "test" / "bird" / "0.png")
+    Image.new("RGB", (8, 8)).save(source / "test" / "bird" / "0.png")
     done = command("shards", "build", "source", "out", "--lossless", "--workers", "1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "out/train: 6 images of 3 classes in 2 shards, 0 skipped" in done.stdout

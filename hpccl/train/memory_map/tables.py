@@ -13,7 +13,7 @@ from hpccl.checkpoint.store import load, marks
 from hpccl.errors import DataError
 from hpccl.memory.store import Memory
 from hpccl.train.consolidate import thumbnail
-from hpccl.train.evaluate import test
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.memory_map.found import Found
 from hpccl.train.state import RunState, World
 
@@ -41,7 +41,7 @@ def table_of(found: Sequence[Found], state: RunState, world: World) -> dict[str,
 def tasks_of(table: dict[str, npt.NDArray[Any]], state: RunState, world: World) -> list[dict[str, Any]]:
     """Mean nats of every task's examples, as learned and as if each had been left out, and those of the test data."""
     own = world.config.train.head == "own"
-    results = state.results if state.mark.phase == "done" else test(state, world, last=state.mark.task)
+    results = state.results if state.mark.phase == "done" else evaluate_all(state, world, last=state.mark.task)
     tested = {result["task"]: result["task_incremental" if own else "class_incremental"] for result in results}
     rows = []
     for number in np.unique(table["task"]).tolist():

@@ -16,7 +16,7 @@ from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
 from hpccl.prior.prior import Prior
 from hpccl.train.compose import Composer, head_steps, plan_task, planned_steps
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import _old_network, fit
 from hpccl.train.run import first_task_identity
 from hpccl.train.state import RunState, World

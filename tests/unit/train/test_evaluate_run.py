@@ -12,7 +12,7 @@ from hpccl.config.load import dump
 from hpccl.errors import CheckpointError
 from hpccl.folder import RunFolder
 from hpccl.train import evaluate_run as module
-from hpccl.train.evaluate import test as evaluate_all
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.evaluate_run import evaluate_run, newest_tree
 from tests.run.method import learn, make_world, merged
 
