@@ -8,7 +8,10 @@ from pydantic import Field
 
 from hpccl.config.base import PositiveInt, Section
 
-__all__ = ["AnyEngine", "DdpEngine", "DeepspeedEngine", "EngineConfig", "Fsdp2Engine"]
+__all__ = ["BUCKET", "AnyEngine", "DdpEngine", "DeepspeedEngine", "EngineConfig", "Fsdp2Engine"]
+
+
+BUCKET = 50_000_000  # of ZeRO: elements of gradients on their way, and of whole weights, at most
 
 
 class AnyEngine(Section):

@@ -72,6 +72,7 @@ _SILENCES = (
         lambda c: not (c.prior.some_true and c.prior.some_soft),
         "all of memory has one kind of label (prior.replay is 0 or 1)",
     ),
+    _Silence("model.dropout", "", lambda c: c.model.kind == "vgg_small", "vgg_small has no dropout"),
     _Silence("prior.scale_to_task", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
 )
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hpccl.config.engine import BUCKET
 from hpccl.config.engine import DeepspeedEngine as DeepspeedConfig
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
@@ -18,8 +19,6 @@ from hpccl.dist.mesh import meet_alone
 from hpccl.errors import ConfigError
 
 __all__ = ["initialize"]
-
-_BUCKET = 50_000_000
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, comm: Comm) -> Any:
@@ -67,14 +66,14 @@ def _settings(config: RunConfig, count: int) -> dict[str, Any]:
     engine = config.engine
     assert isinstance(engine, DeepspeedConfig)
     # Gradients on their way: as many as the network has, up to 200 MB. DeepSpeed would take 2 GB, whatever its size.
-    zero: dict[str, Any] = {"stage": engine.stage, "reduce_bucket_size": min(count, _BUCKET)}
+    zero: dict[str, Any] = {"stage": engine.stage, "reduce_bucket_size": min(count, BUCKET)}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if engine.offload_weights:
         zero["offload_param"] = {"device": "cpu"}
     if engine.stage == 3:
         # Its defaults keep up to 1e9 weights whole from the forward to the backward pass: most networks altogether.
-        zero |= {"stage3_max_live_parameters": _BUCKET, "stage3_max_reuse_distance": _BUCKET}
+        zero |= {"stage3_max_live_parameters": BUCKET, "stage3_max_reuse_distance": BUCKET}
         zero["stage3_param_persistence_threshold"] = 0
     user = dict(engine.deepspeed)
     zero |= user.pop("zero_optimization", {})

@@ -16,7 +16,7 @@ from hpccl.train.loss import feature_losses, weighted_nats
 __all__ = ["TERM_NAMES", "StepStats", "train_step"]
 
 TERM_NAMES = ("new", "soft", "replay", "distill", "anchor", "minmax")  # of rows' terms, then of features' kinds
-_FEATURES = 4  # the first of features' terms
+_FEATURES = TERM_NAMES.index("anchor")
 
 
 @dataclass(frozen=True)

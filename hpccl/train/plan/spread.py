@@ -37,13 +37,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, assert_never
 
-from hpccl.config.engine import DdpEngine, DeepspeedEngine, EngineConfig, Fsdp2Engine
+from hpccl.config.engine import BUCKET, DdpEngine, DeepspeedEngine, EngineConfig, Fsdp2Engine
 from hpccl.errors import ConfigError
 
 __all__ = ["Spread", "all_reduce", "elements", "held", "rows", "sent"]
 
 FLOAT = 4  # bytes of a weight, a gradient, a moment
-_BUCKET = 50_000_000  # elements of gradients on their way at most, as engine.deepspeed has it
 _PREFETCH = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size, in elements
 _REUSE = 50_000_000  # stage3_max_reuse_distance and stage3_max_live_parameters as hpccl sets them, in elements
 
@@ -191,7 +190,7 @@ def held(shapes: Sequence[Shape], largest_unit: int, moments: float, spread: Spr
         found["whole blocks"] = FLOAT * (min(whole, kept + spread.prefetch + largest_unit) + largest_unit)
         found["small weights, whole"] = FLOAT * sum(n for n in map(math.prod, shapes) if n < spread.persistent)
     if master:
-        bucket = spread.bucket or min(_BUCKET, whole)
+        bucket = spread.bucket or min(BUCKET, whole)
         found["bucket of gradients"] = FLOAT * bucket
         if spread.stage > 1:  # on stage 1 there is room for them: those that went into the bucket are gone
             found["gradients on their way"] = FLOAT * min(bucket, whole)

@@ -46,6 +46,12 @@ def test_the_precision_of_products_that_a_diagonal_does_not_make() -> None:
     assert line.startswith("prior.quadratic.products=bf16 has no effect here: it is of curvature.kind=kronecker")
 
 
+def test_dropout_of_a_network_that_has_none() -> None:
+    assert told("model.kind=cifarnet", "model.dropout=false") == []
+    (line,) = told("model.kind=vgg_small", "model.dropout=false")
+    assert line == "model.dropout=false has no effect here: vgg_small has no dropout"
+
+
 def test_a_share_of_too_few_examples() -> None:
     (line,) = told("memory.size=9", "prior.replay=0.1")
     assert line.endswith("of so few examples it gives none its true label")
