@@ -25,7 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from hpccl.curvature.capture import measuring
 from hpccl.curvature.columns import Fisher
 from hpccl.curvature.coverage import Coverage, footprint, refuse_unfit, widen
-from hpccl.curvature.layers import acts_as_known, rotated_squares, squares
+from hpccl.curvature.layers import Rotation, acts_as_known, squares
 from hpccl.curvature.moments import GradientMoment, InputMoment, Sharing, block_shape
 from hpccl.curvature.protocols import Examples
 from hpccl.curvature.pullback import looped_squares, mapped_squares, stream_gradients
@@ -229,7 +229,7 @@ class EigenPass:
             if not held:
                 with measuring(model, batch.pixels.device):
                     held = footprint(model, batch.pixels) + 1
-            return _fitting(held, batch)
+            return _fitting(2 * held, batch)  # as much again for rotated inputs
 
         def add() -> None:
             nonlocal layout
@@ -237,18 +237,26 @@ class EigenPass:
                 with measuring(model, part.pixels.device):
                     layout = layout or fastest_layout(model, part.pixels)
                     laid = replace(part, pixels=part.pixels.contiguous(memory_format=layout))
-                    together(model, comm, partial(self._add, model, sums, bases, laid))
+                    together(model, comm, partial(self._add, model, sums, bases, laid, room=held * len(laid) // 4))
 
         at_the_end(model, comm, add)
         return sums
 
-    def _add(self, model: nn.Module, sums: Mapping[str, Tensor], bases: Bases, part: Examples) -> None:
+    def _add(self, model: nn.Module, sums: Mapping[str, Tensor], bases: Bases, part: Examples, *, room: int) -> None:
+        """room: elements of rotated inputs that may be kept."""
         sweep = self.first.sweep
         found = sweep.forward(model, bases, part, autocast=self.first.autocast)
+        rotations: dict[str, Rotation] = {}
 
         def visit(name: str, grad: Tensor) -> None:
-            x, module = found.calls[name][0].inputs[0], model.get_submodule(name)
-            sums[name].add_(rotated_squares(module, x.float(), grad.float(), bases[name], len(part)))
+            nonlocal room
+            if name not in rotations:
+                x, module = found.calls[name][0].inputs[0].detach().float(), model.get_submodule(name)
+                columns = len(found.columns)
+                rotation = Rotation.of(module, x, bases[name], len(part), columns=columns, room=room)
+                room -= 0 if rotation.kept is None else rotation.kept.numel()
+                rotations[name] = rotation
+            sums[name].add_(rotations[name].squares(grad.float()))
 
         stream_gradients(found.edges, found.logits, found.columns, visit)
         totals = {name: value.sum() for name, value in sums.items()}

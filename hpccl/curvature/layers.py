@@ -17,9 +17,10 @@ Inputs are [n*f, ...], gradients [n*f, c, ...].
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from torch.nn import functional
 
 __all__ = [
     "Power",
+    "Rotation",
     "acts_as_known",
     "has_formula",
     "output_size",
@@ -34,7 +36,6 @@ __all__ = [
     "patches",
     "pieces",
     "raised",
-    "rotated_squares",
     "squares",
 ]
 
@@ -93,32 +94,72 @@ def _in_a_patch(module: nn.Conv2d) -> int:
     return module.in_channels // module.groups * prod(module.kernel_size)
 
 
-def rotated_squares(module: nn.Module, x: Tensor, grad: Tensor, basis: tuple[Tensor, Tensor], n: int) -> Tensor:
-    """Sum over examples of (Qb' dW Qa)^2 for one column: [groups, o, d].
+@final
+@dataclass(frozen=True)
+class Rotation:
+    """A layer's inputs of a batch and its eigenbasis, for the gradients of one column after another.
 
-    Args:
-        module: nn.Linear or nn.Conv2d.
-        x: [n*f, ...], its input.
-        grad: [n*f, ...], the gradient of its output.
-        basis: Qa [groups, d, d], d one more than the weight's if the bias is the last input, and Qb [groups, o, o].
-        n: examples in the batch.
+    basis: Qa [groups, d, d], d one more than the weight's if the bias is the last input, and Qb [groups, o, o]
+    inputs: of some examples, [m, groups, d, positions]
+    before: whether inputs and gradients are rotated, or their product, whichever is cheaper
+    kept: [n, groups, d, positions] the rotated inputs of all examples; None where every column rotates them anew
     """
-    qa, qb = basis
-    left, right = _example_gradients(module, grad, n), _example_inputs(module, x, n)
-    total = x.new_zeros(len(qa), qb.shape[1], qa.shape[1])
-    positions = left.shape[-1]
-    o, d = total.shape[1:]
-    before = positions * (o * o + d * d) < o * d * (o + d)
-    for some, _ in pieces(n, 1, len(qa) * (2 * o * d + (o + 2 * d) * positions), x):
-        g, a = left[some], right(some)  # [m, groups, o, positions], [m, groups, d, positions]
-        if a.shape[2] < d:
-            a = torch.cat([a, a.new_ones(*a.shape[:2], 1, positions)], dim=2)
-        if before:
-            total += _outer_squares((qb.mT @ g)[:, :, None], qa.mT @ a)
-        else:
-            rotated: Tensor = qb.mT @ (g @ a.mT) @ qa
-            total += rotated.square_().sum(0)
-    return total
+
+    module: nn.Module
+    basis: tuple[Tensor, Tensor]
+    num_examples: int
+    inputs: Callable[[slice], Tensor]
+    before: bool
+    kept: Tensor | None
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, x: Tensor, basis: tuple[Tensor, Tensor], n: int, *, columns: int, room: int
+    ) -> Rotation:
+        """Of an nn.Linear or nn.Conv2d.
+
+        Args:
+            module: the layer.
+            x: [n*f, ...], its input.
+            basis: (Qa, Qb).
+            n: examples in the batch.
+            columns: that will come.
+            room: elements that may be kept.
+        """
+        qa, qb = basis
+        groups, d, _ = qa.shape
+        inputs, o = _example_inputs(module, x, n, d), qb.shape[1]
+        positions = inputs(slice(0, 1)).shape[-1]
+        shared = columns if n * groups * d * positions <= room else 1
+        before = positions * (o * o + d * d / shared) < o * d * (o + d)
+        kept = None
+        if before and shared > 1:
+            kept = x.new_empty(n, groups, d, positions)
+            for some, _ in pieces(n, 1, 2 * groups * d * positions, x):
+                torch.matmul(qa.mT, inputs(some), out=kept[some])
+        return cls(module, basis, n, inputs, before, kept)
+
+    def squares(self, grad: Tensor) -> Tensor:
+        """Sum over examples of (Qb' dW Qa)^2 for one column: [groups, o, d].
+
+        grad: [n*f, ...], the gradient of the layer's output.
+        """
+        qa, qb = self.basis
+        left = _example_gradients(self.module, grad, self.num_examples)
+        total = grad.new_zeros(len(qa), qb.shape[1], qa.shape[1])
+        positions = left.shape[-1]
+        o, d = total.shape[1:]
+        for some, _ in pieces(self.num_examples, 1, len(qa) * (2 * o * d + (o + 2 * d) * positions), grad):
+            if self.before:
+                total += _outer_squares((qb.mT @ left[some])[:, :, None], self._rotated(some))
+            else:
+                rotated: Tensor = qb.mT @ (left[some] @ self.inputs(some).mT) @ qa
+                total += rotated.square_().sum(0)
+        return total
+
+    def _rotated(self, some: slice) -> Tensor:
+        rotated: Tensor = self.basis[0].mT @ self.inputs(some) if self.kept is None else self.kept[some]
+        return rotated
 
 
 def has_formula(module: nn.Module) -> bool:
@@ -224,17 +265,21 @@ def _example_gradients(module: nn.Module, grad: Tensor, n: int) -> Tensor:
     return split.permute(0, 2, 3, 1, 4, 5).flatten(3)
 
 
-def _example_inputs(module: nn.Module, x: Tensor, n: int) -> Callable[[slice], Tensor]:
-    """Of some examples the inputs [m, groups, d, positions] without bias, for x [n*f, ...]."""
+def _example_inputs(module: nn.Module, x: Tensor, n: int, size: int) -> Callable[[slice], Tensor]:
+    """Of some examples the inputs [m, groups, size, positions], for x [n*f, ...]; with a 1 where size counts a bias."""
+
+    def complete(a: Tensor) -> Tensor:
+        return a if a.shape[2] == size else torch.cat([a, a.new_ones(*a.shape[:2], 1, a.shape[3])], dim=2)
+
     if not isinstance(module, nn.Conv2d):
         rows = x.reshape(n, -1, x.shape[-1])
-        return lambda some: rows[some].mT[:, None]
+        return lambda some: complete(rows[some].mT[:, None])
     groups, d = module.groups, _in_a_patch(module)
     view = patches(module, x).unflatten(0, (n, -1)).unflatten(2, (groups, -1))
 
     def taken(some: slice) -> Tensor:
         turned: Tensor = view[some].permute(0, 2, 3, 4, 5, 1, 6, 7)
-        return turned.reshape(len(turned), groups, d, -1)
+        return complete(turned.reshape(len(turned), groups, d, -1))
 
     return taken
 

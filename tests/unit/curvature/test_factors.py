@@ -14,6 +14,7 @@ from hpccl.curvature import factors, layers
 from hpccl.curvature.columns import Fisher
 from hpccl.curvature.diagonal import DiagonalEstimator
 from hpccl.curvature.factors import EigenPass, KroneckerPass, Measured
+from hpccl.curvature.layers import Rotation
 from hpccl.curvature.moments import Sharing
 from hpccl.dist.comm import Comm
 from hpccl.errors import ConfigError, CoverageError, DataError, DivergedError
@@ -287,6 +288,17 @@ def test_eigen_diagonal_rotates_before_or_after(monkeypatch: pytest.MonkeyPatch)
         truth = true_eigen(model, data, bases, "ggn")
         for layer, value in found.items():
             assert_close(value, truth[layer], what=layer)
+
+
+def test_rotated_inputs_that_are_kept_give_the_same() -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(4, 6, 3).double()
+    x, grad = torch.randn(5, 4, 6, 6).double(), torch.randn(5, 6, 4, 4).double()
+    basis = tuple(torch.linalg.qr(torch.randn(1, size, size).double()).Q for size in (37, 6))
+    kept, anew = (Rotation.of(module, x, basis, 5, columns=50, room=room) for room in (5 * 37 * 16, 5 * 37 * 16 - 1))
+    assert kept.kept is not None
+    assert anew.kept is None
+    torch.testing.assert_close(kept.squares(grad), anew.squares(grad))
 
 
 # ---------------------------------------------------------------- precision and neighbours
