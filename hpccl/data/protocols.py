@@ -9,11 +9,12 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from hpccl.data.rows import Images, Request
 from hpccl.data.transfer import CPU
 
-__all__ = ["Listed", "Split", "Stream", "Task", "training_samples"]
+__all__ = ["Listed", "Split", "Stream", "Task", "heads_of", "training_samples"]
 
 Split = Literal["train", "test"]
 
@@ -41,6 +42,14 @@ def training_samples(task: Task) -> npt.NDArray[np.int64]:
     """[n] sample positions of the task's training examples, ascending."""
     own = task.samples("train")
     return np.arange(own.start, own.stop)
+
+
+def heads_of(tasks: Sequence[Task], num_classes: int) -> Tensor:
+    """[tasks, num_classes] bool: which classes each task has."""
+    heads = torch.zeros(len(tasks), num_classes, dtype=torch.bool)
+    for row, task in zip(heads, tasks, strict=True):
+        row[list(task.classes)] = True
+    return heads
 
 
 class Listed(Protocol):

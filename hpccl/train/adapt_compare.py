@@ -17,6 +17,7 @@ from hpccl.config.adaptation import AnyAdaptation, RemoveData
 from hpccl.config.differences import differences, flat
 from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
+from hpccl.data.protocols import heads_of
 from hpccl.data.shards.remote import is_url
 from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
@@ -146,11 +147,7 @@ def _probabilities(state: RunState, world: World) -> tuple[Tensor, Tensor]:
     """Of all test images that can be read, among the classes that compete for each."""
     stream = world.stream
     labels = torch.from_numpy(stream.labels("test"))
-    heads = torch.ones(len(stream.tasks), len(stream.class_names), dtype=torch.bool)
-    if world.config.train.head == "own":
-        heads = torch.zeros_like(heads)
-        for task in stream.tasks:
-            heads[task.index, list(task.classes)] = True
+    heads = heads_of(stream.tasks, len(stream.class_names)) | (world.config.train.head != "own")
     ends = np.array([task.samples("test").stop for task in stream.tasks])  # tasks may share classes
     found, shown = [], []
     passes = shared_images(np.arange(len(labels)), world, size=world.stream_batch, split="test")

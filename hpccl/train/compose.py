@@ -15,7 +15,7 @@ from hpccl.config.adaptation import RemoveData
 from hpccl.config.base import per_task
 from hpccl.config.run import RunConfig
 from hpccl.data.order import Batch, BatchPlan, mix
-from hpccl.data.protocols import Stream, Task, training_samples
+from hpccl.data.protocols import Stream, Task, heads_of, training_samples
 from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, SQUARED, Images, Request, Rows
 from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory, scattered, spread
@@ -176,10 +176,8 @@ class Composer:
         """For one task."""
         num_classes = len(stream.class_names)
         removed = removed_slots(config, stream, memory)
-        heads = torch.zeros(len(stream.tasks) + 1, num_classes, dtype=torch.bool)
-        for other in stream.tasks:
-            heads[other.index, list(other.classes)] = True
-            heads[-1] |= heads[other.index] & (other.index <= task.index)
+        own = heads_of(stream.tasks, num_classes)
+        heads = torch.cat([own, own[: task.index + 1].any(dim=0, keepdim=True)])
         tau = _memory_weights(config, stream, task, memory, config.prior.weight)
         said_too = _memory_weights(config, stream, task, memory, (config.prior.label_weight,))
         share = _true_shares(config, stream, memory)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hpccl.config.prior import DistillConfig
 from hpccl.config.run import RunConfig
-from hpccl.data.protocols import Stream, Task
+from hpccl.data.protocols import Stream, Task, heads_of
 from hpccl.data.rows import CROSS_ENTROPY, SIGMOID
 from hpccl.memory.store import DTYPES, stored
 from hpccl.train.passes import ask, shared_images
@@ -105,9 +105,7 @@ def old_heads(config: RunConfig, stream: Stream, task: Task) -> Tensor:
 
     Tasks of the same classes have one head together, of which the old network says one thing.
     """
-    heads = torch.zeros(task.index, len(stream.class_names), dtype=torch.bool)
-    for other in stream.tasks[: task.index]:
-        heads[other.index, list(other.classes)] = True
+    heads = heads_of(stream.tasks[: task.index], len(stream.class_names))
     if config.train.head == "seen":
         return heads.any(dim=0, keepdim=True)
     first = [t for t in range(task.index) if not (heads[:t] == heads[t]).all(dim=1).any()]

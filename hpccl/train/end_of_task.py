@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpccl.data.protocols import Task, training_samples
+from hpccl.data.protocols import Task, heads_of, training_samples
 from hpccl.memory.means import ClassMeans, normalised
 from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
@@ -149,7 +149,4 @@ def _asking(images: Generator[Seen, None, None], world: World) -> Generator[Seen
 
 
 def _seen(task: Task, world: World) -> Tensor:
-    head = torch.zeros(len(world.stream.class_names), dtype=torch.bool)
-    for other in world.stream.tasks[: task.index + 1]:
-        head[list(other.classes)] = True
-    return head
+    return heads_of(world.stream.tasks[: task.index + 1], len(world.stream.class_names)).any(dim=0)

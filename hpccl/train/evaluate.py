@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpccl.data.protocols import Task
+from hpccl.data.protocols import Task, heads_of
 from hpccl.report.metrics import calibration_bins, calibration_error
 from hpccl.train.end_of_task import featuring
 from hpccl.train.loss import row_nats
@@ -91,9 +91,7 @@ def _classifier(state: RunState, world: World, last: int) -> Iterator[Callable[[
 
 def _scores(logits: Tensor, labels: Tensor, tasks: Tensor, world: World, last: int) -> Tensor:
     """[n, 7]: valid, then (right, nats, confidence) among the own head and among the seen classes."""
-    heads = torch.zeros(len(world.stream.tasks), logits.shape[1], dtype=torch.bool, device=logits.device)
-    for task in world.stream.tasks:
-        heads[task.index, list(task.classes)] = True
+    heads = heads_of(world.stream.tasks, logits.shape[1]).to(logits.device)
     truth = labels.clamp(min=0)
     own = heads[tasks]
     seen = heads[: last + 1].any(dim=0).expand_as(own)

@@ -20,6 +20,7 @@ from torch import Tensor
 from hpccl.curvature.posterior import Posterior
 from hpccl.curvature.predictive import MERITS, merits, monte_carlo, probabilities, probit
 from hpccl.data.order import mix
+from hpccl.data.protocols import heads_of
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
@@ -203,9 +204,7 @@ class _Judge:
     @classmethod
     def of(cls, world: World, last: int) -> _Judge:
         device, number = world.comm.device, len(world.stream.class_names)
-        heads = torch.zeros(len(world.stream.tasks), number, dtype=torch.bool, device=device)
-        for task in world.stream.tasks:
-            heads[task.index, list(task.classes)] = True
+        heads = heads_of(world.stream.tasks, number).to(device)
         ends = np.array([task.samples("test").stop for task in world.stream.tasks])
         return cls(ends, heads, heads[: last + 1].any(dim=0))
 
