@@ -60,9 +60,12 @@ def refuse_sizes(
     others = [side for side in sides if image_shape[1:] != (side, side)]
     if isinstance(config, TimmModel):
         network = _taking(config, image_shape, num_classes)
-    else:  # which refuse the images that they do not take when they are built
-        network = skeleton(config, image_shape=image_shape, num_classes=num_classes).eval() if others else None
-    if network is None or _refused(network, image_shape) is not None:
+    elif others:  # which refuse the images that they do not take when they are built
+        bare = skeleton(config, image_shape=image_shape, num_classes=num_classes).eval()
+        network = bare if _refused(bare, image_shape) is None else None
+    else:
+        return
+    if network is None:
         return  # it does not work without memory at all
     for side in others:
         error = _refused(network, (image_shape[0], side, side))
