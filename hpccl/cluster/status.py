@@ -12,6 +12,8 @@ from typing import Any, Final, Literal, TypeAlias
 from hpccl.cluster.jobs import Job, find_jobs, find_runs, latest_job
 from hpccl.cluster.outcome import DONE, FAILED
 from hpccl.cluster.queue import UNKNOWN, JobState
+from hpccl.config.load import load_recorded
+from hpccl.errors import HpcclError
 from hpccl.folder import RunFolder
 from hpccl.report.standing import Standing, read_standing
 
@@ -27,6 +29,7 @@ _SILENCE = 600.0  # seconds without an event after which a running run is called
 _ENDING = 120.0  # seconds that a job needs to end after its run has stopped
 _CLOCKS = 60.0  # seconds by which the clocks of machines may differ
 _AGAIN = "the same command continues it"
+_DAMAGED = "its config.yaml cannot be read: put it back, and the same command continues it"
 _PARTNER = ("WorldError", "StragglerError")  # errors whose cause is elsewhere: the job may be queued again
 
 
@@ -98,6 +101,8 @@ def _status(run: Path, standing: Standing, job: Job | None, now: float) -> RunSt
     if absent:
         return RunStatus(run=run, state="unreadable", detail=absent)
     state, detail = judge(standing, job, now)
+    if detail.endswith(_AGAIN) and not _can_continue(run):
+        detail = detail.removesuffix(_AGAIN) + _DAMAGED
     told = job.state if job is not None else None
     live = state in ("running", "ending")
     silent = None if standing.time is None else max(now - standing.time, 0.0)
@@ -136,6 +141,15 @@ def _absent(run: Path, standing: Standing, job: Job | None) -> str:
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return ""
+
+
+def _can_continue(run: Path) -> bool:
+    """Whether what says what run it is can be read."""
+    try:
+        load_recorded(RunFolder(run).config)
+    except (HpcclError, OSError):
+        return False
+    return True
 
 
 def _name(job: Job | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -15,33 +14,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpccl.checkpoint.store import Mark, latest, latest_of_all, load, marks, open_shards, refuse_torn
+from hpccl.checkpoint.store import Mark, latest, latest_of_all, load, open_shards, refuse_torn
 from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.curvature import DenseCurvature, PassCurvature
-from hpccl.config.load import load_recorded
 from hpccl.config.model import TimmModel
 from hpccl.config.run import RunConfig
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.coverage import plan_ahead
-from hpccl.data.protocols import Listed, Split, Stream, Task
+from hpccl.data.protocols import Split, Stream, Task
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
 from hpccl.engine.build import build_engine, spreads_weights
-from hpccl.errors import CapacityError, ConfigError, FolderError, HpcclError, WorldError
+from hpccl.errors import CapacityError, FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder
 from hpccl.machine import commit, machine, out_of_memory, slurm_job, versions
-from hpccl.memory.budget import kept_of, per_class
 from hpccl.memory.store import Memory
-from hpccl.models.build import build_model, refuse_sizes
+from hpccl.models.build import build_model
 from hpccl.models.pretrained import Start, start_from
 from hpccl.report.events import EventLog, phase_parts, read_events
 from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
 from hpccl.train.adapt import adaptation_steps, adaptation_task, begin_adapting, continues
+from hpccl.train.checks import check_memory, check_sizes
 from hpccl.train.compose import planned_steps
 from hpccl.train.consolidate import admit_first, consolidate
 from hpccl.train.copies import check_images, drop_images, open_for, reopened_stream
 from hpccl.train.evaluate import evaluate, evaluate_all
+from hpccl.train.first_task import adopt_first_task, find_first_task
 from hpccl.train.fit import fit
 from hpccl.train.hold import check_frozen
 from hpccl.train.reconstruction import reconstruct
@@ -50,9 +49,6 @@ from hpccl.train.stop import Stop, Stopped
 from hpccl.train.topology import begin_session
 
 __all__ = [
-    "check_memory",
-    "check_sizes",
-    "first_task_identity",
     "fresh_model",
     "fresh_state",
     "run",
@@ -173,7 +169,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
         _refuse_lost(world)
         check_sizes(config, stream)  # the network of a run that began takes them
     if found is None and config.train.first_task_from is not None:
-        _first_task_elsewhere(config, config.train.first_task_from)
+        find_first_task(config, config.train.first_task_from)
     # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
     pretrained = (found is None or config.train.restart) and not continues(config)
     model, start = fresh_model(config, stream, pretrained=pretrained)
@@ -236,7 +232,7 @@ def _learn(task: Task, state: RunState, world: World) -> bool:
                 _announce(task, world)
                 admit_first(task, state, world)
                 begin_session(task, state, world)
-            if not (_adopt_first_task(task, state, world) or fit(task, state, world)):
+            if not (adopt_first_task(task, state, world) or fit(task, state, world)):
                 return False
             if world.stop.requested(world.comm):
                 return False
@@ -281,79 +277,6 @@ def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -
     return RunState(build_engine(config, model, comm), coverage=coverage)
 
 
-def check_memory(config: RunConfig, stream: Listed) -> None:
-    """The rules that only the data can settle.
-
-    Raises:
-        ConfigError: the memory is larger than a task, or too small for a part that is held out; a task has one class
-            and a head of its own.
-    """
-    # Of a session of few shots, memory keeps all there is.
-    tasks = stream.tasks[:1] if config.stream.scenario.kind == "few_shot" else stream.tasks
-    sizes = {task.name: len(task.samples("train")) for task in tasks}
-    smallest = min(sizes, key=lambda name: sizes[name])
-    if config.memory.size > sizes[smallest]:
-        raise ConfigError(
-            f"memory.size={config.memory.size} is larger than task '{smallest}', which has {sizes[smallest]} training "
-            f"examples; allowed: 0 to {sizes[smallest]} (examples kept of each task)"
-        )
-    nodes, first = config.prior.topology.nodes, len(stream.tasks[0].samples("train"))
-    if nodes > first:
-        raise ConfigError(
-            f"prior.topology.nodes={nodes} is more than the {first} training examples of the first task; allowed: 1 to "
-            f"{first}, or 0 for no topology"
-        )
-    _check_heads(config, stream)
-    _check_means(config, stream)
-    share, classes = config.prior.correct.share, len(stream.class_names)
-    if share > 0 and 0 in per_class(config.memory.total, share, classes):
-        raise ConfigError(
-            f"prior.correct.share={share} of memory.total={config.memory.total} leaves no example of each of {classes} "
-            f"classes to hold out, or none to learn from; allowed: memory.total >= {math.ceil(classes / share)}, and a "
-            "share below 1/2"
-        )
-
-
-def _check_heads(config: RunConfig, stream: Listed) -> None:
-    """A class alone in its softmax has probability 1: nothing would be learned, and every accuracy would be 100 %."""
-    alone = [task.name for task in stream.tasks if len(task.classes) == 1]
-    if alone and config.train.head == "own" and not isinstance(config.adapt, AnyAdaptation):
-        raise ConfigError(
-            f"train.head=own: task '{alone[0]}' has one class ({len(alone)} such tasks), which has nothing to compete "
-            "with, so that nothing would be learned; set train.head=seen, or fewer tasks"
-        )
-
-
-def _check_means(config: RunConfig, stream: Listed) -> None:
-    """Of a class without examples in memory there is no mean, so that it would never be predicted."""
-    if config.evaluate.classifier != "nearest_mean":
-        return
-    needs = "each of which needs an example for its mean (evaluate.classifier=nearest_mean)"
-    total, classes = config.memory.total, len(stream.class_names)
-    if 0 < total < classes:
-        raise ConfigError(
-            f"memory.total={total} is less than the {classes} classes, {needs}; allowed: at least {classes}"
-        )
-    for task in stream.tasks:
-        kept = kept_of(config.memory, len(task.samples("train")))
-        if kept < len(task.classes):
-            key = "memory.size" if config.memory.size else "memory.fraction"
-            raise ConfigError(
-                f"{key}={getattr(config.memory, key[7:])} keeps {kept} examples of task '{task.name}', less than its "
-                f"{len(task.classes)} classes, {needs}; raise it"
-            )
-
-
-def check_sizes(config: RunConfig, stream: Stream) -> None:
-    """See that the network takes views of all sizes, before anything is trained.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    shape, num_classes = stream.image_shape, len(stream.class_names)
-    refuse_sizes(config.model, image_shape=shape, num_classes=num_classes, sides=config.data.sides())
-
-
 def _check_data(tree: dict[str, Any], world: World) -> None:
     """Memory and the order of examples are numbers of images: refuse other images under the same numbers."""
     if tree["data"] != world.stream.fingerprint:
@@ -379,68 +302,6 @@ def _first_task(config: RunConfig, stream: Stream, mark: Mark) -> int:
     if config.train.only_last:
         return len(stream.tasks) - 1 if mark.phase != "done" or mark.task < len(stream.tasks) - 1 else len(stream.tasks)
     return mark.task + 1 if mark.phase == "done" else mark.task
-
-
-def _adopt_first_task(task: Task, state: RunState, world: World) -> bool:
-    """Take the first task's weights from another run with the same first task, if the configuration names one."""
-    if world.config.train.first_task_from is None or task.index > 0:
-        return False
-    checkpoints, mark = _first_task_elsewhere(world.config, world.config.train.first_task_from)
-    tree, ours = load(checkpoints, mark), world.stream.fingerprint
-    if tree["data"] != ours:
-        raise ConfigError(
-            f"train.first_task_from='{world.config.train.first_task_from}' learned its first task from other data "
-            f"(fingerprint {tree['data'][:12]}, here {ours[:12]}): shards were built anew in their place; train that "
-            "run again, or set it to null"
-        )
-    state.engine.put(tree["engine"]["weights"])
-    world.save(state, Mark.at(0, "fitted", mark.step))
-    return True
-
-
-def _first_task_elsewhere(config: RunConfig, source: str) -> tuple[Path, Mark]:
-    """The checkpoints of the run that train.first_task_from names, and the one that ended its first task.
-
-    Raises:
-        ConfigError: it is no run, or learned its first task otherwise.
-        FolderError: it has not ended its first task.
-    """
-    other = RunFolder(Path(source))
-    if not other.config.is_file():
-        problem = "it has no config.yaml" if other.path.is_dir() else "there is no such folder"
-        raise ConfigError(
-            f"train.first_task_from='{source}' is not the folder of a run: {problem}; give that of a run with the same "
-            "first task, such as runs/NAME, or null to train it"
-        )
-    theirs, ours = first_task_identity(load_recorded(other.config)), first_task_identity(config)
-    differing = sorted(key for key in theirs if theirs[key] != ours[key])
-    if differing:
-        raise ConfigError(
-            f"train.first_task_from='{source}' learned its first task otherwise: {', '.join(differing)} differ"
-        )
-    ends = [mark for mark in marks(other.checkpoints) if (mark.task, mark.phase) == (0, "fitted")]
-    if not ends:
-        raise FolderError(
-            f"train.first_task_from='{source}' has no checkpoint of its first task's end; run it to there first"
-        )
-    return other.checkpoints, ends[-1]
-
-
-def first_task_identity(config: RunConfig) -> dict[str, Any]:
-    """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
-    identity = config.identity()
-    train, optim, prior = identity["train"], identity["optim"], identity["prior"]
-    correct = prior["correct"]
-    # What says nothing of a first task.
-    later = {"head_epochs": 0, "frozen": [], "norms": "batch", "first_task_from": None}
-    later |= {"competing": "seen"} if train["competing"] == "task" else {}
-    return {
-        **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
-        "train": {**train, "epochs": train["epochs"][0], **later},
-        "held_out": [correct["share"], identity["memory"]["total"]] if correct["share"] else None,
-        "optim": {**optim, "lr": optim["lr"][0]},
-        "prior": {"normal": {"precision": prior["normal"]["precision"]}},
-    }
 
 
 def _introduce(world: World, command: Sequence[str], found: Mark | None, state: RunState) -> None:

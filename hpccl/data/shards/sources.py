@@ -66,8 +66,8 @@ def scan(source: Path, labels: Labels | None = None) -> Listing:
         labels: classes of the images, instead of those that folders give.
 
     Raises:
-        DataError: no such source, nothing usable in it, a member whose path leads out of it, or labels that are not of
-            these images.
+        DataError: no such source, nothing usable in it, a class folder without images, a member whose path leads out
+            of it, or labels that are not of these images.
     """
     if not source.exists():
         raise DataError(f"source '{source}' does not exist: give a folder, a zip or a tar of images")
@@ -80,7 +80,11 @@ def scan(source: Path, labels: Labels | None = None) -> Listing:
     name, times = Counter(member.name for member in members).most_common(1)[0]
     if times > 1:
         raise DataError(f"'{name}' is in '{source}' {times} times: remove all but one")
-    return _arrange(sorted(members), source) if labels is None else _labelled(sorted(members), labels)
+    if labels is not None:
+        return _labelled(sorted(members), labels)
+    listing = _arrange(sorted(members), source)
+    _refuse_empty_classes(listing, source)
+    return listing
 
 
 class SourceReader:
@@ -317,6 +321,23 @@ def _arrange(members: list[Member], source: Path) -> Listing:
         split, name = (path[0], path[1]) if has_splits else ("", path[0])
         listing.setdefault(split, {}).setdefault(name, []).append(member)
     return listing
+
+
+def _refuse_empty_classes(listing: Listing, source: Path) -> None:
+    """Of a folder: a class whose images are missing, or of a kind that is not read, would be left out unnoticed."""
+    for split, classes in listing.items():
+        name, (first, *_) = next(iter(classes.items()))
+        if first.file != first.name:  # a tar has them
+            continue
+        parts = first.name.split("/")
+        beside = source.joinpath(*parts[: parts.index(split) + 1 if split else parts.index(name)])
+        folders = sorted(each.name for each in beside.iterdir() if each.is_dir() and not _is_junk(each.name))
+        empty = [folder for folder in folders if folder not in classes]
+        if empty:
+            raise DataError(
+                f"class folder '{beside / empty[0]}' has no images ({len(empty)} of {len(folders)} such folders): "
+                "looked for .jpg .png .webp .gif .bmp .tif .ppm; put its images there, or remove it"
+            )
 
 
 def _labelled(members: list[Member], labels: Labels) -> Listing:

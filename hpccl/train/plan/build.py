@@ -19,13 +19,13 @@ from hpccl.data.protocols import Task
 from hpccl.dist.mesh import pick_device
 from hpccl.models.build import refuse_sizes
 from hpccl.report.text import size
+from hpccl.train.checks import check_memory
 from hpccl.train.compose import task_epochs
 from hpccl.train.kept import held_out, kept_of_tasks
 from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
 from hpccl.train.plan.network import Network, forward_flops, look, moments
 from hpccl.train.plan.spread import FLOAT, Spread, all_reduce, elements, held, rows, sent
-from hpccl.train.run import check_memory
 
 __all__ = ["Held", "Plan", "Sent", "Spent", "Views", "make_plan"]
 

@@ -19,7 +19,7 @@ from hpccl.config.load import is_override, load, sweep
 from hpccl.config.optim import TimmOptim
 from hpccl.config.run import RunConfig
 from hpccl.report.summary import summarise
-from hpccl.train.run import first_task_identity
+from hpccl.train.first_task import first_task_identity
 
 ROOT = Path(__file__).parents[3]
 

@@ -21,6 +21,7 @@ from hpccl.cluster.logs import find_log, print_log, tail
 from hpccl.cluster.queue import JobState
 from hpccl.cluster.records import JobRecord, birth, write_record
 from hpccl.cluster.status import RunStatus, judge, read_statuses, wait_for
+from hpccl.config.load import dump, load
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.events import EventLog
@@ -156,7 +157,7 @@ def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_run(folder: Path, *events: tuple[str, dict[str, Any]]) -> Path:
     RunFolder(folder).create()
-    RunFolder(folder).config.write_text("name: x\n")
+    RunFolder(folder).config.write_text(dump(load([], ["name=x"])))
     if events:
         with EventLog(RunFolder(folder).events) as log:
             for name, fields in events:
@@ -320,6 +321,20 @@ def test_the_last_error_is_that_of_the_newest_start(tmp_path: Path) -> None:
     assert (status.state, status.error) == ("failed", "DataError: no image")
     RunFolder(run).error.write_text("{")
     assert read_statuses([run])[0].error == "DataError: no image"
+
+
+def test_a_run_whose_configuration_is_gone_is_not_said_to_continue(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", RUN, ("stop", {"task": 0, "phase": "fit", "step": 60, "reason": "SIGUSR1"}))
+    (status,) = read_statuses([run])
+    assert status.detail.endswith("; the same command continues it")
+    text = RunFolder(run).config.read_text()
+    for damaged in (text[: len(text) // 2], "", "name: [x\n"):
+        RunFolder(run).config.write_text(damaged)
+        (status,) = read_statuses([run])
+        assert (status.state, status.detail.partition("; ")[2]) == (
+            "stopped",
+            "its config.yaml cannot be read: put it back, and the same command continues it",
+        )
 
 
 def test_waiting_for_runs(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:

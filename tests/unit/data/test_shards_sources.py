@@ -166,3 +166,25 @@ def test_unusable_sources_say_why(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(DataError, match=message):
             scan(tmp_path / name)
+
+
+@pytest.mark.parametrize(("split", "wrapper"), [("", ""), ("train", ""), ("", "set/"), ("train", "set/")])
+def test_a_class_folder_without_images_is_refused(tmp_path: Path, split: str, wrapper: str) -> None:
+    files = {f"{wrapper}{path}": data for path, data in tiny_set(splits=(split,)).items()}
+    source = write_folder(tmp_path / "source", files)
+    folder = source / wrapper / split / "class_9"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "picture.heic").write_bytes(b"of a kind that is not read")
+    (source / wrapper / split / ".hidden").mkdir()
+    with pytest.raises(DataError, match=rf"class folder '{folder}' has no images \(1 of 4 such folders\)"):
+        scan(source)
+    (folder / "deeper" / "picture.png").write_bytes(b"x")
+    assert "class_9" in scan(source)[split]
+
+
+def test_folders_beside_the_splits_and_classes_of_their_names_are_left_alone(tmp_path: Path) -> None:
+    files = tiny_set(splits=("train", "val"))
+    files = {path.replace("class_0", "train"): data for path, data in files.items()}
+    source = write_folder(tmp_path / "source", files)
+    (source / "devkit").mkdir()
+    assert set(scan(source)["train"]) == {"train", "class_1", "class_2"}

@@ -17,8 +17,8 @@ from hpccl.prior.correction import Correction
 from hpccl.prior.prior import Prior
 from hpccl.train.compose import Composer, head_steps, plan_task, planned_steps
 from hpccl.train.evaluate import evaluate_all
+from hpccl.train.first_task import first_task_identity
 from hpccl.train.fit import _old_network, fit
-from hpccl.train.run import first_task_identity
 from hpccl.train.state import RunState, World
 from tests.run.method import learn, make_world, merged
 

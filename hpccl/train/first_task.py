@@ -1,0 +1,78 @@
+"""A first task that another run has learned already: it does not depend on the method, so that runs can share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hpccl.checkpoint.store import Mark, load, marks
+from hpccl.config.load import load_recorded
+from hpccl.config.run import RunConfig
+from hpccl.data.protocols import Task
+from hpccl.errors import ConfigError, FolderError
+from hpccl.folder import RunFolder
+from hpccl.train.state import RunState, World
+
+__all__ = ["adopt_first_task", "find_first_task", "first_task_identity"]
+
+
+def adopt_first_task(task: Task, state: RunState, world: World) -> bool:
+    """Take the first task's weights from another run with the same first task, if the configuration names one."""
+    if world.config.train.first_task_from is None or task.index > 0:
+        return False
+    checkpoints, mark = find_first_task(world.config, world.config.train.first_task_from)
+    tree, ours = load(checkpoints, mark), world.stream.fingerprint
+    if tree["data"] != ours:
+        raise ConfigError(
+            f"train.first_task_from='{world.config.train.first_task_from}' learned its first task from other data "
+            f"(fingerprint {tree['data'][:12]}, here {ours[:12]}): shards were built anew in their place; train that "
+            "run again, or set it to null"
+        )
+    state.engine.put(tree["engine"]["weights"])
+    world.save(state, Mark.at(0, "fitted", mark.step))
+    return True
+
+
+def find_first_task(config: RunConfig, source: str) -> tuple[Path, Mark]:
+    """The checkpoints of the run that train.first_task_from names, and the one that ended its first task.
+
+    Raises:
+        ConfigError: it is no run, or learned its first task otherwise.
+        FolderError: it has not ended its first task.
+    """
+    other = RunFolder(Path(source))
+    if not other.config.is_file():
+        problem = "it has no config.yaml" if other.path.is_dir() else "there is no such folder"
+        raise ConfigError(
+            f"train.first_task_from='{source}' is not the folder of a run: {problem}; give that of a run with the same "
+            "first task, such as runs/NAME, or null to train it"
+        )
+    theirs, ours = first_task_identity(load_recorded(other.config)), first_task_identity(config)
+    differing = sorted(key for key in theirs if theirs[key] != ours[key])
+    if differing:
+        raise ConfigError(
+            f"train.first_task_from='{source}' learned its first task otherwise: {', '.join(differing)} differ"
+        )
+    ends = [mark for mark in marks(other.checkpoints) if (mark.task, mark.phase) == (0, "fitted")]
+    if not ends:
+        raise FolderError(
+            f"train.first_task_from='{source}' has no checkpoint of its first task's end; run it to there first"
+        )
+    return other.checkpoints, ends[-1]
+
+
+def first_task_identity(config: RunConfig) -> dict[str, Any]:
+    """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
+    identity = config.identity()
+    train, optim, prior = identity["train"], identity["optim"], identity["prior"]
+    correct = prior["correct"]
+    # What says nothing of a first task.
+    later = {"head_epochs": 0, "frozen": [], "norms": "batch", "first_task_from": None}
+    later |= {"competing": "seen"} if train["competing"] == "task" else {}
+    return {
+        **{key: identity[key] for key in ("seed", "stream", "data", "model", "engine")},
+        "train": {**train, "epochs": train["epochs"][0], **later},
+        "held_out": [correct["share"], identity["memory"]["total"]] if correct["share"] else None,
+        "optim": {**optim, "lr": optim["lr"][0]},
+        "prior": {"normal": {"precision": prior["normal"]["precision"]}},
+    }
