@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from hpccl.report.adaptation import Adaptation, Cost, Network
 from hpccl.report.events import phase_parts, read_events
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate_run import reopened
-from hpccl.train.passes import shared_images
+from hpccl.train.passes import shared_images, with_mirror_images
 from hpccl.train.state import RunState, World
 
 __all__ = ["check_reference", "compare_adaptation"]
@@ -150,17 +149,13 @@ def _probabilities(state: RunState, world: World) -> tuple[Tensor, Tensor]:
     heads = heads_of(stream.tasks, len(stream.class_names)) | (world.config.train.head != "own")
     ends = np.array([task.samples("test").stop for task in stream.tasks])  # tasks may share classes
     found, shown = [], []
-    passes = shared_images(np.arange(len(labels)), world, size=world.stream_batch, split="test")
-    with contextlib.closing(passes):
-        for seen in passes:
-            truth = labels[torch.from_numpy(seen.sample)]
-            own = heads[torch.from_numpy(np.searchsorted(ends, seen.sample, side="right"))]
-            logits = state.engine.predict(seen.pixels)
-            if world.config.train.flip_test:
-                logits = (logits + state.engine.predict(seen.pixels.flip(-1))) / 2
-            logits = logits.cpu().masked_fill(~own, -torch.inf)
-            found.append(logits.softmax(dim=1)[seen.valid])
-            shown.append(truth[seen.valid])
+    predict = with_mirror_images(state.engine.predict, world)
+    for seen in shared_images(np.arange(len(labels)), world, size=world.stream_batch, split="test"):
+        truth = labels[torch.from_numpy(seen.sample)]
+        own = heads[torch.from_numpy(np.searchsorted(ends, seen.sample, side="right"))]
+        logits = predict(seen.pixels).cpu().masked_fill(~own, -torch.inf)
+        found.append(logits.softmax(dim=1)[seen.valid])
+        shown.append(truth[seen.valid])
     return torch.cat(found), torch.cat(shown)
 
 

@@ -23,7 +23,7 @@ from hpccl.config.run import RunConfig
 from hpccl.data.protocols import Stream, Task, heads_of
 from hpccl.data.rows import CROSS_ENTROPY, SIGMOID
 from hpccl.memory.store import DTYPES, stored
-from hpccl.train.passes import ask, shared_images
+from hpccl.train.passes import shared_images
 from hpccl.train.state import World
 
 __all__ = ["Distilled", "old_heads", "record"]
@@ -123,7 +123,6 @@ def record(samples: Ints, columns: Tensor, teacher: Callable[[Tensor], Tensor], 
     dtype = world.config.memory.dtype
     found = [torch.zeros(0, len(columns), dtype=DTYPES[dtype])]
     for seen in shared_images(samples, world, size=world.stream_batch):
-        ask(world)
         number = len(seen.sample)
         logits = teacher(seen.pixels)[:number].cpu()[:, columns]
         found.append(stored(logits, columns.expand(number, -1), dtype))

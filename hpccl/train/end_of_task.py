@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, assert_never
 
 import numpy as np
@@ -16,7 +16,7 @@ from hpccl.memory.means import ClassMeans, normalised
 from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
 from hpccl.train.kept import validation
-from hpccl.train.passes import Seen, ask, shared_images
+from hpccl.train.passes import shared_images
 from hpccl.train.score import last_layer
 from hpccl.train.state import RunState, World
 
@@ -42,11 +42,10 @@ def correction(task: Task, state: RunState, world: World) -> Correction | None:
         phase.images = len(samples)
         found = [torch.zeros(0, num_classes)]
         usable = [torch.zeros(0, dtype=torch.bool)]
-        with contextlib.closing(_asking(shared_images(samples, world, size=world.stream_batch), world)) as images:
-            for seen in images:
-                number = len(seen.sample)
-                found.append(state.engine.predict(seen.pixels)[:number].cpu())
-                usable.append(seen.valid[:number])
+        for seen in shared_images(samples, world, size=world.stream_batch):
+            number = len(seen.sample)
+            found.append(state.engine.predict(seen.pixels)[:number].cpu())
+            usable.append(seen.valid[:number])
         logits, valid = world.comm.gather(torch.cat(found)), world.comm.gather(torch.cat(usable).long()) > 0
         labels = torch.from_numpy(world.stream.labels("train")[samples])
         fitted = Correction.fitted(
@@ -94,16 +93,15 @@ def _feature_sums(task: Task, samples: Ints, state: RunState, world: World, *, m
         phase.images = len(samples) * (2 if mirrored else 1)
         labels = torch.from_numpy(world.stream.labels("train"))
         sums: Tensor | None = None
-        with contextlib.closing(_asking(shared_images(samples, world, size=world.stream_batch), world)) as images:
-            for seen in images:
-                number = len(seen.sample)
-                found = normalised(features(seen.pixels).double())
-                if mirrored:
-                    found = found + normalised(features(seen.pixels.flip(-1)).double())
-                found = (found[:number] * seen.valid[:number, None].to(found.device)).cpu()
-                if sums is None:
-                    sums = torch.zeros(len(world.stream.class_names), found.shape[1], dtype=torch.float64)
-                sums.index_add_(0, labels[torch.from_numpy(seen.sample)], found)
+        for seen in shared_images(samples, world, size=world.stream_batch):
+            number = len(seen.sample)
+            found = normalised(features(seen.pixels).double())
+            if mirrored:
+                found = found + normalised(features(seen.pixels.flip(-1)).double())
+            found = (found[:number] * seen.valid[:number, None].to(found.device)).cpu()
+            if sums is None:
+                sums = torch.zeros(len(world.stream.class_names), found.shape[1], dtype=torch.float64)
+            sums.index_add_(0, labels[torch.from_numpy(seen.sample)], found)
         assert sums is not None, "there are images, and every rank has a pass"
         world.comm.sum_([sums])
     return sums
@@ -135,17 +133,6 @@ def featuring(state: RunState, world: World, *, asked_by: str | None = None) -> 
         yield features
     finally:
         handle.remove()
-
-
-def _asking(images: Generator[Seen, None, None], world: World) -> Generator[Seen, None, None]:
-    """The same, with a question before each whether to stop."""
-    with contextlib.closing(images):
-        while True:
-            ask(world)
-            seen = next(images, None)
-            if seen is None:
-                return
-            yield seen
 
 
 def _seen(task: Task, world: World) -> Tensor:

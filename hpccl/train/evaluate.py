@@ -14,7 +14,7 @@ from hpccl.data.protocols import Task, heads_of
 from hpccl.report.metrics import calibration_bins, calibration_error
 from hpccl.train.end_of_task import featuring
 from hpccl.train.loss import row_nats
-from hpccl.train.passes import shared_images
+from hpccl.train.passes import shared_images, with_mirror_images
 from hpccl.train.state import RunState, World
 
 __all__ = ["evaluate", "evaluate_all"]
@@ -23,7 +23,11 @@ Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def evaluate(task: Task, state: RunState, world: World) -> None:
-    """Test after training on `task`, write it down, and keep it in the state."""
+    """Test after training on `task`, write it down, and keep it in the state.
+
+    Raises:
+        Stopped: the run was asked to stop; nothing was changed.
+    """
     with world.phase(task, "evaluate") as phase:
         scores = _tested(state, world, task.index)
         results = [_result(each, scores, task.index, world) for each in world.stream.tasks]
@@ -43,6 +47,9 @@ def evaluate_all(state: RunState, world: World, *, last: int) -> list[dict[str, 
 
     Each has {task, num, task_incremental, class_incremental}, the latter two {accuracy, nll, ece}; the classes of tasks
     0..last compete class-incrementally, and it is None for later tasks and where every task has its own network.
+
+    Raises:
+        Stopped: the run was asked to stop.
     """
     scores = _tested(state, world, last)
     return [_result(task, scores, last, world) for task in world.stream.tasks]
@@ -61,11 +68,10 @@ def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tu
     """Logits [n, C], labels [n] (-1 where there is no image) and tasks [n], a few test images at a time."""
     ends = np.array([task.samples("test").stop for task in world.stream.tasks])
     labels = torch.from_numpy(world.stream.labels("test"))
-    with _classifier(state, world, last) as classify:
+    with _classifier(state, world, last) as classifier:
+        classify = with_mirror_images(classifier, world)
         for seen in shared_images(np.arange(count), world, size=world.stream_batch, split="test"):
             logits = classify(seen.pixels)
-            if world.config.train.flip_test:
-                logits = (logits + classify(seen.pixels.flip(-1))) / 2
             known = len(seen.sample)
             shown = torch.where(seen.valid[:known], labels[torch.from_numpy(seen.sample)], -1)
             tasks = torch.from_numpy(np.searchsorted(ends, seen.sample, side="right"))

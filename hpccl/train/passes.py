@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import contextlib
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from hpccl.errors import WorldError
 from hpccl.train.state import World
 from hpccl.train.stop import Stopped
 
-__all__ = ["Seen", "ask", "shared_images"]
+__all__ = ["Seen", "shared_images", "with_mirror_images"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -38,9 +39,15 @@ class Seen:
 def shared_images(
     samples: Ints, world: World, *, size: int, split: Split = "train", whole: bool = False
 ) -> Generator[Seen, None, None]:
-    """This rank's share of `samples`, at most `size` at a time; as many times as every other rank.
+    """This rank's share of `samples`, at most `size` at a time; as many times as every other rank. Collective.
 
     whole: `size` at a time and always the same ones together, whatever the number of ranks; fewer only at the end.
+
+    A pass may take longer than a job has left, so that ranks agree before each batch, and at the end, to go on.
+
+    Raises:
+        Stopped: a rank was asked to stop.
+        WorldError: another rank failed in the pass, and said so (Comm.any) instead of agreeing.
     """
     if whole:
         groups = world.comm.parts(-(-len(samples) // size), 1)
@@ -48,24 +55,28 @@ def shared_images(
     else:
         parts = [samples[part.start : part.stop] for part in world.comm.parts(len(samples), size)]
     requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts if len(part))
-    loaded = world.stream.load(requests, split, world.comm.device)
-    for part in parts:
-        if len(part):
-            images = next(loaded)
-            yield Seen(part, images.pixels, images.valid)
-        else:
-            blank = torch.zeros(1, *world.stream.shape(split), device=world.comm.device)
-            yield Seen(part, blank, torch.zeros(1, dtype=torch.bool))
-    assert next(loaded, None) is None, "everything that was asked for was used"
+    with contextlib.closing(world.stream.load(requests, split, world.comm.device)) as loaded:
+        for part in parts:
+            _agree(world)
+            if len(part):
+                images = next(loaded)
+                yield Seen(part, images.pixels, images.valid)
+            else:
+                blank = torch.zeros(1, *world.stream.shape(split), device=world.comm.device)
+                yield Seen(part, blank, torch.zeros(1, dtype=torch.bool))
+        _agree(world)
+        assert next(loaded, None) is None, "everything that was asked for was used"
 
 
-def ask(world: World) -> None:
-    """Leave the pass if any rank was asked to stop. A rank that failed in it says 1 (Comm.any) at this very moment.
+def with_mirror_images(predict: Callable[[Tensor], Tensor], world: World) -> Callable[[Tensor], Tensor]:
+    """The mean of what is predicted of images and of their mirror images, where tests are to be that (flip_test)."""
+    if not world.config.train.flip_test:
+        return predict
+    return lambda pixels: (predict(pixels) + predict(pixels.flip(-1))) / 2
 
-    Raises:
-        Stopped: on all ranks.
-        WorldError: another rank failed.
-    """
+
+def _agree(world: World) -> None:
+    """Leave the pass if any rank was asked to stop. A rank that failed in it says 1 (Comm.any) at this very moment."""
     answer = world.comm.max(2 if world.stop.reason is not None else 0)
     if answer == 2:
         raise Stopped

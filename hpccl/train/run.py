@@ -177,31 +177,47 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     if config.measures and isinstance(config.curvature, PassCurvature):
         build_estimator(config.curvature, config.seed, state.coverage).check(state.engine.module)
     check_frozen(state, world)
-    if found is None:
-        begin_adapting(state, world)
-    _introduce(world, command, found, state)
-    if start is not None:
-        _tell_start(start, world)
-    if found is not None:
-        tree = load(world.folder.checkpoints, found)
-        _check_data(tree, world)
-        state.load_state_dict(tree, found, open_shards(world.folder.checkpoints, found), world.comm)
-        world = _with_copies(state, world)
-    else:
-        check_images(_first_task(config, stream, state.mark), state, world)
-        world.log.write("evaluate", task=-1, results=evaluate_all(state, world, last=-1))
-    for task in _tasks(config, stream, state.mark):
-        if state.mark.task < task.index:
-            state.mark = Mark.at(task.index, "fit", 0)
-        if not _learn(task, state, world):
-            world.settle(state)
-            world.log.write(
-                "stop", task=task.index, phase=state.mark.phase, step=state.mark.step, reason=world.stop.reason
-            )
-            return "stopped"
-        world = _with_copies(state, world)
+    try:
+        world = _begun(state, world, command, start) if found is None else _taken_up(state, world, command, found)
+        for task in _tasks(config, stream, state.mark):
+            if state.mark.task < task.index:
+                state.mark = Mark.at(task.index, "fit", 0)
+            _learn(task, state, world)
+            world = _with_copies(state, world)
+    except Stopped:
+        world.settle(state)
+        mark = state.mark
+        world.log.write("stop", task=mark.task, phase=mark.phase, step=mark.step, reason=world.stop.reason)
+        return "stopped"
     _finish(state, world, time.perf_counter() - begun)
     return "done"
+
+
+def _begun(state: RunState, world: World, command: Sequence[str], start: Start | None) -> World:
+    """A new run, before its first step.
+
+    start: which weights it begins with, if not random ones
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
+    begin_adapting(state, world)
+    _introduce(world, command, None, state)
+    if start is not None:
+        _tell_start(start, world)
+    check_images(_first_task(world.config, world.stream, state.mark), state, world)
+    world.log.write("evaluate", task=-1, results=evaluate_all(state, world, last=-1))
+    return world
+
+
+def _taken_up(state: RunState, world: World, command: Sequence[str], found: Mark) -> World:
+    """A run that goes on from where it was saved."""
+    _introduce(world, command, found, state)
+    checkpoints = world.folder.checkpoints
+    tree = load(checkpoints, found)
+    _check_data(tree, world)
+    state.load_state_dict(tree, found, open_shards(checkpoints, found), world.comm)
+    return _with_copies(state, world)
 
 
 def _refuse_lost(world: World) -> None:
@@ -224,28 +240,30 @@ def _with_copies(state: RunState, world: World) -> World:
     return world
 
 
-def _learn(task: Task, state: RunState, world: World) -> bool:
-    """One task: train, measure, consolidate, evaluate. False if stopped; everything done so far is saved."""
-    try:
-        if state.mark.phase == "fit":
-            if state.mark.step == 0:
-                _announce(task, world)
-                admit_first(task, state, world)
-                begin_session(task, state, world)
-            if not (adopt_first_task(task, state, world) or fit(task, state, world)):
-                return False
-            if world.stop.requested(world.comm):
-                return False
-        reconstruct(task, state, world)
-        fresh = world.config.train.restart and world.config.train.data != "memory"
-        if not (fresh or _adapts(world.config)):
-            consolidate(task, state, world)
-    except Stopped:
-        return False
+def _learn(task: Task, state: RunState, world: World) -> None:
+    """One task: train, measure, consolidate, evaluate.
+
+    Raises:
+        Stopped: the run was asked to stop; all that need not be done again is saved.
+    """
+    if state.mark.phase == "fit":
+        if state.mark.step == 0:
+            _announce(task, world)
+            admit_first(task, state, world)
+            begin_session(task, state, world)
+        if not (adopt_first_task(task, state, world) or fit(task, state, world)):
+            raise Stopped
+        if world.stop.requested(world.comm):
+            raise Stopped
+    reconstruct(task, state, world)
+    fresh = world.config.train.restart and world.config.train.data != "memory"
+    if not (fresh or _adapts(world.config)):
+        consolidate(task, state, world)
     evaluate(task, state, world)
     _write_skipped(world)
     world.save(state, Mark.at(task.index, "done", state.mark.step))
-    return not (world.stop.requested(world.comm) and task.index + 1 < len(world.stream.tasks))
+    if world.stop.requested(world.comm) and task.index + 1 < len(world.stream.tasks):
+        raise Stopped
 
 
 def fresh_state(config: RunConfig, stream: Stream, comm: Comm, *, pretrained: bool = True) -> RunState:

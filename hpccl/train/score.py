@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hpccl.data.protocols import Split, Task
 from hpccl.errors import ConfigError
-from hpccl.train.passes import ask, shared_images
+from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
 __all__ = ["Look", "competing", "last_layer", "looks"]
@@ -63,13 +63,7 @@ def looks(
         if inputs:
             layer = last_layer(engine.module, world, state)
             cleanup.enter_context(_catching(layer, caught))
-        passed = shared_images(samples, world, size=world.stream_batch, split=split)
-        images = cleanup.enter_context(contextlib.closing(passed))
-        while True:
-            ask(world)
-            seen = next(images, None)
-            if seen is None:
-                return
+        for seen in shared_images(samples, world, size=world.stream_batch, split=split):
             number = len(seen.sample)
             logits = engine.predict(seen.pixels)[:number, classes]
             x = logits.new_zeros(number, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from hpccl.curvature.protocols import Examples
 from hpccl.data.order import mix
 from hpccl.data.protocols import Task
-from hpccl.train.passes import Seen, ask, shared_images
+from hpccl.train.passes import Seen, shared_images
 from hpccl.train.score import competing
 from hpccl.train.state import World
 
@@ -40,22 +39,16 @@ class TaskPass:
     def __iter__(self) -> Iterator[Examples]:
         device, head = self.world.comm.device, self._head().to(self.world.comm.device)
         labels = torch.from_numpy(self.world.stream.labels("train"))
-        with contextlib.closing(self._images()) as images:
-            while True:
-                # This pass may take minutes: all ranks ask equally often, and have a batch equally often.
-                ask(self.world)
-                seen = next(images, None)
-                if seen is None:
-                    return
-                blank = np.resize(self.samples, 1)  # stands for nothing: its weight is 0
-                positions = torch.from_numpy(seen.sample if len(seen.sample) else blank)
-                yield Examples(
-                    pixels=seen.pixels,
-                    labels=labels[positions].to(device),
-                    head=head,
-                    sample=positions.to(device),
-                    weight=seen.valid.float().to(device),
-                )
+        blank = np.resize(self.samples, 1)  # stands for nothing: its weight is 0
+        for seen in self._images():
+            positions = torch.from_numpy(seen.sample if len(seen.sample) else blank)
+            yield Examples(
+                pixels=seen.pixels,
+                labels=labels[positions].to(device),
+                head=head,
+                sample=positions.to(device),
+                weight=seen.valid.float().to(device),
+            )
 
     def _images(self) -> Generator[Seen, None, None]:
         if self.group == 1:

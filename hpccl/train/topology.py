@@ -6,7 +6,6 @@ checkpoint. Every rank has the same net: features are made by all, gathered, and
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +20,7 @@ from hpccl.data.rows import ANCHOR, PULL, PUSH, FeatureRows
 from hpccl.memory.gas import Gas, Rules
 from hpccl.memory.means import normalised
 from hpccl.train.end_of_task import featuring
-from hpccl.train.passes import ask, shared_images
+from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
 __all__ = ["ASKED_BY", "Topology", "begin_session", "end_session"]
@@ -109,16 +108,10 @@ def _all_features(samples: Ints, state: RunState, world: World) -> tuple[Floats,
     found: list[Tensor] = []
     valid = [torch.zeros(0, dtype=torch.int64)]
     with featuring(state, world, asked_by=ASKED_BY) as features:
-        images = shared_images(samples, world, size=world.stream_batch)
-        with contextlib.closing(images):
-            while True:
-                ask(world)
-                seen = next(images, None)
-                if seen is None:
-                    break
-                number = len(seen.sample)
-                found.append(features(seen.pixels)[:number].double().cpu())
-                valid.append(seen.valid[:number].long().cpu())
+        for seen in shared_images(samples, world, size=world.stream_batch):
+            number = len(seen.sample)
+            found.append(features(seen.pixels)[:number].double().cpu())
+            valid.append(seen.valid[:number].long().cpu())
     every, usable = world.comm.gather(torch.cat(found)), world.comm.gather(torch.cat(valid))
     if world.config.prior.topology.normalised:
         every = normalised(every)

@@ -23,17 +23,16 @@ from hpccl.data.order import mix
 from hpccl.data.protocols import heads_of
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
-from hpccl.engine.protocols import trainable
 from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.prior.quadratic import Quadratic
-from hpccl.report.text import size
 from hpccl.report.uncertainty import Uncertainty, worth_showing
 from hpccl.train.consolidate import thumbnail
 from hpccl.train.evaluate_run import reopened
 from hpccl.train.export import find_finished, no_curvature, refuse_importance, refuse_other_logits
-from hpccl.train.passes import shared_images
+from hpccl.train.passes import shared_images, with_mirror_images
 from hpccl.train.state import RunState, World
+from hpccl.train.variance import refuse_large_jacobians
 
 __all__ = ["Approximation", "evaluate_posterior", "measured_past", "predictions"]
 
@@ -41,7 +40,6 @@ Ints = npt.NDArray[np.int64]
 Approximation: TypeAlias = Literal["sampled", "probit", "monte_carlo"]
 
 _FEW = 2000  # test images, unless told otherwise, where each needs the Jacobian of the whole network
-_LARGEST = 4 << 30  # bytes of one image's Jacobian by one layer, with the copies that are made of it
 _SUBSAMPLE, _NOISE = 123, 124
 
 
@@ -227,15 +225,13 @@ class _Batch:
 def _batches(chosen: Ints, state: RunState, world: World, size: int) -> Iterator[_Batch]:
     """This rank's share; as many times as every other rank."""
     labels = torch.from_numpy(world.stream.labels("test"))
-    with contextlib.closing(shared_images(chosen, world, size=size, split="test")) as images:
-        for seen in images:
-            logits = state.engine.predict(seen.pixels)
-            if world.config.train.flip_test:
-                logits = (logits + state.engine.predict(seen.pixels.flip(-1))) / 2
-            good = seen.valid[: len(seen.sample)]
-            sample = seen.sample[good.numpy()]
-            here = good.nonzero()[:, 0].to(logits.device)
-            yield _Batch(sample, labels[torch.from_numpy(sample)].to(logits.device), seen.pixels[here], logits[here])
+    predict = with_mirror_images(state.engine.predict, world)
+    for seen in shared_images(chosen, world, size=size, split="test"):
+        logits = predict(seen.pixels)
+        good = seen.valid[: len(seen.sample)]
+        sample = seen.sample[good.numpy()]
+        here = good.nonzero()[:, 0].to(logits.device)
+        yield _Batch(sample, labels[torch.from_numpy(sample)].to(logits.device), seen.pixels[here], logits[here])
 
 
 def _by_samples(
@@ -303,14 +299,12 @@ def _refuse_unfit(state: RunState, world: World) -> None:
             "train.flip_test=true averages the logits of an image and its mirror image, which the linearised network "
             "does not; use --posterior sampled"
         )
-    module = state.engine.module
-    name, largest = max(trainable(module).items(), key=lambda item: item[1].numel())
-    needed = 4 * 4 * len(world.stream.class_names) * largest.numel()
-    if needed > _LARGEST:
-        raise ConfigError(
-            f"the network is too large to be linearised: the Jacobian of one image by '{name}' takes {size(needed)} "
-            f"with its copies; allowed: {size(_LARGEST)}; use --posterior sampled"
-        )
+    refuse_large_jacobians(
+        state.engine.module,
+        len(world.stream.class_names),
+        wanted_by="--posterior probit and monte_carlo",
+        instead="use --posterior sampled",
+    )
 
 
 def _pictures(samples: Sequence[int] | Ints, world: World) -> Mapping[int, npt.NDArray[np.uint8]]:

@@ -23,12 +23,12 @@ from hpccl.data.protocols import Task
 from hpccl.engine.protocols import trainable
 from hpccl.errors import ConfigError
 from hpccl.report.text import size
-from hpccl.train.passes import ask, shared_images
+from hpccl.train.passes import shared_images
 from hpccl.train.score import competing
 from hpccl.train.state import RunState, World
 from hpccl.train.task_pass import TaskPass
 
-__all__ = ["Spread", "logit_variances", "only_classes"]
+__all__ = ["Spread", "logit_variances", "only_classes", "refuse_large_jacobians"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -62,25 +62,22 @@ def logit_variances(
     """
     comm, classes = world.comm, competing(task, world)
     network = state.engine.whole_module()
-    _refuse_large(network, len(classes))
+    refuse_large_jacobians(
+        network, len(classes), wanted_by="memory.selector.network=all", instead="set memory.selector.network=last_layer"
+    )
     estimator = build_estimator(KroneckerCurvature(fisher="ggn"), world.config.seed)
     precision = estimator.estimate(network, TaskPass(task, samples, world), comm)
     weights = {name: value.detach() for name, value in (*network.named_parameters(), *network.named_buffers())}
     posterior = Posterior.of(precision, weights, prior_precision=prior_precision, comm=comm)
-    with contextlib.closing(shared_images(samples, world, size=min(world.stream_batch, _TOGETHER))) as images:
-        while True:
-            ask(world)
-            seen = next(images, None)
-            if seen is None:
-                return
-            number = len(seen.sample)
-            counts = comm.gather(torch.tensor([number])).tolist()
-            first = sum(counts[: comm.rank])
-            pixels = comm.gather(seen.pixels[:number])  # every rank has some layers, and needs all images for them
-            logits = state.engine.predict(seen.pixels)[:number, classes]
-            with only_classes(network, classes):
-                variance = posterior.logit_variance(network, pixels)[first : first + number]
-            yield Spread(seen.sample, seen.valid.numpy()[:number], logits, variance)
+    for seen in shared_images(samples, world, size=min(world.stream_batch, _TOGETHER)):
+        number = len(seen.sample)
+        counts = comm.gather(torch.tensor([number])).tolist()
+        first = sum(counts[: comm.rank])
+        pixels = comm.gather(seen.pixels[:number])  # every rank has some layers, and needs all images for them
+        logits = state.engine.predict(seen.pixels)[:number, classes]
+        with only_classes(network, classes):
+            variance = posterior.logit_variance(network, pixels)[first : first + number]
+        yield Spread(seen.sample, seen.valid.numpy()[:number], logits, variance)
 
 
 @contextlib.contextmanager
@@ -93,11 +90,18 @@ def only_classes(module: nn.Module, classes: Sequence[int]) -> Iterator[None]:
         handle.remove()
 
 
-def _refuse_large(module: nn.Module, num_classes: int) -> None:
+def refuse_large_jacobians(module: nn.Module, num_classes: int, *, wanted_by: str, instead: str) -> None:
+    """See before long work that the derivatives of one image's logits by any layer can be held.
+
+    wanted_by: the setting or option that needs them; instead: what to do without
+
+    Raises:
+        ConfigError: they cannot.
+    """
     name, largest = max(trainable(module).items(), key=lambda item: item[1].numel())
     needed = 4 * 4 * num_classes * largest.numel()
     if needed > _LARGEST:
         raise ConfigError(
-            f"memory.selector.network=all: the Jacobian of one image by '{name}' takes {size(needed)} with its copies; "
-            f"allowed: {size(_LARGEST)}; set memory.selector.network=last_layer"
+            f"the network is too large for {wanted_by}: the Jacobian of one image by '{name}' takes {size(needed)} "
+            f"with its copies; allowed: {size(_LARGEST)}; {instead}"
         )

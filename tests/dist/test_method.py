@@ -14,6 +14,7 @@ from hpccl.train.compose import Composer, plan_task, split
 from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.step import train_step
+from hpccl.train.stop import Stopped
 from tests.dist.world import Result, run_in_world
 from tests.run.method import learn, make_world, merged
 
@@ -101,3 +102,21 @@ def test_one_two_and_four_processes_agree(tmp_path: Path, changes: dict[str, Any
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     assert float((found - expected).norm()) <= tolerance * float(expected.norm())
+
+
+def left(comm: Comm, folder: str, asked: int) -> Result:
+    """Whether this rank leaves a test that one of all ranks was asked to leave."""
+    state, world = make_world(merged(), Path(folder) / f"left-{comm.size}", comm)
+    if comm.rank == asked:
+        world.stop.request("test")
+    try:
+        evaluate_all(state, world, last=-1)
+    except Stopped:
+        return {"left": True}
+    return {"left": False}
+
+
+@pytest.mark.parametrize(("asked", "leaves"), [(1, True), (-1, False)])
+def test_all_ranks_leave_a_pass_that_one_was_asked_to_leave(tmp_path: Path, asked: int, leaves: bool) -> None:
+    for rank in run_in_world(left, 2, tmp_path, str(tmp_path), asked):
+        assert rank["left"] == leaves

@@ -248,6 +248,6 @@ def test_what_cannot_be_mapped_says_why(run: Path, tmp_path: Path, monkeypatch: 
     )
     with pytest.raises(CoverageError, match=r"--posterior dense: .* here: take --posterior diagonal or last_layer"):
         map_memory(wide, posterior="dense")
-    monkeypatch.setattr("hpccl.train.memory_map.all_weights._LARGEST", 10_000)
+    monkeypatch.setattr("hpccl.train.variance._LARGEST", 10_000)
     with pytest.raises(ConfigError, match=r"too large for --posterior kronecker.*use --posterior last_layer"):
         map_memory(run, posterior="kronecker")

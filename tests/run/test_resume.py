@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from hpccl.checkpoint.store import Mark, load, marks, open_shards
+from hpccl.cluster.prepare import prepare
 from hpccl.config.run import RunConfig
+from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
 from hpccl.train.fit import fit
-from hpccl.train.run import fresh_state, weights_sha256
+from hpccl.train.run import fresh_state, run, weights_sha256
 from hpccl.train.state import RunState
+from hpccl.train.stop import Stop
 from tests.run.command import events, finish, kill_tree, report, start, trained, wait_for_steps
 from tests.run.method import go_on, learn, make_world, merged, weights
 
@@ -91,6 +94,43 @@ def test_a_signal_saves_and_stops(undisturbed: Path, tmp_path: Path, number: sig
     assert (folder / "checkpoints" / Mark.at(stop["task"], stop["phase"], stop["step"]).name).is_dir()
     continue_to_the_end(folder)
     assert report(folder)["weights_sha256"] == report(undisturbed)["weights_sha256"]
+
+
+class AfterEvent(Stop):
+    """A wish to stop that comes once a run has told of something; heard wherever ranks agree to go on."""
+
+    def __init__(self, folder: Path, event: str) -> None:
+        self.folder, self.event = folder, event
+        super().__init__()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "reason" and events(self.folder, self.event):
+            self.request("enough")
+        return super().__getattribute__(name)
+
+    def request(self, reason: str) -> None:
+        vars(self)["reason"] = reason
+
+
+def test_a_stop_while_the_network_is_tested_is_heard_and_changes_nothing(tmp_path: Path) -> None:
+    """A job that has little time left may be tested for longer."""
+    changes = {
+        "memory": {"size": 20},
+        "prior": {"quadratic": {"weight": 1.0}},
+        "stream": {"kind": "digits", "tasks": 2},
+    }
+    configs = [merged(changes, {"folder": str(tmp_path / name)}) for name in ("whole", "stopped")]
+    assert go_on(configs[0]) == "done"
+    folder = prepare(configs[1], []).path
+    for event, place in (("run", (0, "fit")), ("memory", (0, "fitted"))):
+        assert run(configs[1], Comm.solo(), AfterEvent(folder, event), quiet=True) == "stopped"
+        (*_, stop) = events(folder, "stop")
+        assert (stop["task"], stop["phase"], stop["reason"]) == (*place, "enough")
+    tested = [event["task"] for event in events(folder, "evaluate")]
+    assert tested == [-1]  # when the second start began, which was stopped after the first task's training
+    assert go_on(configs[1]) == "done"
+    assert weights(folder) == weights(tmp_path / "whole")
+    assert report(folder)["accuracy_matrix"] == report(tmp_path / "whole")["accuracy_matrix"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, TypeVar, assert_never
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpccl.config.curvature import (
     DenseCurvature,
@@ -23,17 +23,15 @@ from hpccl.curvature.build import build_estimator
 from hpccl.curvature.posterior import Posterior
 from hpccl.curvature.protocols import Examples, Precision
 from hpccl.dist.spread import wholes
-from hpccl.engine.protocols import trainable
-from hpccl.errors import ConfigError, CoverageError, DataError, FolderError
+from hpccl.errors import CoverageError, DataError, FolderError
 from hpccl.memory.perturbation import Variance, perturbed
-from hpccl.report.text import size
 from hpccl.train.memory_map.found import Found, Group, joined
 from hpccl.train.passes import shared_images
 from hpccl.train.score import competing
 from hpccl.train.state import RunState, World
 from hpccl.train.task_pass import TaskPass
 from hpccl.train.uncertainty import measured_past
-from hpccl.train.variance import only_classes
+from hpccl.train.variance import only_classes, refuse_large_jacobians
 
 __all__ = ["Whole", "by_all_weights"]
 
@@ -42,15 +40,14 @@ Measured: TypeAlias = Literal["kronecker", "ekfac", "diagonal", "dense"]
 ByLayer = TypeVar("ByLayer", KroneckerCurvature, EkfacCurvature)
 Whole: TypeAlias = Measured | Literal["checkpoint"]
 
-_LARGEST = 4 << 30  # bytes of one image's Jacobian by one layer, with the copies that are made of it
-
 
 def by_all_weights(
     kind: Whole, groups: Sequence[Group], state: RunState, world: World, prior_precision: float | None
 ) -> tuple[list[Found], float]:
     """A pass for the curvature, unless the checkpoint has it, and one for Jacobians."""
     module = state.engine.module
-    _refuse_large(module, kind, max(len(competing(group.task, world)) for group in groups))
+    largest = max(len(competing(group.task, world)) for group in groups)
+    refuse_large_jacobians(module, largest, wanted_by=f"--posterior {kind}", instead="use --posterior last_layer")
     precision = _kept(state, world) if kind == "checkpoint" else _measured(kind, groups, state, world)
     posterior = Posterior.of(precision, wholes(state.engine.gather()), prior_precision=prior_precision or 1.0)
     if prior_precision is None:
@@ -120,16 +117,6 @@ class _Passes:
         for group in self.groups:
             if len(group.measured):
                 yield from TaskPass(group.task, group.measured, self.world)
-
-
-def _refuse_large(module: nn.Module, kind: str, num_classes: int) -> None:
-    largest = max(trainable(module).items(), key=lambda item: item[1].numel())
-    needed = 4 * 4 * num_classes * largest[1].numel()
-    if needed > _LARGEST:
-        raise ConfigError(
-            f"the network is too large for --posterior {kind}: the Jacobian of one image by '{largest[0]}' takes "
-            f"{size(needed)} with its copies; allowed: {size(_LARGEST)}; use --posterior last_layer"
-        )
 
 
 def _by_jacobians(group: Group, posterior: Posterior, state: RunState, world: World) -> Found:
