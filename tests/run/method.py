@@ -19,7 +19,7 @@ from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
 from hpccl.train.topology import begin_session
 
-__all__ = ["DIGITS", "After", "go_on", "learn", "make_world", "merged", "weights"]
+__all__ = ["DIGITS", "After", "AfterEvent", "go_on", "learn", "make_world", "merged", "weights"]
 
 DIGITS: dict[str, Any] = {
     "model": {"kind": "mlp", "hidden": [16]},
@@ -72,6 +72,26 @@ class After(Stop):
         if len(list((self.folder / "checkpoints").glob("task-*-done-*"))) >= self.tasks:
             self.request("enough")
         return super().requested(comm)
+
+
+class AfterEvent(Stop):
+    """A wish to stop that comes once a run has told of something; heard wherever ranks agree to go on."""
+
+    def __init__(self, folder: Path, event: str) -> None:
+        self.folder, self.event = folder, event
+        super().__init__()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "reason" and self._told():
+            self.request("enough")
+        return super().__getattribute__(name)
+
+    def request(self, reason: str) -> None:
+        vars(self)["reason"] = reason
+
+    def _told(self) -> bool:
+        path = RunFolder(self.folder).events
+        return path.exists() and any(event["event"] == self.event for event in read_events(path))
 
 
 def weights(folder: Path) -> str:

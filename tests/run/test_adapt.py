@@ -46,7 +46,7 @@ from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
 from tests.dist.world import Result, run_in_world
 from tests.run.command import ROOT, hpccl, kill_tree, wait_for_steps
-from tests.run.method import make_world, merged
+from tests.run.method import AfterEvent, make_world, merged
 
 SECTIONS: dict[str, Any] = {
     "stream": {"kind": "digits", "tasks": 1},
@@ -383,10 +383,8 @@ def test_two_processes_remove_as_one_does(digits: Path, tmp_path: Path) -> None:
 def test_stopped_and_again_gives_the_same_weights(digits: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     once, _ = both(digits, tmp_path / "once", change, "train.epochs=5")
     again, _ = both(digits, tmp_path / "again", change, "train.epochs=5")
-    stop = Stop()
-    stop.request("test")
     assert learn(once) == "done"
-    assert learn(again, stop=stop) == "stopped"
+    assert learn(again, stop=AfterEvent(tmp_path / "again", "task")) == "stopped"
     assert learn(again) == "done"
     assert digest(tmp_path / "once") == digest(tmp_path / "again")
     runs = [event for event in read_events(tmp_path / "again" / "events.jsonl") if event["event"] == "run"]

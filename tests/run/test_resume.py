@@ -17,9 +17,8 @@ from hpccl.dist.spread import wholes
 from hpccl.train.fit import fit
 from hpccl.train.run import fresh_state, run, weights_sha256
 from hpccl.train.state import RunState
-from hpccl.train.stop import Stop
 from tests.run.command import events, finish, kill_tree, report, start, trained, wait_for_steps
-from tests.run.method import go_on, learn, make_world, merged, weights
+from tests.run.method import AfterEvent, go_on, learn, make_world, merged, weights
 
 
 @pytest.fixture(scope="module")
@@ -94,22 +93,6 @@ def test_a_signal_saves_and_stops(undisturbed: Path, tmp_path: Path, number: sig
     assert (folder / "checkpoints" / Mark.at(stop["task"], stop["phase"], stop["step"]).name).is_dir()
     continue_to_the_end(folder)
     assert report(folder)["weights_sha256"] == report(undisturbed)["weights_sha256"]
-
-
-class AfterEvent(Stop):
-    """A wish to stop that comes once a run has told of something; heard wherever ranks agree to go on."""
-
-    def __init__(self, folder: Path, event: str) -> None:
-        self.folder, self.event = folder, event
-        super().__init__()
-
-    def __getattribute__(self, name: str) -> Any:
-        if name == "reason" and events(self.folder, self.event):
-            self.request("enough")
-        return super().__getattribute__(name)
-
-    def request(self, reason: str) -> None:
-        vars(self)["reason"] = reason
 
 
 def test_a_stop_while_the_network_is_tested_is_heard_and_changes_nothing(tmp_path: Path) -> None:
