@@ -118,18 +118,22 @@ def similar(path: Path, names: Iterable[str]) -> Path | None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[bool]:
     """Let one process in and have the others wait; the system frees the lock of a process that dies.
 
-    For what several processes may do without harm, only in vain: a file system without locks lets all of them in.
+    For what several processes may do without harm, only in vain: a file system without locks lets all of them in, and
+    each is told so (False).
 
     Raises:
         OSError: the file cannot be made.
     """
     with open(path, "wb") as file:
-        with contextlib.suppress(OSError):
+        held = True
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            held = False
+        yield held
 
 
 def refuse_unwritable(folder: Path, option: str) -> None:

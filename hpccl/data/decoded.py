@@ -7,6 +7,7 @@ a list of the images that could not be decoded (zero pixels in the file).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -158,9 +159,11 @@ def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], read: Read, de
         if kept is not None:
             return kept
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")) as alone:
             kept = _opened(path, shape)  # another process may have been quicker
             if kept is None:
+                if alone:
+                    _remove_halves(path)
                 _write(path, shape, read, decode)
     except (OSError, FolderError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
@@ -185,6 +188,13 @@ def _opened(path: Path, shape: tuple[int, ...]) -> Kept | None:
     if pixels.shape != shape or pixels.dtype != np.uint8:
         return None
     return Kept(pixels, {int(number): reason for number, reason in bad.items()}, notes=_bad_path(path))
+
+
+def _remove_halves(path: Path) -> None:
+    """Of processes that were killed while they had the lock."""
+    for half in path.parent.glob(f".{path.name}.*.part"):
+        with contextlib.suppress(OSError):
+            half.unlink()
 
 
 def _bad_path(path: Path) -> Path:

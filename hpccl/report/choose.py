@@ -22,13 +22,12 @@ from ruamel.yaml import YAML
 from hpccl.config.differences import Flat, flat
 from hpccl.errors import ConfigError
 from hpccl.report.archive import read_runs
-from hpccl.report.compare import IGNORED
+from hpccl.report.compare import IGNORED, MEMORY_SIZES
 from hpccl.report.summary import RunReport
 from hpccl.report.write import write_text
 
 __all__ = ["Candidate", "Choice", "choose", "choose_runs", "write_choices"]
 
-_SIZES = ("memory.size", "memory.total", "memory.fraction")
 _SHOWN = 5  # settings that an error names one by one
 
 
@@ -148,7 +147,7 @@ def _candidates(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> tuple[Ca
     _refuse_other_tests(method, mine)
     groups: dict[str, list[tuple[Flat, RunReport]]] = {}
     for identity, run in mine:
-        groups.setdefault(_text({k: v for k, v in identity.items() if k not in (*IGNORED, *_SIZES)}), []).append(
+        groups.setdefault(_text({k: v for k, v in identity.items() if k not in (*IGNORED, *MEMORY_SIZES)}), []).append(
             (identity, run)
         )
     places = [sorted(_place(*each) for each in group) for group in groups.values()]
@@ -205,11 +204,11 @@ def _unlike(name: str, first: Any, second: Any) -> Iterator[tuple[str, str, str]
 
 
 def _place(identity: Flat, run: RunReport) -> tuple[str, int]:
-    return " ".join(str(identity[key]) for key in _SIZES if identity.get(key)), run.seed
+    return " ".join(str(identity[key]) for key in MEMORY_SIZES if identity.get(key)), run.seed
 
 
 def _differs(key: str, identities: Sequence[Flat]) -> bool:
-    if key in (*IGNORED, *_SIZES):
+    if key in (*IGNORED, *MEMORY_SIZES):
         return False
     return len({_text(one.get(key, "absent")) for one in identities}) > 1
 

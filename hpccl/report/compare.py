@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hpccl.config.differences import Flat, flat
+from hpccl.config.differences import ABSENT, Flat, flat
 from hpccl.errors import ConfigError
 from hpccl.report.archive import Recorded, read_runs
 from hpccl.report.events import number, valid_json
@@ -27,6 +27,7 @@ __all__ = [
     "FIGURES",
     "IGNORED",
     "LIKELIHOOD",
+    "MEMORY_SIZES",
     "Comparison",
     "Group",
     "Statistic",
@@ -63,6 +64,7 @@ _NOTE = (
 )
 
 # Keys that change what a run costs, or which of several equal paths it took, but not what is compared.
+MEMORY_SIZES = ("memory.size", "memory.total", "memory.fraction")  # which have a column of their own
 IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
 
 _MANY = 2  # settings, beyond which they are told against the first group's
@@ -124,6 +126,10 @@ class Comparison:
     def members(self, group: Group) -> list[RunReport]:
         """The runs that count in a group."""
         return [self.runs[position] for position in group.members]
+
+    def finished(self, group: Group) -> bool:
+        """Whether its runs came to their end: after few tasks accuracies are high, so that others do not compete."""
+        return all(run.status == "done" for run in self.members(group))
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON types; what all groups have in common of their configurations stands above them."""
@@ -213,9 +219,7 @@ def _groups(
     found = []
     for positions in members.values():
         first = positions[0]
-        alike = [
-            identities[i] for i in firsts if _kind(identities[i], runs[i]) == _kind(identities[first], runs[first])
-        ]
+        alike = [identities[i] for i in firsts if runs[i].method == runs[first].method]
         method, memory = _kind(identities[first], runs[first])
         size = int(identities[first]["memory.size"])
         found.append(
@@ -249,17 +253,17 @@ def _budget(identity: Flat) -> str:
 
 
 def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
-    """`key=value` of every setting in which groups of one method and memory differ.
+    """`key=value` of every setting but the size of memory in which groups of one method differ.
 
     Where these are many, only the first group has all of them, the others those in which they differ from it.
     """
-    keys = dict.fromkeys(key for other in alike for key in other if key not in IGNORED)
-    differing = [key for key in keys if len({json.dumps(other.get(key), sort_keys=True) for other in alike}) > 1]
+    keys = dict.fromkeys(key for other in alike for key in other if key not in (*IGNORED, *MEMORY_SIZES))
+    differing = [key for key in keys if len({json.dumps(other.get(key, ABSENT)) for other in alike}) > 1]
     kinds = {key.removesuffix("kind") for key in differing if key.endswith(".kind")}
     told = [key for key in differing if not _explained(key, kinds, alike)]
     if len(told) > _MANY and identity is not alike[0]:
-        told = [key for key in told if identity.get(key) != alike[0].get(key)]
-    return " ".join(f"{key}={_short(identity.get(key))}" for key in told if key in identity)
+        told = [key for key in told if identity.get(key, ABSENT) != alike[0].get(key, ABSENT)]
+    return " ".join(f"{key}={_short(identity[key])}" for key in told if key in identity)
 
 
 def _explained(key: str, kinds: set[str], alike: Sequence[Flat]) -> bool:
@@ -401,14 +405,10 @@ def _notes(comparison: Comparison) -> list[str]:
     notes += [f"Several runs of one seed, each of which counts: {', '.join(twice)}."] if twice else []
     left_out = [name for group in comparison.groups for name in group.left_out]
     notes += [f"Not finished and left out: {', '.join(left_out)}."] if left_out else []
-    early = [run.name for run in comparison.runs if run.status != "done" and run.name not in _names(left_out)]
+    early = [run.name for group in comparison.groups for run in comparison.members(group) if run.status != "done"]
     notes += [f"Not finished, shown as they stand: {', '.join(early)}."] if early else []
     notes += [f"{run.name}: {run.message}." for run in comparison.runs if run.status == "done" and run.message]
     return notes
-
-
-def _names(left_out: Sequence[str]) -> set[str]:
-    return {text.rsplit(" (", 1)[0] for text in left_out}
 
 
 def _run_rows(comparison: Comparison) -> list[list[str]]:

@@ -1,8 +1,8 @@
 r"""A comparison as LaTeX tables with booktabs: methods down, examples of a task across.
 
 In each column the best mean is bold, and means within one standard error of it, the best one's s / sqrt(n), are
-underlined. References (`joint`, `separate`, `cumulative`), which keep all data or a network for each task, and
-published values do not compete.
+underlined. References (`joint`, `separate`, `cumulative`), which keep all data or a network for each task, published
+values and runs that are not finished do not compete.
 """
 
 from __future__ import annotations
@@ -61,7 +61,11 @@ def _known(statistic: Statistic) -> bool:
 def _table(comparison: Comparison, key: str) -> str:
     rows = _series(comparison, key)
     columns = sorted({_column(group) for group in comparison.groups})
-    marked = {one: marks({name: cells[one] for name, cells in rows.items() if one in cells}, key) for one in columns}
+    finished = {_place(group) for group in comparison.groups if comparison.finished(group)}
+    marked = {
+        one: marks({name: cells[one] for name, cells in rows.items() if one in cells and (name, one) in finished}, key)
+        for one in columns
+    }
     lines = [_line(_head(columns)), r"\midrule"]
     for name, cells in rows.items():
         own = [_cell(cells.get(column), marked[column].get(name, ""), key) for column in columns]
@@ -89,8 +93,14 @@ def _series(comparison: Comparison, key: str) -> dict[tuple[str, str], Cells]:
     """By method and variant."""
     found: dict[tuple[str, str], Cells] = {}
     for group in comparison.groups:
-        found.setdefault((group.method, group.variant), {})[_column(group)] = group.statistics[key]
+        row, column = _place(group)
+        found.setdefault(row, {})[column] = group.statistics[key]
     return found
+
+
+def _place(group: Group) -> tuple[tuple[str, str], Column]:
+    """Its row and its column."""
+    return (group.method, group.variant), _column(group)
 
 
 def marks(column: Mapping[tuple[str, str], Statistic], key: str) -> dict[tuple[str, str], str]:
@@ -172,6 +182,10 @@ def _caption(comparison: Comparison, key: str) -> str:
         [*([", ".join(references)] if references else []), *(["published values"] if published else [])]
     )
     apart = f"; {aside} do not compete" if aside else ""
+    early = [group for group in comparison.groups if not comparison.finished(group)]
+    apart += (
+        f". Not finished, and not competing: {_escaped(', '.join(group.label for group in early))}" if early else ""
+    )
     return (
         f"{heading} after the last task, {unit}: mean $\\pm$ sample standard deviation over {seeded}; "
         "$m$ examples of a task in memory. Bold: the best of a column; underlined: within one standard error of it"

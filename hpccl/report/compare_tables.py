@@ -90,6 +90,8 @@ def tables(comparison: Comparison) -> list[TextTable]:
 def paired(comparison: Comparison) -> TextTable:
     """Each group less the first one over the seeds that both have; no line where they share fewer than two.
 
+    Nor where one has no finished run.
+
     What a seed decides for both, such as the first task, is not in the differences, so that they spread less than the
     groups do.
     """
@@ -104,7 +106,7 @@ def paired(comparison: Comparison) -> TextTable:
 def _paired_row(comparison: Comparison, first: Group, group: Group) -> list[str]:
     ours, theirs = ({run.seed: run for run in comparison.members(each)} for each in (group, first))
     seeds = [seed for seed in ours if seed in theirs]
-    if len(seeds) < 2:
+    if len(seeds) < 2 or not (comparison.finished(first) and comparison.finished(group)):
         return []
     cells = [_mean_and_error([_less(ours[seed], theirs[seed], key) for seed in seeds]) for key in _PAIRED]
     higher = sum((_less(ours[seed], theirs[seed], "average_accuracy") or 0.0) > 0 for seed in seeds)
@@ -128,13 +130,12 @@ def _less(run: RunReport, other: RunReport, figure: str) -> float | None:
 def behind_best(comparison: Comparison) -> TextTable:
     """By method and size of memory, the average accuracy less that of the best; no line for fewer than two sizes.
 
-    Of finished runs: after few tasks accuracies are high.
+    Of finished runs.
     """
     finished = [
         group
         for group in comparison.groups
-        if group.statistics["average_accuracy"].mean is not None
-        and all(run.status == "done" for run in comparison.members(group))
+        if group.statistics["average_accuracy"].mean is not None and comparison.finished(group)
     ]
     best: dict[int, Group] = {}
     for size in sorted({group.memory_size for group in finished} - {0}):
@@ -302,13 +303,13 @@ def _correlation_note(comparison: Comparison, figure: str) -> list[str]:
 
 
 def rank_correlation(comparison: Comparison, figure: Callable[[RunReport], float | None]) -> tuple[float, int] | None:
-    """Spearman's rank correlation of a figure of the runs that count with their average accuracy, and their number.
+    """Spearman's rank correlation of a figure of finished runs with their average accuracy, and the runs' number.
 
     None of fewer than three runs, or where all values of one side are equal.
     """
     from scipy.stats import spearmanr
 
-    pairs = [(figure(run), run.average_accuracy) for run in _counted(comparison)]
+    pairs = [(figure(run), run.average_accuracy) for run in _counted(comparison) if run.status == "done"]
     known = [(x, y) for x, y in pairs if x is not None and y is not None]
     if len(known) < 3 or any(len(set(side)) == 1 for side in zip(*known, strict=True)):
         return None

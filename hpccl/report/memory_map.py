@@ -273,7 +273,7 @@ def _sheets(found: MemoryMap) -> list[dict[str, Any]]:
 def _write_csv(path: Path, found: MemoryMap) -> None:
     """One line an example."""
     columns = list(found.table)
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "class", *columns])
         values = zip(*(found.table[name].tolist() for name in columns), strict=True)

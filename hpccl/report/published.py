@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def read_published(path: Path, *, dataset: str | None, num_tasks: int) -> Publis
     rows = _read(path)
     try:
         return _table(rows, dataset, num_tasks, path)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"published values '{path}' have a cell that is not a number: {error}") from error
 
 
@@ -137,4 +138,6 @@ def _key(row: Row) -> tuple[str, int]:
 
 
 def _number(cell: str | None, unit: float) -> float | None:
-    return float(cell) / unit if cell else None
+    """None for what was not measured, which exports leave empty or write as nan."""
+    value = float(cell) / unit if cell else None
+    return value if value is None or math.isfinite(value) else None

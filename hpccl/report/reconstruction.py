@@ -74,7 +74,7 @@ def write_reconstruction(found: Reconstruction, out: Path) -> Path:
     write_text(out / "reconstruction.md", markdown(found))
     with (
         replacing(out / "reconstruction.csv") as beside,
-        beside.open("w", newline="", encoding="utf-8") as file,
+        beside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         writer = csv.DictWriter(file, fieldnames=list(found.rows[0]))
         writer.writeheader()

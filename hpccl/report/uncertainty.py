@@ -281,7 +281,7 @@ def _sheets(found: Uncertainty) -> list[tuple[str, str, str, bytes]]:
 def _write_csv(path: Path, found: Uncertainty) -> None:
     """One line an image."""
     columns = list(found.table)
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["class", *columns])
         for row in zip(*(found.table[name].tolist() for name in columns), strict=True):

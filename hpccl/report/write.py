@@ -99,13 +99,13 @@ def _json(content: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, beside and renamed.
+    """UTF-8, beside and renamed; of names of files that are not UTF-8, their bytes as numbers.
 
     Raises:
         FolderError: it cannot be written.
     """
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def page(template: str, **content: Any) -> str:

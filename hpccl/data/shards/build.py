@@ -99,6 +99,10 @@ def build(
     """
     if samples_per_shard < 1:
         raise ConfigError(f"samples_per_shard is {samples_per_shard}: allowed is a positive number")
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(
+            f"'{out}' lies in '{source}', where shards would be taken for images: give a folder beside it"
+        )
     if checksum is not None:
         check_source(source, checksum, out)
     listing = _choose(scan(source, labels), split, source)

@@ -34,13 +34,16 @@ def check_source(source: Path, expected: str, out: Path) -> None:
 
     Raises:
         ConfigError: it is a folder.
-        DataError: it differs.
+        DataError: it differs, or is not there.
         FolderError: the note cannot be written.
     """
     name, digest = parse_checksum(expected)
-    if not source.is_file():
+    if source.is_dir():
         raise ConfigError(f"source '{source}' is not a file, so it has no checksum: leave --checksum out")
-    status = source.stat()
+    try:
+        status = source.stat()
+    except OSError as error:
+        raise DataError(f"source '{source}' cannot be read: {error.strerror}") from error
     seen = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "checksum": f"{name}:{digest}"}
     note = out / _NOTE
     if _read(note) == seen:

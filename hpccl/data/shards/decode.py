@@ -201,6 +201,9 @@ def _decode_by_pillow(data: bytes, name: str) -> Pixels:
 
 
 def _rgb(image: Image.Image) -> Pixels:
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        # Which number is white is said nowhere; Pillow clips them all, mostly to black.
+        raise ValueError("pixels of 32 bits have no known range: convert them to 8 or 16 bits")
     if image.mode.startswith("I;16") or image.mode == "I":
         # Pillow clips 16-bit grey to 255 instead of scaling it.
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)

@@ -12,6 +12,7 @@ import io
 import itertools
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -54,6 +55,13 @@ class Labels:
         missing = [stem for stem in stems if stem not in self.by_name]
         if missing:
             raise DataError(f"'{self.file}' has no label for '{missing[0]}' ({len(missing)} images in all have none)")
+        unused = self.by_name.keys() - set(stems)
+        if unused:  # though there are as many labels as images
+            twice = next(stem for stem, times in Counter(stems).items() if times > 1)
+            raise DataError(
+                f"'{self.file}' has one label for '{twice}', but several images are named so, and none for the label "
+                f"of '{min(unused)}': give images different names (folders and suffixes do not count)"
+            )
         return [self.by_name[stem] for stem in stems]
 
 

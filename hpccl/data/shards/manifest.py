@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
-_COPY_AGAIN = "copy the shards again, or delete the folder and build them again"
+_COPY_AGAIN = "copy the shards again, or delete their folder and build them again"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 UNFINISHED = ".build"  # folder of what a build leaves for its resumption
 
 
@@ -133,9 +135,7 @@ class Manifest:
                 f"'{folder}' has no {MANIFEST}: it is not a finished folder of shards (see `hpccl shards build`)"
             ) from None
         except OSError as error:
-            raise DataError(
-                f"'{path}' cannot be read ({error}): copy the shards again, or delete their folder and build them again"
-            ) from error
+            raise DataError(f"'{path}' cannot be read ({error}): {_COPY_AGAIN}") from error
         return cls.parse(data, str(path))
 
     @classmethod
@@ -148,21 +148,15 @@ class Manifest:
         try:
             document = json.loads(data)
         except ValueError as error:
-            raise DataError(
-                f"'{path}' cannot be read ({error}): copy the shards again, or delete their folder and build them again"
-            ) from error
+            raise DataError(f"'{path}' cannot be read ({error}): {_COPY_AGAIN}") from error
         found = document.get("format") if isinstance(document, dict) else None
         if found != FORMAT:
             raise DataError(f"'{path}' has format {found!r}, but this version of hpccl reads format {FORMAT}")
         try:
             manifest = _parse(document)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"'{path}' is damaged ({error!r}): copy the shards again, or delete their folder and build them again"
-            ) from error
-        for shard in manifest.shards:  # copies of shards are written under these names
-            if Path(shard.file).name != shard.file:
-                raise DataError(f"'{path}' names a shard outside of its folder, '{shard.file}'; do not use it")
+            raise DataError(f"'{path}' is damaged ({error!r}): {_COPY_AGAIN}") from error
+        _refuse_untrusted(manifest, path)
         return manifest
 
 
@@ -262,6 +256,23 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_untrusted(manifest: Manifest, path: str) -> None:
+    """Copies of shards are written under their names, and downloads under their checksums: no path may be among them.
+
+    Raises:
+        DataError: one is, or a class is not listed.
+    """
+    for shard in manifest.shards:
+        if Path(shard.file).name != shard.file or shard.file in ("", ".."):
+            raise DataError(f"'{path}' names a shard outside of its folder, '{shard.file}'; do not use it")
+    for found in (manifest.index_sha256, *(shard.sha256 for shard in manifest.shards)):
+        if not _SHA256.fullmatch(str(found)):
+            raise DataError(f"'{path}' has {found!r} where a SHA-256 belongs; do not use it")
+    unknown = sorted({shard.class_name for shard in manifest.shards} - set(manifest.classes))
+    if unknown:
+        raise DataError(f"'{path}' is damaged (it does not list the class '{unknown[0]}' of a shard): {_COPY_AGAIN}")
 
 
 def _parse(document: dict[str, Any]) -> Manifest:

@@ -22,7 +22,7 @@ __all__ = ["Copies", "ShardSet", "missing_files"]
 Ints = npt.NDArray[np.int64]
 
 _SNATCHED = 5  # times a fetched shard may be deleted before it is opened
-_MAX_OPEN = 128  # of the usual 1024 files a process may have open
+_MAX_OPEN = 128  # of the usual 1024 files a process may have open; of all splits, parts and copies together
 _CHUNK = 1 << 20  # bytes that are hashed at a time
 
 
@@ -228,26 +228,24 @@ class _Descriptor:
             os.close(self.number)
 
 
+@dataclass(frozen=True, eq=False)
 class _Files:
-    """The most recently used files stay open.
+    """Of one split; the most recently used files of all splits stay open.
 
     place: a folder or a URL; cache: for a URL
     """
 
-    def __init__(
-        self, place: str, entries: Sequence[ShardEntry], cache: ShardCache | None = None, max_open: int = _MAX_OPEN
-    ) -> None:
-        self.place = place
-        self.entries = entries
-        self.cache = cache
-        self.max_open = max_open
-        # Needs no lock of ours, which a fork could leave locked; an evicted file closes when its last reader is done.
-        self._opened = lru_cache(maxsize=max_open)(self._open)
+    place: str
+    entries: Sequence[ShardEntry]
+    cache: ShardCache | None = None
 
-    def __reduce__(self) -> tuple[type[_Files], tuple[str, Sequence[ShardEntry], ShardCache | None, int]]:
-        return _Files, (self.place, self.entries, self.cache, self.max_open)
+    def open(self, number: int) -> _Descriptor:
+        """Open file `number`.
 
-    def _open(self, number: int) -> _Descriptor:
+        Raises:
+            DataError: it was deleted again and again before it could be.
+            OSError: it cannot be opened.
+        """
         entry = self.entries[number]
         if self.cache is None:
             return _Descriptor(f"{self.place}/{entry.file}")
@@ -277,7 +275,7 @@ class _Files:
             DataError: it cannot be read or ends too early.
         """
         try:
-            descriptor = self._opened(number)
+            descriptor = _opened(self, number)
             data = os.pread(descriptor.number, length, offset)
             while len(data) < length:
                 more = os.pread(descriptor.number, length - len(data), offset + len(data))
@@ -296,7 +294,7 @@ class _Files:
         """
         entry, digest, offset = self.entries[number], hashlib.sha256(), 0
         try:
-            descriptor = self._opened(number)
+            descriptor = _opened(self, number)
             while chunk := os.pread(descriptor.number, _CHUNK, offset):
                 digest.update(chunk)
                 offset += len(chunk)
@@ -318,6 +316,12 @@ class _Files:
     def _unreadable(self, number: int, error: OSError) -> DataError:
         shard = f"{self.place}/{self.entries[number].file}"
         return DataError(f"shard '{shard}' cannot be read ({error.strerror}): see `hpccl shards verify`")
+
+
+# Needs no lock of ours, which a fork could leave locked; an evicted file closes when its last reader is done.
+@lru_cache(maxsize=_MAX_OPEN)
+def _opened(files: _Files, number: int) -> _Descriptor:
+    return files.open(number)
 
 
 def missing_files(folder: Path, manifest: Manifest) -> dict[int, str]:

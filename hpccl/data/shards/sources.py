@@ -320,6 +320,11 @@ def _arrange(members: list[Member], source: Path) -> Listing:
             )
         split, name = (path[0], path[1]) if has_splits else ("", path[0])
         listing.setdefault(split, {}).setdefault(name, []).append(member)
+    for name in {name for classes in listing.values() for name in classes}:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"class {name!r} in '{source}' has a name that is not UTF-8: rename its folder") from None
     return listing
 
 

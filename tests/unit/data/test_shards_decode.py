@@ -41,6 +41,23 @@ def test_odd_modes_become_rgb(mode: str) -> None:
     assert check(buffer.getvalue(), "x") == (8, 8)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+@pytest.mark.parametrize("function", [decode, check])
+def test_pixels_without_a_known_range_are_refused(dtype: type, function: object) -> None:
+    """They would be black, or clipped."""
+    assert callable(function)
+    buffer = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(dtype)).save(buffer, "tiff")
+    with pytest.raises(DataError, match=r"train/cat/1.*32 bits have no known range: convert them to 8 or 16"):
+        function(buffer.getvalue(), "train/cat/1")
+
+
+def test_grey_of_16_bits_in_a_netpbm_file_is_scaled() -> None:
+    grey = (np.arange(64).reshape(8, 8) * 1000).astype(">u2")
+    decoded = decode(b"P5 8 8 65535\n" + grey.tobytes(), "x")
+    assert np.array_equal(decoded[:, :, 0], grey >> 8)
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 @pytest.mark.parametrize("function", [decode, check])
 def test_damaged_images_are_named(kind: str, function: object) -> None:

@@ -140,6 +140,15 @@ def test_labels_that_are_not_certain(tmp_path: Path, lines: list[str], words: st
         read_labels(text(tmp_path / "labels", lines))
 
 
+@pytest.mark.parametrize("names", [("x/1.png", "y/1.png"), ("x/1.png", "x/1.jpg")])
+def test_a_label_is_not_given_to_two_images(tmp_path: Path, names: tuple[str, str]) -> None:
+    source = tmp_path / "set.tar"
+    source.write_bytes(tar_bytes({name: image_bytes(pixels(0, 8, 8), "png") for name in names}))
+    labels = read_labels(text(tmp_path / "labels", ["1 cat", "2 dog"]))
+    with pytest.raises(DataError, match=r"one label for '1', but several images are named so, and none for .*'2'"):
+        build(source, tmp_path / "shards", split="test", labels=labels)
+
+
 def test_labels_of_other_images(tars: tuple[Path, Path], tmp_path: Path) -> None:
     few = read_labels(text(tmp_path / "few", [f"{name} n01440764" for name in NAMES[1:]]))
     with pytest.raises(DataError, match="has labels of 11 images, but the source has 12"):
@@ -160,6 +169,16 @@ def test_a_damaged_source_is_refused_before_anything_is_written(tars: tuple[Path
     with pytest.raises(DataError, match=f"not {good}: it is damaged"):
         build(train, out, split="train", checksum=f"sha256:{good}")
     assert not out.exists()
+
+
+def test_a_source_that_is_not_there_or_has_the_shards_in_it(tmp_path: Path) -> None:
+    for checksum in (None, "md5:" + "0" * 32):
+        with pytest.raises(DataError, match=r"nowhere.tar' (does not exist|cannot be read: No such file)"):
+            build(tmp_path / "nowhere.tar", tmp_path / "shards", checksum=checksum)
+    (tmp_path / "images").mkdir()
+    for out in (tmp_path / "images", tmp_path / "images" / "shards"):
+        with pytest.raises(ConfigError, match="would be taken for images: give a folder beside it"):
+            build(tmp_path / "images", out)
 
 
 def test_a_source_is_read_once_for_its_checksum(tars: tuple[Path, Path], tmp_path: Path) -> None:

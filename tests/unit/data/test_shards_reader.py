@@ -6,11 +6,13 @@ import pickle
 import tarfile
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hpccl.data.shards import reader
 from hpccl.data.shards.build import build
 from hpccl.data.shards.decode import image_size
 from hpccl.data.shards.manifest import Manifest
@@ -61,9 +63,24 @@ def test_offsets_are_those_of_the_tar(shards: Path) -> None:
         assert data.index.offset[data.shard_of == number].tolist() == offsets
 
 
-def test_survives_pickling_forks_and_threads_with_few_open_files(shards: Path) -> None:
+def few_open(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(reader, "_opened", lru_cache(maxsize=number)(reader._opened.__wrapped__))
+
+
+def test_few_files_are_open_however_many_splits_are_read(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_open(monkeypatch, 3)
+    before = len(os.listdir("/proc/self/fd"))
+    sets = [ShardSet.open(shards, split) for split in ("train", "test", "train", "test")]
+    for data in sets:
+        for sample in range(len(data)):
+            data.read(sample)
+    assert sum(len(data.manifest.shards) for data in sets) > 10
+    assert len(os.listdir("/proc/self/fd")) - before <= 3
+
+
+def test_survives_pickling_forks_and_threads_with_few_open_files(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_open(monkeypatch, 2)
     data = ShardSet.open(shards, "train")
-    data.files.__init__(data.files.place, data.files.entries, None, 2)  # type: ignore[misc]
     wanted = [data.read(sample) for sample in range(len(data))]
     copy = pickle.loads(pickle.dumps(data))
     assert [copy.read(sample) for sample in range(len(data))] == wanted
@@ -180,6 +197,10 @@ def test_a_missing_split_and_unknown_formats_say_so(shards: Path) -> None:
         json.dumps({**document, "format": 99}): "format 99, but .* format 1",
         json.dumps({**document, "shards": [{"file": "x"}]}): "damaged",
         json.dumps({**document, "shards": [{**document["shards"][0], "file": "../x.tar"}]}): "outside of its folder",
+        json.dumps({**document, "shards": [{**document["shards"][0], "file": ".."}]}): "outside of its folder",
+        json.dumps({**document, "shards": [{**document["shards"][0], "sha256": "/etc/passwd"}]}): "a SHA-256 belongs",
+        json.dumps({**document, "index": {**document["index"], "sha256": f"../{'0' * 64}"}}): "a SHA-256 belongs",
+        json.dumps({**document, "shards": [{**document["shards"][0], "class": "x"}]}): "does not list the class 'x'",
         "[]": "format None",
         "{": "cannot be read",
     }.items():

@@ -18,6 +18,7 @@ from hpccl.config.data import DataConfig
 from hpccl.config.stream import Part, ShardStream
 from hpccl.data.build import open_stream
 from hpccl.data.rows import Request
+from hpccl.data.shards import reader
 from hpccl.data.shards.build import build
 from hpccl.data.shards.reader import ShardSet
 from hpccl.data.shards.remote import ShardCache, load_manifest
@@ -149,7 +150,7 @@ def test_the_cache_stays_bounded_and_forgets_what_was_not_used(shards: Path, tmp
     assert len(sizes) > 4
     for turn in range(2):
         for sample in first:
-            data.files._opened.cache_clear()
+            reader._opened.cache_clear()
             assert data.read(sample) == plain.read(sample), turn
             assert data.read(first[0]) == plain.read(first[0])
             assert sum(path.stat().st_size for path in kept(tmp_path)) <= bound

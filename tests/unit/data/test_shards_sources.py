@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -180,6 +181,14 @@ def test_a_class_folder_without_images_is_refused(tmp_path: Path, split: str, wr
         scan(source)
     (folder / "deeper" / "picture.png").write_bytes(b"x")
     assert "class_9" in scan(source)[split]
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """As in archives that were made when Latin-1 was usual."""
+    folder = os.fsdecode(b"caf\xe9")
+    source = write_folder(tmp_path / "set", {f"{folder}/a.png": b"x", "b/a.png": b"x"})
+    with pytest.raises(DataError, match=r"class 'caf\\udce9' in .* is not UTF-8: rename its folder"):
+        scan(source)
 
 
 def test_folders_beside_the_splits_and_classes_of_their_names_are_left_alone(tmp_path: Path) -> None:

@@ -457,6 +457,20 @@ def keep(path: str, folder: str) -> None:
     np.testing.assert_array_equal(kept.pixels[:, 0, 0, 0], np.arange(30))
 
 
+def test_halves_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    path, folder = tmp_path / "cache" / "images.npy", tmp_path / "decoded"
+    folder.mkdir()
+    process = multiprocessing.get_context("fork").Process(target=keep, args=(str(path), str(folder)))
+    process.start()
+    while not any(folder.iterdir()):
+        time.sleep(0.001)
+    process.kill()
+    process.join(30)
+    assert any(file.suffix == ".part" for file in path.parent.iterdir())
+    keep(str(path), str(folder))
+    assert sorted(file.name for file in path.parent.iterdir()) == ["images.bad.json", "images.lock", "images.npy"]
+
+
 def test_processes_that_race_decode_once(tmp_path: Path) -> None:
     path, folder = tmp_path / "cache" / "images.npy", tmp_path / "decoded"
     folder.mkdir()

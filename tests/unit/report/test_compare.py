@@ -13,6 +13,7 @@ from hpccl.config.data import DataConfig
 from hpccl.config.load import dump
 from hpccl.config.memory import MemoryConfig, StratifiedMix
 from hpccl.config.optim import TimmOptim
+from hpccl.config.run import RunConfig
 from hpccl.config.train import TrainConfig
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.compare import Comparison, _settings, compare_runs, group_table, print_comparison
@@ -130,6 +131,32 @@ def test_groups_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> 
     assert "optim.lr=0.01" in printed(comparison)
 
 
+def test_a_section_that_some_lack_tells_them_apart(tmp_path: Path) -> None:
+    """Its key is then null, and those within are absent."""
+    changes = [(lr, grown) for grown in (None, {"first": 32}) for lr in (1e-3, 1e-2)]
+    runs = []
+    for number, (lr, grown) in enumerate(changes):
+        sections = synthetic.config().model_dump(mode="json")
+        sections["stream"] = {"kind": "shards", "parts": [{"path": "x", "tasks": 3}]}
+        sections["model"] = {"kind": "timm", "name": "resnet18"}
+        sections["data"] |= {"image_size": 64, "progressive": grown}
+        sections["optim"]["lr"] = lr
+        runs.append(synthetic.write_run(tmp_path / str(number), RunConfig.model_validate(sections)))
+    comparison = compare_runs(runs)
+    settings = [group.settings for group in comparison.groups]
+    assert len(set(settings)) == len(runs)
+    assert "data.progressive.first=32" in settings[2]
+    assert render_latex(comparison).split(r"\begin{table}")[1].count("ewc+fr+replay") == len(runs)
+
+
+def test_settings_are_told_apart_over_all_sizes_of_memory(tmp_path: Path) -> None:
+    """Or two settings would be one method that memory makes better."""
+    runs = [write(tmp_path / f"{size}", size=size, optim=TimmOptim(lr=(1e-4 * size,))) for size in (20, 40)]
+    groups = compare_runs(runs).groups
+    assert [group.settings for group in groups] == ["optim.lr=0.002", "optim.lr=0.004"]
+    assert len({group.series for group in groups}) == 2
+
+
 def test_many_settings_are_told_against_the_first_group(tmp_path: Path) -> None:
     changes: dict[str, dict[str, Any]] = {
         "base": {},
@@ -181,6 +208,11 @@ def test_an_unfinished_run_does_not_enter_a_mean(seeds: list[Path], tmp_path: Pa
     alone = compare_runs([late])
     assert alone.groups[0].seeds == [2]
     assert "shown as they stand: late" in printed(alone)
+    namesake = synthetic.config(name="late", seed=2, replay=0.0)
+    synthetic.write_run(tmp_path / "namesake", namesake, tasks=1, finished=False)
+    text = " ".join(printed(compare_runs([*seeds, late, tmp_path / "namesake"])).split())
+    assert "left out: late (running)" in text
+    assert "shown as they stand: late" in text
 
 
 def test_published_values_stand_beside(seeds: list[Path], tmp_path: Path, published: Path) -> None:
@@ -204,6 +236,7 @@ def test_published_values_stand_beside(seeds: list[Path], tmp_path: Path, publis
         (PUBLISHED.replace("Other,ewc+fr+replay,20,mean(n=1),5", "Other,ewc,,mean(n=1),3"), None, "several data sets"),
         (PUBLISHED.replace(",3,", ",4,"), None, "no data set with 3 tasks"),
         (PUBLISHED.replace("71.5", "good"), None, "not a number"),
+        (PUBLISHED.replace("replay,20,", "replay,inf,"), None, "not a number"),
         ("dataset,method\nToy,ewc\n", None, "lack the columns memory_per_task, row"),
     ],
 )
@@ -221,6 +254,17 @@ def test_a_short_line_of_published_values_says_nothing_of_what_it_lacks(seeds: l
     (group,) = compare_runs(seeds, published=published).groups
     assert group.published is not None
     assert group.published.figures["average_accuracy"][0] == pytest.approx(0.715)
+
+
+def test_published_values_that_are_not_finite_were_not_measured(
+    seeds: list[Path], tmp_path: Path, published: Path
+) -> None:
+    published.write_text(PUBLISHED.replace("71.5,-1.5,2.5", "71.5,nan,inf"))
+    comparison = compare_runs(seeds, published=published)
+    assert comparison.groups[0].published is not None
+    figures = comparison.groups[0].published.figures
+    assert (figures["average_accuracy"][0], figures["bwt"][0], figures["forgetting"][0]) == (0.715, None, None)
+    write_comparison(comparison, tmp_path / "out")
 
 
 def test_published_values_that_are_absent_are_an_error(seeds: list[Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hpccl.config.train import EvaluateConfig
 from hpccl.report.compare import Comparison, compare_runs, mean_reconstruction
 from hpccl.report.compare_files import write_comparison
+from hpccl.report.compare_latex import render_latex
 from hpccl.report.compare_tables import (
     behind_best,
     calibration,
@@ -116,7 +117,16 @@ def test_a_run_that_is_not_finished_is_not_the_best(tmp_path: Path) -> None:
         synthetic.write_run(tmp_path / f"b{size}", synthetic.config(size=size, replay=0.0), tasks=1, finished=False)
         for size in (20, 40)
     ]
-    assert not behind_best(compare_runs([*runs, *half])).rows
+    comparison = compare_runs([*runs, *half])
+    assert not behind_best(comparison).rows
+    text = render_latex(comparison)
+    assert text.split(r"\begin{table}")[1].count(r"\mathbf") == 2, "of the finished method alone, one a column"
+    assert "Not finished, and not competing: ewc+fr m=20, ewc+fr m=40" in text
+    pairs = [tmp_path / "pair", tmp_path / "half"]
+    synthetic.write_run(pairs[0], synthetic.config(seed=1))
+    synthetic.write_run(pairs[1], synthetic.config(seed=1, replay=0.0), tasks=1, finished=False)
+    assert not paired(compare_runs([runs[0], half[0], *pairs])).rows
+    assert rank_correlation(compare_runs([*runs, *half, *pairs]), lambda run: float(run.num_tasks)) is None
 
 
 def evaluation(task: int, shift: float, *, calibrated: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hpccl.errors import FolderError
 from hpccl.report.events import EventLog
 from hpccl.report.pictures import memory_grids
 from hpccl.report.plots import reliability
-from hpccl.report.write import report_run
+from hpccl.report.write import report_run, write_text
 from tests.unit.report import synthetic
 
 GOLDEN = Path(__file__).with_name("golden_report.md")
@@ -125,6 +125,12 @@ def test_names_from_outside_cannot_write_html(tmp_path: Path) -> None:
     report_run(tmp_path)
     assert "<script" not in (tmp_path / "report.html").read_text()
     assert r"\|x" in (tmp_path / "report.md").read_text()
+
+
+def test_a_name_that_is_not_utf8_does_not_stop_the_report(tmp_path: Path) -> None:
+    """A class of shards that were built before such names were refused."""
+    write_text(tmp_path / "report.md", f"class {os.fsdecode(b'caf' + bytes([0xE9]))}")
+    assert (tmp_path / "report.md").read_text() == "class caf\\udce9"
 
 
 def test_a_loss_that_is_not_finite_does_not_stop_the_report(tmp_path: Path) -> None:
