@@ -12,6 +12,7 @@ model.name=resnet18` and the like apply to every training.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,12 +40,12 @@ def shards(chosen: argparse.Namespace) -> list[Step]:
 
 def trainings(chosen: argparse.Namespace, after: tuple[str, ...]) -> Iterator[Step]:
     """`finetune` trains each seed's first task for all methods with a past."""
-    data = [f"stream.parts=[{{path: {chosen.shards}, tasks: {chosen.tasks}}}]"]
+    data = [f"stream.parts=[{{path: {json.dumps(chosen.shards)}, tasks: {chosen.tasks}}}]"]
     for seed in chosen.seeds:
         first = f"finetune-{seed}"
         for method in REFERENCES:
             yield _training(chosen, method, f"{method}-{seed}", [*data, f"seed={seed}"], after)
-        shared = [*data, f"seed={seed}", f"train.first_task_from={chosen.folder}/{first}"]
+        shared = [*data, f"seed={seed}", f"train.first_task_from={json.dumps(f'{chosen.folder}/{first}')}"]
         for method in WITHOUT_MEMORY:
             yield _training(chosen, method, f"{method}-{seed}", shared, (first,))
         for method in METHODS:
@@ -57,7 +58,8 @@ def _training(
 ) -> Step:
     files = [CONFIG, f"configs/method/{method}.yaml"]
     last = ["train.only_last=true"] if method == "joint" else []
-    return Step(name, ("train", *files, *settings, *last, f"name={method}", f"folder={chosen.folder}/{name}"), after)
+    own = [f"name={method}", f"folder={json.dumps(f'{chosen.folder}/{name}')}"]
+    return Step(name, ("train", *files, *settings, *last, *own), after)
 
 
 def campaign(chosen: argparse.Namespace) -> Campaign:

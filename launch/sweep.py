@@ -9,13 +9,14 @@ The runs are in runs/NAME, one folder each. On a cluster they are one job array,
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
 from hpccl.cluster.outcome import tell
 from hpccl.config.load import is_override, points, sweep
-from hpccl.errors import HpcclError
+from hpccl.errors import ConfigError, HpcclError
 
 
 def campaign(name: str, arguments: list[str], *, together: bool) -> Campaign:
@@ -23,6 +24,9 @@ def campaign(name: str, arguments: list[str], *, together: bool) -> Campaign:
     folder = Path("runs", name)
     files = [argument for argument in arguments if not is_override(argument)]
     settings = [argument for argument in arguments if is_override(argument)]
+    own = {setting.partition("=")[0] for setting in settings} & {"name", "folder"}
+    if own:
+        raise ConfigError(f"{', '.join(sorted(own))} follow from the name of the sweep, '{name}'; leave them out")
     named = [*settings, f"name={name}", f"folder={folder}"]
     paths = [config.path for config in sweep([Path(file) for file in files], named)]
     values = points(settings)
@@ -31,15 +35,16 @@ def campaign(name: str, arguments: list[str], *, together: bool) -> Campaign:
     else:
         fixed = [setting for setting in settings if setting.partition("=")[0] not in values[0]]
         steps = [
-            Step(Path(path).name, ("train", *files, *fixed, *_written(point), f"name={name}", f"folder={path}"))
+            Step(Path(path).name, ("train", *files, *fixed, *_written(point, name, path)))
             for path, point in zip(paths, values, strict=True)
         ]
     names = tuple(step.name for step in steps)
     return Campaign(folder, (*steps, Step("report", ("report", *paths, "--out", f"{folder}/report"), after=names)))
 
 
-def _written(point: dict[str, str]) -> list[str]:
-    return [f"{key}={value}" for key, value in point.items()]
+def _written(point: dict[str, str], name: str, path: str) -> list[str]:
+    """A run's folder has its values in it, and so may have a comma, which without quotes would make it a sweep."""
+    return [*(f"{key}={value}" for key, value in point.items()), f"name={name}", f"folder={json.dumps(path)}"]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,11 @@ def configs_of(arguments: Sequence[str]) -> list[RunConfig]:
 
 
 def train_all(configs: Sequence[RunConfig]) -> int:
-    """Run each; a failure does not keep the others from running, a wish to stop does."""
+    """Run each; a failure does not keep the others from running, a wish to stop does.
+
+    But for ranks of a SLURM step, which a failure of one of them parts: they must not meet again in different runs.
+    """
+    from hpccl.cluster.environment import from_slurm
     from hpccl.cluster.local import launch
 
     argv = ["hpccl", *sys.argv[1:]]
@@ -61,6 +65,10 @@ def train_all(configs: Sequence[RunConfig]) -> int:
             continue
         failed.append(config.path)
         code = max(code, ended)
+        if number < len(configs) and from_slurm():
+            left = len(configs) - number
+            say(f"{config.path} failed, and what comes after it ({left}) is not begun: mend it or leave it out")
+            return code
     if failed and len(configs) > 1:
         say(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}")
     return code

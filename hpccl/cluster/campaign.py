@@ -22,7 +22,7 @@ from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, FAILED, INTERRUPTED, STOP
 from hpccl.config.load import is_override, sweep
 from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
-from hpccl.errors import ConfigError, HpcclError
+from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.machine import usable_cores
 from hpccl.output import discard
 
@@ -140,6 +140,8 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
     """Each step is a job, or an array, that waits for those of the steps before it."""
     from hpccl.cluster.submit import submit, submit_command
 
+    for step in steps:
+        _refuse_local(step)
     jobs: dict[str, list[str]] = {}
     cluster = _cluster(steps, more)
     for step in steps:
@@ -149,6 +151,9 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
             configs = _configs(step.arguments[1:])
             submitted = submit(configs, argv=["hpccl", *step.arguments], dependency=dependency, keep_live=True)
             jobs[step.name] = _numbers(submitted)
+            here = [each.folder for each in submitted if each.kind == "local"]
+            if here:
+                raise FolderError(f"'{here[0]}' is trained on this machine already; `hpccl cancel {here[0]}` first")
         else:
             folder = campaign.folder / "slurm" / step.name
             jobs[step.name] = [
@@ -157,6 +162,20 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
         print(f"{', '.join(jobs[step.name]) or 'done already'}: {_shown(step)}", flush=True)
     print(f"all is queued; hpccl status {campaign.folder}")
     return DONE
+
+
+def _refuse_local(step: Step) -> None:
+    """Or what was meant for a cluster would be trained here, on a login node.
+
+    Raises:
+        ConfigError: a training does not ask for SLURM.
+    """
+    for config in _configs(step.arguments[1:]) if step.arguments[0] == "train" else ():
+        if config.cluster.kind != "slurm":
+            raise ConfigError(
+                f"--cluster slurm queues trainings, but '{step.name}' has cluster.kind={config.cluster.kind}; give "
+                "--with configs/cluster/slurm_gpu.yaml, another file that says what to ask for, or cluster.kind=slurm"
+            )
 
 
 def _numbers(submitted: Sequence[Submitted]) -> list[str]:
@@ -208,7 +227,9 @@ class _Local:
             if self.asked or any(code not in (None, DONE) for code in codes):
                 self.codes[step.name] = STOPPED if self.asked else FAILED
             elif len(self.running) < self.limit and all(code == DONE for code in codes):
-                self.running[step.name] = self._start(step)
+                process = self.running[step.name] = self._start(step)
+                if self.asked and process.poll() is None:  # while it was started: it may have missed it
+                    process.send_signal(signal.SIGTERM)
             else:
                 left.append(step)
         return left
@@ -238,7 +259,8 @@ class _Local:
         for name, process in list(self.running.items()):
             code = process.poll()
             if code is not None:
-                self.codes[name] = code if code >= 0 else 128 - code
+                unheard = self.asked and code == -signal.SIGTERM  # it was asked before it could listen
+                self.codes[name] = STOPPED if unheard else code if code >= 0 else 128 - code
                 del self.running[name]
                 if self.limit > 1:
                     print(f"{name}: {'done' if code == DONE else f'exit code {code}'}", flush=True)

@@ -19,11 +19,11 @@ from typing import IO
 from hpccl.cluster.environment import from_slurm
 from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, FAILED, INTERRUPTED, STOPPED, WRONG_CONFIG, tell
 from hpccl.cluster.prepare import prepare
-from hpccl.cluster.step import in_step, run_step
+from hpccl.cluster.step import in_step, refuse_standstill, run_step
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder, explain_os_error
-from hpccl.machine import usable_cores
+from hpccl.machine import SlurmJob, slurm_job, usable_cores
 from hpccl.output import say
 
 __all__ = ["launch", "pick_port", "spawn"]
@@ -55,7 +55,11 @@ def launch(config: RunConfig, *, argv: Sequence[str]) -> int:
             return _inline(config, argv, threads)
         port = pick_port(config.cluster.port)
         command = [sys.executable, "-m", "hpccl.cluster.worker", str(folder.config), *argv]
-        return spawn(command, folder, nproc=config.cluster.nproc, threads=threads, port=port)
+        if in_step():
+            refuse_standstill(folder, slurm_job() or SlurmJob("none", 0))
+        # Of a task of a step the job runs again.
+        lost = STOPPED if in_step() else FAILED
+        return spawn(command, folder, nproc=config.cluster.nproc, threads=threads, port=port, lost=lost)
     except HpcclError as error:
         return tell(error)
 
@@ -188,12 +192,20 @@ class _Asked:
 
 
 def spawn(
-    command: Sequence[str], folder: RunFolder, *, nproc: int, threads: int, port: int, grace: float = _GRACE
+    command: Sequence[str],
+    folder: RunFolder,
+    *,
+    nproc: int,
+    threads: int,
+    port: int,
+    grace: float = _GRACE,
+    lost: int = FAILED,
 ) -> int:
     """Run `command` as `nproc` ranks that live and die together; print at most one message.
 
     Rank 0 writes to this terminal, the others to `logs/rank-N.txt`. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are passed on.
-    When a rank dies the others are asked to end, and killed after `grace` seconds.
+    When a rank dies the others are asked to end, and killed after `grace` seconds. `lost` is the exit code where one
+    was killed from outside, or did not answer.
 
     Raises:
         FolderError: a rank's log cannot be written.
@@ -208,7 +220,7 @@ def spawn(
             if asked.numbers:  # while they were started: one may have missed it
                 for rank in ranks:
                     rank.send(signal.SIGTERM)
-            return _watch(ranks, asked, grace)
+            return _watch(ranks, asked, grace, lost)
         finally:
             for rank in ranks:
                 _kill(rank)
@@ -274,7 +286,7 @@ def _passing_on(asked: _Asked, ranks: Sequence[_Rank]) -> Iterator[None]:
             signal.signal(number, previous)
 
 
-def _watch(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> int:
+def _watch(ranks: Sequence[_Rank], asked: _Asked, grace: float, lost: int) -> int:
     """Wait until all have ended well, or one has not."""
     while any(rank.code() is None for rank in ranks):
         if asked.hard:
@@ -290,7 +302,7 @@ def _watch(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> int:
     _end(ranks, asked, grace)
     if asked.hard:
         return INTERRUPTED
-    return _explain(culprit, ranks, asked, silent)
+    return _explain(culprit, ranks, asked, silent, lost)
 
 
 _WAITED = "StragglerError"
@@ -343,17 +355,21 @@ def _kill_group(pid: int) -> None:
 _AGAIN = "run the same command again to continue from the last checkpoint"
 
 
-def _explain(culprit: _Rank, ranks: Sequence[_Rank], asked: _Asked, silent: Mapping[int, bool]) -> int:
-    """Print the one message, and return the exit code."""
+def _explain(
+    culprit: _Rank, ranks: Sequence[_Rank], asked: _Asked, silent: Mapping[int, bool], lost: int = FAILED
+) -> int:
+    """Print the one message, and return the exit code; `lost` as in `spawn`."""
     code, word = culprit.code() or 0, culprit.word
     if code < 0 and -code in asked.numbers:  # asked to stop before it could listen: nothing had been learned yet
         say("stopped before training began; run the same command again to continue")
         return STOPPED
     if word is not None and word.kind == _WAITED:
         say(f"error: {word.message}; {_blame(silent, ranks)}; {_AGAIN}")
-        return FAILED
+        return lost
     if word is not None and word.kind != "crash":
         say(f"error: {word.message}")
+        if word.kind in _CONSEQUENCES:
+            return lost
         return WRONG_CONFIG if code == WRONG_CONFIG else FAILED
     others = f"; {_blame(silent, ranks)}" if silent else ""
     others += {1: "", 2: "; the other one was stopped"}.get(len(ranks), f"; the other {len(ranks) - 1} were stopped")
@@ -362,7 +378,7 @@ def _explain(culprit: _Rank, ranks: Sequence[_Rank], asked: _Asked, silent: Mapp
     if tail:
         source = f" (all in {culprit.log})" if culprit.number else ""
         say("\n".join([f"last words of rank {culprit.number}{source}:", *tail[-_TAIL:]]))
-    return FAILED
+    return lost if code < 0 else FAILED
 
 
 def _blame(silent: Mapping[int, bool], ranks: Sequence[_Rank]) -> str:

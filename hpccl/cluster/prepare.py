@@ -150,7 +150,7 @@ def _earlier(folder: RunFolder, here: RunConfig) -> RunConfig | None:
         if not folder.config.exists():
             return None
         return load_recorded(folder.config)
-    except PermissionError as error:
+    except OSError as error:
         raise FolderError(
             f"run folder '{folder.path}' cannot be read: {explain_os_error(error, other=_OTHER)}"
         ) from error

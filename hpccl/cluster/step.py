@@ -8,6 +8,7 @@ an error which the next start would meet again adds 200 to its code.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -27,12 +28,13 @@ from hpccl.machine import SlurmJob, slurm_job
 from hpccl.output import flush, say
 from hpccl.report.standing import read_standing
 
-__all__ = ["end", "fail_step", "in_step", "run_step"]
+__all__ = ["end", "fail_step", "in_step", "refuse_standstill", "run_step"]
 
 _HIGHEST = 200  # added to the codes of failures, which are then above those of killed ranks
 _OUTPUTS = (1, 2)  # also of libraries and children
 _STARTS = "starts.jsonl"  # in the folder of logs
 _STANDSTILLS = 5  # starts of a job at one place in the run; the next one is refused
+_runs = itertools.count()  # of a sweep in this process: all ranks count the same ones
 
 
 def in_step() -> bool:
@@ -55,7 +57,8 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
     # Before anything starts a thread or a process, which inherit this: SLURM signals all processes of a step.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     signal.signal(signal.SIGCONT, signal.SIG_IGN)  # SLURM sends it before each SIGTERM, and submitit would print a line
-    named = from_slurm()
+    named = _named(next(_runs))
+    former = {name: os.environ.get(name) for name in named}
     os.environ.update(named)
     rank = int(os.environ.get("RANK", "0"))
     folder, job = RunFolder(Path(config.path)), slurm_job() or SlurmJob("none", 0)
@@ -78,7 +81,7 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
         with _own_log(folder, rank) if rank or leader_log else contextlib.nullcontext():
             sys.stderr.write(f"-- job {job.id}, restart {job.restart}, rank {rank} on {os.uname().nodename}\n")
             if rank == 0:
-                _refuse_standstill(folder, job)
+                refuse_standstill(folder, job)
             from hpccl.cluster import worker
 
             return worker.main(config, argv, report=report)
@@ -89,8 +92,22 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
         _note(folder, job, rank, "crash", "".join(traceback.format_exception(error)))
         return FAILED
     finally:
-        for name in named:  # the next run of a sweep reads them anew
-            del os.environ[name]
+        for name, value in former.items():  # the next run of a sweep reads them anew
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _named(run: int) -> dict[str, str]:
+    """What SLURM's variables say of this rank, with a port of its own for each run of a sweep.
+
+    Ranks end a run at different moments: on the same port, one would meet what another one still has of the last run.
+    """
+    named = from_slurm()
+    if named:
+        named["MASTER_PORT"] = str(int(named["MASTER_PORT"]) + run)
+    return named
 
 
 def fail_step(folder: RunFolder, error: HpcclError) -> int:
@@ -103,6 +120,7 @@ def fail_step(folder: RunFolder, error: HpcclError) -> int:
 
 def end(code: int) -> NoReturn:
     """End this task, without the interpreter's teardown, in which communication threads may abort."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends it when a partner ended first; the code is to be ours
     flush()
     os._exit(code + _HIGHEST if code in (FAILED, WRONG_CONFIG) else code)
 
@@ -145,7 +163,7 @@ def _redirect(targets: Sequence[int]) -> None:
         os.dup2(target, number)
 
 
-def _refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:
+def refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:
     """Note this start, and refuse it where the last ones of the same job all began at the same place.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import re
@@ -26,6 +27,7 @@ from hpccl.errors import ConfigError
 __all__ = ["dump", "is_override", "load", "load_recorded", "points", "sweep"]
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+_LONGEST = 200  # bytes of a folder's name; file systems allow 255
 _DEEPEST = 20  # dots in a key; sections are nested much less
 _ROOT = Choice({"": RunConfig}, "", tagged=False)
 
@@ -109,6 +111,9 @@ def _in_own_folder(config: RunConfig, point: dict[str, str]) -> RunConfig:
     if not parts:
         return config
     label = re.sub(r"[^\w.,+=-]", "-", ",".join(parts))
+    if len(label.encode()) > _LONGEST:
+        digest = hashlib.sha256(label.encode()).hexdigest()[:12]
+        label = f"{label.encode()[: _LONGEST - 13].decode(errors='ignore')}-{digest}"
     return config.model_copy(update={"folder": f"{config.path}/{label}"})
 
 

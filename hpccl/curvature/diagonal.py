@@ -290,11 +290,12 @@ def passing_squares(
 
 
 def _sum(first: Leaf, second: Leaf) -> Leaf:
+    """Where the second is: an engine may have in host memory what was read from a checkpoint onto the device."""
     if isinstance(first, Slab):
         assert isinstance(second, Slab), "both were aligned"
-        return replace(first, local=first.local + second.local)
+        return replace(second, local=first.local.to(second.local.device) + second.local)
     assert isinstance(second, Tensor), "both were aligned"
-    return first + second
+    return first.to(second.device) + second
 
 
 def _trace(values: Iterable[Tensor]) -> float:

@@ -3,7 +3,7 @@
 IVON's and SOBA's estimates are of the whole objective, the quadratic pull of earlier tasks included, for their
 gradients are taken at weights that are drawn; its Hessian is known and is taken off, so that tasks add up:
 
-    F_t = max(0, N h - weight (F_{<t} + damping))
+    F_t = max(0, N (h - h_t) - weight (F_{<t} + damping))
 
 VOGN's squares are of examples and have no pull in them; of Adam's root of squares it cannot be told apart.
 """
@@ -31,6 +31,7 @@ def learned_diagonal(
     comm: Comm,
     *,
     num_train: int,
+    steps: int,
     past: Diagonal | None = None,
     weight: float = 0.0,
     damping: float = 0.0,
@@ -42,6 +43,7 @@ def learned_diagonal(
         config: the section `optim`; config.rules allows those that have a curvature.
         comm: of the engine's ranks.
         num_train: N, training examples of the task.
+        steps: that the optimiser made on it.
         past: the precision that pulled, times `weight`.
         weight: of the quadratic.
         damping: of the quadratic.
@@ -50,7 +52,7 @@ def learned_diagonal(
     assert key is not None, "config.rules refuses optimisers without a curvature"
     kept = engine.moments({key: "curvature"})["curvature"]
     leaves = {
-        name: _mapped(leaf, lambda value: curvature(config, value, num_train=num_train).float())
+        name: _mapped(leaf, lambda value: curvature(config, value, num_train=num_train, steps=steps).float())
         for name, leaf in kept.items()
     }
     if past is not None and isinstance(config, (IvonOptim, SobaOptim)):
@@ -61,7 +63,7 @@ def learned_diagonal(
 
 def _less(leaf: Leaf, past: Leaf, weight: float, damping: float) -> Leaf:
     other = past.local if isinstance(past, Slab) else past
-    return _mapped(leaf, lambda value: value - weight * (other + damping))
+    return _mapped(leaf, lambda value: value - weight * (other.to(value.device) + damping))
 
 
 def _mapped(leaf: Leaf, change: Callable[[Tensor], Tensor]) -> Leaf:

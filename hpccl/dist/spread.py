@@ -188,7 +188,7 @@ def _gathered(slabs: Mapping[str, Slab], comm: Comm) -> dict[str, Tensor]:
     dtypes = {slab.local.dtype for slab in slabs.values()}
     if len(dtypes) > 1:
         return {name: value for name, slab in slabs.items() for name, value in _gathered({name: slab}, comm).items()}
-    flat = comm.gather(torch.cat([slab.local.reshape(-1) for slab in slabs.values()]).to(comm.device))
+    flat = comm.gather(torch.cat([slab.local.reshape(-1).to(comm.device) for slab in slabs.values()]))
     places = torch.tensor([[slab.span.start, slab.span.stop] for slab in slabs.values()], device=comm.device)
     by_rank = comm.gather(places).view(-1, len(slabs), 2).cpu()
     found = {

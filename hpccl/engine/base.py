@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
@@ -115,7 +116,7 @@ class BaseEngine(ABC):
         self._restart()
         self._task, self._step, self._num_steps, self._num_train = task, 0, num_steps, num_train
         if (perturbing := self._perturbing) is not None:
-            perturbing.begin(num_train=num_train)
+            perturbing.begin(num_train=num_train, task=task)
         self._average = None
         if self._train.ema is not None:
             self._average = {name: value.detach().clone() for name, value in self._locals().items()}
@@ -134,12 +135,21 @@ class BaseEngine(ABC):
     def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True, training: bool = True) -> Tensor:
         """Logits with a gradient, fp32; autocast ends here, before any loss or prior."""
         self._model.train(training)
+        if not training:
+            self._share_statistics()
         self._held.still()
         set_noise(self._model, noise)
         self._last = last
         with recomputing(self._model, self._config.recompute), self._autocast():
             logits = self._run(pixels.to(memory_format=self._format))
         return logits.float()
+
+    def _share_statistics(self) -> None:
+        """BatchNorm's running statistics are rank 0's everywhere; within a task, ranks have seen other images."""
+        norms = [module for module in self._model.modules() if isinstance(module, _BatchNorm)]
+        found = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+        if found:
+            self._comm.broadcast_(found)
 
     def forward_features(
         self, pixels: Tensor, noise: Tensor, layer: str, *, last: bool = True

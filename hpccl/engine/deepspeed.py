@@ -161,6 +161,7 @@ class DeepspeedEngine(BaseEngine):
         """See BaseEngine; between the last backward pass and the step DeepSpeed has averaged gradients in shards."""
         if self._stage == 0:
             return super()._gradients()
+        self._wait_for_gradients()
         return {name: self._shard_of_gradient(name) for name in self.like}
 
     def _shard_of_gradient(self, name: str) -> Tensor:
@@ -209,12 +210,20 @@ class DeepspeedEngine(BaseEngine):
         }
 
     def _show_gradients(self) -> None:
-        if self._stage == 0 or self._offloaded:  # then DeepSpeed keeps them there
+        if self._stage == 0:
+            return
+        self._wait_for_gradients()
+        if self._offloaded:  # then DeepSpeed keeps them there
             return
         for flat, places in self._buckets():
             flat.grad = torch.zeros_like(flat)
             for name, (span, first) in places.items():
                 flat.grad.narrow(0, first, span.numel).copy_(self._shard_of_gradient(name))
+
+    def _wait_for_gradients(self) -> None:
+        """On stages 1 and 2 DeepSpeed copies them to host memory in the background, and waits in its own step alone."""
+        if self._offloaded and self._stage in (1, 2) and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _take_gradients(self) -> None:
         if self._stage == 0:

@@ -51,12 +51,11 @@ class KeyedDropout(nn.Module):
         keep = _bytes(self.keys, self.layer, 1 if self.whole else values[0].numel()) >= threshold
         if self.whole:
             return values * keep.to(values.dtype).mul_(256 / (256 - threshold)).view(-1, *[1] * (values.dim() - 1))
-        # Made in memory order, so that a channels_last tensor is masked without a copy.
-        mask = keep.to(values.dtype).mul_(256 / (256 - threshold))
+        # One order of elements for every layout in memory, which is a matter of speed and may change on resumption.
+        mask = keep.to(values.dtype).mul_(256 / (256 - threshold)).view(values.shape)
         if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
-            n, c, h, w = values.shape
-            return values * mask.view(n, h, w, c).permute(0, 3, 1, 2)
-        return values * mask.view(values.shape)
+            mask = mask.contiguous(memory_format=torch.channels_last)
+        return values * mask
 
 
 def _bytes(keys: Tensor, layer: int, count: int) -> Tensor:

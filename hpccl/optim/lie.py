@@ -22,6 +22,7 @@ from typing import Any, assert_never, final
 import torch
 from torch import Tensor
 
+from hpccl.config.base import per_task
 from hpccl.config.optim import AdditiveGroup, AffineGroup, LieOptim, MultiplicativeGroup
 from hpccl.optim.perturbing import Draw, Sampling
 
@@ -125,7 +126,7 @@ class Lie(Sampling):
             torch._foreach_lerp_(scale_momentum, found, 1 - group.scale_momentum)
         for tensor, a, u, v in zip(tensors, scale, scale_momentum, shift_momentum, strict=True):
             tensor.addcmul_(a * v, _slope(u, rate))
-        slower = rate * group.scale_lr / self._config.lr[0]
+        slower = rate * group.scale_lr / per_task(self._config.lr, self.task)
         torch._foreach_mul_(scale, torch._foreach_exp(torch._foreach_mul(scale_momentum, -slower)))
 
     def _multiply(self, tensors: list[Tensor], products: list[tuple[Tensor, ...]] | None, rate: float) -> None:

@@ -38,17 +38,18 @@ class Perturbing(torch.optim.Optimizer):
     """An optimiser with trial weights.
 
     passes: forward and backward passes of a step
-    num_train: N, examples that the mean loss is a mean of; the engine says it when a task begins
+    num_train: N, examples that the mean loss is a mean of; task: its number. The engine says both when a task begins
     rewrites: whether `note` puts another gradient in the place of the last pass's
     """
 
     passes = 1
     num_train = 1
+    task = 0
     rewrites = False
 
-    def begin(self, *, num_train: int) -> None:
+    def begin(self, *, num_train: int, task: int = 0) -> None:
         """A new task."""
-        self.num_train = num_train
+        self.num_train, self.task = num_train, task
         self.forget()
 
     @abstractmethod

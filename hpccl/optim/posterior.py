@@ -1,16 +1,18 @@
 """What an optimiser's state says of the posterior over weights, in nats per squared weight, summed over N examples.
 
                 likelihood's curvature     posterior variance
-    ivon        N h                        1 / (lambda (h + delta))
+    ivon        N (h - h_t)                1 / (lambda (h + delta))
     vogn        N s                        tau / (rho N (s + delta~ + gamma))
-    soba        s - delta                  1 / s
+    soba        s - s_t                    1 / s
     adam, rmsprop   N sqrt(v)              1 / (N sqrt(v) + delta)
     bsam        -                          1 / (N s), N times `augmentation`
     lie         -                          sigma0^2;  sigma0^2 A^2;  (2 - pi / 2) (g+^2 + g-^2)
 
 h, s: curvature per example, of SOBA summed; v: the raw mean of squared gradients of batches, whose root takes the place
 of the curvature in these rules (Nickl et al. 2023, "The memory-perturbation equation", NeurIPS). delta is the prior
-precision, or the weight decay where the module of the rule says so.
+precision, or the weight decay where the module of the rule says so. h_t and s_t are what h and s are after t steps
+without a gradient: what is left of the initial value, which for SOBA goes to delta. No data said it, so it is no
+curvature of a likelihood; in the rows of classes to come there is nothing else.
 """
 
 from __future__ import annotations
@@ -49,15 +51,34 @@ def curvature_key(config: OptimConfig) -> str | None:
     return "curvature" if isinstance(config, (IvonOptim, VognOptim, SobaOptim)) else None
 
 
-def curvature(config: OptimConfig, kept: Tensor, *, num_train: int) -> Tensor:
-    """Of the likelihood, from the state `curvature_key`."""
+def curvature(config: OptimConfig, kept: Tensor, *, num_train: int, steps: int) -> Tensor:
+    """Of the likelihood, from the state `curvature_key` after so many steps; below 0 where noise outweighs it."""
     match config:
-        case IvonOptim() | VognOptim():
+        case IvonOptim():
+            return (kept - _unlearned_ivon(config, steps)) * num_train
+        case VognOptim():
             return kept * num_train
-        case SobaOptim(prior_precision=prior):
-            return kept - prior
+        case SobaOptim():
+            return kept - _unlearned_soba(config, num_train, steps)
         case _:
             return kept.sqrt() * num_train
+
+
+def _unlearned_ivon(config: IvonOptim, steps: int) -> float:
+    """h_t: the rule of hpccl.optim.ivon with h^ = 0."""
+    h, rate = config.initial_curvature, 1 - config.curvature_decay
+    for _ in range(steps):
+        h += -rate * h + (rate * h) ** 2 / (2 * (h + config.weight_decay))
+    return h
+
+
+def _unlearned_soba(config: SobaOptim, num_train: int, steps: int) -> float:
+    """s_t: the rule of hpccl.optim.soba with no gradient but the prior's."""
+    s = config.initial_curvature * num_train
+    for _ in range(steps):
+        u = config.curvature_rate * (config.prior_precision / s - 1)
+        s *= 1 + u + u * u / 2
+    return s
 
 
 def variance(config: OptimConfig, state: State, *, num_train: int, prior_precision: float = 1.0) -> Tensor | None:
@@ -78,7 +99,9 @@ def variance(config: OptimConfig, state: State, *, num_train: int, prior_precisi
             return _of_group(config, state)
         case TimmOptim():
             key = curvature_key(config)
-            return None if key is None else 1 / (curvature(config, state[key], num_train=num_train) + prior_precision)
+            if key is None:
+                return None
+            return 1 / (curvature(config, state[key], num_train=num_train, steps=0) + prior_precision)
         case SamOptim():
             return None
         case _ as never:

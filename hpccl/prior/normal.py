@@ -95,6 +95,7 @@ class NormalPrior:
             if self.anchor is not None:
                 anchor = _own(self.anchor[name], comm)
                 assert anchor is not None, "an anchor is divided as the weights are"
+                anchor = anchor.to(own.device)  # which an engine may have in host memory
                 total += self.pull * float((anchor.double() * (anchor.double() / 2 - own.double())).sum())
         return total
 

@@ -78,7 +78,7 @@ def prior_gradients(task: Task, prior: Prior, state: RunState, world: World) -> 
         # An engine may cut what it saves elsewhere than the network of this pass is cut.
         anchors = {name: aligned(prior.anchor[name], weights[name], world.comm) for name in soft}
         own, anchor = local_parts(weights), local_parts(anchors)
-        terms["normal"] = {name: normal.force(own[name], anchor[name]) for name in soft}
+        terms["normal"] = {name: normal.force(own[name], anchor[name].to(own[name].device)) for name in soft}
     total = {name: torch.stack([term[name] for term in terms.values()]).sum(0) for name in soft}
     return {**terms, "total": total}
 

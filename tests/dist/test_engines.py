@@ -236,6 +236,15 @@ def test_four_processes(tmp_path: Path, name: str) -> None:
         agree(found, expected, 1e-5)
 
 
+RESTORED: dict[str, dict[str, Any]] = {
+    "the path": {"curvature": {"kind": "si"}, "prior": {"quadratic": {"weight": 0.1}}, "train": {"ema": None}},
+    "an anchor": {
+        "prior": {"normal": {"precision": 1e-3}, "quadratic": {"weight": 0.0}, "replay": 0.0},
+        "optim": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.0},
+    },
+}
+
+
 def half_and_rest(comm: Comm, folder: str, changes: dict[str, Any], *, resume: bool) -> Result:
     """Go on from the newest checkpoint, and stop in the middle of the second task; with `resume`, at its end."""
     state, world = make_world(merged(SECTIONS, ADAM, changes), Path(folder), comm)
@@ -275,6 +284,28 @@ def half(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
 def rest(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
     """Reach its end."""
     return half_and_rest(comm, folder, changes, resume=True)
+
+
+def consolidated(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
+    """Reach its end, and make the prior of the third, with all that is measured on the way."""
+    state, world = make_world(merged(SECTIONS, ADAM, changes), Path(folder), comm)
+    checkpoints = world.folder.checkpoints
+    found = latest(checkpoints)
+    assert found is not None
+    state.load_state_dict(load(checkpoints, found), found, open_shards(checkpoints, found), comm)
+    assert fit(world.stream.tasks[1], state, world)
+    reconstruct(world.stream.tasks[1], state, world)
+    consolidate(world.stream.tasks[1], state, world)
+    return {"step": state.mark.step}
+
+
+@pytest.mark.parametrize("changes", RESTORED.values(), ids=list(RESTORED))
+def test_what_is_measured_after_a_stop(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """As tests/gpu has it with shards in host memory."""
+    more = {**changes, "engine": ENGINES["fsdp2"]}
+    stopped = run_in_world(half, 2, tmp_path / "half", str(tmp_path / "run"), more)[0]
+    ended = run_in_world(consolidated, 2, tmp_path / "rest", str(tmp_path / "run"), more)[0]
+    assert 0 < stopped["step"] < ended["step"]
 
 
 FAST = list(zip(CHAIN[::2], CHAIN[1::2], strict=True))  # each of WORLDS once

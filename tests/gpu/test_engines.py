@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.test_engines import ENGINES, OFFLOAD, VARIANTS, agree, half, rest, two_tasks
+from tests.dist.test_engines import ENGINES, OFFLOAD, RESTORED, VARIANTS, agree, consolidated, half, rest, two_tasks
 from tests.dist.world import Result
 from tests.gpu.world import run_on_devices
 
@@ -90,6 +90,17 @@ def test_recomputing_changes_nothing(tmp_path: Path, name: str) -> None:
     expected = trained(tmp_path, size, "plain", {"engine": ENGINES["ddp"]})
     found = trained(tmp_path, size, name, {"engine": {**ENGINES[name], "recompute": True}})
     agree(found, expected, 1e-5, accuracy=0.02)
+
+
+@pytest.mark.parametrize("what", RESTORED)
+@pytest.mark.parametrize("name", OFFLOAD)
+def test_shards_in_host_memory_meet_what_was_read_from_a_checkpoint(tmp_path: Path, name: str, what: str) -> None:
+    """Which is on the device."""
+    changes = {**RESTORED[what], "engine": OFFLOAD[name], "log": {"every": 1, "reconstruction": 0.1}}
+    folder = str(tmp_path / "run")
+    (stopped,) = run_on_devices(half, 1, tmp_path / "half", folder, changes)
+    (ended,) = run_on_devices(consolidated, 1, tmp_path / "rest", folder, changes)
+    assert 0 < stopped["step"] < ended["step"]
 
 
 PAIRS = [("ddp", "fsdp2"), ("fsdp2", "zero-3"), ("zero-3", "zero-1"), ("zero-1", "ddp")]

@@ -211,6 +211,22 @@ def test_two_processes_agree_with_one(tmp_path: Path, changes: dict[str, Any]) -
         agree(rank, one, 1e-3)
 
 
+def recalled_logits(comm: Comm, folder: str) -> Result:
+    """Where each rank has statistics of its own, as within a task."""
+    changes = {"model": {"kind": "timm", "name": "test_resnet"}, "engine": {"kind": "fsdp2"}}
+    state, _ = make_world(merged(changes), Path(folder) / f"{comm.rank}", comm)
+    for name, buffer in state.engine.module.named_buffers():
+        if name.endswith("running_var"):
+            buffer.mul_(1 + comm.rank)
+    pixels = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return {"logits": state.engine.forward(pixels, torch.zeros(2, dtype=torch.int64), training=False).detach()}
+
+
+def test_ranks_recall_with_the_same_statistics(tmp_path: Path) -> None:
+    first, second = run_in_world(recalled_logits, 2, tmp_path, str(tmp_path))
+    assert torch.equal(first["logits"], second["logits"])
+
+
 @pytest.mark.slow
 def test_more_processes_than_recalled_examples(tmp_path: Path) -> None:
     changes = {

@@ -103,6 +103,13 @@ def test_what_waits_for_a_part_of_an_older_array_does_not_wait_for_the_task_that
     assert _numbers([*new, *kept, Submitted("runs/9", "done")]) == ["20", "12_1", "12_2"]
 
 
+def test_nothing_that_is_for_a_cluster_is_trained_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = (training("a", tmp_path / "a"), training("b", tmp_path / "b", after=("a",)))
+    assert carry_out(Campaign(tmp_path, steps), chosen("--cluster", "slurm")) == 2
+    assert "--cluster slurm queues trainings, but 'a' has cluster.kind=local" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_who_reads_the_commands_may_stop_early() -> None:
     steps = "tuple(Step(str(n), ('report', 1000 * 'a')) for n in range(200))"  # more than a pipe holds
     script = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
 import subprocess
@@ -18,6 +19,8 @@ from hpccl.cluster.campaign import Campaign, Step
 from hpccl.config.load import is_override, load, sweep
 from hpccl.config.optim import TimmOptim
 from hpccl.config.run import RunConfig
+from hpccl.config.stream import ShardStream
+from hpccl.errors import ConfigError
 from hpccl.report.summary import summarise
 from hpccl.train.first_task import first_task_identity
 
@@ -74,6 +77,27 @@ def test_every_training_is_valid(monkeypatch: pytest.MonkeyPatch, name: str, set
         assert (first is None) == (step.after == ())
         assert first is None or first in folders, "the run that has the first task comes before"
     assert len(folders) == len(trainings)
+
+
+def test_each_run_of_a_sweep_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    made = script("sweep").campaign("s", ["configs/quickstart.yaml", "optim.lr=1e-3,1e-2", "seed=0,1"], together=False)
+    *trainings, report = made.steps
+    paths = [config.path for step in trainings for config in trained(step)]
+    assert paths == [f"runs/s/optim.lr={lr},seed={seed}" for lr in ("1e-3", "1e-2") for seed in (0, 1)]
+    assert list(report.arguments[1:5]) == paths
+    with pytest.raises(ConfigError, match="name follow from the name of the sweep"):
+        script("sweep").campaign("s", ["name=a,b"], together=False)
+
+
+def test_imagenets_folders_may_have_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    chosen = argparse.Namespace(shards="a,b", folder="c,d", tasks=10, seeds=(0,), sizes=(200,))
+    for step in script("imagenet").trainings(chosen, ()):
+        (config,) = trained(step)
+        assert config.path == f"c,d/{step.name}"
+        assert isinstance(config.stream, ShardStream)
+        assert config.stream.parts[0].path == "a,b"
 
 
 def test_split_cifar_has_eleven_methods_and_whole_seeds() -> None:

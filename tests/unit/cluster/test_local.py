@@ -25,9 +25,9 @@ import sys
 from pathlib import Path
 from hpccl.cluster.local import spawn
 from hpccl.folder import RunFolder
-folder, fake, behaviour, grace = sys.argv[1:]
+folder, fake, behaviour, grace, lost = sys.argv[1:]
 command = [sys.executable, fake, folder, behaviour]
-sys.exit(spawn(command, RunFolder(Path(folder)), nproc=2, threads=1, port=1234, grace=float(grace)))
+sys.exit(spawn(command, RunFolder(Path(folder)), nproc=2, threads=1, port=1234, grace=float(grace), lost=int(lost)))
 """
 
 
@@ -52,9 +52,9 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
     """Starts a launcher in a process of its own, and waits until its two ranks are ready."""
     with contextlib.ExitStack() as stack:
 
-        def start(behaviour: str, grace: float = 20.0) -> subprocess.Popen[str]:
+        def start(behaviour: str, grace: float = 20.0, lost: int = 1) -> subprocess.Popen[str]:
             process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCH, str(tmp_path), str(FAKE), behaviour, str(grace)],
+                [sys.executable, "-c", LAUNCH, str(tmp_path), str(FAKE), behaviour, str(grace), str(lost)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -188,6 +188,15 @@ def test_a_crash_is_blamed_before_those_who_lost_it(tmp_path: Path, capfd: pytes
     assert err.startswith("error: rank 1 ended with exit code 1")
     assert "RuntimeError: the cause" in err
     assert "lost the connection" not in err
+
+
+@pytest.mark.parametrize("lost", [1, 75])
+def test_where_a_killed_rank_runs_again_its_code_says_so(tmp_path: Path, launcher: Launcher, lost: int) -> None:
+    process = launcher("heard", lost=lost)
+    os.kill(pid(tmp_path, "ready-1"), signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == lost
+    assert err.startswith("error: rank 1 was killed by signal 9")
 
 
 def test_a_held_rank_that_others_waited_for_is_named_and_ended(tmp_path: Path, launcher: Launcher) -> None:

@@ -217,6 +217,11 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
         prepare(config(tmp_path / "a" / "b"), [])
 
 
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match=r"File name too long \(the longest name that it allows has 255 bytes"):
+        prepare(config(tmp_path / ("x" * 300)), [])
+
+
 PREPARE = """
 import os, sys
 from hpccl.cluster.prepare import prepare

@@ -69,19 +69,19 @@ def test_a_run_that_is_done_is_started_again_as_often_as_a_later_one_of_its_swee
     folder.create()
     folder.events.write_text('{"event": "run", "time": 1}\n{"event": "done", "time": 2}\n')
     for restart in range(8):
-        step._refuse_standstill(folder, SlurmJob("12", restart))
+        step.refuse_standstill(folder, SlurmJob("12", restart))
 
 
 def test_the_sixth_start_at_one_place_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.create()
     for restart in range(5):
-        step._refuse_standstill(folder, SlurmJob("12", restart))
-    step._refuse_standstill(folder, SlurmJob("13", 0))  # another job begins anew
+        step.refuse_standstill(folder, SlurmJob("12", restart))
+    step.refuse_standstill(folder, SlurmJob("13", 0))  # another job begins anew
     with pytest.raises(FolderError, match=r"5 times and the last 5 starts all stood at the beginning"):
-        step._refuse_standstill(folder, SlurmJob("12", 5))
+        step.refuse_standstill(folder, SlurmJob("12", 5))
     (folder.checkpoints / "task-000-fit-00000007").mkdir()
-    step._refuse_standstill(folder, SlurmJob("12", 5))
+    step.refuse_standstill(folder, SlurmJob("12", 5))
 
 
 def test_what_ended_the_last_start_is_said_when_the_next_one_is_refused(tmp_path: Path) -> None:

@@ -322,6 +322,14 @@ def test_quotes_and_brackets_protect_commas() -> None:
     assert len(sweep([], ["folder=it's,that's"])) == 2
 
 
+def test_long_values_are_cut_in_the_names_of_folders() -> None:
+    paths = [config.path for config in sweep([], [f"data.cache={'a' * 150}/1,{'a' * 150}/2", "memory.dtype=fp32,bf16"])]
+    long = [config.path for config in sweep([], [f"data.cache={'a' * 300}/1,{'a' * 300}/2"])]
+    assert len({*paths, *long}) == 6
+    assert all(len(Path(path).name.encode()) <= 255 for path in [*paths, *long])
+    assert len(Path(long[0]).name) == 200
+
+
 def test_a_swept_name_or_folder_is_the_folder() -> None:
     assert [config.path for config in sweep([], ["name=a,b"])] == ["runs/a", "runs/b"]
     assert [config.path for config in sweep([], ["folder=x", "seed=1,2"])] == ["x/seed=1", "x/seed=2"]

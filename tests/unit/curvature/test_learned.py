@@ -82,11 +82,30 @@ def test_units_and_what_is_taken_off() -> None:
         assert found.num_examples == 100
         return [pytest.approx(value) for value in found.values["w"].tolist()]
 
-    assert of({"kind": "ivon"}, num_train=100) == [50.0, 10.0]
-    assert of({"kind": "ivon"}, **quadratic) == [50.0 - 2 * 3.5, 0.0]
-    assert of({"kind": "vogn"}, **quadratic) == [50.0, 10.0]
-    assert of({"kind": "soba", "prior_precision": 0.2}, num_train=100) == [0.3, 0.0]
-    assert of({"name": "adamw"}, **quadratic) == [100 * 0.5**0.5, 100 * 0.1**0.5]
+    ivon = {"kind": "ivon", "initial_curvature": 0.2, "curvature_decay": 0.5, "weight_decay": 0.3}
+    left = 0.2 - 0.5 * 0.2 + (0.5 * 0.2) ** 2 / (2 * 0.5)  # after a step without a gradient
+    assert of(ivon, num_train=100, steps=1) == [50.0 - 100 * left, 0.0]
+    assert of(ivon, num_train=100, steps=10**5) == [50.0, 10.0]
+    assert of(ivon, steps=10**5, **quadratic) == [50.0 - 2 * 3.5, 0.0]
+    assert of({"kind": "vogn"}, steps=1, **quadratic) == [50.0, 10.0]
+    soba = {"kind": "soba", "prior_precision": 0.2, "initial_curvature": 0.004, "curvature_rate": 0.5}
+    u = 0.5 * (0.2 / 0.4 - 1)
+    assert of(soba, num_train=100, steps=1) == [0.5 - 0.4 * (1 + u + u**2 / 2), 0.0]
+    assert of(soba, num_train=100, steps=10**4) == [0.3, 0.0]
+    assert of({"name": "adamw"}, steps=1, **quadratic) == [100 * 0.5**0.5, 100 * 0.1**0.5]
+
+
+@pytest.mark.parametrize("kind", ["ivon", "soba", "adamw"])
+def test_classes_to_come_have_no_curvature(tmp_path: Path, kind: str) -> None:
+    """Or the quadratic would hold their rows where they were drawn."""
+    found, _, world = measured({"optim": OPTIMISERS[kind], "train": {"epochs": 3}}, tmp_path)
+    first = list(world.stream.tasks[0].classes)
+    later = [number for task in world.stream.tasks[1:] for number in task.classes]
+    rows = [value for name, value in found.values.items() if len(value) == 10]
+    assert len(rows) == 2, "weights and biases of the last layer"
+    for row in rows:
+        assert float(row[first].mean()) > 0
+        assert float(row[later].max()) <= 1e-6 * float(row[first].mean())
 
 
 def test_stopped_before_the_curvature_is_taken_it_is_the_same(tmp_path: Path) -> None:

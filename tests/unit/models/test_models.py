@@ -98,6 +98,15 @@ def test_dropout_noise_belongs_to_the_example() -> None:
     assert torch.equal(layer(values).flip(0), whole)
 
 
+def test_dropout_noise_does_not_depend_on_the_layout_in_memory() -> None:
+    layer = KeyedDropout(0.5)
+    layer.keys = torch.arange(6)
+    values = torch.ones(6, 4, 5, 7)
+    other = layer(values.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(other, layer(values))
+    assert other.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("rate", [0.25, 0.5, 0.1])
 def test_dropout_rate_and_expectation(rate: float) -> None:
     layer = KeyedDropout(rate)

@@ -82,7 +82,7 @@ def test_of_timms_it_is_the_root_of_their_squares(name: str, key: str) -> None:
     decay = float(optimizer.param_groups[0].get("alpha", 0.999))
     for step in range(3):
         squares = decay * squares + (1 - decay) * (gradient * (step + 1)).square()
-    torch.testing.assert_close(curvature(config, state[key], num_train=10), 10 * squares.sqrt())
+    torch.testing.assert_close(curvature(config, state[key], num_train=10, steps=3), 10 * squares.sqrt())
     found = variance(config, state, num_train=10, prior_precision=2.0)
     torch.testing.assert_close(found, 1 / (10 * squares.sqrt() + 2))
 

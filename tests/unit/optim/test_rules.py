@@ -348,14 +348,15 @@ def test_affine_step_without_a_slope_is_preconditioned_descent() -> None:
     assert float(optimizer.state[w]["scale"]) == 0.7
 
 
-def test_affine_step_in_closed_form() -> None:
-    """The exponential map, M_U far from 0, and the prior at the weights that were drawn."""
+@pytest.mark.parametrize(("lr", "task"), [((0.3,), 0), ((0.3,), 2), ((3.0, 0.3), 1)])
+def test_affine_step_in_closed_form(lr: tuple[float, ...], task: int) -> None:
+    """The exponential map, M_U far from 0, and the prior at the weights that were drawn; in a task of this peak."""
     w = weights(1.0)
     config = LieOptim(
-        lr=(0.3,), group=AffineGroup(noise=0.5, scale_lr=0.2, scale_momentum=0.9), momentum=0.8, prior_precision=5.0
+        lr=lr, group=AffineGroup(noise=0.5, scale_lr=0.2, scale_momentum=0.9), momentum=0.8, prior_precision=5.0
     )
     optimizer = Lie([w], config)
-    optimizer.begin(num_train=10)
+    optimizer.begin(num_train=10, task=task)
     optimizer.param_groups[0]["lr"] = 0.15  # half of the peak, so alpha2 is halved too
     ((point, gradient),) = take(optimizer, w, parabola, constant(1.0))
     u = 0.1 * (0.5 * (float(gradient) + 0.5 * float(point)) - 0.1)
