@@ -140,16 +140,16 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
     """Each step is a job, or an array, that waits for those of the steps before it."""
     from hpccl.cluster.submit import submit, submit_command
 
-    for step in steps:
-        _refuse_local(step)
+    trained = {step.name: _for_slurm(step) for step in steps if step.arguments[0] == "train"}
     jobs: dict[str, list[str]] = {}
     cluster = _cluster(steps, more)
     for step in steps:
         waits = [number for name in step.after for number in jobs[name]]
         dependency = f"afterok:{':'.join(waits)}" if waits else None
-        if step.arguments[0] == "train":
-            configs = _configs(step.arguments[1:])
-            submitted = submit(configs, argv=["hpccl", *step.arguments], dependency=dependency, keep_live=True)
+        if step.name in trained:
+            submitted = submit(
+                trained[step.name], argv=["hpccl", *step.arguments], dependency=dependency, keep_live=True
+            )
             jobs[step.name] = _numbers(submitted)
             here = [each.folder for each in submitted if each.kind == "local"]
             if here:
@@ -164,18 +164,20 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
     return DONE
 
 
-def _refuse_local(step: Step) -> None:
-    """Or what was meant for a cluster would be trained here, on a login node.
+def _for_slurm(step: Step) -> list[RunConfig]:
+    """A training's runs.
 
     Raises:
-        ConfigError: a training does not ask for SLURM.
+        ConfigError: one does not ask for SLURM: it would be trained here, on a login node.
     """
-    for config in _configs(step.arguments[1:]) if step.arguments[0] == "train" else ():
+    configs = _configs(step.arguments[1:])
+    for config in configs:
         if config.cluster.kind != "slurm":
             raise ConfigError(
                 f"--cluster slurm queues trainings, but '{step.name}' has cluster.kind={config.cluster.kind}; give "
                 "--with configs/cluster/slurm_gpu.yaml, another file that says what to ask for, or cluster.kind=slurm"
             )
+    return configs
 
 
 def _numbers(submitted: Sequence[Submitted]) -> list[str]:
