@@ -408,10 +408,11 @@ def _memory_weights(config: RunConfig, stream: Stream, task: Task, memory: Memor
     """
     weights = []
     left, kept = _remaining(config, stream, memory) if config.prior.scale_to_task else ([], [])
+    new = len(task.samples("train")) - len(held_out(config, stream, task))
     for other in stream.tasks:
         stands_for = left[other.index] / max(kept[other.index], 1) if config.prior.scale_to_task else 1.0
         if config.prior.scale_to_new:
-            stands_for = len(task.samples("train")) / max(len(memory), 1)
+            stands_for = new / max(len(memory), 1)
         weights.append(per_task(values, other.index) * stands_for)
     return torch.tensor(weights)
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hpccl.config.stream import PermutedScenario, RotatedScenario
 from hpccl.data.protocols import Task, heads_of, training_samples
 from hpccl.memory.means import ClassMeans, normalised
 from hpccl.memory.store import Memory
@@ -73,7 +74,9 @@ def class_means(task: Task, memory: Memory, state: RunState, world: World) -> Cl
         case "nearest_mean":
             of_data = world.config.evaluate.means == "data"
             samples = _samples(world.stream.tasks[: task.index + 1]) if of_data else memory.sample.numpy()
-            return ClassMeans.of_sums(task.index, _feature_sums(task, samples, state, world, mirrored=True))
+            # The mirror image of what a task has changed is none that it has shown.
+            mirrored = not isinstance(world.config.stream.scenario, PermutedScenario | RotatedScenario)
+            return ClassMeans.of_sums(task.index, _feature_sums(task, samples, state, world, mirrored=mirrored))
         case "prototype":
             own = _samples([task])
             new = ClassMeans.of_sums(task.index, _feature_sums(task, own, state, world, mirrored=False))

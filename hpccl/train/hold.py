@@ -106,7 +106,8 @@ def _silent(task: Task, state: RunState, world: World) -> set[int]:
 def _forgets(state: RunState, world: World) -> bool:
     """Whether nothing speaks for the heads of earlier tasks."""
     config, prior = world.config, state.prior
-    spoken = len(prior.memory) > 0 or prior.quadratic is not None or config.prior.distill.weight > 0
+    said = max(config.prior.weight) > 0 or config.prior.label_weight > 0 or config.prior.fromp.weight > 0
+    spoken = (len(prior.memory) > 0 and said) or prior.quadratic is not None or config.prior.distill.weight > 0
     spoken = spoken or config.prior.normal.precision > 0
     alone = config.train.data == "task" and not isinstance(config.adapt, AnyAdaptation)
     return config.train.head == "own" and alone and not spoken

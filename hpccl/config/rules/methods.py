@@ -254,6 +254,9 @@ def _corrected(config: RunConfig) -> Iterator[Clash]:
     if prior.quadratic.weight > 0:
         problem = "curvature would be measured on held-out examples, too; set it to 0"
         yield Clash(("prior.quadratic.weight", key), problem)
+    if prior.topology.nodes > 0:
+        problem = "nodes would be chosen of held-out examples, too, and then learned; set it to 0"
+        yield Clash(("prior.topology.nodes", key), problem)
 
 
 def _frozen(config: RunConfig) -> Iterator[Clash]:

@@ -70,6 +70,11 @@ def _changed_images(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("data.progressive", cause), "tasks change images of one size; leave it out")
     if data.test_size not in (None, data.image_size):
         yield Clash(("data.test_size", cause), "tasks change images of one size; leave it out")
+    if config.train.flip_test:
+        problem = (
+            "tests on mirror images of what a task has changed already, which training never shows; set it to false"
+        )
+        yield Clash(("train.flip_test", cause), problem)
     if isinstance(scenario, RotatedScenario) and scenario.angles == "even" and scenario.seed:
         yield Clash(("stream.scenario.seed", "stream.scenario.angles"), "even angles are not drawn; leave it 0")
 
@@ -136,6 +141,10 @@ def _pictures(config: RunConfig) -> Iterator[Clash]:
     if len({len(data.mean), len(data.std)} - {1}) > 1:
         yield Clash(("data.mean", "data.std"), f"has {len(data.mean)} numbers and data.std has {len(data.std)}")
     if isinstance(data.augment, TimmAugment):
+        policy = data.augment.auto_augment
+        if data.augment.color_jitter > 0 and policy and "3a" not in policy:
+            keys = ("data.augment.color_jitter", "data.augment.auto_augment")
+            yield Clash(keys, f"timm leaves it out beside the policy '{policy}'; set it to 0, or take no policy")
         for key in ("scale", "ratio"):
             values = getattr(data.augment, key)
             if len(values) != 2 or not 0 < values[0] <= values[1]:

@@ -16,6 +16,12 @@ FSDP2, ZERO = "engine.kind=fsdp2", "engine.kind=deepspeed"
 KD = "prior.distill.weight=1"
 GDUMB = ("train.data=memory", "train.restart=true", "memory.total=20", "prior.replay=1")
 ICARL = ("train.loss=sigmoid", "train.head=seen", KD, "prior.distill.images=all", MEMORY, "prior.replay=1")
+PICTURES = (
+    "stream={kind: shards, parts: [{path: a, tasks: 2}]}",
+    "data.image_size=64",
+    "data.augment.kind=timm",
+    "model={kind: timm, name: resnet18}",
+)
 BIC = ("train.head=seen", "memory.total=100", "prior.replay=1", "prior.correct.share=0.1")
 FROMP = ("prior.fromp.weight=1", MEMORY)
 ADAPT = ("adapt={kind: precision, precision: 2.0, source: runs/a, task: 0}", MEMORY)
@@ -193,6 +199,13 @@ DOMAINS = "stream.scenario.kind=domains"
         ([MEMORY, "prior.scale_to_new=true", "prior.scale_to_task=true"], "prior.scale_to_new"),
         (["prior.scale_to_new=true"], "prior.scale_to_new"),
         ([*BIC, "memory.total=0", MEMORY], "prior.correct.share"),
+        ([*BIC, "prior.topology.nodes=5"], "prior.topology.nodes"),
+        (["stream.scenario.kind=rotated", "train.flip_test=true"], "train.flip_test"),
+        (["stream.scenario.kind=permuted", "train.flip_test=true"], "train.flip_test"),
+        (
+            [*PICTURES, "data.augment.color_jitter=0.4", "data.augment.auto_augment=rand-m9"],
+            "data.augment.color_jitter",
+        ),
         ([*BIC, "memory.balanced=false"], "memory.balanced"),
         ([*BIC, "memory.selector.kind=reservoir"], "memory.selector.kind"),
         ([*BIC, "memory.selector.kind=greedy"], "memory.selector.kind"),

@@ -226,10 +226,24 @@ def test_weight_decay_leaves_classes_alone_that_have_not_come(
     assert unchanged(tmp_path / "free") == set()
 
 
-@pytest.mark.parametrize("optim", [{"name": "sgd", "weight_decay": 0.01}, {"kind": "vogn"}, {"kind": "bsam"}], ids=str)
-def test_a_head_that_nothing_speaks_for_is_not_worn_away(tmp_path: Path, optim: dict[str, Any]) -> None:
+DECAY = {"name": "sgd", "weight_decay": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("optim", "memory"),
+    [
+        (DECAY, {}),
+        ({"kind": "vogn"}, {}),
+        ({"kind": "bsam"}, {}),
+        (DECAY, {"memory": {"size": 20}, "prior": {"weight": 0.0}}),  # which says nothing
+    ],
+    ids=str,
+)
+def test_a_head_that_nothing_speaks_for_is_not_worn_away(
+    tmp_path: Path, optim: dict[str, Any], memory: dict[str, Any]
+) -> None:
     """On frozen features the first task's logits stay what they were, to the last bit."""
-    config = merged({"train": {"epochs": 3, "frozen": ["features"]}, "optim": {**optim, "lr": 0.1}})
+    config = merged({"train": {"epochs": 3, "frozen": ["features"]}, "optim": {**optim, "lr": 0.1}}, memory)
     state, world = make_world(config, tmp_path)
     learn(state, world, 1)
     first = world.stream.tasks[0]

@@ -9,7 +9,7 @@ import torch
 
 from hpccl.errors import ConfigError
 from hpccl.train.checks import check_memory
-from hpccl.train.compose import new_samples, plan_task, planned_steps
+from hpccl.train.compose import Composer, new_samples, plan_task, planned_steps
 from hpccl.train.consolidate import admit_first
 from hpccl.train.end_of_task import correction
 from hpccl.train.kept import held_out, kept_of_tasks, validation
@@ -79,6 +79,18 @@ def test_a_correction_leaves_the_network_alone(tmp_path: Path) -> None:
     assert found is not None
     assert (found.task, found.classes, found.num) == (1, (2, 3), 40)
     assert found.alpha > 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_memory_that_counts_as_much_as_the_new_task_counts_what_is_learned_of_it(tmp_path: Path, share: float) -> None:
+    changes = {"prior": {"correct": {"share": share}, "scale_to_new": True, "distill": {"weight": 0.0}}}
+    state, world = make_world(merged(BIC, changes), tmp_path)
+    learn(state, world, 1)
+    task, memory = world.stream.tasks[1], state.prior.memory
+    composer = Composer.build(world.config, world.stream, task, memory, teacher=None, device=torch.device("cpu"))
+    new = len(new_samples(world.config, world.stream, task, memory))
+    assert new < len(task.samples("train"))
+    assert float(composer.memory_weights(torch.arange(len(memory))).sum()) == pytest.approx(new, rel=1e-5)
 
 
 def test_a_correction_leaves_norms_alone(tmp_path: Path) -> None:
