@@ -229,7 +229,7 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Check:  # noqa: S108 -
 def check_disk(name: str, folder: Path) -> Check:
     """A folder, or the nearest one above it that exists, can be written and has room."""
     place = folder.absolute()
-    while not place.exists():
+    while not os.path.exists(place):  # False, and no error, where a folder above may not be entered
         place = place.parent
     if not place.is_dir():
         return Check(name, "missing", f"'{place}' is a file", f"choose another folder than '{folder}'", required=True)
@@ -309,7 +309,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpccl"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "hpccl"
 
 
 def _run(*command: str) -> str:

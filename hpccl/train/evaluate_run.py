@@ -22,7 +22,7 @@ from hpccl.report.progress import make_progress
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate import evaluate_all
 from hpccl.train.export import refuse_other_logits
-from hpccl.train.merge_sources import open_weights
+from hpccl.train.merge_sources import difference, open_weights
 from hpccl.train.run import fresh_state
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
@@ -49,7 +49,7 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
         mark = state.mark
         if weights is not None:
             refuse_other_logits(world.config, path)
-            put_weights(state, weights)
+            put_weights(state, world, weights)
         results = evaluate_all(state, world, last=mark.task)
     # Where every task has a network of its own, those of earlier tasks were tested when they were there.
     if weights is None and world.config.method == "separate":
@@ -67,11 +67,11 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
     }
 
 
-def put_weights(state: RunState, path: Path) -> None:
+def put_weights(state: RunState, world: World, path: Path) -> None:
     """The network's parameters and buffers from an export, a merger, another run or a .safetensors file.
 
     Raises:
-        ConfigError: they are of another network.
+        ConfigError: they are of another network, or of other classes as far as that is known.
         DataError: they cannot be read.
     """
     if path.suffix != ".safetensors" and not path.is_dir():
@@ -88,6 +88,12 @@ def put_weights(state: RunState, path: Path) -> None:
         raise ConfigError(
             f"--weights '{path}' is of another network: {', '.join(differing[:3])} differ in name or shape "
             f"({len(differing)} of {len({*theirs, *own})}); give weights of the network in config.yaml"
+        )
+    classes = list(world.stream.class_names)
+    if given.config is not None and given.config["label_names"] != classes:
+        raise ConfigError(
+            f"--weights '{path}' has other classes than the run, or others in their places ("
+            f"{difference(given.config['label_names'], classes)}); give weights over the run's classes in its order"
         )
     state.engine.put(given.weights)
 

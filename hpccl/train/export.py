@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from hpccl.checkpoint.store import FORMAT, Mark, load, marks, open_shards
 from hpccl.checkpoint.streamed import write_tensors
 from hpccl.checkpoint.tree import write_tree
+from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.curvature import MasCurvature, SiCurvature
 from hpccl.config.load import load_recorded
 from hpccl.config.model import ModelConfig, TimmModel
 from hpccl.config.run import RunConfig
+from hpccl.config.stream import PermutedScenario, RotatedScenario
 from hpccl.curvature.build import precision_from_state
 from hpccl.data.augment import Normaliser
 from hpccl.data.build import outline
@@ -40,7 +42,7 @@ __all__ = [
     "find_finished",
     "layer_key",
     "no_curvature",
-    "refuse_importance",
+    "refuse_other_curvature",
     "refuse_other_logits",
     "refuse_what_is_there",
     "weights_of",
@@ -76,7 +78,7 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
             cannot be written.
         CheckpointError: the checkpoint is damaged.
         ConfigError: every task has a network of its own, and `task` does not say which; or tests do not go by the
-            network's logits alone; or the curvature that is asked for is an importance.
+            network's logits alone; or the curvature that is asked for is an importance, or of another network.
         DataError: the data that the run learned from is not there; it knows the names of the classes.
     """
     run = RunFolder(path)
@@ -89,7 +91,7 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
         )
     refuse_other_logits(config, path)
     if curvature:
-        refuse_importance(config, path)
+        refuse_other_curvature(config, path)
     refuse_what_is_there(out, force=force)
     content = _Content(run, config, mark, outline(config.stream, config.data, copies=copies_of(config, run)))
     model = skeleton(content.model, image_shape=content.stream.image_shape, num_classes=content.num_classes)
@@ -122,12 +124,17 @@ def refuse_other_logits(config: RunConfig, path: Path) -> None:
             )
 
 
-def refuse_importance(config: RunConfig, path: Path) -> None:
-    """What takes the quadratic for the curvature of the loss would be wrong.
+def refuse_other_curvature(config: RunConfig, path: Path) -> None:
+    """What takes the quadratic for the curvature of this network's loss would be wrong.
 
     Raises:
-        ConfigError: it is an importance.
+        ConfigError: it is an importance, or that of the network before an adaptation.
     """
+    if isinstance(config.adapt, AnyAdaptation):
+        raise ConfigError(
+            f"'{path}' adapts '{config.adapt.source}': the curvature in it is of that run's network and images; "
+            "allowed: a run that is no adaptation"
+        )
     if isinstance(config.curvature, (MasCurvature, SiCurvature)):
         raise ConfigError(
             f"'{path}' has curvature.kind={config.curvature.kind}, an importance, which is no curvature of the loss: "
@@ -387,7 +394,24 @@ class _Content:
         """How the run's own figures were computed, where that is not how this network is used by default."""
         ways = ["on the mean of the logits of an image and of its mirror image"] * self.config.train.flip_test
         ways += ["with bfloat16 autocast"] * (self.config.engine.precision == "bf16")
-        return f"\nThe run's own figures were computed {' and '.join(ways)}.\n" if ways else ""
+        figures = f"\nThe run's own figures were computed {' and '.join(ways)}.\n" if ways else ""
+        return figures + self._changed()
+
+    def _changed(self) -> str:
+        """Which images the later tasks were learned on, where that is not as they are stored."""
+        scenario = self.config.stream.scenario
+        match scenario:
+            case PermutedScenario():
+                how = "its pixels in an order of its own, the same for all of its images"
+            case RotatedScenario():
+                how = "its images turned by an angle of its own"
+            case _:
+                return ""
+        told = ", ".join(f"{key} {value}" for key, value in scenario.model_dump(mode="json").items())
+        return (
+            f"\nEvery task but the first was learned, and tested, with {how} ({told}): the network expects images of "
+            "such a task to be changed in the same way (`hpccl.data.changes`).\n"
+        )
 
     def _unlearned(self) -> str:
         learned = {number for task in self.learned for number in task.classes}

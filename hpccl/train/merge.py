@@ -111,7 +111,7 @@ def merge(
     """
     scales = _checked_scales(models, weights, method, base, prior_precision)
     for path in (*models, *(() if base is None else (base,))):
-        if path.resolve() == out.resolve():
+        if out.resolve() in (path.resolve(), path.resolve().parent if path.is_file() else path.resolve()):
             raise FolderError(f"--out '{out}' is one of the networks that are merged; choose another folder")
     refuse_what_is_there(out, force=force)
     sources = [open_source(path) for path in models]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hpccl.checkpoint.store import load, open_shards
 from hpccl.checkpoint.tree import StoredWhole, read_tree
+from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.curvature import MasCurvature, SiCurvature
 from hpccl.config.load import load_recorded
 from hpccl.curvature.blocks import Block, Layout
@@ -155,8 +156,9 @@ def _run(path: Path) -> Source:
     def blocks(layer: str) -> Sequence[Mapping[str, Any]]:
         return shards(lambda name: name == layer).get(layer, [])
 
-    # An importance is no curvature to weigh networks by.
-    measured = None if isinstance(settings.curvature, (MasCurvature, SiCurvature)) else quadratic
+    # No curvature to weigh this network by: an importance, or that of the network before it was adapted.
+    other = isinstance(settings.curvature, (MasCurvature, SiCurvature)) or isinstance(settings.adapt, AnyAdaptation)
+    measured = None if other else quadratic
     curvature = None if measured is None else Curvature.of(measured["precision"], blocks, str(path))
     return Source(str(path), config, tree["engine"]["weights"], curvature)
 
@@ -208,7 +210,7 @@ def refuse_other(sources: Sequence[Source], base: Source | None, shapes: Mapping
             if other.config[key] != first.config[key]:
                 raise ConfigError(
                     f"'{other.label}' and '{first.label}' cannot be merged: {word} differ ("
-                    f"{_difference(other.config[key], first.config[key])}); merge networks of one architecture that "
+                    f"{difference(other.config[key], first.config[key])}); merge networks of one architecture that "
                     "were trained over the same classes in the same order"
                 )
     for other in (*sources, *([base] if base else [])):
@@ -222,7 +224,8 @@ def refuse_other(sources: Sequence[Source], base: Source | None, shapes: Mapping
             )
 
 
-def _difference(one: Any, other: Any) -> str:
+def difference(one: Any, other: Any) -> str:
+    """Of two settings or lists, in words."""
     if isinstance(one, list) and isinstance(other, list):
         if len(one) != len(other):
             return f"{len(one)} and {len(other)} of them"

@@ -29,7 +29,7 @@ from hpccl.prior.quadratic import Quadratic
 from hpccl.report.uncertainty import Uncertainty, worth_showing
 from hpccl.train.consolidate import thumbnail
 from hpccl.train.evaluate_run import reopened
-from hpccl.train.export import find_finished, no_curvature, refuse_importance, refuse_other_logits
+from hpccl.train.export import find_finished, no_curvature, refuse_other_curvature, refuse_other_logits
 from hpccl.train.passes import shared_images, with_mirror_images
 from hpccl.train.state import RunState, World
 from hpccl.train.variance import refuse_large_jacobians
@@ -125,7 +125,7 @@ def measured_past(state: RunState, world: World) -> Quadratic:
         FolderError: there is no curvature.
         ConfigError: it is an importance.
     """
-    refuse_importance(world.config, world.folder.path)
+    refuse_other_curvature(world.config, world.folder.path)
     if state.prior.quadratic is None:
         raise FolderError(no_curvature(str(world.folder.path), state.mark.name))
     return state.prior.quadratic

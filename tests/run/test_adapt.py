@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,15 @@ from hpccl.train.compose import Composer, _remaining, plan_task, split
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate import evaluate_all
 from hpccl.train.evaluate_run import reopened
+from hpccl.train.export import export
 from hpccl.train.fit import fit
 from hpccl.train.loss import weighted_nats
+from hpccl.train.memory_map.build import map_memory
+from hpccl.train.merge import merge
 from hpccl.train.run import run
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
+from hpccl.train.uncertainty import evaluate_posterior
 from tests.dist.world import Result, run_in_world
 from tests.run.command import ROOT, hpccl, kill_tree, wait_for_steps
 from tests.run.method import AfterEvent, make_world, merged
@@ -524,6 +529,27 @@ def test_an_adaptation_is_not_adapted_again(digits: Path, tmp_path: Path) -> Non
     assert learn(config) == "done"
     with pytest.raises(FolderError, match="is an adaptation of"):
         both(tmp_path / "out", tmp_path / "further", PRECISION)
+
+
+def test_the_curvature_of_a_run_is_not_that_of_its_adaptation(tmp_path: Path) -> None:
+    """It is around the run's weights, which would be tested in the place of the adapted ones."""
+    source = merged(
+        {"memory": {"size": 5}, "prior": {"quadratic": {"weight": 1.0}}, "stream": {"kind": "digits", "tasks": 2}}
+    )
+    source = source.model_copy(update={"folder": str(tmp_path / "run")})
+    assert learn(source) == "done"
+    config, _ = both(tmp_path / "run", tmp_path / "out", REMOVE, "train.epochs=1")
+    assert learn(config) == "done"
+    wanted: list[Callable[[Path], object]] = [
+        evaluate_posterior,
+        lambda path: map_memory(path, posterior="checkpoint"),
+        lambda path: export(path, tmp_path / "export", curvature=True),
+    ]
+    for ask in wanted:
+        with pytest.raises(ConfigError, match=r"adapts '.*/run': the curvature in it is of that run's network"):
+            ask(tmp_path / "out")
+    with pytest.raises(ConfigError, match="has no curvature, which --method fisher weighs networks by"):
+        merge([tmp_path / "out"], tmp_path / "merged", method="fisher")
 
 
 def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:

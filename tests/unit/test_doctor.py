@@ -94,6 +94,21 @@ def test_disk_below_a_file(tmp_path: Path) -> None:
     assert check.required
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_disk_below_a_folder_that_may_not_be_entered(tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir(mode=0o700)
+    code = (
+        "import os, sys; from pathlib import Path; from hpccl.doctor import check_disk; os.setuid(65534); "
+        "print(check_disk('disk', Path(sys.argv[1])).status)"
+    )
+    place = str(tmp_path / "secret" / "cache" / "hpccl")
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.getuid() and folder.name.startswith(("pytest", tmp_path.name)):
+            folder.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, check=True)
+    assert done.stdout == "missing\n"
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_disk_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

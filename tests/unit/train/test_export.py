@@ -41,6 +41,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "cifarnet": {"model": {"kind": "cifarnet"}, "data": {"image_size": 12}},
     "mlp": {"model": {"kind": "mlp", "hidden": [12]}},
     "separate": {"train": {"epochs": 1, "restart": True}},
+    "permuted": {"stream": {"kind": "digits", "tasks": 2, "scenario": {"kind": "permuted"}}},
 }
 
 Run = Callable[..., tuple[Path, RunState, torch.Tensor]]
@@ -137,6 +138,14 @@ def test_the_readme_loads_the_network_and_explains_its_outputs(run: Run, tmp_pat
     assert "The other 8 outputs were not trained" in readme
     assert "task-incremental" in readme
     assert "floor(32 / 0.9)" in readme
+
+
+def test_images_that_tasks_change_are_told_of(run: Run, tmp_path: Path) -> None:
+    folder, _, _ = run("permuted")
+    export(folder, tmp_path / "out")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "Every task but the first was learned, and tested, with its pixels in an order of its own" in readme
+    assert "(kind permuted, seed 0)" in readme
 
 
 def test_what_has_its_size_already_is_not_cropped(tmp_path: Path) -> None:

@@ -248,6 +248,12 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["plain", "torn.safetensors"]
     with pytest.raises(FolderError, match="exists"):
         merge([run], tmp_path / "plain", method="average")
+    for base in (tmp_path / "plain", tmp_path / "plain" / "model.safetensors"):
+        with pytest.raises(FolderError, match="is one of the networks that are merged"):
+            merge([run], tmp_path / "plain", method="arithmetic", base=base, force=True)
+    evaluate_run(run, weights=tmp_path / "plain")
+    with pytest.raises(ConfigError, match=r"has other classes than the run, .*number 0 is"):
+        evaluate_run(turned, weights=tmp_path / "plain")
 
 
 def test_an_importance_weighs_no_networks(trained: Trained, tmp_path: Path) -> None:
