@@ -34,7 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mounted)], check=True)
 
 
-@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_full_disk_and_again_after_making_room(small_disk: Path, tmp_path: Path, nproc: int) -> None:
     several = f"--nproc={nproc}"
     folder, whole = small_disk / "run", tmp_path / "whole"

@@ -72,7 +72,7 @@ def test_campaigns_that_cannot_be(steps: tuple[Step, ...], message: str) -> None
         Campaign(Path("runs"), steps)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_an_interrupted_campaign_saves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     script = tmp_path / "campaign.py"
     script.write_text(
