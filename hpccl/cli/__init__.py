@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -15,6 +15,7 @@ from hpccl.cli.gp import gp
 from hpccl.cli.memory import memory
 from hpccl.cli.shards import shards
 from hpccl.cluster.outcome import INTERRUPTED, tell
+from hpccl.cluster.step import end, in_step
 from hpccl.errors import CapacityError, HpcclError
 from hpccl.machine import out_of_memory
 from hpccl.output import Told, flush, say
@@ -53,17 +54,24 @@ def main() -> None:
             finally:
                 told.flush()
     except HpcclError as error:
-        sys.exit(tell(error))
+        _leave(tell(error))
     except (MemoryError, RuntimeError) as error:
         words = out_of_memory(error)
         if words is None:
             raise
-        sys.exit(tell(CapacityError(f"memory ran out ({words}); free some, or take a machine or device with more")))
+        _leave(tell(CapacityError(f"memory ran out ({words}); free some, or take a machine or device with more")))
     except KeyboardInterrupt:
         say("stopped by Ctrl-C; run the same command again")
         sys.exit(INTERRUPTED)
     finally:
         flush()
+
+
+def _leave(code: int) -> NoReturn:
+    """Of a rank of a SLURM step, with a code that those whom `srun` then ends do not hide."""
+    if in_step():
+        end(code)
+    sys.exit(code)
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,7 +9,8 @@
 # srun's exit code is the highest of all ranks':
 #   75                stopped on request and saved, or lost another rank  -> again
 #   134 135 137 139   a rank was aborted or killed, or crashed            -> again
-#   143               srun ended a rank that did not listen yet, since one of the above or of the below ended -> again
+#   143               srun ended a rank that did not listen yet, because another one ended -> again, in the job's first
+#                     five restarts, for the other one may have failed where hpccl does not say so
 #   233 to 236        srun could not reach a node                         -> again, by then SLURM knows which are down
 #   201 202           a rank failed (1), or its configuration is wrong (2). Its partners end with 75 or 143: in a step
 #                     hpccl adds 200 so that the failure is the highest -> not again
@@ -26,7 +27,8 @@ hpccl_finish() {
   if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   case $code in
     0) exit 0 ;;
-    75 | 134 | 135 | 137 | 139 | 143 | 233 | 234 | 235 | 236) ;;
+    75 | 134 | 135 | 137 | 139 | 233 | 234 | 235 | 236) ;;
+    143) if [ "$restarts" -ge 5 ]; then why='ranks are ended before they listen, again and again'; fi ;;
     201 | 202) code=$((code - 200)) why='a rank says what to mend' ;;
     253) why='out of memory' ;;
     *) why='running again would not mend it' ;;

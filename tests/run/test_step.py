@@ -58,6 +58,11 @@ def test_a_sweep_in_one_step_goes_on_after_a_run_that_is_done(tmp_path: Path) ->
     assert weights(sweep / "seed=1") == weights(done)
 
 
+def test_a_wrong_command_has_a_code_that_others_do_not_hide(tmp_path: Path) -> None:
+    with step(2, tmp_path, "train.epoch=1") as tasks:
+        assert codes(tasks) == [202, 202]
+
+
 def test_ranks_that_a_failure_parted_do_not_meet_again_in_another_run(tmp_path: Path) -> None:
     (tmp_path / "seed=0").mkdir()
     (tmp_path / "seed=0" / "events.jsonl").write_text('{"event": "run", "time": 1}\n')  # and no config.yaml
