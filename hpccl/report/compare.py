@@ -258,7 +258,8 @@ def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
     Where these are many, only the first group has all of them, the others those in which they differ from it.
     """
     keys = dict.fromkeys(key for other in alike for key in other if key not in (*IGNORED, *MEMORY_SIZES))
-    differing = [key for key in keys if len({json.dumps(other.get(key, ABSENT)) for other in alike}) > 1]
+    texts = {key: {json.dumps(other.get(key, ABSENT), sort_keys=True) for other in alike} for key in keys}
+    differing = [key for key, found in texts.items() if len(found) > 1]
     kinds = {key.removesuffix("kind") for key in differing if key.endswith(".kind")}
     told = [key for key in differing if not _explained(key, kinds, alike)]
     if len(told) > _MANY and identity is not alike[0]:
