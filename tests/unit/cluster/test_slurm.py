@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
+import hpccl
 from hpccl.cluster.slurm import parameters, python_command, seconds
 from hpccl.cluster.submit import script
 from hpccl.config.load import load, sweep
@@ -98,6 +100,21 @@ def test_the_script_is_bash_and_ends_with_the_code_of_the_step(tmp_path: Path) -
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert lines[-2].startswith("srun ")
     assert lines[-1] == "hpccl_finish $?"
+
+
+def test_ranks_that_are_ended_before_they_listen_do_not_run_again_for_ever() -> None:
+    """143 may hide a failure of which hpccl could not say anything."""
+    source = Path(hpccl.__file__).parent / "cluster" / "requeue.sh"
+    done = subprocess.run(
+        ["bash", "-c", '. "$1"; hpccl_finish 143', "bash", str(source)],
+        env={**os.environ, "SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "5"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 143
+    assert "not requeued: ranks are ended before they listen, again and again" in done.stderr
 
 
 def test_a_sweep_is_one_array_unless_it_asks_for_different_machines() -> None:
