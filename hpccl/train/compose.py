@@ -15,16 +15,27 @@ from hpccl.config.adaptation import RemoveData
 from hpccl.config.base import per_task
 from hpccl.config.run import RunConfig
 from hpccl.data.order import Batch, BatchPlan, mix
-from hpccl.data.protocols import Stream, Task, heads_of, training_samples
+from hpccl.data.protocols import Listed, Stream, Task, heads_of, training_samples
 from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, SQUARED, Images, Request, Rows
 from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory, scattered, spread
 from hpccl.train.distill import Distilled
-from hpccl.train.kept import held_out, kept_of_tasks
+from hpccl.train.kept import held_out, kept_of_tasks, num_learned
 from hpccl.train.removal import less, removed_samples, removed_slots
 from hpccl.train.topology import Topology
 
-__all__ = ["Composer", "Part", "head_steps", "new_samples", "plan_task", "planned_steps", "split", "task_epochs"]
+__all__ = [
+    "Composer",
+    "Part",
+    "head_steps",
+    "new_samples",
+    "num_new",
+    "plan_task",
+    "planned",
+    "planned_steps",
+    "split",
+    "task_epochs",
+]
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,20 +47,33 @@ def plan_task(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> 
     return replace(_plan(config, task, len(new), num_memory), groups=stream.groups("train")[new])
 
 
-def planned_steps(config: RunConfig, stream: Stream) -> list[int]:
+def planned(config: RunConfig, stream: Listed) -> list[BatchPlan]:
+    """The steps of every task that a run trains, before any of them is; an adaptation has other tasks."""
+    plans = []
+    for task in stream.tasks[-1:] if config.train.only_last else stream.tasks:
+        apart = config.train.data == "memory" or config.prior.fromp.weight > 0  # recalled beside the rows of a step
+        kept = 0 if apart else sum(kept_of_tasks(config, stream, task.index))
+        plans.append(_plan(config, task, num_new(config, stream, task), kept))
+    return plans
+
+
+def planned_steps(config: RunConfig, stream: Listed) -> list[int]:
     """How many steps each task will take; 0 for those that are not trained."""
-    tasks = stream.tasks
-    skipped = len(tasks) - 1 if config.train.only_last else 0
-    steps = []
-    for task in tasks[skipped:]:
-        kept = sum(kept_of_tasks(config, stream, task.index))
-        kept = 0 if config.prior.fromp.weight > 0 else kept  # recalled beside the rows of a step
-        if config.train.data == "memory":
-            new, kept = sum(kept_of_tasks(config, stream, task.index + 1)), 0
-        else:
-            new = len(new_samples(config, stream, task, Memory.empty()))
-        steps.append(_plan(config, task, new, kept).num_steps)
-    return [0] * skipped + steps
+    plans = planned(config, stream)
+    return [0] * (len(stream.tasks) - len(plans)) + [plan.num_steps for plan in plans]
+
+
+def num_new(config: RunConfig, stream: Listed, task: Task) -> int:
+    """How many examples a task will train on beside the memory."""
+    match config.train.data:
+        case "task":
+            return num_learned(config, stream, task)
+        case "seen":
+            return task.samples("train").stop
+        case "memory":
+            return sum(kept_of_tasks(config, stream, task.index + 1))
+        case _ as never:
+            assert_never(never)
 
 
 def task_epochs(config: RunConfig, task: int) -> int:
@@ -408,7 +432,7 @@ def _memory_weights(config: RunConfig, stream: Stream, task: Task, memory: Memor
     """
     weights = []
     left, kept = _remaining(config, stream, memory) if config.prior.scale_to_task else ([], [])
-    new = len(task.samples("train")) - len(held_out(config, stream, task))
+    new = num_learned(config, stream, task)
     for other in stream.tasks:
         stands_for = left[other.index] / max(kept[other.index], 1) if config.prior.scale_to_task else 1.0
         if config.prior.scale_to_new:
@@ -422,7 +446,7 @@ def _true_shares(config: RunConfig, stream: Stream, memory: Memory) -> Tensor:
     tasks = stream.tasks
     if not config.prior.mixes:
         return torch.zeros(len(tasks))
-    own = [len(task.samples("train")) - len(held_out(config, stream, task)) for task in tasks]
+    own = [num_learned(config, stream, task) for task in tasks]
     kept = memory.per_task(len(tasks))
     return torch.tensor([config.prior.true_share(*each) for each in zip(kept, own, strict=True)])
 

@@ -13,7 +13,7 @@ from hpccl.memory.balance import greedy_balance
 from hpccl.memory.budget import per_class, quotas, split_quotas
 from hpccl.memory.select import choose
 
-__all__ = ["admitted_greedily", "held_out", "kept_of_tasks", "validation"]
+__all__ = ["admitted_greedily", "held_out", "kept_of_tasks", "num_learned", "validation"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,7 +36,7 @@ def kept_of_tasks(config: RunConfig, stream: Listed, tasks: int) -> list[int]:
     return split_quotas(
         config.memory.total,
         config.prior.correct.share,
-        sizes=[size - len(held_out(config, stream, stream.tasks[number])) for number, size in enumerate(sizes)],
+        sizes=[num_learned(config, stream, task) for task in stream.tasks[:tasks]],
         classes=classes,
     )
 
@@ -48,6 +48,11 @@ def held_out(config: RunConfig, stream: Listed, task: Task) -> Ints:
     # As many as will ever be asked for: when the task itself is corrected, or the next one if it is the first.
     before = sum(len(other.classes) for other in stream.tasks[: max(task.index, 1)])
     return _first_of_each_class(config, stream, task, before)
+
+
+def num_learned(config: RunConfig, stream: Listed, task: Task) -> int:
+    """How many of the task's training examples networks learn from."""
+    return len(task.samples("train")) - len(held_out(config, stream, task))
 
 
 def validation(config: RunConfig, stream: Listed, task: Task) -> Ints:

@@ -324,11 +324,12 @@ def _first_task(config: RunConfig, stream: Stream, mark: Mark) -> int:
 
 def _introduce(world: World, command: Sequence[str], found: Mark | None, state: RunState) -> None:
     config, stream = world.config, world.stream
-    steps = planned_steps(config, stream)
     if _adapts(config):
         saved = None if found is None else load(world.folder.checkpoints, found)["prior"]["memory"]
         memory = state.prior.memory if saved is None else Memory.from_state_dict(saved)
         steps = adaptation_steps(adaptation_task(config, stream), memory, world)
+    else:
+        steps = planned_steps(config, stream)
     if found is not None:
         world.progress.message(f"continuing from {found.name}")
     if not world.comm.leader:  # of what follows, git asks the disk, which may be far away

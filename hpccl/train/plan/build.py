@@ -6,22 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, assert_never
+from typing import Any, Literal
 
 from hpccl.config.curvature import PassCurvature, SiCurvature
-from hpccl.config.memory import StratifiedMix
 from hpccl.config.optim import TimmOptim, VognOptim, passes_of, trials_of
 from hpccl.config.run import RunConfig
 from hpccl.data.build import outline
-from hpccl.data.order import BatchPlan
 from hpccl.data.outline import Outline
-from hpccl.data.protocols import Task
 from hpccl.dist.mesh import pick_device
 from hpccl.models.build import refuse_sizes
 from hpccl.report.text import size
 from hpccl.train.checks import check_memory
-from hpccl.train.compose import task_epochs
-from hpccl.train.kept import held_out, kept_of_tasks
+from hpccl.train.compose import num_new, planned
+from hpccl.train.kept import kept_of_tasks, num_learned
 from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.train.plan.measure import Rates, measure
 from hpccl.train.plan.network import Network, forward_flops, look, moments
@@ -198,7 +195,7 @@ def make_plan(
         tasks=num_tasks,
         rows=rows,
         batch_size=config.train.batch_size,
-        steps=sum(plan.num_steps for plan in case.batch_plans()),
+        steps=sum(plan.num_steps for plan in planned(config, stream)),
         terms=0 if curvature is None else curvature.terms,
         most_terms=0 if curvature is None else curvature.most_terms,
         held=tuple(case.held(kept)),
@@ -304,27 +301,11 @@ class _Case:
         *before, last = self.stream.tasks
         memory = sum(self._kept(last.index)) if self.config.prior.distill.images == "all" else 0
         old = len({label for task in before for label in task.classes})
-        return (self._num_new(last) + memory) * old * _LABEL[self.config.memory.dtype]
+        return (num_new(self.config, self.stream, last) + memory) * old * _LABEL[self.config.memory.dtype]
 
     def _kept(self, tasks: int) -> list[int]:
         """Examples kept of each of the first tasks, when all of these have been learned."""
         return kept_of_tasks(self.config, self.stream, tasks)
-
-    def _own(self, task: Task) -> int:
-        """Training examples of a task."""
-        return len(task.samples("train")) - len(held_out(self.config, self.stream, task))
-
-    def _num_new(self, task: Task) -> int:
-        """Examples that a task trains on, beside memory."""
-        match self.config.train.data:
-            case "task":
-                return self._own(task)
-            case "seen":
-                return task.samples("train").stop
-            case "memory":
-                return sum(self._kept(task.index + 1))
-            case _ as never:
-                assert_never(never)
 
     def sent(self) -> Iterator[Sent]:
         """By a rank."""
@@ -373,7 +354,7 @@ class _Case:
         if grows is None or last is None:
             return
         steps: Counter[int] = Counter()
-        for plan in self.batch_plans():
+        for plan in planned(self.config, self.stream):
             for epoch in range(plan.epochs):
                 steps[grows.side(epoch, plan.epochs, last)] += plan.steps_per_epoch
         num_classes = len(self.stream.class_names)
@@ -384,7 +365,7 @@ class _Case:
 
     def _soft_share(self) -> float:
         """Of a step's images in the last task, those that a teacher is asked about."""
-        *_, last = self.batch_plans()
+        *_, last = planned(self.config, self.stream)
         mixed = last.memory_rows / last.batch_size if last.memory_rows else last.num_memory / last.num_train
         distill = self.config.prior.distill
         soft = mixed * self._softly() if self.config.prior.view == "teacher" else 0.0
@@ -394,9 +375,9 @@ class _Case:
 
     def _softly(self) -> float:
         """Of memory in the last task, the share with soft labels."""
-        tasks = self.stream.tasks[:-1]
-        kept = self._kept(len(tasks))
-        replayed = [self.config.prior.num_replayed(num, self._own(task)) for num, task in zip(kept, tasks, strict=True)]
+        config, tasks = self.config, self.stream.tasks[:-1]
+        kept, own = self._kept(len(tasks)), [num_learned(config, self.stream, task) for task in tasks]
+        replayed = [config.prior.num_replayed(*each) for each in zip(kept, own, strict=True)]
         return 1 - sum(replayed) / max(sum(kept), 1)
 
     @property
@@ -404,21 +385,6 @@ class _Case:
         config = self.config
         soft = config.memory.kept and config.prior.view == "teacher" and config.prior.some_soft
         return soft or (config.prior.distill.weight > 0 and config.prior.distill.view == "same")
-
-    def batch_plans(self) -> Iterator[BatchPlan]:
-        """Of the tasks that are trained."""
-        config, tasks, mix = self.config, self.stream.tasks, self.config.memory.mix
-        coupled = config.prior.fromp.weight > 0  # recalled beside the rows of a step
-        for task in tasks[-1:] if config.train.only_last else tasks:
-            yield BatchPlan(
-                num_new=self._num_new(task),
-                num_memory=0 if coupled or config.train.data == "memory" else sum(self._kept(task.index)),
-                batch_size=config.train.batch_size,
-                epochs=task_epochs(config, task.index),
-                seed=config.seed,
-                task=task.index,
-                share=mix.share if isinstance(mix, StratifiedMix) else None,
-            )
 
 
 def _when(name: str, spread: Spread) -> tuple[When, bool]:
