@@ -41,8 +41,9 @@ def fit_gp(
     """Learn the tasks of a run with a Gaussian process on its network's features, keeping a few examples of each."""
     from hpccl.gp.stream import Settings
     from hpccl.train.gp_fit import fit_gp as find
-    from hpccl.train.gp_fit import markdown, write_gp
+    from hpccl.train.gp_fit import markdown, refuse_out, write_gp
 
+    refuse_out(out or run / "gp")
     settings = Settings(inducing=inducing, steps=steps, rate=rate, memory=keep, tune=tune)
     found = find(run, settings=settings, task=task, kernel=kernel, lengthscale=lengthscale, variance=variance)
     folder = write_gp(found, out or run / "gp")

@@ -77,15 +77,15 @@ def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[
             refuse_any_other(config)  # the leader holds the lock, so that all ranks find the same
             outcome = run(config, comm, stop, command=argv, quiet=config.log.quiet)
         except HpcclError as error:
-            code = report(error)  # before leaving: the others fail when this rank's connections close
+            code, failed = report(error), True  # before leaving: the others fail when this rank's connections close
         except RuntimeError as error:
             lost = lost_partner(error, comm, config.cluster.timeout)
             if lost is None:
                 raise
-            code = report(lost)
+            code, failed = report(lost), True
         else:
-            code = STOPPED if outcome == "stopped" else DONE
-        leave()
+            code, failed = STOPPED if outcome == "stopped" else DONE, False
+        leave(failed=failed)
         return code
 
 

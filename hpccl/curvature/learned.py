@@ -31,7 +31,6 @@ def learned_diagonal(
     comm: Comm,
     *,
     num_train: int,
-    steps: int,
     past: Diagonal | None = None,
     weight: float = 0.0,
     damping: float = 0.0,
@@ -43,13 +42,13 @@ def learned_diagonal(
         config: the section `optim`; config.rules allows those that have a curvature.
         comm: of the engine's ranks.
         num_train: N, training examples of the task.
-        steps: that the optimiser made on it.
         past: the precision that pulled, times `weight`.
         weight: of the quadratic.
         damping: of the quadratic.
     """
     key = curvature_key(config)
     assert key is not None, "config.rules refuses optimisers without a curvature"
+    steps = engine.steps_taken  # less than the task's where its last layer learned alone before
     kept = engine.moments({key: "curvature"})["curvature"]
     leaves = {
         name: _mapped(leaf, lambda value: curvature(config, value, num_train=num_train, steps=steps).float())

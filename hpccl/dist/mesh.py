@@ -78,7 +78,11 @@ def meet_alone(comm: Comm) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=comm.timeout)
 
 
-def leave() -> None:
-    """Leave the world, if one was joined."""
-    if dist.is_initialized():
+def leave(*, failed: bool = False) -> None:
+    """Leave the world, if one was joined; a process whose run has failed must end soon after.
+
+    NCCL waits for the others when its communicators are destroyed, and they wait in an operation that this process will
+    not take part in: after a failure its connections are left to the end of the process.
+    """
+    if dist.is_initialized() and not (failed and dist.get_world_size() > 1 and dist.get_backend() == "nccl"):
         dist.destroy_process_group()

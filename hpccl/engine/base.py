@@ -202,6 +202,11 @@ class BaseEngine(ABC):
         """The coming step's learning rate."""
         return learning_rate(self._optim, task=self._task, step=self._step, num_steps=self._num_steps)
 
+    @property
+    def steps_taken(self) -> int:
+        """See the protocol."""
+        return self._step
+
     def finish(self) -> None:
         """Averaged weights become the weights; buffers (BatchNorm statistics) are rank 0's everywhere."""
         if self._average is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,9 +32,8 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunCo
     deepspeed = _import()
     meet_alone(comm)
     settings = _settings(config, sum(value.numel() for value in model.parameters()))
-    os.environ.setdefault("LOCAL_RANK", str(comm.device.index or 0))  # DeepSpeed wants its launcher's word
     _refuse_unknown(deepspeed, settings, config)
-    with warnings.catch_warnings():
+    with _named_device(comm.device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own use of deprecated calls
         try:
             engine, *_ = deepspeed.initialize(
@@ -42,6 +42,20 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunCo
         except (ValueError, AssertionError) as error:
             raise ConfigError(f"DeepSpeed {deepspeed.__version__} refuses its settings: {error}") from error
     return engine
+
+
+@contextlib.contextmanager
+def _named_device(device: torch.device) -> Iterator[None]:
+    """DeepSpeed takes the GPU that LOCAL_RANK counts, which is another one where a process sees its own alone."""
+    former = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index) if device.index is not None else former or "0"
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = former
 
 
 def _import() -> Any:

@@ -140,6 +140,10 @@ class Engine(Protocol):
     def lr(self) -> float:
         """The coming step's learning rate."""
 
+    @property
+    def steps_taken(self) -> int:
+        """By this optimiser, since `start`."""
+
     def finish(self) -> None:
         """End a task: averaged weights (if asked for) become the weights; buffers agree on all ranks."""
 

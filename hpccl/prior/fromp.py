@@ -79,8 +79,12 @@ class Fromp:
         return [(blocks[step % len(blocks)], len(blocks)) for blocks in self.tasks]
 
     def to(self, device: torch.device) -> Fromp:
-        """The same on a device; the precision stays where it is, for no step needs it."""
-        return replace(self, tasks=tuple(tuple(block.to(device) for block in blocks) for blocks in self.tasks))
+        """The same on a device."""
+        return replace(
+            self,
+            tasks=tuple(tuple(block.to(device) for block in blocks) for blocks in self.tasks),
+            precision=None if self.precision is None else self.precision.to(device),
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -292,8 +292,12 @@ def _keep_pictures(task: Task, sample: Ints, label: Ints, world: World) -> None:
         except DataError:  # already reported; data.bad_images is `skip`
             continue
     names = world.stream.sample_names("train", sample[shown])
-    with replacing(world.folder.memory / f"task-{task.index}.npz") as path, open(path, "wb") as file:
-        np.savez(file, images=stacked(pictures), labels=label[shown], names=np.array(names), task=np.array(task.index))
+    try:
+        with replacing(world.folder.memory / f"task-{task.index}.npz") as path, open(path, "wb") as file:
+            parts = {"images": stacked(pictures), "labels": label[shown], "names": np.array(names)}
+            np.savez(file, task=np.array(task.index), **parts)
+    except FolderError as error:  # only a report shows them, and the other processes are going on
+        world.progress.message(f"pictures of the memory are left out of the report: {error}")
 
 
 def stacked(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from hpccl.data.protocols import Task
 from hpccl.data.rows import Rows
 from hpccl.dist.spread import Leaf
 from hpccl.engine.sharded import is_spread
-from hpccl.errors import DivergedError
+from hpccl.errors import DivergedError, FolderError
 from hpccl.folder import replacing
 from hpccl.train.compose import Part
 from hpccl.train.state import RunState, World
@@ -51,12 +51,15 @@ def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
     broken = [name for name, flag in zip(weights, flags.tolist(), strict=True) if flag]
     spread = is_spread(state.engine.module)  # then each rank keeps its own elements
     note = world.folder.path / f"diverged-rank-{world.comm.rank}"
-    _keep(failure, named, broken, weights if world.comm.leader or spread else {}, note)
-    world.comm.barrier()
+    kept = _kept(failure, named, broken, weights if world.comm.leader or spread else {}, note)
+    lost = world.comm.any(not kept)  # on one process or more; what it is about is that the run diverged
+    where = f"The batch and the weights are in '{note}.*'"
+    if lost:
+        where = f"The batch and the weights could not be written beside '{note}' by all processes"
     return DivergedError(
         f"the gradient is not finite at step {failure.step} of task {failure.task.index} ('{failure.task.name}'); "
         f"loss terms in nats per example: {', '.join(f'{name} {value:.4g}' for name, value in said.items())}; "
-        f"weights that are not finite: {', '.join(broken[:3]) or 'none'}. The batch and the weights are in '{note}.*', "
+        f"weights that are not finite: {', '.join(broken[:3]) or 'none'}. {where}; "
         f"the last checkpoint is untouched. {_advice(failure, world)}"
     )
 
@@ -82,7 +85,8 @@ def _own(leaf: Leaf) -> Tensor:
     return leaf if isinstance(leaf, Tensor) else leaf.local
 
 
-def _keep(failure: Failure, terms: dict[str, float], broken: list[str], weights: dict[str, Tensor], note: Path) -> None:
+def _kept(failure: Failure, terms: dict[str, float], broken: list[str], weights: dict[str, Tensor], note: Path) -> bool:
+    """Whether this process could write its part."""
     description = {
         "task": failure.task.index,
         "step": failure.step,
@@ -91,9 +95,13 @@ def _keep(failure: Failure, terms: dict[str, float], broken: list[str], weights:
         "new_offsets": [int(row) for part in failure.parts for row in part.batch.new[part.rows]],
         "memory_slots": [int(row) for part in failure.parts for row in part.batch.slot[part.rows]],
     }
-    with replacing(note.with_suffix(".json")) as path:
-        path.write_text(json.dumps(description, indent=1))
     tensors = {f"pixels.{number}": rows.pixels.cpu().contiguous() for number, rows in enumerate(failure.rows)}
     tensors |= {f"weights.{name}": value.cpu().contiguous() for name, value in weights.items()}
-    with replacing(note.with_suffix(".safetensors")) as path:
-        write_tensors(path, tensors)
+    try:
+        with replacing(note.with_suffix(".json")) as path:
+            path.write_text(json.dumps(description, indent=1))
+        with replacing(note.with_suffix(".safetensors")) as path:
+            write_tensors(path, tensors)
+    except FolderError:
+        return False
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from hpccl.train.run import fresh_state
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
 
-__all__ = ["evaluate_run", "find_checkpoint", "newest_tree", "put_weights", "reopened"]
+__all__ = ["evaluate_run", "find_checkpoint", "put_weights", "reopened", "with_newest"]
 
 _LOOKS = 3  # at a folder of checkpoints that a run is replacing
 
@@ -106,12 +106,12 @@ def reopened(path: Path, *, task: int | None = None) -> Iterator[tuple[RunState,
         FolderError: the folder is no run, or has no such checkpoint.
     """
     folder = RunFolder(path)
-    mark, tree = newest_tree(folder, task)
+    find_checkpoint(folder, task)
     config = _in_one_process(load_recorded(folder.config))
     comm = Comm.solo(pick_device(config.engine.device))
     stream = open_for(config, folder)
     state = fresh_state(config, stream, comm, pretrained=False)
-    state.load_state_dict(tree, mark, open_shards(folder.checkpoints, mark), comm)
+    with_newest(folder, task, lambda mark: _put_state(state, folder, mark, comm))
     with EventLog(folder.events, enabled=False) as log, make_progress(False) as progress:
         yield state, World(config, comm, stream, folder, log, progress, Stop())
 
@@ -123,22 +123,29 @@ def _in_one_process(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"engine": alone})
 
 
-def newest_tree(folder: RunFolder, task: int | None) -> tuple[Mark, dict[str, Any]]:
-    """The newest checkpoint (or that of a task), and what is in it; looks again where a run has just replaced it.
+def _put_state(state: RunState, folder: RunFolder, mark: Mark, comm: Comm) -> None:
+    tree = load(folder.checkpoints, mark)
+    state.load_state_dict(tree, mark, open_shards(folder.checkpoints, mark), comm)
+
+
+def with_newest(folder: RunFolder, task: int | None, read: Callable[[Mark], None]) -> None:
+    """Read the newest checkpoint (or that of a task); another one where a run replaces it meanwhile.
+
+    read: all that is wanted of its files, which may be called again
 
     Raises:
         CheckpointError: it is damaged.
         FolderError: as `find_checkpoint`.
     """
-    for _ in range(_LOOKS - 1):
+    for look in range(1, _LOOKS + 1):
         mark = find_checkpoint(folder, task)
         try:
-            return mark, load(folder.checkpoints, mark)
+            read(mark)
         except CheckpointError:
-            if (folder.checkpoints / mark.name).exists():
+            if look == _LOOKS or (folder.checkpoints / mark.name).exists():
                 raise
-    mark = find_checkpoint(folder, task)
-    return mark, load(folder.checkpoints, mark)
+        else:
+            return
 
 
 def find_checkpoint(folder: RunFolder, task: int | None) -> Mark:

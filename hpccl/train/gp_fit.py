@@ -20,7 +20,7 @@ from torch import Tensor
 from hpccl.checkpoint.tree import write_tree
 from hpccl.data.protocols import Split
 from hpccl.errors import ConfigError, DataError, FolderError
-from hpccl.folder import RunFolder, explain_os_error
+from hpccl.folder import RunFolder, refuse_unwritable, replacing_folder
 from hpccl.gp.kernel import Kernel, Kind
 from hpccl.gp.likelihood import Softmax
 from hpccl.gp.stream import Settings, State, begin, learn, typical_distance
@@ -32,7 +32,7 @@ from hpccl.train.export import find_finished
 from hpccl.train.score import last_layer, looks
 from hpccl.train.state import RunState, World
 
-__all__ = ["Fitted", "fit_features", "fit_gp", "markdown", "write_gp"]
+__all__ = ["Fitted", "fit_features", "fit_gp", "markdown", "refuse_out", "write_gp"]
 
 Ints = npt.NDArray[np.int64]
 _HEADER = [
@@ -248,17 +248,30 @@ def markdown(found: Fitted) -> str:
     return markdown_table(_HEADER, rows, left=2) + "\n" + notes
 
 
+def refuse_out(out: Path) -> None:
+    """See before the work that the files can be written; an earlier fit's are replaced, and nothing else.
+
+    Raises:
+        FolderError: they cannot, or others would be deleted.
+    """
+    refuse_unwritable(out, "--out")
+    there = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    others = sorted(there - {"gp.json", "gp.md", "state.json", "state.safetensors"})
+    if others:
+        raise FolderError(
+            f"'{out}' holds other files than those of an earlier fit ({', '.join(others[:3])}), and its place will be "
+            "taken; choose another folder with --out"
+        )
+
+
 def write_gp(found: Fitted, out: Path) -> Path:
-    """gp.json, gp.md and the state (state.json, state.safetensors); returns the folder.
+    """gp.json, gp.md and the state (state.json, state.safetensors), in the place of an earlier fit's; the folder.
 
     Raises:
         FolderError: one cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_tree(out, found.state.state_dict(), header={"format": 1, "checkpoint": found.checkpoint})
-    except OSError as error:
-        raise FolderError(f"'{out}' cannot be written: {explain_os_error(error)}") from error
-    write_json(out / "gp.json", found.as_dict())
-    write_text(out / "gp.md", markdown(found))
+    with replacing_folder(out) as beside:
+        write_tree(beside, found.state.state_dict(), header={"format": 1, "checkpoint": found.checkpoint})
+        write_json(beside / "gp.json", found.as_dict())
+        write_text(beside / "gp.md", markdown(found))
     return out

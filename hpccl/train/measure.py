@@ -177,7 +177,6 @@ def _learned(samples: Ints, state: RunState, world: World) -> Precision:
         world.config.optim,
         world.comm,
         num_train=len(samples),
-        steps=state.mark.step,
         past=past,
         weight=config.weight,
         damping=config.damping,

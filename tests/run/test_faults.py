@@ -52,6 +52,16 @@ def test_a_gradient_that_is_not_finite_stops_with_a_diagnosis(tmp_path: Path) ->
     assert not list((folder / "checkpoints").glob(".*")), "half a checkpoint was left"
 
 
+def test_a_diagnosis_that_cannot_be_kept_is_told_all_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "diverged-rank-0.safetensors" / "in the way").mkdir(parents=True)
+    code, output = finish(start(folder, "optim.lr=1e30", "train.clip_norm=1e30", "optim.name=momentum"))
+    assert code == 1
+    assert "the gradient is not finite at step" in output
+    assert "The batch and the weights could not be written" in output
+    assert "Traceback" not in output
+
+
 def test_a_quadratic_that_is_too_stiff_is_named(tmp_path: Path) -> None:
     stiff = ("prior.quadratic.weight=1e30", "optim.lr=0.1", "optim.name=sgd", "train.epochs=1")
     folder = tmp_path / "run"

@@ -15,7 +15,7 @@ from hpccl.checkpoint.store import Mark
 from hpccl.checkpoint.tree import read_tree
 from hpccl.cli import app
 from hpccl.config.load import dump
-from hpccl.errors import ConfigError
+from hpccl.errors import ConfigError, FolderError
 from hpccl.gp.likelihood import Softmax
 from hpccl.gp.stream import Settings, State
 from hpccl.train.evaluate import evaluate
@@ -83,6 +83,17 @@ def test_arguments_that_are_out_of_range(run: Path) -> None:
     for lengthscale in (-1.0, 0.0):
         with pytest.raises(ConfigError, match=rf"lengthscale={lengthscale} of a kernel"):
             fit_gp(run, settings=Settings(), lengthscale=lengthscale)
+
+
+def test_only_the_files_of_an_earlier_fit_are_replaced(run: Path, tmp_path: Path) -> None:
+    arguments = ["gp", "fit", str(run), "--inducing=20", "--steps=2", "--keep=5", f"--out={tmp_path / 'out'}"]
+    for _ in range(2):
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(FolderError, match=r"holds other files than those of an earlier fit \(notes.txt\)"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert (tmp_path / "out" / "notes.txt").exists()
 
 
 def test_networks_of_their_own_are_refused(tmp_path: Path) -> None:

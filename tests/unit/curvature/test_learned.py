@@ -1,5 +1,6 @@
 """The curvature that an optimiser learned, beside the one that a pass measures, and what earlier tasks add to it."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,11 @@ def test_what_was_learned_goes_with_what_a_pass_measures(tmp_path: Path, kind: s
     assert float(pair.min()) >= 0
 
 
+@dataclass
 class Fixed:
     """An engine whose optimiser has a given state."""
+
+    steps_taken: int
 
     def moments(self, names: dict[str, str]) -> dict[str, dict[str, Tensor]]:
         return {answer: {"w": torch.tensor([0.5, 0.1])} for answer in names.values()}
@@ -76,8 +80,8 @@ def test_units_and_what_is_taken_off() -> None:
     past = Diagonal({"w": torch.tensor([3.0, 40.0])}, 10)
     quadratic: dict[str, Any] = {"past": past, "weight": 2.0, "damping": 0.5, "num_train": 100}
 
-    def of(optim: dict[str, Any], **more: Any) -> list[Any]:
-        engine: Any = Fixed()
+    def of(optim: dict[str, Any], *, steps: int, **more: Any) -> list[Any]:
+        engine: Any = Fixed(steps)
         found = learned_diagonal(engine, merged({"optim": optim}).optim, Comm.solo(), **more)
         assert found.num_examples == 100
         return [pytest.approx(value) for value in found.values["w"].tolist()]
@@ -123,3 +127,20 @@ def test_stopped_before_the_curvature_is_taken_it_is_the_same(tmp_path: Path) ->
         assert fit(world.stream.tasks[2], one, world)
     first, second = (dict(one.engine.gather()) for one in (state, other))
     assert weights_sha256(sorted(first.items())) == weights_sha256(sorted(second.items()))  # type: ignore[arg-type]
+
+
+def test_classes_to_come_have_no_curvature_where_the_last_layer_learned_alone_first(tmp_path: Path) -> None:
+    """Its steps were another optimiser's: the one that is asked forgot its initial value over fewer."""
+    config = merged(SECTIONS, {"optim": OPTIMISERS["ivon"], "train": {"epochs": 2, "head_epochs": 2}})
+    state, world = make_world(config, tmp_path)
+    learn(state, world, 1)
+    state.prior = replace(state.prior, quadratic=None)  # what is found is of the second task alone
+    state.mark = Mark.at(1, "fit", 0)
+    assert fit(world.stream.tasks[1], state, world)
+    consolidate(world.stream.tasks[1], state, world)
+    assert state.prior.quadratic is not None
+    found = state.prior.quadratic.precision
+    assert isinstance(found, Diagonal)
+    now, later = (list(world.stream.tasks[number].classes) for number in (1, 2))
+    for row in (value for value in found.values.values() if len(value) == 10):
+        assert float(row[later].max()) <= 1e-6 * float(row[now].mean())
