@@ -85,6 +85,9 @@ def plan(model: nn.Module, pixels: Tensor) -> Coverage:
     Raises:
         CoverageError: a trainable parameter does not influence the logits of any of them.
     """
+    if len(pixels) == 1:  # which any order of rows would fit
+        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels)
+        pixels = torch.cat([pixels, pixels.mean() + pixels.std().clamp(min=1e-3) * noise])
     coverage = _by_structure(model, pixels)
     probe, agreed = _measured(model, coverage.layers, pixels)
     _refuse_unreached(probe.truth.keys() - probe.reached)

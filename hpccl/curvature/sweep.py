@@ -166,16 +166,26 @@ def nothing(examples: Examples) -> Examples:
 def in_step(
     model: nn.Module, examples: Iterable[Examples], comm: Comm, size: Callable[[Examples], int]
 ) -> Iterator[Examples]:
-    """The examples of each batch, at most `size` at a time; where passes are collective, as often on every rank."""
+    """The examples of each batch, at most `size` at a time.
+
+    Where passes are collective, as often and as many on every rank, if only by examples of weight 0: some parameters
+    are measured one example at a time.
+    """
     batches = iter(examples)
     while (batch := together(model, comm, lambda: next(batches, None))) is not None:
         if not is_spread(model):
             yield from in_parts(batch, size(batch))
             continue
-        number = comm.max(-(-len(batch) // size(batch)))
-        for part in range(number):
-            some = batch.select(slice(part * len(batch) // number, (part + 1) * len(batch) // number))
-            yield some if len(some) else nothing(batch)
+        batch = padded(batch, comm.max(len(batch)))
+        yield from in_parts(batch, -(-len(batch) // comm.max(-(-len(batch) // size(batch)))))
+
+
+def padded(examples: Examples, length: int) -> Examples:
+    """With copies of the first one that count for nothing, `length` in all."""
+    places = torch.arange(length, device=examples.weight.device)
+    there = places < len(examples)
+    more = examples.select(torch.where(there, places, 0))
+    return replace(more, weight=more.weight * there)
 
 
 def together(model: nn.Module, comm: Comm, make: Callable[[], Made]) -> Made:

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from hpccl.curvature.columns import Wanted
+from hpccl.curvature.coverage import plan_ahead
 from hpccl.curvature.diagonal import DiagonalEstimator
+from hpccl.curvature.factors import KroneckerPass
 from hpccl.curvature.protocols import Examples
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import streamed
+from hpccl.engine.sharded import Mesh, shard
 from hpccl.errors import HpcclError
 from tests.dist.world import run_in_world
 from tests.unit.curvature.oracle import build, examples
@@ -47,6 +51,33 @@ def last_rank_diverges(comm: Comm) -> dict[str, Any]:
     except HpcclError as error:
         return {"kind": type(error).__name__, "message": str(error)}
     return {"kind": "none"}
+
+
+def by_the_image(comm: Comm, name: str) -> dict[str, Any]:
+    """Weights in shards; some are measured one image at a time, of which ranks have different numbers."""
+    model, pixels = build(name, 5, dtype=torch.float32)
+    known = plan_ahead(model, pixels.shape[1:])
+    assert known.looped
+    if comm.size > 1:
+        shard(model, Mesh.of(comm, None))
+    mine = comm.share(len(pixels))
+    batches = [examples(pixels).select(slice(mine.start, mine.stop))]
+    diagonal = DiagonalEstimator(known=known).estimate(model, batches, comm)
+    kronecker = KroneckerPass(known=known, fisher="ggn").run(model, batches, comm)
+    squares = {name: value.clone() for name, value in kronecker.squares.items()}
+    comm.sum_(list(squares.values()))
+    values = dict(streamed(diagonal.leaves, comm))
+    return {"diagonal": values, "kronecker": squares}
+
+
+@pytest.mark.parametrize("name", ["attention", "tied"])
+def test_images_one_at_a_time_are_as_many_on_every_rank(tmp_path: Path, name: str) -> None:
+    (alone,) = run_in_world(by_the_image, 1, tmp_path, name)
+    for rank in run_in_world(by_the_image, 2, tmp_path, name):
+        for kind, values in alone.items():
+            assert values.keys() == rank[kind].keys()
+            for parameter, value in values.items():
+                torch.testing.assert_close(rank[kind][parameter], value, rtol=1e-4, atol=1e-5 * float(value.max()))
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any], *, rtol: float) -> None:

@@ -427,3 +427,13 @@ def test_nothing_of_a_pass_stays_in_memory() -> None:
     for _ in range(3):
         estimator.estimate(model, [examples], Comm.solo())
     assert live() == before
+
+
+def test_a_first_batch_of_one_example_is_planned_like_any_other() -> None:
+    """Rows of one image could be grouped in any way."""
+    model, pixels = build("windows-first", 3)
+    data = examples(pixels)
+    expected = DiagonalEstimator().estimate(model, [data], Comm.solo()).values
+    found = DiagonalEstimator().estimate(model, [data.select(slice(0, 1)), data.select(slice(1, 3))], Comm.solo())
+    for name, value in expected.items():
+        torch.testing.assert_close(found.values[name], value, rtol=1e-4, atol=1e-6 * float(value.max()))
