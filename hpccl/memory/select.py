@@ -23,7 +23,7 @@ from hpccl.data.order import mix
 from hpccl.dist.comm import Comm
 from hpccl.memory.topk import Chosen, exponential, group_means, inclusion, largest
 
-__all__ = ["Candidates", "Choice", "choose", "class_quotas", "in_order", "scored", "shares", "uniform"]
+__all__ = ["Candidates", "Choice", "choose", "class_quotas", "in_order", "scored", "shares", "thinned", "uniform"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -39,11 +39,13 @@ class Choice:
     sample: [m] int64, ascending
     rank: [m] int64, place in the order of value: 0 is the last to be dropped
     weight: [m] float64 >= 0, how much each counts beside a uniform choice of as many
+    priority: [m] float64 >= 0, by which each was drawn; 0 where nothing was
     """
 
     sample: Ints
     rank: Ints
     weight: Floats
+    priority: Floats
 
 
 @final
@@ -139,13 +141,38 @@ def scored(score: Floats, sample: Ints, given: Candidates, comm: Comm, *, sample
     threshold[found.group[~inside]] = found.score[~inside]  # the first that is not chosen
     kept = Chosen(found.sample[inside], found.group[inside], found.score[inside])
     drawn = exponential(np.ones(len(kept)), kept.sample, words=given.words)
+    own = np.where(np.isneginf(kept.score), 0.0, drawn / kept.score)
+    weight = given.keep / len(given.samples) / _chances(own, threshold[kept.group])
+    return in_order(kept, weight, given, by_class=balanced, priority=own)
+
+
+def thinned(choice: Choice, group: Ints, left: npt.NDArray[np.bool_], *, of: int, words: tuple[int, ...]) -> Floats:
+    """[m] weights of a sampled choice (see `scored`) of which only some are `left` [m], the best of every group.
+
+    The first that is dropped of a group says with which chance the others are still there. A group that loses none
+    keeps its chances.
+
+    group: [m] position of the group, in which examples were drawn; of: candidates of the task; words: of the draw
+    """
+    keys = exponential(choice.priority, choice.sample, words=words)
+    dropped = np.full(int(group.max(initial=0)) + 1, np.nan)
+    np.fmax.at(dropped, group[~left], keys[~left])
+    share = left.sum() / max(len(left), 1)
+    chances = _chances(choice.priority, np.where(np.isnan(dropped), -np.inf, dropped)[group])
+    weight: Floats = np.where(np.isnan(dropped)[group], choice.weight * share, left.sum() / of / chances)
+    return weight
+
+
+def _chances(priority: Floats, threshold: Floats) -> Floats:
+    """[m] with which an example was chosen; what has no priority was chosen for want of others."""
     with np.errstate(invalid="ignore"):
-        chance = inclusion(drawn / kept.score, threshold[kept.group])
-    chance = np.where(np.isneginf(kept.score), 1.0, chance)
-    return in_order(kept, given.keep / len(given.samples) / chance, given, by_class=balanced)
+        chances: Floats = np.where(priority > 0, inclusion(priority, threshold), 1.0)
+    return chances
 
 
-def in_order(found: Chosen, weight: Floats, given: Candidates, *, by_class: bool) -> Choice:
+def in_order(
+    found: Chosen, weight: Floats, given: Candidates, *, by_class: bool, priority: Floats | None = None
+) -> Choice:
     """A choice with the order in which it would shrink.
 
     by_class: `found.group` are positions in `given.classes`; the best of every class come first, then the second, ...;
@@ -158,7 +185,8 @@ def in_order(found: Chosen, weight: Floats, given: Candidates, *, by_class: bool
         rank = np.empty(len(found), dtype=np.int64)
         rank[np.lexsort((tie, depth))] = np.arange(len(found))
     order = np.argsort(found.sample, kind="stable")
-    return Choice(found.sample[order], rank[order], weight[order])
+    priority = np.zeros(len(found)) if priority is None else priority
+    return Choice(found.sample[order], rank[order], weight[order], priority[order])
 
 
 def class_quotas(counts: Ints, keep: int, *, tie_break: npt.NDArray[np.uint64]) -> Ints:

@@ -34,6 +34,7 @@ class Memory:
     heads:   [T, K] int64, by task the class number of each soft logit, -1 where a head is narrower than K
     weight:  [M] fp32 >= 0, how much an example counts beside a uniform choice of as many, whose weights are 1
     rank:    [M] int64, place in the order of value of its task's examples: the largest are dropped first
+    priority: [M] float64 >= 0, by which an example was drawn; 0 where choices are not drawn
     file:    where in the run folder `soft` is, which then is mapped; None: in this process alone
     """
 
@@ -45,6 +46,7 @@ class Memory:
     heads: Tensor
     weight: Tensor
     rank: Tensor
+    priority: Tensor
     file: Apart | None = None
 
     @classmethod
@@ -52,7 +54,8 @@ class Memory:
         """Nothing kept."""
         numbers = torch.zeros(0, dtype=torch.int64)
         heads = torch.zeros(0, 1, dtype=torch.int64)
-        return cls(numbers, numbers, numbers, numbers.bool(), torch.zeros(0, 1), heads, torch.zeros(0), numbers)
+        soft, weight, priority = torch.zeros(0, 1), torch.zeros(0), numbers.double()
+        return cls(numbers, numbers, numbers, numbers.bool(), soft, heads, weight, numbers, priority)
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -80,12 +83,14 @@ class Memory:
         replay: Tensor,
         weight: Tensor | None = None,
         rank: Tensor | None = None,
+        priority: Tensor | None = None,
     ) -> Memory:
         """This memory and the chosen examples of a task, without soft labels: `relabelled` is to be called next.
 
-        weight: None: 1 each; rank: None: the order in which they are given.
+        weight: None: 1 each; rank: None: the order in which they are given; priority: None: 0 each.
         """
         heads = max(len(self.heads), task + 1)
+        drawn = torch.zeros(len(sample)) if priority is None else priority
         return Memory(
             sample=torch.cat([self.sample, sample]),
             task=torch.cat([self.task, torch.full_like(sample, task)]),
@@ -95,6 +100,7 @@ class Memory:
             heads=torch.zeros(heads, 0, dtype=torch.int64),
             weight=torch.cat([self.weight, torch.ones(len(sample)) if weight is None else weight.float()]),
             rank=torch.cat([self.rank, torch.arange(len(sample)) if rank is None else rank]),
+            priority=torch.cat([self.priority, drawn.double()]),
         )
 
     def shrunk(self, quotas: Sequence[int]) -> Memory:
@@ -167,12 +173,12 @@ class Memory:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Memory:
-        """The inverse; of checkpoints that know no weights and ranks, too, whose memory was a uniform choice."""
+        """The inverse; of checkpoints that know no priorities, or no weights and ranks (of uniform choices), too."""
+        old = {"priority": torch.zeros(len(state["sample"]), dtype=torch.float64), **state}
         if "file" in state:
-            return cls(**{**state, "file": Apart(state["file"])})
+            return cls(**{**old, "file": Apart(state["file"])})
         if "weight" in state:
-            return cls(**state)
-        old = dict(state)
+            return cls(**old)
         columns, task, label = old.pop("columns"), old["task"], old["label"]  # of every example, the same in a task
         heads = columns.new_full((int(task.max()) + 1 if len(task) else 0, columns.shape[1]), -1)
         heads[task] = columns

@@ -66,9 +66,13 @@ def _check_every_class_kept(config: RunConfig, stream: Listed) -> None:
     else:
         return
     total, classes = config.memory.total, len(stream.class_names)
+    # But for these, each task shares its part of the total among its own classes, whatever other tasks keep of them.
+    if config.memory.selector.kind not in ("greedy", "reservoir"):
+        classes = sum(len(task.classes) for task in stream.tasks)
     if 0 < total < classes:
         raise ConfigError(
-            f"memory.total={total} is less than the {classes} classes, {needs}; allowed: at least {classes}"
+            f"memory.total={total} is less than the {classes} classes of all tasks, {needs}; allowed: at least "
+            f"{classes}"
         )
     for task in stream.tasks:
         kept = kept_of(config.memory, len(task.samples("train")))

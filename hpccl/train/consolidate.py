@@ -21,13 +21,13 @@ from hpccl.data.protocols import Task, training_samples
 from hpccl.errors import DataError, FolderError, WorldError
 from hpccl.folder import replacing
 from hpccl.memory.budget import kept_of
-from hpccl.memory.select import Candidates, choose
+from hpccl.memory.select import Candidates, Choice, choose, thinned
 from hpccl.memory.store import DTYPES, Memory, head_columns, stored
 from hpccl.prior.correction import Correction
 from hpccl.prior.prior import Prior
 from hpccl.train.copies import keep_images
 from hpccl.train.end_of_task import class_means, correction
-from hpccl.train.kept import admitted_greedily, held_out, kept_of_tasks
+from hpccl.train.kept import admitted_greedily, held_out, kept_of_tasks, num_learned
 from hpccl.train.measure import functional, measure
 from hpccl.train.passes import shared_images
 from hpccl.train.selection import chosen
@@ -118,8 +118,34 @@ def _selected(task: Task, samples: Ints, memory: Memory, state: RunState, world:
         replay=torch.zeros(len(choice.sample), dtype=torch.bool),
         weight=torch.from_numpy(choice.weight),
         rank=torch.from_numpy(choice.rank),
+        priority=torch.from_numpy(choice.priority),
     )
-    return _drained(admitted, world) if reservoir else admitted.shrunk(share)
+    if reservoir:
+        return _drained(admitted, world)
+    left = admitted.shrunk(share)
+    return _drawn_anew(admitted, left, world) if getattr(config.memory.selector, "sampled", False) else left
+
+
+def _drawn_anew(before: Memory, left: Memory, world: World) -> Memory:
+    """With the weights of a sampled choice of as many, for every task that lost examples."""
+    config, weight = world.config, left.weight.clone()
+    kept = torch.isin(before.sample, left.sample)
+    for task in world.stream.tasks[: len(before.heads)]:
+        own = before.task == task.index
+        if bool(kept[own].all()) or not bool(before.priority[own].any()):  # of a checkpoint that knows none
+            continue
+        columns = (before.sample, before.rank, before.weight.double(), before.priority)
+        choice = Choice(*(column[own].numpy() for column in columns))
+        group = before.label[own].unique(return_inverse=True)[1].numpy()
+        found = thinned(
+            choice,
+            group if config.memory.balanced else np.zeros_like(group),
+            kept[own].numpy(),
+            of=num_learned(config, world.stream, task),
+            words=(config.seed, _SELECT, task.index),
+        )
+        weight[left.task == task.index] = torch.from_numpy(found).float()[kept[own]]
+    return replace(left, weight=weight)
 
 
 def _balanced(task: Task, memory: Memory, world: World) -> Memory:
@@ -235,6 +261,7 @@ def _with_kept(own: Tensor, task: Task, memory: Memory, before: Memory) -> Tenso
     """[M, K] soft labels: `own` of the task's examples, and of all others those they had in the memory `before`."""
     new = memory.task == task.index
     soft = own.new_zeros(len(memory), own.shape[1])
+    assert bool(torch.isin(memory.sample[~new], before.sample).all()), "what came earlier was in memory"
     order = before.sample.argsort()
     old = order[torch.searchsorted(before.sample[order], memory.sample[~new])]
     soft[~new, : before.soft.shape[1]] = before.soft[old].to(soft.dtype)
@@ -294,8 +321,8 @@ def _keep_pictures(task: Task, sample: Ints, label: Ints, world: World) -> None:
     names = world.stream.sample_names("train", sample[shown])
     try:
         with replacing(world.folder.memory / f"task-{task.index}.npz") as path, open(path, "wb") as file:
-            parts = {"images": stacked(pictures), "labels": label[shown], "names": np.array(names)}
-            np.savez(file, task=np.array(task.index), **parts)
+            images, number = stacked(pictures), np.array(task.index)
+            np.savez(file, images=images, labels=label[shown], names=np.array(names), task=number)
     except FolderError as error:  # only a report shows them, and the other processes are going on
         world.progress.message(f"pictures of the memory are left out of the report: {error}")
 

@@ -112,18 +112,27 @@ def old_heads(config: RunConfig, stream: Stream, task: Task) -> Tensor:
     return heads[first]
 
 
-def record(samples: Ints, columns: Tensor, teacher: Callable[[Tensor], Tensor], world: World) -> Tensor:
-    """[n, K] the teacher's logits of classes `columns` [K] on the evaluation view, on every rank's CPU; collective.
+def record(samples: Ints, heads: Tensor, teacher: Callable[[Tensor], Tensor], world: World) -> Tensor:
+    """[n, K] the teacher's logits of the K classes of `heads` [H, C] on the evaluation view, on every CPU; collective.
 
-    Each rank makes its share. They are not saved: from the same weights a resumed run makes the same.
+    Each rank makes its share. They are not saved: from the same weights a resumed run makes the same. In half precision
+    they are less the largest of their own head; where heads share classes they stay in fp32.
 
     Raises:
         Stopped: the run was asked to stop.
     """
-    dtype = world.config.memory.dtype
+    columns = heads.any(dim=0).nonzero().squeeze(1)
+    dtype = world.config.memory.dtype if bool((heads.sum(dim=0) <= 1).all()) else "fp32"
     found = [torch.zeros(0, len(columns), dtype=DTYPES[dtype])]
     for seen in shared_images(samples, world, size=world.stream_batch):
         number = len(seen.sample)
-        logits = teacher(seen.pixels)[:number].cpu()[:, columns]
-        found.append(stored(logits, columns.expand(number, -1), dtype))
+        logits = teacher(seen.pixels)[:number].cpu()
+        logits = logits if dtype == "fp32" else _from_largest(logits, heads)
+        found.append(stored(logits[:, columns], columns.expand(number, -1), dtype))
     return world.comm.gather(torch.cat(found))
+
+
+def _from_largest(logits: Tensor, heads: Tensor) -> Tensor:
+    """[n, C] less the largest logit of the own head, which its softmax does not notice."""
+    largest = [logits[:, head].amax(dim=1, keepdim=True) * head for head in heads]
+    return logits - torch.stack(largest).sum(dim=0)

@@ -192,7 +192,7 @@ def _recorded(task: Task, composer: Composer, distilled: Distilled, state: RunSt
         samples = np.concatenate([samples, composer.memory.sample.numpy()])
     with world.phase(task, "record") as phase:
         phase.images = len(samples)
-        found = record(samples, distilled.columns, _old_network(state), world)
+        found = record(samples, distilled.heads, _old_network(state), world)
     return replace(composer, distilled=replace(distilled, recorded=found))
 
 

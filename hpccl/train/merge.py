@@ -243,12 +243,13 @@ def _solved(group: str, base: Model | None, models: Sequence[Model], plan: _Plan
 
 
 def _merge_buffers(plan: _Plan, writer: Writer) -> tuple[str, ...]:
-    """Numbers that no gradient moved: the mean over what is added. Whole ones are the first network's."""
+    """Numbers that no gradient moved: the mean over what is added, or the base's; whole ones: the first network's."""
     averaged = []
+    added = [(source, scale) for source, scale in zip(plan.sources, plan.scales, strict=True) if scale > 0]
+    kept = added or ([] if plan.base is None else [(plan.base, 1.0)])
     for name in plan.shapes:
         if name in plan.parameters:
             continue
-        kept = [(source, scale) for source, scale in zip(plan.sources, plan.scales, strict=True) if scale > 0]
         if not plan.dtypes[name].is_floating_point or not kept:
             writer.write(name, _first(plan, name))
             continue
@@ -266,13 +267,14 @@ def _first(plan: _Plan, name: str) -> Tensor:
 
 
 def _config(plan: _Plan) -> dict[str, Any]:
-    """The first network's, of the tasks of all that were added."""
+    """The first network's, of the tasks of all that were added; of the base's where all only take away."""
     first = plan.sources[0].config
     assert first is not None
     tasks: list[dict[str, Any]] = []
-    for source, scale in zip(plan.sources, plan.scales, strict=True):
-        assert source.config is not None
-        tasks += [task for task in source.config["hpccl"]["tasks"] if scale > 0 and task not in tasks]
+    added = [source for source, scale in zip(plan.sources, plan.scales, strict=True) if scale > 0]
+    for source in added or [each for each in (plan.base,) if each is not None]:
+        known = [] if source.config is None else source.config["hpccl"]["tasks"]
+        tasks += [task for task in known if task not in tasks]
     ours = {key: value for key, value in first["hpccl"].items() if key not in ("run", "checkpoint")}
     merged = {
         "method": plan.method,
@@ -291,7 +293,8 @@ def _readme(plan: _Plan, out: Path, averaged: Sequence[str]) -> str:
     )
     base = "" if plan.base is None else f", beginning with `{plan.base.label}`"
     statistics = (
-        f"\nIts {len(averaged)} running statistics (such as `{averaged[0]}`) are means of those of the networks. "
+        f"\nIts {len(averaged)} running statistics (such as `{averaged[0]}`) are means of those of the networks "
+        "that were added, or the base's where none was. "
         "Normalisation by batch statistics does not suit merged weights exactly: pass some training images through it "
         "in training mode before use.\n"
         if averaged

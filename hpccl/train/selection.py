@@ -97,7 +97,7 @@ def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choi
 
             seen = _Share.of(task, given, state, world)
             found = by_class(seen.x[:, :-1], seen.sample, seen.valid, given=given, comm=world.comm, pick=pick)
-            return Choice(found.sample, found.rank, np.ones(len(found.sample)))
+            return replace(found, weight=np.ones(len(found.sample)))
         case ReconstructionSelector():
             return _reconstruction(config, task, given, state, world)
         case _:
@@ -106,7 +106,7 @@ def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choi
 
 def _in_order_of_arrival(sample: Ints) -> Choice:
     order = np.argsort(sample)
-    return Choice(sample[order], order.astype(np.int64), np.ones(len(sample)))
+    return Choice(sample[order], order.astype(np.int64), np.ones(len(sample)), np.zeros(len(sample)))
 
 
 def _scores(

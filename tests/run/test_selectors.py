@@ -175,6 +175,17 @@ def test_a_total_is_shared_by_all_tasks(tmp_path: Path) -> None:
     assert fit(world.stream.tasks[3], state, world)
 
 
+@pytest.mark.parametrize("balanced", [True, False])
+def test_what_is_left_of_a_sampled_memory_counts_as_if_it_had_been_drawn_alone(tmp_path: Path, balanced: bool) -> None:
+    shared = {"selector": {"kind": "gini", "sampled": True}, "balanced": balanced}
+    memory = after(3, tmp_path / "three", {"total": 24, **shared})[0].prior.memory
+    alone = after(1, tmp_path / "alone", {"size": 8, **shared})[0].prior.memory
+    own = memory.task == 0
+    assert memory.sample[own].tolist() == alone.sample.tolist()
+    torch.testing.assert_close(memory.weight[own], alone.weight)
+    assert len(alone.weight.unique()) > 5
+
+
 def test_a_reservoir_of_all_tasks_is_a_uniform_sample_of_all(tmp_path: Path) -> None:
     memory = {"total": 30, "selector": {"kind": "reservoir"}, "balanced": False}
     state, world = after(3, tmp_path, memory)

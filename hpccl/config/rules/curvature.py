@@ -68,7 +68,7 @@ def _grouped(config: RunConfig) -> Iterator[Clash]:
         problem = "makes something else of the Fisher matrix, of which the posterior's kernel is made; leave it 1"
         yield Clash((key, "prior.fromp.kernel"), problem)
     if isinstance(config.memory.selector, ReconstructionSelector):
-        problem = "leaves out what a quadratic of the loss says, which this is not one; leave group 1"
+        problem = "assumes a quadratic of the loss, which groups do not make; leave group 1, or use another selector"
         yield Clash(("memory.selector.kind", key), problem)
     if engine.kind == "fsdp2" or (isinstance(engine, DeepspeedEngine) and engine.stage == 3):
         problem = "needs whole gradients while it measures, and this engine has them in shards; leave it 1, or use ddp"

@@ -30,10 +30,21 @@ def _selector(config: RunConfig) -> Iterator[Clash]:
     if selector.probes == 0 and not config.prior.some_true:
         problem = "soft labels say nothing at the weights that end a task; set probes > 0, or prior.replay > 0"
         yield Clash(("memory.selector.probes", "prior.replay"), problem)
+    if selector.weights == "fitted" and config.memory.total > 0:
+        problem = "fits the weights of the first choice, and what is left of it as more tasks come would need others"
+        yield Clash(
+            ("memory.selector.weights", "memory.total"), f"{problem}; set it to equal, or memory.size instead of total"
+        )
     if selector.weights == "equal" and differs(selector, ReconstructionSelector(), "ridge"):
         usual = ReconstructionSelector().ridge
         problem = f"pulls fitted weights, and there are none; set memory.selector.weights=fitted, or leave it {usual}"
         yield Clash(("memory.selector.ridge", "memory.selector.weights"), problem)
+
+
+def _mixed(config: RunConfig) -> Iterator[Clash]:
+    if config.memory.kept and isinstance(config.memory.mix, StratifiedMix) and config.train.batch_size == 1:
+        problem = "wants rows of memory beside new ones in every step, and a step has one row; raise it, or set natural"
+        yield Clash(("memory.mix.kind", "train.batch_size"), problem)
 
 
 def _needs_memory(config: RunConfig) -> Iterator[Clash]:
@@ -89,6 +100,7 @@ def _fading(config: RunConfig) -> Iterator[Clash]:
 RULES = (
     _one_budget,
     _selector,
+    _mixed,
     _needs_memory,
     _copies,
     _needs_soft_labels,

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 from hpccl.config.adaptation import NewPrecision, NoAdaptation
 from hpccl.config.clash import Clash
 from hpccl.config.curvature import MasCurvature, OptimizerCurvature, SiCurvature
-from hpccl.config.memory import GreedySelector, StratifiedMix
+from hpccl.config.memory import (
+    GreedySelector,
+    PosteriorSelector,
+    ReconstructionSelector,
+    ScoreSelector,
+    StratifiedMix,
+)
 from hpccl.config.prior import DistillConfig, FrompConfig, NormalConfig, PriorConfig
 from hpccl.config.rules.common import budgets, differs
 
@@ -74,6 +80,7 @@ def _normal(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("prior.normal.weight", "adapt.kind"), problem)
 
 
+_OF_SOFTMAX = (ScoreSelector, PosteriorSelector, ReconstructionSelector)
 _NEVER_COMPETE = "old classes never compete with new ones there; leave it seen"
 
 
@@ -107,6 +114,9 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
     if getattr(config.memory.selector, "sampled", False):
         problem = "weighs the examples that it draws, and coupled predictions have no weights; set it to false"
         yield Clash(("memory.selector.sampled", key), problem)
+    if getattr(config.memory.selector, "weights", "equal") == "fitted":
+        problem = "fits weights of the examples, and coupled predictions have none; set it to equal"
+        yield Clash(("memory.selector.weights", key), problem)
     if config.memory.total > 0:
         problem = "examples would leave memory whose predictions are coupled; set memory.size or memory.fraction"
         yield Clash(("memory.total", key), problem)
@@ -148,6 +158,9 @@ def _memory_alone(config: RunConfig) -> Iterator[Clash]:
     if differs(config.prior, PriorConfig(), "weight"):
         problem = "weighs memory against new data, of which there are none; leave it 1"
         yield Clash(("prior.weight", "train.data"), problem)
+    if config.prior.scale_to_new:
+        problem = "weighs memory by the number of new data, of which there are none; leave it false"
+        yield Clash(("prior.scale_to_new", "train.data"), problem)
 
 
 def _distilled(config: RunConfig) -> Iterator[Clash]:
@@ -177,6 +190,9 @@ def _sigmoids(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("prior.quadratic.weight", "train.loss"), f"curvature is that of a softmax, and {because}")
     if config.memory.kept and prior.some_soft:
         yield Clash(("prior.replay", "train.loss"), f"soft labels are a softmax's, and {because}; set prior.replay=1")
+    if config.memory.kept and isinstance(config.memory.selector, _OF_SOFTMAX):
+        problem = f"scores examples by probabilities of a softmax, and {because}; choose another selector"
+        yield Clash(("memory.selector.kind", "train.loss"), problem)
     if train.label_smoothing > 0:
         yield Clash(("train.label_smoothing", "train.loss"), f"spreads a label over a softmax, and {because}")
     if prior.distill.weight > 0:
@@ -211,6 +227,9 @@ def _logits_kept(config: RunConfig) -> Iterator[Clash]:
     if prior.classes == "known" and config.train.head == "own":
         yield Clash(("prior.classes", "train.head"), _NEVER_COMPETE)
     if prior.loss == "squared":
+        if isinstance(config.memory.selector, ReconstructionSelector):
+            problem = "brings gradients of a softmax close, and squared differences have others; choose another"
+            yield Clash(("memory.selector.kind", "prior.loss"), problem)
         if prior.classes == "known":
             yield Clash(("prior.classes", "prior.loss"), "is about a softmax, and there is none; leave it seen")
         if prior.temperature != 1:

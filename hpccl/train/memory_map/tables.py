@@ -63,8 +63,7 @@ def tasks_of(table: dict[str, npt.NDArray[Any]], state: RunState, world: World) 
 
 def classes_of(table: dict[str, npt.NDArray[Any]], found: Sequence[Found], world: World) -> list[dict[str, Any]]:
     """Means over every class's examples, and what they would lose with all of it, where that is known."""
-    removed = {number: value for each in found for number, value in each.removed.items()}
-    rows = []
+    labels, rows = world.stream.labels("train"), []
     for number in np.unique(table["label"]).tolist():
         here = table["label"] == number
         rows.append(
@@ -75,12 +74,22 @@ def classes_of(table: dict[str, npt.NDArray[Any]], found: Sequence[Found], world
                 "examples": int(here.sum()),
                 "nats": float(table["nats"][here].mean()),
                 "left_out": float(table["left_out"][here].mean()),
-                "removed": removed.get(number),
+                "removed": _removed(number, found, labels),
                 "sensitivity": float(table["sensitivity"][here].mean()),
                 "leverage": float(table["leverage"][here].sum()),
             }
         )
     return rows
+
+
+def _removed(number: int, found: Sequence[Found], labels: Ints) -> float | None:
+    """Mean nats of a class's examples without them, over all groups that have some; None where one does not know."""
+    parts = [(int((labels[each.sample] == number).sum()), each.removed.get(number)) for each in found]
+    there = [(count, value) for count, value in parts if count]
+    known = [(count, value) for count, value in there if value is not None]
+    if len(known) < len(there):
+        return None
+    return sum(count * value for count, value in known) / sum(count for count, _ in known)
 
 
 def memory_over_tasks(table: dict[str, npt.NDArray[Any]], state: RunState, world: World) -> list[dict[str, Any]]:

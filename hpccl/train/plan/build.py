@@ -28,7 +28,7 @@ __all__ = ["Held", "Plan", "Sent", "Spent", "Views", "make_plan"]
 
 _PASS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of activations at most while the curvature is measured
 _LABEL = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a soft label's logit
-_EXAMPLE = 37  # bytes of the rest of a kept example
+_EXAMPLE = 45  # bytes of the rest of a kept example
 
 When = Literal["always", "training", "measuring"]
 
