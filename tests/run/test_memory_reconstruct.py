@@ -183,3 +183,15 @@ def test_runs_without_room_for_such_a_memory_say_why(
     world.save(state, Mark.at(1, "fit", 1))
     with pytest.raises(ConfigError, match=problem):
         reconstruct_memory(tmp_path, **{"selectors": ["uniform"], "sizes": [5], "points": 1, **arguments})
+
+
+def test_soft_labels_of_networks_that_are_gone_cannot_be_made_for_another_memory(tmp_path: Path) -> None:
+    config = merged({"train": {"epochs": 1}, "memory": {"size": 20, "labels": "kept"}})
+    state, world = make_world(config, tmp_path)
+    world.folder.config.write_text(dump(config))
+    learn(state, world, 2)
+    world.save(state, Mark.at(1, "done", 5))
+    world.save(state, Mark.at(2, "fit", 1))
+    asked: dict[str, Any] = {"selectors": ["uniform"], "sizes": [5], "points": 1}
+    with pytest.raises(ConfigError, match="networks of earlier tasks knew that are gone; take --task 0"):
+        reconstruct_memory(tmp_path, **asked)

@@ -39,3 +39,18 @@ def test_what_is_learned_from_memory_alone_needs_every_class(
     check_memory(
         merged({**learned, "train": {"head": "seen"}, "memory": memory}), stream
     )  # replay learns of tasks, too
+
+
+def test_tasks_of_the_same_classes_share_a_total_among_all_of_them() -> None:
+    """Each keeps the classes of its part whatever the others keep, so that one may be missing in all of them."""
+    learned = {
+        "stream": {"kind": "digits", "tasks": 3, "scenario": {"kind": "rotated"}},
+        "train": {"data": "memory", "restart": True, "head": "seen"},
+        "prior": {"replay": 1.0},
+    }
+    config = merged({**learned, "memory": {"total": 29}})
+    stream = open_stream(config.stream, config.data)
+    with pytest.raises(ConfigError, match=r"memory\.total=29 is less than the 30 classes of all tasks"):
+        check_memory(config, stream)
+    check_memory(merged({**learned, "memory": {"total": 30}}), stream)
+    check_memory(merged({**learned, "memory": {"total": 10, "selector": {"kind": "greedy"}}}), stream)

@@ -13,9 +13,10 @@ from hpccl.data.build import open_stream
 from hpccl.data.rows import DISTILL, NEW, REPLAY, SIGMOID, Rows
 from hpccl.dist.spread import wholes
 from hpccl.train.compose import Composer, plan_task, split
-from hpccl.train.distill import Distilled
+from hpccl.train.distill import Distilled, old_heads, record
 from hpccl.train.fit import _recorded, fit
 from hpccl.train.loss import weighted_nats
+from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 from tests.run.method import learn, make_world, merged
 
@@ -116,6 +117,27 @@ def test_the_old_network_says_the_same_as_itself(tmp_path: Path, view: str) -> N
     nats = weighted_nats(module(rows.pixels), rows)[rows.term == DISTILL].sum()
     gradients = torch.autograd.grad(nats, list(module.parameters()))
     assert max(float(each.abs().max()) for each in gradients) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("fp16", 4e-4), ("bf16", 1.5e-3)])
+def test_a_head_far_below_another_is_recorded_as_exactly(tmp_path: Path, dtype: str, bound: float) -> None:
+    """Each has a softmax of its own, so that what is rounded are differences from its own largest logit."""
+    state, world = third_task(tmp_path, {"memory": {"dtype": dtype}})
+    heads = old_heads(world.config, world.stream, world.stream.tasks[2])
+    below = torch.zeros(heads.shape[1])
+    below[heads[1]] = -20.0
+    samples = np.arange(64)
+
+    def teacher(pixels: Tensor) -> Tensor:
+        return 3 * state.engine.predict(pixels) + below
+
+    found = record(samples, heads, teacher, world)
+    assert found.element_size() == 2
+    columns = heads.any(dim=0)
+    pixels = torch.cat([seen.pixels[: len(seen.sample)] for seen in shared_images(samples, world, size=64)])
+    for head in heads:
+        exact = teacher(pixels)[:, head].softmax(1)
+        assert float((found[:, head[columns]].float().softmax(1) - exact).abs().max()) < bound
 
 
 def test_t_squared(tmp_path: Path) -> None:

@@ -219,6 +219,11 @@ def test_networks_of_timm_are_merged_for_timm(trained: Trained, tmp_path: Path) 
     expected = (weights_in(tmp_path / "a")[mean] + weights_in(tmp_path / "b")[mean]) / 2
     torch.testing.assert_close(weights_in(tmp_path / "out")[mean], expected)
     assert "running statistics" in (tmp_path / "out" / "README.md").read_text()
+    # Where a network is only taken away, its statistics are not what is left.
+    merge(runs[:1], tmp_path / "less", base=runs[1], method="arithmetic", weights=[-0.5])
+    assert torch.equal(weights_in(tmp_path / "less")[mean], weights_in(tmp_path / "b")[mean])
+    left, base = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("less", "b"))
+    assert left["hpccl"]["tasks"] == base["hpccl"]["tasks"]
 
 
 def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> None:
