@@ -36,6 +36,11 @@ def configs_of(arguments: Sequence[str]) -> list[RunConfig]:
     overrides = [argument for argument in arguments if is_override(argument)]
     configs = sweep(files, overrides)
     if not in_step():  # there, every rank would say it
+        if not files:
+            typer.echo(
+                "note: no configuration file is given, such as configs/quickstart.yaml: all else is as by default",
+                err=True,
+            )
         for line in unheard(configs, overrides):
             typer.echo(f"note: {line}", err=True)
     return configs

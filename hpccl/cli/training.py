@@ -168,7 +168,7 @@ def _refuse_files(settings: Sequence[str]) -> None:
 def check(arguments: Arguments) -> None:
     """Validate a configuration and print all of it; touch nothing. A sweep prints one document for each run."""
     configs = configs_of(arguments)
-    typer.echo("---\n".join(dump(config) for config in configs), nl=False)
+    typer.echo("---\n".join(f"# method: {config.method}\n{dump(config)}" for config in configs), nl=False)
 
 
 def plan(

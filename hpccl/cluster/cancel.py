@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hpccl.cluster import queue
-from hpccl.cluster.jobs import Job, find_jobs, find_runs
+from hpccl.cluster.jobs import Job, find_jobs, find_runs, is_run
 from hpccl.folder import RunFolder
 from hpccl.report.standing import Standing, read_standing
 
@@ -29,11 +29,12 @@ def cancel(folders: Sequence[Path]) -> tuple[list[str], bool]:
     }
     ids = dict.fromkeys(job.id for found in live.values() for job in found if job.kind == "slurm")
     refused = queue.cancel(list(ids)) if ids else ""
-    lines, ended = [], dict[str, str]()
+    lines, ended, strange = [], dict[str, str](), [run for run in runs if not is_run(run)]
     for run, found in live.items():
-        lines += [f"{run}: {word}" for word in _words(found, ended, refused)] or [f"{run}: nothing to cancel"]
+        nothing = "not the folder of a run, and no run below it" if run in strange else "nothing to cancel"
+        lines += [f"{run}: {word}" for word in _words(found, ended, refused)] or [f"{run}: {nothing}"]
     problems = [refused, *ended.values()] if refused else list(ended.values())
-    return lines, not any(problems)
+    return lines, not any(problems) and not strange
 
 
 def _is_for(standing: Standing, job: Job) -> bool:

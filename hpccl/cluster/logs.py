@@ -92,6 +92,8 @@ def _only_run(folder: Path) -> Path:
         raise FolderError(f"'{folder}' holds {len(runs)} runs; choose one of them, such as {runs[0]}")
     if not runs[0].is_dir():
         raise FolderError(f"'{folder}' is not a folder; give that of a run, such as runs/<name>")
+    if not is_run(runs[0]):
+        raise FolderError(f"'{folder}' is not the folder of a run, and no run is below it; give runs/<name>")
     return runs[0]
 
 

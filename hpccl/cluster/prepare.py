@@ -109,7 +109,7 @@ def _unused(folder: RunFolder) -> str | None:
     submitted = [record.submitted for record in read_records(folder)]
     if last["event"] != "error":  # of a start that crashed or was killed; its files tell it from a folder of settings
         prepared = folder.code.is_file() and folder.env.is_file()
-        return "it ended without a word before its first step" if prepared and not submitted else None
+        return "it ended before its first step" if prepared and not submitted else None
     if last.get("kind") not in _REFUSALS or any(moment >= last["time"] for moment in submitted):
         return None
     return f"it ended with {last['kind']}: {last['message']}"

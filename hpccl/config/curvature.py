@@ -133,7 +133,7 @@ class SiCurvature(Section):
     """
 
     kind: Literal["si"] = "si"
-    xi: PositiveFloat = 0.1  # beside the squared way that a weight went in a task, by which what it did is divided
+    xi: PositiveFloat = 0.1  # added to the squared distance that a weight moved in a task, by which omega is divided
     # task: what a step did for the loss; total: for the loss and the quadratic together (Avalanche)
     gradient: Literal["task", "total"] = "task"
     limit: PositiveFloat | None = None  # largest Omega that a task adds to a weight's; null: none

@@ -107,7 +107,7 @@ class ReconstructionSelector(Section):
     radius: PositiveFloat = 1.0  # standard deviation of the change of a logit by such a step
     projection: PositiveInt = 512  # numbers that stand for a gradient
     # equal: all count 1, and their mean comes close to the task's, whose size is left to prior.weight; fitted: every
-    # example counts as much as brings the sum closest, with which new tasks were learned far worse (docs/results.md)
+    # example has the weight that brings the weighted sum closest; new tasks were learned far worse (docs/results.md)
     weights: Literal["equal", "fitted"] = "equal"
     ridge: PositiveFloat = 0.01  # pull of fitted weights to equal ones
 

@@ -50,9 +50,11 @@ class TimmOptim(AnyOptim):
     """Optimiser by timm's factory, restarted at every task."""
 
     kind: Literal["timm"] = "timm"
-    name: str = "adamw"  # a name that timm.optim.create_optimizer_v2 knows
+    name: str = (
+        "adamw"  # as timm.optim.create_optimizer_v2 has it: sgd is Nesterov's, momentum the heavy ball
+    )
     weight_decay: NonNegativeFloat = 0.0  # of weight matrices; biases and norms have none
-    momentum: Fraction = 0.9  # of sgd
+    momentum: Fraction = 0.9  # of sgd and momentum
     options: dict[str, Any] = {}  # further keyword arguments of the optimiser
 
 
@@ -63,8 +65,8 @@ class IvonOptim(AnyOptim):
     lr: PositiveFloatPerTask = (0.1,)  # largest learning rate, about SGD's; one value, or one a task
     samples: PositiveInt = 1  # draws of the weights a step, each a pass over the whole batch
     momentum: Decay = 0.9  # beta1
-    # beta2: the curvature is a mean over 1 / (1 - beta2) steps. With 1e-5, h stays near initial_curvature for the first
-    # ten thousands of steps; short tasks need less, such as 0.999
+    # beta2: the curvature is a mean over 1 / (1 - beta2) steps. With 0.99999, h stays near initial_curvature for tens
+    # of thousands of steps; short tasks need less, such as 0.999
     curvature_decay: Decay = 0.99999
     weight_decay: NonNegativeFloat = 1e-4  # delta: prior precision / N, of all weights
     initial_curvature: PositiveFloat = 1.0  # h0, per example; small values draw weights from far apart

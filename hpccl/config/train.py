@@ -53,7 +53,7 @@ class EvaluateConfig(Section):
     """How the network is tested."""
 
     # nearest_mean: the class whose mean of normalised features, over memory and its mirror images, is closest (iCaRL)
-    # prototype: the same, over a class's training examples when it was learned: prototypes on frozen features
+    # prototype: the same with means over all training examples of a class, when it was learned; for frozen features
     classifier: Literal["head", "nearest_mean", "prototype"] = "head"
     # of classifier=nearest_mean: memory's examples, or all training examples of the tasks so far, an upper bound that
     # looks into the past (Mammoth's stock iCaRL)

@@ -108,8 +108,8 @@ def _notes(found: Reconstruction) -> list[str]:
     points = len({row["point"] for row in found.rows})
     path = "a straight line" if found.straight else "checkpoints"
     where = (
-        f"{found.run}: memory chosen after task {found.task + 1}; means over {points} points on the way to the weights "
-        f"after task {found.task + 2} ({path})."
+        f"{found.run}: memory chosen after task {found.task + 1} (--task {found.task}); means over {points} points on "
+        f"the way to the weights after task {found.task + 2} ({path})."
     )
     what = f"True gradient of {100 * found.past:g} % of the past; curvature: {found.curvature}."
     own = {row["size"] for row in found.rows if row["selector"] == "run"}

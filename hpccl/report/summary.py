@@ -118,7 +118,9 @@ def read_config(folder: Path) -> RunConfig:
     """
     path = RunFolder(folder).config
     if not path.is_file():
-        raise FolderError(f"'{folder}' is not the folder of a run: it has no config.yaml. Give runs/<name>")
+        below = len(list(folder.glob("*/config.yaml")))
+        advice = f"It holds {below} runs: give {folder}/*" if below else "Give runs/<name>"
+        raise FolderError(f"'{folder}' is not the folder of a run: it has no config.yaml. {advice}")
     try:
         return load_recorded(path)
     except ConfigError as error:

@@ -359,7 +359,8 @@ class _Content:
             name=self.config.name,
             method=self.config.method,
             checkpoint=self.mark.name,
-            task=self.mark.task,
+            task=self.mark.task + 1,
+            last=self.stream.layout.tasks[self.mark.task].name,
             loading=self._loading(out),
             shape=list(self.stream.image_shape),
             steps=self._steps(),
@@ -423,10 +424,10 @@ def _row(task: Task) -> str:
     first, last = min(task.classes), max(task.classes)
     whole = len(task.classes) == last - first + 1
     outputs = f"{first} to {last}" if whole else ", ".join(map(str, task.classes))
-    return f"| {task.index} | {task.name} | {outputs} |"
+    return f"| {task.index + 1} | {task.name} | {outputs} |"
 
 
-_README = """# {name}, after task {task}
+_README = """# {name}, after task {task} ({last})
 
 A network that `hpccl` trained with method `{method}`, after checkpoint `{checkpoint}`; weights are fp32.
 

@@ -162,7 +162,7 @@ def test_a_start_that_crashed_before_it_learned_leaves_its_folder(
     changed = config(tmp_path, "seed=2")
     prepare(changed, ["second"])
     said = capsys.readouterr().err
-    assert "is taken over: the run in it learned nothing, for it ended without a word before its first step" in said
+    assert "is taken over: the run in it learned nothing, for it ended before its first step" in said
     assert load([folder.config], []) == changed
     assert not folder.events.exists()
 
