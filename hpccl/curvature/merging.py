@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias, final
 
 import numpy as np
@@ -298,12 +298,29 @@ class _System:
         return self._conjugate_gradients(right, guess, root)
 
     def _factored(self, right: Tensor) -> Tensor:
-        matrix = torch.stack([self.product(row) for row in torch.eye(self.size, dtype=torch.float64)])
+        matrix = self._matrix()
         matrix = (matrix + matrix.T) / 2
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if int(failed):
             raise _not_positive(self.group, float(torch.linalg.eigvalsh(matrix)[0]))
         return torch.cholesky_solve(right[:, None], factor)[:, 0]
+
+    def _matrix(self) -> Tensor:
+        """H [size, size]: matrices are added as they are, of all other curves every column is a product."""
+        matrix = self.damping * torch.eye(self.size, dtype=torch.float64)
+        others = []
+        for scale, curve in self.terms:
+            if isinstance(curve, DenseCurve) and list(curve.shapes) == list(self.shapes):
+                matrix.add_(curve.matrix, alpha=scale)
+            else:
+                others.append((scale, curve))
+        if others:
+            rest, unit = replace(self, terms=others, damping=0.0), self.zeros()
+            for number in range(self.size):
+                unit[number] = 1.0
+                matrix[number] += rest.product(unit)
+                unit[number] = 0.0
+        return matrix
 
     def _preconditioner(self) -> Callable[[Tensor, float], Tensor]:
         """(v, power) -> M^power v, M near the positive part of H and diagonal in a product of two bases."""

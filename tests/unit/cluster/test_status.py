@@ -194,6 +194,12 @@ def test_runs_below_a_folder_are_found(tmp_path: Path) -> None:
     assert find_runs([tmp_path / "absent"]) == [tmp_path / "absent"]
 
 
+def test_folders_without_a_run(tmp_path: Path) -> None:
+    assert cancel([tmp_path]) == ([f"{tmp_path}: not the folder of a run, and no run below it"], False)
+    with pytest.raises(FolderError, match=f"'{tmp_path}' is not the folder of a run, and no run is below it"):
+        print_log(tmp_path)
+
+
 def test_runs_inside_a_run_are_found(tmp_path: Path) -> None:
     """A sweep under the name of a run that was there before it; what adaptations are compared with."""
     runs = [make_run(tmp_path / name, RUN, ("done", {})) for name in ("x", "x/reference", "x/seed=0", "x/seed=1")]

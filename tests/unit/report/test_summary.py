@@ -165,6 +165,10 @@ def test_an_image_skipped_again_after_a_resume_is_one_image(tmp_path: Path) -> N
 def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match=r"is not the folder of a run: it has no config\.yaml"):
         read_config(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").touch()
+    with pytest.raises(FolderError, match=f"It holds 1 runs: give {tmp_path}/\\*"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
