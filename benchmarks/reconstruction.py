@@ -48,7 +48,7 @@ from hpccl.config.load import is_override
 from hpccl.config.load import load as load_config
 from hpccl.config.run import RunConfig
 from hpccl.data.build import open_stream
-from hpccl.data.order import mix
+from hpccl.data.order import subset
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request
 from hpccl.dist.comm import Comm
@@ -298,7 +298,7 @@ def true_gradient(task: Task, trajectory: Trajectory, share: float) -> Gradient:
     composer = Composer.build(world.config, world.stream, task, Memory.empty(), teacher=None, device=world.comm.device)
     past = np.arange(task.samples("train").start)
     count = max(1, round(share * len(past)))
-    used = np.sort(past[np.argsort(mix(world.config.seed, task.index, past), kind="stable")[:count]])
+    used = subset(past, count, world.config.seed, task.index)
 
     def batches() -> Iterator[tuple[Tensor, Losses]]:
         for samples, pixels in loaded(used, world):

@@ -50,9 +50,7 @@ class TimmOptim(AnyOptim):
     """Optimiser by timm's factory, restarted at every task."""
 
     kind: Literal["timm"] = "timm"
-    name: str = (
-        "adamw"  # as timm.optim.create_optimizer_v2 has it: sgd is Nesterov's, momentum the heavy ball
-    )
+    name: str = "adamw"  # as timm.optim.create_optimizer_v2 has it: sgd is Nesterov's, momentum the heavy ball
     weight_decay: NonNegativeFloat = 0.0  # of weight matrices; biases and norms have none
     momentum: Fraction = 0.9  # of sgd and momentum
     options: dict[str, Any] = {}  # further keyword arguments of the optimiser

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpccl.curvature.protocols import Examples
+from hpccl.data.order import splitmix
 from hpccl.errors import DataError
 
 __all__ = ["Fisher", "Wanted", "check_labels", "hessian_root", "num_columns", "output_columns", "uniform_draws"]
@@ -94,9 +95,9 @@ def hessian_root(probabilities: Tensor) -> Tensor:
 def uniform_draws(sample: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDArray[np.float64]:
     """[n, count] numbers in [0, 1), each a pure function of (seed, sample, position in its row)."""
     with np.errstate(over="ignore"):
-        start = _mixed(np.full(1, seed, dtype=np.uint64))
-        rows = _mixed(np.add(start, sample, dtype=np.uint64, casting="unsafe"))
-        draws = _mixed(np.add(rows[:, None], np.arange(count), dtype=np.uint64, casting="unsafe"))
+        start = splitmix(np.full(1, seed, dtype=np.uint64))
+        rows = splitmix(np.add(start, sample, dtype=np.uint64, casting="unsafe"))
+        draws = splitmix(np.add(rows[:, None], np.arange(count), dtype=np.uint64, casting="unsafe"))
     return np.asarray((draws >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
 
@@ -125,11 +126,3 @@ def _inverse_cdf(own: Tensor, draws: Tensor) -> Tensor:
     steps = own.cumsum(1)
     # Scaled by the last step, which rounding may leave beside 1, so that a draw never falls behind it.
     return torch.searchsorted(steps, draws * steps[:, -1:], right=True).clamp(max=own.shape[1] - 1)
-
-
-def _mixed(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64 (Steele, Lea and Flood 2014): one step and its output function."""
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))

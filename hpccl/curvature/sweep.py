@@ -334,14 +334,16 @@ def _diverged(model: nn.Module, part: Examples) -> DivergedError:
     if not bool(bad_pixels.any()):
         place, rows = first_not_finite(model, part.pixels) or ("the model's output", ~bad_pixels)
     samples = _samples(part, rows)
-    return DivergedError(f"{place} is not finite for samples {samples}; curvature needs a model that has not diverged")
+    return DivergedError(
+        f"non-finite values in {place} for samples {samples}; curvature needs a model that has not diverged"
+    )
 
 
 def _not_finite(what: str, value: Tensor, part: Examples) -> DivergedError | None:
     finite = value.isfinite().flatten(1).all(1).unflatten(0, (len(part), -1)).all(1)
     if bool(finite.all()):
         return None
-    return DivergedError(f"{what} is not finite for samples {_samples(part, ~finite)}")
+    return DivergedError(f"non-finite values in {what} for samples {_samples(part, ~finite)}")
 
 
 def _samples(part: Examples, rows: Tensor) -> str:

@@ -13,12 +13,13 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Batch", "BatchPlan", "mix", "permutation"]
+__all__ = ["Batch", "BatchPlan", "mix", "permutation", "splitmix", "subset"]
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 _ALL = (1 << 64) - 1
+_ZERO = np.uint64(0)
 
 # What a hash is for; keeps the streams of random numbers apart.
 _ORDER_NEW, _ORDER_MEMORY, _ORDER_UNION, _VIEW, _NOISE, _MIX = range(1, 7)
@@ -32,7 +33,7 @@ def mix(*words: int | Ints | Words) -> Words:
         if isinstance(state, int) and isinstance(word, int):
             state = _mixed(state, word)
         else:
-            state = _all_mixed(np.asarray(state, dtype=np.uint64), np.asarray(word).astype(np.uint64))
+            state = splitmix(np.asarray(state, dtype=np.uint64), np.asarray(word).astype(np.uint64))
     return np.asarray(state, dtype=np.uint64)
 
 
@@ -43,7 +44,8 @@ def _mixed(state: int, word: int) -> int:
     return state ^ (state >> 31)
 
 
-def _all_mixed(state: Words, word: Words) -> Words:
+def splitmix(state: Words, word: Words | np.uint64 = _ZERO) -> Words:
+    """splitmix64 (Steele, Lea and Flood 2014) with a word added to its state: one step and its output function."""
     with np.errstate(over="ignore"):
         state = state + np.uint64(0x9E3779B97F4A7C15) + word
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -55,6 +57,13 @@ def _all_mixed(state: Words, word: Words) -> Words:
 def permutation(count: int, *words: int) -> Ints:
     """A random order of range(count), decided by `words` alone."""
     return np.argsort(mix(*words, np.arange(count)), kind="stable").astype(np.int64)
+
+
+def subset(samples: Ints, count: int, *words: int) -> Ints:
+    """A uniform draw of `count` of the samples [n] without replacement, ascending, decided by `words` alone."""
+    if count >= len(samples):
+        return np.sort(samples)
+    return np.sort(samples[np.argsort(mix(*words, samples), kind="stable")[:count]])
 
 
 @dataclass(frozen=True)

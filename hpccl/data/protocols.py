@@ -52,6 +52,12 @@ def heads_of(tasks: Sequence[Task], num_classes: int) -> Tensor:
     return heads
 
 
+def task_numbers(tasks: Sequence[Task], split: Split, sample: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[n] index of the task that each sample position belongs to (labels do not tell: tasks may share classes)."""
+    ends = [task.samples(split).stop for task in tasks]
+    return np.searchsorted(ends, sample, side="right").astype(np.int64)
+
+
 class Listed(Protocol):
     """What is known of a stream before any image is decoded."""
 

@@ -48,7 +48,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunCo
 def _named_device(device: torch.device) -> Iterator[None]:
     """DeepSpeed takes the GPU that LOCAL_RANK counts, which is another one where a process sees its own alone."""
     former = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(device.index) if device.index is not None else former or "0"
+    os.environ["LOCAL_RANK"] = (former or "0") if device.type == "cpu" else str(device.index)
     try:
         yield
     finally:

@@ -85,7 +85,7 @@ class Memory:
         rank: Tensor | None = None,
         priority: Tensor | None = None,
     ) -> Memory:
-        """This memory and the chosen examples of a task, without soft labels: `relabelled` is to be called next.
+        """This memory and the chosen examples of a task. All soft labels are dropped: `mapped` attaches new ones.
 
         weight: None: 1 each; rank: None: the order in which they are given; priority: None: 0 each.
         """
@@ -122,22 +122,6 @@ class Memory:
         rows = {name: value[kept] for name, value in self.tensors().items() if name != "heads"}
         few = replace(self, **rows, file=None)
         return replace(few, weight=few.weight * scale[group[kept]].float(), rank=_places(few.task, few.rank))
-
-    def relabelled(
-        self, logits: Tensor, heads: Sequence[Sequence[int]], dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    ) -> Memory:
-        """The same examples with new soft labels.
-
-        logits: [M, C] of the newest model; heads: by task, the classes its soft labels speak of; dtype: as
-            they are kept.
-        """
-        table = head_columns(heads)
-        columns = table[self.task]
-        return self.with_soft(stored(logits.gather(1, columns.clamp(min=0)), columns, dtype), table)
-
-    def with_soft(self, soft: Tensor, heads: Tensor) -> Memory:
-        """The same examples with other soft labels: [M, K] as `stored` makes them, of the classes in `heads` [T, K]."""
-        return replace(self, soft=soft, heads=heads, file=None)
 
     def mapped(self, soft: Tensor, heads: Tensor, file: Apart) -> Memory:
         """The same examples with the soft labels of a file in the run folder."""

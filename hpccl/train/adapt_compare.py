@@ -16,7 +16,7 @@ from hpccl.config.adaptation import AnyAdaptation, RemoveData
 from hpccl.config.differences import differences, flat
 from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
-from hpccl.data.protocols import heads_of
+from hpccl.data.protocols import heads_of, task_numbers
 from hpccl.data.shards.remote import is_url
 from hpccl.dist.spread import wholes
 from hpccl.engine.protocols import trainable
@@ -147,12 +147,11 @@ def _probabilities(state: RunState, world: World) -> tuple[Tensor, Tensor]:
     stream = world.stream
     labels = torch.from_numpy(stream.labels("test"))
     heads = heads_of(stream.tasks, len(stream.class_names)) | (world.config.train.head != "own")
-    ends = np.array([task.samples("test").stop for task in stream.tasks])  # tasks may share classes
     found, shown = [], []
     predict = with_mirror_images(state.engine.predict, world)
     for seen in shared_images(np.arange(len(labels)), world, size=world.stream_batch, split="test"):
         truth = labels[torch.from_numpy(seen.sample)]
-        own = heads[torch.from_numpy(np.searchsorted(ends, seen.sample, side="right"))]
+        own = heads[torch.from_numpy(task_numbers(stream.tasks, "test", seen.sample))]
         logits = predict(seen.pixels).cpu().masked_fill(~own, -torch.inf)
         found.append(logits.softmax(dim=1)[seen.valid])
         shown.append(truth[seen.valid])

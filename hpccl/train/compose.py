@@ -374,12 +374,15 @@ class Composer:
             target = target * head
         return target, head.clone()
 
-    def soft_targets(self, slots: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
+    def soft_targets(self, slots: Tensor, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Targets and competing classes of soft labels: the memory's, or what a teacher said [r, C] of other views."""
         num_classes, temperature = self.heads.shape[1], self.config.prior.temperature
         columns = self.memory.columns(slots)
         renewed = self.teacher is not None and self.config.prior.view == "teacher"
-        logits = said.gather(1, columns.clamp(min=0)) if renewed else self.memory.soft[slots]
+        logits = self.memory.soft[slots]
+        if renewed:
+            assert said is not None, "the teacher was asked"
+            logits = said.gather(1, columns.clamp(min=0))
         if self.soft_kind == SQUARED:
             return scattered(logits.float(), columns, num_classes=num_classes)
         target, known = spread(logits, columns, temperature=temperature, num_classes=num_classes)

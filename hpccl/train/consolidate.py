@@ -1,6 +1,7 @@
 """What happens at the end of a task: choose memory, measure the curvature of the rest, move the anchor, re-label.
 
-Nothing is written before all of it is done, so a job may die anywhere and repeat it.
+`state.prior` is replaced at the very end, and files that are written before have names and contents that depend on the
+run alone: a job may be killed at any point, and repeats the phase.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpccl.data.protocols import Task, heads_of
+from hpccl.data.protocols import Task, heads_of, task_numbers
 from hpccl.report.metrics import calibration_bins, calibration_error
 from hpccl.train.end_of_task import featuring
 from hpccl.train.loss import row_nats
@@ -66,7 +66,6 @@ def _tested(state: RunState, world: World, last: int) -> Scores:
 
 def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Logits [n, C], labels [n] (-1 where there is no image) and tasks [n], a few test images at a time."""
-    ends = np.array([task.samples("test").stop for task in world.stream.tasks])
     labels = torch.from_numpy(world.stream.labels("test"))
     with _classifier(state, world, last) as classifier:
         classify = with_mirror_images(classifier, world)
@@ -74,7 +73,7 @@ def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tu
             logits = classify(seen.pixels)
             known = len(seen.sample)
             shown = torch.where(seen.valid[:known], labels[torch.from_numpy(seen.sample)], -1)
-            tasks = torch.from_numpy(np.searchsorted(ends, seen.sample, side="right"))
+            tasks = torch.from_numpy(task_numbers(world.stream.tasks, "test", seen.sample))
             yield logits[:known], shown.to(logits.device), tasks.to(logits.device)
 
 

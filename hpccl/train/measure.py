@@ -22,7 +22,7 @@ from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.learned import learned_diagonal
 from hpccl.curvature.protocols import Examples, Precision, Totals
 from hpccl.curvature.si import synaptic
-from hpccl.data.order import mix
+from hpccl.data.order import subset
 from hpccl.data.protocols import Task, training_samples
 from hpccl.dist.spread import Leaves
 from hpccl.memory.store import Memory
@@ -98,8 +98,7 @@ def _rest(task: Task, memory: Memory, before: Memory, world: World) -> _Rest:
     if fraction == 1 or len(rest) == 0:
         return _Rest(rest, 1.0)
     count = max(1, round(fraction * len(rest)))
-    priority = mix(world.config.seed, _SUBSAMPLE, task.index, rest)
-    return _Rest(np.sort(rest[np.argsort(priority, kind="stable")[:count]]), len(rest) / count)
+    return _Rest(subset(rest, count, world.config.seed, _SUBSAMPLE, task.index), len(rest) / count)
 
 
 @dataclass(frozen=True)

@@ -189,13 +189,13 @@ def _asked(
     fromp = state.prior.fromp
     if fromp is not None:
         raise ConfigError(
-            f"'{path}' was trained with prior.fromp.weight={fromp.weight:g}, whose past is predictions that are "
-            "coupled; reconstructed are gradients of soft labels, replay and a quadratic"
+            f"'{path}' was trained with prior.fromp.weight={fromp.weight:g}, which couples the predictions on "
+            "memory; this command compares gradients of soft labels, replay and a quadratic"
         )
     if world.config.memory.labels == "kept" and len(state.prior.memory) and state.mark.task > 0:
         raise ConfigError(
-            f"'{path}' was trained with memory.labels=kept: what another memory's soft labels would say, networks of "
-            "earlier tasks knew that are gone; take --task 0, or a run with memory.labels=renewed"
+            f"'{path}' was trained with memory.labels=kept: soft labels of other examples would have to come from "
+            "networks of earlier tasks, which are gone; take --task 0, or a run with memory.labels=renewed"
         )
     smallest = min(len(task.samples("train")) for task in world.stream.tasks[: state.mark.task + 1])
     if max(sizes) > smallest:

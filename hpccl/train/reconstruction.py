@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpccl.data.order import mix
+from hpccl.data.order import subset
 from hpccl.data.protocols import Task
 from hpccl.dist.spread import aligned
 from hpccl.engine.sharded import is_spread, parameters_of
@@ -91,7 +91,7 @@ def _used(task: Task, fraction: float, world: World) -> npt.NDArray[np.int64]:
     """The examples of earlier tasks that stand for all of them."""
     past = np.arange(task.samples("train").start)
     count = max(1, round(fraction * len(past)))
-    return np.sort(past[np.argsort(mix(world.config.seed, _SUBSAMPLE, task.index, past), kind="stable")[:count]])
+    return subset(past, count, world.config.seed, _SUBSAMPLE, task.index)
 
 
 def _true(used: npt.NDArray[np.int64], composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]:
@@ -110,7 +110,7 @@ def _memory(composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]
         start += len(seen.sample)
         replayed = memory.replay[slots]
         hard, hard_head = composer.hard_targets(memory.sample[slots])
-        soft, soft_head = composer.soft_targets(slots, hard)
+        soft, soft_head = composer.soft_targets(slots)
         tau, beta = (composer.memory_weights(slots, of) * seen.valid for of in (composer.tau, composer.beta))
         temperature, device = world.config.prior.temperature, world.comm.device
         soft_kind, hard_kind = composer.soft_kind, composer.hard_kind

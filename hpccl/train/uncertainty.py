@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hpccl.curvature.posterior import Posterior
 from hpccl.curvature.predictive import MERITS, merits, monte_carlo, probabilities, probit
-from hpccl.data.order import mix
-from hpccl.data.protocols import heads_of
+from hpccl.data.order import mix, subset
+from hpccl.data.protocols import Task, heads_of, task_numbers
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
 from hpccl.errors import ConfigError, DataError, FolderError
@@ -168,10 +168,9 @@ def predictions(
     names = [
         f"{which}_{head}_{merit}" for which in ("mean", "posterior") for head in ("own", "seen") for merit in MERITS
     ]
-    bounds = [each.samples("test").stop for each in world.stream.tasks]
     return {
         "sample": sample,
-        "task": np.searchsorted(bounds, sample, side="right"),
+        "task": task_numbers(world.stream.tasks, "test", sample),
         "label": world.stream.labels("test")[sample],
         **dict(zip(names, rows[:, 1:].T, strict=True)),
     }
@@ -180,10 +179,7 @@ def predictions(
 def _chosen(world: World, examples: int | None, *, everything: bool) -> Ints:
     count = world.stream.tasks[-1].samples("test").stop
     most = examples if examples is not None else count if everything else _FEW
-    if most >= count:
-        return np.arange(count)
-    priority = mix(world.config.seed, _SUBSAMPLE, np.arange(count))
-    return np.sort(np.argsort(priority, kind="stable")[:most]).astype(np.int64)
+    return subset(np.arange(count), most, world.config.seed, _SUBSAMPLE)
 
 
 @final
@@ -191,11 +187,10 @@ def _chosen(world: World, examples: int | None, *, everything: bool) -> Ints:
 class _Judge:
     """Which classes compete for an image.
 
-    ends: [T] where each task's test images end, for tasks may share classes; heads: [T, C] bool, each task's classes;
-    seen: [C] bool
+    tasks: of the stream; heads: [T, C] bool, each task's classes; seen: [C] bool
     """
 
-    ends: Ints
+    tasks: Sequence[Task]
     heads: Tensor
     seen: Tensor
 
@@ -203,12 +198,11 @@ class _Judge:
     def of(cls, world: World, last: int) -> _Judge:
         device, number = world.comm.device, len(world.stream.class_names)
         heads = heads_of(world.stream.tasks, number).to(device)
-        ends = np.array([task.samples("test").stop for task in world.stream.tasks])
-        return cls(ends, heads, heads[: last + 1].any(dim=0))
+        return cls(world.stream.tasks, heads, heads[: last + 1].any(dim=0))
 
     def both(self, sample: Ints) -> tuple[Tensor, Tensor]:
         """Own and seen classes of test images, each [n, C]."""
-        own = self.heads[torch.from_numpy(np.searchsorted(self.ends, sample, side="right")).to(self.heads.device)]
+        own = self.heads[torch.from_numpy(task_numbers(self.tasks, "test", sample)).to(self.heads.device)]
         return own, self.seen.expand_as(own)
 
 

@@ -504,7 +504,9 @@ def test_another_prior_takes_the_place_of_weight_decay(tmp_path: Path) -> None:
     """In the reference, too, which else has the run's own optimiser."""
     run = merged({"optim": {"name": "sgd", "weight_decay": 0.1}, "memory": {"size": 5}})
     (tmp_path / "config.yaml").write_text(dump(run))
-    with pytest.raises(ConfigError, match=r"optim.weight_decay = 0.1 with adapt.precision = 10.0: pulls to 0 beside"):
+    with pytest.raises(
+        ConfigError, match=r"weight_decay = 0.1 with adapt.precision = 10.0: would pull the weights to 0"
+    ):
         both(tmp_path, tmp_path / "out", PRECISION)
     for config in both(tmp_path, tmp_path / "out", PRECISION, "optim.weight_decay=0", "optim.lr=0.5"):
         assert config.optim.model_dump()["weight_decay"] == 0

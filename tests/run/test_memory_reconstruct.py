@@ -168,7 +168,7 @@ def test_what_cannot_be_done_says_why(run: Path, tmp_path: Path) -> None:
         (
             {"prior": {"quadratic": {"weight": 0.0}, "fromp": {"weight": 1.0}}, "memory": {"size": 20}},
             {},
-            "predictions that are coupled",
+            "couples the predictions on memory",
         ),
     ],
 )
@@ -193,5 +193,5 @@ def test_soft_labels_of_networks_that_are_gone_cannot_be_made_for_another_memory
     world.save(state, Mark.at(1, "done", 5))
     world.save(state, Mark.at(2, "fit", 1))
     asked: dict[str, Any] = {"selectors": ["uniform"], "sizes": [5], "points": 1}
-    with pytest.raises(ConfigError, match="networks of earlier tasks knew that are gone; take --task 0"):
+    with pytest.raises(ConfigError, match="networks of earlier tasks, which are gone; take --task 0"):
         reconstruct_memory(tmp_path, **asked)

@@ -46,9 +46,8 @@ def _adapted(config: RunConfig) -> Iterator[Clash]:
     if config.train.head_epochs > 0:
         yield Clash(("train.head_epochs", "adapt.kind"), "is for new classes' rows, and there are none; set it to 0")
     if config.evaluate.classifier != "head":
-        yield Clash(
-            ("evaluate.classifier", "adapt.kind"), "is made of a task's end, which is not there; set it to head"
-        )
+        problem = "is computed when a task ends, which an adaptation does not do; set it to head"
+        yield Clash(("evaluate.classifier", "adapt.kind"), problem)
     if "old_classes" in config.train.frozen:
         problem = "leaves only new classes' rows to learn, and there are none; leave old_classes out"
         yield Clash(("train.frozen", "adapt.kind"), problem)

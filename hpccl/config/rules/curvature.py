@@ -65,7 +65,7 @@ def _grouped(config: RunConfig) -> Iterator[Clash]:
     if isinstance(curvature, MasCurvature) and curvature.variant == "local":
         yield Clash((key, "curvature.variant"), "is of gradients of the network's output; leave it 1, or set global")
     if config.prior.fromp.weight > 0:
-        problem = "makes something else of the Fisher matrix, of which the posterior's kernel is made; leave it 1"
+        problem = "leaves no Fisher matrix, of which the posterior's kernel is made; leave it 1"
         yield Clash((key, "prior.fromp.kernel"), problem)
     if isinstance(config.memory.selector, ReconstructionSelector):
         problem = "assumes a quadratic of the loss, which groups do not make; leave group 1, or use another selector"

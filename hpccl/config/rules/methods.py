@@ -65,7 +65,8 @@ def _normal(config: RunConfig) -> Iterator[Clash]:
         key = "adapt.precision"
     elif normal.precision == 0:
         if normal.weight != NormalConfig().weight:
-            yield Clash(("prior.normal.weight", key), "weighs a normal prior that there is not; set its precision > 0")
+            problem = "scales the normal prior, but there is none; set its precision > 0"
+            yield Clash(("prior.normal.weight", key), problem)
         return
     fresh = config.train.data == "seen" or config.train.restart
     if fresh and isinstance(config.adapt, NoAdaptation) and normal.weight != NormalConfig().weight:
@@ -73,10 +74,10 @@ def _normal(config: RunConfig) -> Iterator[Clash]:
         yield Clash(("prior.normal.weight", "train.restart" if config.train.restart else "train.data"), problem)
     for name in ("weight_decay", "prior_precision"):  # every optimiser has one of them, or none
         if getattr(config.optim, name, 0) > 0:
-            problem = f"pulls to 0 beside {key}, which says where to: set it to 0"
+            problem = f"would pull the weights to 0, beside the prior of {key}; set it to 0"
             yield Clash((f"optim.{name}", key), problem)
     if isinstance(config.adapt, NewPrecision) and normal.weight != 1:
-        problem = "takes only a part of the old prior away, of which another takes the place; set it to 1"
+        problem = "would remove only a part of the old prior before the new one is added; set it to 1"
         yield Clash(("prior.normal.weight", "adapt.kind"), problem)
 
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias, assert_never
 import numpy as np
 import numpy.typing as npt
 
-from hpccl.data.order import mix
+from hpccl.data.order import subset
 from hpccl.data.protocols import training_samples
 from hpccl.errors import ConfigError
 from hpccl.report.memory_map import MemoryMap, worth_showing
@@ -101,18 +101,11 @@ def _groups(state: RunState, world: World, *, examples: int | None, fraction: fl
     spans = [training_samples(each) for each in learned]
     seen = np.concatenate(spans)
     most = examples if examples is not None else len(seen) if posterior == "last_layer" else _FEW
-    mapped = _drawn(seen, min(most, len(seen)), _SUBSAMPLE, world)
-    measured = _drawn(seen, max(1, round(fraction * len(seen))), _CURVATURE, world)
+    mapped = subset(seen, most, world.config.seed, _SUBSAMPLE)
+    measured = subset(seen, max(1, round(fraction * len(seen))), world.config.seed, _CURVATURE)
     if world.config.train.head == "seen" or len({each.classes for each in learned}) == 1:
         return [Group(last, mapped, measured, len(seen))]
     return [
         Group(each, np.intersect1d(span, mapped), np.intersect1d(span, measured), len(span))
         for each, span in zip(learned, spans, strict=True)
     ]
-
-
-def _drawn(samples: Ints, count: int, purpose: int, world: World) -> Ints:
-    if count >= len(samples):
-        return samples
-    order = np.argsort(mix(world.config.seed, purpose, samples), kind="stable")
-    return np.sort(samples[order[:count]])

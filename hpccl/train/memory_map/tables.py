@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccl.checkpoint.store import load, marks
+from hpccl.data.protocols import task_numbers
 from hpccl.errors import DataError
 from hpccl.memory.store import Memory
 from hpccl.train.consolidate import thumbnail
@@ -27,11 +28,10 @@ def table_of(found: Sequence[Found], state: RunState, world: World) -> dict[str,
     sample = np.concatenate([each.sample for each in found])
     order = np.argsort(sample)
     sample = sample[order]
-    bounds = [each.samples("train").stop for each in world.stream.tasks]
     names = [name for name in found[0].columns if all(name in each.columns for each in found)]
     return {
         "sample": sample,
-        "task": np.searchsorted(bounds, sample, side="right"),
+        "task": task_numbers(world.stream.tasks, "train", sample),
         "label": world.stream.labels("train")[sample],
         "in_memory": np.isin(sample, state.prior.memory.sample.numpy()),
         **{name: np.concatenate([each.columns[name] for each in found])[order] for name in names},

@@ -250,7 +250,7 @@ def test_one_mistake(argument: str, line: str) -> None:
 
 def test_a_clash_shows_the_default_of_the_kind_that_was_chosen() -> None:
     (found,) = mistakes([], "prior.normal.precision=1", "optim.kind=vogn")
-    assert found.startswith("optim.prior_precision = 50.0 with prior.normal.precision = 1: pulls to 0 beside")
+    assert found.startswith("optim.prior_precision = 50.0 with prior.normal.precision = 1: would pull the weights to 0")
 
 
 def test_the_line_of_a_syntax_error(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def test_a_label_outside_the_head_is_refused() -> None:
 def test_pixels_that_are_not_finite_are_named() -> None:
     model, pixels = build("mlp", 6)
     pixels[4, 0, 0, 0] = torch.inf
-    with pytest.raises(DivergedError, match=r"the pixels is not finite for samples 104;"):
+    with pytest.raises(DivergedError, match=r"non-finite values in the pixels for samples 104;"):
         estimate(model, examples(pixels))
 
 
@@ -334,13 +334,13 @@ def test_the_layer_that_diverged_is_named() -> None:
     model, pixels = build("norms", 6)
     with torch.no_grad():
         model.get_parameter("4.weight")[0, 0, 0, 0] = torch.nan
-    with pytest.raises(DivergedError, match=r"layer '4' \(Conv2d\) is not finite for samples 100, 101, 102, 103, 104"):
+    with pytest.raises(DivergedError, match=r"values in layer '4' \(Conv2d\) for samples 100, 101, 102, 103, 104"):
         estimate(model, examples(pixels))
 
 
 def test_a_gradient_that_is_not_finite_is_named() -> None:
     model, pixels = cusp()
-    with pytest.raises(DivergedError, match="gradient of layer '1' is not finite for samples 105"):
+    with pytest.raises(DivergedError, match="non-finite values in the gradient of layer '1' for samples 105"):
         estimate(model, examples(pixels))
 
 

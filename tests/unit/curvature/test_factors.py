@@ -386,13 +386,13 @@ def test_labels_and_numbers_are_checked() -> None:
         measure(model, data)
     with torch.no_grad():
         model.get_parameter("4.weight")[0, 0, 0, 0] = torch.nan
-    with pytest.raises(DivergedError, match=r"layer '4' \(Conv2d\) is not finite for samples 100"):
+    with pytest.raises(DivergedError, match=r"non-finite values in layer '4' \(Conv2d\) for samples 100"):
         measure(model, examples(pixels))
 
 
 def test_a_gradient_that_is_not_finite_is_named() -> None:
     model, pixels = cusp()
-    with pytest.raises(DivergedError, match="gradient of layer '1' is not finite for samples 105"):
+    with pytest.raises(DivergedError, match="non-finite values in the gradient of layer '1' for samples 105"):
         measure(model, examples(pixels))
 
 

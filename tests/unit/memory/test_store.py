@@ -1,11 +1,13 @@
 """The memory's tensors: admission, soft labels of heads of different widths, saving."""
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
 
-from hpccl.memory.store import Memory, stored
+from hpccl.memory.store import Memory, head_columns, stored
 
 
 def filled() -> Memory:
@@ -17,9 +19,16 @@ def filled() -> Memory:
     )
 
 
+def labelled(logits: Tensor, dtype: Literal["fp32", "fp16", "bf16"] = "fp32") -> Memory:
+    """`filled` with soft labels of its two tasks' heads."""
+    memory, heads = filled(), head_columns([(0, 1), (2, 3, 4)])
+    columns = heads[memory.task]
+    return replace(memory, soft=stored(logits.gather(1, columns.clamp(min=0)), columns, dtype), heads=heads)
+
+
 def test_soft_targets_are_the_own_heads_softmax() -> None:
     logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
-    memory = filled().relabelled(logits, [(0, 1), (2, 3, 4)])
+    memory = labelled(logits)
     target, head = memory.soft_targets(torch.tensor([0, 2]), temperature=2.0, num_classes=6)
     assert head.tolist() == [[True, True, False, False, False, False], [False, False, True, True, True, False]]
     torch.testing.assert_close(target[0, :2], (logits[0, :2] / 2).softmax(0))
@@ -32,7 +41,7 @@ def test_agreement_counts_right_soft_labels_by_task() -> None:
     logits = torch.full((5, 6), -1.0)
     logits[torch.arange(5), torch.tensor([0, 0, 2, 4, 2])] = 3.0
     logits[:, 5] = 9.0  # another task's class never competes
-    memory = filled().relabelled(logits, [(0, 1), (2, 3, 4)])
+    memory = labelled(logits)
     assert memory.agreement(2) == [0.5, float(torch.tensor(2 / 3))]
 
 
@@ -80,8 +89,8 @@ def test_checkpoints_without_weights_have_ones_and_a_balanced_order() -> None:
 def test_soft_labels_of_less_precision(dtype: Literal["fp32", "fp16", "bf16"], bound: float, share: float) -> None:
     random = torch.Generator().manual_seed(3)
     logits = torch.randn(5, 6, generator=random) * torch.tensor([0.1, 1.0, 10.0, 100.0, 3e4])[:, None] + 1e3
-    exact = filled().relabelled(logits, [(0, 1), (2, 3, 4)])
-    memory = filled().relabelled(logits, [(0, 1), (2, 3, 4)], dtype)
+    exact = labelled(logits)
+    memory = labelled(logits, dtype)
     slots = torch.arange(5)
     expected, _ = exact.soft_targets(slots, temperature=1.0, num_classes=6)
     found, _ = memory.soft_targets(slots, temperature=1.0, num_classes=6)
