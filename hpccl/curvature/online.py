@@ -21,10 +21,16 @@ from hpccl.errors import CoverageError
 __all__ = ["watch_squares"]
 
 Add = Callable[[Mapping[str, Tensor]], None]
+Counts = Callable[[], Tensor | None]
 
 
-def watch_squares(model: nn.Module, add: Add) -> Callable[[], None]:
+def watch_squares(model: nn.Module, add: Add, counts: Counts = lambda: None) -> Callable[[], None]:
     """Call `add` with sums over examples of squared gradients, by parameter, for each layer of every backward pass.
+
+    An example of weight v, whose gradient is v times that of its nats, counts with v squares of the latter, as in any
+    other curvature, and not with v^2.
+
+    counts: weights [n] of the images of the present pass; None: 1 each
 
     Returns what ends it. `model` takes images as its first argument; its weights may be in shards: what a layer is
     called with and what comes back to it are whole anywhere.
@@ -43,7 +49,7 @@ def watch_squares(model: nn.Module, add: Add) -> Callable[[], None]:
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(begin).remove)
         for layer, names in owners.items():
-            hook = _listener(layer, names, images, called, add)
+            hook = _listener(layer, names, images, called, add=add, counts=counts)
             stack.callback(model.get_submodule(layer).register_forward_hook(hook).remove)
         return stack.pop_all().close
 
@@ -63,7 +69,9 @@ def _owners(model: nn.Module) -> dict[str, dict[str, str]]:
     return found
 
 
-def _listener(layer: str, names: dict[str, str], images: list[int], called: set[str], add: Add) -> Callable[..., None]:
+def _listener(
+    layer: str, names: dict[str, str], images: list[int], called: set[str], *, add: Add, counts: Counts
+) -> Callable[..., None]:
     def listen(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> None:
         if not out.requires_grad:
             return
@@ -78,9 +86,17 @@ def _listener(layer: str, names: dict[str, str], images: list[int], called: set[
 
         def square(gradient: Tensor) -> None:
             with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-                found = squares(module, (x,), gradient.float()[:, None], names, n)
+                found = squares(module, (x,), _unsquared(gradient.float(), counts(), n)[:, None], names, n)
             add({names[local]: value for local, value in found.items()})
 
         out.register_hook(square)
 
     return listen
+
+
+def _unsquared(gradient: Tensor, counts: Tensor | None, n: int) -> Tensor:
+    """Output gradients [n*f, ...] divided by the root of their image's weight, so that squares are linear in it."""
+    if counts is None:
+        return gradient
+    scale = torch.where(counts > 0, counts, 1.0).rsqrt().repeat_interleave(len(gradient) // n)
+    return gradient * scale.view(-1, *[1] * (gradient.dim() - 1))

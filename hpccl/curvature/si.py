@@ -32,7 +32,7 @@ def synaptic(
         start: theta*, divided over ranks as `credit` is.
         end: theta, likewise; may have more names.
         xi: > 0, in squared weights.
-        num_examples: n, of the task.
+        num_examples: n, the examples that the loss was a mean over.
         limit: largest Omega; None: there is none.
     """
     assert xi > 0, "a weight that did not move would divide by zero"

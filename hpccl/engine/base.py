@@ -48,6 +48,7 @@ class BaseEngine(ABC):
         self._config, self._train, self._optim = config.engine, config.train, config.optim
         self._seed, self._num_train = config.seed, 1
         self._squares = Squares(comm)
+        self._image_weights: Tensor | None = None
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self._hooks = Hooks()
         self._average: dict[str, Tensor] | None = None
@@ -172,6 +173,7 @@ class BaseEngine(ABC):
         # would save other tensors the second time, which checkpointing refuses; so they are put back.
         with without_statistics(self._model, self._config.recompute):
             self._pull_back(loss * self._comm.size)
+        self._image_weights = None
 
     def _pull_back(self, loss: Tensor) -> None:
         loss.backward()
@@ -206,6 +208,11 @@ class BaseEngine(ABC):
     def steps_taken(self) -> int:
         """See the protocol."""
         return self._step
+
+    @property
+    def num_train(self) -> int:
+        """See the protocol."""
+        return self._num_train
 
     def finish(self) -> None:
         """Averaged weights become the weights; buffers (BatchNorm statistics) are rank 0's everywhere."""
@@ -362,6 +369,15 @@ class BaseEngine(ABC):
         """Into the optimiser's tensors, which passes compute with."""
         if tensors:
             torch._foreach_copy_(tensors, values)
+
+    def weigh(self, counts: Tensor) -> None:
+        """See the protocol."""
+        self._image_weights = counts
+
+    @property
+    def image_weights(self) -> Tensor | None:
+        """See the protocol."""
+        return self._image_weights
 
     def add_squares(self, squares: Mapping[str, Tensor]) -> None:
         """See the protocol; of what is spread, only this rank's elements are kept."""

@@ -83,6 +83,13 @@ class Engine(Protocol):
         Every step has all of its passes, in order, and `step` after them. num_rows: of the step over all ranks.
         """
 
+    def weigh(self, counts: Tensor) -> None:
+        """Weights [n] in the loss of the images of the next forward and backward pass, which VOGN's squares need."""
+
+    @property
+    def image_weights(self) -> Tensor | None:
+        """[n] as `weigh` told them; None: 1 each."""
+
     def add_squares(self, squares: Weights) -> None:
         """Sums over this rank's examples of squared gradients of a layer's parameters, of the present pass, for VOGN.
 
@@ -143,6 +150,10 @@ class Engine(Protocol):
     @property
     def steps_taken(self) -> int:
         """By this optimiser, since `start`."""
+
+    @property
+    def num_train(self) -> int:
+        """The training examples, memory's included, that the task's loss is a mean over."""
 
     def finish(self) -> None:
         """End a task: averaged weights (if asked for) become the weights; buffers agree on all ranks."""

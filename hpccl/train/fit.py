@@ -198,17 +198,18 @@ def _recorded(task: Task, composer: Composer, distilled: Distilled, state: RunSt
 
 def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None]:
     """The priors of the weights, until the returned function is called."""
-    normal, quadratic = NormalPrior.of(world.config, state.prior.anchor), state.prior.quadratic
+    engine, quadratic = state.engine, state.prior.quadratic
+    normal = NormalPrior.of(world.config, state.prior.anchor)
     with contextlib.ExitStack() as stack:
         for part in (normal, quadratic):
             if part is not None:
-                stack.callback(part.attach(state.engine, world.comm, num_train=plan.num_train))
+                stack.callback(part.attach(engine, world.comm, num_train=plan.num_train))
         curvature = world.config.curvature
         of_task = isinstance(curvature, SiCurvature) and curvature.gradient == "task"
         if quadratic is not None and world.config.follows and of_task:
-            stack.callback(state.engine.follow(quadratic.pull_on(plan.num_train)))
+            stack.callback(engine.follow(quadratic.pull_on(plan.num_train)))
         if isinstance(world.config.optim, VognOptim):
-            stack.callback(watch_squares(state.engine.training_module, state.engine.add_squares))
+            stack.callback(watch_squares(engine.training_module, engine.add_squares, lambda: engine.image_weights))
         return stack.pop_all().close
 
 

@@ -159,7 +159,7 @@ def _precision(task: Task, rest: _Rest, anchor: Leaves, state: RunState, world: 
     """Summed over the examples that those of `rest` stand for, and from how many it is known; collective."""
     config = world.config.curvature
     if isinstance(config, SiCurvature):
-        (credit, start), count = state.engine.path(), len(task.samples("train"))
+        (credit, start), count = state.engine.path(), state.engine.num_train  # omega is that of a mean over these
         return synaptic(credit, start, anchor, xi=config.xi, num_examples=count, limit=config.limit), count
     if isinstance(config, OptimizerCurvature):
         return _learned(rest.samples, state, world), len(rest.samples)

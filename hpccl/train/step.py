@@ -63,6 +63,7 @@ def train_step(
 
 def _learn(engine: Engine, rows: Rows, *, num_rows: int, layer: str | None, last: bool) -> list[tuple[Tensor, Tensor]]:
     """A forward and a backward pass of a micro-batch; the places in TERM_NAMES and the shares of its losses."""
+    engine.weigh(rows.image_weights)
     if layer is None or rows.features is None:
         nats = weighted_nats(engine.forward(rows.pixels, rows.noise, last=last), rows) / num_rows
         engine.backward(nats.sum())

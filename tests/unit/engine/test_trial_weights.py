@@ -259,6 +259,27 @@ def test_squares_without_batch_norm_are_exact_for_every_layer() -> None:
         torch.testing.assert_close(found[name], total, rtol=1e-4, atol=1e-8, msg=name)
 
 
+def test_squares_are_linear_in_the_weight_of_an_image() -> None:
+    """As in every other curvature: two of an image count what one of weight 2 does."""
+    made = engine("vogn")
+    net = made.module
+    net.batch = nn.Identity()
+    pixels, noise = batch()
+    counts = torch.tensor([0.5, 3.0, 1.0, 0.0, 2.0, 1.9])
+    found: dict[str, Tensor] = {}
+    stop = watch_squares(net, found.update, lambda: made.image_weights)
+    made.weigh(counts)
+    made.backward((made.forward(pixels, noise).logsumexp(1) * counts).sum())
+    assert made.image_weights is None, "the next pass has other images"
+    stop()
+    for name in trainable(net):
+        total = torch.zeros_like(net.get_parameter(name))
+        for example, count in zip(pixels, counts, strict=True):
+            (gradient,) = torch.autograd.grad(net(example[None]).logsumexp(1).sum(), net.get_parameter(name))
+            total += count * gradient.square()
+        torch.testing.assert_close(found[name], total, rtol=1e-4, atol=1e-8, msg=name)
+
+
 def test_a_step_of_vogn_learns_the_mean_square() -> None:
     made = engine("vogn")
     net = made.module
