@@ -82,7 +82,7 @@ def _training(setting: Setting, method: str, number: int, seed: int, *, name: st
 
 
 def campaign(setting: Setting, methods: Sequence[str], published: Path | None) -> Campaign:
-    """All runs and their comparison, which takes those that are done."""
+    """All runs and their comparison, which takes those that were begun."""
     steps = tuple(trainings(setting, methods))
     folders = [f"{setting.folder}/{step.name}" for step in steps]
     beside = [f"--compare={published}"] if published else []

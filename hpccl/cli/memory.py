@@ -31,7 +31,9 @@ def map_memory(
     examples: Annotated[
         int | None, typer.Option(help="A uniform sample of so many; all, or 2000 where all weights count.")
     ] = None,
-    fraction: Annotated[float, typer.Option(help="Share of the data that gives the curvature of all weights.")] = 1.0,
+    fraction: Annotated[
+        float | None, typer.Option(help="Share of the data that gives the curvature of all weights; all if not given.")
+    ] = None,
     prior_precision: Annotated[
         float | None, typer.Option(help="Of the posterior; that with the largest evidence if not given.")
     ] = None,

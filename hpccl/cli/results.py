@@ -11,7 +11,7 @@ import typer
 
 from hpccl.cluster.outcome import DONE, FAILED
 from hpccl.errors import ConfigError, FolderError
-from hpccl.folder import refuse_unwritable
+from hpccl.folder import RunFolder, refuse_unwritable
 
 __all__ = ["choose", "doctor", "evaluate", "export", "merge", "report"]
 
@@ -61,6 +61,8 @@ def evaluate(
 
     if weights is not None:
         raise ConfigError("--weights with --posterior: the posterior is around the run's own weights; give one of them")
+    if posterior == "probit" and samples is not None:
+        raise ConfigError("--samples with --posterior probit: nothing is drawn; leave it out, or use monte_carlo")
     out = out or run / "uncertainty"
     refuse_unwritable(out, "--out FOLDER")
     found = evaluate_posterior(
@@ -85,6 +87,7 @@ def report(
         Path | None, typer.Option(help="Folder for the comparison: md, html, csv, json, tex, plots and runs.jsonl.xz.")
     ] = None,
     add: Annotated[bool, typer.Option("--add", help="With the runs of the comparison that OUT has, if any.")] = False,
+    begun: Annotated[bool, typer.Option("--begun", help="Leave out folders in which no run was begun.")] = False,
     compare: Annotated[Path | None, typer.Option(help="CSV file of published values to put beside.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Which data set of that file, where several could be meant.")
@@ -99,6 +102,7 @@ def report(
     from hpccl.report.compare_files import write_comparison
     from hpccl.report.write import report_if_writable
 
+    runs = _begun(runs) if begun else runs
     folders = [path for path in runs if not path.is_file()]
     for folder in folders:
         refused = report_if_writable(folder)
@@ -124,6 +128,16 @@ def report(
     pages = [write_comparison(comparison, out)] if out is not None else [folder / "report.html" for folder in folders]
     for page in pages:
         typer.echo(str(page))
+
+
+def _begun(runs: list[Path]) -> list[Path]:
+    """Raises FolderError where there are none."""
+    absent = [path for path in runs if not path.is_file() and not RunFolder(path).config.is_file()]
+    if len(absent) == len(runs):
+        raise FolderError(f"--begun: no run was begun in '{absent[0]}' or in any other of {len(absent)} folders")
+    for path in absent:
+        typer.echo(f"{path}: no run was begun there, it is left out", err=True)
+    return [path for path in runs if path not in absent]
 
 
 def choose(

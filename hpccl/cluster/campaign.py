@@ -37,12 +37,18 @@ class Step:
     """One command.
 
     arguments: of `hpccl`, such as ("train", "a.yaml", "seed=0,1")
-    after: names of the steps that must have succeeded before
+    after: names of the steps that must have succeeded before; of a report, that must have ended: it leaves out runs
+        that were not begun
     """
 
     name: str
     arguments: tuple[str, ...]
     after: tuple[str, ...] = ()
+
+    @property
+    def reports(self) -> bool:
+        """Whether it compares runs, which it does with those that there are."""
+        return self.arguments[0] == "report"
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
     """
     try:
         steps = [_with(step, chosen.more, add=chosen.add) for step in campaign.steps]
-        if chosen.add and not any(step.arguments[0] == "report" for step in steps):
+        if chosen.add and not any(step.reports for step in steps):
             raise ConfigError("--add is for reports, of which this campaign makes none; leave it out")
         if chosen.jobs < 1:
             raise ConfigError(f"--jobs {chosen.jobs}: at least 1")
@@ -108,7 +114,7 @@ def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
 
 def _with(step: Step, more: Sequence[str], *, add: bool) -> Step:
     """Files before settings, as the command has them."""
-    if step.arguments[0] == "report" and add:
+    if step.reports and add:
         return Step(step.name, (*step.arguments, "--add"), step.after)
     if step.arguments[0] != "train":
         return step
@@ -116,6 +122,11 @@ def _with(step: Step, more: Sequence[str], *, add: bool) -> Step:
     files = [each for each in given if not is_override(each)] + [each for each in more if not is_override(each)]
     settings = [each for each in more if is_override(each)] + [each for each in given if is_override(each)]
     return Step(step.name, ("train", *files, *settings), step.after)
+
+
+def _of_begun(step: Step) -> Step:
+    """A report of the runs that were begun, where others may have failed before that; any other step as it is."""
+    return Step(step.name, (*step.arguments, "--begun"), step.after) if step.reports else step
 
 
 def _list(steps: Sequence[Step]) -> int:
@@ -145,7 +156,7 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
     cluster = _cluster(steps, more)
     for step in steps:
         waits = [number for name in step.after for number in jobs[name]]
-        dependency = f"afterok:{':'.join(waits)}" if waits else None
+        dependency = f"{'afterany' if step.reports else 'afterok'}:{':'.join(waits)}" if waits else None
         if step.name in trained:
             submitted = submit(
                 trained[step.name], argv=["hpccl", *step.arguments], dependency=dependency, keep_live=True
@@ -156,9 +167,8 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
                 raise FolderError(f"'{here[0]}' is trained on this machine already; `hpccl cancel {here[0]}` first")
         else:
             folder = campaign.folder / "slurm" / step.name
-            jobs[step.name] = [
-                submit_command(step.arguments, cluster, name=step.name, folder=folder, dependency=dependency)
-            ]
+            arguments = _of_begun(step).arguments
+            jobs[step.name] = [submit_command(arguments, cluster, name=step.name, folder=folder, dependency=dependency)]
         print(f"{', '.join(jobs[step.name]) or 'done already'}: {_shown(step)}", flush=True)
     print(f"all is queued; hpccl status {campaign.folder}")
     return DONE
@@ -226,10 +236,11 @@ class _Local:
         left = []
         for step in waiting:
             codes = [self.codes.get(name) for name in step.after]
-            if self.asked or any(code not in (None, DONE) for code in codes):
+            failed = any(code not in (None, DONE) for code in codes)
+            if self.asked or (failed and not step.reports):
                 self.codes[step.name] = STOPPED if self.asked else FAILED
-            elif len(self.running) < self.limit and all(code == DONE for code in codes):
-                process = self.running[step.name] = self._start(step)
+            elif len(self.running) < self.limit and None not in codes:
+                process = self.running[step.name] = self._start(_of_begun(step) if failed else step)
                 if self.asked and process.poll() is None:  # while it was started: it may have missed it
                     process.send_signal(signal.SIGTERM)
             else:

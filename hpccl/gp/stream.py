@@ -45,7 +45,8 @@ class Settings:
     inducing: most inducing inputs
     steps, rate: of the sites, r in (0, 1] at most; a Gaussian likelihood needs one step with rate 1, and gets it
     memory: examples of a task that are kept
-    tune, tune_rate: steps of Adam on the logarithms of the hyperparameters, and their size; 0: leave them
+    tune, tune_rate: steps of Adam on the logarithms of the hyperparameters, and their size; 0: leave them. Without a
+        memory only at the first task: later the past's likelihood, which the bound needs, could not be told
     seed: of what is drawn
     jitter: on the diagonal of K, relative
     """
@@ -203,7 +204,7 @@ def learn(state: State, x: Tensor, y: Tensor, number: Tensor, *, settings: Setti
     task = _Task(x, y, (fresh, fresh))
     posterior, task, memory = _sites(posterior, state.likelihood, task, memory, settings=settings, comm=comm)
     likelihood = state.likelihood
-    if settings.tune:
+    if settings.tune and (state.num_seen == 0 or memory is not None):
         past = _Past(_without(posterior, task, memory, comm), memory, state.num_seen)
         kernel, likelihood = _tuned(posterior, likelihood, task, past, settings=settings, comm=comm)
         # What was forgotten keeps its duals; what is here gets new ones, by the new kernel.

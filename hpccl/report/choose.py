@@ -140,6 +140,8 @@ def _check(run: RunReport) -> None:
         )
     if run.status != "done" or run.average_accuracy is None:
         raise ConfigError(f"run '{run.name}' is not finished ({run.status}); finish it, or leave it out")
+    if not run.complete:
+        raise ConfigError(f"run '{run.name}': {run.message}; leave it out")
 
 
 def _candidates(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> tuple[Candidate, ...]:

@@ -129,7 +129,7 @@ class Comparison:
 
     def finished(self, group: Group) -> bool:
         """Whether its runs came to their end: after few tasks accuracies are high, so that others do not compete."""
-        return all(run.status == "done" for run in self.members(group))
+        return all(run.complete for run in self.members(group))
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON types; what all groups have in common of their configurations stands above them."""
@@ -278,8 +278,8 @@ def _short(value: Any) -> str:
 
 
 def _group(method: str, settings: str, runs: Mapping[int, RunReport]) -> dict[str, Any]:
-    """The fields of a Group; only finished runs count, unless there is none."""
-    members = [position for position, run in runs.items() if run.status == "done"] or list(runs)
+    """The fields of a Group; only complete runs count, unless there is none."""
+    members = [position for position, run in runs.items() if run.complete] or list(runs)
     counted = [runs[position] for position in members]
     return {
         "method": method,

@@ -309,7 +309,7 @@ def rank_correlation(comparison: Comparison, figure: Callable[[RunReport], float
     """
     from scipy.stats import spearmanr
 
-    pairs = [(figure(run), run.average_accuracy) for run in _counted(comparison) if run.status == "done"]
+    pairs = [(figure(run), run.average_accuracy) for run in _counted(comparison) if run.complete]
     known = [(x, y) for x, y in pairs if x is not None and y is not None]
     if len(known) < 3 or any(len(set(side)) == 1 for side in zip(*known, strict=True)):
         return None

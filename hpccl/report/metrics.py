@@ -229,13 +229,14 @@ def calibration_bins(confidence: npt.ArrayLike, correct: npt.ArrayLike, *, num_b
     Bins of parts of the data (batches, ranks) add up to the bins of the whole.
 
     Args:
-        confidence: [n] probability of the predicted class.
+        confidence: [n] probability of the predicted class; those that are not numbers are left out.
         correct: [n] whether the prediction is the label.
         num_bins: M.
     """
-    p = np.asarray(confidence, dtype=np.float64)
+    p, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct)
+    p, correct = p[np.isfinite(p)], correct[np.isfinite(p)]
     index = np.clip(np.ceil(p * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
-    weights = (np.ones_like(p), p, np.asarray(correct, dtype=np.float64))
+    weights = (np.ones_like(p), p, correct.astype(np.float64))
     return np.stack([np.bincount(index, weights=weight, minlength=num_bins) for weight in weights])
 
 

@@ -221,7 +221,11 @@ def calibration(measured: Mapping[str, Sequence[Sequence[float]]], label: str) -
     """Accuracy by confidence in each setting, from [3, M] sums of `calibration_bins`. None if never measured."""
     if not measured:
         return None
-    return svg(reliability({setting: {"": np.array(bins)} for setting, bins in measured.items()}), label)
+    curves = {
+        setting: {"": np.array([[number(value) for value in row] for row in bins], dtype=np.float64)}
+        for setting, bins in measured.items()
+    }
+    return svg(reliability(curves), label)
 
 
 def reliability(panels: Mapping[str, Mapping[str, Floats]]) -> Figure:

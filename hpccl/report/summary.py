@@ -103,6 +103,11 @@ class RunReport:
     machine: dict[str, Any]
     versions: dict[str, str]
 
+    @property
+    def complete(self) -> bool:
+        """Whether the run is done and no evaluation is lost, so that its figures are those after the last task."""
+        return self.status == "done" and self.message is None
+
     def to_dict(self) -> dict[str, Any]:
         """The report as strict JSON types."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -57,7 +57,8 @@ class Fitted:
     settings: of hpccl.gp.stream
     state: after the last task
     after: for every task learned, figures on the test data of the tasks up to it, among the classes seen by then
-    network: by task, the network's own figures in the same setting; None where it has none
+    network: by task, the network's own figures in the same setting, as the run has them; None where it has none
+    flipped: whether those average logits over mirror images
     """
 
     run: str
@@ -69,6 +70,7 @@ class Fitted:
     state: State
     after: list[list[dict[str, Any]]]
     network: list[dict[str, Any] | None]
+    flipped: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values; the state's tensors are left out."""
@@ -140,6 +142,7 @@ def fit_gp(
             state=found,
             after=after,
             network=[result["class_incremental"] for result in state.results[: mark.task + 1]],
+            flipped=world.config.train.flip_test,
         )
 
 
@@ -243,7 +246,8 @@ def markdown(found: Fitted) -> str:
         f"{found.run}, checkpoint {found.checkpoint}: {kernel['kind']} kernel on {whole(found.features)} features, "
         f"length scale {kernel['lengthscale']:.3g}, variance {kernel['variance']:.3g}; {whole(said['inducing'])} "
         f"inducing inputs, {whole(said['memory'])} of {whole(said['num_seen'])} examples in memory.\n"
-        "All classes seen so far compete, for the process and for the network.\n"
+        "All classes seen so far compete, for the process and for the network, whose figures are those of the run"
+        f"{', averaged over mirror images as the process is not' if found.flipped else ''}.\n"
     )
     return markdown_table(_HEADER, rows, left=2) + "\n" + notes
 

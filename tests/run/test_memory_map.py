@@ -255,6 +255,11 @@ def test_what_cannot_be_mapped_says_why(run: Path, tmp_path: Path, monkeypatch: 
         map_memory(tmp_path)
     with pytest.raises(ConfigError, match="--examples 0: at least 1"):
         map_memory(run, examples=0)
+    with pytest.raises(ConfigError, match=r"--fraction 0\.5: --posterior last_layer measures no curvature"):
+        map_memory(run, fraction=0.5)
+    blurry = trained(tmp_path / "blurry", "stream.tasks=2", "stream.scenario.kind=blurry", "train.epochs=1")
+    with pytest.raises(ConfigError, match="tasks of this run share some of their classes; use --posterior kronecker"):
+        map_memory(blurry)
     wide = trained(
         tmp_path / "wide", "stream.tasks=1", "train.epochs=1", "model.hidden=[200]", "curvature.kind=diagonal"
     )

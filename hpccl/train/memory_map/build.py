@@ -39,7 +39,7 @@ def map_memory(
     task: int | None = None,
     posterior: Kind = "last_layer",
     examples: int | None = None,
-    fraction: float = 1.0,
+    fraction: float | None = None,
     prior_precision: float | None = None,
 ) -> MemoryMap:
     """The map of the newest checkpoint, or of the newest of `task`; writes nothing.
@@ -50,13 +50,19 @@ def map_memory(
         posterior: of the last layer; of all weights, with a curvature that is measured for the map; or with that in the
             checkpoint, which may be what an optimiser has learned.
         examples: of the map, drawn uniformly; None: all for `last_layer`, 2000 otherwise.
-        fraction: share of the training examples on which the curvature of all weights is measured.
+        fraction: share of the training examples on which the curvature of all weights is measured; None: all.
         prior_precision: delta; None: that with the largest evidence.
 
     Raises:
         FolderError: the folder is no run, or has no such checkpoint, or no curvature in it.
         ConfigError: an argument is out of range, or the network does not suit the posterior.
     """
+    if fraction is not None and posterior in ("last_layer", "checkpoint"):
+        raise ConfigError(
+            f"--fraction {fraction:g}: --posterior {posterior} measures no curvature of all weights; leave it out, or "
+            "use --posterior kronecker, ekfac, diagonal or dense"
+        )
+    fraction = 1.0 if fraction is None else fraction
     _check(examples=examples, fraction=fraction, prior_precision=prior_precision)
     with reopened(path, task=task) as (state, world):
         groups = _groups(state, world, examples=examples, fraction=fraction, posterior=posterior)

@@ -41,7 +41,7 @@ def by_last_layer(
             f"{type(state.engine.module).__name__} is none; use --posterior kronecker or diagonal"
         ) from error
     with contextlib.ExitStack() as stack:
-        # Groups share no rows: what is known of one says nothing of another.
+        _refuse_shared(groups)
         spools = [stack.enter_context(_Spool.of(group, state, world)) for group in groups if len(group.samples)]
         factors = [spool.factors() for spool in spools]
         delta = prior_precision
@@ -50,6 +50,16 @@ def by_last_layer(
             values = [torch.outer(each.inputs, each.outputs).flatten() for each in posteriors]
             delta = best_prior_precision(torch.cat(values), _square(layer, spools))
         return [spool.scored(each, delta) for spool, each in zip(spools, factors, strict=True)], delta
+
+
+def _refuse_shared(groups: Sequence[Group]) -> None:
+    """Each has a posterior of its own, which is that of its rows where no other group has examples of them."""
+    labels = [label for group in groups for label in group.task.classes]
+    if len(labels) > len(set(labels)):
+        raise ConfigError(
+            "--posterior last_layer measures every task's rows of the last layer alone, and tasks of this run share "
+            "some of their classes; use --posterior kronecker or diagonal"
+        )
 
 
 def _square(layer: nn.Linear, spools: Sequence[_Spool]) -> float:

@@ -32,12 +32,18 @@ def test_steps_run_after_those_they_wait_for_and_a_failure_skips_the_rest(
         training("wrong", tmp_path, "memory.size=100000"),
         training("never", tmp_path, after=("wrong",)),
         Step("report", ("report", str(tmp_path / "first"), "--out", str(tmp_path / "report")), after=("first",)),
+        Step(
+            "of what there is",
+            ("report", str(tmp_path / "first"), str(tmp_path / "never"), "--out", str(tmp_path / "those")),
+            after=("first", "never"),
+        ),
     )
     code = carry_out(Campaign(tmp_path, steps), chosen("--jobs", "2"))
     out, err = capfd.readouterr()
     assert code == 2
-    assert "2 of 4 steps failed or could not begin: wrong, never" in err
-    assert (tmp_path / "report" / "comparison.html").exists()
+    assert "2 of 5 steps failed or could not begin: wrong, never" in err
+    for name in ("report", "those"):
+        assert (tmp_path / name / "comparison.html").exists()
     assert not (tmp_path / "never").exists()
     assert "memory.size=100000 is larger than task" in (tmp_path / "logs" / "wrong.txt").read_text()
     assert "first: done" in out

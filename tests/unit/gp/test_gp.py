@@ -115,6 +115,21 @@ def test_fewer_inducing_inputs_bound_the_evidence_from_below() -> None:
     assert values[2] == pytest.approx(evidence, abs=1e-2)
 
 
+def test_without_memory_hyperparameters_are_those_of_the_first_task() -> None:
+    """The bound of later ones lacks the past's likelihood, and would pull away from it."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(40, 1, generator=generator, dtype=torch.float64) * 6
+    y = torch.sin(2 * x) + 0.2 * torch.randn(40, 1, generator=generator, dtype=torch.float64)
+    parts = [list(range(20)), list(range(20, 40))]
+    start = begin(Kernel.of("rbf", lengthscale=1.5), Gaussian.of(0.5))
+    settings = Settings(inducing=20, tune=20)
+    first, both = stream(start, x, y, parts[:1], settings), stream(start, x, y, parts, settings)
+    kept = stream(start, x, y, parts, Settings(inducing=20, tune=20, memory=5))
+    assert float(first.kernel.lengthscale) != 1.5
+    assert float(both.kernel.lengthscale) == float(first.kernel.lengthscale)
+    assert float(kept.kernel.lengthscale) != float(first.kernel.lengthscale)
+
+
 def test_hyperparameters_go_to_the_largest_evidence() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.rand(25, 1, generator=generator, dtype=torch.float64) * 6

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,16 @@ def test_runs_on_test_images_are_refused(tmp_path: Path) -> None:
 def test_unfinished_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run 'a' is not finished"):
         choose_runs([write(tmp_path / "a", 0.0, finished=False)])
+
+
+def test_a_run_whose_last_evaluation_is_lost_is_refused(tmp_path: Path) -> None:
+    """Its figures are those after fewer tasks, which are easier."""
+    log = write(tmp_path / "a", 0.0) / "events.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    left = [line for line in lines if not ('"evaluate"' in line and json.loads(line)["task"] == 2)]
+    log.write_text("".join(left))
+    with pytest.raises(ConfigError, match=r"run 'a': events.jsonl lacks the evaluation after tasks 2"):
+        choose_runs([tmp_path / "a"])
 
 
 @pytest.mark.parametrize("other", [(2.0, 20, 0), (2.0, 10, 1)])
