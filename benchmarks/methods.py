@@ -44,7 +44,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -184,7 +184,7 @@ class Peer:
     model: nn.Module = field(default_factory=network)
 
     def __post_init__(self) -> None:
-        """The past: importances, anchors, an old network and a buffer, whatever of them is used."""
+        """Batches, a buffer and, for LwF, an old network."""
         self.model = self.model.train()
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         self.step: Callable[[], None] = getattr(self, "_" + self.name.replace(" ", "_").replace("++", "pp"))
@@ -195,15 +195,40 @@ class Peer:
         self.kept, self.labels = images[-256:], torch.arange(256) % CLASSES
         self.logits = torch.randn(256, TASKS * CLASSES)
         self.said = torch.randn(self.rows, CLASSES)
-        named = dict(self.model.named_parameters())
-        self.importance = {name: 1e-6 * torch.rand_like(value) for name, value in named.items()}
-        self.anchor = {name: value.detach().clone() for name, value in named.items()}
-        self.flat_importance = torch.cat([value.flatten() for value in self.importance.values()])
-        self.flat_anchor = torch.cat([value.flatten() for value in self.anchor.values()])
-        self.path = {name: torch.zeros_like(value).flatten() for name, value in named.items()}
-        self.flat_path = torch.zeros_like(self.flat_anchor)
         if self.name == "avalanche lwf":
             self.old = copy.deepcopy(self.model)
+
+    # Made by the first step of a method that uses it: others do not hold it.
+
+    @cached_property
+    def importance(self) -> dict[str, Tensor]:
+        """Omega, by parameter."""
+        return {name: 1e-6 * torch.rand_like(value) for name, value in self.model.named_parameters()}
+
+    @cached_property
+    def anchor(self) -> dict[str, Tensor]:
+        """Where the last task ended."""
+        return {name: value.detach().clone() for name, value in self.model.named_parameters()}
+
+    @cached_property
+    def path(self) -> dict[str, Tensor]:
+        """What a step did for the loss, summed."""
+        return {name: torch.zeros_like(value).flatten() for name, value in self.model.named_parameters()}
+
+    @cached_property
+    def flat_importance(self) -> Tensor:
+        """The same in one vector."""
+        return 1e-6 * torch.rand_like(self._flat().detach())
+
+    @cached_property
+    def flat_anchor(self) -> Tensor:
+        """The same in one vector."""
+        return self._flat().detach()
+
+    @cached_property
+    def flat_path(self) -> Tensor:
+        """The same in one vector."""
+        return torch.zeros_like(self._flat().detach())
 
     def __call__(self) -> int:
         """One step; rows are those that ours has in a step, whatever this one passes through the network."""

@@ -346,13 +346,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         spawn(alone, (folder, size, repetitions))
         found["numpy"] = json.loads(Path(folder, "0.json").read_text())
-    two, most = found["2"] if "2" in found else found["1"], max((key for key in found if key != "numpy"), key=int)
+    count, most = "2" if "2" in found else "1", max((key for key in found if key != "numpy"), key=int)
+    several = found[count]
     headline = {
-        "topk_seconds": two["top-k"]["seconds"],
-        "topk_over_numpy": found["numpy"]["top-k"]["seconds"] / two["top-k"]["seconds"],
+        "topk_seconds": several["top-k"]["seconds"],
+        f"topk_on_{count}_over_numpy_on_1": found["numpy"]["top-k"]["seconds"] / several["top-k"]["seconds"],
         "topk_peak_mib": found[most]["top-k"]["peak_bytes"] / 2**20,
         **{
-            f"{name}_over_numpy": found["numpy"][name]["seconds"] / two[name]["seconds"]
+            f"{name}_on_{count}_over_numpy_on_1": found["numpy"][name]["seconds"] / several[name]["seconds"]
             for name in ("herding", "k_center", "reconstruction+fitted")
         },
     }

@@ -9,9 +9,9 @@ Task-incremental is train.head=own, class-incremental train.head=seen; methods w
 class-incrementally only. m is the number of examples per task; a method with one budget for all tasks gets m times
 their number, so that all methods hold equally many in the end. FROMP, which would recall all of its memory in every
 step, holds a fifth and recalls 50 of each task; its strengths are the published ones
-(configs/preset/authors/fromp.yaml). Those of MAS, local MAS and SI were chosen by launch/tune.py, the others are those
-of configs/method: they are not tuned for this comparison. GDumb trains one network on the memory alone, with about as
-many images as other methods see in all.
+(configs/preset/authors/fromp.yaml). Those of MAS, local MAS and SI were chosen by launch/tune.py, task-incrementally,
+and are used class-incrementally, too; the others are those of configs/method: they are not tuned for this comparison.
+GDumb trains one network on the memory alone, with about as many images as other methods see in all.
 
 Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in minutes instead. Finished runs are
 not repeated and killed ones continue, so you can start it again at any time. Seeds run one after the other. A seed's

@@ -110,7 +110,7 @@ class DiagonalCurvature(Measured):
 
 
 class MasCurvature(Section):
-    """Memory Aware Synapses (Aljundi et al. 2018): how much a weight moves the squared norm of the own head's logits.
+    """Memory Aware Synapses (Aljundi et al. 2018): how much a weight moves the squared norm of the competing logits.
 
     Omega = mean_i |d |z_i|^2 / dw|, no labels; the quadratic is then weight * sum Omega (w - a)^2 beside the mean loss
     of a new task of as many examples. Exact per example, whatever the batch and the number of processes.
