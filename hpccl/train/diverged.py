@@ -44,7 +44,7 @@ def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
     terms = failure.terms.clone()
     world.comm.sum_([terms])
     named = {name: float(value) for name, value in zip(TERM_NAMES, terms, strict=True)}
-    said = {name: value for name, value in named.items() if value != 0 or name == "new"}  # terms that are 0 are not in use
+    said = {name: value for name, value in named.items() if value != 0 or name == "new"}  # the others are not in use
     weights = {name: _own(leaf) for name, leaf in state.engine.gather().items()}
     flags = torch.tensor([not bool(torch.isfinite(value).all()) for value in weights.values()], dtype=torch.float32)
     world.comm.sum_([flags])

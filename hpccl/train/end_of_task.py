@@ -93,7 +93,7 @@ def _samples(tasks: Sequence[Task]) -> Ints:
 
 
 def _feature_sums(task: Task, samples: Ints, state: RunState, world: World, *, mirrored: bool) -> Tensor:
-    """Return, by class, the summed features [C, d] float64, each at norm 1, of images (and mirror images); collective."""
+    """Return, by class, sums [C, d] float64 of the normalised features of images (and mirror images); collective."""
     with world.phase(task, "means") as phase, featuring(state, world) as features:
         phase.images = len(samples) * (2 if mirrored else 1)
         labels = torch.from_numpy(world.stream.labels("train"))

@@ -65,7 +65,7 @@ def _tested(state: RunState, world: World, last: int) -> Scores:
 
 
 def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield logits [n, C], labels [n] (-1 where an image cannot be decoded) and tasks [n] of test images, in batches."""
+    """Yield logits [n, C], labels [n] (-1 where an image cannot be decoded) and tasks [n] of batches of test images."""
     ends = np.array([task.samples("test").stop for task in world.stream.tasks])
     labels = torch.from_numpy(world.stream.labels("test"))
     with _classifier(state, world, last) as classifier:
@@ -128,7 +128,7 @@ def _result(task: Task, scores: Scores, last: int, world: World) -> dict[str, An
 
 
 def _calibration(scores: Scores, learned: Sequence[Task]) -> dict[str, list[list[float]]]:
-    """Return `calibration_bins` of all learned tasks' images, for the task- and the class-incremental setting."""
+    """Return, by setting, `calibration_bins` of all learned tasks: counts, sums of confidence, numbers correct."""
     rows = np.concatenate([_rows(task, scores) for task in learned])
     settings = {"task_incremental": rows[:, 1:4], "class_incremental": rows[:, 4:7]}
     return {name: calibration_bins(own[:, 2], own[:, 0]).round(4).tolist() for name, own in settings.items()}
