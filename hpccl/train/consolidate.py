@@ -189,10 +189,10 @@ def _replayed(before: Memory, memory: Memory, world: World) -> Memory:
 
 
 def relabel(task: Task, memory: Memory, state: RunState, world: World, corrected: Correction | None = None) -> Memory:
-    """Return the memory with soft labels by the present model on the evaluation view; with memory.labels=kept, the new
-    task's examples alone are relabelled.
+    """Return the memory with soft labels by the present model on the evaluation view.
 
-    corrected: correction applied to the logits, if any
+    With memory.labels=kept, only the new task's examples are labelled; others keep their labels. corrected: correction
+    applied to the logits, if any
     """
     if len(memory) == 0:
         return memory

@@ -6,7 +6,7 @@ which also gives the soft labels. Then, at points on the path to the weights aft
     total:  soft + replay (that memory, as the run's configuration weighs it) + quadratic
 
 is compared with the true gradient of the past (`hpccl.prior.reconstruct`), and its change since the end of task t with
-that of the true gradient. Points are checkpoints within task t + 1 where they were kept, and otherwise lie on a straight
+that of the true gradient. Points are checkpoints within task t + 1 where these were kept, and otherwise on a straight
 line. The quadratic is the run's, or measured anew without each memory's examples. (Daxberger et al. 2023.)
 """
 

@@ -51,8 +51,9 @@ def reconstruct(task: Task, state: RunState, world: World) -> None:
 
 
 def true_gradient(task: Task, fraction: float, state: RunState, world: World) -> dict[str, Tensor]:
-    """Return the gradient of the nats of all earlier tasks' examples, estimated from a share of them, plus that of a
-    normal prior, at the present weights. Collective.
+    """Return the gradient of all earlier tasks' nats, and of a normal prior, at the present weights; collective.
+
+    fraction: share of the earlier tasks' examples from which it is estimated
     """
     composer = _composer(task, Memory.empty(), state, world)
     past, used = task.samples("train").start, _used(task, fraction, world)
