@@ -69,7 +69,7 @@ def plan_curvature(
     *,
     tasks: int,
 ) -> CurvaturePlan:
-    """Plan the curvature of a network with factored `layouts`; `rest` has another kind, such as a sharded diagonal.
+    """Plan the curvature: factors of `layouts`, and of `rest` a diagonal, sharded as weights are, or a dense matrix.
 
     Args:
         config: the section `curvature`.
@@ -101,7 +101,7 @@ def plan_curvature(
 
 
 def _alike(sums: int, held: int, flops: float, fetched: tuple[int, ...], ranks: int) -> CurvaturePlan:
-    """Return the plan of a curvature that all ranks hold equally much of and whose pull they share equally."""
+    """Return the plan of a curvature that is spread evenly: each rank holds `held` bytes, `sums` more when measuring."""
     wire = all_reduce(sums, ranks)
     return CurvaturePlan(1, 1, (held,) * ranks, (flops / ranks,) * ranks, fetched, sums, (wire,) * ranks)
 
@@ -138,7 +138,7 @@ def _placed(
 
 
 def _fetched(placed: Parts, rest: Shapes, spread: Spread) -> tuple[int, ...]:
-    """Return `CurvaturePlan.fetched`, of the layers and diagonals that each rank multiplies; 0 if nothing is sharded."""
+    """Return `CurvaturePlan.fetched`, for the layers and diagonals that each rank multiplies; 0 for whole weights."""
     found = [0] * spread.ranks
     if not spread.spreads_weights:
         return tuple(found)

@@ -129,8 +129,7 @@ class Spread:
         """Return how many elements of weights stay whole from the forward to the backward pass."""
         if self.kind == "fsdp2":
             return 0 if self.reshard else num_weights
-        # Hence the half: all other weights are used twice before the first layer's are needed again, and none before
-        # the last layer's are.
+        # Between a layer's forward and backward pass, the weights of all later layers are used twice: hence the half.
         return min(num_weights, max(self.reuse, self.prefetch) // 2)
 
 
