@@ -1,5 +1,7 @@
-"""Which weights are held while the rest learns: frozen parts; in the epochs of the head, all but the new classes' rows;
-rows of classes without loss.
+"""Which weights are held (kept as they are) while the rest learns.
+
+Held are the parts in train.frozen; during train.head_epochs, all but the new classes' rows of the last layer; and rows
+of the last layer that weight decay alone would act on.
 
 The last layer has rows for all classes of the stream from the beginning. Those of later tasks mostly have no gradient:
 weight decay alone would act on them, and a late class would begin with weights close to zero. With own heads and no

@@ -29,5 +29,5 @@ class Stop:
         self.request(f"signal {signal.Signals(number).name}")
 
     def requested(self, comm: Comm) -> bool:
-        """True on every rank if any rank was asked. Collective."""
+        """Return True on every rank if any rank was asked to stop. Collective."""
         return comm.any(self.reason is not None)

@@ -148,7 +148,7 @@ class _Spool:
         return Found(self.sample, joined(columns), removed)
 
     def _widths(self) -> tuple[int, int]:
-        """K and d."""
+        """Return K and d."""
         width = self.path.stat().st_size // (4 * len(self.sample))
         return len(self.classes), width - len(self.classes)
 

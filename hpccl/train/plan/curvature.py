@@ -101,7 +101,7 @@ def plan_curvature(
 
 
 def _alike(sums: int, held: int, flops: float, fetched: tuple[int, ...], ranks: int) -> CurvaturePlan:
-    """Return the plan of a curvature that is spread evenly: each rank holds `held` bytes, `sums` more when measuring."""
+    """Return the plan of a curvature spread evenly: each rank holds `held` bytes, and `sums` more when measuring."""
     wire = all_reduce(sums, ranks)
     return CurvaturePlan(1, 1, (held,) * ranks, (flops / ranks,) * ranks, fetched, sums, (wire,) * ranks)
 

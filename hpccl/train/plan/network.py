@@ -57,7 +57,7 @@ class Network:
 
     @property
     def num_weights(self) -> int:
-        """Elements of all parameters."""
+        """Number of elements of all parameters."""
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
 
