@@ -60,6 +60,7 @@ def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choi
 
     Raises:
         ConfigError: the selector needs a last layer that is an nn.Linear, or a smaller network.
+        CoverageError: the curvature of the whole network cannot be measured.
         DivergedError: a score is not finite.
         Stopped: the run was asked to stop.
     """
