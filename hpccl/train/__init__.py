@@ -1,1 +1,1 @@
-"""A run: fit, consolidate, evaluate, task by task."""
+"""Training runs: fit, consolidate and evaluate, task by task."""

@@ -1,11 +1,11 @@
-"""Adapting a trained network to a change of its data, its prior or its kind, by a K-prior instead of training anew.
+"""Adapting a trained network to a change of its data, prior or architecture, by a K-prior instead of retraining.
 
 The run's objective over its past is replaced by what its last checkpoint has: soft labels of the memory, the quadratic
-if it has one, and the normal prior's pull (hpccl.prior.normal). To that come
+if it has one, and the normal prior's pull (hpccl.prior.normal). The adaptation adds
 
     add        the nats of the new examples
     remove     minus the nats of the examples to be forgotten (hpccl.train.removal)
-    precision  delta'/2 |w|^2 for delta/2 |w|^2
+    precision  delta'/2 |w|^2 in place of delta/2 |w|^2
     model      nothing: another network learns the soft labels, with delta/2 |w|^2 of its own weights
 
 Source: Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS, section 4.
@@ -47,9 +47,9 @@ __all__ = [
 
 
 def adaptation_task(config: RunConfig, stream: Stream) -> ClassTask:
-    """The one task of an adaptation, in the place of the stream's last: new examples, or none.
+    """Return the single task of an adaptation, with the index of the stream's last: the added examples, or none.
 
-    Also of its reference, which trains on all up to its end.
+    The reference has the same task and trains on all examples up to its end.
     """
     last, stop = stream.tasks[-1], len(stream.labels("train"))
     added = stream.added if len(stream.added) else range(stop, stop)
@@ -58,13 +58,13 @@ def adaptation_task(config: RunConfig, stream: Stream) -> ClassTask:
 
 
 def continues(config: RunConfig) -> bool:
-    """Whether it begins with the weights of the run that it adapts."""
+    """Whether an adaptation starts from the weights of the run that it adapts."""
     adapt = config.adapt
     return isinstance(adapt, AnyAdaptation) and not adapt.retrain and not isinstance(adapt, NewModel)
 
 
 def last_mark(run: Path) -> Mark:
-    """The checkpoint at the end of a run's newest task.
+    """Return the checkpoint at the end of a run's newest task.
 
     Raises:
         FolderError: there is none.
@@ -79,7 +79,7 @@ def last_mark(run: Path) -> Mark:
 
 
 def check_adaptation(config: RunConfig) -> None:
-    """Refuse what only the run and the data can tell, before a folder is made.
+    """Check what depends on the adapted run and its data, before a folder is made.
 
     Raises:
         DataError: added or removed data is not what the run can take.
@@ -99,7 +99,7 @@ def check_adaptation(config: RunConfig) -> None:
 
 
 def _source_tree(config: RunConfig, stream: Stream) -> tuple[dict[str, Any], Mark]:
-    """What the adapted run saved at its end."""
+    """Return the last checkpoint of the adapted run, and its mark."""
     adapt = config.adapt
     assert isinstance(adapt, AnyAdaptation), "of an adaptation"
     run = Path(adapt.source)
@@ -117,10 +117,10 @@ def _source_tree(config: RunConfig, stream: Stream) -> tuple[dict[str, Any], Mar
 
 
 def begin_adapting(state: RunState, world: World) -> None:
-    """The state from which an adaptation begins, where there is one to begin; collective.
+    """Set the state from which an adaptation starts; nothing is done for other runs and references. Collective.
 
     Raises:
-        FolderError: the run that is adapted is not as it was.
+        FolderError: the adapted run, or its data, has changed.
     """
     config = world.config
     if not isinstance(config.adapt, AnyAdaptation) or config.adapt.retrain:
@@ -144,7 +144,7 @@ def begin_adapting(state: RunState, world: World) -> None:
 
 
 def _own_file(memory: Memory, world: World) -> Memory:
-    """The same with its soft labels in a file of this run, whose checkpoints then need no other."""
+    """Copy the soft labels to a file of this run, so that its checkpoints do not depend on the adapted run's."""
     share = world.comm.share(len(memory))
     own = memory.soft[share.start : share.stop]
     file, soft = in_a_file(adaptation_task(world.config, world.stream), own, world)
@@ -152,10 +152,10 @@ def _own_file(memory: Memory, world: World) -> Memory:
 
 
 def _with_removed(prior: Prior, adapt: RemoveData, stream: Stream) -> Memory:
-    """The memory with all examples to be forgotten, whose weight is what is taken back of their soft labels.
+    """Return the memory with all examples to be forgotten; their weight is that of the soft label that is taken back.
 
-    One that is replayed says nothing but its true label, which is taken back by leaving it out. One that a quadratic
-    stands for has its soft label there.
+    Replayed examples contribute their true label only and are simply left out. Examples in a quadratic have their soft
+    label there, and weight 0 here.
     """
     removed, memory = removed_samples(adapt, stream), prior.memory
     gone = torch.from_numpy(np.isin(memory.sample.numpy(), removed))
@@ -180,5 +180,5 @@ def _with_removed(prior: Prior, adapt: RemoveData, stream: Stream) -> Memory:
 
 
 def adaptation_steps(task: Task, memory: Memory, world: World) -> list[int]:
-    """Steps by task of the stream, of which the last one alone is trained."""
+    """Return the steps of each task of the stream; only the last is trained."""
     return [0] * task.index + [plan_task(world.config, world.stream, task, memory).num_steps]

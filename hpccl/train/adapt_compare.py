@@ -1,4 +1,4 @@
-"""How close an adapted network comes to one that was trained anew, and at what share of the cost."""
+"""How close an adapted network comes to one that was retrained, and at what share of the cost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ _PHASES = ("fit", "relabel")  # what an adaptation costs; testing is left out
 
 @dataclass(frozen=True)
 class _Tested:
-    """probabilities: [n, C] of the test images, 0 beyond their heads; labels: [n]; weights: learned ones, by name."""
+    """Predictions of one network on the test images, and its weights.
+
+    probabilities: [n, C], 0 outside the head; labels: [n]; weights: trainable parameters by name
+    """
 
     probabilities: Tensor
     labels: Tensor
@@ -45,7 +48,7 @@ class _Tested:
 
 
 def check_reference(reference: RunConfig) -> None:
-    """Refuse a folder to compare with, unless the run in it is the reference of this very adaptation, at its end.
+    """Check that the folder to compare with holds the finished reference of this very adaptation.
 
     Args:
         reference: what `reference_config` makes of the adaptation's command, with the folder to compare with.
@@ -53,7 +56,7 @@ def check_reference(reference: RunConfig) -> None:
     Raises:
         ConfigError: the folder's configuration cannot be read.
         DataError: the data cannot be opened.
-        FolderError: it is no run, another one, not at its end, or the data changed since.
+        FolderError: it is no run, a different one, not finished, or the data changed since.
     """
     folder = RunFolder(Path(reference.path))
     given = f"--reference '{folder.path}'"
@@ -80,13 +83,13 @@ _INSTEAD = (
 
 
 def _short(value: Any) -> str:
-    """Cut when long, as ids to be forgotten are."""
+    """Return a value as text, truncated if long, as lists of ids to be forgotten are."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _decided(config: RunConfig) -> dict[str, Any]:
-    """What decides the result, however the command wrote paths, and in whatever order the names."""
+    """Return the settings that determine the result, with paths resolved and names sorted."""
     found = config.identity()
     adapt = found["adapt"]
     if "source" in adapt:
@@ -99,14 +102,14 @@ def _decided(config: RunConfig) -> dict[str, Any]:
 
 
 def compare_adaptation(run: Path, reference: RunConfig | None = None) -> Adaptation:
-    """Test the adapted network in `run`, the one that it began from, and the reference; on one process.
+    """Test the adapted network in `run`, the network it started from, and the reference; on one process.
 
     Args:
-        run: folder of an adaptation that is done.
-        reference: of what was trained anew, in its folder, see `check_reference`; None: no comparison.
+        run: folder of a finished adaptation.
+        reference: configuration of the retrained run, see `check_reference`; None: no comparison.
 
     Raises:
-        FolderError: a folder is no run, has not ended, or the reference is another one.
+        FolderError: a folder is no run, has not ended, or the reference is a different one.
     """
     if reference is not None:
         check_reference(reference)
@@ -143,7 +146,7 @@ def _tested(run: Path) -> _Tested:
 
 
 def _probabilities(state: RunState, world: World) -> tuple[Tensor, Tensor]:
-    """Of all test images that can be read, among the classes that compete for each."""
+    """Return probabilities over each image's competing classes, and labels, of all readable test images."""
     stream = world.stream
     labels = torch.from_numpy(stream.labels("test"))
     heads = heads_of(stream.tasks, len(stream.class_names)) | (world.config.train.head != "own")
@@ -177,7 +180,7 @@ def _network(own: _Tested, other: _Tested | None, removed: Tensor) -> Network:
 
 
 def _distance(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float | None:
-    """Euclidean; None between networks of different kinds."""
+    """Return the Euclidean distance of the weights; None between different architectures."""
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in other.items()}:
         return None
     squares = [(value.double().cpu() - other[name].double().cpu()).square().sum() for name, value in own.items()]
@@ -185,7 +188,7 @@ def _distance(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float |
 
 
 def _cost(run: Path) -> Cost:
-    """Images that were learned from or labelled, and seconds; the parts of a phase that was cut in two are added."""
+    """Return images learned from or labelled, and seconds, summed over all parts of interrupted phases."""
     counted = [part for part in phase_parts(read_events(RunFolder(run).events)) if part["phase"] in _PHASES]
     return Cost(
         images=sum(int(event["images"]) for event in counted), seconds=sum(float(event["seconds"]) for event in counted)

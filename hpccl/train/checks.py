@@ -1,4 +1,4 @@
-"""The rules of a configuration that only the data, or the network, can settle."""
+"""Checks of a configuration that need the data or the network."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ __all__ = ["check_memory", "check_sizes"]
 
 
 def check_memory(config: RunConfig, stream: Listed) -> None:
-    """The rules that only the data can settle.
+    """Check the configuration against the data's tasks and classes.
 
     Raises:
         ConfigError: the memory is larger than a task, or has no example of a class where each needs one, or is too
-            small for a part that is held out; a task has one class and a head of its own.
+            small for a part that is held out; a topology has more nodes than the first task has examples; a task has
+            one class and a head of its own.
     """
-    # Of a session of few shots, memory keeps all there is.
+    # Few-shot sessions are exempt: memory keeps all of their examples.
     tasks = stream.tasks[:1] if config.stream.scenario.kind == "few_shot" else stream.tasks
     sizes = {task.name: len(task.samples("train")) for task in tasks}
     smallest = min(sizes, key=lambda name: sizes[name])
@@ -48,7 +49,7 @@ def check_memory(config: RunConfig, stream: Listed) -> None:
 
 
 def _check_heads(config: RunConfig, stream: Listed) -> None:
-    """A class alone in its softmax has probability 1: nothing would be learned, and every accuracy would be 100 %."""
+    """Refuse heads of one class: its softmax probability is always 1, so nothing is learned and accuracy is 100 %."""
     alone = [task.name for task in stream.tasks if len(task.classes) == 1]
     if alone and config.train.head == "own" and not isinstance(config.adapt, AnyAdaptation):
         raise ConfigError(
@@ -58,7 +59,7 @@ def _check_heads(config: RunConfig, stream: Listed) -> None:
 
 
 def _check_every_class_kept(config: RunConfig, stream: Listed) -> None:
-    """A class without examples in memory has no mean, or is never learned, and so is never predicted."""
+    """Refuse memories that may lack a class where that class would then have no mean, or never be learned."""
     if config.evaluate.classifier == "nearest_mean":
         needs = "each of which needs an example for its mean (evaluate.classifier=nearest_mean)"
     elif config.train.data == "memory":
@@ -66,7 +67,7 @@ def _check_every_class_kept(config: RunConfig, stream: Listed) -> None:
     else:
         return
     total, classes = config.memory.total, len(stream.class_names)
-    # But for these, each task shares its part of the total among its own classes, whatever other tasks keep of them.
+    # With other selectors each task divides its quota among its own classes, even if other tasks share these.
     if config.memory.selector.kind not in ("greedy", "reservoir"):
         classes = sum(len(task.classes) for task in stream.tasks)
     if 0 < total < classes:
@@ -85,7 +86,7 @@ def _check_every_class_kept(config: RunConfig, stream: Listed) -> None:
 
 
 def check_sizes(config: RunConfig, stream: Stream) -> None:
-    """See that the network takes views of all sizes, before anything is trained.
+    """Check that the network accepts views of all sizes, before anything is trained.
 
     Raises:
         ConfigError: it does not.

@@ -1,4 +1,4 @@
-"""From a step's batch to rows: what is said about each image, and with which weight."""
+"""From a step's batch to rows of the loss: targets, competing classes and weights of each image."""
 
 from __future__ import annotations
 
@@ -41,30 +41,30 @@ Ints = npt.NDArray[np.int64]
 
 
 def plan_task(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> BatchPlan:
-    """The steps of a task: its own examples (or all seen ones, or the memory's) and the memory."""
+    """Plan the steps of a task over its new data (its own examples, all seen ones, or the memory's) and the memory."""
     new = new_samples(config, stream, task, memory)
     num_memory = 0 if config.train.data == "memory" else len(memory)
     return replace(_plan(config, task, len(new), num_memory), groups=stream.groups("train")[new])
 
 
 def planned(config: RunConfig, stream: Listed) -> list[BatchPlan]:
-    """The steps of every task that a run trains, before any of them is; an adaptation has other tasks."""
+    """Plan the steps of every task that a run will train, before it starts; not for adaptations, whose tasks differ."""
     plans = []
     for task in stream.tasks[-1:] if config.train.only_last else stream.tasks:
-        apart = config.train.data == "memory" or config.prior.fromp.weight > 0  # recalled beside the rows of a step
+        apart = config.train.data == "memory" or config.prior.fromp.weight > 0  # not rows of a step
         kept = 0 if apart else sum(kept_of_tasks(config, stream, task.index))
         plans.append(_plan(config, task, num_new(config, stream, task), kept))
     return plans
 
 
 def planned_steps(config: RunConfig, stream: Listed) -> list[int]:
-    """How many steps each task will take; 0 for those that are not trained."""
+    """Return the number of steps of each task; 0 for those that are not trained."""
     plans = planned(config, stream)
     return [0] * (len(stream.tasks) - len(plans)) + [plan.num_steps for plan in plans]
 
 
 def num_new(config: RunConfig, stream: Listed, task: Task) -> int:
-    """How many examples a task will train on beside the memory."""
+    """Return how many examples a task will train on, memory rows not included."""
     match config.train.data:
         case "task":
             return num_learned(config, stream, task)
@@ -77,12 +77,12 @@ def num_new(config: RunConfig, stream: Listed, task: Task) -> int:
 
 
 def task_epochs(config: RunConfig, task: int) -> int:
-    """Epochs of a task (from 0), with those in which the last layer learns alone."""
+    """Return the epochs of a task (counted from 0), including those in which only the last layer learns."""
     return per_task(config.train.epochs, task) + (config.train.head_epochs if task > 0 else 0)
 
 
 def head_steps(config: RunConfig, plan: BatchPlan) -> int:
-    """The first steps of a task, in which only the new classes' rows of the last layer learn."""
+    """Return how many steps at the start of a task train only the new classes' rows of the last layer."""
     return config.train.head_epochs * plan.steps_per_epoch if plan.task > 0 else 0
 
 
@@ -101,7 +101,7 @@ def _plan(config: RunConfig, task: Task, num_new: int, num_memory: int) -> Batch
 
 
 def new_samples(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> Ints:
-    """[n] sample positions of the data that a task trains on beside the memory, ascending."""
+    """Return the sample positions [n], ascending, of the data that a task trains on, memory rows not included."""
     own = training_samples(task)
     match config.train.data:
         case "task":
@@ -121,8 +121,9 @@ def new_samples(config: RunConfig, stream: Stream, task: Task, memory: Memory) -
 class Part:
     """One micro-batch of one rank.
 
-    rows: [p] positions in the step's batch. company: how many of the last of them are other parts' and count nothing
-    here. anchors: [a] positions among images that every step shows.
+    rows: [p] positions in the step's batch
+    company: how many of the last rows are fillers: rows of other parts, with weight 0 in this one
+    anchors: [a] positions among the anchor images, which every step shows
     """
 
     batch: Batch
@@ -132,7 +133,7 @@ class Part:
 
 
 def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> list[Part]:
-    """This rank's micro-batches: contiguous, differing by at most one row, no padding."""
+    """Split a batch into this rank's micro-batches: contiguous, sizes differing by at most one, no padding."""
     whole = comm.share(len(batch))
     shown = comm.share(anchors)
     parts = []
@@ -144,16 +145,17 @@ def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> lis
 
 
 def _company(rows: Ints, count: int) -> Ints:
-    """Rows of a batch of `count` that make a part of two: without any it could not keep the collectives company.
+    """Return the filler rows that bring a part to two rows of a batch of `count` rows.
 
-    BatchNorm cannot normalise a single example. A batch of one row has no other.
+    An empty part still has to take part in collectives, and BatchNorm cannot normalise a single example. A batch of one
+    row has no second one.
     """
     start = int(rows[0]) + 1 if len(rows) else 0
     return (start + np.arange(max(0, min(2, count) - len(rows)))) % count
 
 
 def _cut(items: range, number: int, parts: int) -> range:
-    """Part `number` of `parts` that differ by at most one."""
+    """Return part `number` of `parts` parts whose sizes differ by at most one."""
     return items[len(items) * number // parts : len(items) * (number + 1) // parts]
 
 
@@ -161,13 +163,16 @@ def _cut(items: range, number: int, parts: int) -> range:
 class Composer:
     """Turns parts and their images into rows during one task.
 
-    samples: [n] the data that the task trains on; labels, task_of_sample: [N] class and task of every training example,
-    for tasks may share classes; heads: [T + 1, C] bool, row t is task t's own head, the last row all classes seen so
-    far; tau, beta: [T] weight of a memory example, and of the true label of a soft-labelled one, by the task it comes
-    from, to which the selector's comes; teacher: the frozen old model on pixels, where what it says belongs to the
-    student's view; epochs: of the task; distilled: what the old model says of images beside their labels, or None;
-    removed: [M] bool, memory examples that are to be forgotten, or None; topology: what a net of nodes says of
-    features, or None.
+    samples: [n] sample positions of the new data that the task trains on
+    labels, task_of_sample: [N] class and task of every training example (tasks may share classes)
+    heads: [T + 1, C] bool, row t is task t's own head, the last row all classes seen so far
+    tau, beta: [T] weight of a memory example, and of the true label of a soft-labelled one, by the task it comes from;
+        multiplied by the selector's weight
+    teacher: the frozen old model (pixels to logits), where its logits are of the student's view; or None
+    epochs: of the task
+    distilled: settings and recorded logits of distillation, or None
+    removed: [M] bool, memory examples that are to be forgotten, or None
+    topology: losses on features from a net of nodes (TOPIC), or None
     """
 
     config: RunConfig
@@ -197,7 +202,7 @@ class Composer:
         device: torch.device,
         distilled: Distilled | None = None,
     ) -> Composer:
-        """For one task."""
+        """Build the composer of one task."""
         num_classes = len(stream.class_names)
         removed = removed_slots(config, stream, memory)
         own = heads_of(stream.tasks, num_classes)
@@ -223,13 +228,13 @@ class Composer:
 
     @property
     def num_anchors(self) -> int:
-        """Images that every step shows beside its batch."""
+        """Number of anchor images that every step shows in addition to its batch."""
         return 0 if self.topology is None else len(self.topology.anchors)
 
     def request(self, part: Part) -> Request:
-        """The images of a part: fresh views, but the stored one where a soft label belongs to it.
+        """Request the images of a part: newly augmented views, or the evaluation view where a soft label is of that.
 
-        Views that grow (data.progressive) have the epoch's size, whatever the row: a stored label is of the same view
+        With growing views (data.progressive) all have the epoch's size: a stored soft label is of the evaluation view
         at data.image_size, a teacher's of the very pixels.
         """
         new, slot = part.batch.new[part.rows], part.batch.slot[part.rows]
@@ -247,12 +252,12 @@ class Composer:
         return Request(sample, key, self._side(part.batch.epoch))
 
     def _side(self, epoch: int) -> int | None:
-        """Of the views of an epoch; None where they do not grow."""
+        """Return the side of an epoch's views in pixels; None where they do not grow."""
         grows, last = self.config.data.progressive, self.config.data.image_size
         return None if grows is None or last is None else grows.side(epoch, self.epochs, last)
 
     def rows(self, part: Part, images: Images) -> Rows:
-        """Rows on the device: one for each image, then those that say a second thing about some of them."""
+        """Return the rows of a part, on the device: one for each image, then further rows of some of the images."""
         slot = torch.from_numpy(part.batch.slot[part.rows])
         sample = torch.from_numpy(self.request(part).sample[: len(slot)])
         from_memory = slot >= 0
@@ -300,14 +305,14 @@ class Composer:
         return replace(rows, weight=weight, kind=None if plain else rows.kind).to(self.device)
 
     def _noise(self, part: Part) -> Ints:
-        """[p + a] of the part's images; an anchor's belongs to the step and the anchor, wherever it is."""
+        """Return the noise seeds [p + a] of the part's images; an anchor's depend on step and anchor, not on rank."""
         of_anchors = mix(part.batch.noise[0], part.anchors).astype(np.int64)
         return np.concatenate([part.batch.noise[part.rows], of_anchors])
 
     def _ask(self, pixels: Tensor, soft: Tensor, from_memory: Tensor) -> Tensor:
-        """[p, C] the teacher's logits of the images whose rows need them, 0 of others; one pass, on every rank.
+        """Return the teacher's logits [p, C] of the images whose rows need them, 0 elsewhere.
 
-        Its passes may be collective: it is asked about no image rather than not asked.
+        Every rank makes one pass, even over no images, as the teacher's passes may be collective.
         """
         said = torch.zeros(len(pixels), self.heads.shape[1])
         if self.teacher is None:
@@ -319,7 +324,7 @@ class Composer:
         return said
 
     def _with_distilled(self, rows: Rows, distilled: Distilled, part: Part, said: Tensor) -> Rows:
-        """With a row for every old head about every image that is distilled."""
+        """Append one row for every old head and every image that is distilled."""
         slot = torch.from_numpy(part.batch.slot[part.rows])
         from_memory = slot >= 0
         applies = distilled.applies(from_memory)
@@ -327,7 +332,7 @@ class Composer:
             place = torch.from_numpy(part.batch.new[part.rows]).where(~from_memory, len(self.samples) + slot)
             said = torch.zeros_like(said).index_put_((applies,), distilled.logits(place[applies]))
         target, head = distilled.targets(said[applies])
-        counted = rows.weight[: len(slot)]  # an image's first row: what it counts before labels and old heads share it
+        counted = rows.weight[: len(slot)]  # of an image's first row, before it is divided between labels and old heads
         weight = (distilled.weight * counted[applies]).repeat_interleave(len(distilled.heads))
         by_label = torch.where(applies, distilled.labels, 1.0)[rows.image]
         image = applies.nonzero().squeeze(1).repeat_interleave(len(distilled.heads))
@@ -338,28 +343,28 @@ class Composer:
 
     @property
     def hard_kind(self) -> int:
-        """Of rows with true labels."""
+        """The loss of rows with true labels: SIGMOID or CROSS_ENTROPY."""
         return SIGMOID if self.config.train.loss == "sigmoid" else CROSS_ENTROPY
 
     @property
     def soft_kind(self) -> int:
-        """Of memory's soft-labelled rows."""
+        """The loss of the memory's soft-labelled rows: SQUARED or CROSS_ENTROPY."""
         return SQUARED if self.config.prior.loss == "squared" else CROSS_ENTROPY
 
     def memory_weights(self, slots: Tensor, by_task: Tensor | None = None) -> Tensor:
-        """[r] what examples in some slots of the memory count: tau (or `by_task` [T]) times the selector's weight.
+        """Return the weights [r] of examples in some slots of the memory: tau (or `by_task` [T]) times the selector's.
 
-        Of examples to be forgotten, what is taken back of their soft labels.
+        Examples to be forgotten have the weight of the soft label that is taken back: their memory weight alone.
         """
         alone = self.memory.weight[slots]
         weight = (self.tau if by_task is None else by_task)[self.memory.task[slots]] * alone
         return weight if self.removed is None else alone.where(self.removed[slots], weight)
 
     def hard_targets(self, samples: Tensor, alone: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Smoothed one-hot targets and competing classes of the true labels of training examples.
+        """Return smoothed one-hot targets and competing classes, [r, C] each, of training examples with true labels.
 
-        alone: [r] bool, of which of them the classes of the own task compete without others, whatever the head.
-        With a sigmoid for each class, the old ones are left to the old network where it speaks of the same images.
+        alone: [r] bool, examples for which only the classes of their own task compete, whatever `train.head` is.
+        With one sigmoid per class, the old classes are left out where the same images are distilled.
         """
         own, labels = self.config.train.head == "own", self.labels[samples]
         seen = torch.ones_like(self.heads[-1]) if self.config.train.competing == "all" else self.heads[-1]
@@ -375,7 +380,7 @@ class Composer:
         return target, head.clone()
 
     def soft_targets(self, slots: Tensor, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Targets and competing classes of soft labels: the memory's, or what a teacher said [r, C] of other views."""
+        """Return targets and competing classes of soft labels: the memory's, or the teacher's logits `said` [r, C]."""
         num_classes, temperature = self.heads.shape[1], self.config.prior.temperature
         columns = self.memory.columns(slots)
         renewed = self.teacher is not None and self.config.prior.view == "teacher"
@@ -401,7 +406,7 @@ def _with(
     term: int,
     kind: int,
 ) -> Rows:
-    """More rows, of images by number or by mask [n] bool."""
+    """Append rows of images that are given by index or by mask [n] bool."""
     assert rows.kind is not None, "it is left out at the end"
     image = image.nonzero().squeeze(1) if image.dtype == torch.bool else image
     return replace(
@@ -417,7 +422,7 @@ def _with(
 
 
 def _task_of_sample(stream: Stream) -> Ints:
-    """[N] the task of every training example; of added ones, the last task that has their class."""
+    """Return the task [N] of every training example; added ones belong to the last task that has their class."""
     last_with = np.zeros(len(stream.class_names), dtype=np.int64)
     for task in stream.tasks:
         last_with[list(task.classes)] = task.index
@@ -429,9 +434,11 @@ def _task_of_sample(stream: Stream) -> Ints:
 
 
 def _memory_weights(config: RunConfig, stream: Stream, task: Task, memory: Memory, values: tuple[float, ...]) -> Tensor:
-    """[T] `values` by task, times N_s / m where memory stands for its whole task, or N_t / M where for the new one.
+    """Return `values` by task [T], scaled by N_s / m (prior.scale_to_task) or N_t / M (prior.scale_to_new).
 
-    Examples that are to be forgotten count in neither N_s nor m, whether they are still in memory or not.
+    N_s, m: training examples of past task s, and how many of them are in memory; N_t, M: learned examples of the new
+    task, and the size of the memory. Examples that are to be forgotten count in neither N_s nor m, whether they are
+    still in memory or not.
     """
     weights = []
     left, kept = _remaining(config, stream, memory) if config.prior.scale_to_task else ([], [])
@@ -445,7 +452,7 @@ def _memory_weights(config: RunConfig, stream: Stream, task: Task, memory: Memor
 
 
 def _true_shares(config: RunConfig, stream: Stream, memory: Memory) -> Tensor:
-    """[T] by task, the share of a memory example's weight that its true label has, where every one has both."""
+    """Return, by task [T], the true label's share of a memory example's weight where examples have both labels."""
     tasks = stream.tasks
     if not config.prior.mixes:
         return torch.zeros(len(tasks))
@@ -455,7 +462,7 @@ def _true_shares(config: RunConfig, stream: Stream, memory: Memory) -> Tensor:
 
 
 def _remaining(config: RunConfig, stream: Stream, memory: Memory) -> tuple[list[int], list[int]]:
-    """By task, how many training examples, and how many of them in memory, are not to be forgotten."""
+    """Return, by task, how many training examples are not to be forgotten, and how many of these are in memory."""
     count = len(stream.tasks)
     left, kept = [len(task.samples("train")) for task in stream.tasks], memory.per_task(count)
     slots = removed_slots(config, stream, memory)

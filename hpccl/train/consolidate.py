@@ -1,4 +1,4 @@
-"""What happens at the end of a task: choose memory, measure the curvature of the rest, move the anchor, re-label.
+"""The end of a task: choose memory, measure the curvature of the rest, move the anchor, renew soft labels.
 
 `state.prior` is replaced at the very end, and files that are written before have names and contents that depend on the
 run alone: a job may be killed at any point, and repeats the phase.
@@ -39,14 +39,14 @@ __all__ = ["admit_first", "consolidate", "thumbnail"]
 
 Ints = npt.NDArray[np.int64]
 
-# What a hash is for (apart from those of hpccl.data.order).
+# Purposes of hashes (numbers differ from those in hpccl.data.order).
 _SELECT, _REPLAY = 101, 102
 _PICTURES = 100
 _THUMBNAIL = 64
 
 
 def consolidate(task: Task, state: RunState, world: World) -> None:
-    """Make the prior of the next task.
+    """Replace the state's prior by that of the next task.
 
     Raises:
         Stopped: the run was asked to stop; nothing was changed.
@@ -69,9 +69,9 @@ def consolidate(task: Task, state: RunState, world: World) -> None:
 
 
 def admit_first(task: Task, state: RunState, world: World) -> None:
-    """Choose the task's memory before it is trained on, where the memory is all that is trained on.
+    """Choose the task's memory before training, where training uses the memory alone (train.data=memory).
 
-    With train.only_last, that of the tasks that are skipped first: the choice knows no network.
+    With train.only_last, memory of the skipped tasks is chosen first; the choice does not depend on the network.
     """
     if world.config.train.data != "memory":
         return
@@ -80,7 +80,7 @@ def admit_first(task: Task, state: RunState, world: World) -> None:
 
 
 def select(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
-    """The memory with the chosen examples of the task admitted, and as few of earlier tasks as the budget leaves."""
+    """Return the memory with the chosen examples of the task, earlier tasks' reduced to what the budget leaves."""
     config = world.config
     if not config.memory.kept:
         return memory
@@ -100,7 +100,7 @@ def select(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
 
 
 def _selected(task: Task, samples: Ints, memory: Memory, state: RunState, world: World) -> Memory:
-    """With what the selector keeps of the task's samples, cut down to the budget."""
+    """Admit what the selector keeps of the task's samples, then reduce the memory to the budget."""
     config = world.config
     reservoir = config.memory.total > 0 and config.memory.selector.kind == "reservoir"
     share = kept_of_tasks(config, world.stream, task.index + 1)
@@ -128,12 +128,12 @@ def _selected(task: Task, samples: Ints, memory: Memory, state: RunState, world:
 
 
 def _drawn_anew(before: Memory, left: Memory, world: World) -> Memory:
-    """With the weights of a sampled choice of as many, for every task that lost examples."""
+    """Return `left` with the weights of a smaller sampled choice, for every task that lost examples."""
     config, weight = world.config, left.weight.clone()
     kept = torch.isin(before.sample, left.sample)
     for task in world.stream.tasks[: len(before.heads)]:
         own = before.task == task.index
-        if bool(kept[own].all()) or not bool(before.priority[own].any()):  # of a checkpoint that knows none
+        if bool(kept[own].all()) or not bool(before.priority[own].any()):  # or of an old checkpoint
             continue
         columns = (before.sample, before.rank, before.weight.double(), before.priority)
         choice = Choice(*(column[own].numpy() for column in columns))
@@ -150,7 +150,7 @@ def _drawn_anew(before: Memory, left: Memory, world: World) -> Memory:
 
 
 def _balanced(task: Task, memory: Memory, world: World) -> Memory:
-    """What GDumb's sampler leaves when the task's examples have gone by; in the order of their arrival."""
+    """Return what GDumb's sampler keeps after the task's examples have passed, in the order of their arrival."""
     before = memory.sample.numpy()
     kept = admitted_greedily(world.config, world.stream, task, before)
     new = kept[~np.isin(kept, before)]
@@ -164,7 +164,7 @@ def _balanced(task: Task, memory: Memory, world: World) -> Memory:
 
 
 def _drained(memory: Memory, world: World) -> Memory:
-    """The smallest hashes of all tasks' examples, as many as the budget allows (Vitter 1985, by sorted keys)."""
+    """Keep the examples of all tasks with the smallest hashes, up to the budget (reservoir by keys; Vitter 1985)."""
     config = world.config
     keep = min(config.memory.total, len(memory))
     label, sample = memory.label.numpy(), memory.sample.numpy()
@@ -173,7 +173,7 @@ def _drained(memory: Memory, world: World) -> Memory:
 
 
 def _replayed(before: Memory, memory: Memory, world: World) -> Memory:
-    """Say anew, of the tasks whose examples are others than before, which examples speak by their true label."""
+    """Choose anew which examples are replayed by their true label, for tasks whose kept examples have changed."""
     config = world.config
     replay = memory.replay.clone()
     for task in memory.task.unique().tolist():
@@ -190,9 +190,10 @@ def _replayed(before: Memory, memory: Memory, world: World) -> Memory:
 
 
 def relabel(task: Task, memory: Memory, state: RunState, world: World, corrected: Correction | None = None) -> Memory:
-    """All memory with the soft labels of the present model on the stored view; memory.labels=kept: the task's own.
+    """Return the memory with soft labels by the present model on the evaluation view.
 
-    corrected: of the present model's logits, before they become labels
+    With memory.labels=kept, only the new task's examples are labelled; others keep their labels. corrected: correction
+    applied to the logits, if any
     """
     if len(memory) == 0:
         return memory
@@ -222,10 +223,10 @@ def relabel(task: Task, memory: Memory, state: RunState, world: World, corrected
 
 
 def _labelled(task: Task, world: World) -> list[list[int]]:
-    """By task so far, the classes that the soft labels of its examples speak of.
+    """Return, by task so far, the classes of its examples' soft labels.
 
-    The own head; or the classes that were seen when they are made. Squared differences (DER) then hold all logits, also
-    those of classes to come: where nothing holds them, new classes take over old images.
+    With train.head=own those of the task; else those seen when the labels are made. With squared differences (DER) all
+    classes of the stream, those to come included: if their logits were free, new classes would take over old images.
     """
     config, tasks = world.config, world.stream.tasks[: task.index + 1]
     if config.train.head == "own":
@@ -242,9 +243,10 @@ def _labelled(task: Task, world: World) -> list[list[int]]:
 def soft_labels(
     memory: Memory, heads: Tensor, state: RunState, world: World, corrected: Correction | None = None
 ) -> Tensor:
-    """[share, K] logits of this rank's share of the memory, of each task's classes in `heads` [T, K], as stored.
+    """Return logits [share, K] of this rank's share of the memory for each task's classes in `heads` [T, K].
 
-    corrected: of the logits, if there is one. On the CPU. Logits of other classes live no longer than their batch.
+    On the CPU, in the memory's dtype. Logits of other classes are dropped batch by batch. corrected: correction applied
+    to the logits, if any
     """
     found = [torch.zeros(0, heads.shape[1], dtype=DTYPES[world.config.memory.dtype])]
     start = world.comm.share(len(memory)).start
@@ -259,7 +261,7 @@ def soft_labels(
 
 
 def _with_kept(own: Tensor, task: Task, memory: Memory, before: Memory) -> Tensor:
-    """[M, K] soft labels: `own` of the task's examples, and of all others those they had in the memory `before`."""
+    """Return soft labels [M, K]: `own` for the task's examples, for all others those in the memory `before`."""
     new = memory.task == task.index
     soft = own.new_zeros(len(memory), own.shape[1])
     assert bool(torch.isin(memory.sample[~new], before.sample).all()), "what came earlier was in memory"
@@ -273,22 +275,22 @@ def _with_kept(own: Tensor, task: Task, memory: Memory, before: Memory) -> Tenso
 def in_a_file(
     task: Task, soft: Tensor, world: World, whole: Callable[[Tensor], Tensor] = lambda every: every
 ) -> tuple[Apart, Tensor]:
-    """Where the soft labels [M, K] are after `task`, and themselves, mapped; from every rank's share. Collective.
+    """Write the soft labels [M, K] of all ranks to a file; return the file and the labels, memory-mapped. Collective.
 
-    The leader writes. Files of earlier tasks stay, for checkpoints name them.
+    The leader writes. Files of earlier tasks stay, as checkpoints refer to them.
 
     Args:
-        task: the last one.
+        task: the task that has ended.
         soft: this rank's share.
         world: of the run.
-        whole: what is written, of all shares together.
+        whole: maps all shares together to what is written.
 
     Raises:
-        FolderError: the run folder cannot be written.
-        WorldError: ... by the leader.
+        FolderError: the run folder cannot be written (on the leader).
+        WorldError: the same, on the other ranks.
     """
     comm, path, failure = world.comm, "", None
-    # As bytes, for not every backend knows half precision.
+    # As bytes, as not every backend supports half precision.
     every = comm.exchange(soft.view(torch.uint8), [len(soft), *[0] * (comm.size - 1)]).view(soft.dtype)
     if comm.leader:
         try:
@@ -302,7 +304,7 @@ def in_a_file(
 
 
 def thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """A small image as it is; the middle of a large one, shrunk to 64 pixels."""
+    """Return a small image unchanged, and the centre of a large one resized to 64 x 64 pixels."""
     if max(picture.shape[:2]) <= _THUMBNAIL or picture.shape[2] != 3:
         return picture
     fitted = ImageOps.fit(Image.fromarray(picture), (_THUMBNAIL, _THUMBNAIL))
@@ -310,7 +312,7 @@ def thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _keep_pictures(task: Task, sample: Ints, label: Ints, world: World) -> None:
-    """Some of the chosen images, as stored, for the report's picture grid."""
+    """Save thumbnails of some of the chosen images for the report's picture grid."""
     few = np.linspace(0, len(sample) - 1, num=min(len(sample), _PICTURES)).astype(np.int64)
     pictures, shown = [], []
     for number in few:
@@ -324,12 +326,12 @@ def _keep_pictures(task: Task, sample: Ints, label: Ints, world: World) -> None:
         with replacing(world.folder.memory / f"task-{task.index}.npz") as path, open(path, "wb") as file:
             images, number = stacked(pictures), np.array(task.index)
             np.savez(file, images=images, labels=label[shown], names=np.array(names), task=number)
-    except FolderError as error:  # only a report shows them, and the other processes are going on
+    except FolderError as error:  # they are for the report alone, and other ranks do not wait here
         world.progress.message(f"pictures of the memory are left out of the report: {error}")
 
 
 def stacked(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
-    """[n, h, w, channels]; smaller ones have black margins at the right and below."""
+    """Stack pictures to [n, h, w, channels]; smaller ones are padded with black at the right and below."""
     if not pictures:
         return np.zeros((0, 1, 1, 3), np.uint8)
     height, width, channels = np.max([picture.shape for picture in pictures], axis=0)

@@ -1,4 +1,4 @@
-"""The memory's own images (memory.keep=copy): written when a task ends, then read, and dropped with the examples."""
+"""Copies of the memory's images (memory.keep=copy): written when a task ends, then read, dropped with the examples."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["added_data", "check_images", "copies_of", "drop_images", "keep_image
 
 
 def copies_of(config: RunConfig, folder: RunFolder) -> Path | None:
-    """Where the memory that a run begins with has images of its own; None: nowhere."""
+    """Return the folder with copies of the memory's images (an adaptation's source has them); None if not kept."""
     if config.memory.keep == "reference":
         return None
     return RunFolder(Path(config.adapt.source)).copies if isinstance(config.adapt, AnyAdaptation) else folder.copies
 
 
 def added_data(config: RunConfig) -> tuple[str, ...]:
-    """Folders of shards that come to the stream's."""
+    """Return the folders of shards that an adaptation adds to the stream's."""
     return config.adapt.data if isinstance(config.adapt, AddData) else ()
 
 
 def open_for(config: RunConfig, folder: RunFolder) -> Stream:
-    """The run's stream; a part whose training shards are gone is opened if the run has copies of its memory.
+    """Open the run's stream; parts whose training shards are gone are opened if the run has copies of their memory.
 
     Raises:
         DataError: see open_stream.
@@ -42,19 +42,19 @@ def open_for(config: RunConfig, folder: RunFolder) -> Stream:
 
 
 def reopened_stream(world: World) -> World:
-    """The same world, whose stream reads what was copied since it was opened: as a resumed run does."""
+    """Return the world with its stream reopened, so that it reads recent copies, as in a resumed run."""
     return replace(world, stream=open_for(world.config, world.folder))
 
 
 def keep_images(task: Task, memory: Memory, world: World) -> None:
-    """Copy the images of all memory that are not copied yet, if the configuration says so; collective.
+    """Copy the memory's images that are not copied yet, with memory.keep=copy; collective.
 
     The leader writes. Nothing that an earlier checkpoint needs is touched.
 
     Raises:
-        DataError: an image cannot be read.
-        FolderError: the run folder cannot be written.
-        WorldError: ... by the leader.
+        DataError: an image cannot be read (on the leader).
+        FolderError: the run folder cannot be written (on the leader).
+        WorldError: the leader failed (on the other ranks).
     """
     if world.config.memory.keep == "reference" or len(memory) == 0:
         return
@@ -72,8 +72,8 @@ def keep_images(task: Task, memory: Memory, world: World) -> None:
 
 
 def drop_images(memory: Memory, world: World) -> None:
-    """Delete the copies that the newest checkpoint, which has this memory, does not need; collective."""
-    world.comm.barrier()  # nobody is opening them
+    """Delete the copies that are not of `memory`, which is the newest checkpoint's; collective."""
+    world.comm.barrier()  # no rank is still opening them
     if world.comm.leader:
         counts = [(number, int((memory.task == number).sum())) for number in memory.task.unique().tolist()]
         drop_copies(world.folder.copies, [copied_name(number, count) for number, count in counts])
@@ -81,9 +81,9 @@ def drop_images(memory: Memory, world: World) -> None:
 
 
 def check_images(first: int, state: RunState, world: World) -> None:
-    """See that all training images that the run still needs are there: those of tasks `first` on, and the memory's.
+    """Check that all training images that the run still needs exist: those of tasks from `first` on, and the memory's.
 
-    An adaptation needs the memory's, of which removed examples are a part, and what is added.
+    An adaptation needs the memory's, which include removed examples, and the added ones.
 
     Raises:
         DataError: some are in shards that are gone, and not copied.

@@ -1,8 +1,8 @@
-"""What a run knows of its past: the curvature in a checkpoint, layer by layer, as numbers and as a table.
+"""The curvature in a checkpoint, layer by layer, as numbers and as a table.
 
-Eigenvalues are those of the sum of a layer's terms. Of several terms they are the diagonal of the sum in the basis that
-one term would have (`kron.merge.refit`): the largest is at most the true one, the smallest at least. Those below what
-rounding leaves are given as 0.
+Eigenvalues are those of the sum of a layer's terms. With several terms they are the diagonal of the sum in the basis of
+the nearest single term (`kron.merge.refit`): the largest is at most the true one, the smallest at least the true one.
+Eigenvalues below rounding error are given as 0.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from hpccl.train.export import no_curvature
 
 __all__ = ["Layer", "Shown", "read_curvature", "render"]
 
-FAST = 2048  # the largest side of a matrix whose eigenvalues are found without being asked for
-_SHARE = 0.99  # of the trace, which the effective rank keeps
+FAST = 2048  # largest matrix side up to which eigenvalues are computed by default
+_SHARE = 0.99  # share of the trace that the effective rank keeps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer, or where the curvature is a diagonal the parameters of one module.
+    """The curvature of one layer or, where it is diagonal or dense, of the parameters of one module.
 
     kind: pair, low rank, eigen, diagonal or dense
     shape: (groups, outputs, inputs) of a Kronecker product, the bias counted as an input
-    weights: how many
-    terms: summed
-    trace: nats per squared weight; share: of the whole trace
+    weights: number of weights
+    terms: number of terms in the sum
+    trace: nats per squared weight; share: of the trace of all layers
     largest, smallest: eigenvalues; condition: their ratio. None: not computed, or infinite
-    rank_a, rank_b: eigenvectors of the input and output factor that keep 99 % of its trace, in the group that needs
-        most
-    bytes: held
-    error: bound on the relative error that truncating and merging made, Frobenius norm
+    rank_a, rank_b: number of eigenvectors of the input and output factor that keep 99 % of its trace, in the group that
+        needs most
+    bytes: in memory
+    error: bound on the relative error from truncation and merging, in the Frobenius norm
     """
 
     name: str
@@ -83,8 +83,8 @@ class Shown:
 
     kind: kronecker, diagonal or dense
     weight, damping: of the quadratic
-    tasks: how the sum over tasks is made; None where it is a plain sum
-    diagonal: parameters whose curvature is a diagonal
+    tasks: settings `curvature.tasks` of the sum over tasks; None for a plain sum
+    diagonal: names of the parameters whose curvature is diagonal
     """
 
     run: str
@@ -101,17 +101,17 @@ class Shown:
     diagonal: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values: the fields, totals and layers as objects."""
+        """Return the fields as JSON values, totals and layers as objects."""
         return asdict(self)
 
 
 def read_curvature(path: Path, *, task: int | None = None, spectra: bool | None = None) -> Shown:
-    """The curvature in the newest checkpoint, or in the newest of `task`; no processes are needed, nothing is written.
+    """Read the curvature in the newest checkpoint, or in the newest of `task`, in this process; nothing is written.
 
     Args:
         path: the run's folder.
         task: counted from 0; None: the newest.
-        spectra: compute eigenvalues; None: of matrices with at most 2048 rows.
+        spectra: whether to compute eigenvalues; None: those of matrices with at most 2048 rows.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -152,7 +152,7 @@ def read_curvature(path: Path, *, task: int | None = None, spectra: bool | None 
 
 
 def render(shown: Shown) -> Group:
-    """A table of the layers, and what is true of all of them."""
+    """Return a table of the layers, followed by notes on the whole."""
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("layer", "kind"):
         table.add_column(heading, no_wrap=heading == "layer")
@@ -167,7 +167,12 @@ def render(shown: Shown) -> Group:
 
 
 def _quadratic_state(folder: RunFolder, mark: Mark) -> Mapping[str, Any]:
-    """What the checkpoint holds of the quadratic; FolderError if nothing."""
+    """Return the quadratic in a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        FolderError: it has no quadratic.
+    """
     try:
         state = load(folder.checkpoints, mark)["prior"]["quadratic"]
     except (KeyError, TypeError) as error:
@@ -231,7 +236,7 @@ def _kind(block: Block) -> str:
 
 
 def _eigenvalues(block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    """Of A [g, d], of B [g, o], and of the whole [g, o, d]."""
+    """Return the eigenvalues of A [g, d], of B [g, o], and of the whole block [g, o, d]."""
     (first, *others) = block.terms
     if isinstance(first, Pair) and not others:
         a, b = _of_factor(first.a), _of_factor(first.b)
@@ -242,7 +247,7 @@ def _eigenvalues(block: Block) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _of_factor(factor: Factor) -> Tensor:
-    """[g, k], ascending; of a low rank found from its r x r inner products."""
+    """Return eigenvalues [g, k], ascending; those of a low-rank factor come from its r x r inner products."""
     match factor:
         case Dense(matrix):
             return _symmetric_eigenvalues(matrix)
@@ -253,7 +258,7 @@ def _of_factor(factor: Factor) -> Tensor:
 
 
 def _symmetric_eigenvalues(matrix: Tensor) -> Tensor:
-    """[g, k] for [g, k, k], without eigenvectors where the solver converges; what is rounding is 0."""
+    """Return the eigenvalues [g, k] of [g, k, k], ascending; those below rounding error are 0."""
     scale = matrix.abs().amax((1, 2), keepdim=True)
     scaled = matrix / scale.where(scale > 0, 1)
     try:
@@ -265,7 +270,7 @@ def _symmetric_eigenvalues(matrix: Tensor) -> Tensor:
 
 
 def _of_diagonal(diagonal: Diagonal, total: float) -> list[Layer]:
-    """By module."""
+    """Return one entry for each module."""
     layers = []
     found = diagonal.values
     for module, names in _by_module(found).items():
@@ -276,7 +281,7 @@ def _of_diagonal(diagonal: Diagonal, total: float) -> list[Layer]:
 
 
 def _of_dense(dense: DensePrecision, total: float, limit: float) -> list[Layer]:
-    """By module, with the eigenvalues of its square on the diagonal."""
+    """Return one entry for each module, with the eigenvalues of its diagonal block."""
     sizes = [math.prod(shape) for shape in dense.shapes.values()]
     places = dict(zip(dense.shapes, torch.arange(len(dense.matrix)).split(sizes), strict=True))
     layers = []
@@ -292,7 +297,7 @@ def _of_dense(dense: DensePrecision, total: float, limit: float) -> list[Layer]:
 def _layer(
     name: str, kind: str, values: Tensor | None, *, weights: int, trace: float, total: float, num_bytes: int
 ) -> Layer:
-    """What every kind has; `values` are the eigenvalues, `total` is the trace of all layers."""
+    """Fill in the fields that every kind has; `values` are the eigenvalues, `total` is the trace of all layers."""
     largest, smallest, condition = (None, None, None) if values is None else _extremes(values)
     return Layer(
         name=name,
@@ -308,7 +313,7 @@ def _layer(
 
 
 def _by_module(names: Mapping[str, object]) -> dict[str, list[str]]:
-    """Names of parameters by the module that holds them; one outside of modules stands for itself."""
+    """Group parameter names by module; a parameter of the root module is a group of its own."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(name.rpartition(".")[0] or name, []).append(name)
@@ -316,7 +321,7 @@ def _by_module(names: Mapping[str, object]) -> dict[str, list[str]]:
 
 
 def _extremes(values: Tensor) -> tuple[float | None, float | None, float | None]:
-    """Largest, smallest, and their ratio where it is finite."""
+    """Return the largest and smallest value, and their ratio, None where infinite."""
     if values.numel() == 0:
         return None, None, None
     largest, smallest = float(values.max()), max(0.0, float(values.min()))
@@ -324,7 +329,7 @@ def _extremes(values: Tensor) -> tuple[float | None, float | None, float | None]
 
 
 def _effective_rank(values: Tensor) -> int:
-    """How many of [g, k] ascending eigenvalues keep the share of the trace, in the group that needs most."""
+    """Return how many of the eigenvalues [g, k], ascending, keep 99 % of the trace, in the group that needs most."""
     kept = values.double().flip(1).cumsum(1)
     return min(values.shape[1], 1 + int((kept < _SHARE * kept[:, -1:]).sum(1).max()))
 

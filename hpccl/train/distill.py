@@ -1,11 +1,11 @@
-"""Distillation: what the previous network says of images while a new task is learned, as rows of the one loss.
+"""Distillation from the previous network while a new task is learned, as rows of the one loss.
 
 With the previous network's logits z*, the present ones z, old heads H_1, H_2, ... and temperature T:
 
     lambda sum_h CE(softmax_{H_h}(z* / T), z / T)        (Hinton et al. 2015; Li and Hoiem 2016, eq. 2 and 3)
 
-times T^2 if asked for. With train.loss=sigmoid, a sigmoid of z*_c / T for each class instead (Rebuffi et al. 2017).
-The gradient by z is lambda / T (softmax(z / T) - softmax(z* / T)): zero where both networks agree.
+times T^2 if configured. With train.loss=sigmoid, targets are sigmoid(z*_c / T) for each class (Rebuffi et al. 2017).
+The gradient with respect to z is lambda / T (softmax(z / T) - softmax(z* / T)): zero where both networks agree.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Distilled:
     """Distillation during one task.
 
     heads:    [H, C] bool, the classes of each old head, or of all of them together
-    kind:     of its rows, CROSS_ENTROPY or SIGMOID
-    weight:   lambda of a row, T^2 in it
-    labels:   what a row of true labels counts beside it
-    recorded: [n, K] logits of the old classes in ascending order, of the evaluation view; by place among the task's
-        samples, after which come memory's slots; None: the teacher is asked in every step
+    kind:     loss of the distilled rows, CROSS_ENTROPY or SIGMOID
+    weight:   lambda of a row, including T^2
+    labels:   factor on the weights of all other rows of a distilled image
+    recorded: [n, K] logits of the old classes in ascending order, of the evaluation view, by position in the task's
+        samples followed by the memory's slots; None: the teacher runs in every step
     """
 
     config: DistillConfig
@@ -52,7 +52,7 @@ class Distilled:
 
     @classmethod
     def of(cls, config: RunConfig, stream: Stream, task: Task) -> Distilled | None:
-        """Of a task; None where nothing is distilled."""
+        """Set up the distillation of a task; None where nothing is distilled."""
         distill = config.prior.distill
         if distill.weight == 0 or task.index == 0:
             return None
@@ -75,24 +75,24 @@ class Distilled:
         return self.heads.any(dim=0).nonzero().squeeze(1)
 
     def asks(self, from_memory: Tensor) -> Tensor:
-        """[p] which images the teacher is asked about, by whether they are memory's."""
+        """Return a mask [p] of the images that the teacher runs on; from_memory: [p] bool."""
         if self.config.view == "recorded":
             return torch.zeros_like(from_memory)
         return self.applies(from_memory)
 
     def applies(self, from_memory: Tensor) -> Tensor:
-        """[p] which images are distilled."""
+        """Return a mask [p] of the images that are distilled; from_memory: [p] bool."""
         return torch.ones_like(from_memory) if self.config.images == "all" else ~from_memory
 
     def logits(self, place: Tensor) -> Tensor:
-        """[p, C] what was recorded of samples and slots at `place` [p]; 0 of classes that are not old."""
+        """Return the recorded logits [p, C] at positions `place` [p] of `recorded`; 0 for classes that are not old."""
         assert self.recorded is not None, "the teacher was asked instead"
         found = torch.zeros(len(place), self.heads.shape[1])
         found[:, self.columns] = self.recorded[place].float()
         return found
 
     def targets(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """From the old network's logits [p, C] to (targets, competing classes), [p H, C] each: image after image."""
+        """Return (targets, competing classes), [p H, C] each, image by image, from the old network's logits [p, C]."""
         scaled = (logits / self.config.temperature).repeat_interleave(len(self.heads), dim=0)
         head = self.heads.repeat(len(logits), 1)
         if self.kind == SIGMOID:
@@ -101,9 +101,9 @@ class Distilled:
 
 
 def old_heads(config: RunConfig, stream: Stream, task: Task) -> Tensor:
-    """[H, C] the classes of each earlier task; one row for all of them where all seen classes compete.
+    """Return the classes [H, C] of each earlier task; a single row for all of them where all seen classes compete.
 
-    Tasks of the same classes have one head together, of which the old network says one thing.
+    Tasks with the same classes share one row, as the old network has one prediction for them.
     """
     heads = heads_of(stream.tasks[: task.index], len(stream.class_names))
     if config.train.head == "seen":
@@ -113,10 +113,11 @@ def old_heads(config: RunConfig, stream: Stream, task: Task) -> Tensor:
 
 
 def record(samples: Ints, heads: Tensor, teacher: Callable[[Tensor], Tensor], world: World) -> Tensor:
-    """[n, K] the teacher's logits of the K classes of `heads` [H, C] on the evaluation view, on every CPU; collective.
+    """Return the teacher's logits [n, K] of the K classes in `heads` [H, C] on the evaluation view; collective.
 
-    Each rank makes its share. They are not saved: from the same weights a resumed run makes the same. In half precision
-    they are less the largest of their own head; where heads share classes they stay in fp32.
+    Each rank computes its share; all get the whole, on the CPU. The logits are not saved: a resumed run recomputes the
+    same ones from the same weights. In half precision the largest logit of each head is subtracted first; where heads
+    share classes they stay in fp32.
 
     Raises:
         Stopped: the run was asked to stop.
@@ -133,6 +134,6 @@ def record(samples: Ints, heads: Tensor, teacher: Callable[[Tensor], Tensor], wo
 
 
 def _from_largest(logits: Tensor, heads: Tensor) -> Tensor:
-    """[n, C] less the largest logit of the own head, which its softmax does not notice."""
+    """Subtract from logits [n, C] the largest of each head, to which the head's softmax is invariant."""
     largest = [logits[:, head].amax(dim=1, keepdim=True) * head for head in heads]
     return logits - torch.stack(largest).sum(dim=0)

@@ -1,4 +1,4 @@
-"""A gradient that is not finite: keep what helps to find out why, and say so."""
+"""A gradient that is not finite: save what helps to find the cause, and report it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Failure", "diagnose"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Where it happened: this rank's micro-batches, and its share of the loss terms [6]."""
+    """The step that failed: this rank's micro-batches, and its share of the loss terms [6]."""
 
     task: Task
     step: int
@@ -37,22 +37,22 @@ class Failure:
 
 
 def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
-    """Save the batch and the weights beside the checkpoints and return the error to raise.
+    """Save the batch and the weights in the run folder and return the error to raise.
 
-    The gradient's norm is the same on all ranks, so all of them come here together. Collective.
+    Collective: the gradient's norm is the same on all ranks, so all of them call this together.
     """
     terms = failure.terms.clone()
     world.comm.sum_([terms])
     named = {name: float(value) for name, value in zip(TERM_NAMES, terms, strict=True)}
-    said = {name: value for name, value in named.items() if value != 0 or name == "new"}  # the others are not there
+    said = {name: value for name, value in named.items() if value != 0 or name == "new"}  # the others are not in use
     weights = {name: _own(leaf) for name, leaf in state.engine.gather().items()}
     flags = torch.tensor([not bool(torch.isfinite(value).all()) for value in weights.values()], dtype=torch.float32)
     world.comm.sum_([flags])
     broken = [name for name, flag in zip(weights, flags.tolist(), strict=True) if flag]
-    spread = is_spread(state.engine.module)  # then each rank keeps its own elements
+    spread = is_spread(state.engine.module)  # then each rank saves its own elements
     note = world.folder.path / f"diverged-rank-{world.comm.rank}"
     kept = _kept(failure, named, broken, weights if world.comm.leader or spread else {}, note)
-    lost = world.comm.any(not kept)  # on one process or more; what it is about is that the run diverged
+    lost = world.comm.any(not kept)  # on any rank; not raised, as the run's divergence matters more
     where = f"The batch and the weights are in '{note}.*'"
     if lost:
         where = f"The batch and the weights could not be written beside '{note}' by all processes"
@@ -65,7 +65,7 @@ def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
 
 
 def _advice(failure: Failure, world: World) -> str:
-    """What to change, and where: a folder keeps the settings that its run was begun with."""
+    """Return advice on what to change; in another folder, as a folder keeps the settings of its run."""
     config = world.config
     lr, quadratic, limit = config.optim.lr, config.prior.quadratic, config.train.clip_norm
     changes = [f"Lower optim.lr ({per_task(lr, failure.task.index):g} in this task)"]
@@ -86,7 +86,7 @@ def _own(leaf: Leaf) -> Tensor:
 
 
 def _kept(failure: Failure, terms: dict[str, float], broken: list[str], weights: dict[str, Tensor], note: Path) -> bool:
-    """Whether this process could write its part."""
+    """Write this rank's part; return whether that succeeded."""
     description = {
         "task": failure.task.index,
         "step": failure.step,

@@ -1,4 +1,4 @@
-"""What some methods measure when a task ends, beside memory and curvature: a correction of logits, means of classes."""
+"""What some methods compute at the end of a task besides memory and curvature: logit correction and class means."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Ints = npt.NDArray[np.int64]
 
 
 def correction(task: Task, state: RunState, world: World) -> Correction | None:
-    """Fitted to held-out examples of all classes seen; None for a first task, or if none is wanted. Collective.
+    """Fit the logit correction to held-out examples of all seen classes; None for a first task or if off. Collective.
 
-    The network is asked in evaluation mode and stays as it is; every rank solves the same problem.
+    The network is in evaluation mode and is not changed; every rank solves the same problem.
 
     Raises:
         Stopped: the run was asked to stop.
@@ -62,10 +62,12 @@ def correction(task: Task, state: RunState, world: World) -> Correction | None:
 
 
 def class_means(task: Task, memory: Memory, state: RunState, world: World) -> ClassMeans | None:
-    """What tests ask for: means over memory, or prototypes of the task's classes; None if nothing. Collective.
+    """Return the class means that evaluate.classifier needs; None for `head`. Collective.
+
+    They are means over memory or all seen data (`nearest_mean`), or of the data of each class's task (`prototype`).
 
     Raises:
-        ConfigError: the network has no last layer that the features could be taken from.
+        ConfigError: the network has no last nn.Linear layer whose input could be the features.
         Stopped: the run was asked to stop.
     """
     match world.config.evaluate.classifier:
@@ -74,7 +76,7 @@ def class_means(task: Task, memory: Memory, state: RunState, world: World) -> Cl
         case "nearest_mean":
             of_data = world.config.evaluate.means == "data"
             samples = _samples(world.stream.tasks[: task.index + 1]) if of_data else memory.sample.numpy()
-            # The mirror image of what a task has changed is none that it has shown.
+            # Mirror images of rotated or permuted images do not belong to the task.
             mirrored = not isinstance(world.config.stream.scenario, PermutedScenario | RotatedScenario)
             return ClassMeans.of_sums(task.index, _feature_sums(task, samples, state, world, mirrored=mirrored))
         case "prototype":
@@ -86,12 +88,12 @@ def class_means(task: Task, memory: Memory, state: RunState, world: World) -> Cl
 
 
 def _samples(tasks: Sequence[Task]) -> Ints:
-    """Of all training examples."""
+    """Return the sample positions of all training examples of some tasks."""
     return np.concatenate([training_samples(task) for task in tasks])
 
 
 def _feature_sums(task: Task, samples: Ints, state: RunState, world: World, *, mirrored: bool) -> Tensor:
-    """[C, d] float64, by class, of the features at norm 1 of images (and of their mirror images); collective."""
+    """Return, by class, sums [C, d] float64 of the normalised features of images (and mirror images); collective."""
     with world.phase(task, "means") as phase, featuring(state, world) as features:
         phase.images = len(samples) * (2 if mirrored else 1)
         labels = torch.from_numpy(world.stream.labels("train"))
@@ -112,9 +114,9 @@ def _feature_sums(task: Task, samples: Ints, state: RunState, world: World, *, m
 
 @contextlib.contextmanager
 def featuring(state: RunState, world: World, *, asked_by: str | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
-    """From pixels to what goes into the last layer [n, d] fp32, in evaluation mode; collective.
+    """Yield a function from pixels to the input of the last layer [n, d] fp32, in evaluation mode; collective.
 
-    asked_by: the setting that wants it; None: the classifier
+    asked_by: the setting that needs it, for error messages; None: evaluate.classifier
 
     Raises:
         ConfigError: the last layer is no nn.Linear.

@@ -1,4 +1,4 @@
-"""Accuracy, likelihood and calibration on the test data of every task, task- and class-incremental from one pass."""
+"""Accuracy, likelihood and calibration on the test data of every task; one pass gives task- and class-incremental."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def evaluate(task: Task, state: RunState, world: World) -> None:
-    """Test after training on `task`, write it down, and keep it in the state.
+    """Test after training on `task`, log the results and keep them in the state.
 
     Raises:
         Stopped: the run was asked to stop; nothing was changed.
@@ -34,7 +34,7 @@ def evaluate(task: Task, state: RunState, world: World) -> None:
         phase.images = sum(result["num"] for result in results)
     calibration = {}
     if _own_network(world):
-        # Every task has its own network: what the earlier ones scored stands.
+        # Every task has its own network: results of earlier networks stay.
         results = state.results[: task.index] + results[task.index :]
     else:
         calibration = _calibration(scores, world.stream.tasks[: task.index + 1])
@@ -43,10 +43,10 @@ def evaluate(task: Task, state: RunState, world: World) -> None:
 
 
 def evaluate_all(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
-    """One entry a task of the stream, also those not yet trained (for forward transfer).
+    """Return the results of every task of the stream, including those not yet trained (for forward transfer).
 
-    Each has {task, num, task_incremental, class_incremental}, the latter two {accuracy, nll, ece}; the classes of tasks
-    0..last compete class-incrementally, and it is None for later tasks and where every task has its own network.
+    Each is {task, num, task_incremental, class_incremental}, the latter two {accuracy, nll, ece}. In class_incremental
+    the classes of tasks 0..last compete; it is None for later tasks and where every task has its own network.
 
     Raises:
         Stopped: the run was asked to stop.
@@ -56,7 +56,7 @@ def evaluate_all(state: RunState, world: World, *, last: int) -> list[dict[str, 
 
 
 def _tested(state: RunState, world: World, last: int) -> Scores:
-    """[N, 7] of `_scores`, of all test images."""
+    """Return the `_scores` [N, 7] of all test images."""
     count = world.stream.tasks[-1].samples("test").stop
     scores = [_scores(*seen, world, last) for seen in _logits(count, state, world, last)]
     empty = torch.zeros(0, 7, device=state.engine.device)
@@ -65,7 +65,7 @@ def _tested(state: RunState, world: World, last: int) -> Scores:
 
 
 def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Logits [n, C], labels [n] (-1 where there is no image) and tasks [n], a few test images at a time."""
+    """Yield logits [n, C], labels [n] (-1 where an image cannot be decoded) and tasks [n] of batches of test images."""
     labels = torch.from_numpy(world.stream.labels("test"))
     with _classifier(state, world, last) as classifier:
         classify = with_mirror_images(classifier, world)
@@ -79,10 +79,10 @@ def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tu
 
 @contextlib.contextmanager
 def _classifier(state: RunState, world: World, last: int) -> Iterator[Callable[[Tensor], Tensor]]:
-    """From pixels to logits [n, C]: the network's, corrected if they are to be, or scores of the nearest means.
+    """Yield a function from pixels to logits [n, C]: the network's, perhaps corrected, or nearest-mean scores.
 
-    Corrections and means belong to the network that ended a task. In the middle of one, and before the first, the head
-    answers as it is.
+    Corrections and means are of the network at the end of a task; before the first task's end and in the middle of a
+    task, the plain head is used.
     """
     correction, means = state.prior.correction, state.prior.means
     if means is not None and means.task == last:
@@ -95,7 +95,7 @@ def _classifier(state: RunState, world: World, last: int) -> Iterator[Callable[[
 
 
 def _scores(logits: Tensor, labels: Tensor, tasks: Tensor, world: World, last: int) -> Tensor:
-    """[n, 7]: valid, then (right, nats, confidence) among the own head and among the seen classes."""
+    """Return [n, 7]: valid, then (right, nats, confidence) over the task's own head and over all seen classes."""
     heads = heads_of(world.stream.tasks, logits.shape[1]).to(logits.device)
     truth = labels.clamp(min=0)
     own = heads[tasks]
@@ -110,7 +110,7 @@ def _scores(logits: Tensor, labels: Tensor, tasks: Tensor, world: World, last: i
 
 
 def _rows(task: Task, scores: Scores) -> Scores:
-    """Of a task's images that could be decoded."""
+    """Return the rows of a task's decodable images."""
     rows = scores[task.samples("test").start : task.samples("test").stop]
     return rows[rows[:, 0] > 0]
 
@@ -127,7 +127,7 @@ def _result(task: Task, scores: Scores, last: int, world: World) -> dict[str, An
 
 
 def _calibration(scores: Scores, learned: Sequence[Task]) -> dict[str, list[list[float]]]:
-    """By setting, the sums over tasks of `calibration_bins`: counts, sums of confidence, numbers of right answers."""
+    """Return, by setting, `calibration_bins` of all learned tasks: counts, sums of confidence, numbers correct."""
     rows = np.concatenate([_rows(task, scores) for task in learned])
     settings = {"task_incremental": rows[:, 1:4], "class_incremental": rows[:, 4:7]}
     return {name: calibration_bins(own[:, 2], own[:, 0]).round(4).tolist() for name, own in settings.items()}

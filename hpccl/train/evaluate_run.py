@@ -1,4 +1,4 @@
-"""Test a checkpoint of a run that may be finished or still going."""
+"""Testing a checkpoint of a run that may be finished or still going."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from hpccl.train.stop import Stop
 
 __all__ = ["evaluate_run", "find_checkpoint", "put_weights", "reopened", "with_newest"]
 
-_LOOKS = 3  # at a folder of checkpoints that a run is replacing
+_LOOKS = 3  # attempts to read a checkpoint while a run may be replacing it
 
 
 def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = None) -> dict[str, Any]:
-    """Task- and class-incremental figures of the newest checkpoint, or of the one after `task`; writes nothing.
+    """Return task- and class-incremental figures of the newest checkpoint, or of the newest of `task`; writes nothing.
 
     Args:
         path: the run's folder.
         task: counted from 0.
-        weights: of `hpccl export` or `hpccl merge` (or a .safetensors file), to be tested in the place of the run's.
+        weights: of `hpccl export` or `hpccl merge` (or a .safetensors file), to be tested instead of the run's.
 
     Raises:
-        ConfigError: `weights` are of another network.
+        ConfigError: `weights` are of another network, or the run is not tested by the network's logits alone.
         DataError: `weights` cannot be read.
         FolderError: the folder is no run, or has no such checkpoint.
     """
@@ -51,7 +51,7 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
             refuse_other_logits(world.config, path)
             put_weights(state, world, weights)
         results = evaluate_all(state, world, last=mark.task)
-    # Where every task has a network of its own, those of earlier tasks were tested when they were there.
+    # Where every task has a network of its own, earlier ones were tested when their tasks ended.
     if weights is None and world.config.method == "separate":
         results = state.results[: mark.task] + results[mark.task :]
     seen = results[: mark.task + 1]
@@ -68,7 +68,7 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
 
 
 def put_weights(state: RunState, world: World, path: Path) -> None:
-    """The network's parameters and buffers from an export, a merger, another run or a .safetensors file.
+    """Load the network's parameters and buffers from an export, a merger, another run or a .safetensors file.
 
     Raises:
         ConfigError: they are of another network, or of other classes as far as that is known.
@@ -100,7 +100,7 @@ def put_weights(state: RunState, world: World, path: Path) -> None:
 
 @contextlib.contextmanager
 def reopened(path: Path, *, task: int | None = None) -> Iterator[tuple[RunState, World]]:
-    """The newest checkpoint of a run, or the newest of `task`, on one process; what is done with it is not logged.
+    """Open the newest checkpoint of a run, or the newest of `task`, on one process; nothing is logged.
 
     Raises:
         FolderError: the folder is no run, or has no such checkpoint.
@@ -117,7 +117,7 @@ def reopened(path: Path, *, task: int | None = None) -> Iterator[tuple[RunState,
 
 
 def _in_one_process(config: RunConfig) -> RunConfig:
-    """The run on the engine that needs no other ranks; what is evaluated does not depend on it."""
+    """Return the configuration with a single-process engine; results do not depend on the engine."""
     engine = config.engine
     alone = DdpEngine(device=engine.device, precision=engine.precision, channels_last=engine.channels_last)
     return config.model_copy(update={"engine": alone})
@@ -129,9 +129,9 @@ def _put_state(state: RunState, folder: RunFolder, mark: Mark, comm: Comm) -> No
 
 
 def with_newest(folder: RunFolder, task: int | None, read: Callable[[Mark], None]) -> None:
-    """Read the newest checkpoint (or that of a task); another one where a run replaces it meanwhile.
+    """Read the newest checkpoint (or the newest of a task), and retry if a run replaces it meanwhile.
 
-    read: all that is wanted of its files, which may be called again
+    read: reads all that is needed of the checkpoint; may be called again
 
     Raises:
         CheckpointError: it is damaged.
@@ -149,7 +149,7 @@ def with_newest(folder: RunFolder, task: int | None, read: Callable[[Mark], None
 
 
 def find_checkpoint(folder: RunFolder, task: int | None) -> Mark:
-    """The newest checkpoint of a run, or the newest of `task`.
+    """Find the newest checkpoint of a run, or the newest of `task`.
 
     Raises:
         FolderError: the folder is no run, or has no such checkpoint.

@@ -1,4 +1,4 @@
-"""A finished run's network as files that others read: weights in safetensors, a configuration as timm's hub has it."""
+"""Exporting a network: weights as safetensors, and a config.json in the format of timm's hub."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CURVATURE = "curvature"  # the stem of two files: what `hpccl merge` needs to kn
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the folder, the checkpoint it is from, parameters and buffers in numbers and in bytes."""
+    """What was written: the folder, the source checkpoint, number and bytes of parameters and buffers."""
 
     folder: Path
     checkpoint: str
@@ -70,16 +70,16 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
         path: the run's folder.
         out: the folder to write; it appears whole or not at all.
         task: counted from 0; None: the newest that is finished.
-        curvature: write what the run measured of its past, too; `hpccl merge` reads it.
+        curvature: also write the curvature that the run measured, for `hpccl merge`.
         force: replace an earlier export in `out`.
 
     Raises:
         FolderError: the folder is no run or has no such checkpoint, or no curvature in it, or `out` is in the way or
             cannot be written.
         CheckpointError: the checkpoint is damaged.
-        ConfigError: every task has a network of its own, and `task` does not say which; or tests do not go by the
-            network's logits alone; or the curvature that is asked for is an importance, or of another network.
-        DataError: the data that the run learned from is not there; it knows the names of the classes.
+        ConfigError: every task has a network of its own and `task` is None; or the run is not tested by the network's
+            logits alone; or the requested curvature is an importance, or of another network.
+        DataError: the run's data is not there; the names of the classes are read from it.
     """
     run = RunFolder(path)
     mark = find_finished(run, task)
@@ -108,10 +108,10 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
 
 
 def refuse_other_logits(config: RunConfig, path: Path) -> None:
-    """What looks at the network alone would see another classifier than the run was tested with.
+    """Refuse runs whose classifier is more than the network, so that its logits would give other predictions.
 
     Raises:
-        ConfigError: tests of the run do not go by the network's logits alone.
+        ConfigError: the run is not tested by the network's logits alone.
     """
     for key, used in (
         ("prior.correct.share", config.prior.correct.share > 0),
@@ -125,10 +125,10 @@ def refuse_other_logits(config: RunConfig, path: Path) -> None:
 
 
 def refuse_other_curvature(config: RunConfig, path: Path) -> None:
-    """What takes the quadratic for the curvature of this network's loss would be wrong.
+    """Refuse runs whose quadratic is not the curvature of this network's loss.
 
     Raises:
-        ConfigError: it is an importance, or that of the network before an adaptation.
+        ConfigError: it is an importance (MAS, SI), or that of the network before an adaptation.
     """
     if isinstance(config.adapt, AnyAdaptation):
         raise ConfigError(
@@ -144,7 +144,7 @@ def refuse_other_curvature(config: RunConfig, path: Path) -> None:
 
 
 def find_finished(run: RunFolder, task: int | None) -> Mark:
-    """The newest checkpoint that ended a task, or the one that ended `task`.
+    """Find the newest checkpoint that ended a task, or the one that ended `task`.
 
     Raises:
         FolderError: the folder is no run, or has no such checkpoint.
@@ -161,7 +161,7 @@ def find_finished(run: RunFolder, task: int | None) -> Mark:
 
 
 def weights_of(run: RunFolder, mark: Mark) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a checkpoint by name, whole, on the CPU.
+    """Yield parameters and buffers of a checkpoint with their names, unsharded, on the CPU.
 
     Raises:
         CheckpointError: it is damaged.
@@ -171,10 +171,10 @@ def weights_of(run: RunFolder, mark: Mark) -> Iterator[tuple[str, Tensor]]:
 
 
 def described(run: RunFolder, mark: Mark) -> tuple[dict[str, Any], nn.Module]:
-    """What config.json of an export says, and the network without memory for its weights.
+    """Return the content of an export's config.json, and the network as a skeleton without memory for its weights.
 
     Raises:
-        DataError: the data that the run learned from is not there; it knows the names of the classes.
+        DataError: the run's data is not there; the names of the classes are read from it.
     """
     config = load_recorded(run.config)
     content = _Content(run, config, mark, outline(config.stream, config.data, copies=copies_of(config, run)))
@@ -183,7 +183,7 @@ def described(run: RunFolder, mark: Mark) -> tuple[dict[str, Any], nn.Module]:
 
 
 def curvature_tree(run: RunFolder, mark: Mark) -> dict[str, Any]:
-    """The curvature of a checkpoint, every layer whole under a key of its own and the rest under `precision`.
+    """Return the curvature of a checkpoint: each layer, unsharded, under its own key, the rest under `precision`.
 
     Raises:
         CheckpointError: it is damaged.
@@ -199,12 +199,12 @@ def curvature_tree(run: RunFolder, mark: Mark) -> dict[str, Any]:
 
 
 def layer_key(layer: str) -> str:
-    """Where `curvature_tree` has a layer's blocks."""
+    """Return the key of a layer's blocks in `curvature_tree`."""
     return f"layer {layer}"
 
 
 def no_curvature(where: str, checkpoint: str) -> str:
-    """An error message."""
+    """Return the error message for a checkpoint without curvature."""
     return (
         f"'{where}' has no curvature in checkpoint {checkpoint}: the run was configured with prior.quadratic.weight=0, "
         "which keeps none of a quadratic; train in another folder=... with prior.quadratic.weight=1"
@@ -212,7 +212,7 @@ def no_curvature(where: str, checkpoint: str) -> str:
 
 
 def _checked(weights: dict[str, Tensor], model: nn.Module, checkpoint: Path) -> dict[str, Tensor]:
-    """In the network's order and in fp32; integers stay."""
+    """Return the weights in the network's order, in fp32 (integers unchanged), after checking names and shapes."""
     own = model.state_dict()
     shapes = {name: tuple(value.shape) for name, value in own.items()}
     if shapes != {name: tuple(value.shape) for name, value in weights.items()}:
@@ -232,7 +232,7 @@ def _plain(value: Tensor) -> Tensor:
 
 
 def refuse_what_is_there(out: Path, *, force: bool) -> None:
-    """Only an earlier export may be replaced, so that a slip of the pen deletes nothing else."""
+    """Refuse an existing folder unless `force` is given and it is an earlier export, so that a typo deletes nothing."""
     if not out.exists():
         return
     if not force:
@@ -252,7 +252,7 @@ def refuse_what_is_there(out: Path, *, force: bool) -> None:
 
 
 def _is_export(out: Path) -> bool:
-    """Whether hpccl wrote what is there; an empty folder is nobody's. Other libraries' files have the same names."""
+    """Whether hpccl wrote the files in a folder (others use the same file names); True if it is empty."""
     if not any(out.iterdir()):
         return True
     try:
@@ -263,19 +263,19 @@ def _is_export(out: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, on the disk when it returns."""
+    """Write text as UTF-8, flushed to disk."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- config.json and README.md
 
 
 @dataclass(frozen=True, eq=False)
 class _Content:
-    """What config.json and README.md are made of."""
+    """The sources of config.json and README.md."""
 
     run: RunFolder
     config: RunConfig
@@ -284,7 +284,7 @@ class _Content:
 
     @property
     def model(self) -> ModelConfig:
-        """The network's configuration without the file that its first weights came from."""
+        """The network's configuration without the file of its pretrained weights."""
         return self.config.model.model_copy(update={"checkpoint": None})
 
     @property
@@ -304,7 +304,7 @@ class _Content:
         return {"in_chans": self.stream.image_shape[0], **model.options} if isinstance(model, TimmModel) else {}
 
     def config_json(self, model: nn.Module) -> dict[str, Any]:
-        """As timm writes it, with an entry of our own that timm passes over."""
+        """Return config.json as timm writes it, with an additional entry `hpccl`, which timm ignores."""
         ours = self.model
         known = dict(getattr(model, "default_cfg", None) or {})
         kept = ("architecture", "tag", "fixed_input_size", "pool_size", "first_conv", "classifier")
@@ -334,10 +334,10 @@ class _Content:
         }
 
     def _input(self) -> dict[str, Any]:
-        """The evaluation view in timm's words."""
+        """Return the evaluation view in terms of timm's pretrained_cfg."""
         view, channels = self.stream.view, self.stream.image_shape[0]
         data = self.config.data
-        Normaliser.of(data.mean, data.std, channels)  # refuses another number of values
+        Normaliser.of(data.mean, data.std, channels)  # raises if the numbers of values and channels differ
         mean, std = ([*values] * (1 if len(values) == channels else channels) for values in (data.mean, data.std))
         return {
             "input_size": list(self.stream.image_shape),
@@ -354,7 +354,7 @@ class _Content:
         }
 
     def readme(self, out: Path) -> str:
-        """What this is, how to load it, what its outputs mean."""
+        """Return the README: what the network is, how to load it, what its outputs mean."""
         return _README.format(
             name=self.config.name,
             method=self.config.method,
@@ -392,14 +392,14 @@ class _Content:
         return f"{brought}. Then (pixel / 255 - mean) / std, mean {given['mean']}, std {given['std']}"
 
     def _figures(self) -> str:
-        """How the run's own figures were computed, where that is not how this network is used by default."""
+        """Describe how the run's figures were computed, where that differs from the network's default use."""
         ways = ["on the mean of the logits of an image and of its mirror image"] * self.config.train.flip_test
         ways += ["with bfloat16 autocast"] * (self.config.engine.precision == "bf16")
         figures = f"\nThe run's own figures were computed {' and '.join(ways)}.\n" if ways else ""
         return figures + self._changed()
 
     def _changed(self) -> str:
-        """Which images the later tasks were learned on, where that is not as they are stored."""
+        """Describe how images of later tasks were changed (permuted, rotated); empty where they were not."""
         scenario = self.config.stream.scenario
         match scenario:
             case PermutedScenario():

@@ -1,4 +1,4 @@
-"""A first task that another run has learned already: it does not depend on the method, so that runs can share it."""
+"""Adopting the first task from another run: it does not depend on the method, so runs can share it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ __all__ = ["adopt_first_task", "find_first_task", "first_task_identity"]
 
 
 def adopt_first_task(task: Task, state: RunState, world: World) -> bool:
-    """Take the first task's weights from another run with the same first task, if the configuration names one."""
+    """Take the first task's weights from the run that train.first_task_from names; False if there is nothing to take.
+
+    Raises:
+        ConfigError: that run is no run, or learned its first task otherwise or from other data.
+        FolderError: it has not ended its first task.
+    """
     if world.config.train.first_task_from is None or task.index > 0:
         return False
     checkpoints, mark = find_first_task(world.config, world.config.train.first_task_from)
@@ -34,7 +39,7 @@ def adopt_first_task(task: Task, state: RunState, world: World) -> bool:
 
 
 def find_first_task(config: RunConfig, source: str) -> tuple[Path, Mark]:
-    """The checkpoints of the run that train.first_task_from names, and the one that ended its first task.
+    """Find the checkpoint that ended the first task of run `source`; return the checkpoints' folder and its mark.
 
     Raises:
         ConfigError: it is no run, or learned its first task otherwise.
@@ -62,11 +67,14 @@ def find_first_task(config: RunConfig, source: str) -> tuple[Path, Mark]:
 
 
 def first_task_identity(config: RunConfig) -> dict[str, Any]:
-    """What decides the weights after the first task: everything but the prior, and of per-task values the first."""
+    """Return the settings that determine the weights after the first task.
+
+    Settings that act on later tasks only are left out, and of per-task values all but the first.
+    """
     identity = config.identity()
     train, optim, prior = identity["train"], identity["optim"], identity["prior"]
     correct = prior["correct"]
-    # What says nothing of a first task.
+    # Settings without effect on a first task.
     later = {"head_epochs": 0, "frozen": [], "norms": "batch", "first_task_from": None}
     later |= {"competing": "seen"} if train["competing"] == "task" else {}
     return {

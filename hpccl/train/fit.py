@@ -1,4 +1,4 @@
-"""Training on one task, from whatever step the state stands at."""
+"""Training on one task, from the step at which the state is."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from hpccl.train.topology import ASKED_BY, Topology
 
 __all__ = ["fit"]
 
-# Ranks agree on stopping every so many steps: often enough for any grace period, rarely enough to cost nothing.
+# Steps between agreements of all ranks on stopping: few enough for any grace period, many enough to cost nothing.
 _POLL = 5
 
 Batches: TypeAlias = Generator[tuple[list[Part], list[Rows]], None, None]
 
 
 def fit(task: Task, state: RunState, world: World) -> bool:
-    """Train on a task, saving on the way; False if it was stopped (and saved) before its end."""
+    """Train on a task, with checkpoints in between; return False if stopped (and saved) before the end."""
     config, engine = world.config, state.engine
     memory = rows_memory(config, state.prior.memory)
     plan = plan_task(config, world.stream, task, memory)
@@ -83,7 +83,7 @@ def fit(task: Task, state: RunState, world: World) -> bool:
 def _steps(
     task: Task, state: RunState, world: World, plan: BatchPlan, composer: Composer, *, save: Callable[[int], None]
 ) -> int:
-    """Run steps until the end or a wish to stop (then saved); returns the step it stands at."""
+    """Run steps until the end or a stop request (then save); return the number of steps done."""
     with (
         contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches,
         contextlib.closing(_recalled(task, plan, state, world)) as past,
@@ -131,7 +131,7 @@ def _run_steps(
 
 
 def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> Batches:
-    """Each step's parts of this rank and their rows; images are made ahead of time."""
+    """Yield this rank's parts of each step and their rows; images are prefetched."""
     accumulate = world.config.train.accumulate
 
     def requests() -> Iterator[Request]:
@@ -146,7 +146,7 @@ def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> B
 
 
 def _recalled(task: Task, plan: BatchPlan, state: RunState, world: World) -> Generator[Recalled | None, None, None]:
-    """What each step recalls of the past for the functional prior: nothing where there is none."""
+    """Yield what each step recalls for the functional prior; None where there is no such prior."""
     fromp, memory = state.prior.fromp, state.prior.memory
     if fromp is None:
         yield from itertools.repeat(None)
@@ -156,21 +156,21 @@ def _recalled(task: Task, plan: BatchPlan, state: RunState, world: World) -> Gen
 
 
 def _learn_all(task: Task, state: RunState, world: World, plan: BatchPlan) -> None:
-    """The last layer has learned alone: everything learns now, with a schedule and an optimiser of its own."""
+    """End the phase in which only the last layer learns: all weights learn, with a new optimiser and schedule."""
     num_steps = plan.num_steps - head_steps(world.config, plan)
     state.engine.start(num_steps=num_steps, task=task.index, num_train=plan.num_train)
     hold(task, state, world, head_only=False)
 
 
 def _topology(state: RunState, world: World) -> Topology | None:
-    """What the net of nodes says in this task."""
+    """Return the losses that the net of nodes (TOPIC) adds in this task; None without a net."""
     if state.prior.gas is None:
         return None
     return Topology.of(state.prior.gas, world.config.prior.topology, last_name(state, world, ASKED_BY))
 
 
 def _teacher(state: RunState, world: World, distilled: Distilled | None) -> Callable[[Tensor], Tensor] | None:
-    """The frozen old model, where what it says belongs to the student's view."""
+    """Return the frozen old model if soft labels or distillation need its logits of the student's views; else None."""
     prior = state.prior
     soft = world.config.prior.view == "teacher" and not bool(prior.memory.replay.all())
     same = distilled is not None and distilled.config.view == "same"
@@ -178,7 +178,7 @@ def _teacher(state: RunState, world: World, distilled: Distilled | None) -> Call
 
 
 def _old_network(state: RunState) -> Callable[[Tensor], Tensor]:
-    """The network that ended the last task, with the correction of its logits if there is one."""
+    """Return the network as it was when the last task ended, with its logits corrected if there is a correction."""
     prior = state.prior
     assert prior.anchor is not None, "a task has ended"
     network, correction = state.engine.frozen(prior.anchor), prior.correction
@@ -186,7 +186,7 @@ def _old_network(state: RunState) -> Callable[[Tensor], Tensor]:
 
 
 def _recorded(task: Task, composer: Composer, distilled: Distilled, state: RunState, world: World) -> Composer:
-    """With what the old network says of the evaluation views: of the task's data, and of memory if it is distilled."""
+    """Record the old network's logits of evaluation views: of the task's data, and of memory if that is distilled."""
     samples = composer.samples
     if distilled.config.images == "all":
         samples = np.concatenate([samples, composer.memory.sample.numpy()])
@@ -197,7 +197,7 @@ def _recorded(task: Task, composer: Composer, distilled: Distilled, state: RunSt
 
 
 def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None]:
-    """The priors of the weights, until the returned function is called."""
+    """Attach the priors on weights and what else hooks into the engine; the returned function detaches them."""
     engine, quadratic = state.engine, state.prior.quadratic
     normal = NormalPrior.of(world.config, state.prior.anchor)
     with contextlib.ExitStack() as stack:
@@ -215,13 +215,13 @@ def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None
 
 @dataclass
 class Meter:
-    """Writes loss terms and speed now and then; summed on the device and reduced only when written."""
+    """Logs loss terms and speed every `log.every` steps; sums stay on the device and are all-reduced only then."""
 
     task: Task
     world: World
     plan: BatchPlan
     state: RunState
-    terms: Tensor = field(init=False)  # of TERM_NAMES, and of the functional prior
+    terms: Tensor = field(init=False)  # in the order of TERM_NAMES, then the functional prior
     steps: int = 0
     images: int = 0
     since: float = field(default_factory=time.perf_counter)
@@ -230,7 +230,7 @@ class Meter:
         self.terms = torch.zeros(len(TERM_NAMES) + 1, device=self.state.engine.device)
 
     def update(self, done: int, images: int, stats: StepStats) -> None:
-        """After `done` steps of the task."""
+        """Add a step's figures, after `done` steps of the task; write and reset them when due."""
         self.terms += torch.cat([stats.terms, stats.functional[None]])
         self.steps += 1
         self.images += images
@@ -273,7 +273,7 @@ class Meter:
         self.world.progress.update(done, epoch, {"loss": sum(named.values()), **named}, speed, left)
 
     def _value(self, part: Quadratic | NormalPrior | None) -> float:
-        """This rank's share of a prior of the weights, per training example."""
+        """Return this rank's share of the value of a prior on weights, per training example."""
         if part is None:
             return 0.0
         engine, learned = self.state.engine, self.state.engine.like.keys()

@@ -1,12 +1,12 @@
-"""The functional prior (FROMP) in a run: made when a task ends, recalled in every step of the next.
+"""The functional prior (FROMP) in a run: built when a task ends, evaluated in every step of the next.
 
 In a step each rank passes its share of the recalled examples through the network, in evaluation mode; their
-probabilities, b K numbers, are gathered, for the kernel couples them; then each rank's share of (K^-1 d) m is
-differentiated as a micro-batch of its own. Images do not travel, and the result does not depend on who has which.
+probabilities, b K numbers, are all-gathered, as the kernel couples them; then each rank's share of (K^-1 d) m is
+differentiated as a micro-batch of its own. Images are not exchanged, and the result does not depend on the shares.
 
-In class-incremental streams the probabilities of a step are of a softmax in which the new task's classes compete, too
-(`prior.classes=seen`): what they take from the old classes is a change like any other, so the past is against it. Of a
-softmax over the old classes alone, new logits could grow beyond all old ones and nothing would have changed.
+In class-incremental streams the new task's classes compete in the softmax of a step, too (`prior.classes=seen`):
+probability that they take from the old classes is a change like any other, and is penalised. With a softmax over the
+old classes alone, new logits could grow beyond all old ones without any penalty.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from hpccl.train.state import RunState, World
 
 __all__ = ["Recalled", "functional_prior", "recalled", "rows_memory"]
 
-_BLOCKS = 125  # what a hash is for
+_BLOCKS = 125  # purpose of a hash
 
-# From pixels [n, c, h, w] and K classes to the covariance of their probabilities.
+# (pixels [n, c, h, w], K classes) -> covariance of the classes' probabilities
 Kernel: TypeAlias = Callable[[Tensor, list[int]], Tensor]
 
 
@@ -48,13 +48,13 @@ Kernel: TypeAlias = Callable[[Tensor, list[int]], Tensor]
 def functional_prior(
     task: Task, memory: Memory, precision: Precision | None, state: RunState, world: World
 ) -> Fromp | None:
-    """The functional prior of all past tasks at the present weights; collective.
+    """Build the functional prior of all past tasks at the present weights; None if its weight is 0. Collective.
 
-    precision: curvature of all past tasks' examples, memory included; None: the kernel is 1.
+    precision: curvature of all past tasks' examples, memory included; None: the kernel is the identity.
 
     Raises:
         CoverageError: a trainable weight has no curvature.
-        DivergedError: a kernel is not finite, or no covariance.
+        DivergedError: a kernel is not finite, or not positive definite.
     """
     config = world.config.prior.fromp
     if config.weight == 0:
@@ -81,7 +81,7 @@ def functional_prior(
 
 
 def _with_memory(memory: Memory) -> list[int]:
-    """Tasks of which examples are kept."""
+    """Return the tasks with examples in memory."""
     found: list[int] = memory.task.unique().tolist()
     return found
 
@@ -89,7 +89,7 @@ def _with_memory(memory: Memory) -> list[int]:
 def _blocks(
     number: int, memory: Memory, kernel: Kernel | None, state: RunState, world: World
 ) -> list[tuple[Block, float]]:
-    """Of one past task, with the jitter of each."""
+    """Return the blocks of one past task, each with the jitter that its Cholesky factor needed."""
     config = world.config.prior.fromp
     columns = memory.heads[number]
     classes = columns[columns >= 0]
@@ -104,13 +104,13 @@ def _blocks(
             root, used = None, 0.0
             if kernel is not None:
                 root, used = cholesky(kernel(seen.pixels, classes.tolist()), config.jitter)
-            found.append((Block(torch.tensor(part), classes.clone(), old, root), used))  # saved one by one
+            found.append((Block(torch.tensor(part), classes.clone(), old, root), used))  # own copy, for saving
     return found
 
 
 @torch.no_grad()
 def _old(engine: Engine, pixels: Tensor, classes: Tensor) -> Tensor:
-    """[b, K] float64 probabilities in evaluation mode, as a step's are: rounding and all."""
+    """Return probabilities [b, K] float64, computed as in a step, so that rounding is the same."""
     logits = engine.predict(pixels)
     return probabilities(logits, classes.to(logits.device).expand(len(pixels), -1)).double().contiguous()
 
@@ -122,11 +122,11 @@ def _old(engine: Engine, pixels: Tensor, classes: Tensor) -> Tensor:
 class Recalled:
     """What a step recalls: blocks of the past tasks, and the images of this rank's share of them.
 
-    blocks: each with the number of blocks that it stands for
+    blocks: each with the number of blocks that it represents
     share: this rank's, among the examples of all blocks
-    columns: [b, K + E] by example of all blocks, the classes of its probabilities, -1 beyond its head; then classes
-        that came later and compete with them, -1 for none
-    images: of the share; one image that counts for nothing where the share is empty
+    columns: [b, K + E] for the examples of all blocks, the classes of its probabilities, -1 beyond its head; then later
+        classes that compete with them, -1 for none
+    images: of the share; one image without effect where the share is empty
     weight: of R(w), per training example
     """
 
@@ -138,7 +138,10 @@ class Recalled:
     comm: Comm
 
     def learn(self, engine: Engine) -> Tensor:
-        """Add this term's gradient to the step's; this rank's share of its value, in nats per training example."""
+        """Add this term's gradient to the step's; return this rank's share of its value, in nats per training example.
+
+        The leader's share is the whole value, that of other ranks 0.
+        """
         device = engine.device
         own = range(self.share.start, self.share.stop)
         count = len(own)
@@ -150,13 +153,13 @@ class Recalled:
         valid = self.images.valid[:count].to(now)
         everywhere = self.comm.gather(torch.cat([now.detach(), valid[:, None]], dim=1))
         pull, value = self._pull(everywhere[:, :-1], everywhere[:, -1:] > 0)
-        # Of an empty share nothing is left, but the pass has to be made back as it was made there.
+        # An empty share has no loss, but a forward pass needs its backward pass, as these may be collective.
         loss = (pull[own.start : own.stop].to(now) * now).sum() + 0.0 * logits.sum()
         engine.backward(self.weight * loss)
         return self.weight * (value if self.comm.leader else torch.zeros_like(value))
 
     def _pull(self, now: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """[b, K] of all blocks K^-1 d, and the sum of 1/2 d' K^-1 d; images that cannot be read stay as they were."""
+        """Return K^-1 d [b, K] of all blocks and the sum of 1/2 d' K^-1 d; d is 0 for images that cannot be read."""
         pulls = torch.zeros(now.shape, dtype=torch.float64, device=now.device)
         value, start = torch.zeros((), dtype=torch.float64, device=now.device), 0
         for block, stands_for in self.blocks:
@@ -172,7 +175,7 @@ class Recalled:
 def recalled(
     fromp: Fromp, memory: Memory, world: World, *, task: int, num_train: int, first: int, stop: int
 ) -> Generator[Recalled, None, None]:
-    """What each step of a task from `first` to `stop` recalls; images are made ahead, in the evaluation view."""
+    """Yield what each step from `first` to `stop` of a task recalls; images are prefetched, in the evaluation view."""
     competing = _competing(memory.heads, world, task)
 
     def requests() -> Iterator[Request]:
@@ -196,9 +199,9 @@ def recalled(
 
 
 def _competing(heads: Tensor, world: World, task: int) -> Tensor:
-    """[T, K + E] what competes while a task is learned: heads [T, K], then the seen classes that are not among them.
+    """Return the competing classes [T, K + E] of past tasks: heads [T, K], then the seen classes that are not in them.
 
-    E is 0 where old classes compete among themselves.
+    E is 0 where old classes compete only among themselves.
     """
     config = world.config
     if config.train.head == "own" or config.prior.classes == "known":
@@ -209,10 +212,10 @@ def _competing(heads: Tensor, world: World, task: int) -> Tensor:
 
 
 def _slots(fromp: Fromp, step: int) -> Tensor:
-    """Of the memory, in the order of a step's blocks."""
+    """Return the memory slots of a step's blocks, in order."""
     return torch.cat([block.slots for block, _ in fromp.at(step)])
 
 
 def rows_memory(config: RunConfig, memory: Memory) -> Memory:
-    """The memory whose examples are rows of a step: none where their predictions are coupled."""
+    """Return the memory whose examples are rows of a step: empty with a functional prior, which recalls them itself."""
     return Memory.empty() if config.prior.fromp.weight > 0 else memory

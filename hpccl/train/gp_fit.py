@@ -1,7 +1,7 @@
 """A Gaussian process on the features of a run's network, learned task by task: `hpccl gp fit`.
 
-The features are what goes into the network's last layer, at the weights of one checkpoint. They are read once, a task
-at a time; what is kept of a task are its duals and a few examples (hpccl.gp.stream).
+The features are the input of the network's last layer, at the weights of one checkpoint. They are computed once, a task
+at a time; of each task, only its dual parameters and a few examples are kept (hpccl.gp.stream).
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _HEADER = [
 @final
 @dataclass(frozen=True)
 class Fitted:
-    """What was learned, and how well it predicts.
+    """A fitted process, and how well it predicts.
 
-    features: numbers of an example
-    names: of the tasks that were learned
+    features: dimension of the features
+    names: of the learned tasks
     settings: of hpccl.gp.stream
     state: after the last task
-    after: for every task learned, figures on the test data of the tasks up to it, among the classes seen by then
+    after: for every learned task, figures on the test data of the tasks up to it, over the classes seen by then
     network: by task, the network's own figures in the same setting, as the run has them; None where it has none
     flipped: whether those average logits over mirror images
     """
@@ -73,7 +73,7 @@ class Fitted:
     flipped: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values; the state's tensors are left out."""
+        """Return the fields as JSON values, without the state's tensors."""
         kernel, posterior, memory = self.state.kernel, self.state.posterior, self.state.memory
         return {
             "format": 1,
@@ -106,18 +106,18 @@ def fit_gp(
     lengthscale: float | None = None,
     variance: float = 1.0,
 ) -> Fitted:
-    """On the features of the newest finished task's network, or of the one after `task`; writes nothing.
+    """Fit a process to the features of the network after the newest finished task, or after `task`; writes nothing.
 
     Args:
         path: the run's folder.
         settings: of the process.
-        task: counted from 0; its network gives the features, and it is the last that the process learns.
-        kernel: its kind.
+        task: counted from 0; its network gives the features, and it is the last task that the process learns.
+        kernel: kind of kernel.
         lengthscale: None: the typical distance of the first task's features.
         variance: of the kernel.
 
     Raises:
-        ConfigError: the network's last layer is not linear, or its tasks have networks of their own.
+        ConfigError: the network's last layer is not an nn.Linear, or tasks have networks of their own.
         DataError: no image of a task can be decoded, or features are not finite.
         DivergedError: a matrix has no Cholesky factor.
         FolderError: the folder is no run, or has no such checkpoint.
@@ -149,15 +149,15 @@ def fit_gp(
 def fit_features(
     state: RunState, world: World, settings: Settings, kernel: Kernel, *, typical: bool
 ) -> tuple[State, list[list[dict[str, Any]]]]:
-    """The process after the tasks up to the state's, and its figures after each; collective.
+    """Learn the tasks up to the state's; return the process and its figures after each task. Collective.
 
-    typical: the kernel's length scale is the typical distance of the first task's features.
+    typical: replace the kernel's length scale by the typical distance of the first task's features.
 
     Raises: see `fit_gp`.
     """
     _refuse_other_layers(state, world)
     tasks = world.stream.tasks[: state.mark.task + 1]
-    classes: list[int] = []  # in the order in which they come, which is that of the latent functions
+    classes: list[int] = []  # in order of first appearance, which is that of the latent functions
     gp: State | None = None
     after: list[list[dict[str, Any]]] = []
     tests: list[tuple[Tensor, Ints]] = []
@@ -191,7 +191,7 @@ def _refuse_other_layers(state: RunState, world: World) -> None:
 
 
 def _features(span: range, state: RunState, world: World, *, split: Split) -> tuple[Tensor, Ints]:
-    """This rank's share: [n, d] fp32 and positions [n], of images that can be decoded."""
+    """Return features [n, d] fp32 and positions [n] of the decodable images in this rank's share."""
     rows, samples = [], [np.zeros(0, dtype=np.int64)]
     passed = looks(np.arange(span.start, span.stop), [], state, world, inputs=True, split=split)
     with contextlib.closing(passed) as found:
@@ -203,9 +203,9 @@ def _features(span: range, state: RunState, world: World, *, split: Split) -> tu
 
 
 def _tested(gp: State, x: Tensor, sample: Ints, *, labels: Ints, world: World) -> dict[str, Any]:
-    """Figures of one task's test data of all ranks, among the classes so far.
+    """Return figures on one task's test data, gathered from all ranks, over the classes so far.
 
-    labels: [num_test] the latent function of every test image's class
+    labels: [num_test] index of the latent function of every test image's class
     """
     p = gp.likelihood.predict(*gp.predict(x))
     p, names = world.comm.gather(p).cpu(), world.comm.gather(torch.from_numpy(sample).to(p.device)).cpu().numpy()
@@ -224,7 +224,7 @@ def _tested(gp: State, x: Tensor, sample: Ints, *, labels: Ints, world: World) -
 
 
 def markdown(found: Fitted) -> str:
-    """Figures after the last task as a table, and what they are of."""
+    """Return the figures after the last task as a Markdown table, with notes on kernel and data."""
     said = found.as_dict()
     rows = []
     for task, (row, network) in enumerate(zip(found.after[-1], found.network, strict=True)):
@@ -253,10 +253,10 @@ def markdown(found: Fitted) -> str:
 
 
 def refuse_out(out: Path) -> None:
-    """See before the work that the files can be written; an earlier fit's are replaced, and nothing else.
+    """Check before the work that the files can be written; only those of an earlier fit may be replaced.
 
     Raises:
-        FolderError: they cannot, or others would be deleted.
+        FolderError: the folder cannot be written, or holds other files.
     """
     refuse_unwritable(out, "--out")
     there = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
@@ -269,10 +269,10 @@ def refuse_out(out: Path) -> None:
 
 
 def write_gp(found: Fitted, out: Path) -> Path:
-    """gp.json, gp.md and the state (state.json, state.safetensors), in the place of an earlier fit's; the folder.
+    """Write gp.json, gp.md and the state (state.json, state.safetensors), replacing an earlier fit's; return `out`.
 
     Raises:
-        FolderError: one cannot be written.
+        FolderError: a file cannot be written.
     """
     with replacing_folder(out) as beside:
         write_tree(beside, found.state.state_dict(), header={"format": 1, "checkpoint": found.checkpoint})

@@ -1,9 +1,11 @@
-"""Which weights stay as they are while the rest learns: frozen parts, all but the new classes' rows at first, and rows
-of classes of which nothing is said.
+"""Which weights are held (kept as they are) while the rest learns.
+
+Held are the parts in train.frozen; during train.head_epochs, all but the new classes' rows of the last layer; and rows
+of the last layer that weight decay alone would act on.
 
 The last layer has rows for all classes of the stream from the beginning. Those of later tasks mostly have no gradient:
-weight decay alone would act on them, and a late class would begin at weights that have nearly gone. With own heads and
-nothing that speaks for the past, so it is with the rows of earlier tasks, whose heads would be worn away.
+weight decay alone would act on them, and a late class would begin with weights close to zero. With own heads and no
+prior from the past, weight decay would shrink the rows of earlier tasks in the same way.
 """
 
 from __future__ import annotations
@@ -31,22 +33,22 @@ _LAYERS = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
-    """Tell the engine what is held from now on; collective.
+    """Set which weights the engine holds from now on; collective.
 
-    Frozen parts and, where weights decay, rows of classes of which nothing is said; or, with `head_only`, all but the
-    new classes' rows.
+    Frozen parts and rows of classes without loss that would otherwise shrink; or, with `head_only`, all but the new
+    classes' rows of the last layer.
 
     Raises:
-        ConfigError: a pattern matches nothing, or the network has no last layer that could be told from the rest.
+        ConfigError: a pattern matches nothing, or the network's last layer is needed and is not an nn.Linear.
     """
-    begun = task.index > 0 or isinstance(world.config.adapt, AnyAdaptation)  # of a network that learned one task, too
+    begun = task.index > 0 or isinstance(world.config.adapt, AnyAdaptation)  # an adapted network has learned, too
     frozen = world.config.train.frozen if begun else ()
     still = frozenset(_norms(state.engine.module) if world.config.train.norms == "running" and begun else ())
     silent = _silent(task, state, world)
     if not head_only and not frozen and not silent:
         state.engine.hold({}, still)
         return
-    # FSDP2 and ZeRO keep a parameter's shape beside its shards.
+    # From `like`, as parameters may be sharded (FSDP2, ZeRO): their full shapes.
     shapes = {name: value.shape for name, value in state.engine.like.items()}
     if head_only:
         last = last_name(state, world, "train.head_epochs")
@@ -61,7 +63,7 @@ def hold(task: Task, state: RunState, world: World, *, head_only: bool) -> None:
 
 
 def check_frozen(state: RunState, world: World) -> None:
-    """See before the first task what will be held after it; collective.
+    """Check before the first task that train.frozen applies to this network; collective.
 
     Raises:
         ConfigError: as `hold`.
@@ -74,7 +76,7 @@ def check_frozen(state: RunState, world: World) -> None:
 
 
 def _held_rows(task: Task, silent: set[int], state: RunState, world: World) -> dict[str, Tensor]:
-    """By name, True in the rows of the last layer that are held: of `silent` classes, and of old ones if asked for."""
+    """Return masks, by parameter of the last layer, of rows to hold: `silent` classes, and old ones if configured."""
     asked = task.index > 0 and _OLD in world.config.train.frozen
     old = {number for other in world.stream.tasks[: task.index] for number in other.classes} if asked else set()
     if not silent | old:
@@ -84,7 +86,7 @@ def _held_rows(task: Task, silent: set[int], state: RunState, world: World) -> d
     except ConfigError:
         if asked:
             raise
-        return {}  # logits that no linear layer makes have no rows
+        return {}  # logits that are not made by a linear layer have no rows
     return {
         name: _rows(value.shape, silent | old)
         for name, value in state.engine.like.items()
@@ -93,18 +95,18 @@ def _held_rows(task: Task, silent: set[int], state: RunState, world: World) -> d
 
 
 def _silent(task: Task, state: RunState, world: World) -> set[int]:
-    """Classes of which nothing is said while the task is learned, and whose rows would become smaller."""
+    """Return the classes that no loss or prior concerns in this task, so that their rows would shrink."""
     optim = world.config.optim
     finished = _finished(task, world) if _forgets(state, world) else set()
     if not isinstance(optim, TimmOptim | SamOptim):
-        return finished  # a variational optimiser has a prior of all weights, also of those that are still to learn
+        return finished  # a variational optimiser has a prior on all weights, those of classes to come included
     if optim.weight_decay == 0:
         return set()
     return finished | (set() if _named(state, world) else _to_come(task, world))
 
 
 def _forgets(state: RunState, world: World) -> bool:
-    """Whether nothing speaks for the heads of earlier tasks."""
+    """Whether no loss, prior or data preserves the heads of earlier tasks."""
     config, prior = world.config, state.prior
     said = max(config.prior.weight) > 0 or config.prior.label_weight > 0 or config.prior.fromp.weight > 0
     spoken = (len(prior.memory) > 0 and said) or prior.quadratic is not None or config.prior.distill.weight > 0
@@ -114,25 +116,25 @@ def _forgets(state: RunState, world: World) -> bool:
 
 
 def _named(state: RunState, world: World) -> bool:
-    """Whether rows say something about classes to come, whose weights learn: as competitors, or as logits (DER)."""
+    """Whether losses involve classes to come, so that their weights learn: as competitors, or as logits (DER)."""
     train, prior = world.config.train, world.config.prior
     squared = prior.loss == "squared" and train.head == "seen" and len(state.prior.memory) > 0
     return train.competing == "all" or squared
 
 
 def _to_come(task: Task, world: World) -> set[int]:
-    """Classes that no task up to this one has."""
+    """Return the classes of later tasks that no task up to this one has."""
     first, then = world.stream.tasks[: task.index + 1], world.stream.tasks[task.index + 1 :]
     return {number for each in then for number in each.classes} - {number for each in first for number in each.classes}
 
 
 def _finished(task: Task, world: World) -> set[int]:
-    """Classes of earlier tasks that this one has not."""
+    """Return the classes of earlier tasks that this one does not have."""
     return {number for each in world.stream.tasks[: task.index] for number in each.classes} - set(task.classes)
 
 
 def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Tensor:
-    """True where a parameter is held; broadcast against it. Of the last layer, rows of `classes` are not."""
+    """Return a mask that holds a whole parameter (to be broadcast) or, of the last layer, all rows but `classes`."""
     if not last:
         return torch.ones([1] * len(shape), dtype=torch.bool)
     held = torch.ones(shape[0], *[1] * (len(shape) - 1), dtype=torch.bool)
@@ -141,14 +143,14 @@ def _without_rows(shape: torch.Size, classes: tuple[int, ...], last: bool) -> Te
 
 
 def _rows(shape: torch.Size, classes: set[int]) -> Tensor:
-    """True in the rows of some classes of a parameter of the last layer."""
+    """Return a mask of the rows of `classes` in a parameter of the last layer."""
     held = torch.zeros(shape[0], *[1] * (len(shape) - 1), dtype=torch.bool)
     held[sorted(classes)] = True
     return held
 
 
 def last_name(state: RunState, world: World, asked_by: str) -> str:
-    """Of the linear layer that makes the logits; collective."""
+    """Return the name of the linear layer that makes the logits; collective."""
     module = state.engine.module
     layer = last_layer(module, world, state, asked_by=asked_by)
     (found,) = (name for name, each in module.named_modules() if each is layer)
@@ -156,14 +158,14 @@ def last_name(state: RunState, world: World, asked_by: str) -> str:
 
 
 def _norms(module: nn.Module) -> Iterator[str]:
-    """Those with running statistics."""
+    """Yield the names of normalisation layers with running statistics."""
     yield from (
         name for name, each in module.named_modules() if isinstance(each, _NormBase) and each.track_running_stats
     )
 
 
 def _matching(pattern: str, state: RunState, world: World) -> set[str]:
-    """Parameters and buffers."""
+    """Return the names of parameters and buffers that a pattern of train.frozen matches."""
     module = state.engine.module
     every = {*trainable(module), *(name for name, _ in module.named_buffers())}
     if pattern == "features":

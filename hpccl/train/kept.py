@@ -1,4 +1,4 @@
-"""Which examples are kept or held out, as functions of configuration and labels alone: the same on every rank."""
+"""Which examples are kept or held out: functions of configuration and labels alone, hence the same on every rank."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["admitted_greedily", "held_out", "kept_of_tasks", "num_learned", "val
 
 Ints = npt.NDArray[np.int64]
 
-# What a hash is for (apart from those of hpccl.data.order and of consolidate).
+# Purposes of hashes (numbers differ from those in hpccl.data.order and consolidate).
 _HELD, _ARRIVAL, _EVICTION = 105, 106, 107
 
 
 def kept_of_tasks(config: RunConfig, stream: Listed, tasks: int) -> list[int]:
-    """How many examples of each of the first `tasks` tasks are in memory when all of these have been learned."""
+    """Return how many examples of each of the first `tasks` tasks memory has once all of these are learned."""
     if isinstance(config.memory.selector, GreedySelector):
         sample = np.zeros(0, dtype=np.int64)
         for task in stream.tasks[:tasks]:
@@ -42,40 +42,43 @@ def kept_of_tasks(config: RunConfig, stream: Listed, tasks: int) -> list[int]:
 
 
 def held_out(config: RunConfig, stream: Listed, task: Task) -> Ints:
-    """Samples of the task that no network learns from, ascending: equally many of each class (prior.correct)."""
+    """Return the task's samples that are not trained on, ascending: equally many of each class (prior.correct)."""
     if config.prior.correct.share == 0:
         return np.zeros(0, dtype=np.int64)
-    # As many as will ever be asked for: when the task itself is corrected, or the next one if it is the first.
+    # The largest number ever needed: when the task itself is corrected or, for the first task, the next one.
     before = sum(len(other.classes) for other in stream.tasks[: max(task.index, 1)])
     return _first_of_each_class(config, stream, task, before)
 
 
 def num_learned(config: RunConfig, stream: Listed, task: Task) -> int:
-    """How many of the task's training examples networks learn from."""
+    """Return how many of the task's training examples are trained on, i.e. not held out."""
     return len(task.samples("train")) - len(held_out(config, stream, task))
 
 
 def validation(config: RunConfig, stream: Listed, task: Task) -> Ints:
-    """Held-out samples that the correction of the task is fitted to: equally many of each class seen, ascending."""
+    """Return the held-out samples, ascending, that the task's correction is fitted to; equally many per seen class."""
     before = sum(len(other.classes) for other in stream.tasks[: task.index])
     parts = [_first_of_each_class(config, stream, other, before) for other in stream.tasks[: task.index + 1]]
     return np.concatenate(parts)
 
 
 def _first_of_each_class(config: RunConfig, stream: Listed, task: Task, before: int) -> Ints:
-    """The samples with the smallest hashes: those for more classes are among those for fewer."""
+    """Return each class's samples with the smallest hashes, so that a choice for more classes is a subset.
+
+    before: number of classes that share the held-out part of the memory
+    """
     number, _ = per_class(config.memory.total, config.prior.correct.share, before)
     samples = training_samples(task)
     labels, found = stream.labels("train")[samples], [np.zeros(0, dtype=np.int64)]
     for label in task.classes:
         own = samples[labels == label]
-        keep = min(number, len(own) // 2)  # a class of few examples is learned from, too
+        keep = min(number, len(own) // 2)  # at least half of a class is trained on
         found.append(own[choose(label + 0 * own, own, keep=keep, balanced=False, words=(config.seed, _HELD))])
     return np.sort(np.concatenate(found))
 
 
 def admitted_greedily(config: RunConfig, stream: Listed, task: Task, memory: Ints) -> Ints:
-    """Samples in memory, in the order of their arrival, when a task has gone by (GDumb's sampler)."""
+    """Return the samples in memory after a task's examples have passed GDumb's sampler, in the order of arrival."""
     samples = training_samples(task)
     arriving = samples[permutation(len(samples), config.seed, _ARRIVAL, task.index)]
     total = config.memory.total

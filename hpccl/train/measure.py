@@ -1,4 +1,4 @@
-"""The curvature of the past's examples that are not in memory, when a task ends."""
+"""Measuring, at the end of a task, the curvature of past examples that are not in memory."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ __all__ = ["functional", "measure"]
 
 Ints = npt.NDArray[np.int64]
 
-_SUBSAMPLE = 103  # what a hash is for
+_SUBSAMPLE = 103  # purpose of a hash
 
 
 def measure(
     task: Task, memory: Memory, anchor: Leaves, state: RunState, world: World, *, before: Memory | None = None
 ) -> Quadratic | None:
-    """The quadratic with the curvature of the task's examples that are not in memory; None if there is none.
+    """Return the quadratic with the curvature of the task's examples that are not in memory; None if weight is 0.
 
-    And of those that were in the memory `before` and left it (memory.total), so that every example of the past is in
-    one of the two.
+    Examples that were in the memory `before` and have left it (memory.total) are measured as well, so that every past
+    example is either in memory or in the quadratic.
     """
     config = world.config.prior.quadratic
     if config.weight == 0:
@@ -65,7 +65,7 @@ def measure(
 
 
 def functional(task: Task, memory: Memory, state: RunState, world: World) -> Fromp | None:
-    """The functional prior, with the curvature of all examples of all past tasks; None if there is none."""
+    """Return the functional prior, with the curvature of all examples of all past tasks; None if its weight is 0."""
     precision = None
     if world.config.prior.fromp.weight > 0 and world.config.measures:
         with world.phase(task, "curvature") as phase:
@@ -83,7 +83,7 @@ def functional(task: Task, memory: Memory, state: RunState, world: World) -> Fro
 class _Rest:
     """Examples of the past that are not in memory, or a random share of them.
 
-    samples: [n] positions, ascending; times: how many each stands for
+    samples: [n] positions, ascending; times: number of examples that each one represents
     """
 
     samples: Ints
@@ -91,7 +91,7 @@ class _Rest:
 
 
 def _rest(task: Task, memory: Memory, before: Memory, world: World) -> _Rest:
-    """Those of the task, and those that were in the memory before."""
+    """Return the examples of the task and of the memory `before` that are not in `memory`, or a random share."""
     every = np.union1d(training_samples(task), before.sample.numpy())
     rest = np.setdiff1d(every, memory.sample.numpy())
     fraction = per_task(world.config.curvature.fraction, task.index)
@@ -103,7 +103,7 @@ def _rest(task: Task, memory: Memory, before: Memory, world: World) -> _Rest:
 
 @dataclass(frozen=True)
 class _Passes:
-    """This rank's share of examples of several tasks, each judged as rows of the past are; may be repeated."""
+    """This rank's share of examples of several tasks, with the head of rows of the past; may be iterated repeatedly."""
 
     task: Task
     samples: Ints
@@ -115,7 +115,7 @@ class _Passes:
             yield from TaskPass(task, samples, self.world, self.group)
 
     def _by_head(self) -> Iterator[tuple[Task, Ints]]:
-        """Where all classes that were seen compete, they do so in rows of every task."""
+        """Yield (task, samples) with a common head: all samples at once where all seen classes compete."""
         if self.world.config.train.head == "seen":
             yield self.task, self.samples
             return
@@ -126,7 +126,7 @@ class _Passes:
 
 
 def _measured(task: Task, rest: _Rest, state: RunState, world: World) -> Precision:
-    """The curvature of all examples that those of `rest` stand for."""
+    """Measure the curvature on `rest`, scaled to all examples that it represents."""
     config = world.config.curvature
     assert isinstance(config, PassCurvature), "others need no pass"
     estimator = build_estimator(config, world.config.seed, state.coverage)
@@ -156,7 +156,7 @@ def _write_curvature(
 
 
 def _precision(task: Task, rest: _Rest, anchor: Leaves, state: RunState, world: World) -> tuple[Precision, int]:
-    """Summed over the examples that those of `rest` stand for, and from how many it is known; collective."""
+    """Return the curvature, summed over all examples that `rest` represents, and how many were used; collective."""
     config = world.config.curvature
     if isinstance(config, SiCurvature):
         (credit, start), count = state.engine.path(), state.engine.num_train  # omega is that of a mean over these
@@ -167,7 +167,7 @@ def _precision(task: Task, rest: _Rest, anchor: Leaves, state: RunState, world: 
 
 
 def _learned(samples: Ints, state: RunState, world: World) -> Precision:
-    """By the optimiser, of the samples that it trained on."""
+    """Return the curvature that the optimiser has learned from the samples it trained on."""
     config, quadratic = world.config.prior.quadratic, state.prior.quadratic
     past = None if quadratic is None else quadratic.precision
     assert past is None or isinstance(past, Diagonal), "all tasks' curvatures are of one kind"

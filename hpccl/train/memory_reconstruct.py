@@ -1,13 +1,13 @@
 """How well memories of other selectors and sizes would have reconstructed the gradient of the past.
 
-After task t of a finished run, each selector chooses anew from the data of tasks 0..t, with the network that ends task
-t, which also gives the soft labels. Then, at points on the way to the weights after task t + 1, the gradient of
+After task t of a run, each selector chooses anew from the data of tasks 0..t, using the network at the end of task t,
+which also gives the soft labels. Then, at points on the path to the weights after task t + 1, the gradient of
 
     total:  soft + replay (that memory, as the run's configuration weighs it) + quadratic
 
-is compared with the true gradient of the past (`hpccl.prior.reconstruct`), and its change since task t ended with the
-change of the true one. Weights are those of checkpoints within task t + 1 where they were kept, and otherwise a
-straight line. The quadratic is the run's, or measured anew without each memory's examples. (Daxberger et al. 2023.)
+is compared with the true gradient of the past (`hpccl.prior.reconstruct`), and its change since the end of task t with
+that of the true gradient. Points are checkpoints within task t + 1 where these were kept, and otherwise on a straight
+line. The quadratic is the run's, or measured anew without each memory's examples. (Daxberger et al. 2023.)
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OWN = "run"  # the memory that the run trained with
 
 @dataclass(frozen=True)
 class _Point:
-    """Weights on the way to the next task's: after `step` steps of it, or at a `share` of a straight line."""
+    """Weights on the path to the next task's: after `step` of its steps, or at fraction `share` of a straight line."""
 
     weights: Weights
     share: float
@@ -59,7 +59,7 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A prior, and the run's surroundings with its memory in the configuration."""
+    """A prior, and the run's surroundings with its memory's settings in the configuration."""
 
     selector: str
     size: int
@@ -77,25 +77,25 @@ def reconstruct_memory(
     past: float | None = None,
     fraction: float = 0.0,
 ) -> Reconstruction:
-    """The errors of every selector and size along the path from task `task` to the next; writes nothing.
+    """Return the errors of every selector and size along the path from task `task` to the next; writes nothing.
 
     Args:
         path: the run's folder.
         sizes: examples kept of each task.
         selectors: kinds of memory.selector, or variants (`config.memory.NAMED_SELECTORS`).
         task: t, counted from 0; None: the last that has a next one.
-        points: on the path, the last of which are the weights after task t + 1.
-        past: share of the past that gives the true gradient; None: log.reconstruction, or all.
+        points: number of points on the path, the last of which is the newest checkpoint of task t + 1.
+        past: share of past examples for the true gradient; None: log.reconstruction, or all.
         fraction: share of the examples that are not in memory on which curvature is measured anew; 0: the run's.
 
     Raises:
         FolderError: the folder is no run, or lacks a checkpoint.
-        ConfigError: an argument is out of range, or the run's configuration has no room for such a memory.
+        ConfigError: an argument is out of range, or the run cannot have such a memory.
     """
     _check(sizes, selectors, points=points, past=past, fraction=fraction)
     start, end = _ends(RunFolder(path), task)
     with reopened(path, task=start.task) as (state, there), tempfile.TemporaryDirectory(prefix="hpccl-") as scratch:
-        world = replace(there, folder=RunFolder(Path(scratch)))  # choosing leaves pictures behind
+        world = replace(there, folder=RunFolder(Path(scratch)))  # choosing memory writes pictures
         following = world.stream.tasks[start.task + 1]
         anchor = wholes(state.engine.gather())
         asked = _asked(path, sizes, selectors, fraction, state=state, world=world)
@@ -134,7 +134,7 @@ def _check(sizes: Sequence[int], selectors: Sequence[str], *, points: int, past:
 
 
 def _ends(folder: RunFolder, task: int | None) -> tuple[Mark, Mark]:
-    """The checkpoint at the end of task t, and the newest of task t + 1, which may be going on."""
+    """Return the checkpoint at the end of task t, and the newest of task t + 1, which may be unfinished."""
     find_checkpoint(folder, None)
     newest = {mark.task: mark for mark in marks(folder.checkpoints)}
     ended = {mark.task: mark for mark in marks(folder.checkpoints) if mark.phase == "done"}
@@ -151,7 +151,7 @@ def _ends(folder: RunFolder, task: int | None) -> tuple[Mark, Mark]:
 
 
 def _path(folder: RunFolder, end: Mark, anchor: Weights, points: int) -> list[_Point]:
-    """Checkpoints within the task, evenly thinned to at most so many, or a straight line; always with the end."""
+    """Return at most `points` points, the end included: evenly thinned checkpoints of the task, or a straight line."""
     last = _weights(folder, end)
     within = [mark for mark in marks(folder.checkpoints) if mark.task == end.task and mark.step < end.step]
     if within:
@@ -166,7 +166,7 @@ def _weights(folder: RunFolder, mark: Mark) -> dict[str, Tensor]:
 
 
 def _between(start: Weights, end: Weights, share: float) -> dict[str, Tensor]:
-    """A point of the straight line; what counts steps is that of the end."""
+    """Interpolate linearly between weights; integers, such as counters of steps, are those of the end."""
     if share == 1:
         return dict(end)
     return {
@@ -181,10 +181,10 @@ def _between(start: Weights, end: Weights, share: float) -> dict[str, Tensor]:
 def _asked(
     path: Path, sizes: Sequence[int], selectors: Sequence[str], fraction: float, *, state: RunState, world: World
 ) -> dict[tuple[str, int], RunConfig]:
-    """The configuration of every selector and size.
+    """Return the configuration of every selector and size.
 
     Raises:
-        ConfigError: the run, or its data, has no room for one of them.
+        ConfigError: the run, or its data, does not allow one of them.
     """
     fromp = state.prior.fromp
     if fromp is not None:
@@ -209,7 +209,7 @@ def _asked(
 def _candidates(
     asked: Mapping[tuple[str, int], RunConfig], fraction: float, state: RunState, world: World
 ) -> Iterator[_Candidate]:
-    """The run's own prior, then every selector and size."""
+    """Yield the run's own prior, then that of every selector and size."""
     own = state.prior
     learned = world.stream.tasks[: state.mark.task + 1]
     if len(own.memory) or own.quadratic is not None:
@@ -221,7 +221,7 @@ def _candidates(
 
 
 def _configured(path: Path, config: RunConfig, selector: str, number: int, fraction: float) -> RunConfig:
-    """The run's configuration with another memory.
+    """Return the run's configuration with another memory.
 
     Raises:
         ConfigError: the two contradict each other.
@@ -242,7 +242,7 @@ def _configured(path: Path, config: RunConfig, selector: str, number: int, fract
 
 
 def _selector(own: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """What a name says; where the run has that kind, with its other settings."""
+    """Return the settings of a named selector; if the run's is of the same kind, its other settings are kept."""
     if own["kind"] != named["kind"]:
         return dict(named)
     left = {"sampled", "weights"} | (set() if named.get("weights") == "fitted" else {"ridge"})
@@ -250,7 +250,7 @@ def _selector(own: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any
 
 
 def _chosen(learned: Sequence[Task], own: Prior, fraction: float, state: RunState, world: World) -> Prior:
-    """Memory of all tasks, and the curvature that goes with it, at the present weights."""
+    """Choose a memory of all tasks at the present weights, and measure the curvature of the rest if `fraction` > 0."""
     memory, quadratic = Memory.empty(), own.quadratic if fraction == 0 else None
     anchor = state.engine.gather()
     for task in learned:
@@ -266,7 +266,7 @@ def _chosen(learned: Sequence[Task], own: Prior, fraction: float, state: RunStat
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Of priors with the true gradient of the tasks before `task`, from a `share` of their examples."""
+    """Compares priors with the true gradient of the tasks before `task`, from a `share` of their examples."""
 
     task: Task
     share: float
@@ -276,7 +276,7 @@ class _Comparison:
     def rows(
         self, candidates: Sequence[_Candidate], anchor: Weights, track: Sequence[_Point]
     ) -> Iterator[dict[str, Any]]:
-        """One a point and candidate."""
+        """Yield one row for each point and candidate."""
         before, totals = self._gradients(candidates, anchor)
         for number, point in enumerate(track):
             true, there = self._gradients(candidates, point.weights)
@@ -299,7 +299,7 @@ class _Comparison:
                 }
 
     def _gradients(self, candidates: Sequence[_Candidate], weights: Weights) -> tuple[Gradient, list[Gradient]]:
-        """The true one and every candidate's, at some weights."""
+        """Return the true gradient and every candidate's at `weights`."""
         self.state.engine.put(weights)
         totals = [prior_gradients(self.task, each.prior, self.state, each.world)["total"] for each in candidates]
         return true_gradient(self.task, self.share, self.state, self.world), totals

@@ -1,7 +1,7 @@
 """Merge networks of one architecture into one, without data: `hpccl merge`.
 
 The mathematics is in hpccl.curvature.merging. Weights and curvature are read, merged and written a layer at a time, so
-that memory is that of the largest layer of all networks, however many layers there are.
+memory use is that of the largest layer of all networks, however many layers there are.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _ModelConfig: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 class Merged:
     """What was written.
 
-    num_weights: parameters and buffers
-    num_measured: parameters whose curvature is known of all networks that were merged
+    num_weights: elements of parameters and buffers
+    num_measured: elements of parameters whose curvature is known in all merged networks
     steps: of conjugate gradients, in the layer that took most
-    averaged: names of buffers that are numbers, such as running statistics
+    averaged: names of floating-point buffers, such as running statistics
     """
 
     folder: Path
@@ -56,10 +56,10 @@ class Merged:
 @final
 @dataclass(frozen=True)
 class _Plan:
-    """What is merged, how.
+    """What is merged, and how.
 
-    shapes: of parameters and buffers, in the network's order; dtypes likewise, as they are written
-    parameters: names of those that can be averaged
+    shapes, dtypes: of parameters and buffers as written, in the network's order
+    parameters: names of the floating-point parameters, which are merged
     """
 
     sources: Sequence[Source]
@@ -94,8 +94,8 @@ def merge(
     Args:
         models: folders of runs (their newest finished task), or of `hpccl export --curvature`.
         out: the folder to write; it appears whole or not at all.
-        base: what all of them began with, likewise, or a .safetensors file of the network's weights.
-        weights: a_t of every network; None: 1 each. Negative ones remove.
+        base: the network that all of them started from, likewise, or a .safetensors file of its weights.
+        weights: a_t of every network; None: 1 each. Negative weights remove what a network learned.
         method: `matching` (uncertainty-based gradient matching) and `arithmetic` (task arithmetic) need a base,
             `fisher` (Fisher averaging) and `average` have none.
         prior_precision: delta > 0, in nats per squared weight: added to the base's curvature (`matching`) or to every
@@ -104,10 +104,10 @@ def merge(
 
     Raises:
         CheckpointError: a network is damaged.
-        ConfigError: networks or arguments do not go together, or the merged precision is not positive.
+        ConfigError: networks or arguments are incompatible, or the merged precision is not positive definite.
         DataError: an export is damaged.
         DivergedError: weights or curvature are not finite.
-        FolderError: `out` is in the way, or one of the folders is no network.
+        FolderError: `out` exists and may not be replaced, or one of the folders is no network.
     """
     scales = _checked_scales(models, weights, method, base, prior_precision)
     for path in (*models, *(() if base is None else (base,))):
@@ -133,7 +133,11 @@ def _checked_scales(
     base: Path | None,
     prior_precision: float,
 ) -> list[float]:
-    """Raises ConfigError."""
+    """Return the weight of every network.
+
+    Raises:
+        ConfigError: arguments are incompatible or out of range.
+    """
     if not models:
         raise ConfigError("nothing to merge: give at least one run or export")
     scales = [1.0] * len(models) if weights is None else list(weights)
@@ -162,7 +166,12 @@ def _checked_scales(
 def _plan(
     sources: Sequence[Source], scales: Sequence[float], base: Source | None, method: Method, prior_precision: float
 ) -> _Plan:
-    """Raises ConfigError, DataError."""
+    """Check that the networks can be merged, and plan how.
+
+    Raises:
+        ConfigError: networks differ, or one lacks the curvature that the method needs.
+        DataError: an export is damaged.
+    """
     model = _network(sources[0])
     own = model.state_dict()
     shapes = {name: tuple(value.shape) for name, value in own.items()}
@@ -205,7 +214,7 @@ def _network(source: Source) -> torch.nn.Module:
 
 
 def _merge_parameters(plan: _Plan, writer: Writer) -> tuple[int, int]:
-    """Number of parameters whose curvature all merged networks know, and the most steps of a solver."""
+    """Merge and write the parameters; return `Merged.num_measured` and `Merged.steps`."""
     measured, steps = 0, 0
     for group, names in groups_of(plan.curvatures, plan.parameters):
         models = [_model(source, scale, names, plan) for source, scale in zip(plan.sources, plan.scales, strict=True)]
@@ -220,7 +229,7 @@ def _merge_parameters(plan: _Plan, writer: Writer) -> tuple[int, int]:
 
 
 def _model(source: Source, scale: float, names: Sequence[str], plan: _Plan) -> Model:
-    """One network's share of a group of parameters."""
+    """Read one network's weights and curvature of a group of parameters."""
     curvature = source.curvature if plan.curvatures else None
     found = {} if curvature is None else curvature.groups
     curves = [curvature.read(group) for group, own in found.items() if curvature and set(own) & set(names)]
@@ -243,7 +252,11 @@ def _solved(group: str, base: Model | None, models: Sequence[Model], plan: _Plan
 
 
 def _merge_buffers(plan: _Plan, writer: Writer) -> tuple[str, ...]:
-    """Numbers that no gradient moved: the mean over what is added, or the base's; whole ones: the first network's."""
+    """Write the other tensors and return the names of those that are averaged.
+
+    Floating-point ones are averaged over the networks with positive weight, or taken from the base if there is none;
+    integers are the first network's.
+    """
     averaged = []
     added = [(source, scale) for source, scale in zip(plan.sources, plan.scales, strict=True) if scale > 0]
     kept = added or ([] if plan.base is None else [(plan.base, 1.0)])
@@ -263,11 +276,11 @@ def _first(plan: _Plan, name: str) -> Tensor:
     return plan.sources[0].weight(name).view(plan.shapes[name]).to(plan.dtypes[name])
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- config.json and README.md
 
 
 def _config(plan: _Plan) -> dict[str, Any]:
-    """The first network's, of the tasks of all that were added; of the base's where all only take away."""
+    """Return the first network's config.json with the tasks of all networks of positive weight, or else the base's."""
     first = plan.sources[0].config
     assert first is not None
     tasks: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Networks that are merged: runs, exports and files of weights, of which a layer at a time is read."""
+"""The networks to merge: runs, exports and files of weights, read a layer at a time."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from hpccl.train.export import CURVATURE, described, find_finished, layer_key, r
 
 __all__ = ["Curvature", "Source", "groups_of", "open_source", "open_weights", "refuse_other"]
 
-# Of one layer or parameter: reads all ranks' states of it.
+# Name of a layer or parameter -> its states from all ranks' files.
 _Read = Callable[[str], Sequence[Mapping[str, Any]]]
 
 
 @final
 @dataclass(frozen=True)
 class Curvature:
-    """The curvature of a network in its files.
+    """The curvature of a network, read from its files on demand.
 
-    groups: by the name of a layer or parameter, the parameters that are coupled in it
+    groups: by name of a layer or parameter, the names of the parameters that it couples
     """
 
     groups: Mapping[str, tuple[str, ...]]
@@ -45,7 +45,7 @@ class Curvature:
 
     @classmethod
     def of(cls, state: Mapping[str, Any], blocks: _Read, where: str) -> Curvature:
-        """From what a Precision's `state_dict` was, its tensors still in their files.
+        """Build from the `state_dict` of a Precision, whose tensors are still in their files.
 
         Raises:
             CheckpointError: damaged, or of an unknown kind.
@@ -56,7 +56,7 @@ class Curvature:
             raise CheckpointError(f"the curvature of '{where}' is damaged or of unknown kind ({error!r})") from error
 
     def read(self, group: str) -> Curve:
-        """One group's.
+        """Read the curvature of one group.
 
         Raises:
             CheckpointError: damaged.
@@ -93,9 +93,9 @@ def _groups(state: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 class Source:
     """One network.
 
-    label: what the user called it
+    label: the path that the user gave
     config: as in config.json of an export; None for a file of weights alone
-    weights: parameters and buffers by name, in their files
+    weights: parameters and buffers by name, still in their files
     curvature: None where there is none
     """
 
@@ -105,12 +105,12 @@ class Source:
     curvature: Curvature | None
 
     def weight(self, name: str) -> Tensor:
-        """Whole, on the CPU."""
+        """Read a parameter or buffer, unsharded, on the CPU."""
         return whole(self.weights[name])
 
 
 def open_source(path: Path) -> Source:
-    """A run (the newest finished task), or a folder of `hpccl export` or `hpccl merge`.
+    """Open a run (its newest finished task), or a folder of `hpccl export` or `hpccl merge`.
 
     Raises:
         CheckpointError: damaged.
@@ -128,7 +128,7 @@ def open_source(path: Path) -> Source:
 
 
 def open_weights(path: Path) -> Source:
-    """As `open_source`, or a .safetensors file with the weights of a network under its own names.
+    """Open what `open_source` opens, or a .safetensors file with a network's weights by name.
 
     Raises:
         DataError: the file cannot be read; and what `open_source` raises.
@@ -156,7 +156,7 @@ def _run(path: Path) -> Source:
     def blocks(layer: str) -> Sequence[Mapping[str, Any]]:
         return shards(lambda name: name == layer).get(layer, [])
 
-    # No curvature to weigh this network by: an importance, or that of the network before it was adapted.
+    # Not a curvature of this network's loss: an importance, or that of the network before it was adapted.
     other = isinstance(settings.curvature, (MasCurvature, SiCurvature)) or isinstance(settings.adapt, AnyAdaptation)
     measured = None if other else quadratic
     curvature = None if measured is None else Curvature.of(measured["precision"], blocks, str(path))
@@ -191,15 +191,15 @@ def _stored(path: Path) -> dict[str, Stored]:
 
 
 def refuse_other(sources: Sequence[Source], base: Source | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """All must be of one network over the same classes.
+    """Refuse networks that differ in architecture, classes or shapes.
 
     Args:
-        sources: with a configuration each.
-        base: perhaps without one.
+        sources: networks, each with a configuration.
+        base: network that may have no configuration.
         shapes: of the network's parameters and buffers.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they differ.
     """
     first = sources[0]
     for other in (*sources[1:], *([base] if base else [])):
@@ -225,7 +225,7 @@ def refuse_other(sources: Sequence[Source], base: Source | None, shapes: Mapping
 
 
 def difference(one: Any, other: Any) -> str:
-    """Of two settings or lists, in words."""
+    """Describe the difference of two settings or lists in words."""
     if isinstance(one, list) and isinstance(other, list):
         if len(one) != len(other):
             return f"{len(one)} and {len(other)} of them"
@@ -239,7 +239,7 @@ def _sides(shape: tuple[int, ...] | None) -> str:
 
 
 def groups_of(curvatures: Sequence[Curvature], names: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """The smallest groups of parameters that no curvature couples with others, each with a name for messages."""
+    """Partition parameters into the smallest groups that no curvature couples, each with a name for messages."""
     root = {name: name for name in names}
 
     def found(name: str) -> str:

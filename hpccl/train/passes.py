@@ -1,4 +1,4 @@
-"""Passes over stored images outside training, in step on all ranks: where weights are spread, a pass is collective."""
+"""Passes over stored images outside training, synchronous on all ranks: with sharded weights a pass is collective."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Seen:
-    """Some of this rank's images in the evaluation view.
+    """A batch of this rank's images in the evaluation view.
 
     sample: [n] positions
     pixels: [n, channels, h, w] on the device; one blank image if n is 0
@@ -39,15 +39,15 @@ class Seen:
 def shared_images(
     samples: Ints, world: World, *, size: int, split: Split = "train", whole: bool = False
 ) -> Generator[Seen, None, None]:
-    """This rank's share of `samples`, at most `size` at a time; as many times as every other rank. Collective.
+    """Yield this rank's share of `samples` in batches of at most `size`, equally many on every rank. Collective.
 
-    whole: `size` at a time and always the same ones together, whatever the number of ranks; fewer only at the end.
+    whole: batches of exactly `size` (fewer only at the end), composed alike whatever the number of ranks
 
-    A pass may take longer than a job has left, so that ranks agree before each batch, and at the end, to go on.
+    A pass may take longer than the job has left, so ranks agree to go on before each batch and at the end.
 
     Raises:
         Stopped: a rank was asked to stop.
-        WorldError: another rank failed in the pass, and said so (Comm.any) instead of agreeing.
+        WorldError: another rank failed in the pass and reported that (Comm.any) instead of agreeing.
     """
     if whole:
         groups = world.comm.parts(-(-len(samples) // size), 1)
@@ -69,14 +69,14 @@ def shared_images(
 
 
 def with_mirror_images(predict: Callable[[Tensor], Tensor], world: World) -> Callable[[Tensor], Tensor]:
-    """The mean of what is predicted of images and of their mirror images, where tests are to be that (flip_test)."""
+    """With train.flip_test, average predictions over each image and its mirror image; else return `predict`."""
     if not world.config.train.flip_test:
         return predict
     return lambda pixels: (predict(pixels) + predict(pixels.flip(-1))) / 2
 
 
 def _agree(world: World) -> None:
-    """Leave the pass if any rank was asked to stop. A rank that failed in it says 1 (Comm.any) at this very moment."""
+    """Leave the pass if any rank was asked to stop (2) or has failed, whose Comm.any(True) contributes 1 here."""
     answer = world.comm.max(2 if world.stop.reason is not None else 0)
     if answer == 2:
         raise Stopped

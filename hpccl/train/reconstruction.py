@@ -1,4 +1,4 @@
-"""A diagnosis at the end of a task's training: how well its prior stood for the past. Nothing depends on it."""
+"""A diagnostic at the end of a task's training: how well its prior reconstructed the past. Nothing depends on it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SUBSAMPLE = 104
 
 
 def reconstruct(task: Task, state: RunState, world: World) -> None:
-    """Write the error of every term at the present weights, for the prior that the task was trained with."""
+    """Log the gradient error of each term of the prior that the task was trained with, at the present weights."""
     fraction = world.config.log.reconstruction
     prior = state.prior
     past = prior.quadratic is not None or (len(prior.memory) > 0 and world.config.train.data != "memory")
@@ -51,9 +51,9 @@ def reconstruct(task: Task, state: RunState, world: World) -> None:
 
 
 def true_gradient(task: Task, fraction: float, state: RunState, world: World) -> dict[str, Tensor]:
-    """Of the nats of all earlier tasks' examples at the present weights, from a share of them, and of a normal prior.
+    """Return the gradient of all earlier tasks' nats, and of a normal prior, at the present weights; collective.
 
-    Collective.
+    fraction: share of the earlier tasks' examples from which it is estimated
     """
     composer = _composer(task, Memory.empty(), state, world)
     past, used = task.samples("train").start, _used(task, fraction, world)
@@ -65,7 +65,7 @@ def true_gradient(task: Task, fraction: float, state: RunState, world: World) ->
 
 
 def prior_gradients(task: Task, prior: Prior, state: RunState, world: World) -> dict[str, dict[str, Tensor]]:
-    """By term, and in total, of what a prior says of the past while `task` is learned, at the present weights."""
+    """Return the gradients of a prior's terms while `task` is learned, and of their total, at the present weights."""
     composer = _composer(task, prior.memory, state, world)
     soft, replay = summed_gradients(state.engine.module, _memory(composer, world), world.comm, num_terms=2)
     weights, _ = parameters_of(state.engine.module)
@@ -75,7 +75,7 @@ def prior_gradients(task: Task, prior: Prior, state: RunState, world: World) -> 
     terms = {"soft": soft, "replay": replay, "quadratic": quadratic}
     normal = NormalPrior.of(world.config, prior.anchor)
     if normal is not None and prior.anchor is not None:
-        # An engine may cut what it saves elsewhere than the network of this pass is cut.
+        # An engine's saved weights may be sharded differently from the network of this pass.
         anchors = {name: aligned(prior.anchor[name], weights[name], world.comm) for name in soft}
         own, anchor = local_parts(weights), local_parts(anchors)
         terms["normal"] = {name: normal.force(own[name], anchor[name].to(own[name].device)) for name in soft}
@@ -88,7 +88,7 @@ def _composer(task: Task, memory: Memory, state: RunState, world: World) -> Comp
 
 
 def _used(task: Task, fraction: float, world: World) -> npt.NDArray[np.int64]:
-    """The examples of earlier tasks that stand for all of them."""
+    """Return the examples of earlier tasks that represent all of them."""
     past = np.arange(task.samples("train").start)
     count = max(1, round(fraction * len(past)))
     return subset(past, count, world.config.seed, _SUBSAMPLE, task.index)
@@ -96,7 +96,7 @@ def _used(task: Task, fraction: float, world: World) -> npt.NDArray[np.int64]:
 
 def _true(used: npt.NDArray[np.int64], composer: Composer, world: World) -> Iterator[tuple[Tensor, Losses]]:
     for seen in shared_images(used, world, size=world.stream_batch):
-        samples = seen.sample if len(seen.sample) else used[:1]  # one that counts for nothing
+        samples = seen.sample if len(seen.sample) else used[:1]  # a placeholder, not valid
         target, head = composer.hard_targets(torch.from_numpy(samples))
         nats = _losses(target, head, [seen.valid], temperature=1.0, kind=composer.hard_kind, device=world.comm.device)
         yield seen.pixels, nats

@@ -1,12 +1,12 @@
-"""Forgetting on purpose: which examples are to be removed, and the rows that take back what was learned of them.
+"""Forgetting on purpose: which examples are removed, and the rows that undo what was learned from them.
 
-For examples k in R, removed, the gradient of the past without them is
+Without the removed examples k in R, the gradient of the past is
 
     sum_i J_i' (p_i - y_i) - sum_k J_k' (p_k - y_k)
 
-and with old predictions p* for the first sum, soft labels, what an example in R contributes is the difference of its
-soft and its true row, J_k' (p_k - p*_k) - J_k' (p_k - y_k) = J_k' (y_k - p*_k): two rows of one image, with weights 1
-and -1. Where a quadratic already stands for the soft row, the weights are 0 and -1.
+With soft labels, the old predictions p*, for the labels of the first sum, an example in R contributes the difference
+of its soft and its true row, J_k' (p_k - p*_k) - J_k' (p_k - y_k) = J_k' (y_k - p*_k): two rows of one image, with
+weights 1 and -1. Where a quadratic already contains the soft row, the weights are 0 and -1.
 
 Source: Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS, section 4 (remove data).
 """
@@ -33,7 +33,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def removed_samples(adapt: RemoveData, stream: Stream) -> Ints:
-    """[n] positions in the training data of classes and examples that are to be forgotten, ascending.
+    """Return the positions [n], ascending, of the training examples to be forgotten, named by class or id.
 
     Raises:
         ConfigError: a name is neither a class nor an id, or nothing would be left.
@@ -62,16 +62,16 @@ def _positions(ids: list[str], stream: Stream) -> list[int]:
 
 
 def removed_slots(config: RunConfig, stream: Stream, memory: Memory) -> Tensor | None:
-    """[M] bool, the memory's examples that are to be forgotten; None where nothing is."""
+    """Return a mask [M] of the memory's examples that are to be forgotten; None if this run forgets nothing."""
     if not isinstance(config.adapt, RemoveData) or config.adapt.retrain:
         return None
     return torch.from_numpy(np.isin(memory.sample.numpy(), removed_samples(config.adapt, stream)))
 
 
 def less(rows: Rows, taken: Tensor, target: Tensor, head: Tensor) -> Rows:
-    """The rows and, of the images where `taken` [n] is True, a true label each with weight -1.
+    """Append, for each image where `taken` [n] is True, a row of its true label with weight -1.
 
-    target, head: [n, C] of the images' true labels.
+    target, head: [n, C] of the images' true labels
     """
     image = taken.nonzero().squeeze(1)
     return replace(

@@ -1,4 +1,4 @@
-"""A whole run: find the state in the folder or start afresh, go through the stream, report."""
+"""A whole run: resume from the folder's newest checkpoint or start afresh, learn all tasks, write the report."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ __all__ = [
 
 
 def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (), quiet: bool = False) -> str:
-    """Train through the whole stream; returns `done`, or `stopped` if it was asked to stop (run again to continue).
+    """Train on the whole stream; return `done`, or `stopped` if it was asked to stop (run again to continue).
 
-    Of a run that was done before nothing is changed.
+    A run that was done before is not changed; only its report is written anew.
 
     Raises:
-        HpcclError: something a user can mend; it is also written to events.jsonl.
+        HpcclError: something a user can fix; it is also written to events.jsonl.
     """
     folder = RunFolder(Path(config.path))
     folder.create()
@@ -75,11 +75,11 @@ def run(config: RunConfig, comm: Comm, stop: Stop, *, command: Sequence[str] = (
 
 
 def _was_done(folder: RunFolder, comm: Comm) -> bool:
-    """Whether the run came to its end, and what it ended with is there and whole; as the first rank sees it.
+    """Whether the run has ended, its last checkpoint being intact or deleted; decided by the first rank. Collective.
 
     Raises:
-        CheckpointError: the last checkpoint is damaged.
-        WorldError: ... as the first rank found.
+        CheckpointError: the last checkpoint is damaged (on the first rank).
+        WorldError: the same, on the other ranks.
     """
     done, problem = False, None
     if comm.leader:
@@ -99,7 +99,7 @@ def _ended(folder: RunFolder) -> bool:
     turns = [each for each in read_events(folder.events) if each["event"] in ("done", "checkpoint", "step", "task")]
     if not turns or turns[-1]["event"] != "done":
         return False
-    if newest is None:  # its checkpoints were deleted to make room, its results are here
+    if newest is None:  # checkpoints were deleted to save space; the results remain
         return True
     saved = next((each for each in reversed(turns) if each["event"] == "checkpoint"), None)
     if saved is None or Mark.at(saved["task"], saved["phase"], saved["step"]) != newest:
@@ -110,7 +110,7 @@ def _ended(folder: RunFolder) -> bool:
 
 
 def _go_on(config: RunConfig, comm: Comm, stop: Stop, command: Sequence[str], *, quiet: bool) -> str:
-    """From where the run stands, with its diary open."""
+    """Start or continue the run, with its event log open."""
     folder = RunFolder(Path(config.path))
     sinks = [TensorBoardSink(folder.tensorboard)] if config.log.tensorboard and comm.leader else []
     with EventLog(folder.events, enabled=comm.leader, sinks=sinks) as log:
@@ -129,10 +129,10 @@ def _go_on(config: RunConfig, comm: Comm, stop: Stop, command: Sequence[str], *,
 
 @contextlib.contextmanager
 def _memory_explained(config: RunConfig, comm: Comm) -> Iterator[None]:
-    """Say what takes less memory where it runs out.
+    """Turn out-of-memory errors into one that names settings which need less memory.
 
     Raises:
-        CapacityError: it has run out.
+        CapacityError: memory ran out.
     """
     try:
         yield
@@ -146,7 +146,7 @@ def _memory_explained(config: RunConfig, comm: Comm) -> Iterator[None]:
 
 
 def _what_takes_less(config: RunConfig) -> str:
-    """First what may change in the folder of a run that has begun, then what makes another run of it."""
+    """Advice for an error message: first settings that a begun run may change, then those that need a new run."""
     train, model = config.train, config.model
     here = ["more processes or devices"]
     if config.measures:
@@ -167,10 +167,10 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     found = latest_of_all(world.folder.checkpoints, world.comm)
     if found is None:
         _refuse_lost(world)
-        check_sizes(config, stream)  # the network of a run that began takes them
+        check_sizes(config, stream)  # of a run that has begun, the network was checked before
     if found is None and config.train.first_task_from is not None:
         find_first_task(config, config.train.first_task_from)
-    # A network that restarts at every task needs its first weights again; any other has them in its checkpoint.
+    # A network that is reset for every task needs its pretrained weights again; others are in the checkpoint.
     pretrained = (found is None or config.train.restart) and not continues(config)
     model, start = fresh_model(config, stream, pretrained=pretrained)
     state = _state_of(model, config, stream, world.comm)
@@ -194,9 +194,9 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
 
 
 def _begun(state: RunState, world: World, command: Sequence[str], start: Start | None) -> World:
-    """A new run, before its first step.
+    """Begin a new run: log it and evaluate the network before its first step.
 
-    start: which weights it begins with, if not random ones
+    start: the pretrained weights, None for random ones
 
     Raises:
         Stopped: the run was asked to stop.
@@ -211,7 +211,7 @@ def _begun(state: RunState, world: World, command: Sequence[str], start: Start |
 
 
 def _taken_up(state: RunState, world: World, command: Sequence[str], found: Mark) -> World:
-    """A run that goes on from where it was saved."""
+    """Resume a run from checkpoint `found`."""
     _introduce(world, command, found, state)
     checkpoints = world.folder.checkpoints
     tree = load(checkpoints, found)
@@ -221,7 +221,7 @@ def _taken_up(state: RunState, world: World, command: Sequence[str], found: Mark
 
 
 def _refuse_lost(world: World) -> None:
-    """Raises FolderError if what the run learned is gone: it would begin anew, and its earlier figures with it."""
+    """Raise FolderError if events tell of checkpoints but none is left: the run would silently begin anew."""
     events = read_events(world.folder.events) if world.comm.leader else []
     if world.comm.any(any(event["event"] == "checkpoint" for event in events)):
         raise FolderError(
@@ -231,7 +231,10 @@ def _refuse_lost(world: World) -> None:
 
 
 def _with_copies(state: RunState, world: World) -> World:
-    """Read the memory's images from its own copies, where it has some, and see that nothing else is gone."""
+    """With memory.keep=copy, drop unneeded copies, reopen the stream on the others, and check that no image is missing.
+
+    Collective.
+    """
     if world.config.memory.keep == "reference":
         return world
     drop_images(state.prior.memory, world)
@@ -241,10 +244,10 @@ def _with_copies(state: RunState, world: World) -> World:
 
 
 def _learn(task: Task, state: RunState, world: World) -> None:
-    """One task: train, measure, consolidate, evaluate.
+    """Learn one task: train, measure, consolidate, evaluate.
 
     Raises:
-        Stopped: the run was asked to stop; all that need not be done again is saved.
+        Stopped: the run was asked to stop; phases that are finished are saved.
     """
     if state.mark.phase == "fit":
         if state.mark.step == 0:
@@ -267,13 +270,15 @@ def _learn(task: Task, state: RunState, world: World) -> None:
 
 
 def fresh_state(config: RunConfig, stream: Stream, comm: Comm, *, pretrained: bool = True) -> RunState:
-    """The state before the first step, equal on all ranks; `pretrained` as in `fresh_model`."""
+    """Return the state before the first step, equal on all ranks; `pretrained` as in `fresh_model`."""
     model, _ = fresh_model(config, stream, pretrained=pretrained)
     return _state_of(model, config, stream, comm)
 
 
 def fresh_model(config: RunConfig, stream: Stream, *, pretrained: bool) -> tuple[nn.Module, Start | None]:
-    """The network before the first step, a function of the configuration and, if `pretrained`, of model.checkpoint.
+    """Return the network before the first step, and which pretrained weights it has, if any.
+
+    It is a function of the configuration and, if `pretrained`, of the file model.checkpoint.
 
     Raises:
         ConfigError: the model is unknown or does not fit the images.
@@ -288,7 +293,7 @@ def fresh_model(config: RunConfig, stream: Stream, *, pretrained: bool) -> tuple
 
 
 def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -> RunState:
-    """The engine around a model; what needs whole weights is done before it spreads them."""
+    """Build the engine around a model; the curvature is planned first, as long as the weights are whole."""
     by_pass = isinstance(config.curvature, PassCurvature) and not isinstance(config.curvature, DenseCurvature)
     measured = config.measures and by_pass
     coverage = plan_ahead(model, stream.image_shape) if measured and spreads_weights(config) else None
@@ -296,7 +301,7 @@ def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -
 
 
 def _check_data(tree: dict[str, Any], world: World) -> None:
-    """Memory and the order of examples are numbers of images: refuse other images under the same numbers."""
+    """Refuse data with another fingerprint: memory and order of examples are sample numbers, and would be wrong."""
     if tree["data"] != world.stream.fingerprint:
         raise FolderError(
             f"the data changed since '{world.folder.path}' was begun (fingerprint {tree['data'][:12]} then, "
@@ -305,12 +310,12 @@ def _check_data(tree: dict[str, Any], world: World) -> None:
 
 
 def _adapts(config: RunConfig) -> bool:
-    """Whether this run adapts another, or is such a run's reference: one task, and nothing after it."""
+    """Whether this run adapts another or is the reference of an adaptation; both have a single task."""
     return isinstance(config.adapt, AnyAdaptation)
 
 
 def _tasks(config: RunConfig, stream: Stream, mark: Mark) -> Sequence[Task]:
-    """Those that are still to be learned."""
+    """The tasks that are still to be learned."""
     if _adapts(config):
         return () if mark.phase == "done" else (adaptation_task(config, stream),)
     return stream.tasks[_first_task(config, stream, mark) :]
@@ -332,7 +337,7 @@ def _introduce(world: World, command: Sequence[str], found: Mark | None, state: 
         steps = planned_steps(config, stream)
     if found is not None:
         world.progress.message(f"continuing from {found.name}")
-    if not world.comm.leader:  # of what follows, git asks the disk, which may be far away
+    if not world.comm.leader:  # git reads the disk, which may be slow: on one rank only
         return
     gpu = torch.cuda.get_device_name() if world.comm.device.type == "cuda" else None
     world.log.write(
@@ -350,7 +355,7 @@ def _introduce(world: World, command: Sequence[str], found: Mark | None, state: 
 
 
 def _tell_start(start: Start, world: World) -> None:
-    """Write down which weights a run began with."""
+    """Log the pretrained weights that a run begins with."""
     if not world.comm.leader:
         return
     with open(start.path, "rb") as file:
@@ -374,7 +379,7 @@ def _announce(task: Task, world: World) -> None:
 
 
 def _write_skipped(world: World) -> None:
-    """Undecodable images that any rank met; a rank that reads on demand knows only its own. Collective."""
+    """Log the undecodable images of all ranks (a rank that reads on demand knows only its own). Collective."""
     splits: tuple[Split, Split] = ("train", "test")
     own = {(split, sample): (name, reason) for split, sample, name, reason in world.stream.skipped()}
     numbers = [[splits.index(split), sample] for split, sample in own]
@@ -398,7 +403,7 @@ def _finish(state: RunState, world: World, seconds: float) -> None:
 
 
 def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of all weights and buffers in the order of their names."""
+    """Return the SHA-256 digest of weights and buffers, in the given order."""
     digest = hashlib.sha256()
     for name, tensor in weights:
         value = tensor.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""A pass over a task that looks at the last layer: what goes into it, and the logits of the classes that compete."""
+"""A pass over a task that records the input of the last layer and the logits of the competing classes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Look:
-    """Some of this rank's examples in the evaluation view; n may be 0.
+    """A batch of this rank's examples in the evaluation view; n may be 0.
 
     sample: [n] positions
     valid: [n] bool, could be decoded
     logits: [n, K] fp32, of the competing classes in ascending order
-    x: [n, d] fp32, input of the last layer with a 1 for its bias appended; [n, 0] if it was not asked for
+    x: [n, d] fp32, input of the last layer with a 1 for its bias appended; [n, 0] if not requested
     """
 
     sample: Ints
@@ -39,7 +39,7 @@ class Look:
 
 
 def competing(task: Task, world: World) -> list[int]:
-    """The classes among which a row of the task is judged, ascending."""
+    """Return the competing classes of the task's examples, ascending: its own, or all seen up to it."""
     own = world.config.train.head == "own"
     judged = [task] if own else list(world.stream.tasks[: task.index + 1])
     return sorted({number for other in judged for number in other.classes})
@@ -48,10 +48,10 @@ def competing(task: Task, world: World) -> list[int]:
 def looks(
     samples: Ints, classes: list[int], state: RunState, world: World, *, inputs: bool, split: Split = "train"
 ) -> Generator[Look, None, None]:
-    """This rank's share of `samples`, a few at a time; as many times as every other rank, for passes are collective.
+    """Yield this rank's share of `samples` in batches, equally many on every rank, as passes are collective.
 
-    inputs: find and record what goes into the last layer, too.
-    split: whose positions the samples are.
+    inputs: also record the input of the last layer
+    split: that the sample positions refer to
 
     Raises:
         ConfigError: the last layer is no nn.Linear.
@@ -74,9 +74,9 @@ def looks(
 
 
 def last_layer(module: nn.Module, world: World, state: RunState, *, asked_by: str | None = None) -> nn.Linear:
-    """The linear layer that makes the logits; found by a pass over a blank image, collective.
+    """Return the linear layer that makes the logits, found by a pass over a blank image; collective.
 
-    asked_by: the setting that wants it; None: the selector.
+    asked_by: the setting that needs it, for error messages; None: the selector
 
     Raises:
         ConfigError: another kind of layer makes them.
@@ -108,7 +108,7 @@ def last_layer(module: nn.Module, world: World, state: RunState, *, asked_by: st
 
 @contextlib.contextmanager
 def _catching(layer: nn.Module, caught: list[Tensor]) -> Iterator[None]:
-    """The input of the layer's last call."""
+    """Keep the input of the layer's latest call in `caught`."""
 
     def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         caught[:] = [arguments[0].detach()]

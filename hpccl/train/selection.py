@@ -1,4 +1,4 @@
-"""Choosing a task's memory: one case a selector. Scores are computed by all ranks, each its share of the task."""
+"""Choosing a task's memory, one case per selector. Each rank computes the scores of its share of the task."""
 
 from __future__ import annotations
 
@@ -47,19 +47,20 @@ __all__ = ["chosen"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
-# From a look and the positions of its labels among the competing classes to scores [n].
+# (look, positions of its labels among the competing classes) -> scores [n]
 Scores: TypeAlias = Callable[[Look, Tensor], Tensor]
 
-# What a hash is for; `words` of the candidates come first.
+# Purposes of hashes; in a hash, the candidates' `words` come first.
 _PROBES, _PROJECTION = 11, 12
-_TOGETHER = 4096  # examples whose gradients are made at a time
+_TOGETHER = 4096  # examples whose gradients are computed at a time
 
 
 def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choice:
-    """What the configured selector keeps of the task's examples; collective.
+    """Return what the configured selector keeps of the task's examples; collective.
 
     Raises:
-        ConfigError: the network has no last layer that the selector could look at.
+        ConfigError: the selector needs a last layer that is an nn.Linear, or a smaller network.
+        CoverageError: the curvature of the whole network cannot be measured.
         DivergedError: a score is not finite.
         Stopped: the run was asked to stop.
     """
@@ -112,7 +113,7 @@ def _in_order_of_arrival(sample: Ints) -> Choice:
 def _scores(
     task: Task, given: Candidates, state: RunState, world: World, score: Scores, *, inputs: bool
 ) -> tuple[npt.NDArray[np.float64], Ints]:
-    """Scores of this rank's share and the samples they belong to; -inf where there is no image."""
+    """Return the scores of this rank's share and their sample positions; -inf where an image cannot be decoded."""
     classes = competing(task, world)
     found, samples = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
     for look in looks(given.samples, classes, state, world, inputs=inputs):
@@ -125,7 +126,7 @@ def _scores(
 def _whole_scores(
     config: PosteriorSelector, task: Task, given: Candidates, state: RunState, world: World
 ) -> tuple[npt.NDArray[np.float64], Ints]:
-    """As `_scores`, from the variance of the logits under the posterior of all layers."""
+    """Return scores as `_scores` does, from the variance of the logits under the posterior of all layers."""
     classes = competing(task, world)
     found, samples = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
     for each in logit_variances(task, given.samples, state, world, prior_precision=config.prior_precision):
@@ -140,7 +141,7 @@ def _whole_scores(
 
 
 def _top_layer(task: Task, given: Candidates, state: RunState, world: World, *, prior_precision: float) -> TopLayer:
-    """The last layer's posterior on the task: a pass of its own, of which only the two factors stay."""
+    """Return the last layer's posterior on the task, from a pass of its own that keeps the two factors only."""
     classes = competing(task, world)
     moment: Tensor | None = None
     curvature = torch.zeros(len(classes), len(classes), dtype=torch.float64)
@@ -161,7 +162,9 @@ def _top_layer(task: Task, given: Candidates, state: RunState, world: World, *, 
 class _Share:
     """This rank's share of the task, in host memory until the choice is made.
 
-    sample: [share]; valid: [share] bool; x: [share, d] with the 1; logits: [share, K]; labels: [share] among the K
+    sample: [share] positions; valid: [share] bool, could be decoded
+    x: [share, d] input of the last layer, with a 1 appended for the bias
+    logits: [share, K] of the competing classes; labels: [share] positions among these
     """
 
     sample: Ints
@@ -190,14 +193,14 @@ def _on_host(seen: Iterable[Look]) -> Iterator[Look]:
 
 
 def _labels(sample: Ints, classes: list[int], world: World) -> Tensor:
-    """Positions of the samples' classes among `classes`."""
+    """Return the positions of the samples' labels in `classes`."""
     return torch.from_numpy(np.searchsorted(classes, world.stream.labels("train")[sample]))
 
 
 def _reconstruction(
     config: ReconstructionSelector, task: Task, given: Candidates, state: RunState, world: World
 ) -> Choice:
-    """Matching, by class, of sums or means of gradients of the last layer; see docs/memory.md for the objectives."""
+    """Choose, by class, examples that match sums or means of last-layer gradients; objectives are in docs/memory.md."""
     prior, comm = world.config.prior, world.comm
     seen = _Share.of(task, given, state, world)
     good = torch.from_numpy(seen.valid)
@@ -219,7 +222,7 @@ def _reconstruction(
     width = min(outputs * inputs, config.projection)
 
     def vectors(part: slice) -> Tensor:
-        """[n, D], or [n, 2 D] with what the quadratic says of each example."""
+        """Return projected gradients [n, D]; with a quadratic [n, 2 D], followed by its gradient for each example."""
         logits, x = seen.logits[part], seen.x[part]
         own = project(residuals(logits, x, seen.labels[part]), x)
         return torch.cat([own, weight * project(residuals.first_order(logits, x), x)], dim=1) if weight else own
@@ -236,6 +239,6 @@ def _reconstruction(
     choice = by_class(gradients, seen.sample, seen.valid, given=given, comm=comm, pick=pick)
     if config.weights == "equal":
         return replace(choice, weight=np.ones(len(choice.weight)))
-    # Beside a quadratic an example stands for itself, whatever the size of the memory, unless the prior scales it up.
+    # With a quadratic an example stands for itself, whatever the size of the memory, unless the prior scales it up.
     alone = weight > 0 and not prior.scale_to_task
     return replace(choice, weight=choice.weight * len(given.samples) / max(given.keep, 1)) if alone else choice

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and what surrounds it."""
+"""The state of a run, which checkpoints save, and its surroundings, which they do not."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _VALUES = 8_000_000
 
 @dataclass
 class RunState:
-    """Everything a checkpoint holds: weights and optimiser, what the past says, where the run is, results so far.
+    """Everything a checkpoint holds: weights and optimiser, the prior from the past, progress, results so far.
 
-    shard, writing: of checkpoints themselves; not saved
-    coverage: how curvature will be measured, where that is found before weights are spread; not saved
+    shard, writing: this rank's shard, and the checkpoint that is being written; not saved
+    coverage: how curvature will be measured, if it was planned before weights were sharded; not saved
     """
 
     engine: Engine
@@ -50,11 +50,11 @@ class RunState:
     coverage: Coverage | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The nest that is saved."""
+        """Return the nested dict that a checkpoint saves."""
         return {"engine": self.engine.state_dict(), "prior": self.prior.state_dict(), "results": self.results}
 
     def load_state_dict(self, state: dict[str, Any], mark: Mark, shards: Shards, comm: Comm) -> None:
-        """The inverse of state_dict, taken at `mark`; `shards` reads the ranks' own parts, on any number of ranks."""
+        """Restore a state_dict that was saved at `mark`; `shards` reads the parts of all ranks, however many saved."""
         self.engine.load_state_dict(state["engine"])
         engine = self.engine
         self.prior = Prior.from_state_dict(state["prior"], shards, comm, engine.place, engine.like).to(engine.device)
@@ -64,9 +64,10 @@ class RunState:
 
 @dataclass
 class Phase:
-    """What a phase of a task cost, so far.
+    """The cost of a phase of a task so far.
 
-    spent: write it down as far as a step, at which the phase may have to be entered again
+    images: images processed
+    spent: logs the cost up to a step at which the phase may have to be resumed
     """
 
     images: int = 0
@@ -75,7 +76,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class World:
-    """What a run meets: its configuration, its ranks, its data, its folder, its listeners. Nothing here is saved."""
+    """A run's surroundings: configuration, ranks, data, folder, logs, stop requests. Nothing here is saved."""
 
     config: RunConfig
     comm: Comm
@@ -87,12 +88,12 @@ class World:
 
     @property
     def stream_batch(self) -> int:
-        """Images at a time where nothing is learned: as many as some tens of megabytes hold."""
+        """Batch size of passes outside training: as many images as fit in some tens of megabytes, 16 to 500."""
         largest = max(math.prod(self.stream.shape(split)) for split in SPLITS)
         return min(max(_VALUES // largest, 16), 500)
 
     def save(self, state: RunState, mark: Mark) -> None:
-        """Checkpoint: the leader writes what all ranks hold, each rank its share of the curvature."""
+        """Write a checkpoint: the leader what all ranks have in common, each rank its share of the curvature."""
         state.mark = mark
         self.settle(state)
         config, start = self.config.checkpoint, time.perf_counter()
@@ -113,7 +114,7 @@ class World:
             self.settle(state)
 
     def settle(self, state: RunState, *, wait: bool = True) -> None:
-        """Finish the checkpoint that is being written, if there is one; collective. `wait` False: if it is written."""
+        """Finish the checkpoint that is being written, if any; collective. wait: False to do so only if it is ready."""
         writing = state.writing
         if writing is None or (not wait and self.comm.any(not writing.written)):
             return
@@ -132,7 +133,7 @@ class World:
 
     @contextlib.contextmanager
     def phase(self, task: Task, name: str, *, part: int = 0) -> Iterator[Phase]:
-        """Time a phase and write it down; `part` is the step at which it was (re)entered."""
+        """Time a phase and log its cost; `part` is the step at which it was entered or resumed."""
         start = time.perf_counter()
 
         def write(event: str, **more: int) -> None:
@@ -148,7 +149,7 @@ class World:
 
 
 def _copied(node: Any) -> Any:
-    """A nest with its tensors copied to host memory: training goes on while they are written."""
+    """Copy the tensors of a nested structure to host memory, as training goes on while they are written."""
     if isinstance(node, Tensor):
         return node.detach().to("cpu", copy=True)
     if isinstance(node, Slab):

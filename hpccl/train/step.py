@@ -1,4 +1,4 @@
-"""One optimiser step; the page to read first."""
+"""One optimiser step: the module to read first."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from hpccl.train.loss import feature_losses, weighted_nats
 
 __all__ = ["TERM_NAMES", "StepStats", "train_step"]
 
-TERM_NAMES = ("new", "soft", "replay", "distill", "anchor", "minmax")  # of rows' terms, then of features' kinds
+TERM_NAMES = ("new", "soft", "replay", "distill", "anchor", "minmax")  # Rows.term, then FeatureRows.kind
 _FEATURES = TERM_NAMES.index("anchor")
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """terms: [6] this rank's share of the loss, in the order of TERM_NAMES; gradient_norm: [] over all ranks.
+    """Loss terms and gradient norm of one step.
 
+    terms: [6] this rank's share of the loss, in the order of TERM_NAMES
+    gradient_norm: [] over all ranks
     functional: [] this rank's share of the functional prior, per training example
     """
 
@@ -39,13 +41,16 @@ def train_step(
     layer: str | None = None,
     recalled: Recalled | None = None,
 ) -> StepStats:
-    """One step on J(w) / num_train,   J = sum_i v_i CE_i(w) + 1/2 (w - a)' P (w - a).
+    """Take one step on J(w) / num_train,   J = sum_i v_i CE_i(w) + 1/2 (w - a)' P (w - a).
 
-    batches: this rank's micro-batches; num_rows: rows of the step over all ranks and micro-batches; layer: the name of
-    the last one, where rows speak of what enters it.
-    The quadratic was attached to the engine when the task began and enters the gradient there. What is recalled has a
-    pass of its own, the step's first. An optimiser that draws or perturbs weights takes its gradients of all of J at
-    those; the terms are those of its first pass.
+    batches: this rank's micro-batches
+    num_rows: rows of the step over all ranks and micro-batches
+    layer: name of the last layer, where rows have losses on its input (`Rows.features`)
+    recalled: the functional prior's examples of this step; they have a pass of their own, the first of the step
+
+    The quadratic was attached to the engine when the task began and enters the gradient there. An optimiser that draws
+    or perturbs weights evaluates the gradient of all of J at those weights, perhaps in several passes; the returned
+    terms are those of the first.
     """
     functional = torch.zeros((), device=engine.device)
     terms = torch.zeros(len(TERM_NAMES), device=engine.device)
@@ -62,7 +67,7 @@ def train_step(
 
 
 def _learn(engine: Engine, rows: Rows, *, num_rows: int, layer: str | None, last: bool) -> list[tuple[Tensor, Tensor]]:
-    """A forward and a backward pass of a micro-batch; the places in TERM_NAMES and the shares of its losses."""
+    """Run a micro-batch forward and backward; return pairs (index into TERM_NAMES, loss), each by row."""
     engine.weigh(rows.image_weights)
     if layer is None or rows.features is None:
         nats = weighted_nats(engine.forward(rows.pixels, rows.noise, last=last), rows) / num_rows

@@ -1,4 +1,4 @@
-"""A wish to stop, heard by one process and agreed on by all."""
+"""Stop requests: received by one process, agreed on by all."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Stop", "Stopped"]
 
 
 class Stopped(Exception):  # noqa: N818  (a wish, not an error)
-    """Leaves a phase that is repeated from its beginning; all ranks raise it together."""
+    """Raised by all ranks together to leave a phase on a stop request; what was not saved is repeated later."""
 
 
 class Stop:
-    """A signal handler only sets a flag here; ranks agree in a collective between two steps, never in the handler."""
+    """A flag that signal handlers set; ranks agree on it in a collective between two steps, never in the handler."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -25,9 +25,9 @@ class Stop:
         self.reason = self.reason or reason
 
     def on_signal(self, number: int, _frame: FrameType | None = None) -> None:
-        """For signal.signal()."""
+        """Handle a signal: to be passed to signal.signal()."""
         self.request(f"signal {signal.Signals(number).name}")
 
     def requested(self, comm: Comm) -> bool:
-        """True on every rank if any rank was asked. Collective."""
+        """Return True on every rank if any rank was asked to stop. Collective."""
         return comm.any(self.reason is not None)

@@ -1,4 +1,4 @@
-"""A pass over some of a task's examples as curvature is measured on them."""
+"""A pass over some of a task's examples, in the form that curvature estimators need."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["TaskPass"]
 
 Ints = npt.NDArray[np.int64]
 
-_GROUP = 127  # what a hash is for (apart from those of hpccl.data.order and hpccl.train)
+_GROUP = 127  # purpose of a hash (differs from those in hpccl.data.order and hpccl.train)
 
 
 @dataclass(frozen=True)
 class TaskPass:
-    """This rank's share of the samples in the evaluation view, with the head they are judged by; may be repeated.
+    """This rank's share of the samples in the evaluation view, with their head; may be iterated repeatedly.
 
-    group: above 1, so many at a time, drawn by the seed: the same ones together whatever the number of ranks
+    group: above 1, the batch size; batches are drawn by the seed and the same whatever the number of ranks
     """
 
     task: Task
@@ -39,7 +39,7 @@ class TaskPass:
     def __iter__(self) -> Iterator[Examples]:
         device, head = self.world.comm.device, self._head().to(self.world.comm.device)
         labels = torch.from_numpy(self.world.stream.labels("train"))
-        blank = np.resize(self.samples, 1)  # stands for nothing: its weight is 0
+        blank = np.resize(self.samples, 1)  # a placeholder with weight 0
         for seen in self._images():
             positions = torch.from_numpy(seen.sample if len(seen.sample) else blank)
             yield Examples(
@@ -53,7 +53,7 @@ class TaskPass:
     def _images(self) -> Generator[Seen, None, None]:
         if self.group == 1:
             return shared_images(self.samples, self.world, size=self.world.config.curvature.batch_size)
-        # Stored examples may be sorted by class, and a group of one class would be another one's opposite.
+        # Stored examples may be sorted by class; in a group of one class, opposite gradients would not cancel.
         priority = mix(self.world.config.seed, _GROUP, self.task.index, self.samples)
         drawn = self.samples[np.argsort(priority, kind="stable")]
         return shared_images(drawn, self.world, size=self.group, whole=True)

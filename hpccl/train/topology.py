@@ -1,7 +1,7 @@
 """TOPIC in a run: the neural gas is fitted as the first task ends, grows as a session begins, and settles as it ends.
 
-While a session is learned the net stands still, so that a step is a function of its counters and all there is lies in a
-checkpoint. Every rank has the same net: features are made by all, gathered, and the net is fitted by each.
+While a session is learned the net does not change, so that a step is a function of its counters and checkpoints hold
+the whole state. Every rank has the same net: all ranks compute features, gather them, and each fits the net.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["ASKED_BY", "Topology", "begin_session", "end_session"]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 ASKED_BY = "prior.topology.nodes"
-# What a hash is for (apart from those of hpccl.data and of consolidate).
+# Purposes of hashes (numbers differ from those in hpccl.data and consolidate).
 _START, _ORDER = 111, 112
 
 
 def begin_session(task: Task, state: RunState, world: World) -> None:
-    """Let the net grow by the new classes, as the network of the last task sees them; collective.
+    """Add nodes for the new classes to the net, at features of the last task's network; collective.
 
     Raises:
         Stopped: the run was asked to stop; nothing was changed.
@@ -50,7 +50,7 @@ def begin_session(task: Task, state: RunState, world: World) -> None:
 
 
 def end_session(task: Task, state: RunState, world: World) -> Gas | None:
-    """The net after a task; None if none is wanted. Collective.
+    """Return the net after a task; None without a topology. Collective.
 
     Raises:
         Stopped: the run was asked to stop.
@@ -93,13 +93,13 @@ def _rules(config: TopologyConfig) -> Rules:
 
 
 def _features(samples: Ints, state: RunState, world: World) -> tuple[Floats, Ints]:
-    """[n, d] of the evaluation views of images that could be decoded, on every rank, and which these are."""
+    """Return features [n, d] of evaluation views and sample positions [n] of the decodable images, on every rank."""
     found, valid = _all_features(samples, state, world)
     return found[valid], samples[valid]
 
 
 def _images(gas: Gas, state: RunState, world: World) -> Floats:
-    """[N, d] of the nodes' images by the present network."""
+    """Return the present network's features [N, d] of the images that represent the nodes."""
     found, _ = _all_features(gas.sample.numpy(), state, world)
     return found
 
@@ -120,7 +120,7 @@ def _all_features(samples: Ints, state: RunState, world: World) -> tuple[Floats,
 
 @dataclass(frozen=True)
 class Topology:
-    """What the net says while one session is learned.
+    """The net's losses on features while one session is learned.
 
     gas: as the session began; layer: name of the last layer; margin: xi
     """
@@ -132,19 +132,20 @@ class Topology:
 
     @classmethod
     def of(cls, gas: Gas | None, config: TopologyConfig, layer: str) -> Topology | None:
-        """Of a session; None where there is no net yet."""
+        """Set up the losses of a session; None where there is no net yet."""
         return None if gas is None else cls(config, gas, layer, config.margin or gas.diameter)
 
     @property
     def anchors(self) -> Ints:
-        """[A] the training examples of old nodes, which are shown in every step."""
+        """The training examples [A] that represent old nodes, shown in every step; none if their weight is 0."""
         return self.gas.sample.numpy()[: self.gas.old if self.config.anchor else 0]
 
     def rows(self, sample: Tensor, new: Tensor, anchors: Ints, valid: Tensor, *, batch: int) -> FeatureRows:
-        """What is said of a micro-batch's images.
+        """Return the rows on features of a micro-batch's images.
 
-        sample: [p] of its rows; new: [p] bool, which are of the session and count; anchors: [a] positions in `anchors`,
-        whose images follow; valid: [p + a] bool; batch: rows of the whole step
+        sample: [p] of its rows; new: [p] bool, rows of the session's examples that are no fillers
+        anchors: [a] positions in `self.anchors`, whose images follow; valid: [p + a] bool, could be decoded
+        batch: rows of the whole step
         """
         parts = [self._anchored(anchors, first=len(sample))]
         if self.config.minmax:
@@ -173,7 +174,7 @@ class Topology:
         )
 
     def _near(self, position: int, sample: int, batch: int) -> tuple[Tensor, ...]:
-        """An example's node; and, of an example that stands for a node, the rivals."""
+        """Pull an example to its node and, if it represents a node, push it from the node's rivals."""
         gas = self.gas
         mine = (gas.shot == sample).nonzero().flatten()
         pulled = gas.shot_node[mine]

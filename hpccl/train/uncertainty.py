@@ -1,7 +1,7 @@
-"""What a run's network predicts when its weights are uncertain: `hpccl evaluate --posterior`.
+"""Predictions of a run's network under a posterior of its weights: `hpccl evaluate --posterior`.
 
-The Laplace posterior is that of the curvature in the checkpoint, around the weights at its end. It knows what the
-curvature knows: the examples that are not in memory.
+The Laplace posterior has the curvature in the checkpoint, around the weights at the end of the task. Like the
+curvature, it covers the examples that are not in memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["Approximation", "evaluate_posterior", "measured_past", "predictions"
 Ints = npt.NDArray[np.int64]
 Approximation: TypeAlias = Literal["sampled", "probit", "monte_carlo"]
 
-_FEW = 2000  # test images, unless told otherwise, where each needs the Jacobian of the whole network
+_FEW = 2000  # default number of test images where each needs the Jacobian of the whole network
 _SUBSAMPLE, _NOISE = 123, 124
 
 
@@ -52,16 +52,16 @@ def evaluate_posterior(
     examples: int | None = None,
     prior_precision: float | None = None,
 ) -> Uncertainty:
-    """Figures of the predictive distribution after the newest finished task, or after `task`; writes nothing.
+    """Evaluate the predictive distribution after the newest finished task, or after `task`; writes nothing.
 
     Args:
         path: the run's folder.
-        approximation: weights drawn from the posterior; or the network linearised at the mean, with the probit
-            approximation or with logits drawn.
+        approximation: weights sampled from the posterior (`sampled`); or the network linearised at the mean, with the
+            probit approximation or with sampled logits (`monte_carlo`).
         task: counted from 0.
-        samples: drawn weights, or logits an image.
-        examples: test images, drawn uniformly; None: all for `sampled`, 2000 otherwise.
-        prior_precision: delta; None: that with the largest evidence.
+        samples: number of sampled weights, or of sampled logits per image.
+        examples: number of test images, drawn uniformly; None: all for `sampled`, 2000 otherwise.
+        prior_precision: delta; None: the one with the largest evidence.
 
     Raises:
         FolderError: the folder is no run, or has no such checkpoint, or no curvature in it.
@@ -103,7 +103,9 @@ def _check(*, samples: int, examples: int | None, prior_precision: float | None)
 
 
 def posterior_of(state: RunState, world: World, prior_precision: float | None) -> Posterior:
-    """Of the curvature in the state, around its anchor; collective.
+    """Build the Laplace posterior of the curvature in the state, around its anchor; collective.
+
+    prior_precision: delta; None: the one with the largest evidence
 
     Raises:
         FolderError: there is no curvature.
@@ -119,7 +121,7 @@ def posterior_of(state: RunState, world: World, prior_precision: float | None) -
 
 
 def measured_past(state: RunState, world: World) -> Quadratic:
-    """The quadratic of the checkpoint, whose precision is the curvature of a likelihood.
+    """Return the quadratic of the checkpoint, after checking that its precision is the curvature of a likelihood.
 
     Raises:
         FolderError: there is no curvature.
@@ -140,11 +142,12 @@ def predictions(
     samples: int,
     examples: int | None,
 ) -> dict[str, npt.NDArray[Any]]:
-    """What is predicted for every test image, by name of the column, the same on all ranks; collective.
+    """Return a table of the predictions for every test image, by column name, the same on all ranks; collective.
 
-    `sample`, `task`, `label`, and `<which>_<head>_<merit>` for the network at the mean (`mean`) and the predictive
-    distribution (`posterior`), among the image's own classes (`own`) and all seen so far (`seen`); merits are those of
-    `curvature.predictive.merits`. Images of tasks that were not learned have no such classes: their nats are infinite.
+    Columns are `sample`, `task`, `label`, and `<which>_<head>_<merit>` for the network at the mean (`mean`) and the
+    predictive distribution (`posterior`), over the classes of the image's task (`own`) and all seen so far (`seen`);
+    merits are those of `curvature.predictive.merits`. Where an image's class is not among the seen ones, as in tasks
+    not yet learned, nats over `seen` are infinite.
 
     Raises:
         ConfigError: the network does not suit the approximation.
@@ -187,7 +190,8 @@ def _chosen(world: World, examples: int | None, *, everything: bool) -> Ints:
 class _Judge:
     """Which classes compete for an image.
 
-    tasks: of the stream; heads: [T, C] bool, each task's classes; seen: [C] bool
+    tasks: of the stream
+    heads: [T, C] bool, each task's classes; seen: [C] bool, all seen classes
     """
 
     tasks: Sequence[Task]
@@ -201,7 +205,7 @@ class _Judge:
         return cls(world.stream.tasks, heads, heads[: last + 1].any(dim=0))
 
     def both(self, sample: Ints) -> tuple[Tensor, Tensor]:
-        """Own and seen classes of test images, each [n, C]."""
+        """Return the classes of the own task and the seen classes for test images, masks [n, C] each."""
         own = self.heads[torch.from_numpy(task_numbers(self.tasks, "test", sample)).to(self.heads.device)]
         return own, self.seen.expand_as(own)
 
@@ -217,7 +221,7 @@ class _Batch:
 
 
 def _batches(chosen: Ints, state: RunState, world: World, size: int) -> Iterator[_Batch]:
-    """This rank's share; as many times as every other rank."""
+    """Yield this rank's share of the chosen test images in batches, equally many on every rank."""
     labels = torch.from_numpy(world.stream.labels("test"))
     predict = with_mirror_images(state.engine.predict, world)
     for seen in shared_images(chosen, world, size=size, split="test"):
@@ -231,7 +235,7 @@ def _batches(chosen: Ints, state: RunState, world: World, size: int) -> Iterator
 def _by_samples(
     chosen: Ints, judge: _Judge, state: RunState, world: World, *, posterior: Posterior, samples: int
 ) -> npt.NDArray[np.float64]:
-    """A pass for the mean and one for every draw, which is put into the engine."""
+    """Return the rows of `predictions`, from one pass at the mean and one for each sample of the weights."""
     known: list[Tensor] = []
     sums: list[list[Tensor]] = []
     for number in range(-1, samples):
@@ -258,7 +262,10 @@ def _by_samples(
 def _linearised(
     chosen: Ints, judge: _Judge, state: RunState, world: World, *, posterior: Posterior, samples: int
 ) -> npt.NDArray[np.float64]:
-    """One pass, in which every rank takes all images: each has a part of the posterior. Without samples: probit."""
+    """Return the rows of `predictions` by the linearised network, in one pass; samples: 0 for probit.
+
+    Every rank takes all images, as each has a part of the posterior.
+    """
     _refuse_unfit(state, world)
     alone = replace(world, comm=Comm.solo(world.comm.device))
     rows = [torch.zeros(0, 1 + 4 * len(MERITS), dtype=torch.float64, device=world.comm.device)]
@@ -279,7 +286,7 @@ def _linearised(
 
 
 def _noise(batch: _Batch, samples: int, seed: int) -> Tensor:
-    """[S, n, C], a function of (seed, test image) alone."""
+    """Draw standard normal noise [S, n, C], a function of (seed, test image) alone."""
     classes = batch.logits.shape[1]
     keys = mix(seed, _NOISE, batch.sample)
     draws = [np.random.Generator(np.random.Philox(key=int(key))).standard_normal((samples, classes)) for key in keys]
@@ -287,7 +294,11 @@ def _noise(batch: _Batch, samples: int, seed: int) -> Tensor:
 
 
 def _refuse_unfit(state: RunState, world: World) -> None:
-    """Raises ConfigError."""
+    """Refuse networks that cannot be linearised as configured.
+
+    Raises:
+        ConfigError: tests average over mirror images, or the Jacobian is too large.
+    """
     if world.config.train.flip_test:
         raise ConfigError(
             "train.flip_test=true averages the logits of an image and its mirror image, which the linearised network "
@@ -304,6 +315,6 @@ def _refuse_unfit(state: RunState, world: World) -> None:
 def _pictures(samples: Sequence[int] | Ints, world: World) -> Mapping[int, npt.NDArray[np.uint8]]:
     found = {}
     for sample in map(int, samples):
-        with contextlib.suppress(DataError):  # data.bad_images is `skip`, and it is no longer there
+        with contextlib.suppress(DataError):  # data.bad_images is `skip`, and the image is gone
             found[sample] = thumbnail(world.stream.raw(sample, "test"))
     return found

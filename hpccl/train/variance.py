@@ -1,8 +1,8 @@
 """The variance of every example's logits under the posterior of the whole network, J P^-1 J': all layers, linearised.
 
-P = F + delta I, F the Kronecker-factored curvature of the task, exact over labels, measured in passes of their own. An
-example costs one backward pass for each class of the head that its weights serve, and with several ranks every rank
-makes those of all examples, each for its own layers (`hpccl.curvature.posterior`).
+P = F + delta I, F the Kronecker-factored curvature of the task, exact over labels, measured in passes of its own. An
+example costs one backward pass for each competing class. With several ranks, every rank makes those of all examples,
+each for its own layers (`hpccl.curvature.posterior`).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = ["Spread", "logit_variances", "only_classes", "refuse_large_jacobians"
 
 Ints = npt.NDArray[np.int64]
 
-_LARGEST = 4 << 30  # bytes of one image's Jacobian by one layer, with the copies that are made of it
-_TOGETHER = 64  # images of a rank
+_LARGEST = 4 << 30  # bytes of one image's Jacobian with respect to one layer, including copies
+_TOGETHER = 64  # images of a rank at a time
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Some of this rank's examples; n may be 0.
+    """A batch of this rank's examples; n may be 0.
 
-    sample: [n]; valid: [n] bool, could be decoded
-    logits: [n, K] of the competing classes; variance: [n, K, K] of them
+    sample: [n] positions; valid: [n] bool, could be decoded
+    logits: [n, K] of the competing classes; variance: [n, K, K] their covariance
     """
 
     sample: Ints
@@ -53,7 +53,7 @@ class Spread:
 def logit_variances(
     task: Task, samples: Ints, state: RunState, world: World, *, prior_precision: float
 ) -> Iterator[Spread]:
-    """This rank's share of the task's `samples`, a few at a time; collective, and whole weights on every rank.
+    """Yield this rank's share of the task's `samples` in batches; collective, with unsharded weights on every rank.
 
     Raises:
         ConfigError: the network is too large.
@@ -73,7 +73,7 @@ def logit_variances(
         number = len(seen.sample)
         counts = comm.gather(torch.tensor([number])).tolist()
         first = sum(counts[: comm.rank])
-        pixels = comm.gather(seen.pixels[:number])  # every rank has some layers, and needs all images for them
+        pixels = comm.gather(seen.pixels[:number])  # each rank has some layers and needs all images for them
         logits = state.engine.predict(seen.pixels)[:number, classes]
         with only_classes(network, classes):
             variance = posterior.logit_variance(network, pixels)[first : first + number]
@@ -82,7 +82,7 @@ def logit_variances(
 
 @contextlib.contextmanager
 def only_classes(module: nn.Module, classes: Sequence[int]) -> Iterator[None]:
-    """The network makes the logits of these classes only: the Jacobians of others would be for nothing."""
+    """Restrict the network's logits to these classes, so that no other Jacobians are computed."""
     handle = module.register_forward_hook(lambda _module, _arguments, out: out[:, list(classes)])
     try:
         yield
@@ -91,12 +91,12 @@ def only_classes(module: nn.Module, classes: Sequence[int]) -> Iterator[None]:
 
 
 def refuse_large_jacobians(module: nn.Module, num_classes: int, *, wanted_by: str, instead: str) -> None:
-    """See before long work that the derivatives of one image's logits by any layer can be held.
+    """Check before long work that the Jacobian of one image's logits with respect to any parameter fits in memory.
 
-    wanted_by: the setting or option that needs them; instead: what to do without
+    wanted_by: the setting or option that needs it; instead: the alternative to advise
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: it does not.
     """
     name, largest = max(trainable(module).items(), key=lambda item: item[1].numel())
     needed = 4 * 4 * num_classes * largest.numel()

@@ -1,1 +1,1 @@
-"""The memory map of a run: what each training example is worth to the network."""
+"""The memory map of a run: how important each training example is to the network."""

@@ -1,4 +1,4 @@
-"""A map from the posterior of all weights: with a curvature measured for it, or that of the checkpoint."""
+"""The memory map by the posterior of all weights, with a curvature measured for it or that of the checkpoint."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ Whole: TypeAlias = Measured | Literal["checkpoint"]
 def by_all_weights(
     kind: Whole, groups: Sequence[Group], state: RunState, world: World, prior_precision: float | None
 ) -> tuple[list[Found], float]:
-    """A pass for the curvature, unless the checkpoint has it, and one for Jacobians."""
+    """Return the figures of every group, and delta, from a pass for the curvature (if measured) and one for Jacobians.
+
+    prior_precision: delta; None: the one with the largest evidence
+    """
     module = state.engine.module
     largest = max(len(competing(group.task, world)) for group in groups)
     refuse_large_jacobians(module, largest, wanted_by=f"--posterior {kind}", instead="use --posterior last_layer")
@@ -57,11 +60,11 @@ def by_all_weights(
 
 
 def _measured(kind: Measured, groups: Sequence[Group], state: RunState, world: World) -> Precision:
-    """On the groups' examples, as if it had been on all that they stand for."""
+    """Measure the curvature on the groups' examples, scaled to all examples that they represent."""
     estimator = build_estimator(_curvature(kind, world), world.config.seed)
     try:
         estimator.check(state.engine.module)
-    except CoverageError as error:  # whose advice is for the configuration of a run that is to be trained
+    except CoverageError as error:  # its advice is about the configuration of a new run
         raise CoverageError(f"--posterior {kind}: {error}; here: take --posterior diagonal or last_layer") from error
     precision = estimator.estimate(state.engine.module, _Passes(groups, world), world.comm)
     share = sum(group.total for group in groups) / max(1, sum(len(group.measured) for group in groups))
@@ -69,7 +72,7 @@ def _measured(kind: Measured, groups: Sequence[Group], state: RunState, world: W
 
 
 def _curvature(kind: Measured, world: World) -> PassCurvature:
-    """As the run measures it where it is of this kind; exact over labels."""
+    """Return the settings of a kind of curvature, those of the run where it has the same; exact over labels."""
     match kind:
         case "diagonal":
             return DiagonalCurvature()
@@ -92,11 +95,11 @@ def _of_layers(kind: type[ByLayer], world: World) -> ByLayer:
 
 
 def _kept(state: RunState, world: World) -> Precision:
-    """The curvature that the run goes on with.
+    """Return the curvature in the checkpoint.
 
     Raises:
-        FolderError: there is none, or it is of earlier tasks.
-        ConfigError: it is of no posterior.
+        FolderError: there is none, or it is of earlier tasks only.
+        ConfigError: it is an importance or of another network, which gives no posterior.
     """
     if state.mark.phase != "done":
         raise FolderError(
@@ -108,7 +111,7 @@ def _kept(state: RunState, world: World) -> Precision:
 
 @dataclass(frozen=True)
 class _Passes:
-    """All groups' examples for the curvature, one group after the other; may be repeated."""
+    """All groups' examples for the curvature, one group after the other; may be iterated repeatedly."""
 
     groups: Sequence[Group]
     world: World

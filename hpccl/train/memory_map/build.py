@@ -1,8 +1,7 @@
-"""The memory map of a run: every training example's error, variance and sensitivity, and what follows from them.
+"""The memory map of a run: every training example's error, variance and sensitivity, and tables derived from them.
 
-All are of one checkpoint's network and a Laplace posterior at its weights; the formulas are in
-`hpccl.memory.perturbation`. Examples are judged among the classes that competed when they were learned: those of their
-own task, or all that were seen.
+All figures are of one checkpoint's network and a Laplace posterior at its weights; the formulas are in
+`hpccl.memory.perturbation`. The competing classes are those of an example's task, or all seen ones (`train.head`).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ __all__ = ["Kind", "map_memory"]
 Ints = npt.NDArray[np.int64]
 Kind: TypeAlias = Literal["last_layer"] | Whole
 
-_FEW = 2000  # examples of the map, unless told otherwise, where each needs the Jacobian of the whole network
+_FEW = 2000  # default number of examples where each needs the Jacobian of the whole network
 _SUBSAMPLE, _CURVATURE = 121, 122
 
 
@@ -42,16 +41,16 @@ def map_memory(
     fraction: float | None = None,
     prior_precision: float | None = None,
 ) -> MemoryMap:
-    """The map of the newest checkpoint, or of the newest of `task`; writes nothing.
+    """Compute the map of the newest checkpoint, or of the newest of `task`; writes nothing.
 
     Args:
         path: the run's folder.
         task: counted from 0.
-        posterior: of the last layer; of all weights, with a curvature that is measured for the map; or with that in the
-            checkpoint, which may be what an optimiser has learned.
-        examples: of the map, drawn uniformly; None: all for `last_layer`, 2000 otherwise.
+        posterior: `last_layer`; or that of all weights, with a kind of curvature that is measured for the map, or with
+            that in the checkpoint (`checkpoint`), which an optimiser may have learned.
+        examples: number of examples in the map, drawn uniformly; None: all for `last_layer`, 2000 otherwise.
         fraction: share of the training examples on which the curvature of all weights is measured; None: all.
-        prior_precision: delta; None: that with the largest evidence.
+        prior_precision: delta; None: the one with the largest evidence.
 
     Raises:
         FolderError: the folder is no run, or has no such checkpoint, or no curvature in it.

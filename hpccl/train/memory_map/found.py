@@ -1,4 +1,4 @@
-"""What a map is of, and what a pass over its examples finds."""
+"""The examples of a map, and the figures that a pass over them gives."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Group:
-    """Examples that are judged among the same classes.
+    """Examples with the same competing classes.
 
-    task: of which `competing` names the classes
-    samples: [n] of the map, ascending
-    measured: [m] of which the curvature of all weights is
-    total: training examples of these tasks
+    task: whose `competing` gives these classes
+    samples: [n] positions of the examples in the map, ascending
+    measured: [m] positions of the examples on which the curvature of all weights is measured
+    total: number of training examples that the group represents
     """
 
     task: Task
@@ -36,10 +36,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Found:
-    """What one group's pass over its examples found.
+    """The figures of one group's examples.
 
-    sample: [n]; columns: [n] by name
-    removed: by class, mean nats of its examples if none of them had been learned, after one Newton step
+    sample: [n] positions; columns: [n] figures by name
+    removed: by class, mean nats of its examples if none of them had been learned, by one Newton step
     """
 
     sample: Ints
@@ -48,5 +48,5 @@ class Found:
 
 
 def joined(columns: Sequence[dict[str, Tensor]]) -> dict[str, Floats]:
-    """Parts of columns one after the other."""
+    """Concatenate parts of columns."""
     return {name: torch.cat([each[name] for each in columns]).cpu().numpy() for name in columns[0]}

@@ -1,4 +1,4 @@
-"""A map from the Laplace posterior of the last layer: one Kronecker product for each group of competing classes."""
+"""The memory map by the last layer's Laplace posterior: one Kronecker product for each group of competing classes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,19 @@ __all__ = ["by_last_layer"]
 
 Ints = npt.NDArray[np.int64]
 
-_BY_CLASS = 1 << 26  # numbers of the factors of each class alone
-_GRADIENTS = 1 << 26  # numbers of the gradients of some classes at once: of 1,000 classes, all would be 16 GB
+_BY_CLASS = 1 << 26  # elements of the input moments of all classes, up to which they are kept by class
+_GRADIENTS = 1 << 26  # elements of gradients at a time: for all of 1,000 classes they would take 16 GB
 
 
 def by_last_layer(
     groups: Sequence[Group], state: RunState, world: World, prior_precision: float | None
 ) -> tuple[list[Found], float]:
-    """One pass over the images; what the last layer saw waits in a file until its curvature is known."""
+    """Return the figures of every group, and delta, from one pass over the images.
+
+    Logits and inputs of the last layer are kept in a file until its curvature is known.
+
+    prior_precision: delta; None: the one with the largest evidence
+    """
     try:
         layer = last_layer(state.engine.module, world, state)
     except ConfigError as error:
@@ -53,7 +58,7 @@ def by_last_layer(
 
 
 def _refuse_shared(groups: Sequence[Group]) -> None:
-    """Each has a posterior of its own, which is that of its rows where no other group has examples of them."""
+    """Refuse groups that share classes: each has a posterior of its own rows, from its own examples alone."""
     labels = [label for group in groups for label in group.task.classes]
     if len(labels) > len(set(labels)):
         raise ConfigError(
@@ -63,7 +68,7 @@ def _refuse_shared(groups: Sequence[Group]) -> None:
 
 
 def _square(layer: nn.Linear, spools: Sequence[_Spool]) -> float:
-    """|w|^2 of the competing rows."""
+    """Return |w|^2 over the last layer's rows of competing classes."""
     rows = sorted({number for spool in spools for number in spool.classes})
     weights = [value[rows] for value in layer.parameters()]  # a bias may be absent
     return sum(float(value.detach().double().square().sum()) for value in weights)
@@ -71,12 +76,12 @@ def _square(layer: nn.Linear, spools: Sequence[_Spool]) -> float:
 
 @dataclass(frozen=True)
 class _Spool:
-    """Logits and inputs of the last layer of a group's examples, in a file that vanishes.
+    """Logits and inputs of the last layer of a group's examples, in a temporary file.
 
-    classes: [K]
-    sample: [n] of those that could be decoded; labels: [n] positions of theirs among the classes
-    path: of [n, K + d] float32
-    scale: of a sum over these examples, so that it stands for all that the group stands for
+    classes: [K] the competing classes
+    sample: [n] positions of the decodable examples; labels: [n] positions of their labels in `classes`
+    path: of the file, [n, K + d] float32
+    scale: factor from a sum over these examples to one over all that the group represents
     """
 
     classes: list[int]
@@ -105,7 +110,7 @@ class _Spool:
             yield cls(classes, sample, labels, path, group.total / len(sample))
 
     def _parts(self, among: range | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(logits, x, labels) of some examples; among: of these classes only."""
+        """Yield (logits, x, labels) in batches; among: only of examples whose label is in this range of `classes`."""
         rows = np.memmap(self.path, dtype=np.float32, mode="r").reshape(len(self.sample), -1)
         size = max(1, min(4096, (1 << 25) // len(self.classes) ** 2))
         some = np.ones(len(rows), dtype=bool)
@@ -119,7 +124,7 @@ class _Spool:
             yield part[:, : len(self.classes)], part[:, len(self.classes) :], labels
 
     def factors(self) -> _Factors:
-        """Sums over the examples of each class, or of all at once if those would be too large."""
+        """Sum the curvature's factors over the examples of each class, or of all classes if that would be too large."""
         _, inputs = self._widths()
         by_class = len(self.classes) * inputs**2 <= _BY_CLASS
         count = len(self.classes) if by_class else 1
@@ -135,7 +140,7 @@ class _Spool:
         return _Factors(moments, curvatures, torch.from_numpy(sizes), self.scale)
 
     def scored(self, factors: _Factors, prior_precision: float) -> Found:
-        """Every example's figures, and what every class would lose."""
+        """Return every example's figures, and every class's loss if it had not been learned."""
         layer = factors.posterior(prior_precision)
         columns = [
             perturbed(logits, labels, top_layer_variance(x, layer)).columns() for logits, x, labels in self._parts()
@@ -146,19 +151,19 @@ class _Spool:
         for first in range(0, outputs, some):
             among = range(first, min(first + some, outputs))
             steps = self._gradients(among)
-            for number in among:  # in place, for they are large
+            for number in among:  # in place, as they are large
                 left = factors.posterior(prior_precision, without=number) if factors.by_class else layer
                 steps[number - first] = left.solve(steps[number - first] * self.scale)
             removed |= self._removed(among, steps)
         return Found(self.sample, joined(columns), removed)
 
     def _widths(self) -> tuple[int, int]:
-        """K and d."""
+        """Return K and d."""
         width = self.path.stat().st_size // (4 * len(self.sample))
         return len(self.classes), width - len(self.classes)
 
     def _gradients(self, among: range) -> Tensor:
-        """Sums of e_j x_j' over the examples of each of some classes, [len(among), K, d]."""
+        """Return sums of e_j x_j' [len(among), K, d] over the examples of each class in `among`; e = p - y."""
         total = torch.zeros(len(among), *self._widths(), dtype=torch.float64)
         for logits, x, labels in self._parts(among):
             p = logits.double().softmax(dim=1)
@@ -169,7 +174,7 @@ class _Spool:
         return total
 
     def _removed(self, among: range, steps: Tensor) -> dict[int, float]:
-        """By number of class, the mean loss of its examples at weights that have moved by `steps`."""
+        """Return, by class number, the mean loss of its examples at weights moved by its `steps` [len(among), K, d]."""
         total, count = np.zeros(len(self.classes)), np.bincount(self.labels, minlength=len(self.classes))
         for logits, x, labels in self._parts(among):
             for number in labels.unique().tolist():
@@ -181,9 +186,10 @@ class _Spool:
 
 @dataclass(frozen=True)
 class _Factors:
-    """Of the last layer's curvature, by class of the examples: [G, d, d] and [G, K, K], and their numbers [G].
+    """The last layer's curvature by class of the examples: sums of both factors, and numbers of examples.
 
-    G is 1 where they are not kept apart.
+    moments: [G, d, d]; curvatures: [G, K, K]; sizes: [G]. G is 1 where all classes are summed together.
+    scale: as in `_Spool`
     """
 
     moments: Tensor
@@ -193,11 +199,11 @@ class _Factors:
 
     @property
     def by_class(self) -> bool:
-        """Whether they are kept apart."""
+        """Whether there are sums for each class."""
         return len(self.sizes) > 1
 
     def posterior(self, prior_precision: float, *, without: int | None = None) -> TopLayer:
-        """That of all examples, or of those of other classes as far as they are kept apart."""
+        """Return the posterior given all examples, or all but those of class `without` if there are sums by class."""
         kept = torch.ones(len(self.sizes), dtype=torch.float64)
         if without is not None and self.by_class:
             kept[without] = 0

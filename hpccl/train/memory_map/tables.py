@@ -1,4 +1,4 @@
-"""What follows from the figures of examples: tables by example, task, class and memory, and pictures."""
+"""Tables from the figures of examples, by example, task, class and memory, and pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def table_of(found: Sequence[Found], state: RunState, world: World) -> dict[str, npt.NDArray[Any]]:
-    """All groups' examples, by sample."""
+    """Return the columns of all groups' examples, sorted by sample."""
     sample = np.concatenate([each.sample for each in found])
     order = np.argsort(sample)
     sample = sample[order]
@@ -39,7 +39,7 @@ def table_of(found: Sequence[Found], state: RunState, world: World) -> dict[str,
 
 
 def tasks_of(table: dict[str, npt.NDArray[Any]], state: RunState, world: World) -> list[dict[str, Any]]:
-    """Mean nats of every task's examples, as learned and as if each had been left out, and those of the test data."""
+    """Return mean nats of every task's examples, as learned and with each left out, and of its test data."""
     own = world.config.train.head == "own"
     results = state.results if state.mark.phase == "done" else evaluate_all(state, world, last=state.mark.task)
     tested = {result["task"]: result["task_incremental" if own else "class_incremental"] for result in results}
@@ -62,7 +62,7 @@ def tasks_of(table: dict[str, npt.NDArray[Any]], state: RunState, world: World) 
 
 
 def classes_of(table: dict[str, npt.NDArray[Any]], found: Sequence[Found], world: World) -> list[dict[str, Any]]:
-    """Means over every class's examples, and what they would lose with all of it, where that is known."""
+    """Return figures of every class: means over its examples, and their mean nats without the class, where known."""
     labels, rows = world.stream.labels("train"), []
     for number in np.unique(table["label"]).tolist():
         here = table["label"] == number
@@ -83,7 +83,7 @@ def classes_of(table: dict[str, npt.NDArray[Any]], found: Sequence[Found], world
 
 
 def _removed(number: int, found: Sequence[Found], labels: Ints) -> float | None:
-    """Mean nats of a class's examples without them, over all groups that have some; None where one does not know."""
+    """Return a class's mean nats had it not been learned, over all groups that have it; None if unknown in one."""
     parts = [(int((labels[each.sample] == number).sum()), each.removed.get(number)) for each in found]
     there = [(count, value) for count, value in parts if count]
     known = [(count, value) for count, value in there if value is not None]
@@ -93,7 +93,7 @@ def _removed(number: int, found: Sequence[Found], labels: Ints) -> float | None:
 
 
 def memory_over_tasks(table: dict[str, npt.NDArray[Any]], state: RunState, world: World) -> list[dict[str, Any]]:
-    """The memory at the end of every task that this checkpoint has behind it."""
+    """Describe the memory at the end of every task up to this checkpoint."""
     checkpoints, rows = world.folder.checkpoints, []
     for mark in marks(checkpoints):
         if mark.phase != "done" or mark > state.mark:
@@ -122,9 +122,9 @@ def memory_over_tasks(table: dict[str, npt.NDArray[Any]], state: RunState, world
 
 
 def pictures(samples: Ints, world: World) -> dict[int, npt.NDArray[np.uint8]]:
-    """By sample, small."""
+    """Return thumbnails by sample."""
     found = {}
     for sample in samples.tolist():
-        with contextlib.suppress(DataError):  # data.bad_images is `skip`, and it is no longer there
+        with contextlib.suppress(DataError):  # data.bad_images is `skip`, and the image is gone
             found[sample] = thumbnail(world.stream.raw(sample))
     return found

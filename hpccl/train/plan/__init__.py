@@ -1,1 +1,1 @@
-"""What a run will take, before it is begun: bytes held, bytes sent, and where a step's time goes."""
+"""Planning a run's cost before it starts: memory, communication, and the time of a step by its parts."""

@@ -1,4 +1,4 @@
-"""From a configuration and a world to a plan."""
+"""Building the plan of a run from its configuration and the number of ranks."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from hpccl.train.plan.spread import FLOAT, Spread, all_reduce, elements, held, r
 
 __all__ = ["Held", "Plan", "Sent", "Spent", "Views", "make_plan"]
 
-_PASS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of activations at most while the curvature is measured
+_PASS = {"cpu": 1 << 28, "cuda": 1 << 32}  # largest bytes of activations while the curvature is measured
 _LABEL = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a soft label's logit
-_EXAMPLE = 45  # bytes of the rest of a kept example
+_EXAMPLE = 45  # bytes of a kept example without its soft label
 
 When = Literal["always", "training", "measuring"]
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes on the rank that holds most; `when` the rank holds them, and whether in host memory."""
+    """Bytes held by the rank that holds most, when it holds them, and whether in host memory."""
 
     name: str
     num_bytes: float
@@ -54,7 +54,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a step with the largest views; `views`: less of smaller ones."""
+    """Seconds of a step with the largest views; views: whether it is less with smaller ones."""
 
     name: str
     seconds: float
@@ -65,7 +65,7 @@ class Spent:
 class Views:
     """Steps of the whole run whose training views have a side of `side` pixels.
 
-    cost: of a pass, as a share of one with the largest views
+    cost: of a pass, as a fraction of one with the largest views
     """
 
     side: int
@@ -75,13 +75,14 @@ class Views:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take at its last task, which takes most, with the largest views.
+    """The cost of a run at its last task, which is the largest, with the largest views.
 
+    moments: numbers that the optimiser keeps of each weight
     rows: images of a micro-batch on a rank
     steps: of the whole run
-    terms, most_terms: of a layer's curvature, and if no merge is within its tolerance; 0 without a quadratic
+    terms, most_terms: of a layer's curvature, and the most if no merge is within its tolerance; 0 without a quadratic
     spent: if nothing overlaps; empty if nothing was measured
-    views: by their size, where it grows; empty where it does not
+    views: steps by size of the views, where these grow; else empty
     """
 
     run: str
@@ -107,7 +108,7 @@ class Plan:
 
     @property
     def ranks(self) -> int:
-        """Processes of all nodes."""
+        """Number of processes on all nodes."""
         return self.nodes * self.nproc
 
     def peak(self, when: When) -> float:
@@ -116,28 +117,28 @@ class Plan:
 
     @property
     def host(self) -> float:
-        """Bytes in host memory, of a rank, beside those of a device."""
+        """Bytes that a rank holds in host memory, in addition to those on the device."""
         return sum(each.num_bytes for each in self.held if each.host)
 
     def wire(self, when: Literal["step", "task"]) -> float:
-        """Bytes that a rank sends."""
+        """Bytes that a rank sends in every step, or at the end of every task."""
         return sum(each.num_bytes for each in self.sent if each.when == when)
 
     @property
     def step_seconds(self) -> float | None:
-        """None if nothing was measured."""
+        """Seconds of a step with the largest views; None if nothing was measured."""
         return sum(each.seconds for each in self.spent) if self.spent else None
 
     @property
     def run_seconds(self) -> float | None:
-        """Of all steps, each with views of its own size; None if nothing was measured."""
+        """Seconds of all steps, each with views of its size; None if nothing was measured."""
         if self.step_seconds is None:
             return None
         saved = sum(each.steps * (1 - each.cost) for each in self.views)
         return self.steps * self.step_seconds - saved * sum(each.seconds for each in self.spent if each.views)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values: the fields, and their sums."""
+        """Return the fields and their sums as JSON values."""
         sums = {
             "ranks": self.ranks,
             "training_bytes": self.peak("training"),
@@ -154,14 +155,14 @@ class Plan:
 def make_plan(
     config: RunConfig, *, nodes: int, nproc: int, measured: bool = True, gigabytes_per_second: float | None = None
 ) -> Plan:
-    """What `config` will take on `nodes` with `nproc` processes each; nothing is trained.
+    """Plan the cost of `config` on `nodes` machines with `nproc` processes each; nothing is trained.
 
     Args:
-        config: of the run; of the data, the indices are read.
-        nodes: machines.
+        config: of the run; only the indices of its data are read.
+        nodes: number of machines.
         nproc: processes on each.
-        measured: time a micro-batch on this machine.
-        gigabytes_per_second: that a process sends to others; None: time on the wire is left out.
+        measured: whether to time a micro-batch on this machine.
+        gigabytes_per_second: bandwidth at which a process sends to others; None: communication time is left out.
 
     Raises:
         ConfigError: the model is unknown, or does not fit the images or the ranks; or memory does not fit the tasks.
@@ -209,7 +210,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Case:
-    """What everything is computed from."""
+    """The quantities from which the entries of a plan are computed."""
 
     config: RunConfig
     stream: Outline
@@ -218,7 +219,7 @@ class _Case:
     curvature: CurvaturePlan | None
 
     def held(self, kept: float) -> Iterator[Held]:
-        """kept: numbers that the optimiser keeps of each weight."""
+        """Yield what the rank that holds most holds; kept: numbers that the optimiser keeps of each weight."""
         config, network, spread = self.config, self.network, self.spread
         for name, num_bytes in held(network.shapes, network.largest_unit, kept, spread).items():
             yield Held(name, num_bytes, *_when(name, spread))
@@ -250,14 +251,14 @@ class _Case:
             yield Held("recorded logits", self._recorded_bytes(), host=True)
 
     def _held_trial(self) -> Iterator[Held]:
-        """Of optimisers that take gradients elsewhere: displacements, means over passes, the weights as they were."""
+        """Yield what optimisers with gradients at trial weights hold: displacements, means over passes, the weights."""
         if isinstance(self.config.optim, TimmOptim):
             return
         own = FLOAT * elements(self.network.shapes, self.spread, what="moments")
         yield Held("trial weights", own * (2 if passes_of(self.config.optim) > 1 else 1), "training")
-        if self.spread.stage and not self.spread.state_on_host:  # DeepSpeed has them elsewhere
+        if self.spread.stage and not self.spread.state_on_host:  # copies: DeepSpeed keeps its own elsewhere
             yield Held("gradients for the optimiser", own, "training")
-        if not self.spread.has_second_network:  # ZeRO-3 puts back what its optimiser has
+        if not self.spread.has_second_network:  # ZeRO-3 restores its optimiser's copy
             whole = FLOAT * elements(self.network.shapes, self.spread, what="weights")
             yield Held("weights as they were", whole, "training")
         if isinstance(self.config.optim, VognOptim):
@@ -270,7 +271,7 @@ class _Case:
         yield Held("curvature", max(self.curvature.held))
         if isinstance(self.config.curvature, SiCurvature):
             path = 2 * FLOAT * elements(self.network.shapes, self.spread, what="weights")
-            yield Held("path", path)  # what each weight did, and where it began
+            yield Held("path", path)  # each weight's path integral, and its start
             yield Held("a step of the path", path, "training")
         if self.config.prior.quadratic.products == "bf16" and self.config.curvature.kind in ("kronecker", "ekfac"):
             yield Held("curvature in bf16", max(self.curvature.held) // 2, "training")
@@ -286,34 +287,34 @@ class _Case:
             yield Held("activations", min(self.config.curvature.batch_size, fitting) * graph, "measuring")
 
     def _memory_bytes(self) -> int:
-        """Kept examples of all tasks: numbers and labels."""
+        """Bytes of the memory at the end of the run, without soft labels and images."""
         return sum(self._kept(len(self.stream.tasks))) * _EXAMPLE
 
     @property
     def soft_bytes(self) -> int:
-        """Logits of the widest head of all kept examples, in a file that processes of a machine share."""
+        """Bytes of the soft labels of all kept examples, in a file that processes of a machine share."""
         tasks, names = self.stream.tasks, self.stream.class_names
         width = max(len(task.classes) for task in tasks) if self.config.train.head == "own" else len(names)
         return sum(self._kept(len(tasks))) * _LABEL[self.config.memory.dtype] * width
 
     def _recorded_bytes(self) -> int:
-        """What the old network says of the last task's images, and of memory's if these are distilled, too."""
+        """Bytes of the old network's logits of the last task's images, and of the memory's if these are distilled."""
         *before, last = self.stream.tasks
         memory = sum(self._kept(last.index)) if self.config.prior.distill.images == "all" else 0
         old = len({label for task in before for label in task.classes})
         return (num_new(self.config, self.stream, last) + memory) * old * _LABEL[self.config.memory.dtype]
 
     def _kept(self, tasks: int) -> list[int]:
-        """Examples kept of each of the first tasks, when all of these have been learned."""
+        """Return how many examples memory keeps of each of the first `tasks` tasks, once all of these are learned."""
         return kept_of_tasks(self.config, self.stream, tasks)
 
     def sent(self) -> Iterator[Sent]:
-        """By a rank."""
+        """Yield what a rank sends."""
         network, accumulate = self.network, self.config.train.accumulate
         parts = sent(network.num_weights, network.buffer_bytes, self.spread, accumulate=accumulate)
         passes, partly = passes_of(self.config.optim), self.spread.stage in (1, 2)
         for name, num_bytes in parts.items():
-            if num_bytes:  # where only the update is in shards, what it gathers is of a step, not of a pass
+            if num_bytes:  # ZeRO 1 and 2 gather once a step, not in every pass
                 yield Sent(name, num_bytes * (1 if partly and name == "gather weights" else passes))
         yield from self._sent_trial()
         if self._has_teacher and self.spread.spreads_weights:
@@ -323,18 +324,18 @@ class _Case:
             yield Sent("curvature", max(self.curvature.sent), "task")
 
     def _sent_trial(self) -> Iterator[Sent]:
-        """Of optimisers that take gradients elsewhere."""
+        """Yield what a rank sends for optimisers with gradients at trial weights."""
         optim, spread, whole = self.config.optim, self.spread, FLOAT * self.network.num_weights
         if spread.ranks == 1:
             return
         if (trials := trials_of(optim)) and spread.stage in (1, 2):
             yield Sent("gather trial weights", trials * (spread.ranks - 1) / spread.ranks * whole)
-        if isinstance(optim, VognOptim):  # in shards a layer's as they come, else a pass's
+        if isinstance(optim, VognOptim):  # with sharded weights in every micro-batch, else in every pass
             times = passes_of(optim) * (self.config.train.accumulate if spread.spreads_weights else 1)
             yield Sent("squares of examples' gradients", times * all_reduce(whole, spread.ranks))
 
     def spent(self, rates: Rates, gigabytes_per_second: float | None) -> Iterator[Spent]:
-        """In a step of the last task."""
+        """Yield the seconds of the parts of a step of the last task."""
         rows = self.config.train.batch_size / self.spread.ranks
         seconds = passes_of(self.config.optim) * rows * rates.row_seconds
         yield Spent("forward and backward pass", seconds, views=True)
@@ -349,7 +350,7 @@ class _Case:
             yield Spent("wire", total / (gigabytes_per_second * 1e9))
 
     def views(self) -> Iterator[Views]:
-        """Ascending by size; a pass over views costs what its linear maps do, or its pixels where that is unknown."""
+        """Yield the sizes of views, ascending; cost is by FLOPs of a pass, or by pixels where these are unknown."""
         grows, last = self.config.data.progressive, self.config.data.image_size
         if grows is None or last is None:
             return
@@ -364,7 +365,7 @@ class _Case:
             yield Views(side, steps[side], flops[side] / flops[last] if flops else (side / last) ** 2)
 
     def _soft_share(self) -> float:
-        """Of a step's images in the last task, those that a teacher is asked about."""
+        """Return the share of a step's images on which a teacher runs, in the last task."""
         *_, last = planned(self.config, self.stream)
         mixed = last.memory_rows / last.batch_size if last.memory_rows else last.num_memory / last.num_train
         distill = self.config.prior.distill
@@ -374,7 +375,7 @@ class _Case:
         return 1.0 if distill.images == "all" else 1 - mixed + soft
 
     def _softly(self) -> float:
-        """Of memory in the last task, the share with soft labels."""
+        """Return the share of memory with soft labels, in the last task."""
         config, tasks = self.config, self.stream.tasks[:-1]
         kept, own = self._kept(len(tasks)), [num_learned(config, self.stream, task) for task in tasks]
         replayed = [config.prior.num_replayed(*each) for each in zip(kept, own, strict=True)]
@@ -388,7 +389,7 @@ class _Case:
 
 
 def _when(name: str, spread: Spread) -> tuple[When, bool]:
-    """When one of an engine's own is held, and whether in host memory."""
+    """Return when an entry of the engine (`spread.held`) is held, and whether in host memory."""
     match name:
         case "weights":
             return "always", spread.weights_on_host
@@ -408,7 +409,7 @@ def _when(name: str, spread: Spread) -> tuple[When, bool]:
 
 
 def _shown_beside(config: RunConfig) -> Iterator[str]:
-    """Images of a step that are not of its batch."""
+    """Yield notes on images of a step that are not in its batch."""
     topology = config.prior.topology
     if topology.nodes and topology.anchor:
         yield f"not counted: the images of nodes, {topology.nodes} and more, that a step of a later task shows in all"

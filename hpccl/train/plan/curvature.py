@@ -1,7 +1,7 @@
-"""What the curvature takes on every rank, from the shapes of the layers alone.
+"""The cost of the curvature on every rank, from the shapes of the layers alone.
 
-A layer [g, o, d] has the factors A [g, d, d] and B [g, o, o]. Which rank holds which of them, or which part, is told by
-the functions that place them in a run.
+A layer [g, o, d] has the factors A [g, d, d] and B [g, o, o]. Which rank holds which factors, or which part of a layer,
+is determined by the functions that place them in a run.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ Parts = Sequence[tuple[Layout, list[tuple[int, Part]]]]
 
 @dataclass(frozen=True)
 class CurvaturePlan:
-    """By rank, for the sum over all tasks.
+    """The cost of the curvature summed over all tasks.
 
-    terms: of a layer, as the budget of `curvature.tasks` has it; most_terms: where no merge is within its tolerance
-    held: bytes by rank
+    terms: of a layer, within the budget of `curvature.tasks`; most_terms: the most, where no merge is within its
+        tolerance
+    held: bytes, by rank
     flops: of one step's pull, by rank
-    fetched: bytes of old weights and of the diagonal that a rank has whole while it trains, where these are spread
+    fetched: bytes of old weights and of the diagonal that a rank has unsharded in training, where weights are sharded;
+        by rank
     measuring: bytes of sums on every rank while a task is measured
     sent: bytes that a rank sends when a task is measured, by rank
     """
@@ -67,14 +69,14 @@ def plan_curvature(
     *,
     tasks: int,
 ) -> CurvaturePlan:
-    """Of a network whose `layouts` are factored and whose `rest` has a diagonal, divided over ranks as weights are.
+    """Plan the curvature: factors of `layouts`, and of `rest` a diagonal, sharded as weights are, or a dense matrix.
 
     Args:
         config: the section `curvature`.
         layouts: of the factored layers; empty for other kinds than kronecker and ekfac.
         rest: shapes of all other trainable weights, by name.
         spread: the engine.
-        tasks: how many are summed.
+        tasks: number of tasks that are summed.
     """
     total = sum(map(math.prod, rest.values()))
     match config:
@@ -99,7 +101,7 @@ def plan_curvature(
 
 
 def _alike(sums: int, held: int, flops: float, fetched: tuple[int, ...], ranks: int) -> CurvaturePlan:
-    """All ranks hold as much and share the pull; while a task is measured there is the sum so far as well."""
+    """Return the plan of a curvature spread evenly: each rank holds `held` bytes, and `sums` more when measuring."""
     wire = all_reduce(sums, ranks)
     return CurvaturePlan(1, 1, (held,) * ranks, (flops / ranks,) * ranks, fetched, sums, (wire,) * ranks)
 
@@ -136,7 +138,7 @@ def _placed(
 
 
 def _fetched(placed: Parts, rest: Shapes, spread: Spread) -> tuple[int, ...]:
-    """Of the layers and the diagonal that each rank multiplies: old weights and diagonal are there already if whole."""
+    """Return `CurvaturePlan.fetched`, for the layers and diagonals that each rank multiplies; 0 for whole weights."""
     found = [0] * spread.ranks
     if not spread.spreads_weights:
         return tuple(found)
@@ -150,9 +152,9 @@ def _fetched(placed: Parts, rest: Shapes, spread: Spread) -> tuple[int, ...]:
 
 
 def listed_terms(policy: TasksConfig, tasks: int, one_task: int) -> int:
-    """Terms of a layer in the sum over `tasks`, if merges are within the tolerance.
+    """Return the terms of a layer in the sum over `tasks`, if merges are within the tolerance.
 
-    A pull of t terms costs t times that of one. one_task: bytes of one term of all layers.
+    A pull with t terms costs t times that of one. one_task: bytes of one term of all layers
     """
     if not isinstance(policy, ListedTasks):
         return 1
@@ -161,7 +163,7 @@ def listed_terms(policy: TasksConfig, tasks: int, one_task: int) -> int:
 
 
 def pair_bytes(shape: Shape, part: Part) -> int:
-    """Of the factors of one term, of what is held of them for a part of the layer."""
+    """Return the bytes of a term's factors that are held for a part of the layer."""
     groups, outputs, inputs = shape
     width = part.stop - part.start
     a = inputs * (width if part.axis == "input" else inputs)
@@ -170,19 +172,19 @@ def pair_bytes(shape: Shape, part: Part) -> int:
 
 
 def eigen_bytes(shape: Shape) -> int:
-    """Of both bases, the diagonal in them, and those of the factors."""
+    """Return the bytes of both eigenbases, the diagonal in them, and the eigenvalues of both factors."""
     groups, outputs, inputs = shape
     return FLOAT * groups * (inputs**2 + outputs**2 + outputs * inputs + outputs + inputs)
 
 
 def pull_flops(shape: Shape) -> float:
-    """Multiplications and additions of B D A."""
+    """Return the multiplications and additions of B D A."""
     groups, outputs, inputs = shape
     return float(2 * groups * outputs * inputs * (outputs + inputs))
 
 
 def sent_numbers(shape: Shape, part: Part) -> int:
-    """In the message that brings a layer's sums to the rank that owns the part: triangles of what is whole."""
+    """Return the numbers in a message of a layer's sums to the rank that owns a part; whole factors send triangles."""
     groups, outputs, inputs = shape
     width = part.stop - part.start
     a = groups * inputs * width if part.axis == "input" else packed_size(groups, inputs)

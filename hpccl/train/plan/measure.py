@@ -1,4 +1,4 @@
-"""How fast this machine is at what a step is made of."""
+"""Measuring the speed of this machine at the parts of a step."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from hpccl.models.dropout import set_noise
 
 __all__ = ["Rates", "measure"]
 
-_ENOUGH = 0.5  # seconds that a measured pass takes at least, unless the micro-batch is shorter
-_SIDE = 1024  # of the matrices
+_ENOUGH = 0.5  # minimum seconds of a measured pass, unless the micro-batch is too small
+_SIDE = 1024  # side of the matrices
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured on one process of this machine.
+    """Speed of one process on this machine.
 
     device: cpu or the name of the GPU
     threads: of the process
-    rows: images of the pass that was timed
-    row_seconds: forward and backward pass, an image
-    predict_seconds: forward pass alone, an image
+    rows: images in the timed pass
+    row_seconds: forward and backward pass, per image
+    predict_seconds: forward pass alone, per image
     optimizer_seconds: a step over all weights
-    flops: additions and multiplications of fp32 matrices, a second
+    flops: additions and multiplications of fp32 matrices, per second
     """
 
     device: str
@@ -96,7 +96,7 @@ def _flops(device: torch.device) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Median, after one that does not count."""
+    """Return the median time of `repeat` calls, after a warm-up call."""
     times = []
     for _ in range(1 + repeat):
         _wait(device)

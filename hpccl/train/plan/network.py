@@ -1,4 +1,4 @@
-"""What a network takes: shapes of its weights, and activations by a pass over tensors without memory (torch's meta)."""
+"""The size of a network: shapes of its weights, and bytes of activations from a pass on torch's meta device."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from hpccl.models.dropout import set_noise
 
 __all__ = ["Network", "forward_flops", "look", "moments"]
 
-_SIDE = 256  # of the matrix whose optimiser state is counted
+_SIDE = 256  # side of the matrix whose optimiser state is counted
 
 
 @dataclass(frozen=True)
 class Network:
-    """Numbers of a network and of one micro-batch.
+    """The size of a network and of one micro-batch.
 
     shapes: of the parameters
     buffer_bytes: of the buffers
-    largest_unit: elements of the largest module whose weights come and go together where they are in shards
-    layouts: layers whose curvature is a Kronecker product; none where no such curvature is asked for
-    rest: shapes of the trainable weights outside of them, by name
-    activations: bytes kept for the backward pass of a micro-batch; None where that could not be told
-    graph: the same of one example in evaluation mode, fp32
-    problem: why activations could not be told, or empty
+    largest_unit: elements of the largest module whose sharded weights are gathered and freed together
+    layouts: layers whose curvature is a Kronecker product; empty for other kinds of curvature
+    rest: shapes of the trainable weights outside of these layers, by name
+    activations: bytes kept for the backward pass of a micro-batch; None where unknown
+    graph: the same for one example in evaluation mode, fp32
+    problem: why activations are unknown, or empty
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -57,16 +57,16 @@ class Network:
 
     @property
     def num_weights(self) -> int:
-        """Elements of all parameters."""
+        """Number of elements of all parameters."""
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
 
 def forward_flops(
     config: RunConfig, *, image_shape: tuple[int, int, int], num_classes: int, sides: Iterable[int]
 ) -> dict[int, int]:
-    """Additions and multiplications of one image's forward pass, by the side of its view.
+    """Count additions and multiplications of one image's forward pass, by the side of its view.
 
-    Those of linear maps, convolutions and attention; empty where the network does not work without memory.
+    Linear maps, convolutions and attention are counted; empty where the network does not run on the meta device.
     """
     model = skeleton(config.model, image_shape=image_shape, num_classes=num_classes).eval()
     found = {}
@@ -75,13 +75,13 @@ def forward_flops(
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 model(torch.zeros(1, image_shape[0], side, side, device="meta"))
             found[side] = counter.get_total_flops()
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError):  # as in `look`, which says so
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError):  # `look` reports these
         return {}
     return found
 
 
 def look(config: RunConfig, *, image_shape: tuple[int, int, int], num_classes: int, rows: int) -> Network:
-    """The network of `config` with a micro-batch of `rows` images.
+    """Determine the size of the network of `config` with a micro-batch of `rows` images.
 
     Raises:
         ConfigError: the model is unknown, does not fit the images or cannot recompute its activations.
@@ -117,7 +117,7 @@ def look(config: RunConfig, *, image_shape: tuple[int, int, int], num_classes: i
 
 
 def moments(config: RunConfig) -> float:
-    """Numbers that the optimiser keeps of each weight, counted on a matrix after a step.
+    """Return how many numbers the optimiser keeps of each weight, counted on a matrix after a step.
 
     Raises:
         ConfigError: the optimiser is unknown or refuses an option.
@@ -134,10 +134,10 @@ def moments(config: RunConfig) -> float:
 
 
 def _activations(model: nn.Module, image_shape: tuple[int, int, int], rows: int, *, half: bool, recompute: bool) -> int:
-    """Bytes at most.
+    """Return the peak bytes of activations in training.
 
-    half: all in bfloat16, with a copy of the weights in it, which is close to what autocast keeps.
-    recompute: a pass keeps what goes into the blocks, and the backward pass has what one block keeps besides.
+    half: all in bfloat16, with a bfloat16 copy of the weights, which is close to what autocast keeps
+    recompute: a pass keeps the inputs of the blocks, and the backward pass recomputes one block at a time
     """
     model = copy.deepcopy(model).to(torch.bfloat16) if half else model
     copies = sum(value.nbytes for value in model.parameters()) if half else 0
@@ -153,10 +153,10 @@ def _activations(model: nn.Module, image_shape: tuple[int, int, int], rows: int,
 
 
 def _kept(model: nn.Module, image_shape: tuple[int, int, int], rows: int) -> Counter[str]:
-    """Bytes that a forward pass of `rows` images keeps for the backward pass, weights apart, by module; "" has all."""
+    """Return the bytes that a forward pass keeps for the backward pass, without weights, by module; "" has all."""
     own = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
     dtype = next(model.parameters()).dtype
-    alive: dict[int, Any] = {}  # storages, so that no two have one address
+    alive: dict[int, Any] = {}  # keeps storages alive, so that no address is reused
     kept, running = Counter[str](), list[str]()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _kept(model: nn.Module, image_shape: tuple[int, int, int], rows: int) -> Cou
     def begin(name: str) -> Callable[..., None]:
         def call(*_: Any) -> None:
             running.append(name)
-            kept[name] += 0  # also of one that keeps nothing
+            kept[name] += 0  # an entry even for modules that keep nothing
 
         return call
 
@@ -204,7 +204,7 @@ def _counting(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
 
 
 def _layouts(model: nn.Module, config: LayerMeasured, calls: Counter[str]) -> Iterator[Layout]:
-    """Layers that a run would factor: those whose weight is theirs alone and is used once a pass."""
+    """Yield the layers that a run would factor: those whose weight is not shared and is used once a pass."""
     owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     once_each = min(calls.values(), default=0)  # of two passes, so 2
     for name, module in model.named_modules():
@@ -219,7 +219,7 @@ def _layouts(model: nn.Module, config: LayerMeasured, calls: Counter[str]) -> It
 
 
 def _is_known(module: nn.Module) -> bool:
-    """acts_as_known, which looks at numbers unless the class says it all."""
+    """Call acts_as_known; unless the class decides, it needs numbers, which a meta module does not have."""
     if has_formula(module):
         return True
     real = copy.deepcopy(module).to_empty(device="cpu")
@@ -230,7 +230,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _largest_unit(model: nn.Module) -> int:
-    """Elements of the weights that come and go together, of the unit that has most."""
+    """Return the number of elements of the largest unit, whose sharded weights are gathered and freed together."""
     taken: set[int] = set()
     most = 0
     for unit in units(model):

@@ -1,4 +1,4 @@
-"""A plan as tables."""
+"""Rendering a plan as tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WHEN = {"always": "", "training": "training", "measuring": "end of a task", "st
 
 
 def render(plan: Plan) -> Group:
-    """What is held, what is sent, where a step's time goes, and what is true of all of it."""
+    """Return tables of memory, communication and the time of a step, followed by notes."""
     parts: list[RenderableType] = [Text(line) for line in _head(plan)]
     parts += [_held(plan), _sent(plan)]
     if plan.spent:

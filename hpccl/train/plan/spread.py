@@ -1,7 +1,7 @@
 """What an engine holds on a rank and sends in a step: arithmetic on shapes, without torch.
 
-P ranks, of which S neighbours share one copy of what is in shards (S = P but for fsdp2 with engine.shard_size), n
-trainable weights in fp32, k numbers that the optimiser keeps of each weight, one micro-batch a step:
+P ranks, of which S neighbours share one sharded copy (S = P except for fsdp2 with engine.shard_size), n trainable
+weights in fp32, k numbers that the optimiser keeps of each weight, one micro-batch a step:
 
     engine            weights      gradients    optimiser       sent by a rank in a step
     ddp, ZeRO 0       4n           4n           4kn             2 (P-1)/P 4n                         ring all-reduce
@@ -9,20 +9,20 @@ trainable weights in fp32, k numbers that the optimiser keeps of each weight, on
     ZeRO 3            4n / P       4n / P       4(k+1)n / P     2 (P-1)/P 4n or 3 (P-1)/P 4n         1-2 gathers, reduce
     fsdp2             4n / S       4n / S       4kn / S         3 (S-1)/S 4n + 2 (R-1)/R 4n / S      R = P/S copies
 
-Shares are those of the rank that holds most: fsdp2 deals out rows of every parameter, ZeRO-3 elements of every
-parameter, ZeRO-1 and 2 elements of all of them. What is whole for a while:
+Shares are those of the rank that holds most: fsdp2 shards rows of every parameter, ZeRO-3 elements of every parameter,
+ZeRO-1 and 2 elements of all parameters concatenated. In addition, unsharded for a while:
 
-- fsdp2: four times the largest unit, in the backward pass: its weights and those of the next one, its gradient, and the
-  message that this is brought into.
-- ZeRO-2 averages what reaches into a share, so that of a parameter at the edge the gradient is whole on both sides.
-- DeepSpeed fills a bucket with gradients, and sends a copy of it. Stages 1 and 2 reduce it to all ranks.
-- ZeRO-3 lets a layer's weights go after the forward pass only if more than `stage3_max_reuse_distance` weights pass by
-  before the backward pass wants them, so small networks stay whole in between; it gathers `stage3_prefetch_bucket_size`
-  ahead, and what that meets stays as well. It keeps parameters whole that are smaller than
+- fsdp2: four times the largest unit, in the backward pass: its weights and those of the next unit, its gradient, and
+  the buffer from which this is sent.
+- ZeRO-2 averages whole parameters that overlap a share, so the gradient of one at an edge is whole on both sides.
+- DeepSpeed fills a bucket with gradients, and sends a copy of it. Stages 1 and 2 all-reduce it.
+- ZeRO-3 frees a layer's weights after the forward pass only if more than `stage3_max_reuse_distance` weights are used
+  before the backward pass needs them, so small networks stay whole in between; it gathers `stage3_prefetch_bucket_size`
+  ahead, and weights that this reaches stay as well. It keeps parameters whole that are smaller than
   `stage3_param_persistence_threshold`, which hpccl sets to 0.
 
-What DeepSpeed does was seen in its version 0.19.8. Its optimiser works on a copy of its share of the weights, even of
-fp32 ones.
+The behaviour of DeepSpeed was observed in version 0.19.8. Its optimiser works on a copy of its share of the weights,
+even where these are fp32.
 
 Sources: Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models"; Thakur,
 Rabenseifner and Gropp 2005 (ring collectives).
@@ -51,17 +51,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Spread:
-    """An engine on a world.
+    """An engine on a number of ranks.
 
     ranks: P
     shards: S, ranks that share a copy
     stage: of deepspeed
-    reshard: of fsdp2, whether a block's weights go between forward and backward pass
-    state_on_host, weights_on_host: optimiser state, or weights as well, are in host memory
-    persistent: of deepspeed, smaller parameters stay whole
-    bucket: of deepspeed, elements of gradients that are sent together; None: ours
-    reuse: of deepspeed, weights that pass by before others are let go in between
-    prefetch: of deepspeed, weights that are gathered ahead
+    reshard: of fsdp2, whether a block's weights are freed between forward and backward pass
+    state_on_host, weights_on_host: whether optimiser state, or the weights as well, are in host memory
+    persistent: of deepspeed, elements below which a parameter stays whole
+    bucket: of deepspeed, elements of gradients that are sent together; None: hpccl's default
+    reuse: of deepspeed, elements of stage3_max_reuse_distance
+    prefetch: of deepspeed, elements of weights that are gathered ahead
     """
 
     kind: Literal["ddp", "fsdp2", "deepspeed"]
@@ -78,10 +78,10 @@ class Spread:
 
     @classmethod
     def of(cls, engine: EngineConfig, ranks: int) -> Spread:
-        """From the section `engine` of a configuration.
+        """Build from the section `engine` of a configuration.
 
         Raises:
-            ConfigError: the ranks cannot be divided so.
+            ConfigError: engine.shard_size does not divide the ranks.
         """
         match engine:
             case DdpEngine():
@@ -117,31 +117,31 @@ class Spread:
 
     @property
     def spreads_weights(self) -> bool:
-        """Whether no rank holds the network whole."""
+        """Whether weights are sharded, so that no rank holds the whole network."""
         return self.kind == "fsdp2" or self.has_second_network
 
     @property
     def has_second_network(self) -> bool:
-        """Whether passes outside training go through another network in shards: ZeRO-3's is for training alone."""
+        """Whether passes outside training use a second sharded network, as ZeRO-3's is for training only."""
         return self.kind == "deepspeed" and self.stage == 3
 
     def kept_whole(self, num_weights: int) -> int:
-        """Elements of weights that are whole from the forward to the backward pass."""
+        """Return how many elements of weights stay whole from the forward to the backward pass."""
         if self.kind == "fsdp2":
             return 0 if self.reshard else num_weights
-        # The first layer's weights are wanted again after all others have passed by twice, the last layer's at once.
+        # Between a layer's forward and backward pass, the weights of all later layers are used twice: hence the half.
         return min(num_weights, max(self.reuse, self.prefetch) // 2)
 
 
 def rows(shapes: Iterable[Shape], spread: Spread) -> int:
-    """Elements of a network for passes outside training, on the rank that has most."""
+    """Return the elements of the network for passes outside training, on the rank that has most."""
     if spread.spreads_weights:
         return sum(_rows(shape, spread.shards) for shape in shapes)
     return sum(map(math.prod, shapes))
 
 
 def elements(shapes: Sequence[Shape], spread: Spread, *, what: Literal["weights", "gradients", "moments"]) -> int:
-    """How many elements the rank that has most holds of each weight's `what`."""
+    """Return the elements of weights, gradients or one moment on the rank that has most."""
     sizes = [math.prod(shape) for shape in shapes]
     if spread.kind == "fsdp2":
         return rows(shapes, spread)
@@ -157,7 +157,7 @@ def _rows(shape: Shape, shards: int) -> int:
 
 
 def _reaching(sizes: Sequence[int], ranks: int) -> int:
-    """Elements of the parameters that reach into a share of all elements, of the share where these are most."""
+    """Return the elements of all parameters that overlap a rank's share of the concatenated ones, at most."""
     stops = list(accumulate(sizes))
     starts, share = [0, *stops[:-1]], -(-stops[-1] // ranks)
     most = 0
@@ -168,11 +168,11 @@ def _reaching(sizes: Sequence[int], ranks: int) -> int:
 
 
 def held(shapes: Sequence[Shape], largest_unit: int, moments: float, spread: Spread) -> dict[str, float]:
-    """Bytes on the rank that has most, by what they are.
+    """Return the bytes on the rank that has most, by purpose.
 
     Args:
         shapes: of the parameters.
-        largest_unit: elements of the largest module whose weights come and go together.
+        largest_unit: elements of the largest module whose weights are gathered and freed together.
         moments: k.
         spread: the engine.
     """
@@ -192,13 +192,13 @@ def held(shapes: Sequence[Shape], largest_unit: int, moments: float, spread: Spr
     if master:
         bucket = spread.bucket or min(BUCKET, whole)
         found["bucket of gradients"] = FLOAT * bucket
-        if spread.stage > 1:  # on stage 1 there is room for them: those that went into the bucket are gone
+        if spread.stage > 1:  # stage 1 frees gradients that are in the bucket, which makes room
             found["gradients on their way"] = FLOAT * min(bucket, whole)
     return found
 
 
 def sent(num_weights: int, num_buffer_bytes: int, spread: Spread, *, accumulate: int) -> dict[str, float]:
-    """Bytes that a rank sends in a step, by purpose."""
+    """Return the bytes that a rank sends in a step, by purpose."""
     whole, shards, copies = FLOAT * num_weights, spread.shards, spread.ranks // spread.shards
     gathers = accumulate * (2 - spread.kept_whole(num_weights) / num_weights)
     match spread.kind:
@@ -220,7 +220,7 @@ def sent(num_weights: int, num_buffer_bytes: int, spread: Spread, *, accumulate:
                     "gather weights": gathers * _share(whole, shards),
                     "average gradients": accumulate * _share(whole, shards),
                 }
-            # Stage 1 averages once a step, stage 2 after every micro-batch, for it keeps shards alone.
+            # Stage 1 averages once a step, stage 2 after every micro-batch, as it keeps only shards.
             times = accumulate if spread.stage == 2 else 1
             return {
                 "gather weights": _share(whole, shards),
@@ -229,10 +229,10 @@ def sent(num_weights: int, num_buffer_bytes: int, spread: Spread, *, accumulate:
 
 
 def all_reduce(num_bytes: float, ranks: int) -> float:
-    """Sent by a rank: a ring reduces shares, then gathers them."""
+    """Return the bytes that a rank sends in a ring all-reduce: reduce-scatter, then all-gather."""
     return 2 * _share(num_bytes, ranks)
 
 
 def _share(num_bytes: float, ranks: int) -> float:
-    """Sent by a rank in a ring that gathers `num_bytes`, or reduces them to shares."""
+    """Return the bytes that a rank sends in a ring all-gather or reduce-scatter of `num_bytes`."""
     return (ranks - 1) / ranks * num_bytes
