@@ -79,7 +79,7 @@ class Slab:
         return self.span.shape
 
     def to(self, device: torch.device) -> Slab:
-        """Return a copy on `device`."""
+        """Return the slab on `device`."""
         return replace(self, local=self.local.to(device))
 
 
@@ -181,7 +181,7 @@ def _messages(leaves: Leaves) -> Iterator[list[str]]:
 
 
 def _gathered(slabs: Mapping[str, Slab], comm: Comm) -> dict[str, Tensor]:
-    """Gather whole tensors from slabs, with one message of elements and one of spans per dtype.
+    """Gather whole tensors from slabs; one message of elements and one of spans if they share a dtype.
 
     The results are on the rank's device, even if the slabs are not.
     """
