@@ -1,1 +1,1 @@
-"""Carrying a run out: in this process, or in several on this machine."""
+"""Executing runs: in this process, in several on this machine, or as SLURM jobs."""
