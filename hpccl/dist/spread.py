@@ -75,7 +75,7 @@ class Slab:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return self.span.shape
 
     def to(self, device: torch.device) -> Slab:
@@ -89,7 +89,7 @@ class Stored(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
 
     def read(self, start: int, stop: int) -> Tensor:
         """Read elements `start` to `stop` in row-major order: [stop - start], on the CPU."""
