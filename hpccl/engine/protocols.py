@@ -21,7 +21,7 @@ Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
 class GradientHook:
     """A change to one parameter's gradient before it is averaged over ranks.
 
-    needs: names of the parameters whose weights it reads, whole and in fp32; all of one layer
+    needs: names of the parameters whose weights it reads, whole and in fp32; of other layers only with a dense curvature
     call: (gradient, weights by name) -> gradient, as a new tensor
     """
 
@@ -100,7 +100,7 @@ class Engine(Protocol):
         """
 
     def predict(self, pixels: Tensor) -> Tensor:
-        """Return logits [n, C] in fp32, evaluation mode, without gradient. Collective where weights are spread."""
+        """[n, c, h, w] -> logits [n, C] in fp32, evaluation mode, no gradient. Collective where weights are spread."""
 
     def whole_module(self) -> nn.Module:
         """Return the network with all its weights on every rank; collective, and for small networks only."""
