@@ -258,7 +258,7 @@ class Writing:
                 )
             if self.comm.leader:
                 self.num_bytes += write_tree(self.beside, self.content.tree, header=self.header)
-        except Exception as error:  # noqa: BLE001 - in a thread: `finish` raises it, so that no partial checkpoint appears
+        except Exception as error:  # noqa: BLE001 - in a thread: `finish` raises it; no partial checkpoint appears
             self.failure = error
 
 

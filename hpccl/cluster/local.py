@@ -310,7 +310,7 @@ _CONSEQUENCES = (_WAITED, "WorldError")  # errors of ranks that timed out on, or
 
 
 def _find_culprit(ranks: Sequence[_Rank], asked: _Asked) -> _Rank:
-    """Return the rank that failed first. Others soon fail as a consequence, so wait until the cause is known."""
+    """Return the rank to blame. Others soon fail as a consequence, so wait until the cause is known."""
     began = time.monotonic()
     while True:
         culprit = min((rank for rank in ranks if rank.failed()), key=_order_of_blame)

@@ -69,7 +69,7 @@ def _parse(line: bytes) -> JobRecord | None:
 
 
 def birth(pid: int) -> int:
-    """Return the start time of a process of this machine in the system's clock ticks; 0 if it has ended."""
+    """Return when a process of this machine started, in the system's clock ticks; 0 if none is there (any more)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

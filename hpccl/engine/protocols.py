@@ -21,7 +21,7 @@ Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
 class GradientHook:
     """A change to one parameter's gradient before it is averaged over ranks.
 
-    needs: names of the parameters whose weights it reads, whole and in fp32; of other layers only with a dense curvature
+    needs: names of the parameters whose weights it reads, whole, in fp32; of other layers only with a dense curvature
     call: (gradient, weights by name) -> gradient, as a new tensor
     """
 
