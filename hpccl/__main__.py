@@ -1,4 +1,4 @@
-"""The command `hpccl`. What it needs is imported where Ctrl-C is listened for: it takes seconds."""
+"""The command `hpccl`. Its imports take seconds, so they happen where Ctrl-C is caught."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Import timm where torchvision's compiled operators cannot be loaded.
 
-timm needs torchvision. The torchvision wheel on the package index is linked to CUDA; beside a CPU build of torch its
+timm needs torchvision. The torchvision wheel on the package index is linked to CUDA; with a CPU build of torch its
 operator library does not load, and `import torchvision` ends in `RuntimeError: operator torchvision::nms does not
 exist`, because it registers shape functions for two operators that nobody declared. hpccl calls neither of them, so it
 is enough to declare their schemas before the first import of timm. Where the real operators load, nothing is done:
@@ -26,12 +26,12 @@ _OPERATORS = ("nms", "qnms")
 
 
 def import_timm() -> ModuleType:
-    """Return timm, after declaring what torchvision misses; later `from timm... import` statements work too."""
+    """Return timm, after declaring torchvision's missing operators; later `from timm... import` statements work too."""
     declare_missing_operators()
     return importlib.import_module("timm")
 
 
-@functools.cache  # the cache keeps the Library alive: its declarations disappear with it
+@functools.cache  # keeps the Library alive: its declarations disappear with it
 def declare_missing_operators() -> Library | None:
     """Declare torchvision's `nms` and `qnms` if torch is a CPU build and they cannot be loaded; None otherwise."""
     import torch

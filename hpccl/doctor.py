@@ -1,4 +1,4 @@
-"""What this machine offers and what is missing, with what to do about it. torch is imported only when asked after."""
+"""Check what this machine offers and what is missing, with advice. Imports torch only in the checks that need it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Status = Literal["ok", "warn", "missing"]
 
 _GIB = 1 << 30
 _STYLE: dict[Status, str] = {"ok": "green", "warn": "yellow", "missing": "red"}
-# What a broken installation raises on import: absent, not loadable, or of a version that does not fit.
+# Errors on import of a broken installation: missing, not loadable, or of an incompatible version.
 _BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. `advice` is empty where there is nothing to do."""
+    """The result of one check. `advice` is empty if there is nothing to do."""
 
     name: str
     status: Status
@@ -46,12 +46,12 @@ class Check:
 
 
 def diagnose(*, folder: Path | None = None, cache: Path | None = None, port: int = 0) -> list[Check]:
-    """Look at everything.
+    """Run all checks.
 
     Args:
-        folder: where runs go; None: the current folder.
-        cache: where decoded images go; None: the user's cache folder.
-        port: the port at which processes are to meet; 0: any free one.
+        folder: where runs are written; None: the current folder.
+        cache: where decoded images are cached; None: the user's cache folder.
+        port: the port of the process group; 0: any free one.
     """
     return [
         check_python(),
@@ -85,7 +85,7 @@ def as_dict(checks: Sequence[Check]) -> dict[str, Any]:
 
 
 def render(checks: Sequence[Check]) -> Table:
-    """A table for the terminal."""
+    """Return a table for the terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("status", "what", "found", "what to do"):
         table.add_column(column, overflow="fold")
@@ -100,12 +100,12 @@ def render(checks: Sequence[Check]) -> Table:
 
 
 def check_python() -> Check:
-    """Which interpreter this is; an older one than 3.11 cannot install hpccl."""
+    """Report the interpreter; hpccl cannot be installed on one older than 3.11."""
     return Check("python", "ok", f"{platform.python_version()} at {sys.executable}", required=True)
 
 
 def check_torch() -> Check:
-    """Torch can be imported and is new enough."""
+    """Check that torch can be imported and is new enough."""
     torch, problem = _import("torch")
     if torch is None:
         return Check(
@@ -119,7 +119,7 @@ def check_torch() -> Check:
 
 
 def check_timm() -> Check:
-    """Timm, and with it torchvision, can be imported."""
+    """Check that timm, and with it torchvision, can be imported."""
     try:
         found = str(import_timm().__version__)
     except _BROKEN as error:
@@ -129,7 +129,7 @@ def check_timm() -> Check:
 
 
 def check_package(name: str, *, extra: str, purpose: str) -> Check:
-    """An optional package is installed."""
+    """Check whether an optional package is installed."""
     if importlib.util.find_spec(name) is None:
         return Check(name, "missing", "not installed", f"optional, {purpose}: `pip install 'hpccl[{extra}]'`")
     try:
@@ -142,7 +142,7 @@ def check_package(name: str, *, extra: str, purpose: str) -> Check:
 
 
 def check_devices() -> Check:
-    """GPUs that torch can use, and GPUs that it cannot."""
+    """Report GPUs that torch can use, and GPUs that it cannot."""
     torch, _ = _import("torch")
     if torch is None:
         return Check("devices", "missing", "unknown without torch", "mend torch first")
@@ -158,7 +158,7 @@ def check_devices() -> Check:
 
 
 def check_backends() -> Check:
-    """Gloo always, NCCL where there are GPUs."""
+    """Check the backends of torch.distributed: gloo, and NCCL if there are GPUs."""
     torch, _ = _import("torch")
     if torch is None:
         return Check("distributed backends", "missing", "unknown without torch", "mend torch first")
@@ -175,7 +175,7 @@ def check_backends() -> Check:
 
 
 def check_cores() -> Check:
-    """Cores that this process may use, which a batch system or a container may have cut."""
+    """Report the cores that this process may use, which a batch system or a container may limit."""
     installed, usable = os.cpu_count() or 1, usable_cores()
     if usable >= installed:
         return Check("cores", "ok", str(usable))
@@ -184,7 +184,7 @@ def check_cores() -> Check:
 
 
 def check_threads() -> Check:
-    """Torch does not start more threads than there are cores."""
+    """Check that torch does not start more threads than there are cores."""
     torch, _ = _import("torch")
     if torch is None:
         return Check("threads", "missing", "unknown without torch", "mend torch first")
@@ -196,7 +196,7 @@ def check_threads() -> Check:
 
 
 def check_bf16(flags: frozenset[str]) -> Check:
-    """Whether engine.precision=bf16 pays on this processor."""
+    """Check whether engine.precision=bf16 is worthwhile on this processor."""
     known = [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags]
     if known:
         return Check("bf16 on the CPU", "ok", ", ".join(known), "try engine.precision=bf16 engine.channels_last=true")
@@ -205,7 +205,7 @@ def check_bf16(flags: frozenset[str]) -> Check:
 
 
 def check_memory() -> Check:
-    """Main memory that is free now."""
+    """Check the main memory that is available now."""
     memory = psutil.virtual_memory()
     found = f"{_gib(memory.available)} free of {_gib(memory.total)}"
     if memory.available < 2 * _GIB:
@@ -216,7 +216,7 @@ def check_memory() -> Check:
 
 
 def check_shared_memory(path: Path = Path("/dev/shm")) -> Check:  # noqa: S108 - a mount that is measured, not used
-    """Room for what decoding processes hand over; containers often have 64 MiB."""
+    """Check /dev/shm, through which decoding processes pass images; containers often have only 64 MiB."""
     if not path.is_dir():
         return Check("shared memory", "ok", "not a separate file system")
     free = shutil.disk_usage(path).free
@@ -227,9 +227,9 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Check:  # noqa: S108 -
 
 
 def check_disk(name: str, folder: Path) -> Check:
-    """A folder, or the nearest one above it that exists, can be written and has room."""
+    """Check that a folder, or its nearest existing parent, can be written and has room."""
     place = folder.absolute()
-    while not os.path.exists(place):  # False, and no error, where a folder above may not be entered
+    while not os.path.exists(place):  # False, without an error, if a parent folder may not be entered
         place = place.parent
     if not place.is_dir():
         return Check(name, "missing", f"'{place}' is a file", f"choose another folder than '{folder}'", required=True)
@@ -248,7 +248,7 @@ def check_disk(name: str, folder: Path) -> Check:
 
 
 def check_hostname(hostname: str) -> Check:
-    """The machine's own name resolves; gloo listens at the address it resolves to."""
+    """Check that the machine's own name resolves; gloo listens at that address."""
     try:
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(hostname, None)}
     except (OSError, UnicodeError) as error:
@@ -258,7 +258,7 @@ def check_hostname(hostname: str) -> Check:
 
 
 def check_port(port: int) -> Check:
-    """A port at which the processes of one run can meet."""
+    """Check that a port for the process group is free."""
     try:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", port))
@@ -270,7 +270,7 @@ def check_port(port: int) -> Check:
 
 
 def check_slurm() -> Check:
-    """The SLURM commands are on PATH and the controller answers."""
+    """Check that the SLURM commands are on PATH and the controller answers."""
     commands = {name: shutil.which(name) for name in ("sinfo", "sbatch", "srun")}
     absent = [name for name, path in commands.items() if path is None]
     if len(absent) == len(commands):
@@ -289,7 +289,7 @@ def check_slurm() -> Check:
     return Check("SLURM", "ok", f"partitions: {'; '.join(answer.splitlines()) or 'none'}{job}")
 
 
-# ---------------------------------------------------------------- looking
+# ---------------------------------------------------------------- helpers
 
 
 def _import(name: str) -> tuple[ModuleType | None, str]:
@@ -304,7 +304,7 @@ def _cpu_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    # "flags" on x86, "Features" on ARM; the first core speaks for all.
+    # "flags" on x86, "Features" on ARM; the first core stands for all.
     return frozenset(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
 
 

@@ -1,11 +1,11 @@
 """Every error that hpccl raises on purpose.
 
-HpcclError                     something a user can mend; the command prints it without a traceback
+HpcclError                     something a user can fix; the command prints it without a traceback
 ├── ConfigError                a configuration is wrong: one line per mistake
 ├── DataError                  images or shards are missing, truncated, altered or undecodable
 ├── FolderError                a run folder cannot be used (another configuration, no permission, disk full)
 │   └── CheckpointError        a checkpoint is damaged or of an unknown format
-├── WorldError                 processes cannot meet, or one of them died
+├── WorldError                 processes cannot connect, or one of them died
 │   └── StragglerError         a process did not answer within cluster.timeout
 ├── CapacityError              the memory of the machine or of a device has run out
 ├── CoverageError              a parameter that the curvature was asked to cover is not covered
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class HpcclError(Exception):
-    """Something a user can mend."""
+    """Something a user can fix."""
 
 
 class ConfigError(HpcclError):
@@ -49,7 +49,7 @@ class CheckpointError(FolderError):
 
 
 class WorldError(HpcclError):
-    """Processes cannot meet, or one of them died."""
+    """Processes cannot connect, or one of them died."""
 
 
 class StragglerError(WorldError):

@@ -1,4 +1,4 @@
-"""Names and layout of a run folder, and writing files so that a reader never sees half of one."""
+"""The layout of a run folder, and writing files so that readers never see half of one."""
 
 from __future__ import annotations
 
@@ -48,55 +48,55 @@ class RunFolder:
 
     @property
     def env(self) -> Path:
-        """Versions and machine."""
+        """Versions of packages, and the machine."""
         return self.path / "env.txt"
 
     @property
     def events(self) -> Path:
-        """What happened, one JSON object a line."""
+        """The run's events, one JSON object a line."""
         return self.path / "events.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """One folder a checkpoint."""
+        """The checkpoints, one folder each."""
         return self.path / "checkpoints"
 
     @property
     def memory(self) -> Path:
-        """Of the memory: pictures for reports, one file a task, and what `copies` says."""
+        """Pictures of the memory for reports, one file a task, and the folder `copies`."""
         return self.path / "memory"
 
     @property
     def copies(self) -> Path:
-        """Shards of the memory's images, one folder a task; only with memory.keep=copy."""
+        """Shards with copies of the memory's images, one folder a task; only with memory.keep=copy."""
         return self.memory / "shards"
 
     @property
     def logs(self) -> Path:
-        """One text file a rank."""
+        """The ranks' output, one text file a rank."""
         return self.path / "logs"
 
     @property
     def jobs(self) -> Path:
-        """The jobs that were made for the run, one JSON object a line."""
+        """The jobs submitted for the run, one JSON object a line."""
         return self.path / "jobs.jsonl"
 
     @property
     def error(self) -> Path:
-        """What ended the last start badly, as JSON: job, restart, rank, kind, message, time."""
+        """The error that ended the last start, as JSON: job, restart, rank, kind, message, time."""
         return self.logs / "error.json"
 
     @property
     def tensorboard(self) -> Path:
-        """Curves."""
+        """Curves for TensorBoard."""
         return self.path / "tensorboard"
 
     def report(self, suffix: str) -> Path:
-        """report.json, report.md or report.html."""
+        """Return the path of report.json, report.md or report.html."""
         return self.path / f"report.{suffix}"
 
     def create(self) -> None:
-        """Make the folder and check that it can be written.
+        """Make the folder and its subfolders, and check that it can be written.
 
         Raises:
             FolderError: it cannot be made or written.
@@ -112,17 +112,17 @@ class RunFolder:
 
 
 def similar(path: Path, names: Iterable[str]) -> Path | None:
-    """Of the names in its folder, the one that `path` may have meant."""
+    """Return the path whose name among `names`, those in its folder, is most similar to `path`; None if none is."""
     near = difflib.get_close_matches(path.name, list(names), n=1)
     return path.parent / near[0] if near else None
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Let one process in and have the others wait; the system frees the lock of a process that dies.
+    """Hold an exclusive lock on the file `path`, waiting for it; the system frees the lock of a process that dies.
 
-    For what several processes may do without harm, only in vain: a file system without locks lets all of them in, and
-    each is told so (False).
+    Only for work that several processes may repeat without harm: where the file system has no locks, all of them enter
+    the context, which then yields False.
 
     Raises:
         OSError: the file cannot be made.
@@ -137,12 +137,12 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def refuse_unwritable(folder: Path, option: str) -> None:
-    """See before long work that a folder could be made and written.
+    """Check, before long work, that a folder could be made and written.
 
-    option: how another one is given
+    option: how the user gives another folder, for the message
 
     Raises:
-        FolderError: it could not.
+        FolderError: it could not be.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
@@ -153,7 +153,7 @@ def refuse_unwritable(folder: Path, option: str) -> None:
 
 
 def explain_os_error(error: OSError, *, other: str = "another folder") -> str:
-    """The system's words and what to do; `other`: how another folder is given."""
+    """Return the system's message and what to do; `other`: how the user gives another folder."""
     advice = {
         28: "the disk is full: free some space and run the same command again",
         122: "your disk quota is used up: free some space and run the same command again",
@@ -169,7 +169,7 @@ def explain_os_error(error: OSError, *, other: str = "another folder") -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it becomes `path` at the end, or disappears if an exception is raised.
+    """Yield a temporary path to write to; it is renamed to `path` at the end, or deleted on an exception.
 
     Raises:
         FolderError: the file cannot be written (disk full, no permission).
@@ -190,7 +190,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(final: Path) -> Iterator[Path]:
-    """Yield a new folder to fill; it becomes `final` at the end, in the place of what was there, or disappears.
+    """Yield a temporary folder to fill; it replaces `final` at the end, or is deleted on an exception.
 
     Raises:
         FolderError: it cannot be written.
@@ -208,12 +208,12 @@ def replacing_folder(final: Path) -> Iterator[Path]:
 
 
 def put_in_place(beside: Path, final: Path) -> None:
-    """Rename a folder that is written whole; what was at `final` is deleted after it.
+    """Rename the complete folder `beside` to `final`, then delete the former folder of that name.
 
-    Half a folder is never at `final`: whoever is killed in between leaves the old one, the new one or none.
+    `final` is never half a folder: a process that is killed in between leaves the old one, the new one or none.
 
     Raises:
-        OSError: it cannot be renamed; what was there is still there.
+        OSError: it cannot be renamed; the former folder is still there.
     """
     old = final.with_name(f".{final.name}.{os.getpid()}.old.part")
     there = final.exists()
@@ -229,7 +229,7 @@ def put_in_place(beside: Path, final: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make what was written to a file, or renamed in a folder, last through a power cut."""
+    """Flush a file's contents, or a folder's renames, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

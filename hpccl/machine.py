@@ -1,4 +1,4 @@
-"""What a result was made on: machine, versions, commit. No torch here."""
+"""The machine, package versions and commit behind a result. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("hpccl", "torch", "timm", "webdataset", "numpy", "pydantic", "safet
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores that this process may use, memory in bytes, host name."""
+    """Return the CPU, the cores that this process may use, the memory in bytes and the host name."""
     return {
         "cpu": _cpu_model(),
         "cores": usable_cores(),
@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity and its container's quota, at least 1."""
+    """Return the cores that this process may use, by its affinity and its container's quota; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -37,11 +37,11 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")  # in the words of torch, CUDA and its libraries
+_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")  # in messages of torch, CUDA and its libraries
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """The first line of what Python, torch or CUDA raise when memory has run out; None of any other error."""
+    """Return the first line of an out-of-memory error of Python, torch or CUDA; None for any other error."""
     line = str(error).partition("\n")[0] or type(error).__name__
     if isinstance(error, MemoryError):
         return line
@@ -49,7 +49,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide a result; those not installed are left out."""
+    """Return the versions of Python and of packages that affect results; those not installed are left out."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -61,10 +61,10 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """The job that this process belongs to.
+    """The SLURM job that this process belongs to.
 
     id: `123`, or `123_4` for a task of an array
-    restart: how often it was queued again
+    restart: how often the job was requeued
     """
 
     id: str
@@ -72,7 +72,7 @@ class SlurmJob:
 
 
 def slurm_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
-    """The job, or None outside of one."""
+    """Return the SLURM job of this process, or None outside of one."""
     if "SLURM_JOB_ID" not in environ:
         return None
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
@@ -81,7 +81,7 @@ def slurm_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
 
 
 def commit() -> str:
-    """The commit of the code that runs, with `+dirty` if files differ from it; the version outside a checkout."""
+    """Return the commit of this code, with `+dirty` if tracked files differ; the version outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     head = ask_git(root, "rev-parse", "HEAD")
     dirty = ask_git(root, "status", "--porcelain", "--untracked-files=no")
@@ -91,7 +91,7 @@ def commit() -> str:
 
 
 def ask_git(root: Path, *arguments: str) -> str | None:
-    """What git says, or None where it fails, takes half a minute or is not installed."""
+    """Return git's output, or None if it fails, takes over half a minute or is not installed."""
     command = ["git", "-C", str(root), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, timeout=30, check=True)

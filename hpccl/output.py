@@ -1,6 +1,6 @@
-"""Standard output and error may be gone: whoever read them left, or they go to a file on a full disk.
+"""Printing where standard output or error may fail: a pipe whose reader has gone, or a file on a full disk.
 
-What is said on the way is then lost, and nothing else: a run goes on and ends with its own exit code.
+Progress messages are then lost and nothing else: the run continues and ends with its own exit code.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ __all__ = ["Told", "discard", "flush", "say"]
 
 
 class Told:
-    """Standard output for results, of which a loss must be told.
+    """Standard output for results, whose loss is an error.
 
     Raises:
-        FolderError: from `write` and `flush`: the disk is full, say. A reader that left is no error of the command's.
+        FolderError: `write` or `flush` failed, because the disk is full, say. BrokenPipeError (the reader has gone)
+            stays as it is.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -51,13 +52,13 @@ class Told:
 
 
 def say(line: str, stream: TextIO | None = None, *, end: str = "\n") -> None:
-    """A line on a stream, standard error if none is given; lost if it cannot be written."""
+    """Print a line on a stream, by default standard error; it is lost if it cannot be written."""
     with contextlib.suppress(OSError):
         print(line, end=end, file=stream or sys.stderr, flush=True)
 
 
 def flush() -> None:
-    """Before the process ends: what cannot be written is discarded."""
+    """Flush standard output and error before the process ends; discard what cannot be written."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -66,6 +67,6 @@ def flush() -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Let go of what cannot be written: the interpreter would try again when it ends, and change the exit code."""
+    """Redirect a stream to /dev/null: at exit the interpreter would try to write again and change the exit code."""
     with contextlib.suppress(OSError):  # a stream without a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,8 +1,8 @@
-"""A tensor in a file of its own in the run folder: checkpoints name it, and processes of a machine share its pages.
+"""Tensors in files of their own in the run folder: checkpoints refer to them, processes of a machine share their pages.
 
-A file is named by what is in it and never changed, so that a checkpoint means the same for ever, and a run folder may
-be copied elsewhere. It is mapped, not read: what no step asks for is not in memory, and what several processes ask for
-is there once.
+A file is named after a checksum of its contents and never changed, so that a checkpoint always means the same, and a
+run folder may be copied elsewhere. It is memory-mapped: pages that no step uses are not in memory, and pages that
+several processes use are there once.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _NAME = "rows"
 @final
 @dataclass(frozen=True)
 class Apart:
-    """In the tree of a checkpoint: the tensor of a file, by its path within the run folder."""
+    """A leaf of a checkpoint's tree: the path, within the run folder, of the file that holds the tensor."""
 
     path: str
 
 
 def write_apart(root: Path, stem: str, tensor: Tensor) -> Apart:
-    """Write `root/stem-<checksum>.safetensors`; other files of that stem go.
+    """Write `root/stem-<checksum>.safetensors` and delete other files of that stem.
 
     Raises:
-        FolderError: it cannot be written.
+        FolderError: the file cannot be written.
     """
     value = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
@@ -47,7 +47,7 @@ def write_apart(root: Path, stem: str, tensor: Tensor) -> Apart:
     found = Apart(f"{stem}-{digest.hexdigest()[:16]}.safetensors")
     with replacing(root / found.path) as path:
         write_tensors(path, {_NAME: value})
-    with contextlib.suppress(OSError):  # the file itself is on the disk
+    with contextlib.suppress(OSError):  # only the folder's entry; the file itself is synced
         sync((root / found.path).parent)
     for other in (root / found.path).parent.glob(f"{Path(stem).name}-*.safetensors"):
         if other != root / found.path:
@@ -56,10 +56,10 @@ def write_apart(root: Path, stem: str, tensor: Tensor) -> Apart:
 
 
 def read_apart(root: Path, where: Apart) -> Tensor:
-    """The tensor, mapped: it must not be written to.
+    """Return the tensor, memory-mapped: it must not be written to.
 
     Raises:
-        CheckpointError: the file is missing or torn, or not in the run folder.
+        CheckpointError: the file is missing or truncated, or not in the run folder.
     """
     if not (root / where.path).resolve().is_relative_to(root.resolve()):
         raise CheckpointError(f"a checkpoint of '{root}' names a file outside of it, '{where.path}'; do not use it")

@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: each is a folder that appears whole or not at all."""
+"""The checkpoints of a run folder: each is a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ __all__ = [
 ]
 
 FORMAT = 1
-_OF = "curvature"  # in a header: the number of the curvature that a checkpoint's shards hold
-_UNSEEN = 120.0  # seconds until a folder that another node made must be seen
+_OF = "curvature"  # header key: a random number that identifies the curvature in a checkpoint's shards
+_UNSEEN = 120.0  # seconds within which other nodes must see a new folder
 _PHASES = ("fit", "fitted", "done")
 _NAME = re.compile(r"task-(\d{3,})-(fit|fitted|done)-(\d{8,})")
 
 
 @dataclass(frozen=True, order=True)
 class Mark:
-    """When a checkpoint was taken, in the order of a run.
+    """When a checkpoint was taken; marks sort in the order of a run.
 
-    phase: `fit` within a task's training, `fitted` at its end, `done` after memory, curvature and evaluation.
+    phase: `fit` during a task's training, `fitted` at its end, `done` after memory, curvature and evaluation
     """
 
     task: int
@@ -59,12 +59,12 @@ class Mark:
 
     @classmethod
     def at(cls, task: int, phase: str, step: int) -> Mark:
-        """A mark by the phase's name."""
+        """Make a mark from the phase's name."""
         return cls(task, _PHASES.index(phase), step)
 
     @property
     def phase(self) -> str:
-        """fit, fitted or done."""
+        """The phase: fit, fitted or done."""
         return _PHASES[self.phase_index]
 
     @property
@@ -75,7 +75,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Saved:
-    """What saving cost: bytes written by all ranks, seconds."""
+    """The cost of saving: bytes written by all ranks, and seconds."""
 
     num_bytes: int
     seconds: float
@@ -83,22 +83,22 @@ class Saved:
 
 @dataclass
 class Shard:
-    """What each rank writes for itself: large, seldom changed, so it is linked from the checkpoint before if it can be.
+    """The part that each rank writes for itself: large and seldom changed, so unchanged files are hard-linked.
 
-    written: what was written last, and where
-    number: of what was written last; in all its files, to tell them from those of any other checkpoint
+    written: the object that was written last, and its folder
+    number: its random number, which all its files have, to tell them from those of other checkpoints
     """
 
     written: tuple[object, Path] | None = None
     number: int = 0
 
     def number_of(self, source: object) -> int:
-        """A random one for what was not written last."""
+        """Return the number of `source`: a new random one unless it was written last."""
         known = self.written is not None and self.written[0] is source
         return self.number if known else secrets.randbits(62)
 
     def write(self, folder: Path, stem: str, source: object, tree: dict[str, Any], number: int) -> int:
-        """Write `tree`, which describes `source`, or link the files that hold it; returns the bytes written.
+        """Write `tree`, the state of `source`, or link the files that hold it; return the bytes written.
 
         Raises:
             OSError: see write_tree.
@@ -106,7 +106,7 @@ class Shard:
         return 0 if self._linked(folder, stem, source) else write_tree(folder, tree, header={_OF: number}, stem=stem)
 
     def moved(self, source: object, folder: Path, number: int) -> None:
-        """`source` is now in `folder`."""
+        """Record that `source` is now in `folder`."""
         self.written, self.number = (source, folder), number
 
     def _linked(self, folder: Path, stem: str, source: object) -> bool:
@@ -115,7 +115,7 @@ class Shard:
         try:
             for suffix in ("safetensors", "json"):
                 os.link(self.written[1] / f"{stem}.{suffix}", folder / f"{stem}.{suffix}")
-        except OSError:  # removed meanwhile, or a file system without links
+        except OSError:  # removed meanwhile, or no links on this file system
             for suffix in ("safetensors", "json"):
                 (folder / f"{stem}.{suffix}").unlink(missing_ok=True)
             return False
@@ -126,9 +126,9 @@ class Shard:
 class Content:
     """What a checkpoint holds.
 
-    tree: tensors that all ranks hold (the leader writes them) and this rank's parts of those that are spread
-    source: what `own` describes
-    own: what this rank alone holds, by layer; empty on all ranks: no such files are written
+    tree: replicated tensors (the leader writes them) and this rank's parts of spread tensors
+    source: the object whose state `own` is
+    own: state that only this rank holds, by layer; if empty on all ranks, no such files are written
     """
 
     tree: dict[str, Any]
@@ -139,18 +139,18 @@ class Content:
 def save(
     checkpoints: Path, mark: Mark, content: Content, *, keep: int, comm: Comm | None = None, shard: Shard | None = None
 ) -> Saved:
-    """Write a checkpoint beside and rename it, then prune the older ones within tasks; collective.
+    """Write a checkpoint to a temporary folder, rename it, and prune older ones within tasks; collective.
 
     Args:
         checkpoints: the folder of all checkpoints.
-        mark: when.
-        content: what.
-        keep: newest ones kept within a task.
-        comm: the ranks; None: one.
+        mark: when it is taken.
+        content: what it holds.
+        keep: number of newest checkpoints kept within a task.
+        comm: the ranks; None: one process.
         shard: remembers where this rank's own part was written last.
 
     Raises:
-        FolderError: it cannot be written; what was there before is untouched.
+        FolderError: it cannot be written; earlier checkpoints are untouched.
         WorldError: another rank could not write.
     """
     writing = Writing.begin(checkpoints, mark, content, keep=keep, comm=comm or Comm.solo(), shard=shard or Shard())
@@ -159,7 +159,7 @@ def save(
 
 @dataclass
 class Writing:
-    """A checkpoint on its way: begun by all ranks together, written by each in a thread, finished by all together."""
+    """A checkpoint being written: begun by all ranks together, written by each in a thread, finished together."""
 
     checkpoints: Path
     mark: Mark
@@ -179,11 +179,13 @@ class Writing:
     def begin(
         cls, checkpoints: Path, mark: Mark, content: Content, *, keep: int, comm: Comm, shard: Shard, wait: bool = True
     ) -> Writing:
-        """Collective. `wait` False: files are written while this rank goes on; the content must not change meanwhile.
+        """Begin to write; collective.
+
+        If `wait` is False, files are written in the background; the content must not change meanwhile.
 
         Raises:
-            FolderError: the folder cannot be made.
-            WorldError: ... by the leader.
+            FolderError: the folder cannot be made, on the leader.
+            WorldError: the same, on the other ranks.
         """
         start = time.perf_counter()
         process = comm.max(os.getpid() if comm.leader else 0)
@@ -209,19 +211,19 @@ class Writing:
 
     @property
     def final(self) -> Path:
-        """The folder that appears."""
+        """The checkpoint's final folder."""
         return self.checkpoints / self.mark.name
 
     @property
     def written(self) -> bool:
-        """Whether this rank has done its part. Not collective."""
+        """Whether this rank has written its part. Not collective."""
         return self.thread is None or not self.thread.is_alive()
 
     def finish(self) -> Saved:
         """Wait for all ranks' parts and rename; collective.
 
         Raises:
-            FolderError: it cannot be written; what was there before is untouched.
+            FolderError: it cannot be written; earlier checkpoints are untouched.
             WorldError: another rank could not write.
         """
         if self.thread is not None:
@@ -232,7 +234,7 @@ class Writing:
         with _together(self.comm, self.beside, self.final):
             if self.comm.leader:
                 sync(self.beside)
-                put_in_place(self.beside, self.final)  # where the same moment is repeated after a kill, one is there
+                put_in_place(self.beside, self.final)  # replaces the one that an earlier, killed start wrote here
                 sync(self.checkpoints)
                 _prune(self.checkpoints, self.keep)
         self.shard.moved(self.content.source, self.final, self.header[_OF])
@@ -241,7 +243,7 @@ class Writing:
         return Saved(int(written), time.perf_counter() - self.start)
 
     def _write(self) -> None:
-        """This rank's files. No collective: it may run in a thread."""
+        """Write this rank's files. Not collective: it may run in a thread."""
         rank, number = self.comm.rank, {_OF: self.header[_OF]}
         shards, spread = self.header["shards"], self.header["spread"]
         try:
@@ -256,17 +258,17 @@ class Writing:
                 )
             if self.comm.leader:
                 self.num_bytes += write_tree(self.beside, self.content.tree, header=self.header)
-        except Exception as error:  # noqa: BLE001 - in a thread: `finish` raises it, and no part is taken for whole
+        except Exception as error:  # noqa: BLE001 - in a thread: `finish` raises it; no partial checkpoint appears
             self.failure = error
 
 
 @contextlib.contextmanager
 def _together(comm: Comm, beside: Path, final: Path) -> Iterator[None]:
-    """A step that every rank finishes before the next one begins; if one fails, in whatever way, all do."""
+    """Run a step on all ranks, after which they wait for each other; if it fails on one, all raise. Collective."""
     failure: Exception | None = None
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - raised below, when the others know
+    except Exception as error:  # noqa: BLE001 - raised below, once the others know
         failure = error
     if not comm.any(failure is not None):
         return
@@ -284,9 +286,9 @@ def _together(comm: Comm, beside: Path, final: Path) -> Iterator[None]:
 
 
 def open_shards(checkpoints: Path, mark: Mark) -> Callable[[Callable[[str], bool]], dict[str, list[dict[str, Any]]]]:
-    """A function that reads what ranks wrote for themselves: of the wanted layers, the states of all ranks by layer.
+    """Return a function that reads the ranks' own parts: from a filter of layers to the states of all ranks by layer.
 
-    It raises CheckpointError if a file is missing, torn or from another checkpoint.
+    It raises CheckpointError if a file is missing, truncated or from another checkpoint.
     """
     folder = checkpoints / mark.name
 
@@ -310,10 +312,10 @@ def open_shards(checkpoints: Path, mark: Mark) -> Callable[[Callable[[str], bool
 
 
 def refuse_torn(checkpoints: Path, mark: Mark) -> None:
-    """See that every file of tensors is as long as it says, of all ranks, without reading them.
+    """Check that the tensor files of all ranks have the length that their headers say, without reading them.
 
     Raises:
-        CheckpointError: one is not.
+        CheckpointError: one has not.
     """
     folder = checkpoints / mark.name
     for path in sorted(folder.glob("*.safetensors")):
@@ -330,17 +332,17 @@ def _stem(what: str, number: int, count: int) -> str:
 
 
 def latest(checkpoints: Path) -> Mark | None:
-    """The newest checkpoint, or None."""
+    """Return the newest checkpoint, or None."""
     return max(marks(checkpoints), default=None)
 
 
 def latest_of_all(checkpoints: Path, comm: Comm) -> Mark | None:
-    """The newest checkpoint as the first rank finds it, the same on every rank; None if there is none. Collective.
+    """Return the newest checkpoint that the leader finds, the same on every rank; None if there is none. Collective.
 
-    On a network file system another node's list of the folder may be a minute old: it waits until it sees it.
+    On a network file system another node's listing of the folder may be a minute old: ranks wait until they see it.
 
     Raises:
-        WorldError: a rank does not see it in two minutes.
+        WorldError: a rank does not see it within two minutes.
     """
     found = latest(checkpoints) if comm.leader else None
     name = comm.broadcast_text(found.name if found is not None else "")
@@ -359,12 +361,12 @@ def latest_of_all(checkpoints: Path, comm: Comm) -> Mark | None:
 
 
 def load(checkpoints: Path, mark: Mark, *, only: str | None = None, lazy: bool = False) -> dict[str, Any]:
-    """The nest that was saved; what was spread over ranks, or if `lazy` every tensor, stays in its files (Stored).
+    """Return the tree that was saved; spread tensors, or all tensors if `lazy`, stay in their files (Stored).
 
-    only: the first key that is wanted; None: all.
+    only: the top-level key to read; None: all
 
     Raises:
-        CheckpointError: it is damaged, or of a format this version does not know.
+        CheckpointError: it is damaged, or of a format that this version does not know.
     """
     wanted = None if only is None else only.__eq__
     header, tree = read_tree(
@@ -384,7 +386,7 @@ def _weight_stems(header: dict[str, Any]) -> list[str]:
 
 
 def marks(checkpoints: Path) -> list[Mark]:
-    """All checkpoints of a folder, in the order of a run."""
+    """Return all checkpoints of a folder, in the order of a run."""
     if not checkpoints.is_dir():
         return []
     found = (_NAME.fullmatch(entry.name) for entry in checkpoints.iterdir())
@@ -392,9 +394,9 @@ def marks(checkpoints: Path) -> list[Mark]:
 
 
 def _prune(checkpoints: Path, keep: int) -> None:
-    """Ends of tasks stay; of the rest within tasks, the newest `keep`. What led to a finished task goes.
+    """Keep `done` checkpoints, and the newest `keep` `fit` checkpoints of unfinished tasks; delete other `fit` ones.
 
-    Only the first task's weights before consolidation stay too: other runs may start from them.
+    `fitted` ones of finished tasks are deleted, except the first task's: other runs may start from its weights.
     """
     found = marks(checkpoints)
     ended = {mark.task for mark in found if mark.phase == "done"}
@@ -406,14 +408,14 @@ def _prune(checkpoints: Path, keep: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Out of sight first: a half-deleted folder must not look like a checkpoint."""
+    """Delete a folder, renaming it first: a half-deleted one must not look like a checkpoint."""
     hidden = folder.with_name(f".{folder.name}.old.part")
-    with contextlib.suppress(OSError):  # pruning is no reason to stop a run
+    with contextlib.suppress(OSError):  # a failure to prune must not stop a run
         os.replace(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _clear(checkpoints: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Delete incomplete checkpoints of killed processes."""
     for entry in checkpoints.glob(".task-*.part"):
         shutil.rmtree(entry, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""A safetensors file that is written tensor by tensor, in any order, with no more than one of them in memory.
+"""Write safetensors files tensor by tensor, in any order, with no more than one of them in memory.
 
-The format is a length (8 bytes), a JSON table of dtypes, shapes and places, and the numbers themselves. The library
-writes files from memory only; what it reads back is checked by the tests.
+The format is a length (8 bytes), a JSON table of dtypes, shapes and offsets, and the data. The safetensors library can
+only write files that are in memory as a whole; tests check that it reads ours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 __all__ = ["Writer", "checksum", "write_tensors", "writing"]
 
-# Names of the format; of what networks are made of.
+# The format's names of the dtypes that networks use.
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -41,8 +41,8 @@ _DTYPES = {
 class Writer:
     """An open file with room for all tensors.
 
-    places: by name, dtype, shape and first byte
-    sums: by name, the checksum of what was written
+    places: by name: dtype, shape and offset of the first byte
+    sums: by name: the checksum of the written tensor
     """
 
     file: BinaryIO
@@ -50,7 +50,7 @@ class Writer:
     sums: dict[str, int] = field(default_factory=dict)
 
     def write(self, name: str, value: Tensor) -> None:
-        """One tensor, of the dtype and shape that were announced."""
+        """Write one tensor, of the dtype and shape that were announced."""
         dtype, shape, first = self.places[name]
         assert (value.dtype, tuple(value.shape)) == (dtype, shape), f"'{name}' is not as announced"
         assert name not in self.sums, f"'{name}' is there"
@@ -64,10 +64,10 @@ class Writer:
 def writing(
     path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, metadata: Mapping[str, str]
 ) -> Iterator[Writer]:
-    """A new file at `path`; every tensor must have been written when the block ends.
+    """Create a file at `path`; every tensor must have been written when the context ends.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     offsets, position = {}, 0
@@ -77,7 +77,7 @@ def writing(
         offsets[name] = position
         position += size
     text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)  # numbers begin where any of them may
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of 8 bytes, aligned for any dtype
     start = 8 + len(text)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -92,15 +92,15 @@ def writing(
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> dict[str, int]:
-    """A new file at `path` with all `tensors`, readable as the user's umask says; the checksum of each.
+    """Create a file at `path` with all `tensors`, with permissions by the user's umask; return their checksums.
 
-    The library's own functions hold all of a file in memory, or make files that nobody else may read and have an error
-    of their own for a full disk.
+    The library's own functions hold the whole file in memory, or make files that only their owner may read and raise
+    an error of their own if the disk is full.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
-    # The largest numbers first: then each begins at a multiple of its size.
+    # The widest dtypes first: then every tensor begins at a multiple of its element size.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     kinds = {name: (value.dtype, tuple(value.shape)) for name, value in ordered.items()}
     with writing(path, kinds, metadata=metadata or {}) as writer:
@@ -110,7 +110,7 @@ def write_tensors(
 
 
 def checksum(value: Tensor) -> int:
-    """CRC-32 of the bytes of a contiguous tensor on the CPU."""
+    """Return the CRC-32 of the bytes of a contiguous tensor on the CPU."""
     return zlib.crc32(_bytes(value))
 
 

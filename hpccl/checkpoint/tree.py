@@ -1,9 +1,10 @@
-"""A nest of dicts and lists with tensors as leaves, as one safetensors file and one JSON file. Never a pickle.
+"""Trees (nested dicts and lists with tensors as leaves) as one safetensors file and one JSON file. Never a pickle.
 
-Tensors that are spread over ranks (dist.spread.Slab) are in files of their own, one a rank, with a table of which
-elements each file has; they are read in any other division. Tensors that are in a file apart (apart.Apart) are named.
+Tensors that are spread over ranks (dist.spread.Slab) are in files of their own, one per rank, with a table of which
+elements each file has; they can be read in any other division. Tensors in separate files (apart.Apart) are stored as
+the file's path.
 
-The JSON file has a checksum of every tensor, compared when the tensor is read, as far as it is read whole.
+The JSON file has a checksum of every tensor, which is compared when the tensor is read whole.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ __all__ = ["StoredWhole", "has_slabs", "read_header", "read_tree", "write_slabs"
 _TENSOR = "__tensor__"
 _SPREAD = "__spread__"
 _APART = "__apart__"
-_SUMS = "crc32"  # in a header: of each tensor's bytes; absent in what earlier versions wrote
+_SUMS = "crc32"  # key of the tensors' checksums; absent in files of earlier versions
 
 
 def write_tree(folder: Path, tree: dict[str, Any], *, header: dict[str, Any], stem: str = "state") -> int:
-    """Write <stem>.safetensors and <stem>.json into an existing folder; returns the bytes written.
+    """Write <stem>.safetensors and <stem>.json into an existing folder; return the bytes written.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
@@ -47,7 +48,7 @@ def write_tree(folder: Path, tree: dict[str, Any], *, header: dict[str, Any], st
 
 
 def write_slabs(folder: Path, tree: dict[str, Any], *, header: dict[str, Any], stem: str) -> int:
-    """Write this rank's elements of the tree's spread tensors likewise; returns the bytes written.
+    """Write this rank's elements of the tree's spread tensors likewise; return the bytes written.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
@@ -61,7 +62,7 @@ def write_slabs(folder: Path, tree: dict[str, Any], *, header: dict[str, Any], s
 
 
 def has_slabs(tree: dict[str, Any]) -> bool:
-    """Whether any tensor is spread: the same answer on all ranks."""
+    """Whether any tensor is spread; the same on all ranks."""
     tensors: dict[str, Tensor | Slab] = {}
     _strip(tree, "", tensors)
     return any(isinstance(value, Slab) for value in tensors.values())
@@ -78,7 +79,7 @@ def _write(folder: Path, stem: str, tensors: Mapping[str, Tensor], content: dict
 
 
 def _checked(value: Tensor, name: str, expected: int | None) -> Tensor:
-    """Raises ValueError unless the tensor is what was written."""
+    """Return the tensor; raise ValueError if its checksum is not the `expected` one."""
     if expected is not None and checksum(value) != expected:
         raise ValueError(f"'{name}' was altered since it was written")
     return value
@@ -93,15 +94,15 @@ def read_tree(
     apart: Path | None = None,
     slabs: Callable[[dict[str, Any]], list[str]] = lambda header: [],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(header, tree) of what write_tree wrote; tensors are on the CPU, spread ones stay in their files (Stored).
+    """Return (header, tree) as written by write_tree; tensors are on the CPU, spread ones stay in files (Stored).
 
-    wanted: of the tree's first keys, which are read; the tensors of others never leave the file.
-    lazy: all tensors stay in their files.
-    apart: the folder that files apart lie in; None: there are none, and none may be named.
-    slabs: the stems of what all ranks' write_slabs wrote, by the header.
+    wanted: selects top-level keys of the tree; tensors of others are not read
+    lazy: leave all tensors in their files
+    apart: the folder that paths of separate files start from; None: the tree may have none
+    slabs: from the header to the stems of the files that all ranks' write_slabs wrote
 
     Raises:
-        CheckpointError: a file is missing, torn, altered or not what it says.
+        CheckpointError: a file is missing, truncated, altered or malformed.
     """
     try:
         header = json.loads((folder / f"{stem}.json").read_text())
@@ -110,8 +111,8 @@ def read_tree(
         if wanted is not None:
             skeleton = {key: value for key, value in skeleton.items() if wanted(key)}
         with safetensors.safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
-            # A copy begins where any other tensor may; a place in the file may not, and products of matrices that begin
-            # elsewhere are rounded otherwise: a resumed run would not be the undisturbed one.
+            # Copied, for alignment: matrix products may round differently for tensors that begin at odd addresses of
+            # a mapped file, and a resumed run would differ from an uninterrupted one.
 
             def read(name: str) -> Tensor | Stored:
                 if not lazy:
@@ -128,10 +129,10 @@ def read_tree(
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """The header alone.
+    """Return the header alone.
 
     Raises:
-        CheckpointError: missing or torn.
+        CheckpointError: it is missing or truncated.
     """
     try:
         header: dict[str, Any] = json.loads((folder / "state.json").read_text())
@@ -149,7 +150,7 @@ _Piece = tuple[int, Path, int | None]
 
 @dataclass(frozen=True)
 class _Spread:
-    """Where the elements of spread tensors are: by name, (first element, file, checksum)."""
+    """Where the elements of spread tensors are: by name, pieces of (first element, file, checksum)."""
 
     pieces: dict[str, list[_Piece]]
 
@@ -181,13 +182,13 @@ class _StoredTensor:
         """See Stored.read.
 
         Raises:
-            CheckpointError: a file is missing, torn or altered, or elements are in none of them.
+            CheckpointError: a file is missing, truncated or altered, or elements are in none of the files.
         """
         found = torch.empty(stop - start, dtype=self.dtype)
         missing = stop - start
         ends = [*(first for first, _, _ in self.pieces[1:]), math.prod(self.shape)]
         for (first, path, expected), end_of_piece in zip(self.pieces, ends, strict=False):
-            if first >= stop or end_of_piece <= start:  # opening a file of every rank for every tensor would take long
+            if first >= stop or end_of_piece <= start:  # opening every rank's file for every tensor would take long
                 continue
             try:
                 with safetensors.safe_open(path, framework="pt") as file:
@@ -211,9 +212,9 @@ class _StoredTensor:
 @final
 @dataclass(frozen=True)
 class StoredWhole:
-    """A tensor of a safetensors file, opened for every read and closed again: see dist.spread.Stored.
+    """A tensor in a safetensors file, which is opened for every read and closed again: see dist.spread.Stored.
 
-    What is read is a copy. A file that stays open would count as memory, all of it in the end.
+    Reads return copies: the pages of a file that stays mapped would add up to all of it in memory.
     """
 
     path: Path
@@ -225,7 +226,7 @@ class StoredWhole:
         """See Stored.read.
 
         Raises:
-            CheckpointError: the file is missing, torn or altered.
+            CheckpointError: the file is missing, truncated or altered.
         """
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
@@ -240,7 +241,7 @@ _BEFORE = "delete '{}' to continue from the one before"
 
 
 def _strip(node: Any, path: str, tensors: dict[str, Tensor | Slab]) -> Any:
-    """The nest with every tensor replaced by its name in `tensors`."""
+    """Return the tree with every tensor replaced by a reference; add the tensors to `tensors` by name."""
     if isinstance(node, Tensor):
         tensors[path] = node
         return {_TENSOR: path}

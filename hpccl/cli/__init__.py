@@ -1,4 +1,4 @@
-"""The command `hpccl`: parse, call, print. torch is imported only by what needs it."""
+"""The command `hpccl`: parse, call, print. Only commands that need torch import it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main() -> None:
     """Run the command and exit.
 
     Exit codes: 0 done; 1 failed; 2 wrong command or configuration; 75 stopped and saved, the same command continues;
-    130 stopped by Ctrl-C, before training listens for it or by a second one.
+    130 interrupted by Ctrl-C, before training handles it or by a second one.
     """
     try:
         with contextlib.redirect_stdout(Told(sys.stdout)) as told:
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Of a rank of a SLURM step, with a code that those whom `srun` then ends do not hide."""
+    """Exit; in a SLURM step, with a code that exceeds those of the ranks that `srun` then kills."""
     if in_step():
         end(code)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""What several commands take, and how they train."""
+"""Arguments that several commands share, and training their runs."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ Arguments = Annotated[
 
 
 def configs_of(arguments: Sequence[str]) -> list[RunConfig]:
-    """One for each run; settings that have no effect are told of on stderr. Raises ConfigError."""
+    """Return the configuration of each run; print settings without effect on stderr. Raises ConfigError."""
     files = [Path(argument) for argument in arguments if not is_override(argument)]
     overrides = [argument for argument in arguments if is_override(argument)]
     configs = sweep(files, overrides)
-    if not in_step():  # there, every rank would say it
+    if not in_step():  # there, every rank would print it
         if not files:
             typer.echo(
                 "note: no configuration file is given, such as configs/quickstart.yaml: all else is as by default",
@@ -47,9 +47,9 @@ def configs_of(arguments: Sequence[str]) -> list[RunConfig]:
 
 
 def train_all(configs: Sequence[RunConfig]) -> int:
-    """Run each; a failure does not keep the others from running, a wish to stop does.
+    """Train the runs one after the other; return the exit code. Continue after a failure, but not after a stop.
 
-    But for ranks of a SLURM step, which a failure of one of them parts: they must not meet again in different runs.
+    In a SLURM step of several ranks, a failure ends the sweep: ranks could continue with different runs.
     """
     from hpccl.cluster.environment import from_slurm
     from hpccl.cluster.local import launch

@@ -16,7 +16,7 @@ curvature = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look 
 
 @curvature.callback()
 def _curvature_options() -> None:
-    """Keeps `show` a word of its own while it is the only command."""
+    """Keep `show` a subcommand while it is the only command."""
 
 
 @curvature.command("show")

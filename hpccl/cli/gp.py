@@ -15,7 +15,7 @@ gp = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Gaussian pro
 
 @gp.callback()
 def _gp_options() -> None:
-    """Keeps `fit` a word of its own while it is the only command."""
+    """Keep `fit` a subcommand while it is the only command."""
 
 
 @gp.command("fit")

@@ -58,7 +58,7 @@ def submit(
 
 
 def _tell_submitted(submitted: Sequence[Submitted]) -> None:
-    """Which jobs there are now, and what to do next."""
+    """Print the jobs, and commands to follow or cancel them."""
     for each in submitted[:_LISTED]:
         word = {"slurm": f"job {each.id}", "local": f"process {each.id}", "done": "done already"}[each.kind]
         typer.echo(f"{word}: {each.folder}")
@@ -71,7 +71,7 @@ def _tell_submitted(submitted: Sequence[Submitted]) -> None:
 
 
 def _together(folders: Sequence[str]) -> str:
-    """The folder that holds these runs and no other, or all of their folders; as words of a shell."""
+    """Return the folder that holds exactly these runs, or else all their folders; quoted for a shell."""
     from hpccl.cluster.jobs import find_runs
 
     above = os.path.commonpath([os.path.abspath(folder) for folder in folders])

@@ -103,7 +103,7 @@ def reconstruct_memory(
 
 
 def _numbers(text: str) -> list[int]:
-    """Raises ConfigError."""
+    """Parse whole numbers separated by commas; raise ConfigError."""
     try:
         return [int(each) for each in text.split(",")]
     except ValueError as error:

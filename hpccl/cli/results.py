@@ -221,7 +221,7 @@ def merge(
 
 
 def _real_numbers(option: str, text: str) -> list[float]:
-    """Raises ConfigError."""
+    """Parse numbers separated by commas; raise ConfigError."""
     try:
         return [float(each) for each in text.split(",")]
     except ValueError as error:

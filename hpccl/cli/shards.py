@@ -88,7 +88,7 @@ def build_shards(
 
 
 def _encoding(*, max_side: int | None, quality: int | None, lossless: bool) -> Encoding:
-    """Raises ConfigError for two at once."""
+    """Return the encoding of the options; raise ConfigError if they exclude each other."""
     from hpccl.data.shards.encodings import Lossless, Original, Reencode
 
     if max_side is None and quality is None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["adapt", "check", "plan", "train"]
 
-_MUCH = 0.05  # of accuracy, that an adaptation should not cost
+_MUCH = 0.05  # loss of accuracy in an adaptation that is worth a note
 
 
 def train(
@@ -103,11 +103,11 @@ def adapt(
 
 
 def _refuse_folders(runs: Sequence[RunConfig], reference: RunConfig | None) -> None:
-    """Before anything is trained: folders in use by other runs, and one to compare with that is no such reference."""
+    """Check, before training, that folders are free and that a given reference is one for this adaptation."""
     from hpccl.cluster.prepare import refuse_another
     from hpccl.train.adapt_compare import check_reference
 
-    if not in_step():  # there, one task may take a folder over while others look
+    if not in_step():  # there, one task may take over a folder while others check it
         for config in runs:
             refuse_another(config)
     if reference is not None:
@@ -126,7 +126,7 @@ def _compare(out: Path, reference: RunConfig | None) -> None:
 
 
 def loss_of_what_stays(before: float | None, after: float | None) -> str | None:
-    """What to say of it, from accuracies as shares; None if it is small or was not measured."""
+    """Return a note on the loss, from accuracies in [0, 1]; None if it is small or was not measured."""
     from hpccl.report.text import percent
 
     if before is None or after is None or after >= before - _MUCH:
@@ -140,7 +140,7 @@ def loss_of_what_stays(before: float | None, after: float | None) -> str | None:
 def _change(
     add: list[str] | None, remove: list[str] | None, precision: float | None, model: str | None
 ) -> dict[str, Any]:
-    """Section adapt, as far as the options say it; ConfigError unless one of them is given, and can be meant."""
+    """Return section `adapt` from the options; raise ConfigError unless exactly one is given, with a valid value."""
     if precision is not None and not (math.isfinite(precision) and precision >= 0):
         raise ConfigError(
             f"--prior-precision {precision:g}: a precision is a finite number >= 0, in nats per squared weight (0: no "

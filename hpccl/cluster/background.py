@@ -1,4 +1,4 @@
-"""Runs on this machine that go on after the command that began them: `python -m hpccl.cluster.background RUN...`."""
+"""Train runs in the background of this machine: `python -m hpccl.cluster.background RUN... -- COMMAND...`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["start"]
 
 
 def start(folders: Sequence[RunFolder], argv: Sequence[str], log: Path) -> int:
-    """Train the prepared runs one after the other in a process of its own session; its number.
+    """Train the prepared runs one after the other in a process in a session of its own; return its pid.
 
     Raises:
         FolderError: the log cannot be written.

@@ -1,6 +1,6 @@
-"""Several `hpccl` commands that depend on each other, carried out on this machine or queued on a cluster.
+"""Campaigns: `hpccl` commands that depend on each other, executed on this machine or queued on a cluster.
 
-A campaign is a list of steps. What is done already is not repeated, so a campaign is started again at any time.
+A campaign is a list of steps. Finished runs are not repeated, so a campaign can be started again at any time.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = ["Campaign", "Step", "carry_out", "options"]
 
 @dataclass(frozen=True)
 class Step:
-    """One command.
+    """One `hpccl` command.
 
-    arguments: of `hpccl`, such as ("train", "a.yaml", "seed=0,1")
-    after: names of the steps that must have succeeded before; of a report, that must have ended: it leaves out runs
-        that were not begun
+    arguments: those of `hpccl`, such as ("train", "a.yaml", "seed=0,1")
+    after: names of the steps that must succeed first; a report only waits for their end, and leaves out runs that were
+        not begun
     """
 
     name: str
@@ -55,14 +55,14 @@ class Step:
 class Campaign:
     """Steps, in an order in which they may run.
 
-    folder: where the outputs of steps go, and the files of jobs that are no runs
+    folder: for the steps' output, and for the files of jobs that do not train
     """
 
     folder: Path
     steps: tuple[Step, ...]
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a name that is given twice, or a step that waits for none that comes before it."""
+        """Raise ConfigError if a name occurs twice, or if a step waits for one that does not come before it."""
         seen: set[str] = set()
         for step in self.steps:
             unknown = sorted(set(step.after) - seen)
@@ -73,7 +73,7 @@ class Campaign:
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """The command line that campaigns share; `carry_out` takes what it parses."""
+    """Return the parser of the command line that campaigns share, for `carry_out`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where (default: this machine)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="local: commands at the same time (1)")
@@ -91,11 +91,11 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
-    """Run or queue all steps; the exit code.
+    """Run or queue all steps; return the exit code.
 
     Args:
-        campaign: what to do.
-        chosen: what `options` parsed.
+        campaign: the steps.
+        chosen: the options that the parser of `options` returned.
     """
     try:
         steps = [_with(step, chosen.more, add=chosen.add) for step in campaign.steps]
@@ -113,7 +113,7 @@ def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
 
 
 def _with(step: Step, more: Sequence[str], *, add: bool) -> Step:
-    """Files before settings, as the command has them."""
+    """Add the options --with and --add to a step; files come before settings, as the command expects."""
     if step.reports and add:
         return Step(step.name, (*step.arguments, "--add"), step.after)
     if step.arguments[0] != "train":
@@ -130,7 +130,7 @@ def _of_begun(step: Step) -> Step:
 
 
 def _list(steps: Sequence[Step]) -> int:
-    """Print the commands to whoever reads them, who may stop early, as `head` does."""
+    """Print the commands; the reader may close the pipe early, as `head` does."""
     try:
         for step in steps:
             print(_shown(step))
@@ -148,7 +148,7 @@ def _shown(step: Step) -> str:
 
 
 def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> int:
-    """Each step is a job, or an array, that waits for those of the steps before it."""
+    """Submit each step as a job or array that waits for those of the steps in `after`."""
     from hpccl.cluster.submit import submit, submit_command
 
     trained = {step.name: _for_slurm(step) for step in steps if step.arguments[0] == "train"}
@@ -175,10 +175,10 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
 
 
 def _for_slurm(step: Step) -> list[RunConfig]:
-    """A training's runs.
+    """Return the runs of a training step.
 
     Raises:
-        ConfigError: one does not ask for SLURM: it would be trained here, on a login node.
+        ConfigError: the cluster of one is not SLURM: it would be trained here, on a login node.
     """
     configs = _configs(step.arguments[1:])
     for config in configs:
@@ -191,7 +191,7 @@ def _for_slurm(step: Step) -> list[RunConfig]:
 
 
 def _numbers(submitted: Sequence[Submitted]) -> list[str]:
-    """Jobs to wait for. The number of an array stands for all of its tasks; of an older one, some may have failed."""
+    """Return the jobs to wait for: new arrays as a whole, but kept tasks singly, as others may have failed."""
     return list(dict.fromkeys(each.id if each.kept else each.id.partition("_")[0] for each in submitted if each.id))
 
 
@@ -201,7 +201,7 @@ def _configs(arguments: Sequence[str]) -> list[RunConfig]:
 
 
 def _cluster(steps: Sequence[Step], more: Sequence[str]) -> SlurmCluster:
-    """For commands that train nothing: that of the trainings, or what `--with` says of it where there are none."""
+    """Return the cluster for steps that do not train: the first training's, or that of `--with` if there is none."""
     trained = next((step.arguments[1:] for step in steps if step.arguments[0] == "train"), None)
     of_cluster = [each for each in more if not is_override(each) or each.startswith("cluster")]
     config = _configs(["cluster.kind=slurm", *(of_cluster if trained is None else trained)])[0]
@@ -214,7 +214,7 @@ def _cluster(steps: Sequence[Step], more: Sequence[str]) -> SlurmCluster:
 
 @dataclass
 class _Local:
-    """At most `limit` commands at the same time; a failed one keeps those that wait for it from running."""
+    """Runs at most `limit` commands at the same time; steps that wait for a failed one are not run."""
 
     folder: Path
     steps: Sequence[Step]
@@ -241,14 +241,14 @@ class _Local:
                 self.codes[step.name] = STOPPED if self.asked else FAILED
             elif len(self.running) < self.limit and None not in codes:
                 process = self.running[step.name] = self._start(_of_begun(step) if failed else step)
-                if self.asked and process.poll() is None:  # while it was started: it may have missed it
+                if self.asked and process.poll() is None:  # it may have missed the signal
                     process.send_signal(signal.SIGTERM)
             else:
                 left.append(step)
         return left
 
     def _start(self, step: Step) -> subprocess.Popen[bytes]:
-        """Where several run at once, each has a file for what it prints."""
+        """Start a step; if several may run at once, its output goes to a file of its own."""
         output: IO[bytes] | None = None
         if self.limit > 1:
             log = self.folder / "logs" / f"{step.name}.txt"
@@ -272,7 +272,7 @@ class _Local:
         for name, process in list(self.running.items()):
             code = process.poll()
             if code is not None:
-                unheard = self.asked and code == -signal.SIGTERM  # it was asked before it could listen
+                unheard = self.asked and code == -signal.SIGTERM  # killed before its signal handlers were set
                 self.codes[name] = STOPPED if unheard else code if code >= 0 else 128 - code
                 del self.running[name]
                 if self.limit > 1:
@@ -280,7 +280,7 @@ class _Local:
 
     @contextlib.contextmanager
     def _passing_on(self) -> Iterator[None]:
-        """A signal reaches every command, which saves and stops."""
+        """Pass signals on to all running commands, which save and stop."""
 
         def pass_on(number: int, _frame: object) -> None:
             self.asked.append(number)
@@ -297,7 +297,7 @@ class _Local:
 
 
 def _worst(codes: Mapping[str, int]) -> int:
-    """Say which steps did not succeed; the exit code of all together."""
+    """Print which steps did not succeed; return the overall exit code."""
     failed = [name for name, code in codes.items() if code not in (DONE, STOPPED, INTERRUPTED)]
     if failed:
         sys.stderr.write(f"{len(failed)} of {len(codes)} steps failed or could not begin: {', '.join(failed)}\n")

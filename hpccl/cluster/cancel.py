@@ -1,4 +1,4 @@
-"""`hpccl cancel`: ask the jobs of runs to end. They save first, where they are given the time."""
+"""`hpccl cancel`: ask the jobs of runs to end. They save first, if the time allows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cancel(folders: Sequence[Path]) -> tuple[list[str], bool]:
     """Cancel every live job of the runs among and below the folders.
 
     Returns:
-        What was done, a line for each run; and whether all of it went well.
+        Lines on what was done for each run, and whether everything succeeded.
     """
     runs = find_runs(folders)
     standings = {run: read_standing(RunFolder(run).events) for run in runs}
@@ -38,7 +38,7 @@ def cancel(folders: Sequence[Path]) -> tuple[list[str], bool]:
 
 
 def _is_for(standing: Standing, job: Job) -> bool:
-    """Whether the job is at work for the run: a process may be at another one, and a shell of the user at anything."""
+    """Whether the job works on this run: a process may be at another run, and a user's own job at anything."""
     if standing.turn == "done":
         return False
     if job.state is None:
@@ -49,7 +49,7 @@ def _is_for(standing: Standing, job: Job) -> bool:
 
 
 def _words(jobs: Sequence[Job], ended: dict[str, str], refused: str) -> Iterator[str]:
-    """What was done with each job. `ended`: what went wrong with each process, asked once for all of its runs."""
+    """Yield what was done with each job. `ended`: the problem by process, which is signalled once for all its runs."""
     for job in jobs:
         if job.kind == "slurm":
             yield f"job {job.id}: {refused}" if refused else f"job {job.id} cancelled"
@@ -61,7 +61,7 @@ def _words(jobs: Sequence[Job], ended: dict[str, str], refused: str) -> Iterator
 
 
 def _end(job: Job) -> str:
-    """What went wrong; empty if nothing."""
+    """Send SIGTERM to a process; return what went wrong, empty if nothing."""
     if job.host != os.uname().nodename:
         return f"runs on {job.host}; cancel it there"
     try:

@@ -1,4 +1,4 @@
-"""What SLURM says of a process: its place in a job step, in the words that torch.distributed uses. No torch here."""
+"""The rank of a process in a SLURM job step, as torch.distributed's variables. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Mapping
 
 __all__ = ["first_host", "from_slurm"]
 
-_FIRST_PORT, _PORTS = 20000, 10000  # below the range from which systems take ports for outgoing connections
+_FIRST_PORT, _PORTS = 20000, 10000  # below the systems' range of ephemeral ports
 
 
 def from_slurm(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of a job step.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of a job step.
 
-    Empty outside of a step, in a step of one task (an interactive shell, say), and where a launcher such as torchrun or
-    hpccl's own has already named the rank: under `srun torchrun` SLURM counts launchers, not ranks. A MASTER_ADDR or
-    MASTER_PORT that is set stays.
+    Empty outside of a step, in a step of one task (an interactive shell, say), and if a launcher such as torchrun or
+    hpccl's own has already set RANK: under `srun torchrun` SLURM counts launchers, not ranks. Values of MASTER_ADDR
+    and MASTER_PORT that are already set are kept.
     """
     if "RANK" in environ or "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
         return {}
@@ -26,7 +26,7 @@ def from_slurm(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
     counts = _tasks_of_nodes(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     node = int(environ.get("SLURM_NODEID", "0"))
-    job = int(environ["SLURM_JOB_ID"])  # of an array's task too a number of its own
+    job = int(environ["SLURM_JOB_ID"])  # unique also for tasks of an array
     return {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": str(size),
@@ -38,7 +38,7 @@ def from_slurm(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of SLURM's compact list, which has the task of rank 0.
+    """Return the first host of SLURM's compact list, which runs rank 0.
 
     >>> first_host("gpu[07-09,12],cpu1"), first_host("rack[1-2]node[01,03]"), first_host("login")
     ('gpu07', 'rack1node01', 'login')
@@ -48,7 +48,7 @@ def first_host(nodes: str) -> str:
 
 
 def _tasks_of_nodes(text: str) -> list[int]:
-    """`2(x3),1` is 2, 2, 2, 1."""
+    """Return the tasks of each node: `2(x3),1` is 2, 2, 2, 1."""
     found: list[int] = []
     for part in filter(None, text.split(",")):
         count, _, times = part.rstrip(")").partition("(x")

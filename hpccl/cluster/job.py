@@ -1,4 +1,4 @@
-"""What a SLURM job made by submitit runs. Pickled for the job, so it holds names alone: the state is in the folder."""
+"""The callables that submitit runs in SLURM jobs. They are pickled, so they hold only names; state is in the folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["CommandJob", "TrainJob"]
 class TrainJob:
     """One rank of a run, in every start of its job.
 
-    folder: the run folder, prepared
-    command: what the user typed, for the record
+    folder: the prepared run folder
+    command: the user's command line, for the record
     """
 
     folder: str
     command: tuple[str, ...]
 
     def __call__(self) -> None:
-        """Train to the end of this process."""
+        """Train, and end this process."""
         from hpccl.cluster.step import end, fail_step, run_step
         from hpccl.config.load import load_recorded
         from hpccl.errors import HpcclError
@@ -35,7 +35,7 @@ class TrainJob:
         end(run_step(config, self.command, leader_log=True))
 
     def checkpoint(self) -> Any:
-        """Submitit's protocol; hpccl's own signal handlers replace submitit's before anything is learned."""
+        """Submitit's protocol, unused once training starts: hpccl's own signal handlers replace submitit's."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -43,15 +43,15 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class CommandJob:
-    """Another `hpccl` command, in one process; it is repeated if its job is started again.
+    """Another `hpccl` command, in one process; it is repeated if its job is requeued.
 
-    arguments: without `hpccl`
+    arguments: those after `hpccl`
     """
 
     arguments: tuple[str, ...]
 
     def __call__(self) -> None:
-        """Run it to the end of this process, with its exit code."""
+        """Replace this process by the command, so that its exit code is the command's."""
         import os
         import sys
 

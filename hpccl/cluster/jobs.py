@@ -1,4 +1,4 @@
-"""The jobs of runs, and whether they live: SLURM's, and processes of this machine."""
+"""The jobs of runs, and whether they are alive: SLURM jobs, and processes of this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIGNS = ("config.yaml", "jobs.jsonl", "events.jsonl")
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The runs among and below these folders, each once; a folder without any stands for itself."""
+    """Return the runs among and below these folders, each once; a folder without any is returned itself."""
     found: dict[Path, None] = {}
     for folder in folders:
         below = list(_below(folder))
@@ -31,15 +31,15 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder itself is one, whatever is below it."""
+    """Whether the folder itself is a run's, whatever is below it."""
     return any((folder / sign).exists() for sign in _SIGNS)
 
 
 def refuse_absent(folders: Sequence[Path]) -> None:
-    """A path that was mistyped, as it is in a command, must not look like runs of which there is nothing to say.
+    """Refuse mistyped paths, which would otherwise look like runs without any events.
 
     Raises:
-        ConfigError: a path does not exist; says which one beside it has a similar name.
+        ConfigError: a path does not exist; suggests one with a similar name.
     """
     told = [_absence(folder) for folder in folders if _is_absent(folder)]
     if told:
@@ -51,7 +51,7 @@ def _is_absent(folder: Path) -> bool:
         folder.stat()
     except (FileNotFoundError, NotADirectoryError):
         return True
-    except OSError:  # of a folder that may not be read, a status says so
+    except OSError:  # it may not be read, which its status will report
         return False
     return False
 
@@ -62,8 +62,8 @@ def _absence(folder: Path) -> str:
 
 
 def _below(folder: Path, depth: int = 8) -> Iterator[Path]:
-    """Sorted by name. Into runs, too, which may hold a sweep or a reference, but not through links, which may lead in a
-    circle."""
+    """Yield runs, sorted by name. Searches inside runs, which may hold a sweep or a reference, but does not follow
+    links, which may form a cycle."""
     try:
         with os.scandir(folder) as entries:
             inside = sorted(entries, key=lambda entry: entry.name)
@@ -81,15 +81,15 @@ def _below(folder: Path, depth: int = 8) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Job:
-    """Where a run is carried out.
+    """A SLURM job or process that executes a run.
 
-    kind: `slurm`, or `local`: a process
-    alive: it waits or runs; None where that cannot be known from here
+    kind: `slurm`, or `local` for a process
+    alive: whether it waits or runs; None if that cannot be known from here
     submitted: seconds since 1970
-    host: of a process
-    state: what SLURM says
-    log: file of what it printed outside of `logs/rank-N.txt`; empty where there is none
-    recorded: it was made for the run; else the run is in it, perhaps with other things
+    host: the machine of a process
+    state: SLURM's state of the job
+    log: file of its output outside of `logs/rank-N.txt`; empty if there is none
+    recorded: it was submitted for the run; if False, the run is only a part of what it does
     """
 
     kind: Literal["slurm", "local"]
@@ -103,7 +103,7 @@ class Job:
 
 
 def find_jobs(runs: Mapping[Path, Standing]) -> dict[Path, list[Job]]:
-    """The jobs of each run, oldest first. SLURM is asked once for all of them."""
+    """Return the jobs of each run, oldest first. SLURM is queried once for all of them."""
     records = {folder: read_records(RunFolder(folder)) for folder in runs}
     ids = [record.id for found in records.values() for record in found if record.kind == "slurm"]
     ids += [standing.job for standing in runs.values() if standing.job is not None]
@@ -117,7 +117,7 @@ def find_jobs(runs: Mapping[Path, Standing]) -> dict[Path, list[Job]]:
 
 
 def latest_job(jobs: Sequence[Job]) -> Job | None:
-    """The one that counts: the newest that lives or may live, else the newest."""
+    """Return the job that counts: the newest that is or may be alive, else the newest."""
     alive = [job for job in jobs if job.alive or job.alive is None]
     return next(reversed(alive or list(jobs)), None)
 
@@ -135,13 +135,13 @@ def _job(record: JobRecord, known: Mapping[str, JobState]) -> Job:
 def _with_unrecorded(
     folder: RunFolder, standing: Standing, jobs: list[Job], known: Mapping[str, JobState]
 ) -> list[Job]:
-    """And the user's own job, or `hpccl train` that somebody typed, which holds the folder's lock."""
+    """Add the user's own SLURM job in which the run started, or else the process that holds the folder's lock."""
     if standing.job is not None and not any(job.id == standing.job for job in jobs):
         record = JobRecord("slurm", standing.job, standing.began or 0.0, standing.host)
         jobs = sorted([*jobs, replace(_job(record, known), recorded=False)], key=lambda job: job.submitted)
     found = None if any(job.alive for job in jobs) else holder(folder)
     if found is None:
         return jobs
-    if any(job.alive is None and job.id == standing.job for job in jobs):  # SLURM is silent, the file system is not
+    if any(job.alive is None and job.id == standing.job for job in jobs):  # SLURM does not answer, but the lock is held
         return [replace(job, alive=True) if job.id == standing.job else job for job in jobs]
     return [*jobs, Job("local", str(found.pid), True, found.since, host=found.host, recorded=False)]

@@ -1,4 +1,4 @@
-"""Runs on this machine: in this process, or in several that live and die together."""
+"""Run on this machine: in this process, or in several ranks that end together."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from hpccl.output import say
 
 __all__ = ["launch", "pick_port", "spawn"]
 
-_GRACE = 20.0  # seconds that ranks have to end after another one died
-_NOTICE = 5.0  # seconds in which the cause is known, and all ranks that waited for the same one have given up
+_GRACE = 20.0  # seconds in which ranks must end after another one died
+_NOTICE = 5.0  # seconds until the cause is known, and all ranks that waited for the same one have timed out
 _TAIL = 20  # lines of a failed rank's output that are shown
 
 
 def launch(config: RunConfig, *, argv: Sequence[str]) -> int:
-    """Prepare the run folder and run: in the processes that `cluster` asks for, or as one task of a SLURM step.
+    """Prepare the run folder and run: in the processes that `cluster` configures, or as one task of a SLURM step.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 wrong configuration, 75 stopped and saved (run again to continue), 130
-        stopped hard.
+        interrupted at once.
     """
     try:
         own = config.cluster.kind == "local" and config.cluster.nproc > 1 and not from_slurm()
-        if in_step() and not own:  # one task alone may have ranks of its own
+        if in_step() and not own:  # a step's only task may spawn ranks itself
             return _as_task(config, argv)
         if config.cluster.kind == "slurm":
             raise ConfigError(
@@ -57,7 +57,7 @@ def launch(config: RunConfig, *, argv: Sequence[str]) -> int:
         command = [sys.executable, "-m", "hpccl.cluster.worker", str(folder.config), *argv]
         if in_step():
             refuse_standstill(folder, slurm_job() or SlurmJob("none", 0))
-        # Of a task of a step the job runs again.
+        # In a SLURM step, the job is started again.
         lost = STOPPED if in_step() else FAILED
         return spawn(command, folder, nproc=config.cluster.nproc, threads=threads, port=port, lost=lost)
     except HpcclError as error:
@@ -65,10 +65,10 @@ def launch(config: RunConfig, *, argv: Sequence[str]) -> int:
 
 
 def _as_task(config: RunConfig, argv: Sequence[str]) -> int:
-    """Every task of the step comes here; one of them makes the run folder.
+    """Run as one task of a SLURM step; the task of PROCID 0 makes the run folder.
 
     Raises:
-        ConfigError: the configuration asks for processes of its own.
+        ConfigError: the configuration sets several processes.
         FolderError: the folder holds another run, or cannot be written.
     """
     if config.cluster.kind == "local" and config.cluster.nproc > 1:
@@ -82,21 +82,21 @@ def _as_task(config: RunConfig, argv: Sequence[str]) -> int:
 
 
 def _inline(config: RunConfig, argv: Sequence[str], threads: int) -> int:
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported, and for the processes that decode images
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported; decoding processes inherit it
     from hpccl.cluster import worker
 
     return worker.main(config, argv)
 
 
 def _threads(config: RunConfig) -> int:
-    """Threads a process: as configured, or as OMP_NUM_THREADS says, or an equal share of the cores."""
+    """Return the threads of a process: as configured, or by OMP_NUM_THREADS, or an equal share of the cores."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     chosen = config.cluster.threads or (int(given) if given.isdecimal() else 0)
     return chosen or max(1, usable_cores() // config.cluster.nproc)
 
 
 def pick_port(port: int) -> int:
-    """`port` if it is free, or any free one for 0.
+    """Return `port` if it is free, or any free one for 0.
 
     Raises:
         WorldError: the port is taken.
@@ -118,7 +118,7 @@ def pick_port(port: int) -> int:
 
 @dataclass(frozen=True)
 class _Word:
-    """An error that a rank told: the name of its class (or `crash`), its message, and when it happened."""
+    """An error that a rank reported: the name of its class (or `crash`), its message, and when it happened."""
 
     kind: str
     message: str
@@ -129,8 +129,8 @@ class _Word:
 class _Rank:
     """One process.
 
-    start: where its log began, for a resumed run appends to it
-    line: where its error is read; a pipe, for a full disk has no room for a file
+    start: size of its log before this start; resumed runs append to it
+    line: read end of the pipe for its error; a pipe, since a file could not be written on a full disk
     """
 
     number: int
@@ -141,9 +141,9 @@ class _Rank:
     word: _Word | None = None
 
     def code(self) -> int | None:
-        """Exit code, negative for a signal, None while it runs."""
+        """Return the exit code, negative for a signal; None while it runs."""
         if self.process.returncode is None and _has_ended(self.process.pid):
-            # The processes that it started end with it. Now: once it is reaped its number may be that of another.
+            # End the processes that it started; before it is reaped, as its pid may be reused afterwards.
             _kill_group(self.process.pid)
             self.word = _read_word(self.line)
         return self.process.poll()
@@ -152,7 +152,7 @@ class _Rank:
         return self.code() not in (None, DONE, STOPPED)
 
     def held(self) -> bool:
-        """True if it was stopped by SIGSTOP, a debugger or a scheduler, and hears nothing."""
+        """Whether it is suspended (by SIGSTOP, a debugger or a scheduler) and cannot react to signals."""
         return self.process.returncode is None and _is_held(self.process.pid)
 
     def send(self, number: int) -> None:
@@ -161,7 +161,7 @@ class _Rank:
 
 
 def _has_ended(pid: int) -> bool:
-    """True for a child that has ended, which is then still to be reaped."""
+    """Whether a child has ended; does not reap it."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
@@ -171,7 +171,7 @@ def _is_held(pid: int) -> bool:
 
 
 def _read_word(line: int) -> _Word | None:
-    """What is in the pipe: nothing, or all of an error, for it was written at once."""
+    """Read a rank's error from its pipe, which holds nothing or all of it, as it was written at once."""
     try:
         word = json.loads(os.read(line, 1 << 16))
     except (OSError, ValueError):
@@ -181,13 +181,13 @@ def _read_word(line: int) -> _Word | None:
 
 @dataclass
 class _Asked:
-    """Signals that were passed on."""
+    """The signals that were passed on to the ranks."""
 
     numbers: list[int] = field(default_factory=list)
 
     @property
     def hard(self) -> bool:
-        """A second Ctrl-C."""
+        """Whether there was a second Ctrl-C."""
         return self.numbers.count(signal.SIGINT) > 1
 
 
@@ -201,10 +201,10 @@ def spawn(
     grace: float = _GRACE,
     lost: int = FAILED,
 ) -> int:
-    """Run `command` as `nproc` ranks that live and die together; print at most one message.
+    """Run `command` as `nproc` ranks that end together; print at most one message and return the exit code.
 
     Rank 0 writes to this terminal, the others to `logs/rank-N.txt`. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are passed on.
-    When a rank dies the others are asked to end, and killed after `grace` seconds. `lost` is the exit code where one
+    When a rank fails, the others get SIGTERM, and are killed after `grace` seconds. `lost` is the exit code if a rank
     was killed from outside, or did not answer.
 
     Raises:
@@ -217,7 +217,7 @@ def spawn(
             for number in range(nproc):
                 rank = _start(command, folder, _variables(number, nproc, threads, port))
                 ranks.append(rank)
-            if asked.numbers:  # while they were started: one may have missed it
+            if asked.numbers:  # a signal came while ranks were being started: one may have missed it
                 for rank in ranks:
                     rank.send(signal.SIGTERM)
             return _watch(ranks, asked, grace, lost)
@@ -250,8 +250,8 @@ def _start(command: Sequence[str], folder: RunFolder, variables: Mapping[str, st
         folder.logs.mkdir(parents=True, exist_ok=True)
         start = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
-            # Rank 0 shows progress where the user looks. All are in sessions of their own: a Ctrl-C reaches only this
-            # process, which passes it on once.
+            # Rank 0 shows progress in the user's terminal. All ranks have sessions of their own: Ctrl-C reaches only
+            # this process, which passes it on once.
             target: IO[bytes] | None = None if number == 0 else output
             process = subprocess.Popen(
                 command,
@@ -287,7 +287,7 @@ def _passing_on(asked: _Asked, ranks: Sequence[_Rank]) -> Iterator[None]:
 
 
 def _watch(ranks: Sequence[_Rank], asked: _Asked, grace: float, lost: int) -> int:
-    """Wait until all have ended well, or one has not."""
+    """Wait until all ranks have ended well or one has failed; return the exit code."""
     while any(rank.code() is None for rank in ranks):
         if asked.hard:
             return INTERRUPTED
@@ -306,11 +306,11 @@ def _watch(ranks: Sequence[_Rank], asked: _Asked, grace: float, lost: int) -> in
 
 
 _WAITED = "StragglerError"
-_CONSEQUENCES = (_WAITED, "WorldError")  # of a partner that was waited for, or lost; neither is the cause
+_CONSEQUENCES = (_WAITED, "WorldError")  # errors of ranks that timed out on, or lost, another rank; never the cause
 
 
 def _find_culprit(ranks: Sequence[_Rank], asked: _Asked) -> _Rank:
-    """The rank to blame. Others fail because the first did, within moments: give the cause time to be known."""
+    """Return the rank to blame. Others soon fail as a consequence, so wait until the cause is known."""
     began = time.monotonic()
     while True:
         culprit = min((rank for rank in ranks if rank.failed()), key=_order_of_blame)
@@ -322,7 +322,7 @@ def _find_culprit(ranks: Sequence[_Rank], asked: _Asked) -> _Rank:
 
 
 def _order_of_blame(rank: _Rank) -> tuple[bool, int, float]:
-    """A rank killed from outside first, then one that knows what is wrong, then the one that failed earliest."""
+    """Sort key: ranks killed by a signal, then errors with a known cause, crashes, and consequences; earliest first."""
     kind, at = ("crash", float("inf")) if rank.word is None else (rank.word.kind, rank.word.at)
     return (rank.code() or 0) >= 0, {"crash": 1, _WAITED: 2, "WorldError": 3}.get(kind, 0), at
 
@@ -340,14 +340,14 @@ def _end(ranks: Sequence[_Rank], asked: _Asked, grace: float) -> None:
 
 
 def _kill(rank: _Rank) -> None:
-    """Kill a rank that still runs, and the processes that it started."""
+    """Kill a rank that is still running, and the processes that it started."""
     if rank.code() is None:
         _kill_group(rank.process.pid)
         rank.process.wait()
 
 
 def _kill_group(pid: int) -> None:
-    """Kill all processes of a rank's session, the rank not yet being reaped."""
+    """Kill all processes of a rank's session; call it before the rank is reaped."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
@@ -358,9 +358,9 @@ _AGAIN = "run the same command again to continue from the last checkpoint"
 def _explain(
     culprit: _Rank, ranks: Sequence[_Rank], asked: _Asked, silent: Mapping[int, bool], lost: int = FAILED
 ) -> int:
-    """Print the one message, and return the exit code; `lost` as in `spawn`."""
+    """Print one message, and return the exit code; `lost` as in `spawn`."""
     code, word = culprit.code() or 0, culprit.word
-    if code < 0 and -code in asked.numbers:  # asked to stop before it could listen: nothing had been learned yet
+    if code < 0 and -code in asked.numbers:  # stopped before its signal handlers were set: nothing had been learned yet
         say("stopped before training began; run the same command again to continue")
         return STOPPED
     if word is not None and word.kind == _WAITED:
@@ -382,7 +382,7 @@ def _explain(
 
 
 def _blame(silent: Mapping[int, bool], ranks: Sequence[_Rank]) -> str:
-    """Which ranks did not answer, and what became of them."""
+    """Describe which ranks did not answer, and what happened to them."""
     if silent:
         told = [f"rank {number} did not answer{' (it was held by SIGSTOP)' * held}" for number, held in silent.items()]
         return f"{', '.join(told)} and was ended"
@@ -406,7 +406,7 @@ def _ending(code: int) -> str:
 
 
 def _new_lines(rank: _Rank) -> list[str]:
-    """What a rank wrote since this start."""
+    """Return the lines that a rank wrote to its log since this start."""
     try:
         with rank.log.open("rb") as log:
             log.seek(rank.start)

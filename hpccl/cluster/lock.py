@@ -1,4 +1,4 @@
-"""One run at a time in a run folder."""
+"""The lock of a run folder: one process trains in it at a time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Holder", "holder", "holding"]
 
 @contextlib.contextmanager
 def holding(folder: RunFolder, *, patience: float = 15.0) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back when this process ends in whatever way.
+    """Hold the folder's lock, which the system releases when this process ends, however it ends.
 
-    A run that was just killed may need a moment to end, so wait `patience` seconds for it.
+    A run that was just killed may need a moment to end, so wait up to `patience` seconds.
 
     Raises:
         FolderError: another process trains in this folder.
@@ -54,13 +54,13 @@ def _taken(handle: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        return True  # a file system without locks: nothing can be said
+        return True  # no locks on this file system: proceed
     return True
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that trains in a folder: its number, the host that it wrote down, and when it took the lock."""
+    """A process that trains in a folder: its pid, the host that it wrote down, and when it took the lock."""
 
     pid: int
     host: str
@@ -68,9 +68,9 @@ class Holder:
 
 
 def holder(folder: RunFolder) -> Holder | None:
-    """Who holds the folder's lock, as far as the system tells here (Linux only); does not touch it.
+    """Return who holds the folder's lock, if that is known on this machine (Linux only), without taking it.
 
-    Not for a process that holds it itself, for it would lose it.
+    Must not be called by the process that holds the lock: closing the file would release it.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -84,7 +84,7 @@ def holder(folder: RunFolder) -> Holder | None:
         words = os.pread(handle, 100, 0).decode(errors="replace").split()
         since = os.fstat(handle).st_mtime
     except OSError:
-        return None  # a file system without locks: nothing can be said
+        return None  # no locks on this file system: unknown
     finally:
         os.close(handle)
     return None if kind == fcntl.F_UNLCK else Holder(pid, words[-1] if words else "", since)

@@ -1,4 +1,4 @@
-"""`hpccl logs`: what a run printed."""
+"""`hpccl logs`: print the output of a run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hpccl.report.standing import read_standing
 
 __all__ = ["find_log", "print_log", "tail"]
 
-_LOOK = 0.5  # seconds between two looks at a file that may grow
-_ASK = 10.0  # seconds between two questions whether the run has ended
+_LOOK = 0.5  # seconds between two checks of a growing file
+_ASK = 10.0  # seconds between two checks whether the run has ended
 
 
 def print_log(folder: Path, *, rank: int = 0, lines: int = 40, follow: bool = False) -> None:
-    """Print the last lines of a rank, or all of them for 0; and, if asked, those that come until the run has ended.
+    """Print the last `lines` lines of a rank's log, 0 for all; with `follow`, also new ones until the run has ended.
 
     Raises:
-        FolderError: there is nothing to print, or it cannot be read.
+        FolderError: there is no log, or it cannot be read.
     """
     run = _only_run(folder)
     path = _wait_for_log(run, rank) if follow else find_log(run, rank)
@@ -40,10 +40,10 @@ def print_log(folder: Path, *, rank: int = 0, lines: int = 40, follow: bool = Fa
 
 
 def find_log(run: Path, rank: int = 0) -> Path:
-    """The file that has a rank's output.
+    """Return the file with a rank's output.
 
-    Rank 0 of a job may have none of its own: then it is where the job's output went, as it is for a job that ended
-    before the ranks began.
+    Rank 0 may have no log of its own, or an older one than its newest job (which may have ended before the ranks
+    started): then it is the job's log.
 
     Raises:
         FolderError: there is none.
@@ -73,7 +73,7 @@ def find_log(run: Path, rank: int = 0) -> Path:
 
 
 def tail(path: Path, size: int, lines: int) -> bytes:
-    """The last lines of the first `size` bytes; all for 0."""
+    """Return the last lines of the first `size` bytes of a file; all for 0."""
     with path.open("rb") as file:
         if lines <= 0:
             return file.read(size)
@@ -86,7 +86,7 @@ def tail(path: Path, size: int, lines: int) -> bytes:
 
 
 def _only_run(folder: Path) -> Path:
-    """Raises FolderError where several, or none, could be meant."""
+    """Return the only run in or below the folder; raise FolderError if there are several or none."""
     runs = [folder] if is_run(folder) else find_runs([folder])
     if len(runs) > 1:
         raise FolderError(f"'{folder}' holds {len(runs)} runs; choose one of them, such as {runs[0]}")
@@ -102,11 +102,11 @@ def _put(data: bytes) -> None:
     sys.stdout.flush()
 
 
-# ---------------------------------------------------------------- as it grows
+# ---------------------------------------------------------------- following
 
 
 def _wait_for_log(run: Path, rank: int) -> Path:
-    """Raises FolderError where it will never come."""
+    """Wait for a rank's log; raise FolderError if the run has ended without one."""
     told = False
     while True:
         try:
@@ -121,12 +121,12 @@ def _wait_for_log(run: Path, rank: int) -> Path:
 
 
 def _growth(run: Path, path: Path, size: int) -> Iterator[bytes]:
-    """What is written after the first `size` bytes, until the run has ended."""
+    """Yield what is written after the first `size` bytes, until the run has ended."""
     asked = time.monotonic() - _ASK
     ended = False
     while True:
         now = path.stat().st_size
-        size = size if now >= size else 0  # begun again: an earlier start's output is gone
+        size = size if now >= size else 0  # truncated: a new start overwrote the file
         if now > size:
             with path.open("rb") as file:
                 file.seek(size)

@@ -1,9 +1,9 @@
-"""Do all ranks of a job meet, and how fast do they talk? `srun python -m hpccl.cluster.network_check`.
+"""Check that all ranks of a job connect, and how fast: `srun python -m hpccl.cluster.network_check`.
 
-gloo on CPUs, NCCL on GPUs, as in training. Rank 0 prints a table of ranks, the time of a small all-reduce, the
-bandwidth of a large one, and what rank 0 reaches with each other rank; then a verdict.
+gloo on CPUs, NCCL on GPUs, as in training. Rank 0 prints a table of ranks with the bandwidth between each and rank 0,
+the time of a small all-reduce, the bandwidth of a large one, and a verdict.
 
-The bandwidth of an all-reduce of `bytes` over n ranks is that of the busiest wire, 2 (n - 1) / n * bytes / seconds.
+The bandwidth of an all-reduce of `bytes` over n ranks is the bus bandwidth, 2 (n - 1) / n * bytes / seconds.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from hpccl.errors import HpcclError
 
 __all__ = ["main"]
 
-_SLOW = 3.0  # times slower than its fellows is worth a word
+_SLOW = 3.0  # a rank is reported if its bandwidth is this factor below the median of its peers
 
 
 @dataclass(frozen=True)
 class _Member:
-    """One rank; bandwidth in bytes per second between it and rank 0."""
+    """One rank, and the bandwidth between it and rank 0 in bytes per second."""
 
     rank: int
     host: str
@@ -44,7 +44,7 @@ class _Member:
 
 @dataclass(frozen=True)
 class _AllReduce:
-    """Seconds of a small one, bytes per second of a large one, and whether the sum is that over all ranks."""
+    """Seconds of a small all-reduce, bytes per second of a large one, and whether sums are right."""
 
     latency: float
     bandwidth: float
@@ -52,7 +52,7 @@ class _AllReduce:
 
 
 def main() -> int:
-    """Returns 0 if all ranks met and sums are right, else 1."""
+    """Run the check; return 0 if all ranks connected and sums are right, else 1."""
     if "RANK" not in os.environ:
         os.environ.update(from_slurm())
     try:
@@ -90,7 +90,7 @@ def _all_reduce(comm: Comm) -> _AllReduce:
 
 
 def _seconds(comm: Comm, act: Callable[[], None], *, repeat: int) -> float:
-    act()  # connections are made at the first use
+    act()  # connections are set up at the first use
     times = []
     for _ in range(repeat):
         comm.barrier()
@@ -103,7 +103,7 @@ def _seconds(comm: Comm, act: Callable[[], None], *, repeat: int) -> float:
 
 
 def _pair_bandwidth(comm: Comm, other: int) -> float:
-    """Bytes per second between rank 0 and `other`, there and back, while the rest wait."""
+    """Return the bytes per second of a round trip between rank 0 and `other`, while the other ranks wait."""
     message = torch.zeros(2**24 if comm.device.type == "cuda" else 2**20, device=comm.device)
 
     def there_and_back() -> None:

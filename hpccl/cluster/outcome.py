@@ -1,4 +1,4 @@
-"""How a run ends, in exit codes and in words."""
+"""The exit codes of runs, and printing their errors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["ASKED_TO_STOP", "DONE", "FAILED", "INTERRUPTED", "STOPPED", "WRONG_C
 DONE: Final = 0
 FAILED: Final = 1
 WRONG_CONFIG: Final = 2
-STOPPED: Final = 75  # EX_TEMPFAIL: asked to stop, everything saved; a scheduler may run the same command again
-INTERRUPTED: Final = 130  # by Ctrl-C before training listens for it, or by a second one
+STOPPED: Final = 75  # EX_TEMPFAIL: stopped on request and saved; a scheduler may run the same command again
+INTERRUPTED: Final = 130  # by Ctrl-C before training handles it, or by a second one
 
-# What asks a run to save and end.
+# Signals that ask a run to save and end.
 ASKED_TO_STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def code_of(error: HpcclError) -> int:
-    """The exit code of an error."""
+    """Return the exit code of an error."""
     return WRONG_CONFIG if isinstance(error, ConfigError) else FAILED
 
 

@@ -1,4 +1,4 @@
-"""A run's folder before anything runs: made, described, and refused when it holds another run."""
+"""Prepare a run's folder: create it, record configuration, code and environment, and refuse one of another run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hpccl.report.events import Event, read_events
 
 __all__ = ["prepare", "refuse_another", "refuse_any_other"]
 
-# Settings of libraries and of the scheduler that say how a run was carried out; nothing else, for secrets live there.
+# Environment variables that affect a run and are recorded; no others, since they may hold secrets.
 _PREFIXES = ("CUDA_VISIBLE", "GLOO_", "HPCCL_", "MKL_NUM", "NCCL_", "OMP_", "SLURM_JOB", "SLURM_NTASKS", "TORCH_")
 
 _OTHER = "another folder=..."
@@ -34,8 +34,8 @@ _OTHER = "another folder=..."
 def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
     """Make the run folder and write config.yaml, code.txt and env.txt, unless they are there.
 
-    A folder of the same run is taken up again; what `RunConfig.identity` leaves out may have changed. That of another
-    run which ended before it learned anything is taken over, and said to be.
+    A folder of the same run is continued; settings that `RunConfig.identity` leaves out may have changed. A folder of
+    another run that ended before it learned anything is taken over, with a message.
 
     Raises:
         FolderError: the folder holds another run, or another process trains in it, or it cannot be written.
@@ -48,7 +48,7 @@ def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
     elif before is None:
         _write(folder.config, dump(config))
     elif before != config:
-        # A job that is queued again reads the file anew: a command that is refused must not have changed it.
+        # A requeued job reads the file again, so it must not change unless this command gets the lock.
         with holding(folder):
             _write(folder.config, dump(config))
     if not folder.code.exists():
@@ -59,7 +59,9 @@ def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
 
 
 def refuse_another(config: RunConfig) -> RunConfig | None:
-    """The configuration in the run's folder, which is that of the same run; None where there is none to respect.
+    """Return the configuration in the run's folder if it is of the same run; None if the folder is free.
+
+    A folder is free if it holds no run, or one that may be taken over (see `_unused`).
 
     Raises:
         FolderError: the folder holds another run, or cannot be read.
@@ -76,10 +78,10 @@ def refuse_another(config: RunConfig) -> RunConfig | None:
 
 
 def refuse_any_other(config: RunConfig) -> None:
-    """For a run that begins: its folder was prepared for it, and may have been taken over since.
+    """Check the folder of a run that begins: it was prepared for it, but may have been taken over since.
 
     Raises:
-        FolderError: the folder holds another run, learned or not, or cannot be read.
+        FolderError: the folder holds another run, whether that has learned or not, or cannot be read.
     """
     folder = RunFolder(Path(config.path))
     before = _earlier(folder, config)
@@ -87,16 +89,16 @@ def refuse_any_other(config: RunConfig) -> None:
         _refuse_another(before, config, folder)
 
 
-# What a start writes before its first step, and the errors that every start of the same configuration would meet: a job
-# that another one ended goes back into the queue, and takes up its folder.
+# Events before a start's first step, and errors that would recur at every start of the same configuration. After any
+# other error a job may be requeued and continue in its folder.
 _BEFORE = ("run", "start", "evaluate", "task", "error")
 _REFUSALS = ("CapacityError", "ConfigError", "CoverageError", "DataError", "FolderError")
 
 
 def _unused(folder: RunFolder) -> str | None:
-    """Why the run in a folder that no process holds may give way: it never learned anything, and no job waits for it.
+    """Return why the run in a folder that no process holds may be replaced: it ended without having learned anything.
 
-    None for a run that is on its way: one that was submitted, or was stopped by something else than its configuration.
+    None if it must stay: it has learned, a job may be waiting for it, or its error may not recur.
     """
     try:
         events = read_events(folder.events) if folder.events.exists() else []
@@ -107,7 +109,7 @@ def _unused(folder: RunFolder) -> str | None:
         return None
     last: Event = events[-1] if events else {"event": "none", "time": 0.0}
     submitted = [record.submitted for record in read_records(folder)]
-    if last["event"] != "error":  # of a start that crashed or was killed; its files tell it from a folder of settings
+    if last["event"] != "error":  # crashed or killed; code.txt and env.txt show that a run was started here
         prepared = folder.code.is_file() and folder.env.is_file()
         return "it ended before its first step" if prepared and not submitted else None
     if last.get("kind") not in _REFUSALS or any(moment >= last["time"] for moment in submitted):
@@ -116,9 +118,9 @@ def _unused(folder: RunFolder) -> str | None:
 
 
 def _take_over(folder: RunFolder, config: RunConfig) -> None:
-    """Make the folder of a run that never learned this one's, if it still is that.
+    """Turn the folder of a run that never learned into this run's, if it still is one.
 
-    Under the lock that a run holds while it lasts; one that begins looks for its configuration when it has the lock.
+    Done under the folder's lock, which a run holds while it trains; a run checks its configuration once it has it.
 
     Raises:
         FolderError: another command was faster, or a file cannot be written.
@@ -127,7 +129,7 @@ def _take_over(folder: RunFolder, config: RunConfig) -> None:
         before, reason = _earlier(folder, config), _unused(folder)
         if before is not None and (before.identity() == config.identity() or reason is None):
             _refuse_another(before, config, folder)
-            return  # ... with the same run
+            return  # prepared for the same run meanwhile
         _write(folder.config, dump(config))
         try:
             for path in (folder.events, folder.error, folder.code, folder.env):
@@ -145,7 +147,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _earlier(folder: RunFolder, here: RunConfig) -> RunConfig | None:
-    """The configuration in the folder that `here` is to go into, or None where there is none."""
+    """Return the configuration in the folder, or None if there is none; `here` is the run to go there, for messages."""
     try:
         if not folder.config.exists():
             return None
@@ -162,7 +164,7 @@ def _earlier(folder: RunFolder, here: RunConfig) -> RunConfig | None:
 
 
 def _refuse_unnamed(folder: RunFolder, here: RunConfig) -> None:
-    """A folder in which a run learned, and nothing that says what run it was."""
+    """Raise FolderError if a run has learned or logged in the folder, but its config.yaml is missing."""
     try:
         learned = folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())
         if not learned and not (folder.events.is_file() and folder.events.stat().st_size):
@@ -184,19 +186,19 @@ def _refuse_another(there: RunConfig, here: RunConfig, folder: RunFolder) -> Non
         return
     differs = "\n".join(f"  {key}: {old} there, {new} here" for key, old, new in changed)
     advice = f"set folder=... (or name=...) for a new run, or delete '{folder.path}', or undo the change to resume"
-    if _adapts(here):  # deleting is no advice: the folder may be that of a run to adapt
+    if _adapts(here):  # do not advise to delete it: it may be the folder of the run to adapt
         advice = "give another --out, or undo the change to continue what is there"
     raise FolderError(f"run folder '{folder.path}' holds a run of another configuration:\n{differs}\n{advice}")
 
 
 def _adapts(config: RunConfig) -> bool:
-    """Whether it is of `hpccl adapt`, whose folder is an option and no setting."""
+    """Whether it is a run of `hpccl adapt`, whose folder is given by --out."""
     return isinstance(config.adapt, AnyAdaptation)
 
 
 @functools.cache  # the same for all runs of a sweep
 def _code() -> str:
-    """Version and commit; and, where the code is a git checkout, its uncommitted changes."""
+    """Return version and commit, and the uncommitted changes if the code is a git checkout."""
     root = Path(hpccl.__file__).parents[1]
     lines = [f"hpccl {hpccl.__version__}", f"commit {commit()}"]
     # The package may be installed inside some other project's repository: ask for its own file.

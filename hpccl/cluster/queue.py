@@ -1,4 +1,4 @@
-"""What SLURM says of jobs: asked in one call for all of them, with patience for a controller that does not answer."""
+"""The states of SLURM jobs, queried in one call for all of them, with retries if the controller does not answer."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from dataclasses import dataclass, replace
 __all__ = ["GONE", "UNKNOWN", "JobState", "cancel", "parse_sacct", "parse_squeue", "states"]
 
 UNKNOWN = "UNKNOWN"  # SLURM did not answer
-GONE = "GONE"  # it answered, and does not know the job (any more)
+GONE = "GONE"  # SLURM answered, and does not know the job (any more)
 
-# Words of SLURM for a job that waits, runs, ends, or waits for a person to let it go on.
+# SLURM's states of a job that waits (also for a person to release it), runs or is ending.
 _ALIVE = {
     "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT",
     "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
 }  # fmt: skip
-_INTERRUPTED = {"NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}  # SLURM queues the job again, where it may
-_RETURN = 600.0  # seconds in which it does so
+_INTERRUPTED = {"NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}  # SLURM requeues the job, if it may
+_RETURN = 600.0  # seconds within which it is requeued
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job.
+    """The state of one job.
 
     id: `123`, or `123_4` for a task of an array
-    word: SLURM's (PENDING, RUNNING, COMPLETED, ...), or UNKNOWN or GONE
-    reason: why it waits or ended, as SLURM puts it; of UNKNOWN and GONE, why
+    word: SLURM's state (PENDING, RUNNING, COMPLETED, ...), or UNKNOWN or GONE
+    reason: SLURM's reason why it waits or ended; for UNKNOWN and GONE, why
     nodes: compact list, empty while it waits
-    restarts: how often it was queued again
-    exit_code: of the script; 0 until it ends
-    signal: that ended the script, or 0
-    start, end: seconds since 1970; of a waiting job the expected ones; None where SLURM says nothing
+    restarts: how often it was requeued
+    exit_code: exit code of the script; 0 until it ends
+    signal: signal that ended the script, or 0
+    start, end: seconds since 1970, expected ones for a waiting job; None if SLURM gives none
     limit, left: seconds of its time limit, and how many remain; None without limit, `left` None if it does not run
-    requeue: SLURM may queue it again after a failure that is not its own
+    requeue: whether SLURM may requeue it after a failure of a node, say
     """
 
     id: str
@@ -54,22 +54,22 @@ class JobState:
 
     @property
     def alive(self) -> bool:
-        """It waits, runs or is about to be queued again. True also for UNKNOWN, for that cannot be excluded."""
+        """Whether it waits, runs or is about to be requeued. True also for UNKNOWN, as it may be."""
         if self.word in _INTERRUPTED:
             return self.requeue and (self.end is None or time.time() - self.end < _RETURN)
         return self.word in _ALIVE or self.word == UNKNOWN
 
     @property
     def known(self) -> bool:
-        """SLURM said something of it."""
+        """Whether SLURM knows its state."""
         return self.word not in (UNKNOWN, GONE)
 
 
 def states(ids: Sequence[str]) -> dict[str, JobState]:
-    """The state of each job.
+    """Return the state of each job.
 
-    `squeue` has those that wait, run, or ended within the cluster's MinJobAge; `sacct` is asked for the others, which
-    fails where a cluster keeps no accounts. Never raises: where SLURM does not answer, the word is UNKNOWN.
+    `squeue` has jobs that wait, run, or ended within the cluster's MinJobAge; `sacct` is queried for the others, and
+    fails on clusters without accounting. Never raises: if SLURM does not answer, the word is UNKNOWN.
     """
     if not ids:
         return {}
@@ -86,7 +86,7 @@ def states(ids: Sequence[str]) -> dict[str, JobState]:
 
 
 def _older(ids: Sequence[str]) -> dict[str, JobState]:
-    """Of jobs that the controller has forgotten."""
+    """Return the states of jobs that the controller has forgotten, from SLURM's accounts."""
     found: dict[str, JobState] = {}
     why = "SLURM does not know it any more"
     for part in _parts(sorted({_array_of(each) for each in ids})):
@@ -100,27 +100,27 @@ def _older(ids: Sequence[str]) -> dict[str, JobState]:
 
 
 def cancel(ids: Sequence[str]) -> str:
-    """Cancel jobs; what SLURM said against it, empty if nothing."""
+    """Cancel jobs; return SLURM's errors, empty if there are none."""
     problems = [_ask(["scancel", *part.split(",")]).problem for part in _parts(ids)]
     return "; ".join(filter(None, problems))
 
 
 def _array_of(job: str) -> str:
-    """`123` of `123_4`: an array is asked for as a whole."""
+    """Return `123` of `123_4`: arrays are queried as a whole."""
     return job.partition("_")[0]
 
 
 def _parts(ids: Sequence[str], most: int = 1000) -> list[str]:
-    """Comma-separated lists that fit into an argument."""
+    """Return comma-separated lists that fit into an argument."""
     return [",".join(ids[first : first + most]) for first in range(0, len(ids), most)]
 
 
-# ---------------------------------------------------------------- asking
+# ---------------------------------------------------------------- SLURM's commands
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a command printed; problem: why there may be more, empty if it went well."""
+    """The output of a command; problem: why it may be incomplete, empty if the command succeeded."""
 
     output: str
     problem: str = ""
@@ -128,13 +128,13 @@ class _Answer:
 
 _TIMEOUT = 20.0  # seconds for one try
 _PAUSES = (0.5, 2.0)  # seconds before the second and the third try
-_PATIENCE = 8.0  # seconds after which there is no further try: SLURM's commands wait by themselves
-_NOT_KNOWN = "Invalid job id specified"  # squeue, of a single job that it does not know
+_PATIENCE = 8.0  # seconds after which there is no further try: SLURM's commands retry by themselves
+_NOT_KNOWN = "Invalid job id specified"  # squeue's error if it is queried for a single job that it does not know
 _FINAL = ("accounting storage is disabled", "accounting_storage", "denied", "Invalid job id", "nvalid user")
 
 
 def _ask(command: Sequence[str]) -> _Answer:
-    """Run one of SLURM's commands, more than once if its controller does not answer."""
+    """Run one of SLURM's commands, with retries if the controller does not answer."""
     problem, began = "", time.monotonic()
     for pause in (0.0, *_PAUSES):
         if time.monotonic() - began > _PATIENCE:
@@ -165,7 +165,7 @@ def _ask(command: Sequence[str]) -> _Answer:
 
 
 def _plain(words: str) -> str:
-    """One line, without the names of commands and functions before it; where something was fatal, that alone."""
+    """Join error messages in one line, without prefixes of commands and functions; a fatal one alone."""
     _, fatal, why = words.rpartition("fatal: ")
     if fatal:
         return why.strip()
@@ -174,7 +174,7 @@ def _plain(words: str) -> str:
 
 
 def _environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """This one without a user's filters and formats."""
+    """Return the environment without the user's filters and formats of SLURM's commands."""
     kept = {name: value for name, value in environ.items() if not name.startswith(("SQUEUE_", "SACCT_", "SCANCEL_"))}
     return {**kept, "SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0", "LC_ALL": "C"}
 
@@ -191,7 +191,7 @@ _ACCOUNTS = "JobID,State,ExitCode,Start,End,Timelimit,NodeList,Reason"
 
 
 def parse_squeue(text: str) -> list[JobState]:
-    """Lines of `squeue --Format` in columns of fixed width, longer values being cut."""
+    """Parse lines of `squeue --Format`: columns of fixed width, in which longer values are truncated."""
     return [state for line in text.splitlines() if line.strip() for state in _of_queue(line)]
 
 
@@ -221,7 +221,7 @@ def _of_queue(line: str) -> Iterator[JobState]:
 
 
 def parse_sacct(text: str) -> list[JobState]:
-    """Lines of `sacct --parsable2`; of a job that ran several times the last one."""
+    """Parse lines of `sacct --parsable2`; for a job that ran several times, the last one."""
     found: dict[str, JobState] = {}
     for line in text.splitlines():
         cells = dict(zip(_ACCOUNTS.split(","), line.split("|"), strict=False))
@@ -245,17 +245,17 @@ def parse_sacct(text: str) -> list[JobState]:
 
 
 def _expand(job: str) -> Iterable[str]:
-    """Tasks of an array that wait stand in one line: `12_[0-2,7%4]` is 12_0, 12_1, 12_2 and 12_7."""
+    """Expand the waiting tasks of an array, which share a line: `12_[0-2,7%4]` is 12_0, 12_1, 12_2 and 12_7."""
     found = re.fullmatch(r"(\d+)_\[([^\]%]*)(?:%\d+)?\]", job)
     if found is None:
-        return [job.partition("+")[0]]  # `12+0`, the first part of a job of unlike parts
+        return [job.partition("+")[0]]  # `12+0`: the first component of a heterogeneous job
     return [f"{found[1]}_{number}" for part in found[2].split(",") for number in _range(part)]
 
 
 def _range(part: str) -> range:
     found = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
     if found is None:
-        return range(0)  # cut off
+        return range(0)  # truncated
     first = int(found[1])
     return range(first, int(found[2] or first) + 1, int(found[3] or 1))
 
@@ -269,7 +269,7 @@ def _number(text: str) -> int:
 
 
 def _exit(text: str) -> tuple[int, int]:
-    """Exit code and signal of `3:0`, or of the number that the system gives."""
+    """Return exit code and signal, from `3:0` or from a wait status."""
     code, colon, signal = text.partition(":")
     if colon:
         return _number(code), _number(signal)
@@ -285,7 +285,7 @@ def _time(text: str) -> float | None:
 
 
 def _span(text: str, overdue: float | None = None) -> float | None:
-    """Seconds of `1-02:00:00`, `2:00:00` or `10:00`; INVALID is `overdue`; None where there is no limit."""
+    """Return the seconds of `1-02:00:00`, `2:00:00` or `10:00`; `overdue` for INVALID; None if there is no limit."""
     if text == "INVALID":
         return overdue
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)

@@ -1,4 +1,4 @@
-"""The jobs that were made for a run, one JSON object a line in its folder: how `hpccl status` finds them again."""
+"""The record of the jobs submitted for a run, one JSON object a line in its folder; `hpccl status` reads it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["JobRecord", "birth", "read_records", "write_record"]
 class JobRecord:
     """One submission.
 
-    kind: where it went
-    id: SLURM's number (`123`, or `123_4` for a task of an array), or that of a process on `host`
+    kind: where it was submitted to
+    id: SLURM's number (`123`, or `123_4` for a task of an array), or the pid of a process on `host`
     submitted: seconds since 1970
     host: the machine that submitted it, and for `local` that runs it
-    born: of a local process, when it began in the system's clock ticks, for numbers are given again
-    log: file of what it printed outside of `logs/rank-N.txt`; empty where there is none
+    born: start time of a local process in the system's clock ticks, since pids are reused
+    log: file of its output outside of `logs/rank-N.txt`; empty if there is none
     """
 
     kind: Literal["slurm", "local"]
@@ -35,7 +35,7 @@ class JobRecord:
 
 
 def write_record(folder: RunFolder, record: JobRecord) -> None:
-    """Append, in one write.
+    """Append a record, in one write.
 
     Raises:
         FolderError: it cannot be written.
@@ -52,7 +52,7 @@ def write_record(folder: RunFolder, record: JobRecord) -> None:
 
 
 def read_records(folder: RunFolder) -> list[JobRecord]:
-    """All that can be read, oldest first; a torn line is passed over."""
+    """Return all records, oldest first; lines that cannot be parsed are skipped."""
     try:
         lines = folder.jobs.read_bytes().splitlines()
     except OSError:
@@ -69,10 +69,10 @@ def _parse(line: bytes) -> JobRecord | None:
 
 
 def birth(pid: int) -> int:
-    """When a process of this machine began, in the system's clock ticks; 0 for one that is not there or has ended."""
+    """Return when a process of this machine started, in the system's clock ticks; 0 if none is there (any more)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return 0
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything; see proc(5)
+    fields = stat.rpartition(")")[2].split()  # the name before it may contain anything; see proc(5)
     return 0 if fields[0] in "ZX" else int(fields[19])

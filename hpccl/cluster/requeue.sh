@@ -3,23 +3,23 @@
 #     srun --kill-on-bad-exit=1 ... hpccl train ...
 #     hpccl_finish $?
 #
-# hpccl_finish never returns. It puts the job back into the queue if running again helps and SLURM has not ended the
-# job itself; else it exits with the code of the run. HPCCL_MAX_RESTARTS (1000) limits how often.
+# hpccl_finish never returns. It requeues the job if running again can help and SLURM has not ended the job itself;
+# else it exits with the code of the run. HPCCL_MAX_RESTARTS (1000) limits how often.
 #
 # srun's exit code is the highest of all ranks':
 #   75                stopped on request and saved, or lost another rank  -> again
 #   134 135 137 139   a rank was aborted or killed, or crashed            -> again
-#   143               srun ended a rank that did not listen yet, because another one ended -> again, in the job's first
-#                     five restarts, for the other one may have failed where hpccl does not say so
+#   143               srun ended a rank that had no signal handlers yet, because another one ended -> again, in the
+#                     job's first five restarts, since the other one may have failed outside of hpccl
 #   233 to 236        srun could not reach a node                         -> again, by then SLURM knows which are down
 #   201 202           a rank failed (1), or its configuration is wrong (2). Its partners end with 75 or 143: in a step
 #                     hpccl adds 200 so that the failure is the highest -> not again
 #   any other         not again
 
 hpccl_ended=
-# scancel, the time limit and a requeue from outside send TERM to this shell. It hears of it when srun has ended.
+# scancel, the time limit and a requeue from outside send TERM to this shell. The trap runs when srun has ended.
 trap 'hpccl_ended=yes' TERM
-trap : USR1 USR2 # are for the ranks; by default they would end this shell
+trap : USR1 USR2 # meant for the ranks; by default they would end this shell
 
 hpccl_finish() {
   local code=$1 job=${SLURM_JOB_ID:-} limit=${HPCCL_MAX_RESTARTS:-1000} restarts=${SLURM_RESTART_COUNT:-0} why='' state try

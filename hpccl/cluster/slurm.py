@@ -1,4 +1,4 @@
-"""From `cluster.kind=slurm` to submitit's parameters. Pure; what is asked of the cluster stands in queue.py."""
+"""From `cluster.kind=slurm` to submitit's parameters, by pure functions; queue.py talks to the cluster."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["DEPENDENCY", "parameters", "python_command", "seconds", "setup_lines
 
 _JOB = r"[0-9]+(_[0-9]+)?(\+[0-9]+)?"
 DEPENDENCY = re.compile(rf"(after|afterany|afternotok|afterok|aftercorr):{_JOB}(:{_JOB})*")
-# Blocked until handlers are there: a signal that comes while python starts would kill it; children inherit the mask.
+# Signals are blocked until handlers are set: one that arrives while python starts would kill it. Children inherit this.
 _FINISH_COMMAND = "code=$?; if [ $code -eq 143 ]; then code=75; fi; hpccl_finish $code"  # 143 is SIGTERM
 _BLOCKING = ("env", "--block-signal=USR1", "--block-signal=USR2")
 
 
 def seconds(time: str) -> int:
-    """A time limit in seconds.
+    """Return a SLURM time limit in seconds.
 
     >>> seconds("90"), seconds("1:00:00"), seconds("2-12:00:00")
     (5400, 3600, 216000)
@@ -38,16 +38,16 @@ def seconds(time: str) -> int:
 def parameters(
     cluster: SlurmCluster, *, name: str, dependency: str | None = None, command: bool = False
 ) -> dict[str, Any]:
-    """What submitit's SlurmExecutor is told.
+    """Return the parameters of submitit's SlurmExecutor.
 
     Args:
         cluster: nodes, limits and more.
-        name: of the job.
-        dependency: as of `sbatch --dependency`.
-        command: not a training: it saves nothing when asked to, but ends, and goes on in its next start.
+        name: the job's name.
+        dependency: as for `sbatch --dependency`.
+        command: not a training: on SIGTERM it ends without saving, and is requeued.
 
     Raises:
-        ConfigError: the dependency is none.
+        ConfigError: the dependency is malformed.
     """
     if dependency is not None and DEPENDENCY.fullmatch(dependency) is None:
         raise ConfigError(
@@ -79,14 +79,14 @@ def parameters(
         more["mem"] = cluster.mem
     if dependency is not None:
         found["dependency"] = dependency
-        more["kill-on-invalid-dep"] = "yes"  # else the job of a failed predecessor waits for ever
-    # submitit keeps `False` as text; sbatch has flags that are there or not.
+        more["kill-on-invalid-dep"] = "yes"  # else a job whose predecessor failed waits forever
+    # submitit would write `False` as text; sbatch's flags are either there or not.
     more |= {key: value for key, value in cluster.extra.items() if value is not False}
     return {**found, "additional_parameters": more}
 
 
 def setup_lines(cluster: SlurmCluster) -> list[str]:
-    """Shell before the step: functions that queue the job again, variables, modules, the user's own lines."""
+    """Return the shell lines before the step: functions to requeue the job, variables, modules, the user's lines."""
     script = resources.files("hpccl.cluster").joinpath("requeue.sh").read_text(encoding="utf-8")
     variables = {
         "OMP_NUM_THREADS": str(cluster.threads or cluster.cpus),
@@ -105,7 +105,7 @@ def setup_lines(cluster: SlurmCluster) -> list[str]:
 
 
 def srun_arguments(cluster: SlurmCluster) -> list[str]:
-    """Of the step: all tasks end when one does, perhaps a container, then the user's."""
+    """Return srun's arguments: end all tasks when one fails, the container if there is one, then the user's."""
     inside = _in_container(cluster.container) if cluster.container is not None else []
     return ["--kill-on-bad-exit=1", *inside, *cluster.srun]
 
@@ -118,6 +118,6 @@ def _in_container(container: Container) -> list[str]:
 
 
 def python_command(cluster: SlurmCluster) -> str:
-    """The interpreter on the nodes, as shell words, with the signals that save a run held back until it listens."""
+    """Return the nodes' interpreter as shell words, with the signals that save a run blocked until it handles them."""
     python = shlex.quote(sys.executable) if cluster.python is None else cluster.python
     return f"{shlex.join(_BLOCKING)} {python}"

@@ -1,4 +1,4 @@
-"""What runs do at this moment, from their folders and what SLURM says of their jobs. No torch here."""
+"""The current state of runs, from their folders and SLURM's states of their jobs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _PARTNER = ("WorldError", "StragglerError")  # errors whose cause is elsewhere: 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One run. None and empty stand for what is not known.
+    """The status of one run. Unknown values are None or empty.
 
-    detail: more on the state, in words
-    job: SLURM's number, or that of a process
+    detail: details of the state, for people
+    job: SLURM's number, or the pid of a process
     task: counted from 0
-    left: seconds until the run is done, at the pace of its last steps; of a run that trains now
+    left: seconds until the run is done, at the pace of its last steps; only while it trains
     limit_left: seconds until the job's time limit
-    error: first line of what ended the last start
+    error: first line of the error that ended the last start
     silent: seconds since the last event
     """
 
@@ -66,21 +66,21 @@ class RunStatus:
 
     @property
     def ended(self) -> bool:
-        """Nothing will happen unless somebody does something."""
+        """Whether the run will not go on by itself."""
         return self.state in ENDED
 
     def as_dict(self) -> dict[str, Any]:
-        """In types of JSON."""
+        """Return the status in types of JSON."""
         return {**asdict(self), "run": str(self.run), "ended": self.ended}
 
 
 def read_statuses(folders: Sequence[Path]) -> list[RunStatus]:
-    """One for each run among and below the folders; never raises."""
+    """Return the status of each run among and below the folders; never raises."""
     return statuses_of(find_runs(folders))
 
 
 def statuses_of(runs: Sequence[Path]) -> list[RunStatus]:
-    """One for each of these runs alone; never raises."""
+    """Return the status of each of these runs, not of those below them; never raises."""
     standings = {run: read_standing(RunFolder(run).events) for run in runs}
     jobs = find_jobs(standings)
     now = time.time()
@@ -88,7 +88,7 @@ def statuses_of(runs: Sequence[Path]) -> list[RunStatus]:
 
 
 def wait_for(runs: Sequence[Path], *, interval: float = 5.0) -> int:
-    """Wait until these runs have ended; exit code 1 if one of them did not finish."""
+    """Wait until these runs have ended; return exit code 0 if all are done, else 1."""
     while True:
         found = statuses_of(runs)
         if all(status.ended for status in found):
@@ -129,7 +129,7 @@ def _status(run: Path, standing: Standing, job: Job | None, now: float) -> RunSt
 
 
 def _absent(run: Path, standing: Standing, job: Job | None) -> str:
-    """Why nothing can be said of a folder; empty if something can."""
+    """Return why a folder has no status; empty if it has one."""
     if standing.problem or standing.time is not None or job is not None:
         return ""
     try:
@@ -144,7 +144,7 @@ def _absent(run: Path, standing: Standing, job: Job | None) -> str:
 
 
 def _can_continue(run: Path) -> bool:
-    """Whether what says what run it is can be read."""
+    """Whether the run's config.yaml can be read."""
     try:
         load_recorded(RunFolder(run).config)
     except (HpcclError, OSError):
@@ -159,7 +159,7 @@ def _name(job: Job | None) -> str:
 
 
 def _error(run: Path, standing: Standing) -> str:
-    """The first line of what ended the newest start badly: from an event, or from what a rank left."""
+    """Return the error that ended the newest start, in one line: from an event, or from the error file of a rank."""
     if standing.turn == "error":
         return f"{standing.error_kind}: {_first_line(standing.message)}"
     try:
@@ -176,15 +176,15 @@ def _first_line(text: str) -> str:
 
 
 def _last_line(text: str) -> str:
-    """Of a traceback the one that says what."""
+    """Return the last line: of a traceback, the one with the error."""
     return next(iter(reversed(text.strip().splitlines())), "")
 
 
-# ---------------------------------------------------------------- from what is known to a word
+# ---------------------------------------------------------------- deciding on the state
 
 
 def judge(standing: Standing, job: Job | None, now: float) -> tuple[State, str]:
-    """The state of a run and more on it, from its events and its newest job. Where it is done, its events have it."""
+    """Return a run's state and details, from its events and newest job; only events tell whether it is done."""
     if standing.turn == "done":
         return "done", ""
     if standing.problem:
@@ -200,7 +200,7 @@ def judge(standing: Standing, job: Job | None, now: float) -> tuple[State, str]:
 
 
 def _without_job(standing: Standing) -> tuple[State, str]:
-    """No job, and nobody holds the folder's lock as far as can be seen."""
+    """The state of a run without a job, whose folder nobody is known to have locked."""
     match standing.turn:
         case None:
             return "not started", ""
@@ -211,7 +211,7 @@ def _without_job(standing: Standing) -> tuple[State, str]:
 
 
 def _last_words(standing: Standing) -> tuple[State, str]:
-    """Of a run that ended its last start by itself."""
+    """The state of a run whose last start ended with a stop or error event."""
     if standing.turn == "error":
         return "failed", ""
     return "stopped", f"{standing.message}; {_AGAIN}"
@@ -224,7 +224,7 @@ def _doubt(standing: Standing, job: Job) -> str:
 
 
 def _waiting(state: JobState | None) -> tuple[State, str] | None:
-    """Of a job that holds no machine; None if it does."""
+    """The state of a run whose job holds no machine; None if it holds one."""
     if state is None or state.word in ("RUNNING", "COMPLETING", "SIGNALING", "RESIZING", "STAGE_OUT", UNKNOWN):
         return None
     if state.word == "CONFIGURING":
@@ -238,7 +238,7 @@ def _waiting(state: JobState | None) -> tuple[State, str] | None:
 
 
 def _working(standing: Standing, job: Job, now: float) -> tuple[State, str]:
-    """Of a job that holds a machine, or a process that lives."""
+    """The state of a run whose job holds a machine, or whose process is alive."""
     since = _since(standing, job)
     if standing.turn is None or standing.turn_time < since:
         if job.state is not None and job.state.word == "COMPLETING":
@@ -248,7 +248,7 @@ def _working(standing: Standing, job: Job, now: float) -> tuple[State, str]:
         case "error" if standing.error_kind not in _PARTNER:
             return "failed", ""
         case "error" | "stop" if job.kind == "local" or now - standing.turn_time > _ENDING:
-            return _last_words(standing)  # the job, or the process, goes on with something else
+            return _last_words(standing)  # the job or process has gone on to something else
         case "error":
             return "ending", "a rank was lost"
         case "stop":
@@ -262,7 +262,7 @@ def _working(standing: Standing, job: Job, now: float) -> tuple[State, str]:
 
 
 def _since(standing: Standing, job: Job) -> float:
-    """What the events said before this is of an earlier start."""
+    """Return the time before which events belong to an earlier start."""
     if job.state is None:
         return job.submitted
     if standing.job == job.id and standing.restart >= job.state.restarts:
@@ -271,16 +271,16 @@ def _since(standing: Standing, job: Job) -> float:
 
 
 def _after_job(standing: Standing, job: Job) -> tuple[State, str]:
-    """Of a job that has ended, or a process that has gone, without the run being done."""
+    """The state of a run that is not done and whose job or process has ended."""
     if job.state is None:
         if standing.turn in ("stop", "error") and standing.turn_time >= job.submitted:
             return _last_words(standing)
         return "lost", f"its process has gone without a word; {_AGAIN}"
     if standing.job != job.id:
         if job.state.end is not None and (standing.began or 0.0) > job.state.end + _CLOCKS:
-            return _without_job(standing)  # somebody started it otherwise since
+            return _without_job(standing)  # it was started in some other way since
         if standing.turn_time < job.submitted - _CLOCKS:
-            standing = replace(standing, turn=None)  # the job did not come as far as that
+            standing = replace(standing, turn=None)  # the last events are of an earlier start
     if standing.turn == "error":
         return _last_words(standing)
     return _as_slurm_says(standing, job.state)

@@ -1,4 +1,4 @@
-"""`hpccl status` on a terminal."""
+"""The output of `hpccl status`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COLOURS: dict[State, str] = {
 
 
 def show(folders: Sequence[Path], *, as_json: bool = False) -> list[RunStatus]:
-    """Print the runs once."""
+    """Print the status of the runs once, and return it."""
     found = read_statuses(folders)
     if as_json:
         print(json.dumps([status.as_dict() for status in found], indent=2), flush=True)
@@ -43,7 +43,7 @@ def show(folders: Sequence[Path], *, as_json: bool = False) -> list[RunStatus]:
 
 
 def watch(folders: Sequence[Path], interval: float, *, as_json: bool = False) -> None:
-    """Print them again and again until all have ended; on a terminal in place."""
+    """Print the status repeatedly until all runs have ended; on a terminal, in place."""
     if as_json or not sys.stdout.isatty():
         while not all(status.ended for status in show(folders, as_json=as_json)):
             time.sleep(interval)
@@ -59,7 +59,7 @@ def watch(folders: Sequence[Path], interval: float, *, as_json: bool = False) ->
 
 
 def render(found: Sequence[RunStatus]) -> Group:
-    """A table with a line for each run, without the columns that would be empty, and the errors below it."""
+    """Return a table with a line for each run, without empty columns, and the errors below it."""
     parent = _parent([status.run for status in found])
     cells = {name: [cell(status) for status in found] for name, cell in _COLUMNS.items()}
     table = Table(title=f"in {parent}" if parent else None, title_justify="left", box=None, pad_edge=False)
@@ -81,7 +81,7 @@ def render(found: Sequence[RunStatus]) -> Group:
 
 
 def _parent(runs: Sequence[Path]) -> str:
-    """The folder that several runs have in common."""
+    """Return the folder that several runs have in common; empty for one run or if it is not worth showing."""
     if len(runs) < 2:
         return ""
     common = os.path.commonpath([str(run.absolute().parent) for run in runs])

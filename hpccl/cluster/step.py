@@ -1,8 +1,8 @@
-"""One task of a SLURM job step: a rank with a log of its own, whose exit code says whether to start the job again.
+"""One task of a SLURM job step: a rank with its own log, whose exit code decides whether the job is requeued.
 
-The script that started the step queues the job again where that can help (hpccl/cluster/requeue.sh). It sees one exit
-code, the highest of all ranks, and when a rank fails SLURM kills the others, which gives 137 or 143. So a rank that met
-an error which the next start would meet again adds 200 to its code.
+The script that started the step requeues the job if that can help (hpccl/cluster/requeue.sh). It sees one exit code,
+the highest of all ranks, and when a rank fails SLURM kills the others, which gives 137 or 143. So a rank with an error
+that would recur in the next start adds 200 to its code.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from hpccl.report.standing import read_standing
 
 __all__ = ["end", "fail_step", "in_step", "refuse_standstill", "run_step"]
 
-_HIGHEST = 200  # added to the codes of failures, which are then above those of killed ranks
-_OUTPUTS = (1, 2)  # also of libraries and children
-_STARTS = "starts.jsonl"  # in the folder of logs
-_STANDSTILLS = 5  # starts of a job at one place in the run; the next one is refused
-_runs = itertools.count()  # of a sweep in this process: all ranks count the same ones
+_HIGHEST = 200  # added to exit codes of failures, to exceed those of killed ranks
+_OUTPUTS = (1, 2)  # file descriptors, so that output of libraries and children is redirected too
+_STARTS = "starts.jsonl"  # in the folder of logs; the starts of SLURM jobs
+_STANDSTILLS = 5  # starts of a job from the same checkpoint; the next one is refused
+_runs = itertools.count()  # counts the runs of a sweep in this process; the same on all ranks
 
 
 def in_step() -> bool:
-    """Whether this process is a task that SLURM started to be a rank: one of several, or named so (HPCCL_STEP)."""
+    """Whether SLURM started this process as a rank: as one of several tasks, or with HPCCL_STEP=1."""
     alone = os.environ.get("HPCCL_STEP") == "1" and "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ
     return alone or bool(from_slurm())
 
 
 def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False) -> int:
-    """Train as the rank that SLURM's variables name (alone, where they name none), with the run folder prepared.
+    """Train as the rank of SLURM's variables (alone, if they give none); the run folder must be prepared.
 
     Args:
-        config: what to run.
+        config: the run.
         argv: the command, for the record.
-        leader_log: rank 0 writes to `logs/rank-0.txt` too, and not to where SLURM puts the output of a step.
+        leader_log: rank 0 also writes to its log, `logs/rank-0.txt`, instead of to the step's output.
 
     Returns:
-        As `worker.main`, with 75 also where another rank was lost: the same job may be started again.
+        As `worker.main`, with 75 also if another rank was lost: the same job may be started again.
     """
-    # Before anything starts a thread or a process, which inherit this: SLURM signals all processes of a step.
+    # Before any thread or process starts, as they inherit the mask: SLURM signals all processes of a step.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     signal.signal(signal.SIGCONT, signal.SIG_IGN)  # SLURM sends it before each SIGTERM, and submitit would print a line
     named = _named(next(_runs))
@@ -73,7 +73,7 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
             if rank == 0:
                 with contextlib.suppress(OSError):
                     _remember(folder, {"job": job.id, "restart": job.restart, "reason": str(error)})
-            return STOPPED  # the cause is elsewhere, and may be a broken machine
+            return STOPPED  # the cause is elsewhere, such as a broken machine
         _note(folder, job, rank, type(error).__name__, str(error))
         return code_of(error)
 
@@ -87,12 +87,12 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
             return worker.main(config, argv, report=report)
     except HpcclError as error:
         return report(error)
-    except Exception as error:  # noqa: BLE001 - the end of the process: whatever it is, it is told and not repeated
+    except Exception as error:  # noqa: BLE001 - the end of the process: any error is reported, and not retried
         traceback.print_exc()
         _note(folder, job, rank, "crash", "".join(traceback.format_exception(error)))
         return FAILED
     finally:
-        for name, value in former.items():  # the next run of a sweep reads them anew
+        for name, value in former.items():  # the next run of a sweep sets them again
             if value is None:
                 del os.environ[name]
             else:
@@ -100,9 +100,9 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
 
 
 def _named(run: int) -> dict[str, str]:
-    """What SLURM's variables say of this rank, with a port of its own for each run of a sweep.
+    """Return torch.distributed's variables for this rank, with a different port for each run of a sweep.
 
-    Ranks end a run at different moments: on the same port, one would meet what another one still has of the last run.
+    Ranks end a run at different moments: on the same port, one might connect to the previous run's store.
     """
     named = from_slurm()
     if named:
@@ -111,7 +111,7 @@ def _named(run: int) -> dict[str, str]:
 
 
 def fail_step(folder: RunFolder, error: HpcclError) -> int:
-    """Tell of an error from before the run began, which the next start would meet again; the exit code."""
+    """Report an error from before the run began, which would recur at the next start; return the exit code."""
     rank = int(os.environ.get("SLURM_PROCID", "0"))
     say(f"error: rank {rank}: {error}")
     _note(folder, slurm_job() or SlurmJob("none", 0), rank, type(error).__name__, str(error))
@@ -119,14 +119,14 @@ def fail_step(folder: RunFolder, error: HpcclError) -> int:
 
 
 def end(code: int) -> NoReturn:
-    """End this task, without the interpreter's teardown, in which communication threads may abort."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends it when a partner ended first; the code is to be ours
+    """End this process without the interpreter's teardown, in which communication threads may abort."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends it when another task has failed; keep our exit code
     flush()
     os._exit(code + _HIGHEST if code in (FAILED, WRONG_CONFIG) else code)
 
 
 def _note(folder: RunFolder, job: SlurmJob, rank: int, kind: str, message: str) -> None:
-    """Write down what another start would meet again, for `hpccl status`."""
+    """Write an error that would recur at the next start to the error file, for `hpccl status`."""
     found: dict[str, Any] = {"job": job.id, "restart": job.restart, "rank": rank, "kind": kind, "message": message}
     with contextlib.suppress(FolderError, OSError), replacing(folder.error) as beside:
         beside.write_text(json.dumps({**found, "time": time.time()}), encoding="utf-8")
@@ -134,10 +134,10 @@ def _note(folder: RunFolder, job: SlurmJob, rank: int, kind: str, message: str) 
 
 @contextlib.contextmanager
 def _own_log(folder: RunFolder, rank: int) -> Iterator[None]:
-    """Send what this process and its children print to `logs/rank-N.txt`, after what earlier starts wrote.
+    """Redirect the output of this process and its children to `logs/rank-N.txt`, after that of earlier starts.
 
     Raises:
-        FolderError: it cannot be written.
+        FolderError: the log cannot be written.
     """
     path = folder.logs / f"rank-{rank}.txt"
     try:
@@ -157,20 +157,20 @@ def _own_log(folder: RunFolder, rank: int) -> Iterator[None]:
 
 
 def _redirect(targets: Sequence[int]) -> None:
-    """Have standard output and error go to open files."""
+    """Redirect standard output and error to open file descriptors."""
     flush()
     for target, number in zip(targets, _OUTPUTS, strict=True):
         os.dup2(target, number)
 
 
 def refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:
-    """Note this start, and refuse it where the last ones of the same job all began at the same place.
+    """Record this start, and refuse it if the last ones of the same job all began at the same checkpoint.
 
     Raises:
-        FolderError: the job was queued again and again without learning anything.
+        FolderError: the job was requeued repeatedly without learning anything.
     """
     if read_standing(folder.events).turn == "done":
-        return  # as each start of a sweep in one step finds the runs before the one that goes on
+        return  # each start of a sweep in one step passes its finished runs
     from hpccl.checkpoint.store import latest  # loads torch
 
     found = latest(folder.checkpoints)
@@ -193,7 +193,7 @@ def refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:
 
 
 def _remember(folder: RunFolder, line: dict[str, Any]) -> None:
-    """Add to what is known of the starts of jobs: where each began, and what another rank ended it with."""
+    """Append a line on a start of a job: where it began, or the error of a lost rank that ended it."""
     path = folder.logs / _STARTS
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Handing runs to a cluster: checked here, on the login node and without torch, then queued as one job or one array."""
+"""Submit runs to a cluster: check them here, on the login node and without torch, then queue a job or an array."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _START_UP = 60  # seconds between a job's start and its first step, at the least
 
 @dataclass(frozen=True)
 class Submitted:
-    """Where a run went.
+    """Where a run was submitted.
 
-    kind: `done` was there already and is not run again
-    id: of the job; empty for `done`
+    kind: `done`: it had finished already and is not run again
+    id: the job's or process's number; empty for `done`
     kept: it was queued or running before
     """
 
@@ -59,16 +59,16 @@ def submit(
     """Queue all runs and return at once; runs that are done are left out, and a sweep becomes one job array.
 
     Args:
-        configs: of kind `slurm`, or `local`: these run one after the other in the background of this machine.
+        configs: runs for `slurm`; others run one after the other in the background of this machine.
         argv: the command, for the record.
-        dependency: as of `sbatch --dependency`; SLURM only. Files that the jobs before may make are not looked for.
+        dependency: as for `sbatch --dependency`; SLURM only. Files are not checked, since earlier jobs may make them.
         keep_live: a run that is queued or running already stays so, instead of being an error.
 
     Raises:
-        ConfigError: something cannot be meant, or the cluster has no such partition.
+        ConfigError: a configuration is not possible, or the cluster has no such partition.
         DataError: shards or a file of weights are missing.
         FolderError: a folder holds another run, or its run is queued or running already.
-        WorldError: this is no machine of a cluster, or SLURM refused.
+        WorldError: this machine has no SLURM or submitit, or SLURM refused.
     """
     check(configs, dependency)
     todo = [config for config in configs if not _is_done(config)]
@@ -110,10 +110,10 @@ def submit(
 
 
 def script(configs: Sequence[RunConfig], *, dependency: str | None = None) -> Iterator[str]:
-    """The batch script of each job that `submit` would make; touches nothing, and needs no SLURM.
+    """Yield the batch script of each job that `submit` would make; writes nothing, and needs no SLURM.
 
     Raises:
-        ConfigError: as `submit`.
+        ConfigError: see `submit`; or a cluster is not SLURM.
     """
     _check_words(configs)
     for cluster, group in _by_cluster(configs):
@@ -126,13 +126,13 @@ def script(configs: Sequence[RunConfig], *, dependency: str | None = None) -> It
 def submit_command(
     arguments: Sequence[str], cluster: SlurmCluster, *, name: str, folder: Path, dependency: str | None = None
 ) -> str:
-    """Queue another hpccl command, such as `report`, as a job of one process without GPUs; its number.
+    """Queue another hpccl command, such as `report`, as a job of one process without GPUs; return its number.
 
-    One that is queued or running already, from the same folder, stays.
+    If the last one from the same folder is queued or running already, it stays and nothing is queued.
 
     Raises:
-        ConfigError: the dependency is none, or the cluster has no such partition.
-        WorldError: this is no machine of a cluster, or SLURM refused.
+        ConfigError: the dependency is malformed, or the cluster has no such partition.
+        WorldError: this machine has no SLURM or submitit, or SLURM refused.
     """
     _check_site([cluster])
     record = RunFolder(folder)
@@ -148,11 +148,11 @@ def submit_command(
     return number
 
 
-# ---------------------------------------------------------------- what is checked
+# ---------------------------------------------------------------- checks
 
 
 def check(configs: Sequence[RunConfig], dependency: str | None = None) -> None:
-    """Everything that can be known before a job waits for hours.
+    """Check everything that can be known before a job waits for hours.
 
     Raises:
         ConfigError, DataError, WorldError: see `submit`.
@@ -161,7 +161,7 @@ def check(configs: Sequence[RunConfig], dependency: str | None = None) -> None:
     clusters = [config.cluster for config in configs if isinstance(config.cluster, SlurmCluster)]
     if dependency is not None and len(clusters) < len(configs):
         raise ConfigError("a dependency needs cluster.kind=slurm: runs on this machine wait for no job")
-    if dependency is None:  # else files may be made by the jobs before
+    if dependency is None:  # else earlier jobs may make the files
         for config in configs:
             _check_files(config)
     if clusters:
@@ -188,7 +188,7 @@ def _check_words(configs: Sequence[RunConfig]) -> None:
 
 
 def _check_files(config: RunConfig) -> None:
-    """Files that the run will open."""
+    """Check the files that the run will open."""
     if isinstance(config.stream, ShardStream):
         splits, scenario = (config.stream.train_split, config.stream.test_split), config.stream.scenario
         copies = None if config.memory.keep == "reference" else RunFolder(Path(config.path)).copies
@@ -209,7 +209,7 @@ def _check_files(config: RunConfig) -> None:
 
 
 def _manifests(path: str, splits: tuple[str, str], copies: Path | None, part: int) -> tuple[Manifest, Manifest]:
-    """Of training and test images; the former may be gone if the run has copies of its memory."""
+    """Return the manifests of training and test images; with copies of the memory, the former may be missing."""
     from hpccl.data.shards.copies import manifest_with_copies
 
     train, test = splits
@@ -238,7 +238,7 @@ def _check_site(clusters: Sequence[SlurmCluster]) -> None:
             "module, or set cluster.kind=local. --dry-run prints the script anywhere"
         )
     try:
-        import submitit  # noqa: F401 - whether it is there
+        import submitit  # noqa: F401 - is it installed?
     except ImportError as error:
         raise WorldError(
             "submitit is not installed: pip install 'hpccl[slurm]', or use `sbatch slurm/train.sbatch` without it"
@@ -251,7 +251,7 @@ def _check_site(clusters: Sequence[SlurmCluster]) -> None:
 
 
 def _partitions() -> set[str]:
-    """Their names, or nothing where SLURM does not say."""
+    """Return the names of the partitions; empty if SLURM does not answer."""
     try:
         done = subprocess.run(
             ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=10, check=True
@@ -262,20 +262,20 @@ def _partitions() -> set[str]:
 
 
 def _is_done(config: RunConfig) -> bool:
-    """Raises FolderError where the run that is done is another one."""
+    """Whether the run is done; raise FolderError if its folder holds another run."""
     refuse_another(config)
     folder = RunFolder(Path(config.path))
     return folder.events.exists() and any(event["event"] == "done" for event in read_events(folder.events))
 
 
 def _live(configs: Sequence[RunConfig]) -> dict[str, tuple[JobRecord, str]]:
-    """Runs whose newest job is queued or running, for two jobs must not train in one folder: the job and its state."""
+    """Return the runs whose newest job is queued or running, with job and state: two must not train in one folder."""
     newest = {config.path: read_records(RunFolder(Path(config.path)))[-1:] for config in configs}
     return _alive({path: record for path, found in newest.items() for record in found})
 
 
 def _alive(records: Mapping[str, JobRecord]) -> dict[str, tuple[JobRecord, str]]:
-    """Those whose job is queued or running, with its state."""
+    """Return the records whose job is queued or running, with its state."""
     queued = [record.id for record in records.values() if record.kind == "slurm"]
     told = states(queued) if queued and shutil.which("squeue") is not None else {}
     live = {}
@@ -296,7 +296,7 @@ def _runs_here(record: JobRecord) -> bool:
 
 
 def _by_cluster(configs: Sequence[RunConfig]) -> Iterator[tuple[Any, list[RunConfig]]]:
-    """Runs that ask for the same machines share an array."""
+    """Group the runs by cluster settings: those of a group share an array."""
     keyed = sorted(configs, key=lambda config: config.cluster.model_dump_json())
     for _, group in groupby(keyed, key=lambda config: config.cluster.model_dump_json()):
         runs = list(group)
@@ -304,7 +304,7 @@ def _by_cluster(configs: Sequence[RunConfig]) -> Iterator[tuple[Any, list[RunCon
 
 
 def _submission_folder(runs: Sequence[RunFolder]) -> Path:
-    """Where submitit keeps its files: with the run, or with the sweep."""
+    """Return the folder for submitit's files: the run's, or the sweep's."""
     if len(runs) == 1:
         return runs[0].logs / "slurm"
     return Path(os.path.commonpath([str(run.path.absolute()) for run in runs])) / "slurm"
@@ -319,12 +319,12 @@ def _queue(
     dependency: str | None,
     command: bool = False,
 ) -> list[str]:
-    """Raises WorldError where SLURM refuses."""
+    """Submit jobs, as an array if there are several; return their numbers. Raise WorldError if SLURM refuses."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
 
     executor = _executor(cluster, parameters(cluster, name=name, dependency=dependency, command=command), folder)
-    # The variables of a job are not for another one; SBATCH_ACCOUNT and the like of a login shell are.
+    # Do not pass a job's variables on to another one; keep SBATCH_ACCOUNT and the like of a login shell.
     outside = clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext()
     try:
         with outside, executor.batch():
@@ -346,7 +346,7 @@ def _executor(cluster: SlurmCluster, told: Mapping[str, Any], folder: Path) -> S
 
 
 def _text(cluster: SlurmCluster, name: str, folder: Path, dependency: str | None, *, count: int) -> str:
-    from submitit.slurm.slurm import _make_sbatch_string  # the executor itself wants srun to be there
+    from submitit.slurm.slurm import _make_sbatch_string  # the executor itself needs srun
 
     told = parameters(cluster, name=name, dependency=dependency)
     command = f"{python_command(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder.absolute()))}"

@@ -1,4 +1,4 @@
-"""One process of a run: signals, the world, training, and an exit code.
+"""One process of a run: handle signals, join the process group, train, and return an exit code.
 
 `python -m hpccl.cluster.worker CONFIG COMMAND...` is one rank of several, started by `hpccl.cluster.local`.
 """
@@ -36,17 +36,17 @@ __all__ = ["die_with_parent", "main"]
 
 
 def main(config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError], int] = tell) -> int:
-    """Train in this process as the rank that the environment names (alone, where it names none).
+    """Train in this process as the rank that the environment gives (alone, if it gives none).
 
     SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 save and stop; a second SIGINT stops at once.
 
     Args:
-        config: what to run.
+        config: the run.
         argv: the command, for the record.
-        report: what to do with an error that a user can mend; returns the exit code.
+        report: reports an error that a user can fix; returns the exit code.
 
     Returns:
-        0 done, 1 failed, 2 wrong configuration, 75 stopped and saved, 130 stopped hard.
+        0 done, 1 failed, 2 wrong configuration, 75 stopped and saved, 130 interrupted at once.
     """
     from hpccl.train.stop import Stop  # torch from here on
 
@@ -54,7 +54,7 @@ def main(config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError
     try:
         with _listening(stop):
             return _train(config, argv, stop, report)
-    except HpcclError as error:  # before the others were met
+    except HpcclError as error:  # before the process group was joined
         return report(error)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -74,7 +74,7 @@ def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[
     with holding(RunFolder(Path(config.path))) if leader else contextlib.nullcontext():
         comm = join(config.engine.device, timeout=timedelta(seconds=config.cluster.timeout))
         try:
-            refuse_any_other(config)  # the leader holds the lock, so that all ranks find the same
+            refuse_any_other(config)  # the leader holds the lock, so all ranks find the same
             outcome = run(config, comm, stop, command=argv, quiet=config.log.quiet)
         except HpcclError as error:
             code, failed = report(error), True  # before leaving: the others fail when this rank's connections close
@@ -91,7 +91,7 @@ def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[
 
 @contextlib.contextmanager
 def _listening(stop: Stop) -> Iterator[None]:
-    """Pass signals on to `stop`; put the former handlers back at the end."""
+    """Pass signals on to `stop`; restore the former handlers at the end."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.reason is not None:
@@ -109,10 +109,10 @@ def _listening(stop: Stop) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hearing(blocked: Set[int], stop: Stop) -> Iterator[None]:
-    """A thread that waits for signals that came to this process blocked.
+    """Handle, in a thread, signals that were blocked when this process started.
 
-    They stay so: a scheduler sends them to all processes of a job, and those that this one starts inherit the mask
-    and live on. One that came before this is pending, and heard now.
+    They stay blocked: a scheduler sends them to all processes of a job, and children, which inherit the mask, must
+    survive them. A signal that arrived earlier is pending, and handled now.
     """
     ended = threading.Event()
 
@@ -139,27 +139,27 @@ def _hearing(blocked: Set[int], stop: Stop) -> Iterator[None]:
 def die_with_parent(parent: int) -> None:
     """Have the system kill this process when the launcher dies, so that no rank is left behind (Linux only).
 
-    Killed, not asked: the launcher may be started again at once, and two runs must not write in one folder.
+    By SIGKILL: the launcher may be started again at once, and two runs must not write in one folder.
     """
     if not sys.platform.startswith("linux"):
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
+    if os.getppid() != parent:  # the launcher died before the call above
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-_LONGEST = 8000  # characters of a word: with room to spare, what a pipe holds
+_LONGEST = 8000  # characters of an error; a pipe holds more than that, encoded
 
 
 def _leave_word(kind: str, message: str) -> None:
-    """Tell the launcher of an error; it prints one of all ranks' errors."""
+    """Send an error to the launcher, which prints one of all ranks' errors."""
     pipe = os.environ.get("HPCCL_ERROR_PIPE")
     if pipe is None:
         say(message)
         return
     shown = message if len(message) <= _LONGEST else f"... {message[-_LONGEST:]}"
-    with contextlib.suppress(OSError):  # the launcher is gone, and this process about to be
+    with contextlib.suppress(OSError):  # the launcher has gone, and this process will be killed
         os.write(int(pipe), json.dumps({"kind": kind, "message": shown, "at": time.time()}).encode())
 
 
@@ -188,6 +188,6 @@ def _entry(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     code = _entry(sys.argv[1:])
     flush()
-    # Everything is saved and the world was left. Skip the interpreter's teardown: communication threads of a rank that
-    # ends before the others may abort there, and the launcher would take that for a failure.
+    # Everything is saved and the process group left. Skip the interpreter's teardown: communication threads of a rank
+    # that ends before the others may abort there, which the launcher would take for a failure.
     os._exit(code)

@@ -1,1 +1,1 @@
-"""Processes and what they say to each other; every collective of hpccl."""
+"""The process group, collectives, and tensors that are spread over ranks."""

@@ -1,4 +1,4 @@
-"""Every collective of hpccl. `Comm.solo()` is a world of one and needs no process group."""
+"""The collectives of hpccl. `Comm.solo()` is a world of one and needs no process group."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _BUCKET = 1 << 23  # elements in one flat buffer
 
 @dataclass(frozen=True)
 class Comm:
-    """A rank's view of its world. Every method is collective: all ranks call it, in the same order."""
+    """A rank's view of its world. Methods that communicate are collective: all ranks call them, in the same order."""
 
     rank: int
     size: int
     device: torch.device
-    timeout: timedelta = timedelta(minutes=10)  # after which whoever waits for another rank gives up
+    timeout: timedelta = timedelta(minutes=10)  # longest wait for another rank
 
     @classmethod
     def solo(cls, device: torch.device | str = "cpu") -> Comm:
@@ -35,7 +35,7 @@ class Comm:
         return self.rank == 0
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over ranks; tensors of one dtype travel together."""
+        """Replace each tensor by its sum over ranks; neighbours of one dtype share a message."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
@@ -46,7 +46,7 @@ class Comm:
                 tensor.copy_(part.view_as(tensor))
 
     def reduce_(self, tensor: Tensor, *, owner: int) -> None:
-        """Replace `tensor` (contiguous) by its sum over ranks on rank `owner`; elsewhere it is spoilt."""
+        """Replace `tensor` (contiguous) by its sum over ranks on rank `owner`; on other ranks it is undefined."""
         if self.size == 1:
             return
         sent = tensor.to(self.device)
@@ -55,7 +55,7 @@ class Comm:
             tensor.copy_(sent)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Concatenate along the first dim in rank order; lengths may differ between ranks."""
+        """Concatenate along the first dimension in rank order; lengths may differ between ranks."""
         if self.size == 1:
             return tensor
         length = torch.tensor([tensor.shape[0]], device=self.device)
@@ -70,7 +70,7 @@ class Comm:
         return whole.to(tensor.device)
 
     def exchange(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
-        """Send rows to other ranks and return those that came, in rank order.
+        """Send rows to other ranks and return the received ones, in rank order.
 
         tensor: [rows, ...], the first counts[0] for rank 0, the next counts[1] for rank 1, ...
         """
@@ -96,7 +96,7 @@ class Comm:
             tensor.copy_(sent)
 
     def broadcast_text(self, text: str | None, *, source: int = 0) -> str:
-        """The text of rank `source`; what others give is ignored."""
+        """Return the text of rank `source`; that of other ranks is ignored."""
         if self.size == 1:
             assert text is not None, "a world of one has nobody else to ask"
             return text
@@ -112,7 +112,7 @@ class Comm:
         return self.max(int(flag)) > 0
 
     def max(self, number: int) -> int:
-        """The largest of all ranks' numbers."""
+        """Return the largest of all ranks' numbers."""
         if self.size == 1:
             return number
         largest = torch.tensor([number], device=self.device)
@@ -124,13 +124,13 @@ class Comm:
         self.any(False)
 
     def share(self, count: int) -> range:
-        """This rank's contiguous part of `count` items; parts differ by at most one and need no padding."""
+        """Return this rank's contiguous part of `count` items; sizes differ by at most one, without padding."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def parts(self, count: int, size: int) -> list[range]:
-        """This rank's share of `count` items, in parts of at most `size`: as many as on every other rank.
+        """Split this rank's share of `count` items into parts of at most `size`; all ranks have equally many parts.
 
-        Where items are fewer than ranks, a part may be empty.
+        If there are fewer items than ranks, a part may be empty.
         """
         share = self.share(count)
         largest = -(-count // self.size)

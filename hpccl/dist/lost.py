@@ -1,4 +1,4 @@
-"""What a failed collective means: another process ended, or did not answer in time."""
+"""Interpret failed collectives: another process ended, or did not answer in time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hpccl.errors import StragglerError, WorldError
 
 __all__ = ["lost_partner", "straggler", "waited_in_vain"]
 
-_IN_GLOO = "/gloo/"  # its errors are plain RuntimeErrors that begin with the place in its source
+_IN_GLOO = "/gloo/"  # gloo raises plain RuntimeErrors that begin with a path in its source
 
 
 def lost_partner(error: RuntimeError, comm: Comm, timeout: float) -> WorldError | None:
-    """The error of a collective in plain words, or None if `error` came from anywhere else.
+    """Return hpccl's error for a failed collective, or None if `error` came from anything else.
 
     Args:
-        error: what was raised.
+        error: the error that was raised.
         comm: the world it was raised in.
         timeout: seconds that a collective waits.
     """
@@ -32,7 +32,7 @@ def lost_partner(error: RuntimeError, comm: Comm, timeout: float) -> WorldError 
 
 
 def straggler(rank: int, size: int, timeout: float) -> StragglerError:
-    """This rank has waited for others as long as it may."""
+    """Return the error of a rank that waited for others until the timeout."""
     return StragglerError(
         f"rank {rank} of {size} waited {timeout:g} s (cluster.timeout) for another rank in vain; set cluster.timeout "
         "higher if it was only slow"
@@ -40,6 +40,6 @@ def straggler(rank: int, size: int, timeout: float) -> StragglerError:
 
 
 def waited_in_vain(error: Exception) -> bool:
-    """True for the errors of torch and its backends that say that time ran out."""
+    """Whether an error of torch or its backends is a timeout."""
     words = str(error).lower()
     return any(word in words for word in ("timed out", "timeout", "time out"))

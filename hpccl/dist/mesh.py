@@ -17,11 +17,10 @@ __all__ = ["join", "leave", "meet_alone", "pick_device"]
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device of this process: `auto` is this rank's CUDA device where there is one; made ready for tensors.
+    """Return the device of this process and set it up; `auto` is this rank's CUDA device if there is one.
 
     Raises:
-        WorldError: cuda was asked for and there is none, or there are more processes than devices: another node may
-            have them.
+        WorldError: `cuda` is wanted and there is none, or there are more processes than devices.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         keep_freed_memory()
@@ -29,24 +28,24 @@ def pick_device(wanted: str) -> torch.device:
     if not torch.cuda.is_available():
         raise WorldError("engine.device is 'cuda' but torch sees no CUDA device; allowed: cpu, auto, or a GPU node")
     visible, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    masked = visible == 1 and "HPCCL_PARENT" not in os.environ  # by a launcher that shows each process its own device
+    masked = visible == 1 and "HPCCL_PARENT" not in os.environ  # a launcher shows each process only its own device
     if local_size > visible and not masked:
         raise WorldError(
             f"{local_size} processes on this machine but only {visible} CUDA devices, and two cannot share one; "
             f"use at most {visible} processes, or engine.device=cpu"
         )
-    # Where each process sees only its own device, the local rank is not an index.
+    # If each process sees only its own device, the local rank is no index; hence the modulo.
     index = int(os.environ.get("LOCAL_RANK", "0")) % visible
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def join(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) -> Comm:
-    """Meet the other processes named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a world of one needs none.
+    """Join the process group given by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a world of one needs none.
 
     Raises:
-        WorldError: a variable is missing or wrong, or the meeting point cannot be reached.
-        StragglerError: the others did not come within `timeout`.
+        WorldError: a variable is missing or wrong, or the master address cannot be reached.
+        StragglerError: the others did not join within `timeout`.
     """
     chosen = pick_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,7 +70,7 @@ def join(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) ->
 
 
 def meet_alone(comm: Comm) -> None:
-    """A process group for a world of one: engines that spread weights want one whatever the number of ranks."""
+    """Create a process group for a world of one: engines that spread weights need one even then."""
     if comm.size == 1 and not dist.is_initialized():
         backend = "nccl" if comm.device.type == "cuda" else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in its stubs
@@ -79,10 +78,10 @@ def meet_alone(comm: Comm) -> None:
 
 
 def leave(*, failed: bool = False) -> None:
-    """Leave the world, if one was joined; a process whose run has failed must end soon after.
+    """Destroy the process group, if there is one; a process whose run has failed must end soon after.
 
-    NCCL waits for the others when its communicators are destroyed, and they wait in an operation that this process will
-    not take part in: after a failure its connections are left to the end of the process.
+    NCCL waits for the other ranks when its communicators are destroyed, and they may wait in a collective that this
+    process will not join: after a failure its connections are left open until the process ends.
     """
     if dist.is_initialized() and not (failed and dist.get_world_size() > 1 and dist.get_backend() == "nccl"):
         dist.destroy_process_group()

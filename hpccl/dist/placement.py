@@ -1,4 +1,4 @@
-"""Which rank owns which piece of work: pure functions, so that every rank computes the same answer."""
+"""Assign pieces of work to ranks: pure functions, so that every rank computes the same result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["owners", "pieces"]
 
 
 def owners(costs: Mapping[str, float], size: int) -> dict[str, int]:
-    """Longest-processing-time placement (Graham 1969): the dearest piece first, to the least loaded rank.
+    """Longest-processing-time placement (Graham 1969): the most expensive piece first, to the least loaded rank.
 
     Ties go to the lower rank and to the name that sorts first, so the order of `costs` does not matter.
     """
@@ -23,10 +23,10 @@ def owners(costs: Mapping[str, float], size: int) -> dict[str, int]:
 
 
 def pieces(costs: Mapping[str, float], size: int, *, most: Mapping[str, int]) -> dict[str, list[int]]:
-    """The ranks that share each item: one, or several where a single item costs more than a rank's fair share.
+    """Return the ranks that share each item: one, or several if it costs more than a rank's fair share.
 
-    An item is cut into equal pieces, at most `most[name]` of them, each no dearer than the fair share; the pieces are
-    placed like `owners`. A rank may hold two pieces of one item; the list has one rank a piece.
+    An item is cut into equal pieces, at most `most[name]`, so that none costs more than the fair share where possible;
+    pieces are placed as in `owners`. The list has one rank per piece; a rank may hold two pieces of one item.
     """
     fair = sum(costs.values()) / size
     counts = {name: min(most[name], max(1, _ceil(cost, fair))) for name, cost in costs.items()}
@@ -37,5 +37,5 @@ def pieces(costs: Mapping[str, float], size: int, *, most: Mapping[str, int]) ->
 
 
 def _ceil(cost: float, fair: float) -> int:
-    # A single item on one rank is its own fair share: rounding must not cut it.
+    # The factor: a single item is its own fair share on one rank, and rounding must not cut it.
     return int(-(-cost // (fair * (1 + 1e-9)))) if fair > 0 else 1

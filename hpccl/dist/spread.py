@@ -1,7 +1,7 @@
-"""Tensors that no rank holds whole: each rank has a run of a tensor's elements in row-major order.
+"""Tensors that are spread over ranks: each rank has a contiguous range of a tensor's elements in row-major order.
 
-The run may be anything: rows (FSDP2), equal parts (ZeRO-3), a piece of a long buffer (ZeRO-1, ZeRO-2), nothing. So a
-tensor that was saved by one engine can be read by any other, on any number of ranks.
+The range may be rows (FSDP2), equal parts (ZeRO-3), a piece of a flat buffer (ZeRO-1, ZeRO-2) or empty. So a tensor
+that was saved by one engine can be read by any other, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = [
     "wholes",
 ]
 
-_TOGETHER = 1 << 22  # elements of small tensors that are gathered in one message
+_TOGETHER = 1 << 22  # most elements of small tensors that are gathered in one message
 
 
 @final
 @dataclass(frozen=True)
 class Span:
-    """Which elements of a tensor of `shape` this rank has: start to stop, in row-major order.
+    """The elements of a tensor of `shape` that this rank has: start to stop, in row-major order.
 
-    copy: how many other ranks before this one have the same elements (replicated groups)
+    copy: number of lower ranks with the same elements (above 0 in replicated groups only)
     """
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Span:
 
     @classmethod
     def of_rows(cls, shape: tuple[int, ...], rank: int, size: int, *, copy: int = 0) -> Span:
-        """The rows of `rank` among `size`, as torch.chunk cuts them: trailing ranks may have none."""
+        """Return the rows of `rank` among `size` ranks, as torch.chunk cuts them: trailing ranks may have none."""
         row = math.prod(shape[1:])
         rows = -(-shape[0] // size)
         first, last = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
@@ -58,14 +58,14 @@ class Span:
 
     @property
     def numel(self) -> int:
-        """Elements that this rank has."""
+        """The number of elements that this rank has."""
         return self.stop - self.start
 
 
 @final
 @dataclass(frozen=True)
 class Slab:
-    """This rank's elements of a tensor.
+    """This rank's elements of a spread tensor.
 
     local: [span.numel]
     """
@@ -75,24 +75,24 @@ class Slab:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return self.span.shape
 
     def to(self, device: torch.device) -> Slab:
-        """The same on a device."""
+        """Return the slab on `device`."""
         return replace(self, local=self.local.to(device))
 
 
 @runtime_checkable
 class Stored(Protocol):
-    """A tensor in files, of which any run of elements can be read."""
+    """A tensor in files, of which any range of elements can be read."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start], on the CPU."""
+        """Read elements `start` to `stop` in row-major order: [stop - start], on the CPU."""
 
 
 Leaf: TypeAlias = Tensor | Slab  # whole on every rank, or a part
@@ -101,7 +101,7 @@ Place: TypeAlias = Callable[[Mapping[str, Tensor | Slab | Stored]], Leaves]  # s
 
 
 def elements(value: Tensor | Slab | Stored, start: int, stop: int) -> Tensor:
-    """[stop - start] elements in row-major order; of a Slab, only what this rank has."""
+    """Return elements `start` to `stop` in row-major order [stop - start]; of a Slab, only this rank's."""
     if isinstance(value, Tensor):
         return value.detach().reshape(-1)[start:stop]
     if isinstance(value, Slab):
@@ -112,17 +112,17 @@ def elements(value: Tensor | Slab | Stored, start: int, stop: int) -> Tensor:
 
 
 def whole(value: Tensor | Stored) -> Tensor:
-    """The tensor in its shape."""
+    """Return the whole tensor in its shape."""
     return value if isinstance(value, Tensor) else value.read(0, math.prod(value.shape)).view(value.shape)
 
 
 def placed_whole(values: Mapping[str, Tensor | Slab | Stored]) -> dict[str, Tensor]:
-    """Every tensor whole on this rank: how engines that spread nothing place what was saved."""
+    """Return every tensor whole: how engines that spread nothing place saved tensors; Slabs are left out."""
     return {name: whole(value) for name, value in values.items() if not isinstance(value, Slab)}
 
 
 def aligned(leaf: Leaf, like: Leaf, comm: Comm) -> Leaf:
-    """The same tensor, divided over ranks as `like` is; collective where it must move."""
+    """Return the tensor divided over ranks as `like` is; collective where one of them is spread."""
     if isinstance(leaf, Tensor) and isinstance(like, Tensor):
         return leaf
     if isinstance(leaf, Slab) and isinstance(like, Slab) and not comm.any(leaf.span != like.span):
@@ -134,14 +134,14 @@ def aligned(leaf: Leaf, like: Leaf, comm: Comm) -> Leaf:
 
 
 def wholes(leaves: Leaves) -> dict[str, Tensor]:
-    """Leaves of an engine that spreads nothing."""
+    """Return the leaves as whole tensors; for engines that spread nothing."""
     found = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
     assert len(found) == len(leaves), "the weights are spread over ranks: see fetch and streamed"
     return found
 
 
 def streamed(leaves: Leaves, comm: Comm) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor whole, one after the other (small ones a few at a time); collective as it goes."""
+    """Yield every tensor whole, one after the other (small ones gathered together); each step is collective."""
     for names in _messages(leaves):
         slabs = {name: leaf for name, leaf in ((name, leaves[name]) for name in names) if isinstance(leaf, Slab)}
         gathered = _gathered(slabs, comm) if slabs else {}
@@ -151,9 +151,9 @@ def streamed(leaves: Leaves, comm: Comm) -> Iterator[tuple[str, Tensor]]:
 
 
 def fetch(leaves: Leaves, names: Collection[str], comm: Comm) -> dict[str, Tensor]:
-    """The tensors that this rank names, whole; collective, and each rank may name others.
+    """Return whole the tensors that this rank names; collective, and ranks may name different ones.
 
-    No rank holds more at a time than what it asked for and one message.
+    A rank holds no more at a time than the tensors that it names and one message.
     """
     spread = [name for name, leaf in leaves.items() if isinstance(leaf, Slab)]
     found = {name: leaf for name in names if isinstance(leaf := leaves[name], Tensor)}
@@ -181,9 +181,9 @@ def _messages(leaves: Leaves) -> Iterator[list[str]]:
 
 
 def _gathered(slabs: Mapping[str, Slab], comm: Comm) -> dict[str, Tensor]:
-    """Whole tensors of some slabs that have one dtype each, in one exchange of elements and one of places.
+    """Gather whole tensors from slabs; one message of elements and one of spans if they share a dtype.
 
-    They are on the rank's device, where slabs need not be.
+    The results are on the rank's device, even if the slabs are not.
     """
     dtypes = {slab.local.dtype for slab in slabs.values()}
     if len(dtypes) > 1:

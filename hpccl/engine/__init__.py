@@ -1,1 +1,1 @@
-"""Where the weights live: the Engine protocol and its implementations."""
+"""Training engines, which differ in where the weights live: the Engine protocol and its implementations."""

@@ -1,7 +1,7 @@
-"""What all engines share: the schedule, autocast, averaged weights, gradient hooks, and state by name of parameter.
+"""What all engines share: the schedule, autocast, averaged weights, gradient hooks, and state by parameter name.
 
-An engine says where its tensors are (`_locals`, `_spans`); everything that reads or writes weights and moments is
-here, so that it is the same on all of them.
+An engine defines where its tensors are (`_locals`, `_spans`); everything that reads or writes weights and optimiser
+state is here, so that it is the same for all engines.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from hpccl.optim.vogn import Vogn
 
 __all__ = ["BaseEngine", "Moments"]
 
-# By parameter, by key: this rank's elements (or a number that is not a parameter's), and where they belong.
+# Optimiser state by parameter and key: this rank's elements with their span, or numbers such as a step count.
 Moments = Mapping[str, Mapping[str, Any]]
 
 
 class BaseEngine(ABC):
-    """The Engine protocol, but for where the weights live."""
+    """The Engine protocol, except for where the weights live."""
 
     def __init__(self, model: nn.Module, config: RunConfig, comm: Comm) -> None:
         self._comm, self._model = comm, model
@@ -66,26 +66,26 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def _locals(self) -> dict[str, Tensor]:
-        """This rank's live elements of every parameter, by name: in its shape if it is whole, [n] if it is spread."""
+        """This rank's elements of every parameter, sharing memory: in its shape if whole, [n] if spread."""
 
     @property
     @abstractmethod
     def _spans(self) -> Mapping[str, Span]:
-        """Of the parameters that are spread."""
+        """The spans of the parameters that are spread over ranks, by name."""
 
     @property
     @abstractmethod
     def like(self) -> dict[str, Tensor]:
-        """Trainable parameters as a gradient hook meets them: shape, dtype, memory layout; perhaps without numbers."""
+        """See the protocol."""
 
     @property
     def device(self) -> torch.device:
-        """Where images and targets must be."""
+        """See the protocol."""
         return self._comm.device
 
     @property
     def module(self) -> nn.Module:
-        """The network for passes outside training, at the present weights."""
+        """See the protocol."""
         return self._model
 
     @property
@@ -94,7 +94,7 @@ class BaseEngine(ABC):
         return self._model
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Those that are saved."""
+        """The buffers that are saved (persistent ones)."""
         kept = self._model.state_dict().keys()
         return {name: value for name, value in self._model.named_buffers() if name in kept}
 
@@ -102,15 +102,15 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def _restart(self) -> None:
-        """A new optimiser state."""
+        """Start with a new optimiser state."""
 
     @abstractmethod
     def _run(self, pixels: Tensor) -> Tensor:
-        """Logits by the engine's own road, in training mode."""
+        """Return the logits of a training pass, as the engine makes it."""
 
     @abstractmethod
     def _update(self, rate: float) -> Tensor:
-        """Clip, update and clear; returns the norm before, on the CPU. Nothing changes if it is not finite."""
+        """Clip, update, clear gradients; return the norm before clipping, on the CPU. No update if it is not finite."""
 
     def start(self, *, num_steps: int, task: int, num_train: int = 1) -> None:
         """See the protocol."""
@@ -126,15 +126,15 @@ class BaseEngine(ABC):
             self._credit = {name: torch.zeros_like(value) for name, value in self._begun.items()}
 
     def reset(self) -> None:
-        """Back to the initial weights."""
+        """See the protocol."""
         self.put(self._initial)
 
     def _keep_initial(self) -> None:
-        """Remember the weights at this moment, if anything ever goes back to them."""
+        """Keep a copy of the current weights if `reset` will be called (train.restart)."""
         self._initial = self.gather() if self._train.restart else {}
 
     def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True, training: bool = True) -> Tensor:
-        """Logits with a gradient, fp32; autocast ends here, before any loss or prior."""
+        """See the protocol; autocast ends here, before any loss or prior."""
         self._model.train(training)
         if not training:
             self._share_statistics()
@@ -146,7 +146,7 @@ class BaseEngine(ABC):
         return logits.float()
 
     def _share_statistics(self) -> None:
-        """BatchNorm's running statistics are rank 0's everywhere; within a task, ranks have seen other images."""
+        """Broadcast rank 0's BatchNorm statistics: within a task, each rank's come from its own images."""
         norms = [module for module in self._model.modules() if isinstance(module, _BatchNorm)]
         found = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
         if found:
@@ -155,7 +155,7 @@ class BaseEngine(ABC):
     def forward_features(
         self, pixels: Tensor, noise: Tensor, layer: str, *, last: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Logits, and what entered a layer of the network on the way, fp32."""
+        """See the protocol."""
         caught: list[Tensor] = []
         handle = self._model.get_submodule(layer).register_forward_pre_hook(lambda _, given: caught.append(given[0]))
         try:
@@ -165,12 +165,12 @@ class BaseEngine(ABC):
         return logits, caught[-1].float()
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradient.
+        """Accumulate a micro-batch's gradient.
 
-        Engines average over ranks; the caller's losses are this rank's share of a sum, so the world size is put back.
+        Engines average over ranks, but the caller's loss is this rank's share of a sum: multiply by the world size.
         """
-        # Activations that are computed again pass BatchNorm twice; it must count them once. Without its statistics it
-        # would save other tensors the second time, which checkpointing refuses; so they are put back.
+        # Recomputed activations pass BatchNorm a second time, which must not update its statistics again. Switching
+        # tracking off would change which tensors the second pass saves, which checkpointing refuses; hence this.
         with without_statistics(self._model, self._config.recompute):
             self._pull_back(loss * self._comm.size)
         self._image_weights = None
@@ -179,7 +179,7 @@ class BaseEngine(ABC):
         loss.backward()
 
     def step(self) -> Tensor:
-        """Clip, update, clear."""
+        """See the protocol."""
         self._refuse_silent_hooks()
         norm = self._followed() if self._follows else self._moved()
         if (perturbing := self._perturbing) is not None:
@@ -192,16 +192,16 @@ class BaseEngine(ABC):
         return norm
 
     def _moved(self) -> Tensor:
-        """An update of what is not held; returns the gradient's norm before."""
+        """Update the weights that are not held; return the gradient's norm before clipping."""
         norm = self._update(self.lr)
         if self._held.masks:
-            # An optimiser moves also what has no gradient: by weight decay, or by the sign of nothing.
+            # Optimisers also move weights whose gradient is zero, by weight decay for example.
             self._put_locals(self._held.restored(self._locals()))
         return norm
 
     @property
     def lr(self) -> float:
-        """The coming step's learning rate."""
+        """See the protocol."""
         return learning_rate(self._optim, task=self._task, step=self._step, num_steps=self._num_steps)
 
     @property
@@ -215,26 +215,26 @@ class BaseEngine(ABC):
         return self._num_train
 
     def finish(self) -> None:
-        """Averaged weights become the weights; buffers (BatchNorm statistics) are rank 0's everywhere."""
+        """See the protocol; buffers (BatchNorm statistics) become rank 0's."""
         if self._average is not None:
             self._put_locals(self._average)
             self._average = None
         self._comm.broadcast_([buffer for _, buffer in self._model.named_buffers()])
 
-    # ---------------------------------------------------------------- what does not learn
+    # ---------------------------------------------------------------- frozen weights
 
     def hold(self, held: Mapping[str, Tensor], norms: frozenset[str]) -> None:
         """See the protocol."""
         self._held.take(held, self._locals(), self._spans, self.device)
         self._held.take_norms(self._model, norms)
 
-    # ---------------------------------------------------------------- the path
+    # ---------------------------------------------------------------- the path integral (SI)
 
     @torch.no_grad()
     def _followed(self) -> Tensor:
-        """An update, and what each weight did in it: -g (after - before), g without the prior and before clipping.
+        """Update, and add each weight's -g (after - before) to the path integral; g without prior, before clipping.
 
-        What is held did nothing: it is where it was.
+        Held weights do not move and get no credit.
         """
         before = self._learned()
         gradients = {name: gradient.clone() for name, gradient in self._gradients().items()}
@@ -243,7 +243,7 @@ class BaseEngine(ABC):
             now = self._locals()
             for name, gradient in gradients.items():
                 old = self._graded(name, before[name])
-                own = gradient.to(old.device).view_as(old)  # shards of weights may rest in host memory
+                own = gradient.to(old.device).view_as(old)  # weights may be offloaded to host memory
                 if self._pull is not None:
                     own = own - self._graded(name, self._pull(name, before[name]))
                 moved = self._graded(name, now[name]) - old
@@ -251,20 +251,20 @@ class BaseEngine(ABC):
         return norm
 
     def _graded(self, name: str, value: Tensor) -> Tensor:
-        """Of this rank's elements of a parameter, those whose gradient `_gradients` has here; a view."""
+        """A view of those of this rank's elements of a parameter whose gradient `_gradients` returns here."""
         return value
 
     def _credited(self) -> dict[str, Tensor]:
-        """A copy of what each of this rank's weights did; collective where gradients are in smaller parts."""
+        """Return a copy of this rank's path integral; collective where gradients are sharded but weights are not."""
         return {name: value.clone() for name, value in self._credit.items()}
 
     def _learned(self) -> dict[str, Tensor]:
-        """A copy of this rank's elements of what is learned."""
+        """Return a copy of this rank's elements of the trainable parameters."""
         learned = self.like.keys()
         return {name: value.detach().clone() for name, value in self._locals().items() if name in learned}
 
     def _gradients(self) -> dict[str, Tensor]:
-        """The step's averaged gradient, as far as it is here: see `_graded`."""
+        """Return this rank's part of the step's averaged gradient: see `_graded`."""
         named = self._model.named_parameters()
         return {name: local(value.grad) for name, value in named if value.grad is not None}
 
@@ -287,26 +287,26 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def _runs(self) -> dict[Tensor, list[Run]]:
-        """The tensors that the optimiser updates, and which elements are where in them."""
+        """The tensors that the optimiser updates, each with the parameters' elements that it holds."""
 
     @abstractmethod
     def _show_gradients(self) -> None:
-        """Put averaged gradients where the optimiser looks for them."""
+        """Put the averaged gradients into `.grad` of the optimiser's tensors."""
 
     def _take_gradients(self) -> None:
-        """Put them back where `_update` looks: the optimiser may have made the last pass's a mean over passes."""
+        """Put them back where `_update` reads them: the optimiser may have replaced the last by a mean over passes."""
         return  # they are the same tensors on most engines
 
     @abstractmethod
     def _clear_gradients(self) -> None:
-        """Before another pass."""
+        """Clear the gradients before another pass."""
 
     @abstractmethod
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """Of the whole gradient, of which these are this rank's parts; collective where they are parts."""
+        """Return the norm of the whole gradient; these are this rank's parts. Collective where weights are spread."""
 
     def _norm_of_parts(self, gradients: Sequence[Tensor], *, count: bool = True) -> Tensor:
-        """Of the whole gradient, of which ranks have parts; count: or else copies of what another rank counts."""
+        """Return the norm of the whole gradient from ranks' parts; count False: another rank counts the same parts."""
         squares = torch.zeros(1, dtype=torch.float64, device=self.device)
         norms = torch._foreach_norm(list(gradients)) if gradients and count else ()
         for norm in norms:
@@ -325,9 +325,9 @@ class BaseEngine(ABC):
 
     @contextlib.contextmanager
     def perturbed(self, number: int, *, num_rows: int) -> Iterator[None]:
-        """See the protocol. BatchNorm's statistics are those of the first pass: a batch counts once.
+        """See the protocol. Only the first pass updates BatchNorm's statistics: a batch counts once.
 
-        What is held is neither drawn nor perturbed.
+        Held weights are neither sampled nor perturbed.
         """
         optimiser = self._perturbing
         if optimiser is None:
@@ -352,7 +352,7 @@ class BaseEngine(ABC):
 
     @contextlib.contextmanager
     def _shown(self, tensors: list[Tensor], trial: list[Tensor] | None) -> Iterator[None]:
-        """Passes compute with `trial`; afterwards with the weights as they were, to the last bit."""
+        """Put `trial` where passes compute; restore the weights bit for bit afterwards."""
         if trial is None:
             yield
             return
@@ -366,7 +366,7 @@ class BaseEngine(ABC):
 
     @torch.no_grad()
     def _write(self, tensors: list[Tensor], values: list[Tensor]) -> None:
-        """Into the optimiser's tensors, which passes compute with."""
+        """Write into the optimiser's tensors, which passes compute with."""
         if tensors:
             torch._foreach_copy_(tensors, values)
 
@@ -380,7 +380,7 @@ class BaseEngine(ABC):
         return self._image_weights
 
     def add_squares(self, squares: Mapping[str, Tensor]) -> None:
-        """See the protocol; of what is spread, only this rank's elements are kept."""
+        """See the protocol; of spread parameters, only this rank's elements are kept."""
         self._squares.add(squares, self._spans)
 
     def moments(self, names: Mapping[str, str]) -> dict[str, Leaves]:
@@ -393,7 +393,7 @@ class BaseEngine(ABC):
         held: dict[str, Leaf] = {}
         for name, like in self.like.items():
             found = moments.get(name, {}).get(key)
-            if found is None:  # no row of it is here
+            if found is None:  # this rank has none of its elements
                 empty = Span(tuple(like.shape), 0, 0)
                 found = Slab(torch.zeros(0, device=self.device), self._spans.get(name, empty))
             held[name] = found
@@ -406,14 +406,14 @@ class BaseEngine(ABC):
         return self._hooks.add(hooks, self._comm, spread=bool(self._spans))
 
     def _fetch_far(self) -> None:
-        """Of passes whose gradients are hooked."""
+        """Fetch other layers' weights for the hooks; on the last micro-batch, whose gradients are hooked."""
         if self._last:
             self._hooks.fetch(self.gather, self._comm)
 
     def _relay(self, name: str) -> Callable[[Tensor], Tensor]:
-        """A tensor hook for one parameter, for good: calls what `on_gradient` has for it, on the last micro-batch.
+        """Return a permanent tensor hook for one parameter: it calls the `on_gradient` hooks on the last micro-batch.
 
-        What is held has no gradient, whatever the loss or a prior says.
+        Held elements get no gradient, from neither loss nor prior.
         """
 
         def call(gradient: Tensor) -> Tensor:
@@ -425,10 +425,10 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def _whole_now(self, name: str) -> Tensor:
-        """A parameter's weights while its layer's gradient is made."""
+        """A parameter's whole weights while its layer's gradient is computed."""
 
     def _refuse_silent_hooks(self) -> None:
-        """A prior that never reaches the gradient must not go unnoticed."""
+        """Raise WorldError if a hook was not called in this step: a prior must not be left out unnoticed."""
         silent = self._hooks.silent()
         self._last = False
         if silent:
@@ -441,18 +441,18 @@ class BaseEngine(ABC):
     # ---------------------------------------------------------------- passes outside training
 
     def predict(self, pixels: Tensor) -> Tensor:
-        """Logits in evaluation mode, fp32."""
+        """See the protocol."""
         return self._infer(self.module, pixels)
 
     def frozen(self, weights: Leaves) -> Callable[[Tensor], Tensor]:
-        """A copy of the network that no training touches: a teacher in training mode would answer with noise."""
+        """See the protocol; evaluation mode, since a teacher's logits would be noisy in training mode."""
         copied = copy.deepcopy(self._model).requires_grad_(False)
         copied.load_state_dict({name: whole(_as_whole(value)) for name, value in weights.items()})
         return functools.partial(self._infer, copied)
 
     @torch.no_grad()
     def _infer(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        """No image at all is a pass too, as far as other ranks are concerned."""
+        """Return logits in evaluation mode, fp32. An empty batch runs a pass too, since it may be collective."""
         model.eval()
         some = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])
         with self._autocast():
@@ -460,17 +460,17 @@ class BaseEngine(ABC):
         return logits[: len(pixels)].float()
 
     def whole_module(self) -> nn.Module:
-        """The network with whole weights on every rank; collective, and for small networks only."""
+        """See the protocol."""
         return self._model
 
     # ---------------------------------------------------------------- state
 
     def gather(self) -> Leaves:
-        """A copy of all parameters and buffers; of spread parameters, this rank's part."""
+        """See the protocol."""
         return {name: self._leaf(name, value.detach().clone()) for name, value in self._tensors().items()}
 
     def place(self, values: Mapping[str, Tensor | Slab | Stored]) -> Leaves:
-        """Weights by name as `gather` has them, from tensors that are whole or in files."""
+        """See the protocol."""
         found: dict[str, Leaf] = {}
         for name, value in values.items():
             span = self._spans.get(name)
@@ -483,7 +483,7 @@ class BaseEngine(ABC):
 
     @torch.no_grad()
     def put(self, weights: Mapping[str, Tensor | Slab | Stored]) -> None:
-        """Replace parameters and buffers by name."""
+        """See the protocol."""
         buffers = self._buffers()
         for name, value in weights.items():
             if name in buffers:
@@ -498,7 +498,7 @@ class BaseEngine(ABC):
             own[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimiser state by parameter, averages, the path, the position in the schedule; collective."""
+        """See the protocol; also the path integral and the position in the schedule."""
         average, credit, begun = self._average, self._credited(), self._begun
         return {
             "weights": self.gather(),
@@ -515,11 +515,11 @@ class BaseEngine(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict, of any engine's."""
+        """Restore a state_dict of any engine."""
         position, average = state["position"], state["average"]
         self.put(state["weights"])
         if state["optimizer"] is not None:
-            num_train = position.get("num_train", 1)  # only optimisers that are younger than this key read it
+            num_train = position.get("num_train", 1)  # absent in old checkpoints, whose optimisers do not read it
             self.start(num_steps=position["num_steps"], task=position["task"], num_train=num_train)
             self._step = position["step"]
             self._load_optimizer_state(state["optimizer"])
@@ -528,7 +528,7 @@ class BaseEngine(ABC):
         self._begun = self._own_parts(state.get("begun", {}))
 
     def _own_parts(self, values: Mapping[str, Tensor | Slab | Stored]) -> dict[str, Tensor]:
-        """This rank's elements of values in the shape of parameters, as new tensors."""
+        """Return this rank's elements of parameter-shaped values, as new tensors."""
         own = self._locals()
         return {
             name: torch.empty_like(own[name]).copy_(self._part(name, value, own[name]))
@@ -537,14 +537,14 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def _optimizer_state(self) -> dict[str, Any] | None:
-        """{moments: by parameter, by key, groups: numbers of each parameter group}; None before any task."""
+        """Return {moments: by parameter and key, groups: numbers of each parameter group}; None before any task."""
 
     @abstractmethod
     def _load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse."""
+        """Restore what `_optimizer_state` returned."""
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and saved buffers in the model's order."""
+        """Parameters and saved buffers, in the model's order."""
         found = {**self._locals(), **self._buffers()}
         return {name: found[name] for name in self._model.state_dict() if name in found}
 
@@ -553,7 +553,7 @@ class BaseEngine(ABC):
         return value if span is None else Slab(value, span)
 
     def _part(self, name: str, value: Tensor | Slab | Stored, like: Tensor) -> Tensor:
-        """This rank's elements of a parameter-shaped value, in the shape of `like`."""
+        """Return this rank's elements of a parameter-shaped value, in the shape of `like`."""
         span = self._spans.get(name)
         if span is None:
             return whole(_as_whole(value))
@@ -562,7 +562,7 @@ class BaseEngine(ABC):
     # ---------------------------------------------------------------- contexts
 
     def _autocast(self) -> torch.autocast:
-        """It would keep a lowered copy of every weight to its end: of weights that are spread, a whole network's."""
+        """Autocast; its cache is off where weights are spread, as it would hold a bf16 copy of the whole network."""
         lower = self._config.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=lower, cache_enabled=not self._spans)
 

@@ -1,4 +1,4 @@
-"""From a configuration to an engine."""
+"""Build the engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["build_engine", "spreads_weights"]
 
 
 def spreads_weights(config: RunConfig) -> bool:
-    """Whether no rank will hold the whole network between passes."""
+    """Whether the engine spreads weights, so that no rank holds the whole network between passes."""
     match config.engine:
         case DdpConfig():
             return False
@@ -31,7 +31,7 @@ def spreads_weights(config: RunConfig) -> bool:
 
 
 def build_engine(config: RunConfig, model: nn.Module, comm: Comm) -> Engine:
-    """The engine of `config.engine.kind` around a model that is the same on every rank.
+    """Build the engine of `config.engine.kind` around `model`.
 
     Raises:
         ConfigError: the engine refuses the model, a setting or the number of ranks.

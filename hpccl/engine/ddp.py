@@ -1,4 +1,4 @@
-"""Every rank holds the whole model and gradients are averaged; one process is the same code without the averaging."""
+"""Data parallelism: every rank holds the whole model, gradients are averaged. One process skips the averaging."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ class DdpEngine(BaseEngine):
         return logits
 
     def _warm_up(self, pixels: Tensor) -> None:
-        """Take a step for nothing, once a process.
+        """Run a pass and discard its gradients, once per process.
 
-        DDP groups gradients anew after its first backward pass, and the order of summation over three or more ranks
-        depends on the groups: without this, a resumed run would add in another order than an undisturbed one.
+        DDP rebuilds its gradient buckets after the first backward pass, and the order of summation over three or more
+        ranks depends on the buckets: without this, a resumed run would sum in another order than an uninterrupted one.
         """
-        last, self._warm, self._last = self._last, True, False  # the gradient hooks stay silent
+        last, self._warm, self._last = self._last, True, False  # no gradient hooks
         buffers = {name: value.detach().clone() for name, value in self._model.named_buffers()}
         devices = [self._comm.device] if self._comm.device.type == "cuda" else []
-        # What dropout draws here must not be missing in the step.
+        # Random numbers that dropout draws here must not change those of the step.
         with torch.random.fork_rng(devices):
             logits: Tensor = self._wrapped(pixels)
             (logits.float().sum() * 0).backward()
@@ -98,7 +98,7 @@ class DdpEngine(BaseEngine):
         self._last = last
 
     def _averaging(self) -> contextlib.AbstractContextManager[None]:
-        """DDP decides in the forward pass whether the backward pass will average over ranks."""
+        """Switch averaging off except on the last micro-batch; DDP reads this in the forward pass."""
         if self._last or not isinstance(self._wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         unreduced: contextlib.AbstractContextManager[None] = self._wrapped.no_sync()
@@ -108,7 +108,7 @@ class DdpEngine(BaseEngine):
         assert self._optimizer is not None, "start() comes first"
         parameters = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        known = norm.cpu()  # the one wait of a step: later questions must not wait for the optimiser
+        known = norm.cpu()  # the step's only synchronisation: before the optimiser runs, so that nothing waits for it
         if bool(torch.isfinite(known)):
             if self._train.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self._train.clip_norm, norm)
@@ -122,11 +122,11 @@ class DdpEngine(BaseEngine):
         return {value: [Run(name, 0, value.numel())] for name, value in trainable(self._model).items()}
 
     def _show_gradients(self) -> None:
-        """They are there."""
+        """Do nothing: they are there."""
 
     def _clear_gradients(self) -> None:
         assert self._optimizer is not None, "start() comes first"
-        # DDP's are views of its buckets, which stay. Others are let go: nothing is filled with zeros and added to.
+        # DDP's gradients are views of its buckets and must stay. Without DDP they are freed, which saves writing zeros.
         self._optimizer.zero_grad(set_to_none=self._comm.size == 1)
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:

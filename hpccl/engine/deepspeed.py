@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO: optimiser state (stage 1), gradients (2), weights (3) in shards.
+"""DeepSpeed ZeRO: optimiser state (stage 1), gradients (2) and weights (3) in shards.
 
-Weights are fp32 on every stage and autocast lowers what is multiplied: DeepSpeed's own bf16 mode would compute with
-weights of 8 bits, in which w - a is noise.
+Weights are fp32 on every stage and autocast lowers the operands of products: DeepSpeed's own bf16 mode would compute
+with weights of 8 significant bits, in which w - a (a: the prior's anchor) is noise.
 
-Outside training a stage-3 network is not asked: DeepSpeed expects every pass to be a training pass. A second network in
-shards (engine.sharded) takes its weights over when they have changed.
+A stage-3 network is used in training only, since DeepSpeed expects every pass to be a training pass. For other passes,
+its weights are copied into a second, sharded network (engine.sharded) when they have changed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class DeepspeedEngine(BaseEngine):
         return {name: self._master(name) for name in self._parameters}
 
     def _master(self, name: str) -> Tensor:
-        """Stage 3: this rank's elements as the optimiser has them, without the padding."""
+        """Stage 3: this rank's elements as the optimiser holds them, or trial weights if shown, without padding."""
         parameter: Any = self._parameters[name]
         count = self._weight_spans[name].numel
         if not parameter.requires_grad:
@@ -111,7 +111,7 @@ class DeepspeedEngine(BaseEngine):
         self._gather_persistent()
 
     def _gather_persistent(self) -> None:
-        """Stage 3: parameters that never go back to shards."""
+        """Stage 3: gather again the parameters that DeepSpeed keeps whole between passes."""
         if self._stage == 3 and self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
@@ -121,7 +121,7 @@ class DeepspeedEngine(BaseEngine):
         self._optimizer = self._inner
         self._inner.state.clear()
         for group, numbers in zip(self._inner.param_groups, self._fresh, strict=True):
-            for key in group_numbers([group])[0].keys() - numbers.keys():  # Adan counts steps there once it has begun
+            for key in group_numbers([group])[0].keys() - numbers.keys():  # Adan adds a step count at its first step
                 del group[key]
             group.update(numbers)
 
@@ -147,7 +147,7 @@ class DeepspeedEngine(BaseEngine):
     def _update_whole(self) -> Tensor:
         parameters = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        known = norm.cpu()  # the one wait of a step: later questions must not wait for the optimiser
+        known = norm.cpu()  # the step's only synchronisation: before the optimiser runs, so that nothing waits for it
         if bool(torch.isfinite(known)):
             if self._train.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self._train.clip_norm, norm)
@@ -155,17 +155,17 @@ class DeepspeedEngine(BaseEngine):
         self._engine.zero_grad()
         return known
 
-    # ---------------------------------------------------------------- the path
+    # ---------------------------------------------------------------- the path integral (SI)
 
     def _gradients(self) -> dict[str, Tensor]:
-        """See BaseEngine; between the last backward pass and the step DeepSpeed has averaged gradients in shards."""
+        """See BaseEngine; between the last backward pass and the step, DeepSpeed holds averaged gradients in shards."""
         if self._stage == 0:
             return super()._gradients()
         self._wait_for_gradients()
         return {name: self._shard_of_gradient(name) for name in self.like}
 
     def _shard_of_gradient(self, name: str) -> Tensor:
-        """DeepSpeed's own averaged gradient of the elements that this rank updates."""
+        """DeepSpeed's averaged gradient of the elements that this rank updates; shares memory."""
         parameter: Any = self._parameters[name]
         if self._stage == 3:
             part: Tensor = self._zero.get_local_fp32_grad_for_param(parameter)
@@ -173,7 +173,7 @@ class DeepspeedEngine(BaseEngine):
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             return torch.zeros(0, device=self.device)
-        fragment: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # in its shape, if it is whole
+        fragment: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # in its shape, if whole
         return fragment.view(-1)
 
     def _graded(self, name: str, value: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class DeepspeedEngine(BaseEngine):
         return credit
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See BaseEngine; what each weight did goes on where its gradient is."""
+        """See BaseEngine; each rank keeps the path integral of the elements that it has gradients of, 0 elsewhere."""
         super().load_state_dict(state)
         for name, value in self._credit.items():
             own = self._graded(name, value).clone()
@@ -213,7 +213,7 @@ class DeepspeedEngine(BaseEngine):
         if self._stage == 0:
             return
         self._wait_for_gradients()
-        if self._offloaded:  # then DeepSpeed keeps them there
+        if self._offloaded:  # DeepSpeed keeps them there itself
             return
         for flat, places in self._buckets():
             flat.grad = torch.zeros_like(flat)
@@ -221,7 +221,7 @@ class DeepspeedEngine(BaseEngine):
                 flat.grad.narrow(0, first, span.numel).copy_(self._shard_of_gradient(name))
 
     def _wait_for_gradients(self) -> None:
-        """On stages 1 and 2 DeepSpeed copies them to host memory in the background, and waits in its own step alone."""
+        """Wait for copies to host memory (offloading, stages 1 and 2): DeepSpeed itself waits only in its step."""
         if self._offloaded and self._stage in (1, 2) and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -240,11 +240,11 @@ class DeepspeedEngine(BaseEngine):
             own = gradient.narrow(0, first, span.numel)
             if not self._offloaded:
                 self._shard_of_gradient(name).copy_(own)
-            elif span.numel:  # by these it clips
+            elif span.numel:  # DeepSpeed clips by these norms
                 self._zero.norm_for_param_grads[self._zero.get_param_id(self._parameters[name])] = own.norm()
 
     def _clear_gradients(self) -> None:
-        """As DeepSpeed does when it drops a step: the next pass's gradients take the place of this one's."""
+        """As DeepSpeed does when it skips a step: the next pass's gradients replace this one's."""
         self._engine.zero_grad()
         if self._stage == 0:
             return
@@ -264,7 +264,7 @@ class DeepspeedEngine(BaseEngine):
 
     @contextlib.contextmanager
     def _shown(self, tensors: list[Tensor], trial: list[Tensor] | None) -> Iterator[None]:
-        """See BaseEngine. On stages 1 to 3 passes compute with other tensors than the optimiser's."""
+        """See BaseEngine. On stages 1 to 3, passes compute with other tensors than the optimiser's."""
         if self._stage == 0 or trial is None:
             with super()._shown(tensors, trial):
                 yield
@@ -280,7 +280,7 @@ class DeepspeedEngine(BaseEngine):
 
     @contextlib.contextmanager
     def _copied_over(self, pieces: Mapping[str, Slab]) -> Iterator[None]:
-        """Stages 1 and 2: the pieces of all ranks, in the whole weights."""
+        """Stages 1 and 2: write the pieces of all ranks into the whole weights; restore them afterwards."""
         weights = {name: self._parameters[name].detach() for name in pieces}
         held = {name: value.clone() for name, value in weights.items()}
         for name, value in streamed(pieces, self._comm):
@@ -293,7 +293,7 @@ class DeepspeedEngine(BaseEngine):
 
     @contextlib.contextmanager
     def _computing_with(self, pieces: Mapping[str, Slab]) -> Iterator[None]:
-        """Stage 3: this rank's pieces, where DeepSpeed gathers from; the optimiser's stay as they are."""
+        """Stage 3: write this rank's pieces into DeepSpeed's shards; the optimiser's fp32 weights stay as they are."""
         for name, piece in pieces.items():
             self._parameters[name].ds_tensor.data[: piece.span.numel].copy_(piece.local)  # type: ignore[attr-defined]  # ZeRO's own
         self._trying = True
@@ -311,7 +311,7 @@ class DeepspeedEngine(BaseEngine):
 
     @property
     def module(self) -> nn.Module:
-        """See the protocol; on stage 3 collective where the weights have changed since it was last asked for."""
+        """See the protocol; on stage 3, access is collective if the weights have changed since the last time."""
         if self._stage < 3:
             return self._model
         if self._twin is None:
@@ -328,7 +328,7 @@ class DeepspeedEngine(BaseEngine):
         return self._model if self._stage < 3 else whole_copy(self._bare, self.gather(), self._comm)
 
     def frozen(self, weights: Leaves) -> Callable[[Tensor], Tensor]:
-        """See the protocol; in shards on stage 3."""
+        """See the protocol; the copy is sharded on stage 3."""
         if self._stage < 3:
             copied = whole_copy(self._bare, weights, self._comm).requires_grad_(False)
         else:
@@ -340,7 +340,7 @@ class DeepspeedEngine(BaseEngine):
     # ---------------------------------------------------------------- optimiser state
 
     def _buckets(self) -> Iterator[tuple[Tensor, dict[str, tuple[Span, int]]]]:
-        """The optimiser's own tensors [n], each with what is where in it: (elements of a parameter, first place)."""
+        """Yield the optimiser's flat tensors [n], each with its parts by parameter: (elements, offset in it)."""
         if self._stage == 3:
             for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
                 yield (
@@ -400,7 +400,7 @@ def _filled(
     *,
     beside: bool,
 ) -> Any:
-    """One entry of the optimiser's state of `flat`, from those of its parameters; beside: see engine.moments."""
+    """Assemble one entry of the optimiser's state of `flat` from its parameters'; beside: see engine.moments."""
     made: Tensor | None = None
     for name, (span, first) in places.items():
         value = moments[name][key]
@@ -414,12 +414,12 @@ def _filled(
 
 
 def _own(value: Any) -> Any:
-    """A number of its own: every parameter has one in a checkpoint, though the optimiser keeps one for all of them."""
+    """Copy a number: in checkpoints every parameter has its own, though the optimiser has one per flat tensor."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
 def _fragment(parameter: Any) -> tuple[Span, Tensor]:
-    """Stages 1 and 2: the elements of a parameter that this rank updates, and where its optimiser has them."""
+    """Stages 1 and 2: the span of a parameter that this rank updates, and its part of the optimiser's flat tensor."""
     mapping = parameter._hp_mapping
     start = mapping.lp_fragment_address.start
     fragment: Tensor = mapping.hp_fragment.data
@@ -427,6 +427,6 @@ def _fragment(parameter: Any) -> tuple[Span, Tensor]:
 
 
 def _flat_span(parameter: Any, comm: Comm) -> Span:
-    """Stage 3: equal parts of a parameter, the last ones padded."""
+    """Stage 3: this rank's span of a parameter, which is cut into equal parts, the last ones padded."""
     size, count = parameter.partition_numel(), parameter.ds_numel
     return Span(tuple(parameter.ds_shape), min(comm.rank * size, count), min((comm.rank + 1) * size, count))

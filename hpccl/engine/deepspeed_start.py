@@ -1,4 +1,4 @@
-"""Starting DeepSpeed: its settings, of which it knows no more than it says; the one importer of deepspeed."""
+"""Start DeepSpeed with checked settings. The only module that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["initialize"]
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, comm: Comm) -> Any:
-    """A DeepSpeed engine.
+    """Create a DeepSpeed engine.
 
     Raises:
         ConfigError: DeepSpeed is missing, or refuses a setting.
     """
-    os.environ["DS_ACCELERATOR"] = comm.device.type  # it would take a GPU that engine.device=cpu leaves alone
+    os.environ["DS_ACCELERATOR"] = comm.device.type  # else DeepSpeed uses a GPU in spite of engine.device=cpu
     deepspeed = _import()
     meet_alone(comm)
     settings = _settings(config, sum(value.numel() for value in model.parameters()))
     _refuse_unknown(deepspeed, settings, config)
     with _named_device(comm.device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own use of deprecated calls
+        warnings.simplefilter("ignore")  # DeepSpeed's own use of deprecated calls
         try:
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -46,7 +46,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunCo
 
 @contextlib.contextmanager
 def _named_device(device: torch.device) -> Iterator[None]:
-    """DeepSpeed takes the GPU that LOCAL_RANK counts, which is another one where a process sees its own alone."""
+    """Set LOCAL_RANK, by which DeepSpeed picks its GPU, to the device's index: they differ if one GPU is visible."""
     former = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = (former or "0") if device.type == "cpu" else str(device.index)
     try:
@@ -69,30 +69,30 @@ def _import() -> Any:
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
-    # On CPUs it would compile a module at the first start, which only inference uses, and wait for ever for the lock of
-    # a process that was killed at it.
+    # On CPUs DeepSpeed would compile an extension at its first start, which only inference uses, and would wait forever
+    # for the lock of a process that was killed while compiling.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def _settings(config: RunConfig, count: int) -> dict[str, Any]:
-    """Ours, and the user's where they do not touch ours (config.rules refuses those that do); count: of parameters."""
+    """Merge hpccl's settings and the user's (config.rules refuses conflicts); count: elements of all parameters."""
     engine = config.engine
     assert isinstance(engine, DeepspeedConfig)
-    # Gradients on their way: as many as the network has, up to 200 MB. DeepSpeed would take 2 GB, whatever its size.
+    # The reduce bucket holds the whole gradient, up to 200 MB; DeepSpeed's default is 2 GB for networks of any size.
     zero: dict[str, Any] = {"stage": engine.stage, "reduce_bucket_size": min(count, BUCKET)}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if engine.offload_weights:
         zero["offload_param"] = {"device": "cpu"}
     if engine.stage == 3:
-        # Its defaults keep up to 1e9 weights whole from the forward to the backward pass: most networks altogether.
+        # DeepSpeed's defaults keep up to 1e9 weights gathered between forward and backward pass: all of most networks.
         zero |= {"stage3_max_live_parameters": BUCKET, "stage3_max_reuse_distance": BUCKET}
         zero["stage3_param_persistence_threshold"] = 0
     user = dict(engine.deepspeed)
     zero |= user.pop("zero_optimization", {})
     return {
-        "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's; batches are hpccl's
+        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's bookkeeping; hpccl makes the batches
         "gradient_accumulation_steps": config.train.accumulate,
         "gradient_clipping": (config.train.clip_norm or 0.0) if engine.stage else 0.0,
         "zero_optimization": zero,
@@ -102,14 +102,14 @@ def _settings(config: RunConfig, count: int) -> dict[str, Any]:
         "torch_autocast": {
             "enabled": engine.precision == "bf16",
             "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],  # all weights travel in fp32
+            "lower_precision_safe_modules": [],  # all weights are communicated in fp32
         },
         **user,
     }
 
 
 class _Asked(dict[str, Any]):
-    """Remembers which keys anybody looked for: DeepSpeed passes over those that it does not know in silence."""
+    """A dict that records which keys are looked up: DeepSpeed silently ignores those that it does not know."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)
@@ -129,10 +129,10 @@ class _Asked(dict[str, Any]):
 
 
 def _refuse_unknown(deepspeed: Any, settings: Mapping[str, Any], config: RunConfig) -> None:
-    """Ask DeepSpeed's own schema.
+    """Check the settings against DeepSpeed's own schema.
 
     Raises:
-        ConfigError: naming the settings that it does not know or refuses.
+        ConfigError: DeepSpeed does not know a setting, or refuses it; names it.
     """
     asked = _Asked(settings)
     try:

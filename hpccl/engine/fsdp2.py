@@ -1,4 +1,4 @@
-"""Weights, gradients and optimiser state in shards, by torch's own fully_shard (FSDP2)."""
+"""Weights, gradients and optimiser state in shards, by torch's fully_shard (FSDP2)."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ __all__ = ["Fsdp2Engine"]
 
 @final
 class Fsdp2Engine(BaseEngine):
-    """The Engine protocol on weights in shards.
+    """The Engine protocol on sharded weights.
 
-    Weights stay fp32, also where they are whole: autocast lowers what is multiplied, not what is kept, so that w - a
-    keeps its digits.
+    Weights stay fp32, also while they are gathered: autocast lowers the operands of products, not the stored weights,
+    so that w - a (a: the prior's anchor) keeps its digits.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig, comm: Comm) -> None:
@@ -78,7 +78,7 @@ class Fsdp2Engine(BaseEngine):
         return self._like
 
     def _listen(self, unit: nn.Module, arguments: Any) -> None:
-        """Relay the gradients of a unit's weights; they are parameters of their own while they are whole, for good."""
+        """Hook the gathered weights of a unit, once: FSDP2 keeps the same parameter objects for all passes."""
         for name in self._places.keys() - self._whole.keys():
             module, key = self._places[name]
             parameter = module._parameters[key]
@@ -91,7 +91,7 @@ class Fsdp2Engine(BaseEngine):
         return self._whole[name].detach() if far is None else far
 
     def _restart(self) -> None:
-        """An optimiser of this rank's own elements: every element-wise kernel works on them, fused ones too."""
+        """Build the optimiser on this rank's elements as plain tensors, which all element-wise kernels accept."""
         rows = {name: nn.Parameter(local(value.detach())) for name, value in self._spread.items()}
         held = {name: value for name, value in rows.items() if value.numel()}
         self._names = {value: name for name, value in held.items()}
@@ -108,7 +108,7 @@ class Fsdp2Engine(BaseEngine):
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
-        """Compiled blocks, in training only: other passes look into layers, which compiled code does not show."""
+        """Use the compiled blocks, for training passes only: other passes hook layers, which compiled code bypasses."""
         for block, call in self._compiled.items():
             block._compiled_call_impl = call
         try:
@@ -122,7 +122,7 @@ class Fsdp2Engine(BaseEngine):
         self._show_gradients()
         gradients = [rows.grad for rows in self._names if rows.grad is not None]
         norm = self._total_norm(gradients)
-        known = norm.cpu()  # the one wait of a step: later questions must not wait for the optimiser
+        known = norm.cpu()  # the step's only synchronisation: before the optimiser runs, so that nothing waits for it
         if bool(torch.isfinite(known)):
             if self._train.clip_norm is not None and gradients:  # a small network leaves some ranks without rows
                 scale = (self._train.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].device)
@@ -149,7 +149,7 @@ class Fsdp2Engine(BaseEngine):
             parameter.grad = None
 
     def _write(self, tensors: list[Tensor], values: list[Tensor]) -> None:
-        own_parameters(self._model)  # blocks that are still whole would go on computing with what they were made from
+        own_parameters(self._model)  # reshard: blocks that are still gathered would keep computing with the old weights
         super()._write(tensors, values)
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
@@ -160,7 +160,7 @@ class Fsdp2Engine(BaseEngine):
         return whole_copy(self._bare, self.gather(), self._comm)
 
     def frozen(self, weights: Leaves) -> Callable[[Tensor], Tensor]:
-        """See the protocol; in shards as well."""
+        """See the protocol; the copy is sharded too."""
         copied = spread_copy(self._bare, self._mesh, self.device).requires_grad_(False)
         load_spread(copied, self._own_spans, weights.items())
         return functools.partial(self._infer, copied)
@@ -174,5 +174,5 @@ class Fsdp2Engine(BaseEngine):
 
 
 def _compiled_blocks(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
-    """By block, what `nn.Module.compile` would call in its place."""
+    """Return, by block, the compiled call that `nn.Module.compile` would install."""
     return {unit: torch.compile(unit._call_impl) for unit in units(model) if unit is not model}

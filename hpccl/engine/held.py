@@ -1,4 +1,4 @@
-"""The weights that do not learn: where they are in this rank's elements, and what they must be after every step."""
+"""Held (frozen) weights: where they are among this rank's elements, and the values they must have after a step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ __all__ = ["Held"]
 
 @final
 class Held:
-    """Masks stay small (broadcast against their parameters), but for this rank's elements of what is spread.
+    """Masks and values of the weights that do not learn.
+
+    Masks stay small (broadcast against their parameters), except those of this rank's elements of spread parameters.
 
     Attributes:
-        masks: by parameter, where passes compute with it.
+        masks: by parameter, on the device of passes.
     """
 
     def __init__(self) -> None:
@@ -29,31 +31,31 @@ class Held:
     def take(
         self, held: Mapping[str, Tensor], own: Mapping[str, Tensor], spans: Mapping[str, Span], device: torch.device
     ) -> None:
-        """Hold what `own`, this rank's elements by parameter, are now; and nothing else any more."""
+        """Hold masked elements at their values in `own`, this rank's elements by parameter; release all others."""
         self.masks = {name: mask.to(device) for name, mask in held.items()}
         self._own = {name: (_part(mask, own[name], spans.get(name)), own[name].clone()) for name, mask in held.items()}
 
     def take_norms(self, model: nn.Module, names: frozenset[str]) -> None:
-        """Of these modules the running statistics are used, not changed."""
+        """Freeze the running statistics of these modules."""
         self._norms = [module for name, module in model.named_modules() if name in names]
 
     def still(self) -> None:
-        """Before a pass in training mode."""
+        """Put the modules with frozen statistics into evaluation mode; called after `model.train()`."""
         for norm in self._norms:
             norm.eval()
 
     def restored(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What this rank's elements are with everything held back in place; of parameters with something held."""
+        """Return this rank's elements with held values restored, for parameters with held elements."""
         return {name: kept.where(mask, own[name]) for name, (mask, kept) in self._own.items()}
 
     def clear(self, name: str, gradient: Tensor) -> Tensor:
-        """A parameter's whole gradient, without what is held."""
+        """Return a parameter's whole gradient with 0 for held elements."""
         mask = self.masks.get(name)
         return gradient if mask is None else gradient.masked_fill(mask, 0.0)
 
 
 def _part(mask: Tensor, own: Tensor, span: Span | None) -> Tensor:
-    """A mask of a parameter for this rank's elements of it."""
+    """The part of a parameter's mask that belongs to this rank's elements."""
     if span is None:
         return mask.to(own.device)
     if mask.numel() == 1:

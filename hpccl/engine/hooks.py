@@ -1,4 +1,4 @@
-"""What is done to gradients before ranks average them: hooks by parameter, once a step."""
+"""Gradient hooks: called once a step on each parameter's gradient, before it is averaged over ranks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Hooks"]
 
 @final
 class Hooks:
-    """Several hooks of one parameter are called in turn.
+    """The gradient hooks by parameter; several of one parameter are called in turn.
 
-    far: whole weights that hooks want from other layers than theirs, where weights are spread. A layer's own are whole
-        while its gradient is made; only a dense curvature wants others, whose network is small
+    far: where weights are spread, whole weights that hooks need of other layers. A layer's own are gathered while its
+        gradient is computed; only a dense curvature needs others, and its network is small
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Hooks:
         self._wanted: set[str] | None = None
 
     def add(self, hooks: Sequence[tuple[str, GradientHook]], comm: Comm, *, spread: bool) -> Callable[[], None]:
-        """Returns what removes them; collective where weights are spread."""
+        """Add hooks; return a function that removes them. Collective where weights are spread."""
         for name, hook in hooks:
             self._hooks[name] = _both(self._hooks[name], hook) if name in self._hooks else hook
         everyone = self._hooks.items()
@@ -44,12 +44,12 @@ class Hooks:
         return remove
 
     def fetch(self, weights: Callable[[], Leaves], comm: Comm) -> None:
-        """Before a pass whose gradients are hooked; collective where hooks want other layers' weights."""
+        """Fetch `far` before a pass whose gradients are hooked; collective if a hook needs other layers' weights."""
         if self._wanted is not None:
             self.far = fetch(weights(), self._wanted, comm)
 
     def call(self, name: str, gradient: Tensor, weights: Callable[[str], Tensor]) -> Tensor:
-        """What becomes of a parameter's gradient; weights: whole, by name."""
+        """Return a parameter's gradient after its hooks; weights: from a name to whole weights."""
         hook = self._hooks.get(name)
         if hook is None:
             return gradient
@@ -57,7 +57,7 @@ class Hooks:
         return hook.call(gradient, {needed: weights(needed) for needed in hook.needs})
 
     def silent(self) -> set[str]:
-        """Parameters whose hooks were not called since this was asked last."""
+        """Return the parameters whose hooks were not called since the last call of this method."""
         found = self._hooks.keys() - self._called
         self._called.clear()
         return found

@@ -1,4 +1,4 @@
-"""In which mode a network's passes are: with activations that are computed again, or with statistics that stay."""
+"""Contexts of a network's passes: recomputed activations, and BatchNorm statistics that stay as they are."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["recomputing", "refuse_recompute", "without_statistics"]
 
 
 def refuse_recompute(model: nn.Module, config: RunConfig) -> None:
-    """Only some models can let activations go.
+    """Refuse engine.recompute for models without activation checkpointing.
 
     Raises:
-        ConfigError: it is asked for, and this one cannot.
+        ConfigError: it is set, and the model does not support it.
     """
     if config.engine.recompute and not hasattr(model, "set_grad_checkpointing"):
         raise ConfigError(
@@ -30,7 +30,7 @@ def refuse_recompute(model: nn.Module, config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Timm's activation checkpointing, in training only: other passes look into layers, and gain nothing."""
+    """Switch on timm's activation checkpointing, for training passes only: others hook layers, and gain nothing."""
     if not wanted:
         yield
         return
@@ -44,7 +44,7 @@ def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_statistics(model: nn.Module, without: bool) -> Iterator[None]:
-    """BatchNorm's running statistics stay as they are."""
+    """Keep BatchNorm's running statistics as they are, if `without`; batches are still normalised by their own."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)] if without else []
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]

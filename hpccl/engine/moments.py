@@ -1,4 +1,4 @@
-"""The state of a torch optimiser by name of parameter, whole or spread as its parameters are."""
+"""The state of a torch optimiser by parameter name, whole or spread as the parameters are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def group_numbers(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What optimisers count in their groups; lists and tuples there are settings, which come from the run."""
+    """Return the numbers in parameter groups (step counts, say); lists and tuples are settings, which the run has."""
     plain = (bool, int, float, Tensor)
     return [
         {key: value for key, value in group.items() if value is None or isinstance(value, plain)} for group in groups
@@ -30,7 +30,7 @@ def group_numbers(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def state_of(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], spans: Mapping[str, Span]
 ) -> dict[str, Any]:
-    """{moments: by parameter, by key; groups}: copies of nothing, so write or copy them before the next step."""
+    """Return {moments: by parameter and key; groups}, sharing memory: write or copy it before the next step."""
     moments: dict[str, dict[str, Any]] = {}
     for parameter, kept in optimizer.state.items():
         name = names[parameter]
@@ -50,7 +50,7 @@ def load_state(
     spans: Mapping[str, Span],
     state: Mapping[str, Any],
 ) -> None:
-    """The inverse of `state_of`, from tensors that are whole or in files."""
+    """Restore what `state_of` returned, from whole or stored tensors."""
     for group, numbers in zip(optimizer.param_groups, state["groups"], strict=True):
         group.update(
             {key: value.to(_device(group)) if isinstance(value, Tensor) else value for key, value in numbers.items()}
@@ -64,7 +64,7 @@ def load_state(
 
 
 def _loader(parameter: Tensor, span: Span | None, *, beside: bool) -> Callable[[Any], Any]:
-    """beside: numbers such as the count of steps live on the parameter's device."""
+    """Return a function that loads one entry; beside: numbers such as step counts live on the parameter's device."""
 
     def load(value: Any) -> Any:
         if not isinstance(value, (Tensor, Slab, Stored)):
@@ -73,7 +73,7 @@ def _loader(parameter: Tensor, span: Span | None, *, beside: bool) -> Callable[[
             assert not isinstance(value, Slab), "only what is shaped like a parameter is spread"
             return whole(value).to(parameter.device if beside else "cpu", copy=True)
         part = whole(value) if span is None else elements(value, span.start, span.stop)  # type: ignore[arg-type]
-        # In the parameter's memory layout: fused kernels pair a moment with its weight by place, not by index.
+        # In the parameter's memory layout: fused kernels pair a moment with its weight by address, not by index.
         return torch.empty_like(parameter, dtype=part.dtype, requires_grad=False).copy_(part.view(parameter.shape))
 
     return load

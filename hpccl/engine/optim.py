@@ -1,4 +1,4 @@
-"""Optimisers by timm's factory or of hpccl.optim, and the learning rate as a function of the step."""
+"""Optimisers from timm's factory or hpccl.optim, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["averaging", "build_optimizer", "learning_rate"]
 
 # torch's own optimisers that have a fused kernel on every device we run on.
 _FUSED = {"adam", "adamw", "sgd", "momentum"}
-# One-cycle starts at a share of the peak (Smith and Topin 2018).
+# One-cycle starts at this fraction of the peak (Smith and Topin 2018).
 _ONECYCLE_START = 1 / 25
 
 
 def learning_rate(config: AnyOptim, *, task: int, step: int, num_steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `num_steps`."""
+    """Return the learning rate of step `step` (from 0) of `num_steps`."""
     peak = per_task(config.lr, task)
     rising = config.warmup * num_steps
     if step < rising:
@@ -38,16 +38,16 @@ def learning_rate(config: AnyOptim, *, task: int, step: int, num_steps: int) -> 
 
 
 def averaging(decay: float, step: int) -> float:
-    """What is left of the averaged weights in step `step` (from 0) of a task.
+    """Return the decay of the weight average at step `step` (from 0) of a task.
 
-    Less than `decay` at first: they began at the last task's weights, of which a short task would else keep most. The
-    rule of TensorFlow's ExponentialMovingAverage with num_updates.
+    Less than `decay` at first: the average starts at the last task's weights, which would otherwise dominate in a short
+    task. The rule of TensorFlow's ExponentialMovingAverage with num_updates.
     """
     return min(decay, (1 + step) / (10 + step))
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of the trainable parameters.
+    """Build the optimiser of the trainable parameters.
 
     Raises:
         ConfigError: timm or the optimiser refuses the name or an option.
@@ -56,7 +56,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
 
 
 def _from_timm(config: TimmOptim, model: nn.Module) -> torch.optim.Optimizer:
-    """By timm's name; weight decay spares biases and normalisation."""
+    """Build timm's optimiser of that name; biases and normalisation have no weight decay."""
     import_timm()
     from timm.optim import create_optimizer_v2, list_optimizers
 

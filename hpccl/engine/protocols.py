@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine: where the weights live and how they move."""
+"""The interface between trainer and engine: where the weights live and how they are updated."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
 
 @dataclass(frozen=True)
 class GradientHook:
-    """What happens to one parameter's gradient before ranks are averaged.
+    """A change to one parameter's gradient before it is averaged over ranks.
 
-    needs: names of the parameters whose weights it reads, whole and in fp32: of one layer
+    needs: names of the parameters whose weights it reads, whole, in fp32; of other layers only with a dense curvature
     call: (gradient, weights by name) -> gradient, as a new tensor
     """
 
@@ -30,57 +30,61 @@ class GradientHook:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are learned, by name."""
+    """Return the trainable parameters by name."""
     return {name: value for name, value in module.named_parameters() if value.requires_grad}
 
 
 class Engine(Protocol):
-    """A model, its optimiser, and the ranks that share them."""
+    """A model and its optimiser, on all the ranks that share them."""
 
     @property
     def device(self) -> torch.device:
-        """Where images and targets must be."""
+        """The device that images and targets must be on."""
 
     @property
     def module(self) -> nn.Module:
-        """The network for passes outside training, at the present weights.
+        """The network with its current weights, for passes outside training.
 
-        Where weights are spread, each of its passes is collective: see `hpccl.engine.sharded.is_spread`.
+        Where weights are spread over ranks, each of its passes is collective: see `hpccl.engine.sharded.is_spread`.
         """
 
     @property
     def training_module(self) -> nn.Module:
-        """The network that passes of training go through: for hooks on its layers, not for passes of one's own."""
+        """The network that training passes go through: for hooks on its layers, not for other passes."""
 
     @property
     def like(self) -> dict[str, Tensor]:
-        """Trainable parameters as a gradient hook meets them: shape, dtype, memory layout; perhaps without numbers."""
+        """Trainable parameters as gradient hooks see them: shape, dtype, memory layout; possibly on the meta device."""
 
     def start(self, *, num_steps: int, task: int, num_train: int = 1) -> None:
-        """A new optimiser for a task of `num_steps` steps, whose loss is a mean over `num_train` examples."""
+        """Start a task of `num_steps` steps with a new optimiser; its loss is a mean over `num_train` examples."""
 
     def reset(self) -> None:
-        """Back to the initial weights."""
+        """Restore the initial weights."""
 
     def forward(self, pixels: Tensor, noise: Tensor, *, last: bool = True, training: bool = True) -> Tensor:
-        """[n, c, h, w], [n] int64 -> logits [n, C] in fp32 with a gradient.
+        """Return the logits [n, C] of pixels [n, c, h, w] in fp32, with a gradient.
 
-        last: micro-batch of a step or not; training: in training mode, or in evaluation mode.
+        noise: [n] int64, each example's key for dropout
+        last: whether this is the last micro-batch of a step
+        training: training mode, else evaluation mode
         """
 
     def forward_features(
         self, pixels: Tensor, noise: Tensor, layer: str, *, last: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """`forward`, and what entered a layer in it [n, d], fp32, with gradients; `layer` is a module's name."""
+        """As `forward`, and return also the input [n, d] of module `layer`; both in fp32 with a gradient."""
 
     @property
     def passes(self) -> int:
-        """How often a step goes through its micro-batches: once, but for optimisers that need several gradients."""
+        """Passes of a step over its micro-batches: 1, or more for optimisers that need several gradients."""
 
     def perturbed(self, number: int, *, num_rows: int) -> AbstractContextManager[None]:
-        """Where pass `number` of a step computes: at the optimiser's trial weights, and back at the weights afterwards.
+        """Compute pass `number` of a step at the optimiser's trial weights; the weights are restored afterwards.
 
-        Every step has all of its passes, in order, and `step` after them. num_rows: of the step over all ranks.
+        Every step makes all of its passes, in order, and then calls `step`.
+
+        num_rows: examples of the step over all ranks
         """
 
     def weigh(self, counts: Tensor) -> None:
@@ -91,84 +95,84 @@ class Engine(Protocol):
         """[n] as `weigh` told them; None: 1 each."""
 
     def add_squares(self, squares: Weights) -> None:
-        """Sums over this rank's examples of squared gradients of a layer's parameters, of the present pass, for VOGN.
+        """Add the sums, over this rank's examples, of squared gradients of a layer's parameters, for VOGN.
 
-        Of gradients as `backward` makes them, which calls this: collective where weights are spread, as it is.
+        Called by hooks during `backward`, on gradients scaled as there; collective where weights are spread.
         """
 
     def moments(self, names: Mapping[str, str]) -> dict[str, Leaves]:
-        """State of the optimiser, by its name there and by parameter, as `gather` has weights; collective.
+        """Return entries of the optimiser's state, by parameter, divided over ranks as in `gather`; collective.
 
-        names: of the state to those in the answer
+        names: from keys of the optimiser's state to keys of the result
         """
 
     def predict(self, pixels: Tensor) -> Tensor:
         """[n, c, h, w] -> logits [n, C] in fp32, evaluation mode, no gradient. Collective where weights are spread."""
 
     def whole_module(self) -> nn.Module:
-        """The network with whole weights on every rank; collective, and for small networks only."""
+        """Return the network with all its weights on every rank; collective, and for small networks only."""
 
     def frozen(self, weights: Leaves) -> Callable[[Tensor], Tensor]:
-        """A frozen copy of the network with other weights: pixels [n, c, h, w] -> logits [n, C], evaluation mode."""
+        """Return a frozen copy of the network with `weights`: pixels [n, c, h, w] -> logits [n, C], evaluation mode."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradient; after the last one it is averaged over ranks."""
+        """Accumulate a micro-batch's gradient; after the last one the gradient is averaged over ranks."""
 
     def on_gradient(self, hooks: Sequence[tuple[str, GradientHook]]) -> Callable[[], None]:
-        """Call each hook once a step on a parameter's gradient, before ranks average it. Returns what removes them."""
+        """Call each hook once a step on its parameter's gradient, before averaging; return what removes them."""
 
     def hold(self, held: Mapping[str, Tensor], norms: frozenset[str]) -> None:
-        """Keep some weights as they are now, in every step until it is called again.
+        """Freeze some weights at their current values, until the next call.
 
-        They get no gradient, no weight decay and no part in the gradient's norm, and end bit for bit as they were.
+        They get no gradient and no weight decay, do not count in the gradient's norm, and stay the same bit for bit.
 
-        held: by parameter, a mask (bool, broadcast against the whole parameter) of what is held
-        norms: modules whose running statistics are used, not changed
+        held: by parameter, a mask of its frozen elements (bool, broadcast against the whole parameter)
+        norms: names of modules whose running statistics are frozen
         """
 
     def follow(self, pull: Callable[[str, Tensor], Tensor]) -> Callable[[], None]:
-        """Say what the prior adds to the gradient, so that a path leaves it out (curvature.kind=si).
+        """Leave the prior's gradient out of the path integral of `path` (curvature.kind=si).
 
-        pull: (name, this rank's elements of the parameter) -> what `on_gradient` added to their gradient, in the end
+        pull: (name, this rank's elements of the parameter) -> what `on_gradient` hooks added to their averaged gradient
 
-        Returns what ends it.
+        Returns a function that ends it.
         """
 
     def path(self) -> tuple[Leaves, Leaves]:
-        """Of the newest task: what each weight did for the loss (omega), and the weights it began with. Collective.
+        """Return the newest task's path integral of each weight (omega), and the weights at its start. Collective.
 
-        Of trainable parameters, divided over ranks as the weights are; kept with curvature.kind=si only.
+        By trainable parameter, divided over ranks as the weights are; recorded with curvature.kind=si only.
         """
 
     def step(self) -> Tensor:
-        """Clip, update, clear. Returns the gradient's norm before clipping (scalar on the CPU, equal on all ranks)."""
+        """Clip, update, clear gradients. Returns the norm before clipping (scalar on the CPU, equal on all ranks)."""
 
     @property
     def lr(self) -> float:
-        """The coming step's learning rate."""
+        """The learning rate of the next step."""
 
     @property
     def steps_taken(self) -> int:
-        """By this optimiser, since `start`."""
+        """Steps since `start`."""
 
     @property
     def num_train(self) -> int:
         """The training examples, memory's included, that the task's loss is a mean over."""
 
     def finish(self) -> None:
-        """End a task: averaged weights (if asked for) become the weights; buffers agree on all ranks."""
+        """End a task: averaged weights (if configured) become the weights; buffers become the same on all ranks."""
 
     def gather(self) -> Leaves:
-        """A copy of all parameters and buffers by name; of those that are spread, this rank's part. Not collective."""
+        """Return a copy of all parameters and buffers by name; of spread ones, this rank's part. Not collective."""
 
     def place(self, values: Mapping[str, Tensor | Slab | Stored]) -> Leaves:
-        """Weights by name as `gather` has them, from tensors that are whole or in files."""
+        """Divide whole or stored tensors over ranks as in `gather`; by name."""
 
     def put(self, weights: Mapping[str, Tensor | Slab | Stored]) -> None:
-        """Replace parameters and buffers."""
+        """Replace parameters and buffers by name."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimiser, averages: a nest of dicts and lists, tensors and JSON values as leaves. Collective."""
+        """Return weights, optimiser, averages: nested dicts and lists of tensors and JSON values. Collective."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse, of any engine's on any number of ranks."""
+        """Restore what `state_dict` returned, under any engine and on any number of ranks."""

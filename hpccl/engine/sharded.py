@@ -1,7 +1,7 @@
-"""A network whose weights are in shards and are whole only block by block, while a pass goes through (FSDP2).
+"""Networks whose weights are sharded and gathered block by block during a pass (FSDP2).
 
-The fsdp2 engine trains such a network. Other engines that spread weights use one for passes outside training, and a
-frozen teacher is one, too. Every pass is collective: all ranks run equally many.
+The fsdp2 engine trains such a network. Other engines that spread weights use one for passes outside training, and their
+frozen teachers are sharded too. Every pass is collective: all ranks run the same number of passes.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ __all__ = [
 ]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
-_SMALLEST = 1 << 14  # elements of a unit of its own; smaller modules stay with the module around them
+_SMALLEST = 1 << 14  # least elements of a unit; smaller modules belong to the unit around them
 
 
 def is_spread(module: nn.Module) -> bool:
     """Whether the weights of `module` are in shards, so that its passes are collective."""
-    # Not imported to ask: it takes as long as half of torch, and a process that shards nothing does without it.
+    # Not imported here: that takes half as long as importing torch, and processes without shards do not need it.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
@@ -62,12 +62,12 @@ def is_spread(module: nn.Module) -> bool:
 @final
 @dataclass(frozen=True)
 class Mesh:
-    """How ranks share a copy of the weights.
+    """How ranks share copies of the weights.
 
-    devices: of torch; two-dimensional (copies, shards) if there are several copies
-    rank: among the ranks that share this rank's copy
-    size: of that group
-    copy: number of this rank's copy
+    devices: torch's mesh; two-dimensional (copies, shards) if there are several copies
+    rank: this rank's index among the ranks that share its copy
+    size: number of ranks that share a copy
+    copy: index of this rank's copy
     """
 
     devices: DeviceMesh
@@ -77,10 +77,10 @@ class Mesh:
 
     @classmethod
     def of(cls, comm: Comm, shard_size: int | None) -> Mesh:
-        """Neighbouring ranks share a copy.
+        """Divide the ranks into groups of `shard_size` neighbours that share a copy; None: all ranks share one.
 
         Raises:
-            ConfigError: the ranks cannot be divided so.
+            ConfigError: `shard_size` does not divide the number of ranks.
         """
         size = shard_size or comm.size
         if size > comm.size or comm.size % size:
@@ -107,17 +107,17 @@ class Mesh:
 
 
 def _group_of(comm: Comm, rows: Tensor) -> dist.ProcessGroup:
-    """The process group of the row that has this rank; collective."""
+    """Create a process group of each row and return that of this rank's row; collective."""
     made: list[tuple[list[int], dist.ProcessGroup]]
     made = [(row, dist.new_group(row, timeout=comm.timeout)) for row in rows.tolist()]
     return next(group for row, group in made if comm.rank in row)
 
 
 def units(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose weights come and go together, innermost first, `model` itself last.
+    """Yield the modules whose weights are gathered and freed together, innermost first, `model` itself last.
 
-    The members of every Sequential and ModuleList, but not what is inside them: a residual block, a transformer layer.
-    Small ones stay with what is around them.
+    The members of every Sequential and ModuleList, but not modules inside them: a residual block, a transformer layer.
+    Small members belong to the unit around them.
     """
     yield from _members(model)
     yield model
@@ -133,16 +133,16 @@ def _members(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Whether units are inside: a stage has several members that have parts themselves, a block does not."""
+    """Whether units are inside: a stage contains several modules that have submodules themselves, a block does not."""
     inner = [child for child in module.modules() if isinstance(child, _CONTAINERS)]
     return any(sum(any(True for _ in member.children()) for member in container.children()) > 1 for container in inner)
 
 
 def shard(model: nn.Module, mesh: Mesh, *, reshard: bool = True, offload: bool = False) -> None:
-    """Put the weights of `model` in shards, in place; each rank keeps its own rows.
+    """Shard the weights of `model` in place; each rank keeps its own rows.
 
     Raises:
-        ConfigError: a parameter is a single number, which has no rows.
+        ConfigError: a parameter is a scalar, which has no rows.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
@@ -155,18 +155,18 @@ def shard(model: nn.Module, mesh: Mesh, *, reshard: bool = True, offload: bool =
 
 
 def spans_of(model: nn.Module, mesh: Mesh) -> dict[str, Span]:
-    """By parameter."""
+    """Return this rank's span of each parameter, by name."""
     return {name: mesh.span(tuple(value.shape)) for name, value in model.named_parameters()}
 
 
 def computes_on(parameter: Tensor) -> torch.device:
-    """Where passes have a parameter; between them its shards may rest in host memory."""
+    """The device on which passes use a parameter; between passes its shards may be in host memory."""
     mesh = getattr(parameter, "device_mesh", None)
     return parameter.device if mesh is None else torch.empty(0, device=mesh.device_type).device
 
 
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """This rank's live elements [n] by parameter, between passes."""
+    """Return this rank's elements [n] by parameter, sharing memory; between passes only."""
     for unit in model.modules():
         if is_spread(unit):
             cast("FSDPModule", unit).reshard()
@@ -174,7 +174,7 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def parameters_of(model: nn.Module) -> tuple[dict[str, Leaf], int]:
-    """Trainable parameters as a network holds them, whole or this rank's rows; and how many copies ranks hold of it."""
+    """Return the trainable parameters, whole or this rank's rows, and the number of copies of the network."""
     named = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     if not is_spread(model):
         return dict(named), 1
@@ -200,7 +200,7 @@ def _mesh_of(parameter: Any) -> Mesh:
 def load_spread(
     model: nn.Module, spans: Mapping[str, Span], weights: Iterable[tuple[str, Tensor | Slab | Stored]]
 ) -> None:
-    """Replace parameters and buffers of a network in shards, by name."""
+    """Replace parameters and buffers of a sharded network, by name."""
     own, buffers = own_parameters(model), dict(model.named_buffers())
     for name, value in weights:
         if name in own:
@@ -212,7 +212,7 @@ def load_spread(
 
 @contextmanager
 def whole_parameters(model: nn.Module, substitutes: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-    """What a network in shards computes with, by name, as passes within the context come by it.
+    """Yield a dict that passes within the context fill with a sharded network's whole parameters, by name.
 
     substitutes: tensors to compute with instead of the named parameters
     """
@@ -236,14 +236,14 @@ def whole_parameters(model: nn.Module, substitutes: Mapping[str, Tensor] | None 
 
     with ExitStack() as stack:
         for unit in model.modules():
-            if is_spread(unit):  # its own hooks come before ours when it begins, after ours when it ends
+            if is_spread(unit):  # FSDP2's hooks must run first when a unit begins, last when it ends
                 stack.callback(unit.register_forward_pre_hook(arrive).remove)
                 stack.callback(unit.register_forward_hook(leave, prepend=True).remove)
         yield found
 
 
 def entered(edge: GradientEdge) -> GradientEdge:
-    """What a gradient at `edge` belongs to: units in shards put a node of theirs, the identity, before inputs."""
+    """Return the edge before the identity nodes that FSDP2 inserts at the inputs of sharded units."""
     node, number = edge.node, edge.output_nr
     while node.name().startswith("RegisterPostBackward"):
         before, number = node.next_functions[number]
@@ -254,7 +254,7 @@ def entered(edge: GradientEdge) -> GradientEdge:
 
 @contextmanager
 def whole_layer(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """A layer outside passes, with whole weights: collective where the network is in shards."""
+    """Yield a layer with whole weights, for use outside passes; collective where the network is sharded."""
     around = [model.get_submodule(".".join(name.split(".")[:depth])) for depth in range(name.count(".") + 2)]
     unit = next((module for module in reversed(around) if is_spread(module)), None)
     if unit is None:
@@ -268,13 +268,13 @@ def whole_layer(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a parameter, and what it calls it."""
+    """Return the module that holds a parameter, and the parameter's name there."""
     module, _, key = name.rpartition(".")
     return model.get_submodule(module), key
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """The architecture with its buffers but without the memory of its parameters."""
+    """Return a copy of the network with its buffers, but with parameters on the meta device."""
     memo: dict[int, Any] = {
         id(value): nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
         for value in model.parameters()
@@ -283,7 +283,7 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def spread_copy(bare: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
-    """A network in shards from a skeleton; its weights are yet to be loaded."""
+    """Build a sharded network from a skeleton; its weights are yet to be loaded."""
     made = skeleton(bare)
     shard(made, mesh)
     made._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value.to(device))
@@ -291,7 +291,7 @@ def spread_copy(bare: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
 
 
 def whole_copy(bare: nn.Module, weights: Leaves, comm: Comm) -> nn.Module:
-    """The network with all its weights on every rank, from a skeleton; collective, and for small networks only."""
+    """Build the network with all its weights on every rank, from a skeleton; collective, for small networks only."""
     made = skeleton(bare)
     made._apply(lambda value: torch.empty_like(value, device=comm.device) if value.is_meta else value.to(comm.device))
     own = made.state_dict()
@@ -302,5 +302,5 @@ def whole_copy(bare: nn.Module, weights: Leaves, comm: Comm) -> nn.Module:
 
 
 def numel(model: nn.Module) -> int:
-    """Elements of all parameters."""
+    """Return the number of elements of all parameters."""
     return sum(math.prod(value.shape) for value in model.parameters())

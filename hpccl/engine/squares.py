@@ -1,4 +1,4 @@
-"""Sums of examples' squared gradients on their way from a pass to VOGN."""
+"""Collects sums of per-example squared gradients during a pass, for VOGN."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["Squares"]
 
 @final
 class Squares:
-    """Of one pass: whole, or of a parameter that is spread this rank's elements, which are then those of all ranks."""
+    """The sums of one pass: this rank's, whole; of a spread parameter, this rank's elements of the sum over ranks."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
         self._held: dict[str, Tensor] = {}
 
     def clear(self) -> None:
-        """Of a pass that was for nothing."""
+        """Discard the sums."""
         self._held.clear()
 
     def add(self, squares: Mapping[str, Tensor], spans: Mapping[str, Span]) -> None:
-        """A layer's, of this rank's examples; collective where the layer is spread."""
+        """Add a layer's sums over this rank's examples; collective where the layer is spread."""
         summed = {name: value.contiguous() for name, value in squares.items() if name in spans}
         self._comm.sum_(list(summed.values()))
         for name, value in squares.items():
@@ -41,9 +41,9 @@ class Squares:
     def give(
         self, optimiser: Vogn, runs: Mapping[Tensor, Sequence[Run]], spans: Mapping[str, Span], *, num_rows: int
     ) -> None:
-        """The means over examples, of all ranks, of squares of their nats' gradients; nothing stays here.
+        """Hand VOGN the means over all ranks' examples of squared gradients of an example's nats, and clear.
 
-        An example's share of the loss is its nats / num_rows, times the world size (see BaseEngine.backward).
+        An example contributes nats / num_rows, times the world size, to the loss (see BaseEngine.backward).
         """
         self._comm.sum_([self._held[name] for name in sorted(self._held) if name not in spans])
         for tensor, places in runs.items():
@@ -53,7 +53,7 @@ class Squares:
         self._held.clear()
 
     def _within(self, tensor: Tensor, places: Sequence[Run], spans: Mapping[str, Span]) -> Tensor | None:
-        """Those of what is in a tensor of the optimiser's, in its shape; None if there are none."""
+        """The sums for the elements of one of the optimiser's tensors, in its shape; None if there are none."""
         held = [(run, self._held[run.name]) for run in places if run.name in self._held]
         if not held:
             return None

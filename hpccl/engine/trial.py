@@ -1,4 +1,4 @@
-"""What optimisers with trial weights are told of their tensors: noise by place and step, and what is held."""
+"""Inputs of optimisers with trial weights: noise as a function of element and step, and masks of held elements."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["drawing", "held_within"]
 
 
 def drawing(runs: Mapping[Tensor, Sequence[Run]], words: tuple[int, ...]) -> Draw:
-    """Draws for tensors of which `runs` says what is in them, as functions of `words` and of a draw's number."""
+    """Return the draws for tensors with contents `runs`, as a function of `words` and of the draw's number."""
 
     def draw(tensor: Tensor, number: int) -> Tensor:
         flat = normal(tensor.numel(), runs[tensor], (*words, number), tensor.device)
         if tensor.is_contiguous():
             return flat.view(tensor.shape)
-        return torch.empty_like(tensor).copy_(flat.view(tensor.shape))  # in its memory layout, for what follows
+        return torch.empty_like(tensor).copy_(flat.view(tensor.shape))  # in the tensor's memory layout
 
     return draw
 
@@ -28,13 +28,13 @@ def drawing(runs: Mapping[Tensor, Sequence[Run]], words: tuple[int, ...]) -> Dra
 def held_within(
     tensor: Tensor, runs: Sequence[Run], held: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
 ) -> Tensor:
-    """Where a tensor of the optimiser's has elements that are held, bool, in its shape.
+    """Return the mask (bool) of held elements in one of the optimiser's tensors, in its shape.
 
     Args:
-        tensor: of the optimiser's.
-        runs: what is where in it.
-        held: masks by parameter, broadcast against the whole.
-        shapes: of whole parameters.
+        tensor: one of the optimiser's tensors.
+        runs: which elements of which parameters are in it.
+        held: masks by parameter, broadcast against the whole parameter.
+        shapes: shapes of the whole parameters.
     """
     found = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
     for run in runs:
