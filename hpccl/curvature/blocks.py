@@ -64,7 +64,7 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(g, o, d)."""
+        """The shape of the matrix, (g, o, d)."""
         inputs = math.prod(self.weight_shape[1:]) + (self.bias is not None)
         return self.groups, self.weight_shape[0] // self.groups, inputs
 

@@ -173,7 +173,7 @@ def _same(one: GradientEdge, other: GradientEdge) -> bool:
 
 
 def _slope(module: nn.Module, x: Tensor) -> Tensor:
-    """The derivative of an elementwise module, in x's shape; outside the graph, in which shards have training hooks."""
+    """Return an elementwise module's derivative, in x's shape; outside the graph, where shards have training hooks."""
     leaf = x.requires_grad_()
     out: Tensor = module.forward(leaf.clone())
     (slope,) = torch.autograd.grad([out], [leaf], [torch.ones_like(out)])

@@ -69,7 +69,7 @@ class Curve(Protocol):
 @final
 @dataclass(frozen=True)
 class BlockCurve:
-    """sum_t B_t (x) A_t of one layer; see curvature.blocks.Block, which must be whole."""
+    """The sum_t B_t (x) A_t of one layer; see curvature.blocks.Block, which must be whole."""
 
     layout: Layout
     terms: tuple[Term, ...]
@@ -167,13 +167,13 @@ class Solved:
 
 
 def average(models: Sequence[Model]) -> Solved:
-    """sum_t a_t w_t / sum_t a_t."""
+    """Return sum_t a_t w_t / sum_t a_t."""
     total = math.fsum(model.scale for model in models)
     return Solved({name: _sum(models, name) / total for name in models[0].weights})
 
 
 def arithmetic(base: Weights, models: Sequence[Model]) -> Solved:
-    """w0 + sum_t a_t (w_t - w0)."""
+    """Return w0 + sum_t a_t (w_t - w0)."""
     left = 1 - math.fsum(model.scale for model in models)
     return Solved({name: left * value.double() + _sum(models, name) for name, value in base.items()})
 
@@ -279,7 +279,7 @@ class _System:
         return torch.cat([weights[name].reshape(-1).double() for name in self.shapes])
 
     def product(self, vector: Tensor) -> Tensor:
-        """H v."""
+        """Return H v."""
         named, total = _split(vector, self.shapes), self.damping * vector
         places = _split(total, self.shapes)  # views
         for scale, curve in self.terms:
@@ -420,7 +420,7 @@ def _refuse_infinite(group: str, models: Sequence[Model]) -> None:
 
 
 def _sum(models: Sequence[Model], name: str) -> Tensor:
-    """sum_t a_t w_t."""
+    """Return sum_t a_t w_t."""
     total = torch.zeros(models[0].weights[name].shape, dtype=torch.float64)
     for model in models:
         total.add_(model.weights[name], alpha=model.scale)

@@ -208,7 +208,7 @@ def _logits(model: nn.Module, pixels: Tensor, widened: dict[str, Tensor] | None)
 
 
 def _on_device(model: nn.Module, batch: Examples) -> Examples:
-    if is_spread(model):  # weights may rest elsewhere between passes
+    if is_spread(model):  # weights may be off the device between passes
         return batch
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     return batch.to(like.device, like.dtype)

@@ -52,7 +52,7 @@ def curvature_key(config: OptimConfig) -> str | None:
 
 
 def curvature(config: OptimConfig, kept: Tensor, *, num_train: int, steps: int) -> Tensor:
-    """Return the likelihood's curvature from the state `curvature_key` after `steps`; negative where noise dominates."""
+    """Return the likelihood's curvature from the state `curvature_key` after `steps`; below 0 where noise dominates."""
     match config:
         case IvonOptim():
             return (kept - _unlearned_ivon(config, steps)) * num_train

@@ -174,7 +174,7 @@ class Quadratic:
         return cls(precision, anchor, state["weight"], state["damping"], placed, state.get("products", "fp32"))
 
     def _pieces(self, weights: Weights, comm: Comm) -> list[Piece]:
-        """Return this rank's pieces; collective if a diagonal or the pull is spread. weights: only shape and strides."""
+        """Return this rank's pieces; collective if a diagonal or the pull is spread. weights: for shape and strides."""
         pull = self._owned_pull(weights, comm)
         return [
             *self.precision.pieces(comm, weights),

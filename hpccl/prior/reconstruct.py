@@ -1,12 +1,13 @@
-"""How well the prior reconstructs the gradient of the past.
+"""Measure how well the prior reconstructs the gradient of the past.
 
 At weights w, with past tasks s < t:
 
     true:       sum_s sum_{i in D_s} grad CE(y_i, f_w(x_i))
     soft:       sum_{i in M, soft}    tau_i grad CE(q_i, f_w(x_i) / T)
     replay:     sum_{i in M, replay}  tau_i grad CE(y_i, f_w(x_i))
-    quadratic:  weight (F + damping) (w - a)
-    total:      soft + replay + quadratic
+    quadratic:  weight [(F + damping) (w - a) + c]    (quadratic.py)
+    normal:     precision w - pull a                  (normal.py; if there is one: then true has its precision w, too)
+    total:      soft + replay + quadratic + normal
 
 all in nats, in evaluation mode, on evaluation views. Reported per term: cosine with the true gradient, relative error
 |term - true| / |true|. (Daxberger et al. 2023; Khan and Swaroop 2021.)
