@@ -1,1 +1,1 @@
-"""From a model and its data to a Precision: what a task's examples say about the weights, to second order."""
+"""Curvature of a task's loss: measured from a model and its data, and held as a Precision over the weights."""

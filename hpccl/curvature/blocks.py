@@ -2,7 +2,7 @@
 
     D [g, o, d] -> sum_t B_t D A_t
 
-Legend: g groups (1 but for grouped convolutions), o outputs of a group, d inputs of a group, the bias (input 1) last.
+Legend: g groups (1 except in grouped convolutions), o outputs of a group, d inputs of a group, the bias (input 1) last.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Term: TypeAlias = Pair | Eigen
 @final
 @dataclass(frozen=True)
 class Layout:
-    """Where a layer's matrix lives among named weights.
+    """How a layer's matrix is made up of named weights.
 
-    name: of the layer (the module)
-    weight, bias: full parameter names; bias is None where the layer has none that is trained
-    weight_shape: of the weight
-    groups: of a convolution; otherwise 1
+    name: the layer's module name
+    weight, bias: full parameter names; bias is None if the layer has no trainable one
+    weight_shape: shape of the weight
+    groups: groups of a convolution; otherwise 1
     channels_last: the inputs of a convolution are ordered (kh, kw, channel), as its weight lies in memory, instead of
         (channel, kh, kw): then the matrix is a view of the weight
     """
@@ -54,26 +54,26 @@ class Layout:
         return cls(**{**state, "weight_shape": tuple(state["weight_shape"])})
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """The state as JSON values."""
         return {**vars(self), "weight_shape": list(self.weight_shape)}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parameters."""
+        """Full names of the parameters."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(g, o, d)."""
+        """The shape of the matrix, (g, o, d)."""
         inputs = math.prod(self.weight_shape[1:]) + (self.bias is not None)
         return self.groups, self.weight_shape[0] // self.groups, inputs
 
     def as_lies(self, weight: Tensor | None) -> Layout:
-        """The same layer with its inputs in the order in which a weight lies in memory; None: as they are."""
+        """Return the layout with its inputs in the memory order of a weight; None: as they are."""
         return self if weight is None else replace(self, channels_last=is_channels_last(weight))
 
     def difference(self, weights: Weights, anchor: Weights) -> Tensor:
-        """Weights - anchor as a matrix [g, o, d], subtracted in fp32."""
+        """Return weights - anchor as a matrix [g, o, d], subtracted in fp32."""
         groups, outputs, inputs = self.shape
         weight = self._matrix(weights[self.weight])
         matrix = torch.empty(groups, outputs, inputs, dtype=_wide(weight.dtype), device=weight.device)
@@ -85,11 +85,11 @@ class Layout:
         return matrix
 
     def matrix(self, weights: Weights) -> Tensor:
-        """The named weights as a matrix [g, o, d], fp32."""
+        """Return the named weights as a matrix [g, o, d], fp32."""
         return self.difference(weights, {name: torch.zeros_like(weights[name]) for name in self.names})
 
     def matrices(self, rows: Weights) -> Tensor:
-        """Several named weights, each [m, *shape of the parameter], as matrices [m, g, o, d] in the weight's dtype."""
+        """Return m named weights, each [m, *shape of the parameter], as matrices [m, g, o, d] in the weight's dtype."""
         matrices = self._matrix(rows[self.weight])
         if self.bias is None:
             return matrices
@@ -106,7 +106,7 @@ class Layout:
         return flat.view(outputs, *kernel, channels).movedim(-1, 1)
 
     def matrix_of(self, weight: Tensor) -> Tensor | None:
-        """A tensor of the weight's shape as a matrix [g, o, d without bias], a view; None where it lies otherwise."""
+        """View a tensor of the weight's shape as a matrix [g, o, d without bias]; None if its strides forbid a view."""
         if self.channels_last:
             weight = weight.movedim(1, -1)
         groups, outputs, _ = self.shape
@@ -117,7 +117,7 @@ class Layout:
         return matrix[..., -1].flatten()
 
     def order(self) -> Tensor:
-        """[d] where each of the matrix's inputs stands in the order (channel, kh, kw), bias last."""
+        """The position of each of the matrix's inputs in the order (channel, kh, kw), bias last: [d]."""
         _, _, inputs = self.shape
         positions = torch.arange(inputs)
         if not self.channels_last:
@@ -127,7 +127,7 @@ class Layout:
         return torch.cat([moved, positions[last:]])
 
     def _matrix(self, weight: Tensor) -> Tensor:
-        """[..., *shape of the weight] as [..., g, o, d without bias]; a view where it lies so."""
+        """Reshape [..., *shape of the weight] to [..., g, o, d without bias]; a view if strides allow it."""
         before = weight.shape[: weight.dim() - len(self.weight_shape)]
         if self.channels_last:
             weight = weight.movedim(-3, -1)
@@ -136,7 +136,7 @@ class Layout:
 
 
 def is_channels_last(weight: Tensor) -> bool:
-    """Whether it is the weight of a convolution larger than 1x1 and lies in memory as (o, kh, kw, channel)."""
+    """Whether it is the weight of a convolution larger than 1x1, stored in memory as (o, kh, kw, channel)."""
     return weight.dim() == 4 and not weight.is_contiguous()
 
 
@@ -151,7 +151,7 @@ class Part:
 
     @classmethod
     def of(cls, shape: tuple[int, int, int], number: int, count: int) -> Part:
-        """Part `number` of `count` of a block of `shape`, cut along its longer side."""
+        """Return part `number` of `count` of a block of `shape`, cut along its longer side."""
         if count == 1:
             return WHOLE
         _, outputs, inputs = shape
@@ -161,11 +161,11 @@ class Part:
 
     @property
     def range(self) -> slice:
-        """Of the axis that is cut."""
+        """The slice of the axis that is cut."""
         return slice(None) if self.axis == "whole" else slice(self.start, self.stop)
 
     def of_product(self, matrix: Tensor) -> Tensor:
-        """The rows or columns of [g, o, d] that this part is about; a view."""
+        """View the rows or columns of [g, o, d] that belong to this part."""
         return matrix[:, self.range] if self.axis == "output" else matrix[:, :, self.range]
 
 
@@ -177,9 +177,9 @@ WHOLE = Part()
 class Block:
     """A layer's curvature, or a part of it.
 
-    terms: summed
-    counts: of the examples behind each term
-    lost: bound on the Frobenius norm of what truncating and merging changed, of the whole block
+    terms: summands
+    counts: number of examples of each term
+    lost: bound on the Frobenius norm of the error of the whole block from truncating and merging
     """
 
     layout: Layout
@@ -195,29 +195,29 @@ class Block:
 
     @property
     def flops(self) -> float:
-        """Of one product with a matrix."""
+        """Multiplications and additions of one product with a matrix."""
         return float(sum(term.flops for term in self.terms))
 
     def trace(self) -> float:
-        """Sum of the diagonal of what is held here: the parts of a block add up to its trace."""
+        """Sum of the diagonal elements held here: those of a block's parts add up to its trace."""
         return sum(_trace(term, self.part) for term in self.terms)
 
     def norm(self) -> float:
-        """Frobenius norm, of a whole block."""
+        """Frobenius norm of a whole block."""
         if len(self.terms) == 1:
             return float(self.terms[0].norm())
         k_a, k_b = gram([term for term in self.terms if isinstance(term, Pair)])
         return float(sum_norm(k_a, k_b))
 
     def error(self) -> float:
-        """Bound on the relative error of what truncating and merging changed, Frobenius norm, of a whole block."""
+        """Bound on the relative error of a whole block from truncating and merging, in the Frobenius norm."""
         return self.lost / self.norm() if self.lost > 0 else 0.0
 
     def add_matvec_(self, target: Tensor, matrix: Tensor, *, scale: float) -> None:
-        """Add `scale` times the product with `matrix` [g, o, d] to `target`: this part's rows or columns, as a view.
+        """Add `scale` times the product with `matrix` [g, o, d] to `target`, a view of this part's rows or columns.
 
-        The target may lack the last column, the bias's. No product is made apart from it, but where the terms' numbers
-        are narrower than the target's.
+        The target may lack the last column, the bias's. The last matrix product accumulates into the target directly,
+        unless the terms' dtype is narrower than the target's.
         """
         matrix = _in_type_of(self.terms[0], matrix)
         for term in self.terms:
@@ -231,7 +231,7 @@ class Block:
                 target.baddbmm_(left, right, alpha=scale)
 
     def bias_column(self, matrix: Tensor) -> Tensor:
-        """The last column of the product with [g, o, d], cheaply: [g, o or this part's rows]."""
+        """The last column of the product with [g, o, d], without the rest: [g, o or this part's rows]."""
         total: Tensor | None = None
         delta = _in_type_of(self.terms[0], matrix)
         for term in self.terms:
@@ -245,12 +245,12 @@ class Block:
         return total
 
     def times(self, scale: float) -> Block:
-        """Scaled by `scale` >= 0, as if so many times the examples were behind each term."""
+        """Return it scaled by `scale` >= 0, with the terms' counts, as if each had `scale` times the examples."""
         terms = tuple(term.times(scale) for term in self.terms)
         return replace(self, terms=terms, counts=tuple(count * scale for count in self.counts), lost=self.lost * scale)
 
     def truncated(self, keep: float) -> Block:
-        """With factors of low rank that keep the share `keep` of each term's trace; what that changes is in `lost`.
+        """Return it with low-rank factors that keep the share `keep` of each term's trace; `lost` grows by the error.
 
         Raises:
             DivergedError: a factor is not finite.
@@ -258,16 +258,16 @@ class Block:
         if keep == 1:
             return self
         terms = tuple(_truncated(term, keep) for term in self.terms)
-        # What is left out is orthogonal to what stays.
+        # The part that is dropped is orthogonal to the part that is kept.
         squares = [old.norm() ** 2 - new.norm() ** 2 for old, new in zip(self.terms, terms, strict=True)]
         return replace(self, terms=terms, lost=self.lost + sum(max(square, 0.0) ** 0.5 for square in squares))
 
     def to(self, other: torch.device | torch.dtype) -> Block:
-        """The same on a device, or in numbers of another type."""
+        """Return it on another device or in another dtype."""
         return replace(self, terms=tuple(term.to(other) for term in self.terms))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and JSON scalars; the layout is saved apart."""
+        """The state as tensors and JSON scalars; the layout is saved separately."""
         return {
             "terms": [_term_state(term) for term in self.terms],
             "counts": list(self.counts),
@@ -277,10 +277,10 @@ class Block:
 
     @classmethod
     def from_state_dict(cls, layout: Layout, state: Mapping[str, Any]) -> Block:
-        """The inverse.
+        """The inverse of `state_dict`.
 
         Raises:
-            CheckpointError: damaged.
+            CheckpointError: the state is damaged.
         """
         try:
             terms = tuple(_term(term) for term in state["terms"])
@@ -289,14 +289,14 @@ class Block:
             raise CheckpointError(f"the curvature of layer '{layout.name}' is damaged: {error}") from error
 
     def cut(self, part: Part) -> Block:
-        """A part of a whole block."""
+        """Return a part of a whole block."""
         assert self.part == WHOLE
         if part == WHOLE:
             return self
         return replace(self, terms=tuple(_cut(term, part) for term in self.terms), part=part)
 
     def reordered(self, layout: Layout) -> Block:
-        """A whole block with its inputs in the order of another layout of the same layer."""
+        """Return a whole block with its inputs in the order of another layout of the same layer."""
         assert self.part == WHOLE
         if layout == self.layout:
             return self
@@ -305,7 +305,7 @@ class Block:
 
     @classmethod
     def joined(cls, parts: list[Block]) -> Block:
-        """The whole block from all its parts."""
+        """Join all parts of a block into the whole."""
         if parts[0].part == WHOLE:
             return parts[0]
         parts = sorted(parts, key=lambda block: block.part.start)
@@ -318,7 +318,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _truncated(term: Term, keep: float) -> Term:
-    """Of low rank; itself if it is so already."""
+    """Truncate a pair of dense factors; return other terms, which are truncated already, as they are."""
     if isinstance(term, Pair) and isinstance(term.a, Dense) and isinstance(term.b, Dense):
         return term.truncated(keep)
     return term
@@ -334,7 +334,7 @@ def _trace(term: Term, part: Part) -> float:
 
 
 def _in_type_of(term: Term, matrix: Tensor) -> Tensor:
-    """Rounded to bf16 where the term is; other types are the same already."""
+    """Round the matrix to bf16 if the term is in bf16; other dtypes already agree."""
     own = term if isinstance(term, Eigen) else term.a
     held = own.matrix if isinstance(own, Dense) else own.values
     return matrix.to(held.dtype) if held.dtype == torch.bfloat16 else matrix
@@ -346,7 +346,7 @@ def _left(factor: Factor, matrix: Tensor) -> Tensor:
 
 
 def _last_column(factor: Factor) -> Tensor:
-    """[g, d, 1] of a symmetric factor, whole or cut to columns (then only the part that holds it is asked)."""
+    """The last column [g, d, 1] of a symmetric factor, whole or cut to columns (then those include it)."""
     if isinstance(factor, LowRank):
         return factor.vectors @ (factor.values * factor.vectors[:, -1])[..., None]
     return factor.matrix[..., -1:]
@@ -354,14 +354,14 @@ def _last_column(factor: Factor) -> Tensor:
 
 def _cut(term: Term, part: Part) -> Term:
     a, b = _matrices(term)
-    # Clones: the parts of one rank share no memory, which the files of a checkpoint could not express.
+    # Clones: checkpoint files could not express memory shared between the parts of one rank.
     if part.axis == "input":
         return Pair(Dense(a[:, :, part.range].clone()), Dense(b.clone()))
     return Pair(Dense(a.clone()), Dense(b[:, part.range].clone()))
 
 
 def _reordered(term: Term, places: Tensor) -> Term:
-    """places: [d] of the term's inputs, in the new order."""
+    """places: [d] current position of each input of the new order."""
     if isinstance(term, Eigen):
         return replace(term, qa=term.qa[:, places])
     match term.a:
@@ -379,7 +379,7 @@ def _joined(terms: list[Term], part: Part) -> Term:
 
 
 def _matrices(term: Term) -> tuple[Tensor, Tensor]:
-    """A and B of what can be cut: eigenbases and low ranks are never."""
+    """A and B of a term that can be cut; eigenbases and low-rank factors never are."""
     assert isinstance(term, Pair), "only a pair is cut"
     assert isinstance(term.a, Dense), "only a whole A is cut"
     assert isinstance(term.b, Dense), "only a whole B is cut"

@@ -1,4 +1,4 @@
-"""From a configuration to an estimator, and from a checkpoint to a precision: one case a kind."""
+"""Build an estimator from a configuration, and a precision from a checkpoint: one case per kind."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ __all__ = ["build_estimator", "precision_from_state"]
 
 
 def build_estimator(config: PassCurvature, seed: int, known: Coverage | None = None) -> Estimator:
-    """The estimator that `config` asks for; `seed` is the run's, `known` as of KroneckerPass.
+    """Build the estimator of `config`; `seed` is the run's, `known` as in KroneckerPass.
 
-    That of a `config.group` above 1 takes each batch that it is given for one group.
+    With `config.group` above 1, the estimator takes each batch as one group.
     """
     match config:
         case KroneckerCurvature():
@@ -64,12 +64,12 @@ def precision_from_state(
     place: Place = placed_whole,
     like: Weights = MappingProxyType({}),
 ) -> Precision:
-    """The precision that `state_dict` and the ranks' `shard_dict` described, spread over the ranks of `comm`.
+    """Rebuild the precision from its `state_dict` and the ranks' `shard_dict`, spread over the ranks of `comm`.
 
     like: see Kronecker.from_state_dict.
 
     Raises:
-        CheckpointError: of an unknown kind, or damaged.
+        CheckpointError: the state is of an unknown kind, or damaged.
     """
     match state.get("kind"):
         case "kronecker":

@@ -1,8 +1,8 @@
-"""One undisturbed pass through a model: what each layer received, and where to ask for its output gradient.
+"""Record a forward pass through a model: each layer's inputs, and the graph edge where its output gradient arrives.
 
-Nothing stays behind: hooks are removed and modes restored however the pass ends. Output gradients are asked for at the
-edges of the graph, as they were when the layer returned, so that later in-place operations change nothing; and since
-only edges are named, autograd computes no weight gradient and touches no `.grad`.
+The pass leaves no traces: hooks are removed and modes restored however it ends. Output gradients are requested at the
+edges of the graph as they were when the layer returned, so that later in-place operations do not matter; and since only
+edges are requested, autograd computes no weight gradient and touches no `.grad`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["Call", "captured", "first_not_finite", "measuring"]
 class Call:
     """One call of a layer.
 
-    inputs: its arguments, detached, if all of them are tensors in positions; otherwise empty
-    edge: where its output gradient arrives; None if it returned anything but one tensor with a gradient
-    rows: the first dim of the inputs and the output, where all agree; otherwise 0
+    inputs: its arguments, detached, if all of them are positional tensors; otherwise empty
+    edge: where its output gradient arrives; None unless it returned a single tensor that requires a gradient
+    rows: size of the first dim of the inputs and the output, if all agree; otherwise 0
     num_bytes: size of the output
     """
 
@@ -37,7 +37,7 @@ class Call:
 
 @contextmanager
 def captured(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Call]]]:
-    """Record the calls of the named modules, in order, for the length of the context."""
+    """Record the calls of the named modules, in order, while the context is open."""
     calls: dict[str, list[Call]] = {name: [] for name in names}
     with ExitStack() as stack:
         for name, record in calls.items():
@@ -48,7 +48,7 @@ def captured(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[
 
 @contextmanager
 def measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, gradients on, and full fp32 products; afterwards everything is as before."""
+    """Use evaluation mode, gradients and full fp32 products while the context is open; restore everything on exit."""
     modes = [(module, module.training) for module in model.modules()]
     products = torch.get_float32_matmul_precision()
     cudnn, attention = torch.backends.cudnn.allow_tf32, torch.backends.mha.get_fastpath_enabled()
@@ -68,7 +68,7 @@ def measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def first_not_finite(model: nn.Module, pixels: Tensor) -> tuple[str, Tensor] | None:
-    """Name of the first layer whose output is not finite, and [n] bool for which images; None if all are finite."""
+    """Return the name of the first layer whose output is not finite, and [n] bool for which images; None if all are."""
     found: list[tuple[str, Tensor]] = []
 
     def watch(name: str) -> Callable[..., None]:

@@ -5,10 +5,10 @@ For example i with own-head logits z, p = softmax(z) and weight w, columns v_1..
     ggn:        sum_j v_j v_j' = w (diag(p) - p p')        exactly, with c = K - 1 columns for K classes
     mc:         v_j = sqrt(w / c) (p - e_y), y ~ p         so that the expectation is the same
     empirical:  v_1 = sqrt(w) (p - e_label)
-    weighted:   v_1 = sqrt(w p_label) (p - e_label), which Mammoth's EWC takes: of the sum over labels that the exact
-                Fisher matrix is, the true label's term alone
-    predicted:  v_1 = sqrt(w) (p - e_argmax), which says least where the network is sure
-    outputs:    v_1 = 2 w z, the gradient of w |z|^2: what Memory Aware Synapses pull back (Aljundi et al. 2018, eq. 2)
+    weighted:   v_1 = sqrt(w p_label) (p - e_label), as in Mammoth's EWC: only the true label's term of the exact Fisher
+                matrix, which is a sum over labels
+    predicted:  v_1 = sqrt(w) (p - e_argmax), smallest where the network is confident
+    outputs:    v_1 = 2 w z, the gradient of w |z|^2, as in Memory Aware Synapses (Aljundi et al. 2018, eq. 2)
 
 and sum_j (J' v_j)^2, J = dz/dweights, is what example i adds to the diagonal. Logits of other heads get exactly 0.
 K - 1 columns suffice because diag(p) - p p' has the null vector 1; they are its Cholesky factor, known in closed form
@@ -16,7 +16,7 @@ K - 1 columns suffice because diag(p) - p p' has the null vector 1; they are its
 
     L_jj = sqrt(p_j q_{j+1} / q_j),   L_ij = -(p_i / q_{j+1}) L_jj   for i > j.
 
-Legend: n examples, C logits, K own-head classes, c columns. Probabilities are float64: their tails must not cancel.
+Legend: n examples, C logits, K own-head classes, c columns. Probabilities are float64, to avoid cancellation in tails.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Wanted = Literal["ggn", "mc", "empirical", "weighted", "predicted", "outputs"]
 
 
 def num_columns(fisher: Wanted, num_classes: int, samples: int) -> int:
-    """c, for `num_classes` own-head classes."""
+    """Return the number of columns, c, for `num_classes` own-head classes."""
     match fisher:
         case "ggn":
             return num_classes - 1
@@ -53,7 +53,7 @@ def num_columns(fisher: Wanted, num_classes: int, samples: int) -> int:
 
 
 def output_columns(logits: Tensor, examples: Examples, fisher: Wanted, *, samples: int, seed: int) -> Tensor:
-    """Columns [c, n, C] in the dtype of `logits` [n, C]; see the module."""
+    """Return columns [c, n, C] in the dtype of `logits` [n, C]; see the module."""
     classes = examples.head.nonzero().flatten()
     if fisher == "outputs":
         whole = torch.zeros_like(logits)[None]
@@ -82,10 +82,10 @@ def output_columns(logits: Tensor, examples: Examples, fisher: Wanted, *, sample
 
 
 def hessian_root(probabilities: Tensor) -> Tensor:
-    """L [n, K, K-1] with L L' = diag(p) - p p', for `probabilities` [n, K]."""
+    """Return L [n, K, K-1] with L L' = diag(p) - p p', for `probabilities` [n, K]."""
     tails = probabilities.flip(1).cumsum(1).flip(1)
     tail, rest = tails[:, :-1], tails[:, 1:]
-    # A tail that underflows to 0 leaves nothing to share: its columns are 0, not 0 / 0.
+    # Where a tail underflows to 0, columns are 0 instead of 0 / 0.
     diagonal = (probabilities[:, :-1] * rest / tail.where(tail > 0, 1)).sqrt()
     shares = probabilities[:, :, None] / rest.where(rest > 0, 1)[:, None, :]
     unit = torch.eye(*shares.shape[1:], dtype=shares.dtype, device=shares.device)
@@ -93,7 +93,7 @@ def hessian_root(probabilities: Tensor) -> Tensor:
 
 
 def uniform_draws(sample: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDArray[np.float64]:
-    """[n, count] numbers in [0, 1), each a pure function of (seed, sample, position in its row)."""
+    """Draw [n, count] numbers in [0, 1), each a pure function of (seed, sample, position in its row)."""
     with np.errstate(over="ignore"):
         start = splitmix(np.full(1, seed, dtype=np.uint64))
         rows = splitmix(np.add(start, sample, dtype=np.uint64, casting="unsafe"))
@@ -102,10 +102,10 @@ def uniform_draws(sample: npt.NDArray[np.int64], count: int, seed: int) -> npt.N
 
 
 def check_labels(examples: Examples) -> None:
-    """Refuse a label outside the head: its Fisher would be one of a wrong class.
+    """Refuse a label outside the head, which would be measured as a wrong class.
 
     Raises:
-        DataError: a counted example's label does not compete in its head.
+        DataError: an example's label is not in its head.
     """
     outside = ~examples.head[examples.labels]
     if bool(outside.any()):
@@ -122,7 +122,7 @@ def _residuals(own: Tensor, classes: Tensor) -> Tensor:
 
 
 def _inverse_cdf(own: Tensor, draws: Tensor) -> Tensor:
-    """[n, c] class positions, for `draws` [n, c] in [0, 1)."""
+    """Return [n, c] class positions, for `draws` [n, c] in [0, 1)."""
     steps = own.cumsum(1)
-    # Scaled by the last step, which rounding may leave beside 1, so that a draw never falls behind it.
+    # Scaled by the last step, which may differ from 1 by rounding, so that no draw lies beyond it.
     return torch.searchsorted(steps, draws * steps[:, -1:], right=True).clamp(max=own.shape[1] - 1)

@@ -1,12 +1,12 @@
-"""Second moments of a convolution's patches without patches, where the stride is 1.
+"""Second moments of a convolution's patches without forming the patches, for stride 1.
 
 With positions p, pixels x_q and 0 outside of the image, the block of A for taps t and t' is
 
     A_tt' = sum_p x_(p+t) x_(p+t')' = sum_q x_q x_(q+t'-t)'      over pixels q that tap t sees, q + t' - t in the image,
 
-which depends on t' - t alone but for pixels at the border. So of a 3x3 kernel 25 differences (13 by symmetry) are
-summed in the place of 81 pairs of taps (45). In each direction the pixels are cut where some pair of taps of that
-difference begins or ends: into few rows or columns at the border, and all between them.
+which depends only on t' - t, except for pixels at the border. So for a 3x3 kernel, 25 differences (13 by symmetry) are
+summed instead of 81 pairs of taps (45). In each direction the pixels are cut where some pair of taps with that
+difference begins or ends: into a few rows or columns at the border, and all those between them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["Correlations", "correlates"]
 
 _NARROW = 16  # channels below which products of single pixels are slower than patches
 
-Key: TypeAlias = tuple[int, int, int, int]  # difference down and right, then the piece of rows and of columns
+Key: TypeAlias = tuple[int, int, int, int]  # difference down and right, then number of the piece of rows, of columns
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """Of one direction and one difference >= 0: where pairs of taps that far apart begin and end.
+    """The cuts of one direction for one difference >= 0: where pairs of taps that far apart begin and end.
 
     heads: first pixels, ascending
     tails: ends (exclusive), counted from the end of the image, ascending
@@ -45,22 +45,22 @@ class Cuts:
 
     @property
     def pieces(self) -> int:
-        """How many there are."""
+        """Number of pieces."""
         return len(self.heads) + len(self.tails) - 1
 
     def bounds(self, size: int) -> list[tuple[int, int]]:
-        """First pixel and end of each piece of an image of that size."""
+        """Return the first pixel and the end of each piece of an image of that size."""
         return list(pairwise([*self.heads, *(size + tail for tail in self.tails)]))
 
     @property
     def least(self) -> int:
-        """The smallest image that can be cut so."""
+        """The smallest image size that can be cut this way."""
         return self.heads[-1] - self.tails[0]
 
 
 @cache
 def cuts(taps: int, before: int, after: int) -> tuple[Cuts, ...]:
-    """Of a kernel with so many taps and that much padding, one for each difference from 0 on."""
+    """Return the cuts for a kernel of `taps` taps with padding `before` and `after`, one for each difference from 0."""
     found = []
     for apart in range(taps):
         starts = [max(0, tap - before) for tap in range(taps - apart)]
@@ -75,20 +75,20 @@ def cuts(taps: int, before: int, after: int) -> tuple[Cuts, ...]:
 
 
 def correlates(module: nn.Conv2d) -> bool:
-    """Whether this is exact and worth while for the layer."""
+    """Whether this method is exact and worthwhile for the layer."""
     dense = (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1)
     return dense and module.kernel_size != (1, 1) and module.in_channels >= _NARROW
 
 
 class Correlations:
-    """A of one convolution, growing: sums of x_q x_(q+t)' for every difference t of two taps and piece of the pixels.
+    """Accumulates A of one convolution: sums of x_q x_(q+t)' for each difference t of two taps and piece of pixels.
 
     new: makes zeros of a shape
     """
 
     def __init__(self, module: nn.Conv2d, new: Callable[..., Tensor]) -> None:
         self._module, self._channels = module, module.in_channels
-        # Padding that is not 0 becomes a part of the image.
+        # Padding other than zeros becomes part of the image.
         self._framing = module.padding_mode != "zeros"
         left, right, top, bottom = (0, 0, 0, 0) if self._framing else module._reversed_padding_repeated_twice
         height, width = module.kernel_size
@@ -125,11 +125,11 @@ class Correlations:
                     total.addmm_(some.view(-1, self._channels).T, others.view(-1, self._channels), alpha=scale)
 
     def trace(self) -> Tensor:
-        """[]; not finite if anything that was added is not."""
+        """The trace, []; not finite if anything that was added is not."""
         return torch.stack([total.diagonal().sum() for total in self._squares()]).sum()
 
     def matrix(self) -> Tensor:
-        """[channels * kh * kw, the same], in the order (channel, kh, kw)."""
+        """Return A, with channels * kh * kw rows and columns in the order (channel, kh, kw)."""
         taps = list(product(*(range(size) for size in self._module.kernel_size)))
         count, channels = len(taps), self._channels
         for total in self._squares():
@@ -144,11 +144,11 @@ class Correlations:
         return whole.view(channels * count, channels * count)
 
     def _squares(self) -> list[Tensor]:
-        """Of the difference 0: sums of x_q x_q'."""
+        """The sums of x_q x_q', which have difference 0."""
         return [total for (down, right, *_), total in self._sums.items() if (down, right) == (0, 0)]
 
     def _keys(self) -> Iterator[Key]:
-        """Differences up to sign, each with its pieces."""
+        """Yield differences up to sign, each with its pieces."""
         height, width = len(self._rows), len(self._columns)
         for down, right in product(range(height), range(1 - width, width)):
             if (down, right) >= (0, 0):

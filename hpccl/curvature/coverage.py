@@ -1,11 +1,11 @@
-"""Which route measures each trainable parameter, found by trying, and checked by numbers.
+"""Which method measures each trainable parameter, found by trial and checked numerically.
 
 A layer that is called once per forward pass, with tensors and one row block per example, is measured by hooks. Every
 other trainable parameter (held outside a layer, shared, used without calling its layer, called twice) is measured
-through the whole model. The layer route is then compared with plain autograd on a few examples, one by one; a layer
-that disagrees (its weight is also used elsewhere, its batch dim is not the first) goes through the whole model too.
-What cannot be mapped over examples is measured one example after the other, slowly. What plain autograd does not reach
-at all is an error: nobody may believe it to be protected.
+through the whole model. Hooks are then compared with plain autograd on a few examples, one by one; a layer that
+disagrees (its weight is also used elsewhere, its batch dim is not the first) is measured through the whole model too.
+Parameters that cannot be mapped over examples (vmap) are measured one example at a time, slowly. One that plain
+autograd does not reach at all is an error, lest it be believed to be protected.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from hpccl.errors import CoverageError
 __all__ = ["Coverage", "footprint", "plan", "plan_ahead", "refuse_unfit", "widen"]
 
 _AGREE = 1e-2  # relative difference of squared gradients that still counts as rounding
-# How often a layer must disagree for it to count: an activation that is zero up to rounding may be on in a batch of two
-# images and off in one of one, and so its gradient; but hardly again at other images.
+# How often a layer must disagree to be rejected: an activation that is zero up to rounding may be on in a batch of two
+# images and off in a batch of one, and its gradient with it, but hardly again for other images.
 _PROBES = 3
-_JITTER = 0.1  # of the images' deviation, to get others
-_NOISE = 1e-13  # of the largest squared gradient: below it a gradient is rounding alone (exact zeros by symmetry)
+_JITTER = 0.1  # noise that is added to get other images, relative to the images' standard deviation
+_NOISE = 1e-13  # relative to the largest squared gradient: smaller ones are rounding (exact zeros by symmetry)
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Coverage:
 
     layers: by module, the local and full names of its parameters that hooks measure
     mapped: full names of the parameters that are measured through the whole model, mapped over examples
-    looped: the same, where torch cannot map it: one example after the other
-    widened: those of mapped that may have a row for each example, whose gradients then are per-example gradients
-    factored: modules that compute what nn.Linear or nn.Conv2d do; known only from `plan_ahead`
-    graph_bytes: held per example between forward and backward
-    output_bytes: of the hooked layers' outputs, per example
+    looped: the same, where torch cannot map them: one example at a time
+    widened: those of `mapped` that may have one row per example, so that their gradients are per-example gradients
+    factored: modules that compute what nn.Linear or nn.Conv2d do; set only by `plan_ahead`
+    graph_bytes: bytes held per example between forward and backward
+    output_bytes: bytes of the hooked layers' outputs, per example
     """
 
     layers: Mapping[str, Mapping[str, str]]
@@ -60,7 +60,7 @@ class Coverage:
 
 
 def refuse_unfit(model: nn.Module) -> None:
-    """Refuse what makes per-example gradients meaningless or imprecise.
+    """Refuse models whose per-example gradients would be meaningless or imprecise.
 
     Raises:
         CoverageError: a norm layer couples examples, or a trainable parameter has half precision.
@@ -80,12 +80,12 @@ def refuse_unfit(model: nn.Module) -> None:
 
 
 def plan(model: nn.Module, pixels: Tensor) -> Coverage:
-    """Choose and check the routes with a few examples, `pixels` [m, channels, h, w].
+    """Choose how to measure each parameter, checked with a few examples, `pixels` [m, channels, h, w].
 
     Raises:
         CoverageError: a trainable parameter does not influence the logits of any of them.
     """
-    if len(pixels) == 1:  # which any order of rows would fit
+    if len(pixels) == 1:  # one image would fit any order of rows
         noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels)
         pixels = torch.cat([pixels, pixels.mean() + pixels.std().clamp(min=1e-3) * noise])
     coverage = _by_structure(model, pixels)
@@ -110,11 +110,11 @@ def plan(model: nn.Module, pixels: Tensor) -> Coverage:
 
 @dataclass(frozen=True)
 class _Probe:
-    """Squared gradients of a few examples, one by one.
+    """True squared gradients of a few examples, measured one by one.
 
-    truth: by parameter
+    truth: squares by parameter name
     reached: parameters that the logits depend on
-    columns: [1, m, C], of the logits
+    columns: [1, m, C] vectors over the logits
     """
 
     truth: Mapping[str, Tensor]
@@ -122,14 +122,14 @@ class _Probe:
     columns: Tensor
 
     def agreeing(self, squares: Mapping[str, Tensor], names: Iterable[str]) -> tuple[str, ...]:
-        """Those of `names` whose squares are the true ones."""
+        """Return those of `names` whose squares agree with the true ones."""
         largest = [float(value.max()) for value in self.truth.values() if value.numel()]
         noise = _NOISE * max((value for value in largest if isfinite(value)), default=0.0)
         return tuple(name for name in names if name in squares and _agrees(squares[name], self.truth[name], noise))
 
 
 def _measured(model: nn.Module, layers: Mapping[str, Mapping[str, str]], pixels: Tensor) -> tuple[_Probe, set[str]]:
-    """The truth, and the layers whose hooks tell it."""
+    """Measure the true squares, and find the layers whose hooks agree with them."""
     with captured(model, layers) as calls:
         logits = model(pixels)
     columns = _random_columns(logits)
@@ -139,15 +139,16 @@ def _measured(model: nn.Module, layers: Mapping[str, Mapping[str, str]], pixels:
 
 
 def _others(pixels: Tensor, number: int) -> Tensor:
-    """Images a little beside these, the same every time."""
+    """Return slightly perturbed images, the same ones every time."""
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(number)).to(pixels)
     return pixels + _JITTER * pixels.std().clamp(min=1e-3) * noise
 
 
 def plan_ahead(model: nn.Module, image_shape: Sequence[int]) -> Coverage:
-    """The routes of a network whose weights will be spread, found while they are still whole.
+    """Plan the coverage of a network whose weights will be spread, while they are still whole.
 
-    Nothing is mapped over examples later: what cannot have a row for each example is measured one by one.
+    Spread weights are not mapped over examples: parameters that cannot have one row per example are measured one
+    example at a time.
 
     Raises:
         CoverageError: a trainable parameter does not influence the logits.
@@ -157,7 +158,7 @@ def plan_ahead(model: nn.Module, image_shape: Sequence[int]) -> Coverage:
     pixels = torch.randn(2, *image_shape, generator=noise).to(device)
     zeros = [value for value in model.parameters() if value.requires_grad and not bool(value.any())]
     try:
-        with torch.no_grad():  # what a zero multiplies would seem to have no gradient
+        with torch.no_grad():  # parameters that a zero multiplies would seem to have no gradient
             for value in zeros:
                 value.copy_(0.1 * torch.randn(value.shape, generator=noise))
         with measuring(model, device):
@@ -175,13 +176,13 @@ def plan_ahead(model: nn.Module, image_shape: Sequence[int]) -> Coverage:
 
 
 def footprint(model: nn.Module, pixels: Tensor) -> int:
-    """Bytes per example that a forward pass holds for the backward pass."""
+    """Return the bytes per example that a forward pass holds for the backward pass."""
     held = [_graph_bytes(model, pixels[torch.arange(size, device=pixels.device) % len(pixels)]) for size in (2, 3)]
     return max(0, held[1] - held[0])
 
 
 def _by_structure(model: nn.Module, pixels: Tensor) -> Coverage:
-    """Layers that may be measured by hooks, judged by how they are called in batches of two sizes."""
+    """Find the layers that hooks may measure, judging by their calls in batches of two sizes."""
     full_names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     layers = _single_layers(model, full_names)
     calls: list[dict[str, list[Call]]] = []
@@ -198,7 +199,7 @@ def _by_structure(model: nn.Module, pixels: Tensor) -> Coverage:
 
 
 def _single_layers(model: nn.Module, full_names: Mapping[nn.Parameter, str]) -> dict[str, dict[str, str]]:
-    """Modules that own trainable parameters alone, and have no parts that own some."""
+    """Find modules that share their trainable parameters with no other, and whose submodules have no parameters."""
     owners = Counter(parameter for module in model.modules() for parameter in module._parameters.values())
     layers: dict[str, dict[str, str]] = {}
     for name, module in model.named_modules():
@@ -212,7 +213,7 @@ def _single_layers(model: nn.Module, full_names: Mapping[nn.Parameter, str]) -> 
 
 
 def _once_per_example(two: list[Call], three: list[Call]) -> bool:
-    """Called once, with equally many rows for each example, in a batch of two and in a batch of three."""
+    """Whether a layer is called once, with equally many rows per example, in a batch of two and in one of three."""
     if len(two) != 1 or len(three) != 1:
         return False
     usable = all(call.inputs and call.edge is not None and call.rows > 0 for call in (*two, *three))
@@ -225,7 +226,7 @@ def _graph_bytes(model: nn.Module, pixels: Tensor) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # a saved output kept as it is would hold its own graph for ever
+        return tensor.detach()  # a saved output that is not detached would keep its own graph alive for ever
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model(pixels)
@@ -233,7 +234,7 @@ def _graph_bytes(model: nn.Module, pixels: Tensor) -> int:
 
 
 def _random_columns(logits: Tensor) -> Tensor:
-    """[1, m, C] directions that favour no class."""
+    """Draw [1, m, C] directions that favour no class."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, *logits.shape, generator=generator).to(logits)
 
@@ -247,7 +248,7 @@ def _refuse_unreached(names: Collection[str]) -> None:
 
 
 def widen(model: nn.Module, names: Iterable[str], n: int) -> dict[str, Tensor]:
-    """Parameters [1, ...] as leaves [n, ...] of equal rows, one for each example."""
+    """Expand parameters [1, ...] to leaves [n, ...] of equal rows, one per example."""
     wide = {name: _whole(model.get_parameter(name).detach()) for name in names}
     return {name: value.expand(n, *value.shape[1:]).requires_grad_() for name, value in wide.items()}
 
@@ -259,9 +260,9 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def _mapped(model: nn.Module, names: tuple[str, ...], pixels: Tensor, columns: Tensor) -> Mapping[str, Tensor]:
-    """Squares through the whole model mapped over examples; none where torch cannot map it.
+    """Return squares through the whole model mapped over examples; none if torch cannot map it.
 
-    It cannot where a forward pass looks at numbers, and some of its rules are wrong (nn.PReLU in torch 2.13).
+    It cannot if the forward pass branches on values, and some of its batching rules are wrong (nn.PReLU in torch 2.13).
     """
     try:
         return mapped_squares(model, names, pixels, columns, graph_bytes=0)
@@ -270,7 +271,7 @@ def _mapped(model: nn.Module, names: tuple[str, ...], pixels: Tensor, columns: T
 
 
 def _widened(model: nn.Module, names: tuple[str, ...], pixels: Tensor, columns: Tensor) -> Mapping[str, Tensor]:
-    """Squares of the parameters [1, ...] that the model joins to every example, each example having its own row."""
+    """Return squares of the parameters [1, ...] that the model joins to every example, with one row per example."""
     rows = widen(model, (name for name in names if model.get_parameter(name).shape[:1] == (1,)), len(pixels))
     if not rows:
         return {}
@@ -284,7 +285,7 @@ def _widened(model: nn.Module, names: tuple[str, ...], pixels: Tensor, columns: 
 
 
 def _agrees(found: Tensor, truth: Tensor, noise: float) -> bool:
-    """Whether a parameter's squares are the true ones; `noise` is what rounding may leave in each."""
+    """Whether a parameter's squares agree with the true ones; `noise` is the rounding error allowed in each."""
     if not bool(truth.sum().isfinite()):
         return True  # the pass itself reports which layer and which image
     return bool((found - truth).norm() <= _AGREE * truth.norm() + noise * truth.numel() ** 0.5)

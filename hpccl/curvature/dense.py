@@ -1,4 +1,4 @@
-"""The whole Fisher matrix, for small networks and as the truth that other kinds are compared with.
+"""The full Fisher matrix, for small networks and as the reference for other kinds of curvature.
 
 F = sum_i w_i J_i' Lambda_i J_i over all trainable parameters in one order (by name), [P, P].
 """
@@ -29,7 +29,7 @@ class DensePrecision:
     """A Precision as one matrix, equal on all ranks.
 
     matrix: [P, P] fp32
-    shapes: of the parameters by name, in the order of the matrix
+    shapes: shapes of the parameters by name, in the order of the matrix
     num_examples: sum of the weights of the examples
     """
 
@@ -42,7 +42,7 @@ class DensePrecision:
         """The inverse of `state_dict`.
 
         Raises:
-            CheckpointError: damaged.
+            CheckpointError: the state is damaged.
         """
         try:
             shapes = {name: tuple(shape) for name, shape in state["shapes"]}
@@ -51,7 +51,7 @@ class DensePrecision:
             raise CheckpointError(f"the dense curvature in the checkpoint is damaged: {error}") from error
 
     def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
-        """Every parameter's rows, multiplied by the rank that owns them; see Precision.pieces."""
+        """Return the pieces of the parameters whose rows this rank multiplies; see Precision.pieces."""
         self._refuse_other(like)
         sizes = [like[name].numel() for name in self.shapes]
         rows = dict(zip(self.shapes, self.matrix.split(sizes), strict=True))
@@ -59,7 +59,7 @@ class DensePrecision:
         return [_piece(name, tuple(self.shapes), rows[name]) for name in mine]
 
     def plus(self, other: Precision, comm: Comm) -> DensePrecision:
-        """The sum.
+        """Return the sum.
 
         Raises:
             CoverageError: `other` is of another kind or over other weights.
@@ -69,29 +69,29 @@ class DensePrecision:
         return DensePrecision(self.matrix + other.matrix, self.shapes, self.num_examples + other.num_examples)
 
     def times(self, scale: float) -> DensePrecision:
-        """Scaled by `scale` >= 0."""
+        """Return it scaled by `scale` >= 0."""
         assert scale >= 0, "a precision stays positive semi-definite"
         return DensePrecision(self.matrix * scale, self.shapes, self.num_examples)
 
     def rounded(self) -> DensePrecision:
-        """Itself: it is there to compare with."""
+        """Return itself: it serves as a reference."""
         return self
 
     def totals(self, comm: Comm) -> Totals:
-        """Equal on all ranks."""
+        """See Precision.totals; equal on all ranks."""
         return Totals(float(self.matrix.diagonal().double().sum()), self.matrix.nbytes, self.matrix.nbytes)
 
     def to(self, device: torch.device) -> DensePrecision:
-        """The same on a device."""
+        """Return it on a device."""
         return DensePrecision(self.matrix.to(device), self.shapes, self.num_examples)
 
     def state_dict(self) -> dict[str, Any]:
-        """{'kind', 'num_examples', 'shapes', 'matrix'}."""
+        """The state, with keys 'kind', 'num_examples', 'shapes' and 'matrix'."""
         shapes = [[name, list(shape)] for name, shape in self.shapes.items()]
         return {"kind": "dense", "num_examples": self.num_examples, "shapes": shapes, "matrix": self.matrix}
 
     def shard_dict(self) -> dict[str, Any]:
-        """Nothing: every rank holds the whole."""
+        """Empty: every rank holds the whole matrix."""
         return {}
 
     def _refuse_other(self, names: Iterable[str]) -> None:
@@ -113,7 +113,7 @@ def _piece(name: str, names: tuple[str, ...], rows: Tensor) -> Piece:
 @final
 @dataclass(frozen=True)
 class DenseEstimator:
-    """Measures a DensePrecision by one backward pass an example and column.
+    """Measures a DensePrecision by one backward pass per example and column.
 
     fisher, samples, seed: see DiagonalEstimator
     max_parameters: a larger model is refused
@@ -163,7 +163,7 @@ class DenseEstimator:
             logits = model(example.pixels)
             columns = output_columns(logits, example, self.fisher, samples=self.samples, seed=self.seed)
             rows = [_gradient(logits, column, parameters) for column in columns]
-        if not rows:  # a head of one class has nothing to be unsure about
+        if not rows:  # a head of one class has no `ggn` columns: its Fisher matrix is 0
             return
         root = torch.stack(rows)
         if not bool(root.isfinite().all()):

@@ -74,7 +74,7 @@ class Diagonal:
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """By parameter name, where nothing is spread."""
+        """The diagonal by parameter name, if nothing is spread."""
         return wholes(self.leaves)
 
     @property
@@ -84,7 +84,7 @@ class Diagonal:
 
     @property
     def _own(self) -> list[Tensor]:
-        """What this rank has."""
+        """The tensors that this rank holds."""
         return [leaf.local if isinstance(leaf, Slab) else leaf for leaf in self.leaves.values()]
 
     def _refuse_unknown(self, names: Iterable[str]) -> None:
@@ -93,7 +93,7 @@ class Diagonal:
             raise CoverageError(f"parameter '{unknown[0]}' has no curvature; measured: {listed(self.leaves)}")
 
     def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
-        """Each parameter on the rank that owns it; see Precision.pieces.
+        """Return the pieces of the parameters that this rank owns; see Precision.pieces.
 
         Raises:
             CoverageError: a name of `like` has no curvature.
@@ -104,7 +104,7 @@ class Diagonal:
         return [_piece(name, strided_like(value, like[name])) for name, value in mine.items()]
 
     def plus(self, other: Precision, comm: Comm) -> Diagonal:
-        """The sum.
+        """Return the sum.
 
         Raises:
             CoverageError: `other` is of another kind or over other weights.
@@ -118,7 +118,7 @@ class Diagonal:
         return Diagonal(values, self.num_examples + other.num_examples)
 
     def times(self, scale: float) -> Diagonal:
-        """The diagonal scaled by `scale` >= 0."""
+        """Return the diagonal scaled by `scale` >= 0."""
         assert scale >= 0, "a precision stays positive semi-definite"
         values = {
             name: replace(leaf, local=leaf.local * scale) if isinstance(leaf, Slab) else leaf * scale
@@ -127,7 +127,7 @@ class Diagonal:
         return Diagonal(values, self.num_examples)
 
     def rounded(self) -> Diagonal:
-        """Itself: a product with a diagonal takes no time."""
+        """Return itself: a product with a diagonal is cheap already."""
         return self
 
     def totals(self, comm: Comm) -> Totals:
@@ -143,20 +143,20 @@ class Diagonal:
         return Totals(trace + _trace(whole), int(num_bytes) + sum(value.nbytes for value in whole), most)
 
     def to(self, device: torch.device) -> Diagonal:
-        """The same on a device."""
+        """Return it on a device."""
         return Diagonal({name: leaf.to(device) for name, leaf in self.leaves.items()}, self.num_examples)
 
     def state_dict(self) -> dict[str, Any]:
-        """{'kind', 'num_examples', 'values'}."""
+        """The state, with keys 'kind', 'num_examples' and 'values'."""
         return {"kind": "diagonal", "num_examples": self.num_examples, "values": dict(self.leaves)}
 
     def shard_dict(self) -> dict[str, Any]:
-        """Nothing: what is spread is spread by name, like weights."""
+        """Empty: `state_dict` has the spread leaves by name, like weights."""
         return {}
 
 
 def summed_diagonal(model: nn.Module, values: Mapping[str, Tensor], count: float, comm: Comm) -> Diagonal:
-    """The sum of all ranks' values, whole or divided as the model's weights are; collective."""
+    """Sum all ranks' values, whole or divided as the model's weights are; collective."""
     comm.sum_(list(values.values()))
     weights, _ = parameters_of(model)
     found: dict[str, Leaf] = {}
@@ -175,11 +175,10 @@ class DiagonalEstimator:
 
     fisher: ggn: exact, K - 1 backward passes for K own-head classes; mc: `samples` labels drawn per example;
         empirical: the true label; weighted: the same times its probability; predicted: the likeliest label;
-        outputs: no Fisher matrix but
-        2 sum_i w_i |d |z_i|^2 / dw| for own-head logits z_i, the importances of Memory Aware Synapses (see
-        `hpccl.config.curvature.MasCurvature`)
-    samples: of mc
-    seed: of mc; what is drawn depends on (seed, sample) only, not on batches, order or ranks
+        outputs: no Fisher matrix but 2 sum_i w_i |d |z_i|^2 / dw| for own-head logits z_i, the importances of Memory
+        Aware Synapses (see `hpccl.config.curvature.MasCurvature`)
+    samples: draws of mc
+    seed: seed of mc; draws depend on (seed, sample) only, not on batches, order or ranks
     known: see KroneckerPass
     """
 
@@ -218,7 +217,7 @@ class DiagonalEstimator:
     def _measured(
         self, model: nn.Module, batches: Iterable[Examples], comm: Comm
     ) -> Iterator[tuple[Examples, Mapping[str, Tensor]]]:
-        """Parts of the batches that fit in memory, each with its sums of squares."""
+        """Yield parts of the batches that fit in memory, each with its sums of squares."""
         coverage = self.known
 
         def size(examples: Examples) -> int:
@@ -233,7 +232,7 @@ class DiagonalEstimator:
             yield part, found
 
     def _part(self, coverage: Coverage, examples: Examples) -> tuple[int, int]:
-        """How many examples, and how many columns of them, to hold at a time."""
+        """Return how many examples, and how many columns of them, to hold at a time."""
         budget = 1 << 27 if examples.pixels.device.type == "cpu" else 1 << 31
         columns = max(1, self._sweep.num_columns(examples))
         group = min(columns, max(1, budget // (8 * max(1, coverage.output_bytes))))
@@ -268,7 +267,10 @@ class DiagonalEstimator:
 def passing_squares(
     model: nn.Module, layers: Layers, found: Forward, rows: Mapping[str, Tensor], *, power: Power = 2
 ) -> dict[str, Tensor]:
-    """Squares by full name, each layer's while its weights are whole, and of parameters `rows` [n, ...]."""
+    """Return squares by full name: each layer's, taken while its weights are whole, and those of `rows` [n, ...].
+
+    rows: parameters with one row per example, see `coverage.widen`
+    """
     total: dict[str, Tensor] = {}
 
     def add(name: str, value: Tensor) -> None:
@@ -290,7 +292,7 @@ def passing_squares(
 
 
 def _sum(first: Leaf, second: Leaf) -> Leaf:
-    """Where the second is: an engine may have in host memory what was read from a checkpoint onto the device."""
+    """Add on the second's device: an engine may hold in host memory what was read from a checkpoint onto the GPU."""
     if isinstance(first, Slab):
         assert isinstance(second, Slab), "both were aligned"
         return replace(second, local=first.local.to(second.local.device) + second.local)
@@ -305,7 +307,7 @@ def _trace(values: Iterable[Tensor]) -> float:
 def _piece(name: str, values: Tensor) -> Piece:
     def add(target: Tensor, weights: Weights, anchor: Weights, scale: float, damping: float) -> Tensor:
         difference = weights[name].float() - anchor[name]
-        # Into the target's own layout, which is that of the buckets in which gradients are averaged.
+        # In the target's own layout, which is that of the buckets in which gradients are averaged.
         total = torch.addcmul(target, values, difference, value=scale, out=torch.empty_like(target))
         return total.add_(difference, alpha=scale * damping)
 

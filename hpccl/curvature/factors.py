@@ -1,12 +1,12 @@
-"""Kronecker factors of linear maps and convolutions, and exact squares for everything else, in one pass over the data.
+"""Kronecker factors of linear maps and convolutions, and exact diagonals for all else, in one pass over the data.
 
 KroneckerPass sums A and B of moments.py for every layer whose trainable weight is used as nn.Linear or nn.Conv2d use
-it; all other trainable parameters get the exact diagonal, as DiagonalEstimator has it. EigenPass then sums, in given
+it; all other trainable parameters get the exact diagonal, as in DiagonalEstimator. EigenPass then sums, in given
 bases of the layers, the squares of per-example gradients (EKFAC):
 
     S = sum_n sum_columns (Qb' G_n Qa)^2,   G_n = sum_s g_ns a_ns'
 
-No weight gradient is computed in the backward pass, and every output gradient is gone once it was added.
+No weight gradient is computed in the backward pass, and every output gradient is freed once it is added.
 Source: George et al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", NeurIPS.
 """
 
@@ -46,7 +46,7 @@ from hpccl.errors import ConfigError, CoverageError
 
 __all__ = ["BlockSums", "EigenPass", "KroneckerPass", "Measured", "Shape", "refuse_large"]
 
-Shape = tuple[int, int, int]  # groups, outputs and inputs of a group, bias counted
+Shape = tuple[int, int, int]  # groups, outputs and inputs of a group (including the bias)
 Bases = Mapping[str, tuple[Tensor, Tensor]]  # by layer, Qa [g, d, d] and Qb [g, o, o]
 
 _GIB = 1 << 30
@@ -56,7 +56,7 @@ _GIB = 1 << 30
 class BlockSums:
     """One layer's factors, as sums over this rank's examples.
 
-    weight, bias: full names of its parameters; bias None if there is none, or none that is trainable
+    weight, bias: full names of its parameters; bias is None if the layer has no trainable one
     a: [g, d, d] fp32, weighted; divided by the number of examples of all ranks it is the mean A
     b: [g, o, o] fp32
     """
@@ -69,7 +69,7 @@ class BlockSums:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a pass found on this rank: nothing was exchanged.
+    """The sums of a pass over this rank's examples, before any exchange between ranks.
 
     blocks: by module name
     squares: by full parameter name, in the parameter's shape, fp32
@@ -86,11 +86,11 @@ class KroneckerPass:
     """Measures Kronecker factors.
 
     fisher, samples, seed: see Sweep
-    sharing: of a weight over positions; see moments.py
-    precision: of the forward and backward pass; sums are fp32 always
+    sharing: how positions that share a weight are combined; see moments.py
+    precision: of the forward and backward pass; sums are always fp32
     diagonal: patterns (*, ?) of the names of modules that get the exact diagonal instead
     max_factor: the largest side of a factor that is allowed
-    known: how the model is covered, where its weights are spread (coverage.plan_ahead); None: found in the pass
+    known: the coverage of a model whose weights are spread (coverage.plan_ahead); None: it is planned in the pass
     """
 
     fisher: Fisher = "mc"
@@ -103,7 +103,7 @@ class KroneckerPass:
     known: Coverage | None = None
 
     def run(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Measured:
-        """One pass; collective, but the sums stay local. The model is left as it was.
+        """Run the pass; collective, but the sums stay local. The model is left unchanged.
 
         Raises:
             CoverageError: a trainable parameter is not covered, or a factor is too large.
@@ -123,7 +123,7 @@ class KroneckerPass:
         return at_the_end(model, comm, grown).measured(comm.device)
 
     def check(self, model: nn.Module) -> None:
-        """Refuse at once what `run` would refuse later, as far as can be told without data.
+        """Refuse now what `run` would refuse later, as far as this is known without data.
 
         Raises:
             ConfigError: a pattern matches nothing.
@@ -190,28 +190,28 @@ class KroneckerPass:
 
     @property
     def sweep(self) -> Sweep:
-        """What is asked of every example."""
+        """The vectors over the logits that are pulled back for every example."""
         return Sweep(self.fisher, self.samples, self.seed)
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The dtype of the passes; None is that of the weights."""
+        """The dtype of the passes; None: that of the weights."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
 
 @dataclass(frozen=True)
 class EigenPass:
-    """Measures the diagonal of layers in bases that were found by a KroneckerPass.
+    """Measures the diagonal of layers in the eigenbases of the factors of a KroneckerPass.
 
-    first: that pass, whose examples' columns and precision are taken
+    first: that pass, whose columns and precision are used again
     """
 
     first: KroneckerPass
 
     def run(self, model: nn.Module, batches: Iterable[Examples], comm: Comm, bases: Bases) -> dict[str, Tensor]:
-        """S [g, o, d] fp32 by layer, of this rank's examples; collective, but the sums stay local.
+        """Return S [g, o, d] fp32 by layer, of this rank's examples; collective, but the sums stay local.
 
-        `bases` has the same layers on every rank. The model is left as it was.
+        `bases` has the same layers on every rank. The model is left unchanged.
 
         Raises:
             DataError: a label is outside its head.
@@ -243,7 +243,7 @@ class EigenPass:
         return sums
 
     def _add(self, model: nn.Module, sums: Mapping[str, Tensor], bases: Bases, part: Examples, *, room: int) -> None:
-        """room: elements of rotated inputs that may be kept."""
+        """room: elements of rotated inputs that may be cached."""
         sweep = self.first.sweep
         found = sweep.forward(model, bases, part, autocast=self.first.autocast)
         rotations: dict[str, Rotation] = {}
@@ -268,7 +268,7 @@ def refuse_large(shapes: Mapping[str, Shape], max_factor: int) -> None:
     """Refuse factors with a side above `max_factor`.
 
     Raises:
-        CoverageError: naming the first such layer.
+        CoverageError: a layer has such a factor; the first one is named.
     """
     for name, (groups, outputs, inputs) in shapes.items():
         side = max(outputs, inputs)
@@ -292,7 +292,7 @@ class _Block:
 
 @dataclass
 class _Growing:
-    """The sums so far."""
+    """The accumulators of a pass."""
 
     coverage: Coverage
     blocks: dict[str, _Block]
@@ -301,7 +301,7 @@ class _Growing:
     layout: torch.memory_format | None = None  # of the pixels; None before the first part
 
     def laid(self, model: nn.Module, part: Examples) -> Examples:
-        """The part with pixels as the model takes them fastest."""
+        """Return the part with pixels in the model's fastest memory format."""
         self.layout = self.layout or fastest_layout(model, part.pixels)
         return replace(part, pixels=part.pixels.contiguous(memory_format=self.layout))
 
@@ -319,7 +319,7 @@ class _Growing:
         return not sums or bool(torch.stack(sums).isfinite().all())
 
     def measured(self, device: torch.device) -> Measured:
-        """Give the sums away, each accumulator as soon as its matrix is there."""
+        """Turn the accumulators into sums, freeing each one as soon as its matrix exists."""
         blocks = {}
         for name in list(self.blocks):
             block = self.blocks.pop(name)
@@ -334,7 +334,7 @@ def _allocated(model: nn.Module, name: str, names: Mapping[str, str], sharing: S
         return _Block(
             names, InputMoment(module, bias="bias" in names, sharing=sharing), GradientMoment(module, sharing=sharing)
         )
-    except RuntimeError as error:  # torch raises it, or a class of it, when memory is short
+    except RuntimeError as error:  # torch raises it, or a subclass, when memory runs out
         groups, outputs, inputs = _shape(model, name, names)
         gib = 4 * groups * (outputs**2 + inputs**2) / _GIB
         raise CoverageError(
@@ -366,6 +366,6 @@ def _refuse_idle_patterns(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def _fitting(graph_bytes: int, examples: Examples) -> int:
-    """How many examples to hold at a time."""
+    """Return how many examples to hold at a time."""
     budget = 1 << 28 if examples.pixels.device.type == "cpu" else 1 << 32
     return max(1, min(len(examples), budget // max(1, graph_bytes)))

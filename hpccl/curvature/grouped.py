@@ -1,11 +1,11 @@
-"""The diagonal of gradients that are averaged over groups of examples first, as other code measures importances.
+"""The diagonal of gradients that are first averaged over groups of examples, as some other code measures importances.
 
     empirical:  sum over groups of n g^2,       g = mean over the group's n examples of d nats / dw
     outputs:    2 sum over groups of n |g|,     g = mean over the group's n examples of d |z|^2 / dw
 
 With groups of one example these are the empirical Fisher diagonal and the importances of Memory Aware Synapses. In
-larger ones, gradients of other signs cancel: for independent ones of mean 0 a square is smaller by the factor n. It is
-there to be compared with Avalanche (its EWC and MAS plugins) and with the MAS authors' code, which do this.
+larger groups, gradients of opposite sign cancel: for independent gradients of mean 0, squares are smaller by the factor
+n. This serves for comparison with Avalanche (its EWC and MAS plugins) and the MAS authors' code, which do this.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = ["GroupedEstimator"]
 @final
 @dataclass(frozen=True)
 class GroupedEstimator:
-    """Measures a Diagonal of mean gradients; every batch that it is given is a group.
+    """Measures a Diagonal from the mean gradients of groups; every batch is one group.
 
-    wanted: as of DiagonalEstimator
+    wanted: see `fisher` of DiagonalEstimator
     batch_size: examples of a group that are held at a time
     """
 
@@ -72,14 +72,14 @@ class GroupedEstimator:
         return found.times(2.0) if self.wanted == "outputs" else found
 
     def _gradient(self, model: nn.Module, group: Examples) -> Mapping[str, Tensor]:
-        """Summed over the group's examples, each times its weight; by name."""
+        """Return the gradient summed over the group's examples, each times its weight; by parameter name."""
         named = {name: value for name, value in model.named_parameters() if value.requires_grad}
         total = {name: torch.zeros_like(value) for name, value in named.items()}
         for part in in_parts(group, self.batch_size):
             with measuring(model, part.pixels.device):
                 logits: Tensor = model(part.pixels)
                 (column,) = output_columns(logits, part, self.wanted, samples=1, seed=0)
-                if self.wanted == "empirical":  # whose column is to be squared, and so has a root of the weight
+                if self.wanted == "empirical":  # its column has sqrt(weight), since it is meant to be squared
                     column = column * part.weight.sqrt().to(column)[:, None]
                 found = torch.autograd.grad(logits, list(named.values()), column, materialize_grads=True)
             for name, value in zip(named, found, strict=True):

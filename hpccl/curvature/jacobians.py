@@ -1,4 +1,4 @@
-"""Jacobians of the logits by the weights, example by example: d logits / d weights, [n, C, *shape of the parameter]."""
+"""Per-example Jacobians of the logits by the weights: d logits / d weights, [n, C, *shape of the parameter]."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AGREE = 1e-3  # relative difference that still counts as rounding
 
 
 def logits_at(model: nn.Module, weights: Weights, pixels: Tensor) -> Tensor:
-    """[n, C] logits of the model with `weights` in the place of its own."""
+    """Return the logits [n, C] of the model with `weights` in place of its own."""
     logits: Tensor = torch.func.functional_call(model, dict(weights), (pixels,))
     return logits
 
@@ -24,14 +24,14 @@ def logits_at(model: nn.Module, weights: Weights, pixels: Tensor) -> Tensor:
 def logit_jacobians(
     model: nn.Module, weights: Weights, names: Sequence[str], pixels: Tensor, *, mapped: bool
 ) -> dict[str, Tensor]:
-    """By name [n, C, *shape]; within `measuring`.
+    """Return the Jacobians [n, C, *shape] by name; call it within `measuring`.
 
     Args:
         model: the model.
-        weights: to use instead of its own, and to linearise at.
-        names: of the parameters to derive by.
+        weights: used instead of its own; the point of linearisation.
+        names: names of the parameters to differentiate by.
         pixels: [n, channels, h, w].
-        mapped: all examples at once; otherwise one example and logit after the other, which every model allows.
+        mapped: all examples at once; otherwise one example and logit at a time, which works with every model.
     """
     fixed = {name: value.detach() for name, value in weights.items()}
     own = {name: fixed.pop(name) for name in names}
@@ -39,7 +39,7 @@ def logit_jacobians(
 
 
 def maps(model: nn.Module, weights: Weights, names: Sequence[str], pixels: Tensor) -> bool:
-    """Whether torch can map the model over examples, and does so correctly: some of its rules are wrong."""
+    """Whether torch can map the model over examples, and does so correctly: some of its batching rules are wrong."""
     some = pixels[:2]
     try:
         found = logit_jacobians(model, weights, names, some, mapped=True)

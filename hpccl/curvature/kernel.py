@@ -7,8 +7,8 @@ logits. Classes are taken as independent of each other.
 
 Source: Pan et al. 2020, "Continual deep learning by functional regularisation of memorable past", NeurIPS, section 3.2.
 
-Legend: n images, K competing classes, W weights. Each rank derives by the weights whose curvature it holds and sees all
-images; the sum over ranks is the kernel, whatever their number.
+Legend: n images, K competing classes, W weights. Each rank differentiates by the weights whose curvature it holds, for
+all images; the sum over ranks is the kernel, whatever their number.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _BUDGET = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of Jacobians at a time
 
 
 class _Probabilities(nn.Module):
-    """Probabilities of some of the classes that compete."""
+    """A model that returns the probabilities of some of the competing classes."""
 
     def __init__(self, model: nn.Module, head: Sequence[int], chosen: Sequence[int]) -> None:
         super().__init__()
         self.model, self.head, self.chosen = model, list(head), list(chosen)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[n, len(chosen)]."""
+        """Return the probabilities [n, len(chosen)]."""
         found: Tensor = self.model(pixels)[:, self.head].softmax(dim=1)[:, self.chosen]
         return found
 
 
 def probability_kernel(posterior: Posterior, model: nn.Module, pixels: Tensor, head: Sequence[int]) -> Tensor:
-    """[K, n, n] float64, on the images' device; collective.
+    """Return the kernel [K, n, n] in float64, on the images' device; collective.
 
-    Exact for what the posterior's spectra say. It holds the Jacobian of one layer for all n images and one class, and
-    makes K Jacobians an image: keep n small.
+    Exact for the posterior's spectra. It holds the Jacobian of one layer for all n images and one class, and computes K
+    Jacobians per image: keep n small.
 
     Args:
-        posterior: of the weights; its mean is where the model is linearised, and has all that the model needs.
-        model: whose forward pass is meant, in evaluation mode.
+        posterior: of the weights; the model is linearised at its mean, which has all tensors that the model needs.
+        model: gives the forward pass, in evaluation mode.
         pixels: [n, channels, h, w], the same on all ranks.
         head: numbers of the K classes that compete.
 
@@ -78,7 +78,7 @@ def probability_kernel(posterior: Posterior, model: nn.Module, pixels: Tensor, h
 
 
 def _half(posterior: Posterior, spectrum: Spectrum, model: _Probabilities, weights: Weights, pixels: Tensor) -> Tensor:
-    """[classes, n, values]: rows of J Q (s values + delta)^-1/2."""
+    """Return [classes, n, values]: rows of J Q (s values + delta)^-1/2."""
     names = [f"model.{name}" for name in spectrum.names]
     scale = (posterior.scale * spectrum.values + posterior.prior_precision).rsqrt()
     mapped = maps(model, weights, names, pixels)

@@ -1,8 +1,8 @@
-"""Measures Kronecker-factored curvature: local sums of one pass over the data, then one exchange between ranks.
+"""Measure Kronecker-factored curvature: local sums in one pass over the data, then one exchange between ranks.
 
 K-FAC: for a layer with inputs a and output gradients g, F = sum_n J_n' Lambda_n J_n ~ B (x) A (Martens and Grosse 2015;
-Grosse and Martens 2016 for convolutions; Eschenhagen et al. 2023 for expand and reduce). EKFAC: the eigenbasis of that,
-with the exact diagonal in it (George et al. 2018).
+Grosse and Martens 2016 for convolutions; Eschenhagen et al. 2023 for expand and reduce). EKFAC: the eigenbasis of
+B (x) A, with the exact diagonal in it (George et al. 2018).
 
 Nothing is exchanged during the pass. At its end the sums of each layer go to the rank that owns it, packed into
 triangles and fused into few messages; no other rank keeps them.
@@ -41,11 +41,11 @@ Placed = list[tuple[Layout, list[tuple[int, Part]]]]
 @final
 @dataclass(frozen=True)
 class KroneckerEstimator:
-    """Measures one Kronecker product a layer.
+    """Measures one Kronecker product per layer.
 
     sweep: the pass over the data
-    tasks: how tasks are summed later
-    keep_trace: below 1, factors are cut to as few eigenvectors as keep this share of a layer's trace
+    tasks: how the curvatures of tasks are summed later
+    keep_trace: below 1, factors are truncated to leading eigenvectors that keep this share of a layer's trace
     """
 
     sweep: KroneckerPass
@@ -62,7 +62,7 @@ class KroneckerEstimator:
         Raises:
             CoverageError, DataError, DivergedError, WorldError: see KroneckerPass.run.
         """
-        # Eigenvectors need a whole factor.
+        # Eigenvectors need whole factors.
         divisible = self.keep_trace == 1 and not isinstance(self.tasks, RefitTasks)
         whole, _ = _measured(self.sweep, model, batches, comm, self.tasks, divisible=divisible)
         truncated = all_or_none(comm, lambda: tuple(block.truncated(self.keep_trace) for block in whole.blocks))
@@ -72,7 +72,10 @@ class KroneckerEstimator:
 @final
 @dataclass(frozen=True)
 class EkfacEstimator:
-    """Measures the diagonal in each layer's Kronecker eigenbasis, in a second pass; `sweep` as above."""
+    """Measures the diagonal in each layer's Kronecker eigenbasis, in a second pass.
+
+    sweep: see KroneckerEstimator
+    """
 
     sweep: KroneckerPass
 
@@ -81,7 +84,7 @@ class EkfacEstimator:
         self.sweep.check(model)
 
     def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Kronecker:
-        """See Estimator.estimate; goes through `batches` twice, and holds all bases on every rank meanwhile.
+        """See Estimator.estimate; iterates `batches` twice, and meanwhile holds all bases on every rank.
 
         Raises:
             CoverageError, DataError, DivergedError, WorldError: see KroneckerPass.run.
@@ -109,7 +112,7 @@ def _measured(
     *,
     divisible: bool,
 ) -> tuple[Kronecker, Placed]:
-    """One Kronecker product a layer, spread over ranks, and where each layer or part is."""
+    """Measure one Kronecker product per layer, spread over ranks; also return where each layer or part is."""
     measured = sweep.run(model, batches, comm)
     layouts = _layouts(model, measured)
     placed = layout_parts(layouts, comm, divisible=divisible)
@@ -124,7 +127,7 @@ def _eigen(blocks: Mapping[str, Block]) -> dict[str, Eigen]:
 
 
 def _layouts(model: nn.Module, measured: Measured) -> list[Layout]:
-    """In the order of the model, which is the same on all ranks."""
+    """Layouts of the measured layers, in the order of the model, which is the same on all ranks."""
     found = []
     for name, module in model.named_modules():
         if name not in measured.blocks:
@@ -137,7 +140,7 @@ def _layouts(model: nn.Module, measured: Measured) -> list[Layout]:
 
 
 def _spread(measured: Measured, placed: Placed, comm: Comm) -> list[Block]:
-    """This rank's blocks from all ranks' sums, which are let go as they are sent; the count becomes that of all."""
+    """Reduce all ranks' sums to this rank's blocks, freeing sums as they are sent; the count is summed in place."""
     comm.sum_([measured.count])
     waiting = Counter(layout.name for layout, ranks in placed for _ in ranks)
     found: dict[str, list[Block]] = {}
@@ -156,7 +159,7 @@ def _spread(measured: Measured, placed: Placed, comm: Comm) -> list[Block]:
 
 
 def _messages(placed: Placed, rank: int) -> Iterator[list[tuple[Layout, Part]]]:
-    """What goes to a rank, in messages."""
+    """Yield the layers and parts that go to a rank, grouped into messages."""
     message: list[tuple[Layout, Part]] = []
     filled = 0
     for layout, ranks in placed:
@@ -174,9 +177,9 @@ def _messages(placed: Placed, rank: int) -> Iterator[list[tuple[Layout, Part]]]:
 
 
 def _packed(measured: Measured, layout: Layout, part: Part) -> Tensor:
-    """A layer's sums as one row of numbers: what is symmetric as triangles, what is cut as it is.
+    """Flatten a layer's sums: symmetric factors as triangles, cut ones as they are.
 
-    Inputs are brought into the order in which the layer's weight lies in memory.
+    Inputs are permuted to the memory order of the layer's weight.
     """
     sums = measured.blocks[layout.name]
     a = sums.a
@@ -210,7 +213,7 @@ def _block(layout: Layout, part: Part, numbers: Tensor, count: float) -> Block:
 
 
 def _everyone(eigen: Mapping[str, Eigen], placed: Placed, comm: Comm) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every layer's bases on every rank, inputs in the order (channel, kh, kw)."""
+    """Broadcast every layer's bases to every rank, with inputs in the order (channel, kh, kw)."""
     bases: dict[str, tuple[Tensor, Tensor]] = {}
     for layout, ((owner, _),) in placed:
         groups, outputs, inputs = layout.shape

@@ -1,4 +1,4 @@
-"""A Precision made of one Kronecker-factored block a layer and a diagonal for everything else, spread over ranks.
+"""A Precision made of one Kronecker-factored block per layer and a diagonal for everything else, spread over ranks.
 
 Each rank holds the blocks (or the parts of large blocks) that it owns, and the diagonal of all the rest.
 """
@@ -33,13 +33,13 @@ __all__ = ["Kronecker", "layout_parts"]
 class Kronecker:
     """A block-diagonal Precision.
 
-    blocks: of this rank
-    rest: diagonal of the parameters that are in no block, equal on all ranks
+    blocks: this rank's blocks
+    rest: diagonal of the parameters that are in no block
     num_examples: sum of the weights of the examples
-    tasks: how the sum with another task's is made
-    layouts: of the blocks of all ranks, in the order of the model
-    divisible: large blocks are cut into parts on several ranks
-    keep_trace: below 1, factors have as few eigenvectors as keep this share of a layer's trace
+    tasks: how it is summed with another task's
+    layouts: layouts of all ranks' blocks, in the order of the model
+    divisible: whether large blocks are cut into parts on several ranks
+    keep_trace: below 1, factors are truncated to leading eigenvectors that keep this share of a layer's trace
     """
 
     blocks: tuple[Block, ...]
@@ -59,13 +59,13 @@ class Kronecker:
         place: Place = placed_whole,
         like: Weights = MappingProxyType({}),
     ) -> Kronecker:
-        """The inverse of `state_dict` and all ranks' `shard_dict`, spread over the ranks of `comm`. Not collective.
+        """Rebuild it from `state_dict` and all ranks' `shard_dict`, spread over the ranks of `comm`. Not collective.
 
-        like: weights whose memory layout is that of the network now, as what it measures will be added; those that are
-            not there keep the one with which they were measured.
+        like: weights in the network's current memory layout, which blocks take so that later curvature can be added;
+            layers that it lacks keep the layout in which they were measured.
 
         Raises:
-            CheckpointError: damaged.
+            CheckpointError: the state is damaged.
         """
         try:
             measured = [Layout.from_state_dict(layout) for layout in state["layouts"]]
@@ -91,7 +91,7 @@ class Kronecker:
         return cls(tuple(blocks), rest, num_examples, tasks, tuple(layouts), divisible, keep_trace)
 
     def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
-        """What this rank multiplies; see Precision.pieces."""
+        """Return this rank's pieces of the product; see Precision.pieces."""
         covered = {name for layout in self.layouts for name in layout.names}
         bare = like.keys() - covered - self.rest.leaves.keys()
         if bare:
@@ -102,7 +102,7 @@ class Kronecker:
         return [piece for block in self.blocks for piece in _block_pieces(block)] + self.rest.pieces(comm, rest)
 
     def plus(self, other: Precision, comm: Comm) -> Kronecker:
-        """The sum, made as `tasks` says; collective. A curvature of no examples changes nothing, whatever its layers.
+        """Return the sum as `tasks` defines it; collective. Curvature of no examples adds nothing, whatever its layers.
 
         Raises:
             CoverageError: `other` is of another kind or over other weights.
@@ -134,16 +134,16 @@ class Kronecker:
         )
 
     def times(self, scale: float) -> Kronecker:
-        """Scaled by `scale` >= 0."""
+        """Return it scaled by `scale` >= 0."""
         assert scale >= 0, "a precision stays positive semi-definite"
         return replace(self, blocks=tuple(block.times(scale) for block in self.blocks), rest=self.rest.times(scale))
 
     def rounded(self) -> Kronecker:
-        """Factors in bf16; the diagonal of the rest stays as it is."""
+        """Return it with factors in bf16; the diagonal of the rest is unchanged."""
         return replace(self, blocks=tuple(block.to(torch.bfloat16) for block in self.blocks))
 
     def totals(self, comm: Comm) -> Totals:
-        """Over all ranks; collective."""
+        """See Precision.totals; collective."""
         own = sum(block.num_bytes for block in self.blocks)
         terms = max((len(block.terms) for block in self.blocks), default=1)
         error = 0.0
@@ -162,11 +162,11 @@ class Kronecker:
         )
 
     def to(self, device: torch.device) -> Kronecker:
-        """The same on a device."""
+        """Return it on a device."""
         return replace(self, blocks=tuple(block.to(device) for block in self.blocks), rest=self.rest.to(device))
 
     def state_dict(self) -> dict[str, Any]:
-        """What all ranks hold."""
+        """The state that all ranks hold."""
         return {
             "kind": "kronecker",
             "layouts": [layout.state_dict() for layout in self.layouts],
@@ -178,7 +178,7 @@ class Kronecker:
         }
 
     def shard_dict(self) -> dict[str, Any]:
-        """What this rank alone holds: by the layer's name, the states of its blocks or parts."""
+        """The state that this rank alone holds: its blocks or parts, by layer name."""
         found: dict[str, Any] = {}
         for block in self.blocks:
             found.setdefault(block.layout.name, []).append(block.state_dict())
@@ -188,10 +188,10 @@ class Kronecker:
 def layout_parts(
     layouts: Sequence[Layout], comm: Comm, *, divisible: bool
 ) -> list[tuple[Layout, list[tuple[int, Part]]]]:
-    """For each layer, in order, the (rank, part) pairs that share it: a pure function of shapes and world size.
+    """Return, for each layer in order, the (rank, part) pairs that share it: a pure function of shapes and world size.
 
-    The cost of a layer is that of its pull, 2 o d (o + d) a group. divisible: layers that alone cost more than a rank's
-    fair share are cut; eigenbases and low-rank factors cannot be.
+    The cost of a layer is that of one product B D A, 2 o d (o + d) per group. divisible: layers that alone cost more
+    than a rank's fair share are cut; eigenbases and low-rank factors cannot be.
     """
     shapes = {layout.name: layout.shape for layout in layouts}
     costs = {layout.name: _pull_cost(layout) for layout in layouts}
@@ -217,7 +217,7 @@ def _block_pieces(block: Block) -> list[Piece]:
         difference = layout.difference(weights, anchor)
         total, matrix = _room(layout, target)
         own = part.of_product(matrix)
-        # The last matrix product adds to the gradient by itself: a pass over memory less, and a buffer.
+        # The last matrix product accumulates into the gradient, which saves a pass over memory and a buffer.
         if part == WHOLE:
             torch.add(target, layout.weight_of(difference), alpha=scale * damping, out=total)
         else:
@@ -241,7 +241,7 @@ def _block_pieces(block: Block) -> list[Piece]:
 
 
 def _room(layout: Layout, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for a gradient, laid out like `target` if that can be, and the same as a matrix [g, o, d without bias]."""
+    """Allocate a gradient, laid out like `target` if possible, and its view as a matrix [g, o, d without bias]."""
     total = torch.empty_like(target)
     matrix = layout.matrix_of(total)
     if matrix is None:

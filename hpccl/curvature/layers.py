@@ -1,14 +1,14 @@
-"""What one layer's parameters add to the diagonal: exact squares (or sizes) of per-example gradients.
+"""Exact sums of squares (or absolute values) of one layer's per-example gradients, which make up the diagonal.
 
-For example i and column j, a layer with input a and output gradient g (a over rows and positions r) has the gradient
+For example i and column j, a layer with input a and output gradient g (at rows and positions r) has the gradient
 
     Linear, Conv2d   dW_ij = sum_r g_ijr a_ir'      (a: patches of the input, per group)
     bias             db_ij = sum_r g_ijr
     norm weight      dw_ij = sum_r g_ijr * x_hat_ir (x_hat recomputed without the affine map: the weight may be 0)
 
-and adds sum_ij (d.._ij)^2. Summing over positions comes before squaring; only without positions is the sum of squares
-of dW the product (G^2)'(A^2), and with few of them a sum of such products over pairs of positions. Every other layer
-takes the vector-Jacobian product of its own forward, per example. With power 1 it is |d.._ij| that is added (MAS).
+and adds sum_ij (d.._ij)^2. Positions are summed before squaring; only with a single position is the sum of squares of
+dW the product (G^2)'(A^2), and with few positions it is a sum of such products over pairs of them. For every other
+layer the vector-Jacobian product of its own forward is taken per example. With power 1, |d.._ij| is added (MAS).
 
 Legend: n examples, f rows of the layer's batch dim per example (windows), c columns, d inputs, o outputs.
 Inputs are [n*f, ...], gradients [n*f, c, ...].
@@ -47,13 +47,13 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.Layer
 def squares(
     module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, names: Collection[str], n: int, *, power: Power = 2
 ) -> Mapping[str, Tensor]:
-    """Sum over examples and columns of squared gradients, by local parameter name, shaped like the parameter.
+    """Sum squared gradients over examples and columns, by local parameter name, in the parameter's shape.
 
     Args:
         module: the layer.
-        inputs: what it was called with, each [n*f, ...].
+        inputs: the arguments of its call, each [n*f, ...].
         grad: [n*f, c, ...] gradients of its output.
-        names: which of its own parameters.
+        names: which of its own parameters to measure.
         n: examples in the batch.
         power: 2 for squares, 1 for absolute values.
     """
@@ -74,12 +74,12 @@ def squares(
         weight = partial(summed, grad * _normalised(module, x)[:, None], n, 2)
         bias = partial(summed, grad, n, 2)
     by_name: dict[str, Callable[[], Tensor]] = {"weight": weight, "bias": bias}
-    # Not in the parameter's own shape: where weights are in shards it may have none at this moment.
+    # Not `parameter.shape`: a weight in shards may not have its own shape at this moment.
     return {name: by_name[name]().view(_shape(module, name)) for name in names}
 
 
 def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
-    """Of a parameter of a layer that has a formula."""
+    """The shape of a parameter of a layer that has a formula."""
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape
     if isinstance(module, nn.Linear) and name == "weight":
@@ -90,19 +90,19 @@ def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
 
 
 def _in_a_patch(module: nn.Conv2d) -> int:
-    """Inputs that one output sees."""
+    """Number of inputs that one output sees."""
     return module.in_channels // module.groups * prod(module.kernel_size)
 
 
 @final
 @dataclass(frozen=True)
 class Rotation:
-    """A layer's inputs of a batch and its eigenbasis, for the gradients of one column after another.
+    """A layer's eigenbasis and its inputs of a batch, to rotate the gradients of one column after another.
 
     basis: Qa [groups, d, d], d one more than the weight's if the bias is the last input, and Qb [groups, o, o]
-    inputs: of some examples, [m, groups, d, positions]
-    before: whether inputs and gradients are rotated, or their product, whichever is cheaper
-    kept: [n, groups, d, positions] the rotated inputs of all examples; None where every column rotates them anew
+    inputs: slice of examples -> their inputs [m, groups, d, positions]
+    before: whether inputs and gradients are rotated, rather than their product: whichever is cheaper
+    kept: [n, groups, d, positions] the rotated inputs of all examples; None if every column rotates them again
     """
 
     module: nn.Module
@@ -116,15 +116,15 @@ class Rotation:
     def of(
         cls, module: nn.Module, x: Tensor, basis: tuple[Tensor, Tensor], n: int, *, columns: int, room: int
     ) -> Rotation:
-        """Of an nn.Linear or nn.Conv2d.
+        """Prepare the rotation of an nn.Linear or nn.Conv2d.
 
         Args:
             module: the layer.
             x: [n*f, ...], its input.
             basis: (Qa, Qb).
             n: examples in the batch.
-            columns: that will come.
-            room: elements that may be kept.
+            columns: number of columns that will follow.
+            room: elements of rotated inputs that may be cached.
         """
         qa, qb = basis
         groups, d, _ = qa.shape
@@ -140,7 +140,7 @@ class Rotation:
         return cls(module, basis, n, inputs, before, kept)
 
     def squares(self, grad: Tensor) -> Tensor:
-        """Sum over examples of (Qb' dW Qa)^2 for one column: [groups, o, d].
+        """Sum (Qb' dW Qa)^2 over examples for one column: [groups, o, d].
 
         grad: [n*f, ...], the gradient of the layer's output.
         """
@@ -169,17 +169,17 @@ def has_formula(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward:
         return False
-    # Weight norm and pruning put other parameters behind the weight.
+    # Weight norm and pruning compute the weight from other parameters.
     return {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
 
 
 def acts_as_known(module: nn.Module) -> bool:
-    """Whether it computes what nn.Linear or nn.Conv2d do: some subclasses have a forward of their own that does."""
+    """Whether it computes what nn.Linear or nn.Conv2d do, as some subclasses with their own forward do."""
     if not isinstance(module, (nn.Linear, nn.Conv2d)) or has_formula(module):
         return isinstance(module, (nn.Linear, nn.Conv2d))
     if not {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}:
         return False
-    # Two sizes, so that padding which depends on the size shows.
+    # Two sizes reveal padding that depends on the size.
     return all(_computes_as_known(module, size) for size in (9, 16))
 
 
@@ -203,12 +203,12 @@ def _computes_as_known(module: nn.Linear | nn.Conv2d, size: int) -> bool:
 
 
 def raised(value: Tensor, power: Power) -> Tensor:
-    """Squared or made absolute. Not in place: a gradient may be one number seen at many places."""
+    """Return squares or absolute values. Not in place: a gradient may be an expanded view."""
     return value.square() if power == 2 else value.abs()
 
 
 def _summed(terms: Tensor, n: int, dim: int, power: Power) -> Tensor:
-    """Squares (or sizes) of `terms` [n*f, c, ...] summed within an example over all dims but `dim`: [size of dim]."""
+    """Sum `terms` [n*f, c, ...] in each example over all dims but `dim`, and add up their squares: [size of dim]."""
     dim = dim % terms.dim()
     positions = [other for other in range(2, terms.dim()) if other != dim]
     per_row = terms.sum(positions) if positions else terms
@@ -228,7 +228,7 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, grad: Tensor, n: int, power: Power) -> Tensor:
-    """[o, d], for x [n*f, ..., d] and grad [n*f, c, ..., o]."""
+    """Squares of the weight, [o, d], for x [n*f, ..., d] and grad [n*f, c, ..., o]."""
     c, o, d = grad.shape[1], grad.shape[-1], x.shape[-1]
     rows = x.reshape(n, -1, d)
     positions = rows.shape[1]
@@ -242,7 +242,10 @@ def _linear(x: Tensor, grad: Tensor, n: int, power: Power) -> Tensor:
 
 
 def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int, power: Power) -> Tensor:
-    """[groups, o / groups, d], for x [n*f, channels, h, w] and grad [n*f, c, o, h', w']; d inputs in a patch."""
+    """Squares of the weight, [groups, o / groups, d], for x [n*f, channels, h, w] and grad [n*f, c, o, h', w'].
+
+    d: inputs in a patch
+    """
     groups, c, o = module.groups, grad.shape[1], grad.shape[2] // module.groups
     d, height, width = _in_a_patch(module), grad.shape[3], grad.shape[4]
     view = patches(module, x)
@@ -258,7 +261,7 @@ def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, n: int, power: Power) ->
 
 
 def _example_gradients(module: nn.Module, grad: Tensor, n: int) -> Tensor:
-    """[n, groups, o, positions], for grad [n*f, ..., o], or [n*f, channels, h', w'] of a convolution."""
+    """Return [n, groups, o, positions], for grad [n*f, ..., o], or [n*f, channels, h', w'] of a convolution."""
     if not isinstance(module, nn.Conv2d):
         return grad.reshape(n, -1, grad.shape[-1]).mT[:, None]
     split: Tensor = grad.unflatten(0, (n, -1)).unflatten(2, (module.groups, -1))
@@ -266,7 +269,7 @@ def _example_gradients(module: nn.Module, grad: Tensor, n: int) -> Tensor:
 
 
 def _example_inputs(module: nn.Module, x: Tensor, n: int, size: int) -> Callable[[slice], Tensor]:
-    """Of some examples the inputs [m, groups, size, positions], for x [n*f, ...]; with a 1 where size counts a bias."""
+    """Return slice -> inputs [m, groups, size, positions], for x [n*f, ...]; a 1 is appended if size counts a bias."""
 
     def complete(a: Tensor) -> Tensor:
         return a if a.shape[2] == size else torch.cat([a, a.new_ones(*a.shape[:2], 1, a.shape[3])], dim=2)
@@ -285,7 +288,7 @@ def _example_inputs(module: nn.Module, x: Tensor, n: int, size: int) -> Callable
 
 
 def _outer_squares(grad: Tensor, x: Tensor, power: Power = 2) -> Tensor:
-    """Sum over examples and columns of (sum_r g_r x_r')^2: [groups, o, d].
+    """Sum (sum_r g_r x_r')^2 over examples and columns: [groups, o, d].
 
     With few positions it is cheaper to sum over pairs of them, (g_r g_s summed over columns) (x_r x_s)': the columns
     then cost nothing, and no gradient is ever formed.
@@ -293,7 +296,7 @@ def _outer_squares(grad: Tensor, x: Tensor, power: Power = 2) -> Tensor:
     Args:
         grad: [m, groups, c, o, positions].
         x: [m, groups, d, positions].
-        power: 1 for absolute values, which no pairs can give.
+        power: 2; or 1 for absolute values, which pairs cannot give.
     """
     m, groups, c, o, positions = grad.shape
     if power == 1 or not _by_pairs(c, o, x.shape[2], positions):
@@ -304,14 +307,14 @@ def _outer_squares(grad: Tensor, x: Tensor, power: Power = 2) -> Tensor:
     twice = (2 - (one == other).long()).to(x.dtype)
     grads = (grad[..., one] * grad[..., other]).sum(2)
     inputs = x[..., one] * x[..., other] * twice
-    # Rounding may leave a sum of squares that is 0 a little below it.
+    # Rounding may make a zero sum of squares slightly negative.
     return torch.einsum("mgop,mgdp->god", grads, inputs).clamp_(min=0)
 
 
 def _by_pairs(c: int, o: int, d: int, positions: int) -> bool:
     """Whether pairs of positions are cheaper, in units of one multiply-add of a matrix product.
 
-    Building a pair's factors costs about 200 an element, writing and reading a gradient 40 (measured on AVX-512 cores).
+    Building a pair's factors costs about 200 per element, writing and reading a gradient 40 (measured with AVX-512).
     """
     pairs = positions * (positions + 1) // 2
     return pairs * (o * d + 200 * (c * o + 2 * d)) <= c * o * d * (positions + 40)
@@ -325,7 +328,7 @@ def _temporaries(c: int, o: int, d: int, positions: int, power: Power) -> int:
 
 
 def padded(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """The input with the convolution's padding around it."""
+    """Pad the input as the convolution does."""
     if module.padding_mode == "zeros" and isinstance(module.padding, tuple):
         return functional.pad(x, [pad for pad in reversed(module.padding) for _ in range(2)])
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -333,7 +336,7 @@ def padded(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def output_size(module: nn.Conv2d, x: Tensor) -> tuple[int, int]:
-    """Height and width of the convolution's output for the input x [..., h, w]."""
+    """Return height and width of the convolution's output for the input x [..., h, w]."""
     around = module._reversed_padding_repeated_twice  # left, right, top, bottom
     height, width = (
         (size + pad - apart * (kernel - 1) - 1) // stride + 1
@@ -350,7 +353,7 @@ def output_size(module: nn.Conv2d, x: Tensor) -> tuple[int, int]:
 
 
 def patches(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """A view [rows, channels, kh, kw, h', w'] of the padded input: which pixels each output position sees."""
+    """View the padded input as patches [rows, channels, kh, kw, h', w']: the pixels that each output position sees."""
     out = output_size(module, x)
     x = padded(module, x)
     rows, channels, down, right = x.stride()
@@ -362,7 +365,7 @@ def patches(module: nn.Conv2d, x: Tensor) -> Tensor:
 def _any_layer(
     module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, names: Collection[str], n: int, *, power: Power
 ) -> Mapping[str, Tensor]:
-    """The same by per-example vector-Jacobian products of the layer's own forward."""
+    """`squares` by per-example vector-Jacobian products of the layer's own forward."""
     own = {name: module.get_parameter(name).detach() for name in names}
     total = {name: torch.zeros_like(value) for name, value in own.items()}
 
@@ -375,7 +378,7 @@ def _any_layer(
         pulled: Mapping[str, Tensor] = torch.vmap(pull)(columns)[0]
         return pulled
 
-    # Contiguous: torch cannot ask a mapped tensor whether it is channels_last, as some layers do.
+    # Contiguous: some layers test for channels_last, which torch cannot do under vmap.
     folded = tuple(x.contiguous().unflatten(0, (n, -1)) for x in inputs)
     columns = grad.contiguous().unflatten(0, (n, -1)).transpose(1, 2).contiguous()  # [n, c, f, ...]
     size = sum(value.numel() for value in own.values()) + columns[0, 0].numel()
@@ -387,9 +390,9 @@ def _any_layer(
 
 
 def pieces(n: int, c: int, size: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Ranges of examples and columns whose temporaries, [m, c', size] of `like`'s kind, are small enough.
+    """Yield slices of examples and columns whose temporaries, [m, c', size] of `like`'s dtype, are small enough.
 
-    Small is what stays in a CPU's cache, or keeps a GPU busy.
+    Small enough to stay in a CPU's cache, or just large enough to keep a GPU busy.
     """
     budget = 1 << 23 if like.device.type == "cpu" else 1 << 28
     fits = max(1, budget // (like.element_size() * max(size, 1)))

@@ -1,11 +1,11 @@
-"""The diagonal that the optimiser has learned while it trained: a Precision without a pass over the data.
+"""The diagonal that the optimiser learned during training: a Precision without a pass over the data.
 
-IVON's and SOBA's estimates are of the whole objective, the quadratic pull of earlier tasks included, for their
-gradients are taken at weights that are drawn; its Hessian is known and is taken off, so that tasks add up:
+IVON and SOBA estimate the Hessian of the whole objective, including the quadratic penalty of earlier tasks, because
+they take gradients at sampled weights. The penalty's Hessian is known and is subtracted, so that tasks add up:
 
     F_t = max(0, N (h - h_t) - weight (F_{<t} + damping))
 
-VOGN's squares are of examples and have no pull in them; of Adam's root of squares it cannot be told apart.
+VOGN squares per-example gradients, which do not include the penalty; in Adam's root of squares it cannot be separated.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def learned_diagonal(
     weight: float = 0.0,
     damping: float = 0.0,
 ) -> Diagonal:
-    """Of the task that the engine has just trained on; collective.
+    """Return the diagonal of the task that the engine has just trained on; collective.
 
     Args:
         engine: with the optimiser's state of that task.
-        config: the section `optim`; config.rules allows those that have a curvature.
-        comm: of the engine's ranks.
+        config: the section `optim`; config.rules allows optimisers that have a curvature.
+        comm: the engine's ranks.
         num_train: N, training examples of the task.
-        past: the precision that pulled, times `weight`.
-        weight: of the quadratic.
-        damping: of the quadratic.
+        past: F_{<t}, the precision of the quadratic during training.
+        weight: weight of the quadratic.
+        damping: damping of the quadratic.
     """
     key = curvature_key(config)
     assert key is not None, "config.rules refuses optimisers without a curvature"
-    steps = engine.steps_taken  # less than the task's where its last layer learned alone before
+    steps = engine.steps_taken  # fewer than the task's steps if the head was trained alone first
     kept = engine.moments({key: "curvature"})["curvature"]
     leaves = {
         name: _mapped(leaf, lambda value: curvature(config, value, num_train=num_train, steps=steps).float())

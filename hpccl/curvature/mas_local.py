@@ -1,9 +1,9 @@
-"""Memory Aware Synapses, the local variant: how much a small change of a weight changes what its own layer says.
+"""Memory Aware Synapses, the local variant: how much a small change of a weight changes its own layer's output.
 
     Omega = mean_i |d |y_i|^2 / d theta|          y: the output of theta's layer, the layer's input held constant
 
-(Hebbian: for y = phi(W x), phi ReLU, Omega_ij = mean_k 2 |y_i x_j|). Labels are unused, absolute values are taken of
-each example. As in the global variant, DiagonalEstimator("outputs"), the precision is 2 sum_i, a sum over examples.
+(Hebbian: for y = phi(W x), phi ReLU, Omega_ij = mean_k 2 |y_i x_j|). Labels are not used; absolute values are taken per
+example. As in the global variant, DiagonalEstimator("outputs"), the precision is 2 sum_i |..|, a sum over examples.
 Source: Aljundi et al. 2018, "Memory Aware Synapses: Learning what (not) to forget", ECCV.
 """
 
@@ -32,7 +32,7 @@ from hpccl.errors import CoverageError, DivergedError
 
 __all__ = ["LocalMasEstimator"]
 
-# Elementwise: what a layer says is what comes out of these.
+# Elementwise modules: the output of a layer is taken behind these.
 _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
     *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softsign),
@@ -42,10 +42,10 @@ _ACTIVATIONS = (
 @final
 @dataclass(frozen=True)
 class LocalMasEstimator:
-    """Measures 2 Omega of the local variant: a forward pass, and each activation's own derivative.
+    """Measures 2 n Omega of the local variant by a forward pass and each activation's own derivative.
 
     A layer's output is taken behind the BatchNorm (in evaluation mode a part of the layer) and the activation modules
-    that it goes into directly. An activation that is a function and not a module is not seen.
+    that it feeds directly. An activation that is a function and not a module is not seen.
     """
 
     known: Coverage | None = None
@@ -55,7 +55,7 @@ class LocalMasEstimator:
         refuse_unfit(model)
 
     def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Diagonal:
-        """See Estimator.estimate. fp32 sums; one exchange between ranks at the end, or as passes in shards need.
+        """See Estimator.estimate. fp32 sums; one exchange between ranks at the end, besides those of passes in shards.
 
         Raises:
             CoverageError: a trainable parameter has no layer that is called once per pass.
@@ -78,7 +78,7 @@ class LocalMasEstimator:
     def _measured(
         self, model: nn.Module, batches: Iterable[Examples], comm: Comm
     ) -> Iterator[tuple[Examples, Mapping[str, Tensor]]]:
-        """Parts of the batches that fit in memory, each with its sums."""
+        """Yield parts of the batches that fit in memory, each with its sums."""
         coverage = self.known
 
         def size(examples: Examples) -> int:
@@ -96,9 +96,9 @@ class LocalMasEstimator:
 
 @dataclass
 class _Said:
-    """What the layers say, by layer: its place in the graph, 2 y, and dy / da of its own output a, if that is another.
+    """By layer: the graph edge of its output y, 2 y, and dy / da for the layer's own output a, if y is behind it.
 
-    What follows a layer maps elements, so this derivative has one number an element.
+    The modules that follow a layer are elementwise, so this derivative has one number per element.
     """
 
     edges: dict[str, GradientEdge] = field(default_factory=dict)
@@ -106,21 +106,21 @@ class _Said:
     slopes: dict[str, Tensor] = field(default_factory=dict)
 
     def begin(self, name: str, out: Tensor) -> None:
-        """Layer `name` says its output; copied, for others may change it in place."""
+        """Record the output of layer `name`, as a copy, since later modules may change it in place."""
         self.edges[name], self.doubled[name] = get_gradient_edge(out), 2 * out.detach()
 
     def go_on(self, name: str, out: Tensor, slope: Tensor) -> None:
-        """It says `out` from here on, an elementwise map of what it said, whose derivative is `slope`."""
+        """Replace the output of layer `name` by `out`, an elementwise function of it with derivative `slope`."""
         self.slopes[name] = slope * self.slopes[name] if name in self.slopes else slope
         self.begin(name, out)
 
     def gradient(self, name: str) -> Tensor:
-        """The gradient d |y|^2 / da, in a's shape."""
+        """Return the gradient d |y|^2 / da, in a's shape."""
         doubled = self.doubled[name]
         return doubled * self.slopes[name] if name in self.slopes else doubled
 
     def by(self, value: Any) -> list[str]:
-        """The layers that say `value`: by its place in the graph, which in-place operations change."""
+        """Return the layers whose output is `value`, by its graph edge, which in-place operations change."""
         if not isinstance(value, Tensor) or not value.requires_grad:
             return []
         edge = entered(get_gradient_edge(value))
@@ -142,9 +142,10 @@ def _refuse_free(coverage: Coverage) -> None:
 
 
 def _hebbian(model: nn.Module, coverage: Coverage, part: Examples) -> Mapping[str, Tensor]:
-    """Sums over examples of |d |y|^2 / d theta| by full name.
+    """Sum |d |y|^2 / d theta| over examples, by full name.
 
-    All layers come before a refusal: in shards other ranks wait for this one at layers without a formula.
+    All layers are measured before an error is raised: in shards, other ranks wait for this one at layers without a
+    formula.
     """
     total: dict[str, Tensor] = {}
     diverged: str | None = None
@@ -154,7 +155,7 @@ def _hebbian(model: nn.Module, coverage: Coverage, part: Examples) -> Mapping[st
         (call, *_) = calls[name]
         grad = _weighted(said.gradient(name), part)[:, None]
         layer = model.get_submodule(name)
-        with nullcontext() if has_formula(layer) else whole_layer(model, name):  # a formula asks for no weights
+        with nullcontext() if has_formula(layer) else whole_layer(model, name):  # a formula needs no weights
             found = squares(layer, call.inputs, grad, names, len(part), power=1)
         for local, value in found.items():
             if diverged is None and not bool(value.sum().isfinite()):
@@ -172,7 +173,7 @@ def _same(one: GradientEdge, other: GradientEdge) -> bool:
 
 
 def _slope(module: nn.Module, x: Tensor) -> Tensor:
-    """The derivative of an elementwise module, in x's shape; beside the graph, where shards have hooks of training."""
+    """Return an elementwise module's derivative, in x's shape; outside the graph, where shards have training hooks."""
     leaf = x.requires_grad_()
     out: Tensor = module.forward(leaf.clone())
     (slope,) = torch.autograd.grad([out], [leaf], [torch.ones_like(out)])
@@ -186,7 +187,7 @@ def _weighted(grad: Tensor, part: Examples) -> Tensor:
 
 @contextmanager
 def _listening(model: nn.Module, layers: Collection[str]) -> Iterator[_Said]:
-    """Follow each layer's output through the BatchNorm and activation modules that it goes into directly."""
+    """Follow each layer's output through the BatchNorm and activation modules that it feeds directly."""
     said, heard = _Said(), dict[nn.Module, tuple[list[str], Tensor | None]]()
 
     def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:

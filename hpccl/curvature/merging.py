@@ -1,6 +1,6 @@
-"""Several networks as one: the minimum of a sum of quadratics, a group of weights at a time.
+"""Merge several networks into one: minimise a sum of quadratics, one group of weights at a time.
 
-Networks t began at w0 and minimised l_t(w) + 1/2 (w - w0)' H0 (w - w0), with curvature H_t of l_t at their end w_t.
+Networks t started from w0 and minimised l_t(w) + 1/2 (w - w0)' H0 (w - w0), with curvature H_t of l_t at their end w_t.
 If l_t is quadratic, grad l_t(w0) = -(H0 + H_t)(w_t - w0), so the minimum of sum_t a_t l_t(w) + 1/2 |w - w0|^2_H0 is
 
     w = w0 + H^-1 sum_t a_t (H0 + H_t)(w_t - w0),    H = H0 + sum_t a_t H_t.
@@ -8,9 +8,9 @@ If l_t is quadratic, grad l_t(w0) = -(H0 + H_t)(w_t - w0), so the minimum of sum
 a_t < 0 removes what network t learned, as long as H is positive definite. Special cases: H_t = 0 is task arithmetic,
 w0 + sum_t a_t (w_t - w0); H0 = 0 is Fisher averaging, (sum_t a_t H_t)^-1 sum_t a_t H_t w_t; equal H_t give the mean.
 
-H is a sum of Kronecker products, diagonals or whole matrices plus delta I and has no eigenvectors of a product form, so
-H x = r is solved in float64 by conjugate gradients, with the one term nearest to the positive part of H, which has
-them, as preconditioner; small groups by Cholesky's factors, diagonals by division.
+H is a sum of Kronecker products, diagonals or dense matrices plus delta I and has no eigenvectors of product form, so
+H x = r is solved in float64 by conjugate gradients, preconditioned with the single term nearest to the positive part of
+H, which has such eigenvectors; small groups are solved by Cholesky factorisation, diagonals by division.
 
 Sources: Daheim et al. 2024, "Model merging by uncertainty-based gradient matching", ICLR, eq. 12; Matena and Raffel
 2022, "Merging models with Fisher-weighted averaging", NeurIPS; Ilharco et al. 2023, "Editing models with task
@@ -43,12 +43,12 @@ __all__ = ["BlockCurve", "Curve", "DenseCurve", "DiagonalCurve", "Model", "Solve
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-_DENSE = 768  # unknowns up to which a matrix is made and factored
-# Of the residual, relative to the right side, in the norm of the preconditioner's inverse. Where the curvature is far
-# below its largest, weights are known much less exactly than this: `_TOLERANCE` is aimed at, `_ENOUGH` is taken.
+_DENSE = 768  # largest number of unknowns for which the matrix is formed and factored
+# Residuals relative to the right side, in the norm of the preconditioner's inverse: `_TOLERANCE` is the goal, `_ENOUGH`
+# is accepted. Where the curvature is far below its largest value, weights are much less exact than this.
 _TOLERANCE, _ENOUGH = 1e-10, 1e-8
 _STEPS = 10_000
-_CHUNK = 1 << 20  # elements of a diagonal that are in float64 at a time
+_CHUNK = 1 << 20  # elements of a diagonal that are converted to float64 at a time
 
 
 class Curve(Protocol):
@@ -56,27 +56,27 @@ class Curve(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the weights."""
+        """Names of the weights."""
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """All numbers of it."""
+        """All tensors that make it up."""
 
     def product(self, weights: Weights) -> dict[str, Tensor]:
-        """With named weights in float64, by name."""
+        """Return the product with named weights in float64, by name."""
 
 
 @final
 @dataclass(frozen=True)
 class BlockCurve:
-    """sum_t B_t (x) A_t of one layer; see curvature.blocks.Block, which must be whole."""
+    """The sum_t B_t (x) A_t of one layer; see curvature.blocks.Block, which must be whole."""
 
     layout: Layout
     terms: tuple[Term, ...]
 
     @classmethod
     def of(cls, block: Block) -> BlockCurve:
-        """The block in float64."""
+        """Convert a block to float64."""
         return cls(block.layout, tuple(_wide(term) for term in block.terms))
 
     @property
@@ -145,11 +145,11 @@ class DenseCurve:
 @final
 @dataclass(frozen=True)
 class Model:
-    """One of the networks, as far as a group of weights goes.
+    """One of the networks, restricted to a group of weights.
 
     scale: a_t
-    weights: by name
-    curves: whose sum is H_t; each over some of the group's weights
+    weights: w_t, by name
+    curves: summands of H_t, each over some of the group's weights
     """
 
     scale: float
@@ -160,31 +160,31 @@ class Model:
 @final
 @dataclass(frozen=True)
 class Solved:
-    """Merged weights in float64 by name, and the steps of conjugate gradients that they took."""
+    """Merged weights in float64 by name, and the number of conjugate-gradient steps that they took."""
 
     weights: dict[str, Tensor]
     steps: int = 0
 
 
 def average(models: Sequence[Model]) -> Solved:
-    """sum_t a_t w_t / sum_t a_t."""
+    """Return sum_t a_t w_t / sum_t a_t."""
     total = math.fsum(model.scale for model in models)
     return Solved({name: _sum(models, name) / total for name in models[0].weights})
 
 
 def arithmetic(base: Weights, models: Sequence[Model]) -> Solved:
-    """w0 + sum_t a_t (w_t - w0)."""
+    """Return w0 + sum_t a_t (w_t - w0)."""
     left = 1 - math.fsum(model.scale for model in models)
     return Solved({name: left * value.double() + _sum(models, name) for name, value in base.items()})
 
 
 def matched(group: str, base: Model | None, models: Sequence[Model], *, damping: float) -> Solved:
-    """The merged weights of one group; see the module.
+    """Return the merged weights of one group; see the module.
 
     Args:
         group: its name, for messages.
-        base: w0 and H0 but for delta; its scale counts nothing. None: Fisher averaging, where delta is added to every
-            H_t instead.
+        base: w0 and H0 without delta; its scale is ignored. None: Fisher averaging, where delta is added to every H_t
+            instead.
         models: at least one; without a base all a_t > 0.
         damping: delta > 0.
 
@@ -223,7 +223,7 @@ def matched(group: str, base: Model | None, models: Sequence[Model], *, damping:
 
 
 def _elementwise(group: str, base: Model | None, models: Sequence[Model], damping: float) -> Solved:
-    """By division, a part of the elements at a time."""
+    """Solve by division, a part of the elements at a time."""
     ((name, like),) = models[0].weights.items()
     found = torch.empty(like.numel(), dtype=torch.float64)
     for start in range(0, like.numel(), _CHUNK):
@@ -279,7 +279,7 @@ class _System:
         return torch.cat([weights[name].reshape(-1).double() for name in self.shapes])
 
     def product(self, vector: Tensor) -> Tensor:
-        """H v."""
+        """Return H v."""
         named, total = _split(vector, self.shapes), self.damping * vector
         places = _split(total, self.shapes)  # views
         for scale, curve in self.terms:
@@ -288,7 +288,7 @@ class _System:
         return total
 
     def solve(self, right: Tensor, guess: Tensor) -> tuple[Tensor, int]:
-        """H^-1 r and the steps it took, from a guess that is right where nothing is known."""
+        """Return H^-1 r and the number of steps, starting from a guess that is exact where the curvature is 0."""
         whole = any(isinstance(curve, DenseCurve) for _, curve in self.terms)
         if whole or self.size <= _DENSE:
             return self._factored(right), 0
@@ -306,7 +306,7 @@ class _System:
         return torch.cholesky_solve(right[:, None], factor)[:, 0]
 
     def _matrix(self) -> Tensor:
-        """H [size, size]: matrices are added as they are, of all other curves every column is a product."""
+        """Form H [size, size]: dense curves are added directly, all others column by column through products."""
         matrix = self.damping * torch.eye(self.size, dtype=torch.float64)
         others = []
         for scale, curve in self.terms:
@@ -323,7 +323,7 @@ class _System:
         return matrix
 
     def _preconditioner(self) -> Callable[[Tensor, float], Tensor]:
-        """(v, power) -> M^power v, M near the positive part of H and diagonal in a product of two bases."""
+        """Return (v, power) -> M^power v, with M near the positive part of H and diagonal in a product of two bases."""
         blocks = [(scale, curve) for scale, curve in self.terms if scale > 0 and isinstance(curve, BlockCurve)]
         if not blocks:
             return lambda vector, _power: vector
@@ -341,15 +341,19 @@ class _System:
         return apply if set(layout.names) == set(self.shapes) else lambda vector, _power: vector
 
     def _mean_diagonal(self, names: Sequence[str]) -> float:
-        """Of the positive diagonals among the terms."""
+        """Mean element of the sum of the diagonals with positive scale."""
         count = sum(math.prod(self.shapes[name]) for name in names)
         diagonals = [(scale, curve) for scale, curve in self.terms if scale > 0 and isinstance(curve, DiagonalCurve)]
         return sum(scale * float(curve.values.double().sum()) for scale, curve in diagonals) / count
 
     def _refuse_indefinite(self, root: Callable[[Tensor, float], Tensor]) -> None:
-        """By Sylvester's law H and M^-1/2 H M^-1/2 have equally many negative eigenvalues; those of the latter are few.
+        """Refuse an H that is not positive definite, by the smallest eigenvalue of M^-1/2 H M^-1/2.
 
-        Raises ConfigError.
+        By Sylvester's law of inertia both have equally many negative eigenvalues; the latter has few of them.
+
+        Raises:
+            ConfigError: H is not positive definite.
+            DivergedError: the smallest eigenvalue was not found.
         """
 
         def apply(vector: Floats) -> Floats:
@@ -372,7 +376,7 @@ class _System:
     def _conjugate_gradients(
         self, right: Tensor, guess: Tensor, root: Callable[[Tensor, float], Tensor]
     ) -> tuple[Tensor, int]:
-        """Hestenes and Stiefel 1952, preconditioned."""
+        """Solve by preconditioned conjugate gradients (Hestenes and Stiefel 1952)."""
         found, residual = guess.clone(), right - self.product(guess)
         solved = root(residual, -1.0)
         direction, size = solved.clone(), float(residual @ solved)
@@ -416,7 +420,7 @@ def _refuse_infinite(group: str, models: Sequence[Model]) -> None:
 
 
 def _sum(models: Sequence[Model], name: str) -> Tensor:
-    """sum_t a_t w_t."""
+    """Return sum_t a_t w_t."""
     total = torch.zeros(models[0].weights[name].shape, dtype=torch.float64)
     for model in models:
         total.add_(model.weights[name], alpha=model.scale)
@@ -424,7 +428,7 @@ def _sum(models: Sequence[Model], name: str) -> Tensor:
 
 
 def _split(vector: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Views by name."""
+    """Split a flat vector into views by name."""
     parts = vector.split([math.prod(shape) for shape in shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 

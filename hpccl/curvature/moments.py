@@ -1,4 +1,4 @@
-"""Second moments of what enters a layer and of the gradient of what leaves it, summed over examples in fp32.
+"""Second moments of a layer's inputs and of its output gradients, summed over examples in fp32.
 
 For example n with weight w_n, positions s = 1 .. S, inputs a_ns (a patch in a convolution; with a 1 at the end for a
 bias) and output gradients g_ns that carry sqrt(w_n),
@@ -36,14 +36,14 @@ _LARGE_BLOCK = 1024  # the same elsewhere, where a small product does not fill t
 
 
 def block_shape(module: nn.Module, *, bias: bool) -> tuple[int, int, int]:
-    """(g, o, d) of a linear map or a convolution; d counts the bias."""
+    """Return (g, o, d) of a linear map or a convolution; d includes the bias."""
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     weight = module.get_parameter("weight")
     return groups, weight.shape[0] // groups, prod(weight.shape[1:]) + bias
 
 
 class InputMoment:
-    """A of one layer, growing."""
+    """Accumulates A of one layer."""
 
     def __init__(self, module: nn.Module, *, bias: bool, sharing: Sharing) -> None:
         self._module, self._sharing = module, sharing
@@ -61,9 +61,9 @@ class InputMoment:
         """Add a batch.
 
         Args:
-            x: [n*f, ...], what the layer was called with.
+            x: [n*f, ...], the layer's input.
             n: examples.
-            root: [n] square roots of their weights; None where all are 1.
+            root: [n] square roots of their weights; None if all are 1.
         """
         rows, x = len(x) // n, x.float()
         if root is not None:
@@ -84,12 +84,12 @@ class InputMoment:
                 self._add_rows(_patch_rows(self._module, part), scale)
 
     def trace(self) -> Tensor:
-        """[]; not finite if anything that was added is not."""
+        """The trace, []; not finite if anything that was added is not."""
         found = [] if self._patches is None else [self._patches.diagonal(dim1=1, dim2=2).sum()]
         return torch.stack(found + ([] if self._pixels is None else [self._pixels.trace()])).sum()
 
     def matrix(self) -> Tensor:
-        """[g, d, d], inputs in the order of the weight; ends the sum."""
+        """Return A [g, d, d], inputs in the order of the weight; the accumulator is used up."""
         weight = [] if self._patches is None else [_by_channel(mirrored_(self._patches), self._module)]
         weight += [] if self._pixels is None else [self._pixels.matrix()[None]]
         self._patches = self._pixels = None
@@ -108,7 +108,7 @@ class InputMoment:
 
 
 class GradientMoment:
-    """B of one layer, growing."""
+    """Accumulates B of one layer."""
 
     def __init__(self, module: nn.Module, *, sharing: Sharing) -> None:
         self._sharing = sharing
@@ -126,11 +126,11 @@ class GradientMoment:
         add_gram_(self._total, grad.reshape(-1, groups, outputs).transpose(0, 1), 1.0)
 
     def trace(self) -> Tensor:
-        """[]; not finite if anything that was added is not."""
+        """The trace, []; not finite if anything that was added is not."""
         return self._total.diagonal(dim1=1, dim2=2).sum()
 
     def matrix(self) -> Tensor:
-        """[g, o, o]; ends the sum."""
+        """Return B [g, o, o]; the accumulator is used up."""
         return mirrored_(self._total)
 
 
@@ -146,14 +146,14 @@ def add_gram_(total: Tensor, rows: Tensor, scale: float) -> None:
 
 
 def num_positions(module: nn.Module, x: Tensor) -> int:
-    """Positions in one row of the batch dim of `x`."""
+    """Return the number of positions in one row of the batch dim of `x`."""
     if not isinstance(module, nn.Conv2d):
         return prod(x.shape[1:-1])
     return prod(output_size(module, x))
 
 
 def _by_channel(matrix: Tensor, module: nn.Module) -> Tensor:
-    """From patches as (kh, kw, channel) to the order of the weight, in one dim or both of `matrix` [g, d, d or 1]."""
+    """Reorder patches from (kh, kw, channel) to the weight's order, in one or both dims of `matrix` [g, d, d or 1]."""
     if not isinstance(module, nn.Conv2d) or module.kernel_size == (1, 1):
         return matrix
     taps = prod(module.kernel_size)
@@ -165,7 +165,7 @@ def _by_channel(matrix: Tensor, module: nn.Module) -> Tensor:
 
 
 def _rows_at_a_time(module: nn.Module, x: Tensor) -> int:
-    """Rows of the batch dim whose patches stay small."""
+    """Return the number of rows of the batch dim whose patches stay small."""
     if not isinstance(module, nn.Conv2d):
         return len(x)
     budget = 1 << 25 if x.device.type == "cpu" else 1 << 30
@@ -173,7 +173,7 @@ def _rows_at_a_time(module: nn.Module, x: Tensor) -> int:
 
 
 def _patch_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """[g, m, d], patches as (kh, kw, channel)."""
+    """Return the inputs as rows [g, m, d], with patches as (kh, kw, channel)."""
     if not isinstance(module, nn.Conv2d):
         return x.reshape(1, -1, x.shape[-1])
     if module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid"):
@@ -187,7 +187,7 @@ def _patch_rows(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _position_sums(module: nn.Module, x: Tensor) -> Tensor:
-    """Sums over positions [rows, g, d], patches as (kh, kw, channel)."""
+    """Return sums over positions [rows, g, d], with patches as (kh, kw, channel)."""
     if not isinstance(module, nn.Conv2d):
         return x.reshape(len(x), -1, x.shape[-1]).sum(1, keepdim=True)
     height, width = output_size(module, x)

@@ -1,8 +1,8 @@
-"""Squares of per-example gradients of training's own passes, at no further pass: what VOGN's curvature is a mean of.
+"""Squared per-example gradients from training's own passes, without extra passes; VOGN's curvature is their mean.
 
-Every layer's input and output gradient are at hand in a step's passes anyway; `layers.squares` makes of them the sum
-over examples of squared gradients, exactly. Where BatchNorm ties a batch together, an example's
-gradient is its share of the batch's: what its own rows of the layer add. Shares sum to the gradient.
+Every layer's input and output gradient are available in a step's passes anyway; `layers.squares` computes from them the
+exact sum over examples of squared gradients. Where BatchNorm couples a batch, an example's gradient is its share of the
+batch's: the contribution of its own rows of the layer. Shares sum to the gradient.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ Counts = Callable[[], Tensor | None]
 def watch_squares(model: nn.Module, add: Add, counts: Counts = lambda: None) -> Callable[[], None]:
     """Call `add` with sums over examples of squared gradients, by parameter, for each layer of every backward pass.
 
-    An example of weight v, whose gradient is v times that of its nats, counts with v squares of the latter, as in any
-    other curvature, and not with v^2.
+    An example of weight v, whose gradient is v times that of its nats, adds v squares of the latter, as in any other
+    curvature, not v^2.
 
-    counts: weights [n] of the images of the present pass; None: 1 each
+    counts: returns the weights [n] of the images of the present pass; None: 1 each
 
-    Returns what ends it. `model` takes images as its first argument; its weights may be in shards: what a layer is
-    called with and what comes back to it are whole anywhere.
+    Returns a function that removes the hooks. `model` takes images as its first argument; its weights may be in shards,
+    since a layer's inputs and output gradients are whole on every rank.
 
     Raises:
-        CoverageError: a parameter is of no layer whose squares are known; later, if a layer is called twice in a pass.
+        CoverageError: a parameter is in a layer whose squares are not known; later, if a layer is called twice in a
+            pass.
     """
     owners = _owners(model)
     called: set[str] = set()
@@ -55,7 +56,7 @@ def watch_squares(model: nn.Module, add: Add, counts: Counts = lambda: None) -> 
 
 
 def _owners(model: nn.Module) -> dict[str, dict[str, str]]:
-    """By layer: its parameters' full names by their own."""
+    """Return by layer the full names of its parameters, by their local names."""
     found: dict[str, dict[str, str]] = {}
     for full in trainable(model):
         layer, _, local = full.rpartition(".")

@@ -8,8 +8,8 @@
     logit_variance     J P^-1 J',  J = d logits / d weights at m
     log evidence       -nats - 1/2 delta |m - m0|^2 - 1/2 (log det P - W log delta)         W weights
 
-Damping is exact: delta is added to the eigenvalues of F, not shared out to the factors of a Kronecker product. The
-eigenvalues are found once and serve every delta. In log delta the evidence has one maximum, where
+Damping is exact: delta is added to the eigenvalues of F, not split between the factors of a Kronecker product. The
+eigenvalues are computed once and serve every delta. As a function of log delta the evidence has one maximum, where
 
     delta |m - m0|^2 = gamma(delta) = sum_i s values_i / (s values_i + delta),
 
@@ -49,12 +49,12 @@ __all__ = ["Posterior", "gathered"]
 class Posterior:
     """N(mean, (scale F + prior_precision I)^-1) over the weights that a Precision F covers.
 
-    Each rank holds the eigenvectors of its own layers; results are those of all ranks, and equal on all of them. So
-    every method but `with_prior_precision` is collective.
+    Each rank holds the eigenvectors of its own layers; results combine all ranks and are equal on all of them. So every
+    method but `with_prior_precision` is collective.
 
-    mean: by name; names without curvature (buffers, frozen weights) may be among them and never change
-    shapes: of the weights that are covered, by name
-    spectra: F, of this rank
+    mean: by name; may have names without curvature (buffers, frozen weights), which never change
+    shapes: shapes of the covered weights, by name
+    spectra: this rank's pieces of F
     scale: s
     prior_precision: delta
     comm: the ranks
@@ -77,20 +77,20 @@ class Posterior:
         prior_precision: float,
         comm: Comm | None = None,
     ) -> Posterior:
-        """The posterior of a Precision; collective.
+        """Build the posterior of a Precision; collective.
 
-        Exact for one Kronecker product or eigenbasis a layer, for diagonals and dense matrices. A layer with several
-        terms has no eigenvectors of a product form: `kron.merge.refit` of them stands for it, whose diagonal in the
-        basis of their nearest Kronecker product is exact, and whose elements off that diagonal are dropped.
+        Exact for one Kronecker product or eigenbasis per layer, for diagonals and dense matrices. A layer with several
+        terms has no eigenvectors of product form; it is replaced by their `kron.merge.refit`, which keeps the exact
+        diagonal in the basis of their nearest Kronecker product and drops the off-diagonal elements.
 
-        Curvature is fp32: eigenvalues below 1e-7 of a layer's largest are rounding, and delta should not be.
+        Curvature is fp32: eigenvalues below 1e-7 of a layer's largest are rounding errors, and delta should be larger.
 
         Args:
             precision: F, as the ranks of `comm` hold it: summed over examples, in nats.
             mean: the weights at which it was measured.
-            scale: of F; 1 is the un-tempered value.
+            scale: s, the factor of F; 1 is untempered.
             prior_precision: delta > 0, of an isotropic normal prior.
-            comm: the ranks; None: one.
+            comm: the ranks; None: a single one.
 
         Raises:
             ConfigError: `scale` or `prior_precision` is out of range.
@@ -108,28 +108,28 @@ class Posterior:
 
     @property
     def num_weights(self) -> int:
-        """W, those that are covered."""
+        """W, the number of covered weights."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def with_prior_precision(self, prior_precision: float) -> Posterior:
-        """The same curvature and mean with another delta > 0; costs nothing.
+        """Return the posterior with another delta > 0; costs nothing.
 
         Raises:
-            ConfigError: out of range.
+            ConfigError: it is out of range.
         """
         _check_prior_precision(prior_precision)
         return replace(self, prior_precision=prior_precision)
 
     def solve(self, delta: Weights) -> dict[str, Tensor]:
-        """(scale F + prior_precision I)^-1 delta; fp32, or fp64 for delta in fp64.
+        """Return (scale F + prior_precision I)^-1 delta; fp32, or fp64 for delta in fp64.
 
         Raises:
-            CoverageError: `delta` has not exactly the names and shapes that are covered.
+            CoverageError: `delta` does not have exactly the names and shapes that are covered.
         """
         return self._applied(delta, -1.0)
 
     def root(self, delta: Weights) -> dict[str, Tensor]:
-        """R delta with R = R' and R R' the covariance; fp32, or fp64 for delta in fp64.
+        """Return R delta with R = R' and R R' the covariance; fp32, or fp64 for delta in fp64.
 
         Raises:
             CoverageError: as in `solve`.
@@ -137,9 +137,9 @@ class Posterior:
         return self._applied(delta, -0.5)
 
     def sample(self, seed: int, number: int) -> dict[str, Tensor]:
-        """Weights drawn from the posterior, with all else that the mean has; in the mean's dtypes.
+        """Draw weights from the posterior, with all other tensors of the mean; in the mean's dtypes.
 
-        A function of (seed, number, parameter name) and the posterior, whatever the number of ranks.
+        A function of (seed, number, parameter name) and the posterior, for any number of ranks.
         """
         noise = {name: _noise(seed, number, name, self.mean[name]) for name in self.shapes}
         moved = self.root(noise)
@@ -149,14 +149,14 @@ class Posterior:
         }
 
     def log_determinant(self) -> float:
-        """Of the posterior's precision matrix."""
+        """Log determinant of the posterior's precision matrix."""
         return self.num_weights * math.log(self.prior_precision) + self._log_ratio()
 
     def log_evidence(self, nats: float, prior_mean: Weights | None = None) -> float:
         """Laplace's approximation of the log marginal likelihood, in nats.
 
         Args:
-            nats: minus the log likelihood of all data at the mean, that of which F is the curvature.
+            nats: negative log likelihood of all data at the mean, whose curvature is F.
             prior_mean: m0 of the normal prior, by name; None: 0.
 
         Raises:
@@ -170,10 +170,10 @@ class Posterior:
         return self._total(lambda values: values / (values + self.prior_precision))
 
     def best_prior_precision(self, prior_mean: Weights | None = None) -> float:
-        """The delta with the largest `log_evidence`, to 10 digits; the likelihood's term does not matter.
+        """Find the delta with the largest `log_evidence`, to 10 digits; it does not depend on the likelihood term.
 
         Raises:
-            ConfigError: there is none, for the mean is the prior's or the curvature is zero.
+            ConfigError: there is none, because the mean is the prior's or the curvature is zero.
             CoverageError: `prior_mean` lacks a weight.
         """
         distance, trace, largest = (
@@ -187,7 +187,7 @@ class Posterior:
             raise ConfigError("the curvature is zero: the evidence grows with every smaller prior precision")
 
         def slope(log_delta: float) -> tuple[float, float]:
-            """Twice the evidence's derivative by log delta, which falls everywhere, and its derivative."""
+            """Twice the evidence's derivative by log delta, which decreases everywhere, and its own derivative."""
             delta = math.exp(log_delta)
             gamma = self._total(lambda values: values / (values + delta))
             falls = self._total(lambda values: values * delta / (values + delta).square())
@@ -199,13 +199,13 @@ class Posterior:
         return math.exp(_falling_root(slope, low, math.log(self.num_weights / distance)))
 
     def logit_variance(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        """Covariance [n, C, C] of the logits of the model linearised at the mean, J P^-1 J' for each image.
+        """Return the covariance [n, C, C] of the logits of the model linearised at the mean, J P^-1 J' for each image.
 
-        Exact. Memory is bounded: a part of the images and of the layers at a time, but never less than one image and
+        Exact. Memory is bounded by taking a part of the images and of the layers at a time, but at least one image and
         layer, whose Jacobian has C times as many numbers as the layer has weights.
 
         Args:
-            model: whose forward pass is meant, in evaluation mode; what the mean has stands in for its own weights.
+            model: gives the forward pass, in evaluation mode; the mean replaces its own weights.
             pixels: [n, channels, h, w], the same on all ranks.
 
         Raises:
@@ -271,7 +271,7 @@ class Posterior:
         return float(self.comm.gather(torch.tensor([mine], dtype=torch.float64, device=self.comm.device)).max())
 
     def _square_distance(self, prior_mean: Weights | None) -> float:
-        """|mean - prior mean|^2 over what is covered."""
+        """|mean - prior mean|^2 over the covered weights."""
         if prior_mean is not None:
             _refuse_absent(self.shapes, prior_mean, "the prior mean")
         total = 0.0
@@ -281,7 +281,7 @@ class Posterior:
         return total
 
     def _mean_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """The mean as the model takes it."""
+        """Return the mean in the model's dtypes; refuse a model with other trainable weights than are covered."""
         trained = {name for name, value in model.named_parameters() if value.requires_grad}
         uncovered = trained - self.shapes.keys()
         if uncovered:
@@ -294,7 +294,7 @@ class Posterior:
         return {name: value.to(theirs[name]) for name, value in self.mean.items() if name in theirs}
 
     def _groups(self, row_bytes: int, device: torch.device) -> Iterator[list[Spectrum]]:
-        """This rank's spectra, as many at a time as a quarter of the budget holds for one image."""
+        """Yield this rank's spectra in groups whose Jacobian for one image fits in a quarter of the budget."""
         group: list[Spectrum] = []
         filled = 0
         for spectrum in self.spectra:
@@ -314,7 +314,7 @@ class Posterior:
         mapped = maps(model, weights, names, pixels)
         num_classes = total.shape[1]
         numel = sum(spectrum.values.numel() for spectrum in group)
-        # The Jacobian, its coefficients and one copy of each; and what the backward passes of all logits hold.
+        # The Jacobian, its coefficients and one copy of each; and what the backward passes of all logits need.
         each = num_classes * (4 * total.element_size() * numel + held)
         size = max(1, _budget(total.device) // max(1, each))
         for images, target in zip(pixels.split(size), total.split(size), strict=True):
@@ -347,14 +347,14 @@ def _refuse_absent(shapes: Mapping[str, tuple[int, ...]], given: Weights, what: 
 
 
 def _noise(seed: int, number: int, name: str, like: Tensor) -> Tensor:
-    """Standard normal numbers in the shape of `like`, on the CPU: the same on every machine and rank."""
+    """Draw standard normal numbers in the shape of `like`, on the CPU: the same on every machine and rank."""
     key = hashlib.blake2b(f"{seed}/{number}/{name}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype=np.uint64)))
     return torch.from_numpy(generator.standard_normal(tuple(like.shape))).to(_wide(like.dtype))
 
 
 def _falling_root(slope: Callable[[float], tuple[float, float]], low: float, high: float) -> float:
-    """Where a falling function is 0, between `low` and `high`: Newton's steps, halves where they lead outside."""
+    """Find the root of a decreasing function between `low` and `high`: Newton's method, with bisection as safeguard."""
     at = (low + high) / 2
     for _ in range(200):
         value, derivative = slope(at)

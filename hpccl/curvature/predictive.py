@@ -1,11 +1,11 @@
-"""Class probabilities when weights are uncertain, from the logits of the network linearised at the mean.
+"""Class probabilities under uncertain weights, from the logits of the network linearised at the mean.
 
-With logits f ~ N(m, V) of an example, competing classes H:
+With logits f ~ N(m, V) of an example and competing classes H:
 
     probit         p_c = softmax_{c in H} (m_c / sqrt(1 + pi/8 V_cc))
     Monte Carlo    p_c = mean_s softmax_{c in H} (m + L e_s)_c,    L L' = V, e_s ~ N(0, I)
 
-The first is exact in no case but close where one class is compared with a fixed one; the second tends to the integral.
+Probit is never exact, but close where one class is compared with a fixed one; Monte Carlo converges to the integral.
 
 Sources: MacKay 1992, "The evidence framework applied to classification networks", sec. 5; Gibbs 1997, thesis, for more
 than two classes; Daxberger et al. 2021, "Laplace redux", NeurIPS, eq. 10; Immer et al. 2021, "Improving predictions of
@@ -27,12 +27,12 @@ MERITS = ("right", "nats", "confidence", "brier", "entropy")
 
 
 def probabilities(logits: Tensor, head: Tensor) -> Tensor:
-    """[..., n, C] softmax in float64 among the classes in head [n, C]; others have 0."""
+    """Return the softmax [..., n, C] in float64 over the classes of the mask `head` [n, C]; others have 0."""
     return logits.double().masked_fill(~head, -torch.inf).softmax(dim=-1)
 
 
 def probit(mean: Tensor, variance: Tensor, head: Tensor) -> Tensor:
-    """[n, C] probabilities.
+    """Return the probit approximation of the probabilities, [n, C].
 
     Args:
         mean: [n, C] logits.
@@ -44,23 +44,23 @@ def probit(mean: Tensor, variance: Tensor, head: Tensor) -> Tensor:
 
 
 def drawn_logits(mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
-    """[S, n, C] draws, float64, from noise [S, n, C]. The square root is the symmetric one: no choice changes it."""
+    """Draw logits [S, n, C] in float64 from noise [S, n, C], with the symmetric square root, which is unique."""
     values, vectors = torch.linalg.eigh(variance.double())
     root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
     return mean.double() + torch.einsum("ncd,snd->snc", root, noise.double())
 
 
 def monte_carlo(mean: Tensor, variance: Tensor, head: Tensor, noise: Tensor) -> Tensor:
-    """[n, C] probabilities; see `probit` and `drawn_logits`."""
+    """Return the Monte Carlo estimate of the probabilities, [n, C]; see `probit` and `drawn_logits`."""
     return probabilities(drawn_logits(mean, variance, noise), head).mean(0)
 
 
 def merits(p: Tensor, labels: Tensor) -> Tensor:
-    """[n, 5] of each example: right, nats, confidence, squared error over the classes (Brier 1950), entropy in nats.
+    """Return [n, 5] by example: right, nats, confidence, squared error over classes (Brier 1950), entropy in nats.
 
     Args:
         p: [n, C] probabilities in float64; classes that do not compete have 0.
-        labels: [n]; nats of a label without probability are infinite.
+        labels: [n]; a label of probability 0 has infinite nats.
     """
     confidence, guess = p.max(dim=1)
     own = p.gather(1, labels[:, None])[:, 0]

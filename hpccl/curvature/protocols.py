@@ -1,4 +1,4 @@
-"""What the prior asks of curvature, and what a kind of curvature asks of the trainer."""
+"""Interfaces of curvature: a Precision, which the prior uses, and an Estimator, which measures one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples of one task, as the curvature sees them.
+    """A batch of examples of one task, as curvature estimators take it.
 
     pixels: [n, channels, h, w] float
     labels: [n] int64, class number in the stream
-    head:   [C] bool, the classes that compete: the task's own head
-    sample: [n] int64, position in the stream; seeds what is drawn for an example
-    weight: [n] float >= 0, how often an example counts; 0 is as good as absent (padding, undecodable image)
+    head:   [C] bool, class mask of the task's own head
+    sample: [n] int64, position in the stream; seeds an example's random draws
+    weight: [n] float >= 0, how often an example counts; 0 excludes it (padding, undecodable image)
     """
 
     pixels: Tensor
@@ -37,12 +37,12 @@ class Examples:
         return len(self.pixels)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
-        """The same examples on a device, pixels in `dtype`."""
+        """Return the examples on a device, with pixels in `dtype`."""
         moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
         return Examples(**{**moved, "pixels": moved["pixels"].to(dtype)})
 
     def select(self, rows: Tensor | slice) -> Examples:
-        """The examples at `rows`."""
+        """Return the examples at `rows`."""
         return Examples(self.pixels[rows], self.labels[rows], self.head, self.sample[rows], self.weight[rows])
 
 
@@ -50,10 +50,11 @@ class Examples:
 class Piece:
     """The share of a product P (w - a) that one rank adds to one parameter's gradient.
 
-    name: of the parameter
-    needs: names of the parameters whose weights enter
+    name: the parameter's name
+    needs: names of the parameters whose weights enter the product
     add: (target, weights, anchor, scale, damping) -> target + scale (P (w - a) + damping (w - a)), in fp32, as a new
-        tensor; all of the parameter's shape or by its name. Pieces of all ranks together are the whole product, once.
+        tensor of the parameter's shape; weights and anchor are by name. The pieces of all ranks sum to the whole
+        product.
     """
 
     name: str
@@ -63,13 +64,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Totals:
-    """A Precision over all ranks.
+    """Trace, size and error of a Precision over all ranks.
 
     trace: nats per squared weight, summed over weights
-    num_bytes: held by all ranks together, what is equal on all of them counted once
-    rank_bytes: held by the rank that holds most
-    terms: summed in the layer that has most
-    error: largest relative error of a layer that truncating and merging made, Frobenius norm (a bound)
+    num_bytes: bytes held by all ranks together; what is replicated on all of them counts once
+    rank_bytes: bytes held by the rank that holds most
+    terms: number of terms in the layer that has most
+    error: largest relative error of a layer from truncating and merging, in the Frobenius norm (an upper bound)
     """
 
     trace: float
@@ -79,64 +80,66 @@ class Totals:
     error: float = 0.0
 
 
-# Layer names that are wanted -> the states, by layer name, that all ranks' `Precision.shard_dict` had for them.
+# Predicate on layer names -> by layer name, the states that all ranks' `Precision.shard_dict` had for those layers.
 Shards = Callable[[Callable[[str], bool]], Mapping[str, Sequence[Mapping[str, Any]]]]
 
 
 class Precision(Protocol):
     """A positive semi-definite matrix over named weights, in nats per squared weight, summed over examples.
 
-    Immutable: every operation returns a new one. It may be spread over ranks, each holding what it multiplies.
+    Immutable: every operation returns a new one. It may be spread over ranks, each holding the part that it multiplies.
     """
 
     @property
     def num_examples(self) -> float:
-        """Sum of the weights of the examples it was summed over."""
+        """Sum of the weights of the examples over which it was summed."""
 
     def pieces(self, comm: Comm, like: Weights) -> list[Piece]:
-        """What this rank multiplies; tensors take the memory layout of the weights `like`. Not collective.
+        """Return this rank's pieces of the product; their tensors take the memory layout of the weights `like`.
+
+        Collective where a diagonal is spread over ranks.
 
         Raises:
             CoverageError: a name of `like` has no curvature.
         """
 
     def plus(self, other: Precision, comm: Comm) -> Precision:
-        """The sum of two precisions over the same weights; collective."""
+        """Return the sum of two precisions over the same weights; collective."""
 
     def times(self, scale: float) -> Precision:
-        """The precision scaled by `scale` >= 0."""
+        """Return the precision scaled by `scale` >= 0."""
 
     def rounded(self) -> Precision:
-        """With matrices in bf16, for faster products with them; itself where there are none."""
+        """Return it with its factors in bf16, for faster products; kinds without factors return themselves."""
 
     def totals(self, comm: Comm) -> Totals:
-        """Size and trace over all ranks; collective."""
+        """Return size and trace over all ranks; collective."""
 
     def to(self, device: torch.device) -> Precision:
-        """The same precision on a device."""
+        """Return the precision on a device."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What all ranks hold, with 'kind': tensors and JSON scalars; `build.precision_from_state` reads it."""
+        """The state that all ranks hold, with its 'kind': tensors and JSON scalars, for `precision_from_state`."""
 
     def shard_dict(self) -> dict[str, Any]:
-        """The rest of its state, which this rank alone holds: by layer name."""
+        """The rest of the state, held by this rank alone: by layer name."""
 
 
 class Estimator(Protocol):
-    """Measures the Precision of some examples at the model's present weights."""
+    """Measures the Precision of examples at the model's current weights."""
 
     def check(self, model: nn.Module) -> None:
-        """Refuse at once what `estimate` would refuse after training, as far as can be told without data.
+        """Refuse now what `estimate` would refuse after training, as far as this is known without data.
 
         Raises:
             CoverageError: the model cannot be measured with these settings.
         """
 
     def estimate(self, model: nn.Module, batches: Iterable[Examples], comm: Comm) -> Precision:
-        """The Precision of all ranks' batches together; collective.
+        """Measure the Precision of all ranks' batches together; collective.
 
-        Ranks may have different numbers of batches, or none. `batches` may be gone through more than once. The model is
-        left as it was: its mode, its gradients.
+        Ranks may have different numbers of batches, or none. `batches` may be iterated more than once. The model's mode
+        and gradients are left unchanged.
 
         Raises:
             CoverageError: a trainable parameter is not covered.
@@ -145,9 +148,9 @@ class Estimator(Protocol):
 
 
 def strided_like(value: Tensor, like: Tensor) -> Tensor:
-    """The same numbers with the strides of `like`: mixed layouts (channels_last) cost several times as much.
+    """Return `value` with the strides of `like`: products of mixed layouts (channels_last) cost several times as much.
 
-    `value` itself where it has them already.
+    Returns `value` itself if it already has these strides.
     """
     if value.stride() == like.stride():
         return value

@@ -1,6 +1,7 @@
-"""Squares of per-example gradients, summed: by hooked layers, and through the whole model.
+"""Sums of squared per-example gradients: by hooked layers, and through the whole model.
 
-All give sum_i sum_j (J_i' v_ij)^2 by parameter name, for columns v [c, n, C] over the logits; |J_i' v_ij| with power 1.
+All return sum_i sum_j (J_i' v_ij)^2 by parameter name, for columns v [c, n, C] over the logits; |J_i' v_ij| with
+power 1.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ def layer_squares(
     group: int,
     power: Power = 2,
 ) -> dict[str, Tensor]:
-    """Squares by full name, for the parameters of hooked layers.
+    """Return squares by full name, for the parameters of hooked layers.
 
     Args:
         model: the model.
         layers: what to measure.
-        calls: of the forward pass that made `logits` [n, C].
+        calls: calls of the forward pass that made `logits`.
         columns: [c, n, C].
         logits: [n, C], with their graph.
-        group: columns taken back at a time; bounds memory.
+        group: columns pulled back at a time; bounds memory.
         power: 2 for squares, 1 for absolute values.
     """
     total: dict[str, Tensor] = {}
@@ -57,7 +58,7 @@ def layer_squares(
 def layer_gradients(
     layers: Layers, calls: Mapping[str, list[Call]], logits: Tensor, columns: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """By layer, the gradients [n*f, c, ...] of its output, from the last layer to the first; freed as they pass."""
+    """Yield each layer's output gradients [n*f, c, ...], from the last layer to the first, freeing them on the way."""
     edges = {name: edge for name in layers if (edge := calls[name][0].edge) is not None}
     by_column = [_pulled(logits, list(edges.values()), column) for column in columns]
     for position in reversed(range(len(edges))):
@@ -70,14 +71,14 @@ def layer_gradients(
 def stream_gradients(
     edges: Mapping[str, GradientEdge], logits: Tensor, columns: Tensor, visit: Callable[[str, Tensor], None]
 ) -> None:
-    """Visit the gradient of each layer's output for one column after another, as soon as autograd has made it.
+    """Visit the gradient of each layer's output for one column after another, as soon as autograd has computed it.
 
-    Nothing is held but what autograd itself still needs. Only the edges that no other edge lies behind are asked for,
-    the rest is passed on the way to them; what is asked for arrives when the column is done.
+    Nothing is held but what autograd itself still needs. Only edges from which no other edge can be reached, going
+    backward, are requested; hooks visit the others on the way. Requested gradients arrive when the column is done.
 
     Args:
         edges: by layer, where its output gradient arrives.
-        logits: [n, C], with their graph, which is used up.
+        logits: [n, C], with their graph, which is freed.
         columns: [c, n, C].
         visit: takes the layer's name and its gradient, which it must not change.
     """
@@ -107,14 +108,14 @@ def stream_gradients(
 def mapped_squares(
     model: nn.Module, names: Sequence[str], pixels: Tensor, columns: Tensor, *, graph_bytes: int, power: Power = 2
 ) -> dict[str, Tensor]:
-    """Squares by full name, for parameters that only the whole model's forward pass can account for.
+    """Return squares by full name, for parameters that must be measured through the whole model's forward pass.
 
     Args:
         model: the model.
-        names: of the parameters.
+        names: names of the parameters.
         pixels: [n, channels, h, w].
         columns: [c, n, C].
-        graph_bytes: held per example between forward and backward.
+        graph_bytes: bytes held per example between forward and backward.
         power: 2 for squares, 1 for absolute values.
     """
     fixed = {name: value.detach() for name, value in model.named_parameters()}
@@ -144,7 +145,7 @@ def mapped_squares(
 def looped_squares(
     model: nn.Module, names: Collection[str] | None, pixels: Tensor, columns: Tensor, *, power: Power = 2
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """The same one example and column at a time, by the road that every training step takes.
+    """Return the same as `mapped_squares`, one example and column at a time by plain autograd, as in training.
 
     `names` None means every trainable parameter. Also returns the names of those that the logits depend on.
     """

@@ -1,10 +1,10 @@
-"""Curvature in orthonormal bases: F = Q diag(values) Q', in one piece a layer, parameter or matrix.
+"""Curvature in orthonormal bases: F = Q diag(values) Q', one piece per layer, parameter or matrix.
 
-    Pair, Eigen     Q = Qb (x) Qa                exact for one term; of several terms what `refit` makes of their sum
+    Pair, Eigen     Q = Qb (x) Qa                exact for one term; several terms are replaced by their `refit`
     Diagonal        Q = 1
     DensePrecision  eigenvectors of the whole matrix
 
-Each rank holds pieces of its own; the pieces of all ranks together are the whole, once.
+Each rank holds pieces of its own; the pieces of all ranks together make up the whole, without overlap.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ class Spectrum(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parameters."""
+        """Names of the parameters."""
 
     @property
     def values(self) -> Tensor:
-        """>= 0, of any shape."""
+        """The eigenvalues, >= 0, of any shape."""
 
     def coefficients(self, rows: Weights) -> Tensor:
-        """Q' w for m weights w, each name's [m, *shape of the parameter]: [m, *shape of the values]."""
+        """Return Q' w for m weights w, given by name as [m, *shape of the parameter]: [m, *shape of the values]."""
 
     def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """Q c for one c of the values' shape, by name."""
+        """Return Q c for one c of the values' shape, by name."""
 
 
 @final
 @dataclass(frozen=True)
 class BlockSpectrum:
-    """Of a layer's block."""
+    """The spectrum of a layer's block."""
 
     layout: Layout
     eigen: Eigen
@@ -77,7 +77,7 @@ class BlockSpectrum:
 
     @property
     def values(self) -> Tensor:
-        """[g, o, d]."""
+        """The eigenvalues [g, o, d]."""
         return self.eigen.values
 
     def coefficients(self, rows: Weights) -> Tensor:
@@ -99,7 +99,7 @@ class BlockSpectrum:
 @final
 @dataclass(frozen=True)
 class DiagonalSpectrum:
-    """Of one parameter whose curvature is a diagonal."""
+    """The spectrum of one parameter whose curvature is a diagonal."""
 
     name: str
     values: Tensor
@@ -121,9 +121,9 @@ class DiagonalSpectrum:
 @final
 @dataclass(frozen=True)
 class DenseSpectrum:
-    """Of a whole matrix.
+    """The spectrum of a dense matrix.
 
-    shapes: by name, in the order of the matrix
+    shapes: shapes of the parameters by name, in the order of the matrix
     values: [P]
     vectors: [P, P], in columns
     """
@@ -149,10 +149,10 @@ class DenseSpectrum:
 
 
 def covered(precision: Precision) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that all ranks' parts of the precision are about.
+    """Return the shapes of the parameters that the precision covers, on all ranks together.
 
     Raises:
-        CoverageError: of a kind without eigenvalues.
+        CoverageError: the precision is of a kind without eigenvalues.
     """
     match precision:
         case Kronecker():
@@ -173,7 +173,7 @@ def covered(precision: Precision) -> dict[str, tuple[int, ...]]:
 
 
 def spectra(precision: Precision, comm: Comm) -> tuple[Spectrum, ...]:
-    """This rank's pieces; collective, for blocks that are cut are joined on the rank that has their first part.
+    """Decompose this rank's pieces; collective, since blocks that are cut are joined on the rank of their first part.
 
     Raises:
         CoverageError: the precision is spread over more ranks than `comm` has, or of a kind without eigenvalues.
@@ -186,7 +186,7 @@ def spectra(precision: Precision, comm: Comm) -> tuple[Spectrum, ...]:
 
 
 def eigen_of(block: Block) -> Eigen:
-    """A whole block in its eigenbasis; of several terms what `refit` makes of their sum, its diagonal exact.
+    """Return a whole block in its eigenbasis; several terms are replaced by their `refit`, whose diagonal is exact.
 
     Raises:
         DivergedError: a factor is not finite.
@@ -198,9 +198,9 @@ def eigen_of(block: Block) -> Eigen:
 
 
 def gathered(precision: Kronecker, comm: Comm) -> Kronecker:
-    """The precision with all blocks, whole, on every rank; collective.
+    """Return the precision with all blocks, whole, on every rank; collective.
 
-    For looking at it or saving it in one place: as a prior on several ranks it would count several times.
+    For inspecting it or saving it in one place: as a prior on several ranks it would count several times.
 
     Raises:
         CoverageError: a block is on no rank.
@@ -253,7 +253,7 @@ def _held(precision: Kronecker) -> dict[tuple[str, Part], Block]:
 
 
 def _everywhere(layout: Layout, ranks: Ranks, precision: Kronecker, comm: Comm) -> Block:
-    """The whole block of a layer, on every rank."""
+    """Return the whole block of a layer on every rank."""
     held = _held(precision)
     if comm.size == 1:
         return held[layout.name, ranks[0][1]]
@@ -265,7 +265,7 @@ def _everywhere(layout: Layout, ranks: Ranks, precision: Kronecker, comm: Comm) 
 
 
 def _broadcast(state: Mapping[str, Any] | None, source: int, comm: Comm) -> dict[str, Any]:
-    """The nest of tensors and JSON scalars that rank `source` has."""
+    """Broadcast the nested state of tensors and JSON scalars of rank `source`."""
     tensors: list[Tensor] = []
     text = None if state is None else json.dumps(_emptied(state, tensors))
     skeleton = json.loads(comm.broadcast_text(text, source=source))
@@ -277,7 +277,7 @@ def _broadcast(state: Mapping[str, Any] | None, source: int, comm: Comm) -> dict
 
 
 def _emptied(node: Any, tensors: list[Tensor]) -> Any:
-    """The nest with the shape and dtype of every tensor in its place."""
+    """Replace every tensor of a nested state by its shape and dtype, and append it to `tensors`."""
     if isinstance(node, Tensor):
         tensors.append(node)
         return {"shape": list(node.shape), "dtype": str(node.dtype).removeprefix("torch.")}

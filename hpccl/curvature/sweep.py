@@ -1,6 +1,6 @@
-"""One pass over a task's examples, whatever is measured on it: fit examples, one plan for all ranks, named errors.
+"""Shared parts of all passes over a task's examples: usable examples, one plan for all ranks, precise errors.
 
-A rank that fails tells the others before it raises, so that none of them waits for it in a later exchange.
+A rank that fails notifies the others before it raises, so that none of them waits for it in a later collective.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 Made = TypeVar("Made")
 
-_PROBE = 2  # examples that the coverage is checked with: two show whether each has its own rows
+_PROBE = 2  # examples that the coverage is checked with: two reveal whether each has its own rows
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,19 @@ class Forward:
 
     @property
     def edges(self) -> dict[str, GradientEdge]:
-        """By layer, where its output gradient arrives."""
+        """By layer, the graph edge where its output gradient arrives."""
         return {name: call.edge for name, (call, *_) in self.calls.items() if call.edge is not None}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is asked of every example.
+    """The vectors over the logits (columns) that are pulled back for every example.
 
     fisher: ggn: exact, K - 1 columns for K own-head classes; mc: `samples` labels drawn per example; empirical: the
         true label; weighted: the same times its probability; predicted: the likeliest label; outputs: the gradient of
         its own-head logits' squared norm
-    samples: of mc
-    seed: of mc; what is drawn depends on (seed, sample) only, not on batches, order or ranks
+    samples: draws of mc
+    seed: seed of mc; draws depend on (seed, sample) only, not on batches, order or ranks
     """
 
     fisher: Wanted
@@ -77,7 +77,7 @@ class Sweep:
     seed: int
 
     def num_columns(self, examples: Examples) -> int:
-        """Columns per example."""
+        """Return the number of columns per example."""
         return num_columns(self.fisher, int(examples.head.sum()), self.samples)
 
     def forward(
@@ -89,13 +89,13 @@ class Sweep:
         autocast: torch.dtype | None = None,
         widened: dict[str, Tensor] | None = None,
     ) -> Forward:
-        """One forward pass of `part`; logits and columns are never in half precision.
+        """Run a forward pass of `part`; logits and columns are never in half precision.
 
         Args:
             model: the model.
             names: layers to watch.
             part: examples.
-            autocast: the dtype of the pass; None is that of the weights.
+            autocast: the dtype of the pass; None: that of the weights.
             widened: parameters to use instead of the model's own, by name.
 
         Raises:
@@ -106,13 +106,13 @@ class Sweep:
         with captured(model, names) as calls, lower:
             logits = _logits(model, part.pixels, widened)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if not is_spread(model) and not bool(logits.isfinite().all()):  # elsewhere all ranks finish the pass first
+        if not is_spread(model) and not bool(logits.isfinite().all()):  # if spread, all ranks finish the pass first
             raise _diverged(model, part)
         columns = output_columns(logits, part, self.fisher, samples=self.samples, seed=self.seed)
         return Forward(calls, logits, columns)
 
     def blame(self, model: nn.Module, layers: Layers, part: Examples, sums: Mapping[str, Tensor]) -> DivergedError:
-        """Why `sums`, by what they belong to, are not finite although the logits of `part` are."""
+        """Return an error that says why `sums`, by name, are not finite although the logits of `part` are."""
         names = [name for name, value in sums.items() if not bool(value.isfinite().all())]
         everyone = torch.ones(len(part), dtype=torch.bool)
         if is_spread(model):  # another pass would be collective
@@ -137,12 +137,12 @@ class Sweep:
 
 
 def fit_examples(model: nn.Module, batches: Iterable[Examples]) -> Iterator[Examples]:
-    """The batches on the model's device, without what counts for nothing; none is empty.
+    """Yield the batches on the model's device, without examples of weight 0; none is empty.
 
-    Where passes are collective, every batch stays, if only with one example of weight 0.
+    Where passes are collective, no batch is dropped: one without other examples keeps one of weight 0.
 
     Raises:
-        CoverageError: the model's per-example gradients are meaningless or imprecise.
+        CoverageError: the model's per-example gradients would be meaningless or imprecise.
         DataError: a label is outside its head.
     """
     refuse_unfit(model)
@@ -158,7 +158,7 @@ def fit_examples(model: nn.Module, batches: Iterable[Examples]) -> Iterator[Exam
 
 
 def nothing(examples: Examples) -> Examples:
-    """One example that counts for nothing: for a pass that others need."""
+    """Return one example of weight 0, with which this rank takes part in a pass that the others need."""
     one = examples.select(slice(0, 1))
     return replace(one, weight=torch.zeros_like(one.weight))
 
@@ -166,10 +166,10 @@ def nothing(examples: Examples) -> Examples:
 def in_step(
     model: nn.Module, examples: Iterable[Examples], comm: Comm, size: Callable[[Examples], int]
 ) -> Iterator[Examples]:
-    """The examples of each batch, at most `size` at a time.
+    """Yield the examples of each batch, at most `size` at a time.
 
-    Where passes are collective, as often and as many on every rank, if only by examples of weight 0: some parameters
-    are measured one example at a time.
+    Where passes are collective, every rank yields equally many parts of equal length, padded with examples of weight 0:
+    some parameters are measured one example at a time.
     """
     batches = iter(examples)
     while (batch := together(model, comm, lambda: next(batches, None))) is not None:
@@ -181,7 +181,7 @@ def in_step(
 
 
 def padded(examples: Examples, length: int) -> Examples:
-    """With copies of the first one that count for nothing, `length` in all."""
+    """Pad to `length` examples with copies of the first one that have weight 0."""
     places = torch.arange(length, device=examples.weight.device)
     there = places < len(examples)
     more = examples.select(torch.where(there, places, 0))
@@ -189,12 +189,12 @@ def padded(examples: Examples, length: int) -> Examples:
 
 
 def together(model: nn.Module, comm: Comm, make: Callable[[], Made]) -> Made:
-    """What `make` makes; where passes are collective, a rank that fails in it stops the others before the next pass."""
+    """Return `make()`; where passes are collective, a rank that fails in it stops the others before the next pass."""
     return all_or_none(comm, make) if is_spread(model) else make()
 
 
 def at_the_end(model: nn.Module, comm: Comm, make: Callable[[], Made]) -> Made:
-    """The same for a whole loop of passes, in which `together` has told others already if passes are collective."""
+    """Return `make()`, a whole loop of passes; a failing rank stops the others, unless `together` already did so."""
     return make() if is_spread(model) else all_or_none(comm, make)
 
 
@@ -208,24 +208,24 @@ def _logits(model: nn.Module, pixels: Tensor, widened: dict[str, Tensor] | None)
 
 
 def _on_device(model: nn.Module, batch: Examples) -> Examples:
-    if is_spread(model):  # weights may rest elsewhere between passes
+    if is_spread(model):  # weights may be off the device between passes
         return batch
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     return batch.to(like.device, like.dtype)
 
 
 def in_parts(examples: Examples, size: int) -> Iterator[Examples]:
-    """The examples, `size` at a time, which are of one size as nearly as possible."""
+    """Yield the examples in parts of at most `size`, as equal in length as possible."""
     number = -(-len(examples) // size)
     for part in range(number):
         yield examples.select(slice(part * len(examples) // number, (part + 1) * len(examples) // number))
 
 
 def fastest_layout(model: nn.Module, pixels: Tensor) -> torch.memory_format:
-    """channels_last, in which no patch and no gradient is copied, if the model takes such pixels.
+    """Return channels_last, in which patches and gradients need no copies, if the model accepts such pixels.
 
-    Some models flatten by `view`, which needs another order of their activations. One convolution (of a transformer's
-    patches) gains nothing.
+    Some models flatten by `view`, which fails on channels_last activations. A single convolution (a transformer's patch
+    embedding) gains nothing.
     """
     if is_spread(model) or pixels.dim() != 4 or sum(isinstance(module, nn.Conv2d) for module in model.modules()) < 2:
         return torch.contiguous_format
@@ -241,7 +241,7 @@ def fastest_layout(model: nn.Module, pixels: Tensor) -> torch.memory_format:
 
 
 def planned(model: nn.Module, examples: Examples) -> Coverage:
-    """See coverage.plan."""
+    """Plan the coverage with a few of the examples; see coverage.plan."""
     with measuring(model, examples.pixels.device):
         return plan(model, examples.pixels[:_PROBE])
 
@@ -249,14 +249,14 @@ def planned(model: nn.Module, examples: Examples) -> Coverage:
 def planned_together(
     model: nn.Module, batches: Iterable[Examples], comm: Comm, known: Coverage | None = None
 ) -> tuple[Coverage | None, Iterator[Examples]]:
-    """One coverage for all ranks, and this rank's fit examples; collective.
+    """Return one coverage for all ranks, and this rank's usable examples; collective.
 
-    One rank makes the plan, so that a rank without examples knows it too; None if nobody has a batch. It is made of
-    every rank's first batch, also one that counts for nothing: `batches` may be collective (each rank is asked for a
-    batch as often as the others), and so must not be gone through further on one rank than on another before that.
+    One rank makes the plan from its first batch, so that ranks without examples have it too; None if no rank has a
+    batch. Before that every rank takes exactly one batch, even if all its examples have weight 0: `batches` may be
+    collective (each rank takes a batch as often as the others), so no rank may iterate further than another.
 
     Raises:
-        HpcclError: whatever stopped this rank; WorldError if another one was stopped.
+        HpcclError: what stopped this rank; WorldError if another rank was stopped.
     """
     if known is not None:
         return known, fit_examples(model, batches)
@@ -286,10 +286,10 @@ def planned_together(
 
 
 def agree(comm: Comm, failure: HpcclError | None) -> None:
-    """Raise on every rank if one has failed: on that one its failure, elsewhere that another has.
+    """Raise on every rank if any has failed: its own failure on that rank, a WorldError on the others.
 
-    A WorldError came from such an agreement already, in which the rank that failed took part; it is passed on, for that
-    rank will not come to another one.
+    A WorldError comes from an earlier agreement, in which the failed rank took part; it is raised again without another
+    exchange, which that rank would not join.
     """
     if isinstance(failure, WorldError):
         raise failure
@@ -298,7 +298,7 @@ def agree(comm: Comm, failure: HpcclError | None) -> None:
 
 
 def all_or_none(comm: Comm, make: Callable[[], Made]) -> Made:
-    """What `make` makes on each rank; if it fails on one, all ranks raise as in `agree`. Collective."""
+    """Return `make()` on each rank; if it fails on any, all ranks raise as in `agree`. Collective."""
     try:
         made = make()
     except HpcclError as error:
@@ -309,18 +309,18 @@ def all_or_none(comm: Comm, make: Callable[[], Made]) -> Made:
 
 
 def listed(names: Iterable[object]) -> str:
-    """The first names, and how many more."""
+    """Join the first names, and say how many more there are."""
     texts = [str(name) for name in names]
     return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
 
 
 def zeros_for(parameter: Tensor) -> Tensor:
-    """An fp32 accumulator in the parameter's shape."""
+    """Return an fp32 accumulator of zeros in the parameter's shape."""
     return torch.zeros(parameter.shape, dtype=torch.float32, device=computes_on(parameter))
 
 
 def _shared(coverage: Coverage | None, source: int, comm: Comm) -> Coverage:
-    """The coverage of rank `source`; elsewhere `coverage` is ignored."""
+    """Broadcast the coverage of rank `source`; elsewhere `coverage` is ignored."""
     text = json.dumps(asdict(coverage)) if coverage else None
     fields: dict[str, Any] = json.loads(comm.broadcast_text(text, source=source))
     for name in ("mapped", "looped", "widened", "factored"):

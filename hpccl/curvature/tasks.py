@@ -1,12 +1,12 @@
-"""The sum of the curvatures of several tasks, layer by layer, as the configuration asks.
+"""Sum the curvatures of several tasks, layer by layer, in one of four ways.
 
-    list:     sum_t B_t (x) A_t, exactly, while it fits; then the two closest terms of each layer become their nearest
-              Kronecker product, as long as the error of all merges of a layer stays within the tolerance
-    pooled:   (sum_t B_t) (x) (sum_t n_t A_t / sum_t n_t)    online Laplace; contains products of different tasks
+    list:     sum_t B_t (x) A_t, exactly, while it fits; then the two closest terms of each layer are merged into their
+              nearest Kronecker product, as long as the error of all merges of a layer stays within the tolerance
+    pooled:   (sum_t B_t) (x) (sum_t n_t A_t / sum_t n_t)    online Laplace; includes cross terms of different tasks
     nearest:  the nearest Kronecker product of the sum so far and the new task
     refit:    the eigenbasis of the nearest pair, with the exact diagonal of the sum in it
 
-What must be known of parts of a layer on other ranks are inner products of factors alone, which add up over parts.
+Ranks that hold parts of a layer exchange only inner products of factors, which add up over parts.
 Sources: Van Loan and Pitsianis 1993 (nearest products); Ritter et al. 2018 and Daxberger et al. 2021 (online Laplace);
 George et al. 2018 (EKFAC).
 """
@@ -43,13 +43,14 @@ def summed(
     one_pull: float,
     keep_trace: float = 1.0,
 ) -> list[Block]:
-    """The sum of each old and its new block; collective.
+    """Return the sum of each old block and its new one; collective.
 
-    one_pull: operations of the exact pull of one task
-    keep_trace: share of the trace that a merged term keeps where factors are of low rank; other terms stay as they are
+    one_pull: operations of the exact product with one task's curvature
+    keep_trace: share of its trace that a merged term keeps when factors are of low rank; other terms are unchanged
 
     Raises:
-        DivergedError: a factor is not finite; WorldError if it is another rank's.
+        DivergedError: a factor is not finite.
+        WorldError: a factor of another rank is not finite.
     """
     joined = [
         replace(old, terms=(*old.terms, *new.terms), counts=(*old.counts, *new.counts), lost=old.lost + new.lost)
@@ -71,7 +72,7 @@ def summed(
 
 
 def norms(blocks: Sequence[Block], comm: Comm) -> list[float]:
-    """Frobenius norm of each whole layer, also of those that are cut; collective."""
+    """Return the Frobenius norm of each whole layer, also of those that are cut; collective."""
     listed = [block for block in blocks if all(isinstance(term, Pair) for term in block.terms)]
     grams = {id(block): gram for block, gram in zip(listed, _grams(listed, comm), strict=True)}
     return [merge.sum_norm(*grams[id(block)]) if id(block) in grams else block.norm() for block in blocks]
@@ -100,7 +101,7 @@ def _single(block: Block, term: Term, error: float) -> Block:
 def _within_budget(
     blocks: list[Block], tasks: ListedTasks, comm: Comm, *, most_flops: float, keep_trace: float
 ) -> list[Block]:
-    """Merge one pair in every layer that allows it, until all of them fit, or none allows it."""
+    """Merge one pair of terms in every layer whose tolerance allows it, until all layers fit, or none allows it."""
     while _over_budget(blocks, tasks.max_gib * 2**30, most_flops, comm):
         grams = _grams(blocks, comm)
         merged = all_or_none(comm, partial(_all_closest_merged, blocks, grams, tasks.tolerance, keep_trace))
@@ -122,7 +123,7 @@ def _over_budget(blocks: Sequence[Block], most_bytes: float, most_flops: float, 
 
 
 def _share_of_bytes(block: Block) -> float:
-    """Bytes held, of what the parts of a layer all hold this part's share: one decision for any number of ranks."""
+    """Bytes held, with this part's share of a factor that all parts hold: independent of the number of ranks."""
     if block.part == WHOLE:
         return float(block.num_bytes)
     cut, other = (0, 1) if block.part.axis == "input" else (1, 0)
@@ -137,9 +138,10 @@ def _fraction(block: Block) -> float:
 
 
 def _grams(blocks: Sequence[Block], comm: Comm) -> list[Grams]:
-    """Of each layer as a whole, the same numbers on all ranks that hold a part of it: they must decide alike.
+    """Gram matrices of whole layers, identical on all ranks that hold a part of a layer, so that they decide alike.
 
-    Those of a cut factor add up. Those of the other factor, which may differ by rounding, are averaged over the parts.
+    Those of a cut factor are summed over the parts. Those of the other factor, which may differ by rounding, are
+    averaged over the parts.
     """
     local = [merge.gram(_pairs(block)) for block in blocks]
     message = [torch.zeros(2, dtype=torch.float64)]  # never empty
@@ -157,7 +159,7 @@ def _grams(blocks: Sequence[Block], comm: Comm) -> list[Grams]:
 
 
 def _added(messages: Tensor) -> dict[int, Tensor]:
-    """Sums by layer of a row of (layer, length, numbers...)."""
+    """Sum the numbers of a flat message of (layer, length, numbers...) records by layer."""
     totals: dict[int, Tensor] = {}
     position = 0
     while position < len(messages):
@@ -174,7 +176,7 @@ def _completed(gram: Grams, total: Tensor) -> Grams:
 
 
 def _number(block: Block) -> int:
-    """The layer's name as a number that a message of floats can hold."""
+    """A hash of the layer's name that a float64 message holds exactly."""
     return 1 + zlib.crc32(block.layout.name.encode())
 
 
@@ -191,7 +193,7 @@ def _all_closest_merged(
 
 
 def _closest_merged(block: Block, gram: Grams, tolerance: float, keep_trace: float) -> Block:
-    """The two closest terms as one; the block itself where there is one, or it errs too much, or saves nothing."""
+    """Merge the two closest terms; keep the block if it has only one, the error is too large, or no bytes are saved."""
     if len(block.terms) < 2:
         return block
     one, other, error = merge.closest(*gram)
@@ -207,7 +209,7 @@ def _merged(block: Block, gram: Grams, chosen: Sequence[int], keep_trace: float)
     inputs, gradients = (kind[:, index][:, :, index] for kind in gram)
     pairs = _pairs(block)
     nearest = merge.combine([pairs[t] for t in chosen], *merge.nearest_weights(inputs, gradients))
-    # Truncated alone: the others were when they were made, and their eigenvectors would be found once more.
+    # Only the merged term is truncated: the others already are, and would be decomposed again.
     single = _single(block, nearest, float(merge.merge_error(*gram, list(chosen)))).truncated(keep_trace)
     kept = [t for t in range(len(pairs)) if t not in chosen[1:]]
     terms = tuple(single.terms[0] if t == chosen[0] else pairs[t] for t in kept)

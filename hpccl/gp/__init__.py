@@ -1,1 +1,1 @@
-"""Gaussian processes that learn task by task: sparse, in dual form, with a memory of the examples that count most."""
+"""Gaussian processes that learn task by task: sparse, in dual form, with a memory of the most influential examples."""

@@ -1,10 +1,10 @@
-"""Choices among the rows of all ranks: inducing inputs that explain most, and memory by leverage.
+"""Choose among the rows of all ranks: inducing inputs that explain most, and memory by leverage.
 
 Inducing inputs are the pivots of the kernel matrix's Cholesky factorisation, each the row whose variance given those
 before it is largest (Burt et al. 2020, "Convergence of sparse variational inference in Gaussian processes regression",
 JMLR, sec. 4.2.2). Memory is a draw without replacement in proportion to leverage, by the largest log b_i + Gumbel noise
-(Efraimidis and Spirakis 2006). Both are the same on any number of ranks: ties go to the lower number of the example,
-and noise is a hash of it.
+(Efraimidis and Spirakis 2006). Both are the same on any number of ranks: ties go to the example with the lower
+number, and noise is a hash of that number.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from hpccl.gp.kernel import Kernel
 __all__ = ["drawn_by_leverage", "pivots"]
 
 _GUMBEL = 126
-_ALIKE = 1e-12  # relative difference below which two variances are a tie: ranks may round otherwise
+_ALIKE = 1e-12  # relative difference below which two variances are a tie: ranks may round differently
 
 
 def pivots(kernel: Kernel, x: Tensor, number: Tensor, count: int, comm: Comm, *, least: float = 1e-8) -> Tensor:
-    """[m, d] the inducing inputs, m <= count, in order; collective.
+    """Return the inducing inputs [m, d], m <= count, in order; collective.
 
     Args:
         kernel: of the process.
-        x: [n, d] this rank's candidates, perhaps none.
-        number: [n] int64, of each candidate, all different over ranks; decides ties.
-        count: at most so many.
+        x: [n, d] this rank's candidates, possibly none.
+        number: [n] int64 number of each candidate, unique over ranks; decides ties.
+        count: largest number of inducing inputs.
         comm: the ranks.
         least: stop when no candidate has more than this share of the largest prior variance left.
     """
@@ -63,18 +63,18 @@ def pivots(kernel: Kernel, x: Tensor, number: Tensor, count: int, comm: Comm, *,
 
 
 def _winner(values: Tensor, number: Tensor) -> int:
-    """The place of the largest value; of those alike, of the lowest number."""
+    """Return the index of the largest value; in a tie, that of the lowest number."""
     alike = values >= values.max() * (1 - _ALIKE)
     places = alike.nonzero()[:, 0]
     return int(places[number[places].argmin()])
 
 
 def drawn_by_leverage(leverage: Tensor, number: Tensor, count: int, comm: Comm, *, seed: int) -> Tensor:
-    """[k] numbers of the chosen examples of all ranks, ascending, k <= count; collective.
+    """Draw examples of all ranks, and return their numbers [k], ascending, k <= count; collective.
 
     Args:
-        leverage: [n] b_i >= 0 of this rank's; what has none is never chosen.
-        number: [n] int64.
+        leverage: [n] b_i >= 0 of this rank's examples; those with 0 are never drawn.
+        number: [n] int64 number of each example.
         count: how many.
         comm: the ranks.
         seed: of the draw.

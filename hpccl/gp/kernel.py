@@ -28,7 +28,7 @@ Kind: TypeAlias = Literal["rbf", "matern52", "linear"]
 class Kernel:
     """A kernel with one length scale for all columns.
 
-    lengthscale: l > 0, variance: s > 0; scalars in float64, which may need gradients
+    lengthscale: l > 0, variance: s > 0; scalars in float64, which may require gradients
     """
 
     kind: Kind
@@ -37,7 +37,7 @@ class Kernel:
 
     @classmethod
     def of(cls, kind: Kind, *, lengthscale: float = 1.0, variance: float = 1.0) -> Kernel:
-        """From numbers.
+        """Make a kernel from numbers.
 
         Raises:
             ConfigError: one is not above 0.
@@ -48,7 +48,7 @@ class Kernel:
         return cls(kind, *(torch.tensor(value, dtype=torch.float64) for value in (lengthscale, variance)))
 
     def __call__(self, x: Tensor, z: Tensor) -> Tensor:
-        """[n, m] for rows x [n, d] and z [m, d]."""
+        """Return the kernel matrix [n, m] of rows x [n, d] and z [m, d]."""
         x, z = x.double() / self.lengthscale, z.double() / self.lengthscale
         if self.kind == "linear":
             return self.variance * (x @ z.T)
@@ -60,18 +60,18 @@ class Kernel:
         return self.variance * (1 + scaled + 5 / 3 * square) * torch.exp(-scaled)
 
     def diagonal(self, x: Tensor) -> Tensor:
-        """[n], k(x, x) of each row."""
+        """Return k(x, x) of each row, [n]."""
         if self.kind == "linear":
             return self.variance * (x.double() / self.lengthscale).square().sum(1)
         return self.variance.expand(len(x))
 
     def to(self, device: torch.device) -> Kernel:
-        """The same on a device."""
+        """Return the kernel on a device."""
         return Kernel(self.kind, self.lengthscale.to(device), self.variance.to(device))
 
 
 def _square_distances(x: Tensor, z: Tensor) -> Tensor:
-    """[n, m], by products; around a common centre, so that large coordinates cancel before they are squared."""
+    """Return [n, m] by matrix products, around a common centre, so that large coordinates cancel before squaring."""
     if len(z):
         centre = z.mean(0)
         x, z = x - centre, z - centre

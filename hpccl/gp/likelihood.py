@@ -1,14 +1,14 @@
-"""What examples say about the latent functions: sites of a normal approximation, and predictions.
+"""Likelihoods of examples given latent functions: sites of a normal approximation, and predictions.
 
 With the marginal N(m, v) of a latent function at an example, E = E_{f ~ N(m, v)} log p(y | f), a site has the natural
 parameters (Khan and Nielsen 2018; Adam et al. 2021; Chang et al. 2023, eq. 9)
 
     beta = -2 dE/dv = -E[d2 log p / df2]        alpha = dE/dm + beta m = E[d log p / df] + beta m
 
-    gaussian     beta = 1/s^2, alpha = y/s^2: exact, whatever m and v are
-    bernoulli    E by Gauss and Hermite's rule
+    gaussian     beta = 1/s^2, alpha = y/s^2: exact for any m and v
+    bernoulli    E by Gauss-Hermite quadrature
     softmax      C latent functions, independent under the approximation, beta_c = E[p_c (1 - p_c)]; E over a fixed
-                 Sobol sequence, turned to normal numbers: the same for every example, process and step
+                 Sobol sequence, mapped to normal numbers: the same for every example, process and step
 
 Legend: n examples, C latent functions, S points.
 Sources: Khan and Nielsen 2018, "Fast yet simple natural-gradient descent for variational inference in complex models";
@@ -37,7 +37,7 @@ __all__ = ["Bernoulli", "Gaussian", "Likelihood", "Sites", "Softmax", "likelihoo
 _HERMITE = 32
 _SOBOL = 256
 _TOGETHER = 1 << 20  # values of latent functions at a time
-_LEAST = 1e-9  # of beta
+_LEAST = 1e-9  # smallest beta
 
 Sites: TypeAlias = tuple[Tensor, Tensor]  # alpha and beta, each [n, C]
 
@@ -47,23 +47,23 @@ class Likelihood(Protocol):
 
     @property
     def num_latent(self) -> int:
-        """C."""
+        """Number of latent functions, C."""
 
     def check(self, y: Tensor) -> None:
         """Refuse labels that have no likelihood.
 
         Raises:
-            DataError: there is one.
+            DataError: there is such a label.
         """
 
     def sites(self, y: Tensor, mean: Tensor, variance: Tensor) -> Sites:
-        """Of labels y [n] or targets [n, C], at marginals [n, C]."""
+        """Return the sites of labels y [n] or targets [n, C], at marginals [n, C]."""
 
     def expected_log(self, y: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        """[n] E log p(y | f), in nats; may be differentiated by mean and variance."""
+        """Return E log p(y | f) [n], in nats; differentiable by mean and variance."""
 
     def predict(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """[n, C] mean of y, or [n, C] probabilities (of the label 1 for Bernoulli)."""
+        """Return the mean of y [n, C], or probabilities [n, C] (of the label 1 for Bernoulli)."""
 
 
 @final
@@ -76,7 +76,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, noise: float, num_latent: int = 1) -> Gaussian:
-        """From a number.
+        """Make one from a number.
 
         Raises:
             ConfigError: it is not above 0.
@@ -165,7 +165,7 @@ class Softmax:
         total = torch.zeros(len(mean), dtype=mean.dtype, device=mean.device)
         root = variance.clamp_min(1e-30).sqrt()
         for points in self._groups(mean):
-            # Computed again in the backward pass: a graph of all points would hold S times n x C numbers, and more.
+            # Recomputed in the backward pass: a graph of all points would hold S times n x C numbers, and more.
             part = checkpoint(_summed_log, y, mean, root, points, use_reentrant=False, preserve_rng_state=False)
             total = total + part / _SOBOL
         return total
@@ -178,19 +178,19 @@ class Softmax:
         return total
 
     def _points(self, mean: Tensor, variance: Tensor) -> Iterator[Tensor]:
-        """[s, n, C] values of the latent functions, a few of the S points at a time."""
+        """Yield values [s, n, C] of the latent functions, a few of the S points at a time."""
         root = variance.clamp_min(1e-30).sqrt()
         for points in self._groups(mean):
             yield mean + root * points[:, None]
 
     def _groups(self, mean: Tensor) -> tuple[Tensor, ...]:
-        """Of the S points [s, C], a few that go together."""
+        """Split the S points into groups [s, C] that are evaluated together."""
         together = max(1, _TOGETHER // max(1, mean.numel()))
         return tuple(_normal(self.num_latent, mean.device).split(together))
 
 
 def _summed_log(y: Tensor, mean: Tensor, root: Tensor, points: Tensor) -> Tensor:
-    """[n] sum over points of log softmax(mean + root point)_y."""
+    """Sum log softmax(mean + root point)_y over points: [n]."""
     f = mean + root * points[:, None]
     own = y.long().expand(len(f), len(y))[..., None]
     found: Tensor = f.log_softmax(2).gather(2, own)[..., 0].sum(0)
@@ -198,10 +198,10 @@ def _summed_log(y: Tensor, mean: Tensor, root: Tensor, points: Tensor) -> Tensor
 
 
 def likelihood_of(kind: str, num_latent: int, noise: Tensor | None = None) -> Likelihood:
-    """By its name, gaussian, bernoulli or softmax.
+    """Make a likelihood by its name: gaussian, bernoulli or softmax.
 
     Raises:
-        ValueError: there is none of that name, or a noise is missing.
+        ValueError: the name is unknown, or the noise is missing.
     """
     match kind:
         case "gaussian" if noise is not None:
@@ -220,14 +220,14 @@ def _refuse_labels(y: Tensor, count: int) -> None:
 
 
 def _hermite(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Points and weights of an expectation under N(0, 1)."""
+    """Return points and weights of an expectation under N(0, 1)."""
     points, weights = np.polynomial.hermite_e.hermegauss(_HERMITE)
     return torch.from_numpy(points).to(device), torch.from_numpy(weights / weights.sum()).to(device)
 
 
 @lru_cache(maxsize=8)
 def _sobol(columns: int) -> Tensor:
-    """[S, columns] normal numbers that fill space evenly, with their mirror images: odd moments are exact."""
+    """Return quasi-random normal numbers [S, columns], with their negatives, so that odd moments are exact."""
     uniform = torch.quasirandom.SobolEngine(columns, scramble=True, seed=0).draw(_SOBOL // 2, dtype=torch.float64)
     normal = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
     both = torch.cat([normal, -normal])

@@ -1,12 +1,12 @@
-"""A sparse Gaussian process in dual form: what examples say, in the coordinates of a few inducing inputs.
+"""A sparse Gaussian process in dual form: sums over examples, in the coordinates of a few inducing inputs.
 
-    lambda1 = sum_i alpha_i k_zi        Lambda2 = sum_i beta_i k_zi k_zi'         one of each for a latent function
+    lambda1 = sum_i alpha_i k_zi        Lambda2 = sum_i beta_i k_zi k_zi'         one of each per latent function
     mean(x)     = k_xz (K + Lambda2)^-1 lambda1
     variance(x) = k_xx - k_xz K^-1 k_zx + k_xz (K + Lambda2)^-1 k_zx
     q(u)        = N(K (K + Lambda2)^-1 lambda1, K (K + Lambda2)^-1 K)             u the functions' values at Z
 
-Sums of examples are sums of duals, so ranks add theirs up, and a task is added to the tasks before it. New inducing
-inputs n in the place of old ones o: P = K_oo^-1 K_on, lambda1 <- P' lambda1, Lambda2 <- P' Lambda2 P.
+Duals add up over examples: ranks sum theirs, and a task's are added to those of the tasks before it. New inducing
+inputs n replace old ones o by P = K_oo^-1 K_on, lambda1 <- P' lambda1, Lambda2 <- P' Lambda2 P.
 
 Legend: n examples, m inducing inputs Z [m, d], K = k(Z, Z) + jitter, C latent functions.
 Source: Chang et al. 2023, "Memory-based dual Gaussian processes for sequential learning", ICML, sec. 3; Adam et al.
@@ -42,26 +42,26 @@ class Duals:
 
     @classmethod
     def zeros(cls, num_latent: int, size: int, device: torch.device | str = "cpu") -> Duals:
-        """Of no example."""
+        """Return the duals of no examples."""
         first = torch.zeros(num_latent, size, dtype=torch.float64, device=device)
         return cls(first, first.new_zeros(num_latent, size, size))
 
     def plus(self, other: Duals, scale: float = 1.0) -> Duals:
-        """Self + scale * other."""
+        """Return self + scale * other."""
         return Duals(self.first + scale * other.first, self.second + scale * other.second)
 
     def times(self, scale: float) -> Duals:
-        """Scaled."""
+        """Return the duals times `scale`."""
         return Duals(self.first * scale, self.second * scale)
 
     def widened(self, more: int) -> Duals:
-        """With `more` latent functions, of which nothing is known."""
+        """Append `more` latent functions, with duals of 0."""
         return Duals(functional.pad(self.first, (0, 0, 0, more)), functional.pad(self.second, (0, 0, 0, 0, 0, more)))
 
     def turned(self, projection: Tensor) -> Duals:
-        """In the coordinates of other inducing inputs, by P [m, m new]."""
-        # P may be large where new inputs lie far from old ones, while P'k is not: by roots nothing cancels, and Lambda2
-        # stays positive semi-definite.
+        """Return the duals in the coordinates of other inducing inputs, by P [m, m new]."""
+        # P may be large where new inputs lie far from old ones, while P'k is not: with a square root nothing cancels,
+        # and Lambda2 stays positive semi-definite.
         values, vectors = torch.linalg.eigh((self.second + self.second.mT) / 2)
         root = projection.T @ (vectors * values.clamp_min(0).sqrt()[:, None, :])
         return Duals(self.first @ projection, root @ root.mT)
@@ -82,11 +82,11 @@ class DualPosterior:
     jitter: float = 1e-9
 
     def gram(self) -> Tensor:
-        """K [m, m]."""
+        """Return K [m, m]."""
         return gram(self.kernel, self.inducing, self.jitter)
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance [n, C] of the latent functions at rows x [n, d]; may be differentiated by the kernel.
+        """Return mean and variance [n, C] of the latent functions at rows x [n, d]; differentiable by the kernel.
 
         Raises:
             DivergedError: a matrix has no Cholesky factor.
@@ -105,7 +105,7 @@ class DualPosterior:
         return torch.cat([empty, *means]), torch.cat([empty, *variances])
 
     def divergence(self, before: Duals | None = None) -> Tensor:
-        """KL(q(u) || p(u)) in nats, summed over latent functions; p the prior, or the process with the duals `before`.
+        """Return KL(q(u) || p(u)) in nats, summed over latent functions; p: the prior, or has the duals `before`.
 
         With B = K + Lambda2 of each:  1/2 [tr(B_p B_q^-1) + d' B_p d - m + log|B_q| - log|B_p|],
         d = B_q^-1 lambda1_q - B_p^-1 lambda1_p.
@@ -123,21 +123,21 @@ class DualPosterior:
         return found
 
     def moved(self, inducing: Tensor) -> tuple[DualPosterior, Tensor]:
-        """The same with other inducing inputs, and P."""
+        """Return the process with other inducing inputs, and P."""
         factor, _ = _cholesky(self.gram()[None], "K")
         projection = torch.cholesky_solve(self.kernel(self.inducing, inducing), factor[0])
         return replace(self, inducing=inducing, duals=self.duals.turned(projection)), projection
 
 
 def contribution(kernel: Kernel, inducing: Tensor, x: Tensor, sites: Sites, comm: Comm) -> Duals:
-    """Duals of the examples of all ranks: x [n, d] and sites [n, C] of this rank's, perhaps none; collective."""
+    """Return the duals of all ranks' examples; x [n, d] and sites [n, C]: this rank's, possibly none. Collective."""
     total = own_contribution(kernel, inducing, x, sites)
     comm.sum_([total.first, total.second])
     return total
 
 
 def own_contribution(kernel: Kernel, inducing: Tensor, x: Tensor, sites: Sites) -> Duals:
-    """Of this rank's examples alone; may be differentiated by the kernel and the sites."""
+    """Return the duals of this rank's examples alone; differentiable by the kernel and the sites."""
     alpha, beta = sites
     total = Duals.zeros(alpha.shape[1], len(inducing), inducing.device)
     for start in range(0, len(x), _ROWS):
@@ -149,7 +149,7 @@ def own_contribution(kernel: Kernel, inducing: Tensor, x: Tensor, sites: Sites) 
 
 
 def gram(kernel: Kernel, inducing: Tensor, jitter: float) -> Tensor:
-    """K [m, m]."""
+    """Return K [m, m], with jitter."""
     found = kernel(inducing, inducing)
     found = (found + found.T) / 2
     scale = found.diagonal().mean() if len(found) else found.new_ones(())
@@ -157,10 +157,10 @@ def gram(kernel: Kernel, inducing: Tensor, jitter: float) -> Tensor:
 
 
 def _cholesky(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Lower factors [C, m, m] and log determinants [C].
+    """Return lower Cholesky factors [C, m, m] and log determinants [C].
 
     Raises:
-        DivergedError: there is none.
+        DivergedError: a matrix has none.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed.any()):

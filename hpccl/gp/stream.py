@@ -1,17 +1,17 @@
-"""Learning task by task with a Gaussian process that forgets the data and keeps their duals and a small memory.
+"""Learn task by task with a Gaussian process that discards the data and keeps their duals and a small memory.
 
 For the examples D of a task, in this order (Chang et al. 2023, algorithm 1):
 
     inducing inputs   the pivots among the old ones and D; old duals move to them (`DualPosterior.moved`)
-    sites             of D from 0 and of the memory from where they were: alpha, beta <- (1 - r) alpha, beta + r (new at
-                      the present marginals), some steps; the memory's old part of the duals is taken out first, since
-                      it is known better now
-    hyperparameters   perhaps, by the evidence bound  sum_D E + N/M sum_memory E - KL(q(u) || p(u)),  N examples seen
-                      before, M of them in memory; then sites once more
-    memory            a draw of D in proportion to leverage b_i = sum_c beta_ic v_ic joins it
+    sites             of D, starting from 0, and of the memory, starting from their last values:
+                      alpha, beta <- (1 - r) alpha, beta + r (new at the current marginals), for some steps; the
+                      memory's old part of the duals is removed first, since its sites are now known better
+    hyperparameters   optionally, by the evidence bound  sum_D E + N/M sum_memory E - KL(q(u) || p(u)),  N examples seen
+                      before, M of them in memory; then sites again
+    memory            a draw from D in proportion to leverage b_i = sum_c beta_ic v_ic is added to it
 
 For a Gaussian likelihood one step with r = 1 is exact. Every rank has rows of its own and the whole memory; sums over
-rows are sums over ranks, so that results do not depend on their number.
+rows include all ranks, so that results do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hpccl.gp.posterior import DualPosterior, Duals, contribution, own_contribut
 
 __all__ = ["Memory", "Settings", "State", "begin", "bound", "learn", "leverage", "typical_distance"]
 
-_LARGEST = 4 << 30  # bytes of the duals
+_LARGEST = 4 << 30  # most bytes of the duals
 
 
 @final
@@ -42,13 +42,13 @@ _LARGEST = 4 << 30  # bytes of the duals
 class Settings:
     """How a task is learned.
 
-    inducing: most inducing inputs
-    steps, rate: of the sites, r in (0, 1] at most; a Gaussian likelihood needs one step with rate 1, and gets it
-    memory: examples of a task that are kept
-    tune, tune_rate: steps of Adam on the logarithms of the hyperparameters, and their size; 0: leave them. Without a
-        memory only at the first task: later the past's likelihood, which the bound needs, could not be told
-    seed: of what is drawn
-    jitter: on the diagonal of K, relative
+    inducing: largest number of inducing inputs
+    steps, rate: steps of the sites, and the largest r, in (0, 1]; a Gaussian likelihood always takes one step of rate 1
+    memory: number of examples kept from a task
+    tune, tune_rate: Adam steps on the logarithms of the hyperparameters (0: leave them), and their learning rate. Without a
+        memory only at the first task: later ones lack the likelihood of the past, which the bound needs
+    seed: of the memory draws
+    jitter: on the diagonal of K, relative to its mean
     """
 
     inducing: int = 100
@@ -61,7 +61,7 @@ class Settings:
     jitter: float = 1e-9
 
     def __post_init__(self) -> None:
-        """Raises ConfigError."""
+        """Refuse values out of range, with a ConfigError."""
         for name, low in (("inducing", 1), ("steps", 1), ("memory", 0), ("tune", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name}={getattr(self, name)} of a Gaussian process; allowed: at least {low}")
@@ -77,7 +77,7 @@ class Memory:
 
     x: [k, d]; y: [k] or [k, C]; number: [k] int64, ascending within a task
     alpha, beta: [k, C] their sites
-    duals: their part of the posterior's
+    duals: their part of the posterior's duals
     """
 
     x: Tensor
@@ -91,7 +91,7 @@ class Memory:
         return len(self.x)
 
     def plus(self, other: Memory) -> Memory:
-        """Both."""
+        """Return both memories as one."""
         names = ("x", "y", "number", "alpha", "beta")
         x, y, number, alpha, beta = (torch.cat([getattr(self, name), getattr(other, name)]) for name in names)
         return Memory(x, y, number, alpha, beta, self.duals.plus(other.duals))
@@ -100,10 +100,10 @@ class Memory:
 @final
 @dataclass(frozen=True)
 class State:
-    """After some tasks.
+    """The Gaussian process after some tasks.
 
     posterior: None before the first
-    num_seen: examples of all ranks
+    num_seen: number of examples learned so far, on all ranks
     """
 
     kernel: Kernel
@@ -113,7 +113,7 @@ class State:
     num_seen: int = 0
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance [n, C] of the latent functions at rows x [n, d].
+        """Return mean and variance [n, C] of the latent functions at rows x [n, d].
 
         Raises:
             DivergedError: a matrix has no Cholesky factor.
@@ -124,10 +124,10 @@ class State:
         return self.posterior.predict(x.double())
 
     def widened(self, number: int) -> State:
-        """Of classes, with `number` of them: those that are new have had no say so far.
+        """Return a classifier's state for `number` classes; new classes have duals of 0.
 
         Raises:
-            ConfigError: there are fewer classes than before, or none at all.
+            ConfigError: there are fewer classes than before, or the likelihood has no classes.
         """
         if not isinstance(self.likelihood, Softmax) or number < self.likelihood.num_latent:
             raise ConfigError(f"{number} classes of a Gaussian process; allowed: at least as many as before")
@@ -141,7 +141,7 @@ class State:
         return replace(self, likelihood=Softmax(number), posterior=posterior, memory=memory)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and JSON values; `from_state_dict` is the inverse."""
+        """The state as tensors and JSON values; `from_state_dict` is the inverse."""
         posterior, memory, by = self.posterior, self.memory, self.likelihood
         parts = None if memory is None else {**vars(memory), "duals": dict(vars(memory.duals))}
         own = None
@@ -158,10 +158,10 @@ class State:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> State:
-        """The inverse.
+        """The inverse of `state_dict`.
 
         Raises:
-            CheckpointError: damaged.
+            CheckpointError: the state is damaged.
         """
         try:
             kernel, own, kept = Kernel(**state["kernel"]), state["posterior"], state["memory"]
@@ -176,18 +176,18 @@ class State:
 
 
 def begin(kernel: Kernel, likelihood: Likelihood) -> State:
-    """The state before the first task."""
+    """Return the state before the first task."""
     return State(kernel, likelihood)
 
 
 def learn(state: State, x: Tensor, y: Tensor, number: Tensor, *, settings: Settings, comm: Comm) -> State:
-    """The state after one more task; collective.
+    """Return the state after one more task; collective.
 
     Args:
         state: equal on all ranks.
-        x: [n, d] this rank's rows, perhaps none (then d and the dtypes are as on other ranks).
+        x: [n, d] this rank's rows, possibly none (then d and the dtypes are as on other ranks).
         y: [n] labels, or [n, C] targets.
-        number: [n] int64 of each example, all different over ranks and tasks.
+        number: [n] int64 number of each example, unique over ranks and tasks.
         settings: equal on all ranks.
         comm: the ranks.
 
@@ -207,7 +207,7 @@ def learn(state: State, x: Tensor, y: Tensor, number: Tensor, *, settings: Setti
     if settings.tune and (state.num_seen == 0 or memory is not None):
         past = _Past(_without(posterior, task, memory, comm), memory, state.num_seen)
         kernel, likelihood = _tuned(posterior, likelihood, task, past, settings=settings, comm=comm)
-        # What was forgotten keeps its duals; what is here gets new ones, by the new kernel.
+        # Discarded examples keep their duals; those still present get new ones under the new kernel.
         task = replace(task, sites=_at_noise(likelihood, task.y, task.sites))
         posterior = replace(posterior, kernel=kernel, duals=past.duals)
         duals = past.duals.plus(_duals(posterior, task.x, task.sites, comm))
@@ -222,7 +222,7 @@ def learn(state: State, x: Tensor, y: Tensor, number: Tensor, *, settings: Setti
 
 
 def leverage(posterior: DualPosterior, x: Tensor, beta: Tensor) -> Tensor:
-    """[n] b_i = sum_c beta_ic v_ic at rows x [n, d] with sites beta [n, C]: what an example holds of the posterior.
+    """Return b_i = sum_c beta_ic v_ic [n] at rows x [n, d] with sites beta [n, C]: an example's share of the posterior.
 
     For a Gaussian likelihood and Z = X the sum over examples is tr K (K + s^2 I)^-1, the effective number of
     parameters.
@@ -241,16 +241,16 @@ def bound(
     memory: Memory | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """This rank's share of the evidence bound in nats; the sum over ranks is the bound. Not collective.
+    """Return this rank's share of the evidence bound in nats; the sum over ranks is the bound. Not collective.
 
     Args:
         posterior: q.
         likelihood: of the examples.
         x: [n, d] this rank's rows.
         y: their labels or targets.
-        comm: says which share of the memory is this rank's.
+        comm: determines this rank's share of the memory.
         memory: examples of the past.
-        scale: of their expected log likelihoods.
+        scale: factor of their expected log likelihoods.
     """
     total = likelihood.expected_log(y, *posterior.predict(x)).sum() - posterior.divergence() / comm.size
     if memory is not None and len(memory):
@@ -273,7 +273,7 @@ class _Task:
 
 
 def _checked(state: State, x: Tensor, y: Tensor, comm: Comm, settings: Settings) -> int:
-    """The number of examples of all ranks."""
+    """Refuse data that cannot be learned; return the number of examples of all ranks."""
     failure: DataError | None = None
     try:
         if len(x) != len(y):
@@ -305,13 +305,13 @@ def _checked(state: State, x: Tensor, y: Tensor, comm: Comm, settings: Settings)
 def _moved(
     state: State, x: Tensor, number: Tensor, settings: Settings, comm: Comm
 ) -> tuple[DualPosterior, Memory | None]:
-    """With new inducing inputs."""
+    """Return posterior and memory with new inducing inputs."""
     old = state.posterior
     candidates, names = x, number
     if old is not None:
         size = len(old.inducing)
         part = comm.share(size)
-        # Negative numbers are free, and let old inducing inputs win a tie: what stays is exact.
+        # Negative numbers are unused, and let old inducing inputs win a tie: inputs that stay are exact.
         own = torch.arange(part.start, part.stop, device=number.device) - size
         candidates = torch.cat([old.inducing[part.start : part.stop], x])
         names = torch.cat([own, number])
@@ -323,7 +323,7 @@ def _moved(
     if memory is None:
         posterior, _ = replace(old, jitter=settings.jitter).moved(inducing)
         return posterior, None
-    # Apart, for a difference of what was moved is not as accurate as what is moved of a difference.
+    # Moved separately: a difference that is moved is more accurate than a difference of moved duals.
     forgotten = replace(old, jitter=settings.jitter, duals=old.duals.plus(memory.duals, -1.0))
     posterior, projection = forgotten.moved(inducing)
     kept = memory.duals.turned(projection)
@@ -339,10 +339,10 @@ def _sites(
     settings: Settings,
     comm: Comm,
 ) -> tuple[DualPosterior, _Task, Memory | None]:
-    """Some steps of the sites of the task and of the memory, towards a fixed point of both together.
+    """Iterate the sites of the task and of the memory towards a joint fixed point.
 
-    A step is a natural gradient of  sum_D E + sum_memory E - KL(q || what is forgotten);  one that lowers it is taken
-    back, and the next is half as long.
+    A step follows the natural gradient of  sum_D E + sum_memory E - KL(q || the process of discarded examples);  one
+    that lowers this is undone, and the next is half as long.
     """
     present = _Present.of(posterior, likelihood, task, memory, forgotten=None, comm=comm)
     if isinstance(likelihood, Gaussian):
@@ -358,11 +358,11 @@ def _sites(
 
 @dataclass(frozen=True)
 class _Present:
-    """Where the sites stand.
+    """The current sites, with marginals and the objective.
 
-    forgotten: duals of what is neither of the task nor in memory
+    forgotten: duals of discarded examples, neither of the task nor in memory
     new, old: marginals of the task's rows of this rank, and of the memory
-    value: of the objective, over all ranks
+    value: the objective, over all ranks
     """
 
     posterior: DualPosterior
@@ -397,7 +397,7 @@ class _Present:
         return cls(posterior, task, memory, forgotten, new, old, value)
 
     def stepped(self, likelihood: Likelihood, rate: float, comm: Comm) -> _Present:
-        """After one step; collective."""
+        """Take one step; collective."""
         task = replace(self.task, sites=_mixed(self.task.sites, likelihood.sites(self.task.y, *self.new), rate))
         duals = self.forgotten.plus(_duals(self.posterior, task.x, task.sites, comm))
         memory = self.memory
@@ -414,7 +414,7 @@ def _mixed(sites: Sites, new: Sites, rate: float) -> Sites:
 
 
 def _duals(posterior: DualPosterior, x: Tensor, sites: Sites, comm: Comm, *, shared: bool = False) -> Duals:
-    """Of all ranks' rows, or of rows that all ranks have."""
+    """Return the duals of all ranks' rows; shared: of rows that all ranks have."""
     if shared:
         part = comm.share(len(x))
         own = slice(part.start, part.stop)
@@ -423,14 +423,14 @@ def _duals(posterior: DualPosterior, x: Tensor, sites: Sites, comm: Comm, *, sha
 
 
 def _without(posterior: DualPosterior, task: _Task, memory: Memory | None, comm: Comm) -> Duals:
-    """The duals of what is neither of the task nor in memory."""
+    """Return the duals of discarded examples, neither of the task nor in memory."""
     kept = posterior.duals.plus(_duals(posterior, task.x, task.sites, comm), -1.0)
     return kept if memory is None else kept.plus(memory.duals, -1.0)
 
 
 @dataclass(frozen=True)
 class _Past:
-    """The duals of what is forgotten, the memory, and the number of examples that it stands for."""
+    """The duals of discarded examples, the memory, and the number of past examples that it represents."""
 
     duals: Duals
     memory: Memory | None
@@ -438,23 +438,23 @@ class _Past:
 
     @property
     def scale(self) -> float:
-        """Of the memory in the bound."""
+        """Factor of the memory in the bound."""
         return self.num_seen / len(self.memory) if self.memory is not None and len(self.memory) else 1.0
 
 
 def _tuned(
     posterior: DualPosterior, likelihood: Likelihood, task: _Task, past: _Past, *, settings: Settings, comm: Comm
 ) -> tuple[Kernel, Likelihood]:
-    """Hyperparameters with a larger evidence bound; collective.
+    """Return hyperparameters with a larger evidence bound; collective.
 
-    Sites alpha, beta stay (of a Gaussian likelihood they follow its noise), and duals follow the kernel: at the optimum
-    of the sites that bound is tighter than the one at fixed duals (Adam et al. 2021, sec. 3.2).
+    Sites alpha, beta are fixed (those of a Gaussian likelihood follow its noise), and duals follow the kernel: at the
+    optimum of the sites this bound is tighter than the one with fixed duals (Adam et al. 2021, sec. 3.2).
     """
     kernel = posterior.kernel
     values = [kernel.lengthscale, kernel.variance, *([likelihood.noise] if isinstance(likelihood, Gaussian) else [])]
     logs = [value.detach().log().clone().requires_grad_() for value in values]
     if kernel.kind == "linear":
-        logs[0].requires_grad_(False)  # the variance says the same
+        logs[0].requires_grad_(False)  # redundant with the variance
     free = [log for log in logs if log.requires_grad]
     optimiser = torch.optim.Adam(free, lr=settings.tune_rate, maximize=True)
     for _ in range(settings.tune):
@@ -476,10 +476,10 @@ def _at(logs: list[Tensor], posterior: DualPosterior, likelihood: Likelihood) ->
 def _slope(
     free: list[Tensor], present: DualPosterior, likelihood: Likelihood, task: _Task, past: _Past, *, comm: Comm
 ) -> list[Tensor]:
-    """The bound's derivatives, of all ranks.
+    """Return the bound's derivatives by `free`, summed over all ranks.
 
-    The duals are a sum over ranks, which automatic differentiation does not see: it goes to them, their derivatives are
-    summed, and it goes on from this rank's part.
+    The duals are a sum over ranks, through which autograd cannot differentiate: it goes back to the duals, their
+    derivatives are summed over ranks, and it continues from this rank's part.
     """
     kernel, inducing, memory = present.kernel, present.inducing, past.memory
     own = own_contribution(kernel, inducing, task.x, _at_noise(likelihood, task.y, task.sites))
@@ -508,14 +508,14 @@ def _slope(
 
 
 def _at_noise(likelihood: Likelihood, y: Tensor, sites: Sites) -> Sites:
-    """The sites, or those of a Gaussian likelihood at its present noise: they depend on nothing else."""
+    """Return the sites; for a Gaussian likelihood, those at its current noise and y, which alone determine them."""
     return likelihood.sites(y, *sites) if isinstance(likelihood, Gaussian) else sites
 
 
 def _grown(
     posterior: DualPosterior, task: _Task, memory: Memory | None, number: Tensor, *, settings: Settings, comm: Comm
 ) -> Memory | None:
-    """The memory with some of the task's examples."""
+    """Return the memory with some of the task's examples added."""
     if not settings.memory:
         return memory
     alpha, beta = task.sites
@@ -531,9 +531,9 @@ def _grown(
 
 
 def typical_distance(x: Tensor, comm: Comm) -> float:
-    """The root of the mean square distance of two rows of all ranks: a length scale to begin with; collective.
+    """Return the root mean square distance of two rows of all ranks, as an initial length scale; collective.
 
-    1 where all rows are equal.
+    1 if all rows are equal.
     """
     x = x.double()
     sums = torch.cat([x.sum(0), x.square().sum().reshape(1), x.new_tensor([float(len(x))])])

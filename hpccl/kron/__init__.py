@@ -1,1 +1,1 @@
-"""Kronecker-factored matrices B (x) A: products, eigenbases and mergers; tensors only, no process and no model."""
+"""Kronecker-factored matrices B (x) A: products, eigenbases and merging; tensors only, no processes and no models."""

@@ -2,7 +2,7 @@
 
     (Qb (x) Qa) diag(values) (Qb (x) Qa)' applied to D [o, d]:  Qb (values o (Qb' D Qa)) Qa'
 
-Legend: g groups, o outputs, d inputs; `o` between matrices is the product of elements.
+Legend: g groups, o outputs, d inputs; `o` between matrices is the element-wise product.
 Source: George et al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", NeurIPS.
 """
 
@@ -27,13 +27,13 @@ __all__ = ["Eigen", "symmetric_eigh"]
 @final
 @dataclass(frozen=True)
 class Eigen:
-    """A positive semi-definite matrix that is diagonal in a product of two orthonormal bases, one a group.
+    """A positive semi-definite matrix per group that is diagonal in a product of two orthonormal bases.
 
     qa: [g, d, d] eigenvectors in columns
-    qb: [g, o, o]
+    qb: [g, o, o] eigenvectors in columns
     values: [g, o, d] >= 0
-    a: [g, d] eigenvalues of the factor that qa comes from; the next merger finds its basis from them
-    b: [g, o] likewise of qb
+    a: [g, d] eigenvalues of the factor that qa comes from; the next merge determines its basis from them
+    b: [g, o] likewise for qb
     """
 
     qa: Tensor
@@ -44,7 +44,7 @@ class Eigen:
 
     @classmethod
     def of(cls, pair: Pair) -> Eigen:
-        """The same matrix as the pair.
+        """Decompose a pair; the matrix is the same.
 
         Raises:
             DivergedError: see `symmetric_eigh`.
@@ -64,34 +64,34 @@ class Eigen:
         return 2 * chain_flops(self.qb.shape, self.values.shape, self.qa.shape)
 
     def matvec(self, delta: Tensor) -> Tensor:
-        """Qb (values o (Qb' delta Qa)) Qa' for delta [g, o, d]."""
+        """Return Qb (values o (Qb' delta Qa)) Qa' for delta [g, o, d]."""
         return matmul(*self.halves(delta))
 
     def halves(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product is that of `matvec`: all but its last product."""
+        """Return two matrices whose product is `matvec(delta)`, leaving out its last matrix product."""
         rotated = chain(self.qb.mT, delta, self.qa).mul_(self.values)
         return halves(self.qb, rotated, self.qa.mT)
 
     def trace(self) -> float:
-        """Over all groups."""
+        """Return the trace over all groups."""
         return float(self.values.double().sum())
 
     def norm(self) -> float:
-        """Frobenius, over all groups."""
+        """Return the Frobenius norm over all groups."""
         return float(self.values.double().square().sum().sqrt())
 
     def times(self, scale: float) -> Eigen:
-        """Scaled by `scale` >= 0."""
+        """Return it scaled by `scale` >= 0."""
         assert scale >= 0, "a precision stays positive semi-definite"
         return Eigen(self.qa, self.qb, self.values * scale, self.a, self.b * scale)
 
     def to(self, other: torch.device | torch.dtype) -> Eigen:
-        """The same on a device, or in numbers of another type."""
+        """Return it on another device or in another dtype."""
         return Eigen(*(tensor.to(other) for tensor in (self.qa, self.qb, self.values, self.a, self.b)))
 
 
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [g, k], >= 0 and ascending, and eigenvectors [g, k, k] in columns, in the dtype of `matrix`.
+    """Return eigenvalues [g, k], >= 0 and ascending, and eigenvectors [g, k, k] in columns, in the dtype of `matrix`.
 
     Args:
         matrix: [g, k, k], positive semi-definite up to rounding; of any scale and rank.
@@ -105,7 +105,7 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             "its inputs or gradients overflow: the model has diverged; lower optim.lr, or set train.clip_norm, "
             "in another folder=..."
         )
-    # Solvers fail on large factors with many exactly zero rows, which channels that never fire leave behind.
+    # Solvers fail on large factors with many rows of exact zeros, which result from channels that never fire.
     alive, group_pattern = torch.unique((matrix != 0).any(-1), dim=0, return_inverse=True)
     values = matrix.new_zeros(matrix.shape[:2])
     vectors = torch.zeros_like(matrix, memory_format=torch.contiguous_format)
@@ -121,7 +121,7 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Of matrices without zero rows: the first solver that converges."""
+    """Decompose matrices without zero rows, by the first solver that converges."""
     # For a positive semi-definite matrix the largest element is between trace / k and the trace; it cannot overflow.
     scale = matrix.abs().amax((1, 2), keepdim=True)
     scaled = matrix / scale
@@ -133,7 +133,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         except RuntimeError as error:
             failure = error
             continue
-        # Not every solver of a GPU says that it failed.
+        # Some GPU solvers do not report that they failed.
         if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
             values = values.clamp_min(0).to(matrix) * scale[:, :, 0]
             return values, vectors.to(matrix)
@@ -144,7 +144,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attempts(scaled: Tensor) -> Iterator[Tensor]:
-    yield scaled.clone()  # a failed solver may overwrite what it was given
+    yield scaled.clone()  # a failed solver may overwrite its input
     yield scaled.double()
     if scaled.device.type != "cpu":
         yield scaled.double().cpu()

@@ -4,7 +4,7 @@
     LowRank  A = V diag(values) V'
 
 Legend: g groups, k size, r rank. A Dense factor may also hold some columns [g, k, j] or rows [g, j, k] of a matrix that
-is split over processes: with rows, `left` gives A[I, :] D; `inner` gives this part's share.
+is split over processes: with rows, `left` returns A[I, :] D; `inner` returns this part's share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hpccl.kron.product import chain, matmul
 
 __all__ = ["Dense", "Factor", "LowRank", "Spectrum", "inner"]
 
-_ROWS = 256  # rows taken to float64 at a time
+_ROWS = 256  # rows converted to float64 at a time
 
 
 @final
@@ -51,31 +51,31 @@ class Dense:
         return (self.matrix,)
 
     def trace(self) -> Tensor:
-        """[g], float64."""
+        """Return the trace of each group, [g] in float64."""
         return self.matrix.diagonal(dim1=1, dim2=2).double().sum(1)
 
     def dense(self) -> Tensor:
-        """[g, k, k]; not a copy."""
+        """Return the matrix [g, k, k]; not a copy."""
         return self.matrix
 
     def left(self, delta: Tensor) -> Tensor:
-        """A delta for delta [g, k, m]."""
+        """Return A delta for delta [g, k, m]."""
         return matmul(self.matrix, delta)
 
     def times(self, scale: float) -> Dense:
-        """Scaled by `scale` >= 0."""
+        """Return it scaled by `scale` >= 0."""
         assert scale >= 0, "a factor stays positive semi-definite"
         return Dense(self.matrix * scale)
 
     def to(self, other: torch.device | torch.dtype) -> Dense:
-        """The same on a device, or in numbers of another type."""
+        """Return it on another device or in another dtype."""
         return Dense(self.matrix.to(other))
 
 
 @final
 @dataclass(frozen=True)
 class LowRank:
-    """V diag(values) V'.
+    """A factor V diag(values) V' of low rank.
 
     vectors: [g, k, r]
     values: [g, r] >= 0
@@ -105,24 +105,24 @@ class LowRank:
         return (self.vectors * self.values[:, None, :], self.vectors.mT)
 
     def trace(self) -> Tensor:
-        """[g], float64."""
+        """Return the trace of each group, [g] in float64."""
         return (self.vectors.double().square().sum(1) * self.values.double()).sum(1)
 
     def dense(self) -> Tensor:
-        """[g, k, k]."""
+        """Return the matrix [g, k, k]."""
         return chain(*self.chain)
 
     def left(self, delta: Tensor) -> Tensor:
-        """A delta for delta [g, k, m]."""
+        """Return A delta for delta [g, k, m]."""
         return matmul(self.vectors, matmul(self.vectors.mT, delta) * self.values[:, :, None])
 
     def times(self, scale: float) -> LowRank:
-        """Scaled by `scale` >= 0."""
+        """Return it scaled by `scale` >= 0."""
         assert scale >= 0, "a factor stays positive semi-definite"
         return LowRank(self.vectors, self.values * scale)
 
     def to(self, other: torch.device | torch.dtype) -> LowRank:
-        """The same on a device, or in numbers of another type."""
+        """Return it on another device or in another dtype."""
         return LowRank(self.vectors.to(other), self.values.to(other))
 
 
@@ -132,7 +132,7 @@ Factor: TypeAlias = Dense | LowRank
 @final
 @dataclass(frozen=True)
 class Spectrum:
-    """A symmetric matrix a group with its eigenvectors, from which to choose.
+    """A symmetric matrix per group with all its eigenvectors, of which `leading` keeps some.
 
     matrix: [g, k, k]
     values: [g, k] >= 0, ascending
@@ -145,7 +145,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, matrix: Tensor) -> Spectrum:
-        """Of a matrix.
+        """Decompose a matrix.
 
         Raises:
             DivergedError: see `symmetric_eigh`.
@@ -154,19 +154,19 @@ class Spectrum:
 
     @property
     def shares(self) -> Tensor:
-        """[g, k] of the trace that the 1, 2, ... k leading eigenvectors hold, float64; 1 where there is no trace."""
+        """Shares [g, k] of the trace in the 1, 2, ... k leading eigenvectors, float64; 1 where the trace is 0."""
         kept = self.values.double().flip(1).cumsum(1)
         return torch.where(kept[:, -1:] > 0, kept / kept[:, -1:], 1.0)
 
     def leading(self, rank: int | None) -> Factor:
-        """The `rank` leading eigenvectors of every group; None: the matrix as it is."""
+        """Return the factor of the `rank` leading eigenvectors of every group; None: the whole matrix."""
         if rank is None:
             return Dense(self.matrix)
         return LowRank(self.vectors[:, :, -rank:].contiguous(), self.values[:, -rank:].contiguous())
 
 
 def inner(first: Factor, second: Factor) -> Tensor:
-    """Sum of the products of elements, [g] in float64: float32 factors lose nothing in it."""
+    """Return the Frobenius inner product, [g], computed in float64 so that float32 factors lose no precision."""
     if isinstance(first, Dense):
         return _with_dense(first.matrix, second)
     if isinstance(second, Dense):

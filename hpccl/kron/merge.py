@@ -1,4 +1,4 @@
-"""Several Kronecker products by one: what stands for sum_t B_t (x) A_t, and how far off it is.
+"""Approximate a sum of Kronecker products, sum_t B_t (x) A_t, by a single one, and measure the error.
 
 With <X, Y> = sum_ij X_ij Y_ij, and Gram matrices K_A[s, t] = <A_s, A_t>, K_B[s, t] = <B_s, B_t>:
 
@@ -9,7 +9,7 @@ With <X, Y> = sum_ij X_ij Y_ij, and Gram matrices K_A[s, t] = <A_s, A_t>, K_B[s,
     the nearest in the basis Qb (x) Qa     : values = sum_t diag(Qb' B_t Qb) diag(Qa' A_t Qa)'
 
 alpha, beta >= 0, since K_A and K_B have no negative elements where the terms are positive semi-definite; so A and B are
-positive semi-definite too. A second singular pair would not be, and is never taken.
+positive semi-definite too. A second singular pair would not be, and is never used.
 
 Legend: g groups (each has its own Gram matrices), T terms, o outputs, d inputs.
 Source: Van Loan & Pitsianis 1993, "Approximation with Kronecker products"; George et al. 2018, "Fast approximate
@@ -48,24 +48,24 @@ __all__ = [
 
 Term: TypeAlias = Pair | Eigen
 
-_TIE = 1e-10  # singular values squared this close, relative to the largest, are taken for equal
-_ELEMENTS = 1 << 22  # taken to float64 at a time
+_TIE = 1e-10  # squared singular values this close, relative to the largest, count as equal
+_ELEMENTS = 1 << 22  # elements converted to float64 at a time
 
 
 def gram(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """K_A and K_B, each [g, T, T] in float64; of factors split over processes this part's share, to be summed."""
+    """Return K_A and K_B, each [g, T, T] in float64; for factors split over processes, this part's share of the sum."""
     return _gram([pair.a for pair in pairs]), _gram([pair.b for pair in pairs])
 
 
 def nearest_weights(K_A: Tensor, K_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, beta), each [g, T] and >= 0: the nearest to sum_t B_t (x) A_t is made of them, see `combine`.
+    """Return (alpha, beta), each [g, T] and >= 0, from which `combine` makes the nearest to sum_t B_t (x) A_t.
 
-    alpha sums to 1 in every group: A is a mean of the A_t, and B carries the sum. Terms that are zero weigh nothing.
+    alpha sums to 1 in every group: A is a mean of the A_t, and B carries the sum. Terms that are zero have no weight.
     """
     K_A, K_B = K_A.double(), K_B.double()
     size_a, size_b = (K.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt() for K in (K_A, K_B))
     counts = (size_a > 0) & (size_b > 0)
-    # Moving all size into B balances terms like 1e20 A (x) 1e-20 B; the weights are moved back below.
+    # Moving each term's scale into B balances terms like 1e20 A (x) 1e-20 B; the weights undo it below.
     size_a = torch.where(counts, size_a, 1.0)
     both = counts[:, :, None] & counts[:, None, :]
     unit_a = torch.where(both, K_A / size_a[:, :, None] / size_a[:, None, :], 0.0)
@@ -80,22 +80,22 @@ def nearest_weights(K_A: Tensor, K_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def combine(pairs: Sequence[Pair], alpha: Tensor, beta: Tensor) -> Pair:
-    """(sum_t beta_t B_t) (x) (sum_t alpha_t A_t) for alpha, beta [g, T]; dense."""
+    """Return (sum_t beta_t B_t) (x) (sum_t alpha_t A_t) for alpha, beta [g, T]; dense."""
     return Pair(_weighted([pair.a for pair in pairs], alpha), _weighted([pair.b for pair in pairs], beta))
 
 
 def nearest(pairs: Sequence[Pair]) -> Pair:
-    """The B (x) A nearest to the sum of the pairs in the Frobenius norm; for factors that are not split."""
+    """Return the B (x) A nearest to the sum of the pairs in the Frobenius norm; for factors that are not split."""
     return combine(pairs, *nearest_weights(*gram(pairs)))
 
 
 def pooled(pairs: Sequence[Pair], counts: Sequence[float]) -> Pair:
-    """B summed, A averaged with weights `counts`, the numbers of examples: as if measured on all of them at once."""
+    """Sum B and average A with weights `counts`, the numbers of examples, as if measured on all of them at once."""
     return combine(pairs, *pooled_weights(pairs, counts))
 
 
 def pooled_weights(pairs: Sequence[Pair], counts: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """(alpha, beta) of `pooled`, each [g, T]."""
+    """Return (alpha, beta) of `pooled`, each [g, T]."""
     first = pairs[0].a
     total = sum(counts)
     shares = [count / total if total > 0 else 1 / len(counts) for count in counts]
@@ -104,12 +104,12 @@ def pooled_weights(pairs: Sequence[Pair], counts: Sequence[float]) -> tuple[Tens
 
 
 def sum_norm(K_A: Tensor, K_B: Tensor) -> float:
-    """Frobenius norm of the sum of all terms, over all groups."""
+    """Return the Frobenius norm of the sum of all terms, over all groups."""
     return float((K_A.double() * K_B.double()).sum().clamp_min(0).sqrt())
 
 
 def merge_error(K_A: Tensor, K_B: Tensor, subset: Sequence[int]) -> float:
-    """Frobenius error, over all groups, of the nearest B (x) A to the sum of the terms in `subset`.
+    """Return the Frobenius error, over all groups, of the nearest B (x) A to the sum of the terms in `subset`.
 
     Accurate to 1e-8 of the norm of that sum.
     """
@@ -119,19 +119,22 @@ def merge_error(K_A: Tensor, K_B: Tensor, subset: Sequence[int]) -> float:
 
 
 def combination_error(K_A: Tensor, K_B: Tensor, alpha: Tensor, beta: Tensor) -> float:
-    """Frobenius error, over all groups, of `combine` with weights alpha, beta [g, T] to the sum of all terms."""
+    """Return the Frobenius error, over all groups, of `combine` with alpha, beta [g, T] to the sum of all terms."""
     return float(_squared_error(K_A, K_B, alpha, beta).sum().sqrt())
 
 
 def distance(terms: Sequence[Term], whole: Term) -> float:
-    """Frobenius norm of the sum of the terms minus `whole`, over all groups; of whole factors. To 1e-8 of the sum's."""
+    """Return the Frobenius norm of the sum of the terms minus `whole`, over all groups; for factors that are not split.
+
+    Accurate to 1e-8 of the norm of that sum.
+    """
     own = sum(_overlap(one, other) for one in terms for other in terms)
     square = own - 2 * sum(_overlap(term, whole) for term in terms) + _overlap(whole, whole)
     return sqrt(max(square, 0.0))
 
 
 def closest(K_A: Tensor, K_B: Tensor) -> tuple[int, int, float]:
-    """(i, j, error) of the two terms, i < j, that one B (x) A replaces with the least Frobenius error.
+    """Return (i, j, error) of the two terms, i < j, that one B (x) A replaces with the least Frobenius error.
 
     Needs two terms or more.
     """
@@ -147,10 +150,10 @@ def closest(K_A: Tensor, K_B: Tensor) -> tuple[int, int, float]:
 
 
 def refit(terms: Sequence[Term]) -> Eigen:
-    """The sum of the terms without what is off the diagonal in the basis of the nearest B (x) A of their factors.
+    """Return the diagonal of the sum of the terms in the eigenbasis of the nearest B (x) A of their factors.
 
-    The diagonal is exact, and so the best in that basis. Exact where the terms share their eigenvectors, and no
-    eigenvalue of the nearest B (x) A is repeated.
+    The diagonal is exact, and thus the best one in that basis. The sum is exact if the terms share their eigenvectors
+    and no eigenvalue of the nearest B (x) A is repeated.
 
     Raises:
         DivergedError: a factor is not finite.
@@ -183,13 +186,13 @@ def _pairwise(factors: Sequence[Factor]) -> Tensor:
 
 
 def _leading(K_A: Tensor, K_B: Tensor) -> Tensor:
-    """The leading eigenvector [g, T] of K_B K_A, >= 0; of a tie, the one that sum_t A_t leans to."""
+    """Return the leading eigenvector [g, T] of K_B K_A, >= 0; in a tie, the power method's limit from sum_t A_t."""
     values, vectors = torch.linalg.eigh((K_B + K_B.mT) / 2)
     root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
     symmetric = root @ K_A @ root
     values, vectors = torch.linalg.eigh((symmetric + symmetric.mT) / 2)
     leads = values >= values[:, -1:] * (1 - _TIE)
-    # The limit of the power method from a vector of ones: one that stays >= 0 also where several lead.
+    # The limit of the power method from a vector of ones, which stays >= 0 even if several are leading.
     amounts = torch.where(leads, (vectors * root.sum(2)[:, :, None]).sum(1), 0.0)
     leading: Tensor = (root @ (vectors @ amounts[:, :, None]))[:, :, 0]
     return leading.clamp_min(0)
@@ -226,7 +229,7 @@ def _factors(term: Term) -> Pair:
 
 
 def _overlap(one: Term, other: Term) -> float:
-    """Sum of the products of elements, over all groups."""
+    """Return the Frobenius inner product over all groups."""
     if isinstance(one, Eigen):
         return float((one.values.double() * _diagonal(other, one.qa, one.qb).double()).sum())
     if isinstance(other, Eigen):
@@ -235,7 +238,7 @@ def _overlap(one: Term, other: Term) -> float:
 
 
 def _diagonal(term: Term, qa: Tensor, qb: Tensor) -> Tensor:
-    """Diagonal [g, o, d] of the term in the basis qb (x) qa."""
+    """Return the diagonal [g, o, d] of the term in the basis qb (x) qa."""
     match term:
         case Pair(a, b):
             return _rotated(b, qb)[:, :, None] * _rotated(a, qa)[:, None, :]
@@ -244,7 +247,7 @@ def _diagonal(term: Term, qa: Tensor, qb: Tensor) -> Tensor:
 
 
 def _rotated(factor: Factor, basis: Tensor) -> Tensor:
-    """Diagonal [g, k] of Q' A Q."""
+    """Return the diagonal [g, k] of Q' A Q."""
     match factor:
         case Dense(matrix):
             return (basis * matmul(matrix, basis)).sum(1)

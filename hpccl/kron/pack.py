@@ -1,7 +1,7 @@
-"""Symmetric matrices as one row of numbers, about half as many: what a process sends of a factor.
+"""Pack symmetric matrices into flat vectors of about half as many numbers, to send factors between processes.
 
-The lower triangle goes in blocks of whole rows, [rows i to i + 128, columns 0 to i + 128]: a few copies and no table of
-indices, for 128 / k more numbers than the triangle has.
+The lower triangle is copied in blocks of rows, [rows i to i + 128, columns 0 to i + 128]: this takes a few copies and
+no table of indices, for a share of 128 / k more numbers than the triangle has.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 __all__ = ["mirrored_", "pack", "packed_size", "unpack"]
 
 _ROWS = 128
-_MIRRORED = 1024  # rows that are mirrored at a time
+_MIRRORED = 1024  # rows mirrored at a time
 
 
 def packed_size(groups: int, size: int) -> int:
-    """Numbers in `pack` of [groups, size, size]."""
+    """Return how many numbers `pack` makes of [groups, size, size]."""
     return groups * sum((end - first) * end for first, end in _blocks(size))
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """The lower triangle of [g, k, k], 1-d."""
+    """Return the lower triangle of [g, k, k] as a 1-d tensor."""
     groups, size, _ = matrix.shape
     flat = matrix.new_empty(packed_size(groups, size))
     for (first, end), block in _views(flat, groups, size):
@@ -31,7 +31,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(flat: Tensor, groups: int, size: int) -> Tensor:
-    """[g, k, k] from `pack` of a matrix of this shape, exactly symmetric."""
+    """Return [g, k, k], exactly symmetric, from its `pack`."""
     matrix = flat.new_empty(groups, size, size)
     for (first, end), block in _views(flat, groups, size):
         matrix[:, first:end, :first] = block[:, :, :first]
@@ -42,7 +42,7 @@ def unpack(flat: Tensor, groups: int, size: int) -> Tensor:
 
 
 def _views(flat: Tensor, groups: int, size: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """((first, end), the part [g, rows, end] of `flat` that holds those rows)."""
+    """Yield ((first, end), the part [g, rows, end] of `flat` that holds those rows)."""
     assert flat.numel() == packed_size(groups, size), "as long as `pack` makes it"
     position = 0
     for first, end in _blocks(size):
@@ -57,7 +57,7 @@ def _blocks(size: int) -> Iterator[tuple[int, int]]:
 
 
 def mirrored_(total: Tensor) -> Tensor:
-    """`total` [g, k, k], its upper triangle replaced by its lower one."""
+    """Replace the upper triangle of `total` [g, k, k] by its lower one, in place."""
     for first in range(0, total.shape[1], _MIRRORED):
         some = slice(first, first + _MIRRORED)
         total[:, :first, some] = total[:, some, :first].mT

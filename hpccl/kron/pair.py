@@ -20,16 +20,16 @@ from hpccl.kron.product import chain, chain_flops, halves, matmul
 
 __all__ = ["Pair"]
 
-Rank: TypeAlias = int | None  # of a factor; None: its whole matrix
+Rank: TypeAlias = int | None  # rank of a factor; None: its whole matrix
 
 
 @final
 @dataclass(frozen=True)
 class Pair:
-    """One Kronecker product a group, B (x) A.
+    """One Kronecker product per group, B (x) A.
 
-    a: of size d
-    b: of size o
+    a: factor of size d
+    b: factor of size o
     """
 
     a: Factor
@@ -48,11 +48,11 @@ class Pair:
         return _flops(self.a.groups, (self.b.size, self.a.size), (left[1], right[2]), low)
 
     def matvec(self, delta: Tensor) -> Tensor:
-        """B delta A for delta [g, o, d], in the cheapest order."""
+        """Return B delta A for delta [g, o, d], in the cheapest order."""
         return matmul(*self.halves(delta))
 
     def halves(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product is B delta A for delta [g, o, d]: `matvec` but for its last product."""
+        """Return two matrices whose product is B delta A for delta [g, o, d]: `matvec` without its last product."""
         left, right = _left(self.b), _right(self.a)
         if isinstance(self.b, Dense) and isinstance(self.a, Dense):
             return halves(left, delta, right)
@@ -68,22 +68,22 @@ class Pair:
         return halves(left.mT, core, right.mT)
 
     def trace(self) -> float:
-        """Over all groups."""
+        """Return the trace over all groups."""
         return float((self.a.trace() * self.b.trace()).sum())
 
     def norm(self) -> float:
-        """Frobenius, over all groups."""
+        """Return the Frobenius norm over all groups."""
         return float((inner(self.a, self.a) * inner(self.b, self.b)).sum().clamp_min(0).sqrt())
 
     def times(self, scale: float) -> Pair:
-        """Scaled by `scale` >= 0; A stays a mean, B carries the sum."""
+        """Return it scaled by `scale` >= 0; A stays a mean, B carries the sum."""
         return Pair(self.a, self.b.times(scale))
 
     def truncated(self, keep: float) -> Pair:
-        """With leading eigenvectors of one factor, both, or none: the cheapest that keep `keep` of every group's trace.
+        """Truncate one factor, both or none, at the least cost that keeps the share `keep` of every group's trace.
 
-        Cheapest: the fewest `flops`, of those the fewest bytes. What may be lost is shared between the factors to that
-        end, and a rank may be above half of the size: rows that B does without are rows that A need not be applied to.
+        Least cost: the fewest `flops`, then the fewest bytes. The loss allowed is divided between the factors to that
+        end, and a rank may exceed half of the size: rows that B drops are rows that A need not be applied to.
 
         Raises:
             DivergedError: a factor is not finite.
@@ -103,22 +103,22 @@ class Pair:
         return Pair(a.leading(of_a), b.leading(of_b))
 
     def to(self, other: torch.device | torch.dtype) -> Pair:
-        """The same on a device, or in numbers of another type."""
+        """Return it on another device or in another dtype."""
         return Pair(self.a.to(other), self.b.to(other))
 
 
 def _left(factor: Factor) -> Tensor:
-    """What is multiplied from the left first: [g, r, k] eigenvectors, or the matrix (or rows of it)."""
+    """The first matrix to multiply from the left: eigenvectors [g, r, k], or the matrix (or rows of it)."""
     return factor.vectors.mT if isinstance(factor, LowRank) else factor.matrix
 
 
 def _right(factor: Factor) -> Tensor:
-    """What is multiplied from the right first: [g, k, r] eigenvectors, or the matrix (or columns of it)."""
+    """The first matrix to multiply from the right: eigenvectors [g, k, r], or the matrix (or columns of it)."""
     return factor.vectors if isinstance(factor, LowRank) else factor.matrix
 
 
 def _sufficient(b: Tensor, a: Tensor, keep: float) -> Iterator[tuple[Rank, Rank]]:
-    """Ranks of B and A that keep the share `keep` of every group's trace: with each of B's the least of A's, or all.
+    """Yield ranks of B and A that keep the share `keep` of every group's trace: to each of B the least of A, and all.
 
     b, a: [g, o] and [g, d], see `Spectrum.shares`
     """
@@ -133,7 +133,7 @@ def _sufficient(b: Tensor, a: Tensor, keep: float) -> Iterator[tuple[Rank, Rank]
 
 
 def _flops(groups: int, sizes: tuple[int, int], ranks: tuple[int, int], low: tuple[bool, bool]) -> int:
-    """Of B delta A for delta of `sizes`, by way of a matrix of `ranks`; low: which of B and A leads back from it."""
+    """Flops of B delta A for delta of `sizes`, through a core matrix of `ranks`; low: which of B and A are low-rank."""
     (outputs, inputs), (rows, columns) = sizes, ranks
     there = chain_flops((groups, rows, outputs), (groups, outputs, inputs), (groups, inputs, columns))
     left = [(groups, outputs, rows)] if low[0] else []

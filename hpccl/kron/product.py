@@ -1,4 +1,4 @@
-"""Products of chains of matrices [g, m, n], one chain a group, in the order with the fewest multiplications."""
+"""Products of chains of matrices [g, m, n], one chain per group, in the order with the fewest multiplications."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ __all__ = ["chain", "chain_flops", "halves", "matmul"]
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """[g, m, k] times [g, k, n]."""
+    """Multiply [g, m, k] by [g, k, n]."""
     if len(left) == 1:
-        # By far the commonest case: a plain product, for which libraries choose among the most kernels.
+        # By far the most common case: libraries have the most kernels for a plain product.
         return torch.mm(left[0], right[0]).unsqueeze(0)
     return torch.bmm(left, right)
 
 
 def chain(*matrices: Tensor) -> Tensor:
-    """The product of matrices [g, m, .], ..., [g, ., n]; the order depends on their shapes only."""
+    """Return the product of matrices [g, m, .], ..., [g, ., n]; the order depends on their shapes only."""
     return matrices[0] if len(matrices) == 1 else matmul(*halves(*matrices))
 
 
 def halves(*matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The two matrices of the last product of `chain`, for at least two matrices."""
+    """Return the two matrices of the last product of `chain`, for at least two matrices."""
     _, split = _plan(_sizes([matrix.shape for matrix in matrices]))
     return chain(*matrices[:split]), chain(*matrices[split:])
 
 
 def chain_flops(*shapes: Sequence[int]) -> int:
-    """Multiplications and additions of `chain` for matrices of these shapes (g, m, n)."""
+    """Return the multiplications and additions of `chain` for matrices of these shapes (g, m, n)."""
     multiplications, _ = _plan(_sizes(shapes))
     return 2 * shapes[0][0] * multiplications
 
@@ -42,7 +42,7 @@ def _sizes(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _plan(sizes: tuple[int, ...]) -> tuple[int, int]:
-    """(multiplications, matrices in the left part of the last product)."""
+    """Return (multiplications, number of matrices in the left part of the last product)."""
     if len(sizes) == 2:
         return 0, 0
     outer = sizes[0] * sizes[-1]

@@ -1,1 +1,1 @@
-"""Optimisers that take gradients at other weights than those they hold; everything in them is element-wise."""
+"""Optimisers that take gradients at other weights than those that they hold; all their updates are element-wise."""

@@ -1,4 +1,4 @@
-"""From a configuration to an optimiser with trial weights."""
+"""Build an optimiser with trial weights from a configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PerturbingConfig: TypeAlias = IvonOptim | SamOptim | BsamOptim | VognOptim | Sob
 
 
 def build_perturbing(config: PerturbingConfig, model: nn.Module) -> Perturbing:
-    """Of the trainable parameters of `model`."""
+    """Build the optimiser for the trainable parameters of `model`."""
     parameters = [value for value in model.parameters() if value.requires_grad]
     match config:
         case IvonOptim():
@@ -41,7 +41,7 @@ def build_perturbing(config: PerturbingConfig, model: nn.Module) -> Perturbing:
 
 
 def _by_prior(model: nn.Module) -> list[dict[str, object]]:
-    """Groups with and without a prior: what BatchNorm multiplies by changes nothing but the scale of other weights."""
+    """Return groups with and without a prior: BatchNorm's parameters have none, since they only scale other weights."""
     norms = {id(value) for module in model.modules() if isinstance(module, _BatchNorm) for value in module.parameters()}
     held = [value for value in model.parameters() if value.requires_grad]
     groups: list[dict[str, object]] = [

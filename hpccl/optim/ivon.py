@@ -1,4 +1,4 @@
-"""IVON: a Gaussian over weights with a diagonal covariance, learned at the price of Adam.
+"""IVON: a Gaussian over weights with a diagonal covariance, learned at the cost of Adam.
 
     q = N(m, 1 / (lambda (h + delta)))
     draw     theta = m + n,  n = eps / sqrt(lambda (h + delta)),  eps ~ N(0, 1);  g^ = grad of the mean loss at theta
@@ -26,7 +26,7 @@ __all__ = ["Ivon"]
 
 @final
 class Ivon(Sampling):
-    """See the module. State: momentum g and curvature h, 8 bytes a weight, and the count of steps t."""
+    """See the module. State: momentum g and curvature h, 8 bytes per weight, and the number of steps t."""
 
     def __init__(self, parameters: Any, config: IvonOptim) -> None:
         super().__init__(parameters, {"lr": config.lr[0]}, passes=config.samples)
@@ -77,7 +77,7 @@ class Ivon(Sampling):
         share: float,
         rate: float,
     ) -> None:
-        """Momentum, and the weights by the curvature as it is now; share: 1 - beta1^t."""
+        """Update the momentum, then the weights with the current curvature; share: 1 - beta1^t."""
         config, decay = self._config, self._config.weight_decay
         torch._foreach_lerp_(momentum, gradients, 1 - config.momentum)
         change = torch._foreach_mul(weights, decay)

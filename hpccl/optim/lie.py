@@ -1,6 +1,6 @@
-"""The Lie-group Bayesian learning rule: weights are a fixed noise moved by an element of a group, which is learned.
+"""The Lie-group Bayesian learning rule: weights are fixed noise transformed by a group element, which is learned.
 
-With the mean loss l, f the schedule's share of the learning rate, t = T / (N augmentation), delta the prior precision
+With the mean loss l, f the schedule's factor of the learning rate, t = T / (N augmentation), delta the prior precision
 / N and every gradient that of l + delta |theta|^2 / 2 at theta:
 
     additive        theta = g + xi            M <- beta1 M + (1 - beta1) E[grad],  g <- g - alpha f M
@@ -11,7 +11,7 @@ With the mean loss l, f the schedule's share of the learning rate, t = T / (N au
                                               b <- b + A M_V (exp(-r M_U) - 1) / M_U,  r = alpha1 f   (the old A)
                                               A <- A exp(-alpha2 f M_U)
 
-xi ~ N(0, sigma0^2), x of Rayleigh's distribution of scale 1 (E x^2 = 2). Source: Kıral, Möllenhoff and Khan 2023, "The
+xi ~ N(0, sigma0^2), x Rayleigh distributed with scale 1 (E x^2 = 2). Source: Kıral, Möllenhoff and Khan 2023, "The
 Lie-group Bayesian learning rule", AISTATS.
 """
 
@@ -29,12 +29,12 @@ from hpccl.optim.perturbing import Draw, Sampling
 __all__ = ["Lie"]
 
 _SIDES = ("excitation", "inhibition")
-_SMALL = 1e-6  # below, (exp(-r u) - 1) / u is its series
+_SMALL = 1e-6  # for |u| below it, (exp(-r u) - 1) / u is computed by its series
 
 
 @final
 class Lie(Sampling):
-    """See the module. State: 4 bytes a weight (additive), 16 (multiplicative), 12 (affine).
+    """See the module. State: 4 bytes per weight (additive), 16 (multiplicative), 12 (affine).
 
     Between steps the weights are g, g+ - g- or b.
     """
@@ -45,7 +45,7 @@ class Lie(Sampling):
 
     @property
     def _size(self) -> float:
-        """N, with what augmentation adds."""
+        """N times the augmentation factor."""
         return self.num_train * self._config.augmentation
 
     @property
@@ -54,7 +54,7 @@ class Lie(Sampling):
 
     @property
     def _heat(self) -> float:
-        """The letter t of the module."""
+        """The variable t of the module."""
         return self._config.temperature / self._size
 
     def centre(self, tensor: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Lie(Sampling):
                 assert_never(never)
 
     def _multiplied(self, tensor: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
-        """With the prior's gradient at the weights that were drawn."""
+        """Return displacements times the gradient, which includes the prior's, at the drawn weights."""
         parts = self._displacements.pop(tensor)
         if isinstance(self._config.group, AdditiveGroup):
             return ()
@@ -140,14 +140,14 @@ class Lie(Sampling):
             torch.sub(*sides, out=tensor)
 
     def _scale(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The letter A of the module."""
+        """Return the variable A of the module, for each tensor."""
         group = self._config.group
         assert isinstance(group, AffineGroup), "only it has a scale"
         first = group.initial_scale
         return self.kept(tensors, "scale", lambda tensor: torch.full_like(tensor, first))
 
     def _sides(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """g+ and g-; at first the weight's positive and negative part, so that their difference is the weight."""
+        """Return g+ and g-; initially the weight's positive and negative part, whose difference is the weight."""
         group = self._config.group
         assert isinstance(group, MultiplicativeGroup), "only it has sides"
         offset = group.offset
@@ -157,12 +157,12 @@ class Lie(Sampling):
 
 
 def _rayleigh(tensor: Tensor, draw: Draw, number: int) -> Tensor:
-    """Length of a vector of two normals."""
+    """Draw Rayleigh distributed numbers: lengths of vectors of two standard normals."""
     return torch.hypot(draw(tensor, number), draw(tensor, number + 1))
 
 
 def _slope(u: Tensor, rate: float) -> Tensor:
-    """(exp(-r u) - 1) / u, also where u is 0."""
+    """Return (exp(-r u) - 1) / u; its limit where u is 0."""
     small = u.abs() < _SMALL
     safe = torch.where(small, torch.ones_like(u), u)
     return torch.where(small, u * (rate * rate / 2) - rate, torch.expm1(safe * -rate) / safe)

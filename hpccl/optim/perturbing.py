@@ -1,7 +1,7 @@
-"""What optimisers share that take gradients elsewhere than at the weights they hold.
+"""Base classes of optimisers that take gradients at other weights than those that they hold.
 
-A step has one or more passes over its batch. Before each, the engine asks for trial weights and puts them where the
-network computes; after it, the weights are what they were and the gradient is noted. Then `step` updates:
+A step has one or more passes over its batch. Before each pass, the engine requests trial weights and loads them into
+the network; after it, the weights are restored and the gradient is noted. Then `step` updates the weights:
 
     for number in range(optimizer.passes):
         the network's weights <- optimizer.trial(number, tensors, draw)
@@ -10,8 +10,9 @@ network computes; after it, the weights are what they were and the gradient is n
         optimizer.note(number, tensors)
     clip; optimizer.step()
 
-Everything is element-wise (SAM's norm is given): a shard is updated as the whole would be. Tensors may be parameters,
-rows of them, or flat buffers of pieces of many; what belongs to a tensor between `trial` and `step` is not state.
+Everything is element-wise (SAM's norm is passed in): a shard is updated as the whole would be. Tensors may be
+parameters, rows of them, or flat buffers of pieces of many; data kept between `trial` and `step` are not part of the
+optimiser's state.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from torch import Tensor
 
 __all__ = ["Draw", "Norm", "Perturbing", "Sampling", "in_cache"]
 
-# (tensor, number of the draw) -> as many numbers of N(0, 1), in its shape and memory layout
+# (tensor, number of the draw) -> numbers of N(0, 1) in the tensor's shape and memory layout
 Draw: TypeAlias = Callable[[Tensor, int], Tensor]
-# Gradients of this rank -> [] the norm of the whole gradient, over all ranks
+# Gradients of this rank -> norm [] of the whole gradient, over all ranks
 Norm: TypeAlias = Callable[[list[Tensor]], Tensor]
 
 _TOGETHER = 1 << 24  # elements of temporaries that an update makes at a time
-_CACHED = 1 << 16  # on a CPU: what several operations in a row read and write stays in its cache
+_CACHED = 1 << 16  # elements at a time on a CPU, so that consecutive operations work in its cache
 
 
 class Perturbing(torch.optim.Optimizer):
     """An optimiser with trial weights.
 
-    passes: forward and backward passes of a step
-    num_train: N, examples that the mean loss is a mean of; task: its number. The engine says both when a task begins
-    rewrites: whether `note` puts another gradient in the place of the last pass's
+    passes: forward and backward passes per step
+    num_train: N, the number of examples in the mean loss; task: its number. The engine sets both by `begin`
+    rewrites: whether `note` replaces the last pass's gradient by another one
     """
 
     passes = 1
@@ -48,29 +49,29 @@ class Perturbing(torch.optim.Optimizer):
     rewrites = False
 
     def begin(self, *, num_train: int, task: int = 0) -> None:
-        """A new task."""
+        """Begin a new task."""
         self.num_train, self.task = num_train, task
         self.forget()
 
     @abstractmethod
     def trial(self, number: int, tensors: Sequence[Tensor], draw: Draw) -> list[Tensor] | None:
-        """Weights for pass `number`, of each tensor, which stay as they are; None: the weights themselves."""
+        """Return each tensor's weights for pass `number`, without changing it; None: the weights themselves."""
 
     @abstractmethod
     def note(self, number: int, tensors: Sequence[Tensor], norm: Norm) -> None:
-        """The gradient of pass `number` is in `.grad`; after the last pass it is what `step` takes, once clipped."""
+        """Note the gradient of pass `number` in `.grad`; after the last pass, `step` takes `.grad`, once clipped."""
 
     @abstractmethod
     def forget(self) -> None:
-        """What was noted for the coming step; also after a step that was not taken."""
+        """Discard what was noted for the coming step; also called after a step that was skipped."""
 
     @abstractmethod
     def update(self, tensors: list[Tensor], gradients: list[Tensor], settings: dict[str, Any]) -> None:
-        """One step of some tensors of one group."""
+        """Take a step for some tensors of one parameter group."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # passes are the engine's
-        """Update every tensor that has a gradient; without trial weights before, no curvature is learned."""
+        """Update every tensor that has a gradient; no curvature is learned unless there were trial weights before."""
         assert closure is None, "the passes of a step are the engine's"
         for settings in self.param_groups:
             held = [tensor for tensor in settings["params"] if tensor.grad is not None]
@@ -78,7 +79,7 @@ class Perturbing(torch.optim.Optimizer):
                 self.update(tensors, [tensor.grad for tensor in tensors if tensor.grad is not None], settings)
 
     def kept(self, tensors: Sequence[Tensor], name: str, first: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """The state `name` of each tensor, made by `first` where there is none yet."""
+        """Return the state `name` of each tensor, made by `first` if there is none yet."""
         for tensor in tensors:
             if name not in self.state[tensor]:
                 self.state[tensor][name] = first(tensor)
@@ -86,10 +87,10 @@ class Perturbing(torch.optim.Optimizer):
 
 
 class Sampling(Perturbing):
-    """Gradients at weights drawn around those that it holds, a mean over `passes` draws, all of the whole batch.
+    """Takes gradients at weights drawn around those that it holds: a mean over `passes` draws, each on the whole batch.
 
-    The draw is the same on all ranks: gradients are averaged, and only with one draw is displacement times the averaged
-    gradient an estimate of the Hessian's diagonal (with one a rank it would be too small by the number of ranks).
+    A draw is the same on all ranks: gradients are averaged, and only with a common draw is displacement times averaged
+    gradient an estimate of the Hessian's diagonal (with a draw per rank it would be too small by the number of ranks).
     """
 
     def __init__(self, parameters: Any, settings: dict[str, Any], *, passes: int) -> None:
@@ -101,10 +102,10 @@ class Sampling(Perturbing):
 
     @abstractmethod
     def displace(self, tensor: Tensor, draw: Draw, number: int) -> tuple[Tensor, ...]:
-        """What is added to `centre`; several where their products with the gradient are needed apart."""
+        """Return what is added to `centre`; several parts if their products with the gradient are needed separately."""
 
     def centre(self, tensor: Tensor) -> Tensor:
-        """What draws are around."""
+        """Return the centre of the draws."""
         return tensor
 
     @torch.no_grad()
@@ -118,7 +119,7 @@ class Sampling(Perturbing):
 
     @torch.no_grad()
     def note(self, number: int, tensors: Sequence[Tensor], norm: Norm) -> None:
-        """See Perturbing; means over passes."""
+        """See Perturbing; averages gradients and products over passes."""
         for tensor in tensors:
             gradient = tensor.grad
             if gradient is None:
@@ -142,7 +143,7 @@ class Sampling(Perturbing):
             kept.clear()
 
     def products(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]] | None:
-        """Of each tensor, the mean of displacement times gradient: once. None without trial weights."""
+        """Return and drop each tensor's mean of displacement times gradient; None if there were no trial weights."""
         found = []
         for tensor in tensors:
             if tensor not in self._products:
@@ -151,12 +152,12 @@ class Sampling(Perturbing):
         return found
 
     def _multiplied(self, tensor: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
-        """In the place of the displacements."""
+        """Return displacements times the gradient, computed in place of the displacements."""
         return tuple(part.mul_(gradient) for part in self._displacements.pop(tensor))
 
 
 def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """In groups for one call, so that temporaries stay small."""
+    """Yield tensors in groups to update in one call each, so that temporaries stay small."""
     group: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -170,7 +171,7 @@ def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def in_cache(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same lists in pieces for element-wise updates: on a CPU pieces that stay in its cache, else all at once."""
+    """Yield the lists in pieces for element-wise updates: cache-sized pieces on a CPU, else all at once."""
     if not lists[0] or lists[0][0].device.type != "cpu":
         yield lists
         return
@@ -184,6 +185,6 @@ def in_cache(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements lie side by side, in whatever order."""
+    """Whether its elements fill memory without gaps, in any order."""
     channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return tensor.is_contiguous() or channels_last

@@ -1,4 +1,4 @@
-"""What an optimiser's state says of the posterior over weights, in nats per squared weight, summed over N examples.
+"""Curvature and posterior variance from an optimiser's state, in nats per squared weight, summed over N examples.
 
                 likelihood's curvature     posterior variance
     ivon        N (h - h_t)                1 / (lambda (h + delta))
@@ -8,11 +8,11 @@
     bsam        -                          1 / (N s), N times `augmentation`
     lie         -                          sigma0^2;  sigma0^2 A^2;  (2 - pi / 2) (g+^2 + g-^2)
 
-h, s: curvature per example, of SOBA summed; v: the raw mean of squared gradients of batches, whose root takes the place
-of the curvature in these rules (Nickl et al. 2023, "The memory-perturbation equation", NeurIPS). delta is the prior
-precision, or the weight decay where the module of the rule says so. h_t and s_t are what h and s are after t steps
-without a gradient: what is left of the initial value, which for SOBA goes to delta. No data said it, so it is no
-curvature of a likelihood; in the rows of classes to come there is nothing else.
+h, s: curvature per example (for SOBA, summed); v: the raw mean of squared gradients of batches, whose root takes the
+place of the curvature in these rules (Nickl et al. 2023, "The memory-perturbation equation", NeurIPS). delta is the
+prior precision, or the weight decay where the module of the rule defines it so. h_t and s_t are h and s after t steps
+without a gradient: what is left of the initial value, which for SOBA tends to delta. It does not come from data and so
+is not part of a likelihood's curvature; the rows of future classes have nothing else.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ State = Mapping[str, Tensor]  # of one parameter, by the optimiser's own names
 
 
 def curvature_key(config: OptimConfig) -> str | None:
-    """The name of the state that a likelihood's curvature is made of; None where there is none."""
+    """Return the name of the state from which the likelihood's curvature is computed; None if there is none."""
     if isinstance(config, TimmOptim):
         return LEARNING_SQUARES.get(config.name.lower())
     return "curvature" if isinstance(config, (IvonOptim, VognOptim, SobaOptim)) else None
 
 
 def curvature(config: OptimConfig, kept: Tensor, *, num_train: int, steps: int) -> Tensor:
-    """Of the likelihood, from the state `curvature_key` after so many steps; below 0 where noise outweighs it."""
+    """Return the likelihood's curvature from the state `curvature_key` after `steps`; below 0 where noise dominates."""
     match config:
         case IvonOptim():
             return (kept - _unlearned_ivon(config, steps)) * num_train
@@ -65,7 +65,7 @@ def curvature(config: OptimConfig, kept: Tensor, *, num_train: int, steps: int) 
 
 
 def _unlearned_ivon(config: IvonOptim, steps: int) -> float:
-    """h_t: the rule of hpccl.optim.ivon with h^ = 0."""
+    """Return h_t: the rule of hpccl.optim.ivon with h^ = 0."""
     h, rate = config.initial_curvature, 1 - config.curvature_decay
     for _ in range(steps):
         h += -rate * h + (rate * h) ** 2 / (2 * (h + config.weight_decay))
@@ -73,7 +73,7 @@ def _unlearned_ivon(config: IvonOptim, steps: int) -> float:
 
 
 def _unlearned_soba(config: SobaOptim, num_train: int, steps: int) -> float:
-    """s_t: the rule of hpccl.optim.soba with no gradient but the prior's."""
+    """Return s_t: the rule of hpccl.optim.soba with no gradient but the prior's."""
     s = config.initial_curvature * num_train
     for _ in range(steps):
         u = config.curvature_rate * (config.prior_precision / s - 1)
@@ -82,7 +82,7 @@ def _unlearned_soba(config: SobaOptim, num_train: int, steps: int) -> float:
 
 
 def variance(config: OptimConfig, state: State, *, num_train: int, prior_precision: float = 1.0) -> Tensor | None:
-    """Of the posterior of one parameter; None where the optimiser has none. prior_precision: of timm's optimisers."""
+    """Return one parameter's posterior variance; None if there is none. prior_precision: delta of timm's optimisers."""
     match config:
         case IvonOptim():
             size = num_train if config.effective_size is None else config.effective_size

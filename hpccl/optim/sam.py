@@ -1,6 +1,6 @@
-"""SAM and bSAM: the gradient at the worst weights nearby, so that minima are flat.
+"""SAM and bSAM: take the gradient at the worst weights nearby, so that minima are flat.
 
-SAM, over SGD with a heavy ball (Foret et al. 2021, "Sharpness-aware minimization", ICLR):
+SAM, over SGD with heavy-ball momentum (Foret et al. 2021, "Sharpness-aware minimization", ICLR):
 
     e = rho g / |g|,  g = grad of the mean loss at w,  g^ at w + e
     m <- beta1 m + g^ + delta w,   w <- w - alpha m
@@ -11,8 +11,8 @@ bSAM, q = N(w, 1 / (N s)) (Möllenhoff and Khan 2023, "SAM as an optimal relaxat
     m <- beta1 m + (1 - beta1) (g^ + delta w),   w <- w - alpha m / s                     (the old s)
     s <- beta2 s + (1 - beta2) (sqrt(s) |g| + gamma + delta)
 
-with delta the prior precision / N (SAM: the weight decay); N counts `augmentation` times. g is that of the whole batch
-over all ranks.
+with delta the prior precision / N (SAM: the weight decay); N is multiplied by `augmentation`. g is the gradient of the
+whole batch over all ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Bsam", "Sam"]
 
 @final
 class Sam(Perturbing):
-    """See the module. State: momentum m, 4 bytes a weight."""
+    """See the module. State: momentum m, 4 bytes per weight."""
 
     passes = 2
 
@@ -74,7 +74,7 @@ class Sam(Perturbing):
 
 @final
 class Bsam(Perturbing):
-    """See the module. State: momentum m and curvature s, 8 bytes a weight."""
+    """See the module. State: momentum m and curvature s, 8 bytes per weight."""
 
     passes = 2
 
@@ -85,7 +85,7 @@ class Bsam(Perturbing):
 
     @property
     def _size(self) -> float:
-        """N, with what augmentation adds."""
+        """N times the augmentation factor."""
         return self.num_train * self._config.augmentation
 
     def _curvature(self, tensors: list[Tensor]) -> list[Tensor]:

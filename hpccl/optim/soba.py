@@ -8,7 +8,7 @@
 
 With u = rho (h / s - 1), s becomes s (1 + u + u^2 / 2) >= s / 2: it stays positive, and h = s is its fixed point. The
 prior's part of g and h is taken in expectation. Source: Lin, Schmidt and Khan 2020, "Handling the positive-definite
-constraint in the Bayesian learning rule", ICML, whose update of a precision this is for a diagonal.
+constraint in the Bayesian learning rule", ICML: their update of a precision, for a diagonal one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Soba"]
 
 @final
 class Soba(Sampling):
-    """See the module. State: curvature s, 4 bytes a weight."""
+    """See the module. State: curvature s, 4 bytes per weight."""
 
     def __init__(self, parameters: Any, config: SobaOptim) -> None:
         super().__init__(parameters, {"lr": config.lr[0]}, passes=config.samples)

@@ -1,4 +1,4 @@
-"""VOGN: a Gaussian over weights, its precision from per-example squared gradients.
+"""VOGN: a Gaussian over weights, with a precision from per-example squared gradients.
 
     delta~ = tau delta / (rho N),   sigma^2 = tau / (rho N (s + delta~ + gamma)),   w = mu + sigma eps
     g^ = mean of g_i,  h^ = mean of g_i^2 over examples and draws,  g_i = gradient of example i's nats at w
@@ -7,8 +7,8 @@
     mu <- mu - alpha m / (s + delta~ + gamma)
 
 N: training examples; rho: augmentation; tau: temperature. BatchNorm's parameters: delta~ = 0 and sigma = 0.
-Source: Osawa et al. 2019, "Practical deep learning with Bayesian principles", NeurIPS; s decays
-as in the released code (by beta2, not tau beta2; equal for tau = 1), so that N rho s / tau + delta is the precision.
+Source: Osawa et al. 2019, "Practical deep learning with Bayesian principles", NeurIPS; s decays as in the released code
+(by beta2, not tau beta2; equal for tau = 1), so that N rho s / tau + delta is the precision.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["Vogn"]
 
 @final
 class Vogn(Sampling):
-    """See the module. State: momentum m and curvature s, 8 bytes a weight.
+    """See the module. State: momentum m and curvature s, 8 bytes per weight.
 
-    A group of parameters with `prior` False is neither drawn nor pulled to 0.
+    A group of parameters with `prior` False is neither perturbed nor decayed.
     """
 
     def __init__(self, parameters: Any, config: VognOptim) -> None:
@@ -38,7 +38,7 @@ class Vogn(Sampling):
 
     @property
     def _size(self) -> float:
-        """N, with what augmentation adds."""
+        """N times the augmentation factor."""
         return self.num_train * self._config.augmentation
 
     @property
@@ -47,7 +47,7 @@ class Vogn(Sampling):
         return self._config.temperature * self._config.prior_precision / self._size
 
     def add_squares(self, tensor: Tensor, squares: Tensor) -> None:
-        """Of one pass: the mean over the step's examples, on all ranks, of squared gradients."""
+        """Add the squared gradients of one pass, a mean over the step's examples on all ranks."""
         share = squares / self.passes
         self._squares[tensor] = self._squares[tensor].add_(share) if tensor in self._squares else share
 
@@ -78,7 +78,7 @@ class Vogn(Sampling):
         torch._foreach_add_(momentum, tensors, alpha=decay)
         for tensor in tensors:
             squares, kept = self._squares.pop(tensor, None), self.state[tensor]
-            kept["drawn"] = settings["prior"]  # here, for ZeRO has groups without tensors at other times
+            kept["drawn"] = settings["prior"]  # set here, because ZeRO's groups have no tensors at other times
             if squares is not None and "curvature" in kept:
                 kept["curvature"].lerp_(squares, config.curvature_rate)
             elif squares is not None:

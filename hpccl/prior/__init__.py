@@ -1,1 +1,1 @@
-"""What the past says while a new task is learned."""
+"""The prior: how memory, curvature and old weights constrain the training of a new task."""

@@ -3,8 +3,8 @@
     q_c = z_c for old classes,   q_c = alpha z_c + beta for the newest task's
     (alpha, beta) = argmin  mean_i CE(y_i, q_i) + penalty / 2 beta^2
 
-over examples that no network learned from. The problem is convex in two numbers: L-BFGS on logits that were made once,
-in float64. z are logits [n, C], competing classes [C] bool.
+over examples that no network was trained on. The problem is convex in two numbers and is solved by L-BFGS in float64,
+on logits that are computed once. z are logits [n, C], competing classes [C] bool.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _ITERATIONS = 500
 
 @dataclass(frozen=True)
 class Correction:
-    """Of the classes of one task, for the network that ended this task and no other.
+    """The correction of one task's classes, valid only for the network at the end of that task.
 
-    task: index; classes: of the task; num: examples that it was fitted to
+    task: index; classes: of the task; num: number of examples that it was fitted to
     """
 
     task: int
@@ -41,9 +41,9 @@ class Correction:
     def fitted(
         cls, logits: Tensor, labels: Tensor, *, task: int, classes: Sequence[int], seen: Tensor, penalty: float
     ) -> Correction:
-        """From logits [n, C] and labels [n]; seen: [C] bool, the classes that compete.
+        """Fit it to logits [n, C] and labels [n]; seen: [C] bool, the classes that compete.
 
-        Where a multiple of the new logits tells all examples apart, no alpha is the best; iterations then end when the
+        If a multiple of the new logits separates all examples, no finite alpha is optimal; iterations then end when the
         gradient is small.
 
         Raises:
@@ -71,29 +71,29 @@ class Correction:
         return cls(task, tuple(classes), alpha, beta, len(labels))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """[n, C] corrected, in the dtype of the logits."""
+        """Return the corrected logits [n, C], in their dtype."""
         new = _members(self.classes, logits.shape[1]).to(logits.device)
         return corrected(logits, new, self.alpha, self.beta)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The state for a checkpoint."""
         return {**vars(self), "classes": list(self.classes)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Correction:
-        """The inverse."""
+        """The inverse of `state_dict`."""
         return cls(**{**state, "classes": tuple(state["classes"])})
 
 
 def corrected(logits: Tensor, new: Tensor, alpha: float | Tensor, beta: float | Tensor) -> Tensor:
-    """[n, C] logits with those of classes `new` [C] bool scaled and shifted."""
+    """Return logits [n, C] with those of the classes `new` [C] bool scaled and shifted."""
     return torch.where(new, alpha * logits + beta, logits)
 
 
 def corrected_nats(
     values: Tensor, logits: Tensor, labels: Tensor, *, new: Tensor, seen: Tensor, penalty: float
 ) -> Tensor:
-    """The objective at `values` = (alpha, beta), a scalar."""
+    """Return the objective at `values` = (alpha, beta), a scalar."""
     q = corrected(logits, new, values[0], values[1]).masked_fill(~seen, -torch.inf)
     return torch.nn.functional.cross_entropy(q, labels) + penalty / 2 * values[1].square()
 

@@ -1,14 +1,14 @@
-"""Functional regularisation of memorable past (FROMP): predictions on memory stay, coupled by a kernel.
+"""Functional regularisation of memorable past (FROMP): keep predictions on memory, coupled by a kernel.
 
     R(w) = weight sum_s sum_c 1/2 d' K_sc^-1 d,    d = m_sc(w) - m_sc(w_old)                     nats in total
     dR/dw = weight sum_s sum_c J_sc(w)' K_sc^-1 d
 
 m_sc [b] are the probabilities of class c for the memory of past task s, K_sc their kernel under the Laplace posterior
-of the old weights, or 1. K^-1 d is a constant in the gradient, so that of the sum of (K^-1 d) m is the same: one
+of the old weights, or the identity. With K^-1 d held constant, the sum of (K^-1 d) m has the same gradient: one
 backward pass, no Jacobian. K is kept as its Cholesky factor.
 
-Where blocks are smaller than a task's memory, K is taken as block-diagonal, a step has one block of each task, in turn,
-and R of the step is times the number of blocks: the mean over a round of them is the R of all blocks.
+If blocks are smaller than a task's memory, K is taken as block-diagonal. A step then uses one block of each task, in
+turn, and multiplies its R by the number of blocks, so that the mean over a round is the R of all blocks.
 
 Source: Pan et al. 2020, "Continual deep learning by functional regularisation of memorable past", NeurIPS, eq. 8 and
 algorithm 1.
@@ -31,17 +31,17 @@ from hpccl.errors import DivergedError
 
 __all__ = ["Block", "Fromp", "cholesky", "equal_blocks", "probabilities"]
 
-_ATTEMPTS = 12  # powers of ten of the jitter
+_ATTEMPTS = 12  # powers of ten by which the jitter grows, at most
 
 
 @dataclass(frozen=True)
 class Block:
-    """Examples of one past task that are coupled.
+    """Coupled examples of one past task.
 
     slots: [b] int64, positions in the memory
     classes: [K] int64, the classes that compete, by number in the stream
-    old: [b, K] float64, the old network's probabilities of them
-    root: [K, b, b] float64, lower Cholesky factors of the kernels; None: kernel 1
+    old: [b, K] float64, the old network's probabilities of these classes
+    root: [K, b, b] float64, lower Cholesky factors of the kernels; None: the identity
     """
 
     slots: Tensor
@@ -50,24 +50,24 @@ class Block:
     root: Tensor | None
 
     def pull(self, now: Tensor) -> Tensor:
-        """[b, K] float64: K^-1 (now - old), class by class, of probabilities [b, K]."""
+        """Return K^-1 (now - old), class by class, [b, K] float64, for probabilities `now` [b, K]."""
         change = now.double() - self.old
         if self.root is None:
             return change
         return torch.cholesky_solve(change.T[:, :, None], self.root)[:, :, 0].T
 
     def to(self, device: torch.device) -> Block:
-        """The same with its numbers on a device; slots and classes stay on the CPU."""
+        """Return it with its numbers on a device; slots and classes stay on the CPU."""
         return replace(self, old=self.old.to(device), root=None if self.root is None else self.root.to(device))
 
 
 @dataclass(frozen=True)
 class Fromp:
-    """R(w).
+    """The regulariser R(w).
 
-    weight: of it
+    weight: factor of R
     tasks: the blocks of each past task that has a memory
-    precision: F, the curvature of all past tasks; None where no kernel is made of it
+    precision: F, the curvature of all past tasks; None if no kernel is made from it
     """
 
     weight: float
@@ -75,11 +75,11 @@ class Fromp:
     precision: Precision | None = None
 
     def at(self, step: int) -> list[tuple[Block, int]]:
-        """The block of each past task that a step recalls, and the number of blocks that it stands for."""
+        """Return the block of each past task that a step uses, and the number of blocks that it represents."""
         return [(blocks[step % len(blocks)], len(blocks)) for blocks in self.tasks]
 
     def to(self, device: torch.device) -> Fromp:
-        """The same on a device."""
+        """Return it on a device."""
         return replace(
             self,
             tasks=tuple(tuple(block.to(device) for block in blocks) for blocks in self.tasks),
@@ -94,7 +94,7 @@ class Fromp:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; what ranks hold alone by `precision.shard_dict`."""
+        """The state for a checkpoint that all ranks hold; `precision.shard_dict` has the rest."""
         return {
             "weight": self.weight,
             "tasks": [[dict(vars(block)) for block in blocks] for blocks in self.tasks],
@@ -105,7 +105,7 @@ class Fromp:
     def from_state_dict(
         cls, state: Mapping[str, Any], shards: Shards, comm: Comm, place: Place, like: Weights
     ) -> Fromp:
-        """The inverse; see Prior.from_state_dict."""
+        """The inverse of `state_dict`; see Prior.from_state_dict."""
         precision = state["precision"]
         return cls(
             weight=state["weight"],
@@ -115,16 +115,16 @@ class Fromp:
 
 
 def probabilities(logits: Tensor, columns: Tensor) -> Tensor:
-    """[r, K] softmax of the logits [r, C] of classes `columns` [r, K]; 0 where a column is -1."""
+    """Return the softmax [r, K] of logits [r, C] over the classes `columns` [r, K]; 0 where a column is -1."""
     named = columns >= 0
     return logits.gather(1, columns.clamp(min=0)).masked_fill(~named, -torch.inf).softmax(dim=1)
 
 
 def cholesky(kernel: Tensor, jitter: float) -> tuple[Tensor, float]:
-    """Lower factors of kernels [K, b, b] + jitter 1, and the jitter: ten times as much until rounding allows it.
+    """Return lower Cholesky factors of kernels [K, b, b] + jitter I, and the jitter, raised tenfold until one succeeds.
 
     Raises:
-        DivergedError: none does, so the kernel is no covariance.
+        DivergedError: none succeeds, so the kernel is not a covariance.
     """
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
     used = jitter
@@ -140,6 +140,6 @@ def cholesky(kernel: Tensor, jitter: float) -> tuple[Tensor, float]:
 
 
 def equal_blocks(order: Sequence[int], size: int | None) -> list[list[int]]:
-    """A list cut into the fewest parts of at most `size`, which differ by at most one; one part for None."""
+    """Cut a list into the fewest parts of at most `size`, whose lengths differ by at most one; one part for None."""
     count = 1 if size is None else -(-len(order) // size)
     return [list(order[len(order) * k // count : len(order) * (k + 1) // count]) for k in range(count)]

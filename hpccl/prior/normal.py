@@ -1,20 +1,20 @@
-"""The normal prior of the weights, and the divergence of weights that K-priors make of it.
+"""The normal prior of the weights, and the weight divergence of K-priors.
 
     R(w) = 1/2 precision |w|^2 - pull <a, w> + 1/2 pull |a|^2                 nats in total
     dR/dw = precision w - pull a
 
-With precision delta: before anything is learned, pull = 0. For w* that minimises
+With precision delta: for the first task, pull = 0. For w* that minimises
 sum_i CE(y_i, f_w(x_i)) + delta/2 |w|^2,
 
     sum_i J_i' (p_i - y_i) + delta w  =  sum_i J_i' (p_i - p*_i) + delta (w - w*)
 
-for all w where J does not depend on w: so soft labels of all examples and pull = delta around a = w* reconstruct the
-gradient of the past exactly. Another prior delta' leaves precision = delta' and pull = delta.
+for all w if J does not depend on w: so soft labels of all examples and pull = delta around a = w* reconstruct the
+gradient of the past exactly. Changing the prior to delta' makes precision = delta', while pull = delta stays.
 
 Source: Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS, sections 3 and 4.
 
-Every weight counts alike, so a rank adds the force of the parameters that it owns, times the number of ranks, and the
-averaging of gradients delivers it: as of the quadratic, no collective of its own.
+A rank adds dR/dw of the parameters that it owns (shared out by size), times the number of ranks, and the averaging of
+gradients distributes it: as for the quadratic, a step has no collective of its own.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ __all__ = ["NormalPrior"]
 
 @dataclass(frozen=True)
 class NormalPrior:
-    """R(w).
+    """The regulariser R(w).
 
     precision: nats per squared weight
-    pull: likewise; 0 where there is no anchor
+    pull: likewise; 0 if there is no anchor
     anchor: a, by name of parameter (and buffer), whole on every rank or spread
     """
 
@@ -52,7 +52,7 @@ class NormalPrior:
 
     @classmethod
     def of(cls, config: RunConfig, anchor: Leaves | None) -> NormalPrior | None:
-        """What a configuration says of the weights, with those of the newest old model; None if nothing."""
+        """Build it from a configuration and the weights of the newest old model; None if it would be 0."""
         normal, adapt = config.prior.normal, config.adapt
         precision = adapt.precision if isinstance(adapt, NewPrecision) else normal.precision
         if anchor is None or config.train.data == "seen" or config.train.restart:
@@ -62,7 +62,7 @@ class NormalPrior:
         return cls(precision, pull, anchor) if precision > 0 or pull > 0 else None
 
     def force(self, weights: Tensor, anchor: Tensor | None) -> Tensor:
-        """dR/dw of a parameter, of its weights and their anchor."""
+        """Return dR/dw of a parameter, given its weights and their anchor."""
         return self.precision * weights if anchor is None else self.precision * weights - self.pull * anchor
 
     def attach(self, engine: Engine, comm: Comm, *, num_train: int) -> Callable[[], None]:
@@ -85,7 +85,7 @@ class NormalPrior:
         return call
 
     def value(self, weights: Leaves, comm: Comm) -> float:
-        """This rank's share of R(w) in nats, over the named parameters; R(w) is the sum over ranks."""
+        """Return this rank's share of R(w) in nats, over the named parameters; R(w) is the sum over ranks."""
         total = 0.0
         for name, leaf in weights.items():
             own = _own(leaf, comm)
@@ -95,13 +95,13 @@ class NormalPrior:
             if self.anchor is not None:
                 anchor = _own(self.anchor[name], comm)
                 assert anchor is not None, "an anchor is divided as the weights are"
-                anchor = anchor.to(own.device)  # which an engine may have in host memory
+                anchor = anchor.to(own.device)  # an engine may keep its weights in host memory
                 total += self.pull * float((anchor.double() * (anchor.double() / 2 - own.double())).sum())
         return total
 
 
 def _own(leaf: Leaf, comm: Comm) -> Tensor | None:
-    """What this rank counts of a tensor, so that ranks together count it once."""
+    """Return the part of a tensor that this rank counts, so that all ranks together count it once."""
     if isinstance(leaf, Slab):
         return leaf.local if leaf.span.copy == 0 else None
     return leaf if comm.leader else None

@@ -1,4 +1,4 @@
-"""What the past says while a new task is learned: memory, a quadratic, and the old model itself."""
+"""All that training on a new task takes from the past: memory, a quadratic, and the old model itself."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["Prior"]
 
 @dataclass(frozen=True)
 class Prior:
-    """Each part may be absent.
+    """What training on a new task takes from the past; each part may be absent.
 
     memory:    kept examples (may be empty)
     quadratic: curvature of the past that is not in memory, or None
     anchor:    weights and buffers of the newest old model (whole or spread), or None before the first task ends
-    correction: of the logits of its newest classes, or None
-    means:     of the features of each class's memory (or training examples), as it sees them, or None
-    fromp:     coupled predictions on the memory, which then says nothing else, or None
-    gas:       a net of nodes over features, or None
+    correction: bias correction of the logits of the anchor's newest classes, or None
+    means:     means of the anchor's features of each class's memory (or training examples), or None
+    fromp:     coupled predictions on the memory, which then adds no other loss, or None
+    gas:       neural gas: a net of nodes over features, or None
     """
 
     memory: Memory
@@ -42,7 +42,7 @@ class Prior:
     gas: Gas | None = None
 
     def to(self, device: torch.device) -> Prior:
-        """The same prior with what a step needs on a device (the memory's few tensors stay on the CPU)."""
+        """Return the prior with what a step needs on a device (the memory's few tensors stay on the CPU)."""
         anchor = None if self.anchor is None else {name: value.to(device) for name, value in self.anchor.items()}
         quadratic = None
         if self.quadratic is not None and anchor is not None:
@@ -51,7 +51,7 @@ class Prior:
         return replace(self, quadratic=quadratic, anchor=anchor, fromp=fromp)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: what all ranks hold."""
+        """The state for a checkpoint that all ranks hold."""
         return {
             "memory": self.memory.state_dict(),
             "quadratic": None if self.quadratic is None else self.quadratic.state_dict(),
@@ -64,22 +64,22 @@ class Prior:
 
     @property
     def precision(self) -> Precision | None:
-        """The curvature of the past, for whatever it is used."""
+        """The curvature of the past, used by the quadratic or by FROMP; None if there is none."""
         if self.quadratic is not None:
             return self.quadratic.precision
         return None if self.fromp is None else self.fromp.precision
 
     @property
     def curvature_shard(self) -> dict[str, Any]:
-        """What this rank alone holds of the curvature."""
+        """The state of the curvature that this rank alone holds."""
         return {} if self.precision is None else self.precision.shard_dict()
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], shards: Shards, comm: Comm, place: Place, like: Weights) -> Prior:
-        """The inverse; `shards` reads the ranks' `curvature_shard`.
+        """The inverse of `state_dict`; `shards` reads the ranks' `curvature_shard`.
 
         place: spreads weights as the engine does
-        like: the network's weights, of which the memory layout counts
+        like: the network's weights, whose memory layout matters
         """
         anchor, quadratic = state["anchor"], state["quadratic"]
         placed = None if anchor is None else place(anchor)

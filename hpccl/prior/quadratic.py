@@ -3,13 +3,14 @@
     R(w) = weight * [ 1/2 (w - a)' (F + damping I) (w - a) + c' (w - a) ]        nats in total
     dR/dw = weight * [ (F + damping I) (w - a) + c ]
 
-F is a Precision summed over the examples that are not in memory, a the weights after the last task. With the newest
+F is a Precision summed over the examples that are not in memory; a are the weights after the last task. With the newest
 anchor for all tasks (Daxberger et al. 2023), c = 0. With each task's own anchor (Kirkpatrick et al. 2017),
 sum_t F_t (w - a_t) = F (w - a) + c with the constant c = sum_t F_t (a - a_t): no old weights are kept.
 
-The gradient enters the parameters' gradient hooks in fp32 (products with factors may be in bf16), outside autocast and
-loss scaling: the rank that holds a layer's curvature adds world size times the force, and the averaging of gradients
-that happens anyway delivers it to all ranks. No collective of its own, no dependence on the number of micro-batches.
+Gradient hooks add dR/dw to the parameters' gradients in fp32 (products with factors may be in bf16), outside autocast
+and loss scaling: the rank that holds a layer's curvature adds world size times dR/dw, and the averaging of gradients
+that happens anyway distributes it to all ranks. A step has no collective of its own, and the result does not depend on
+the number of micro-batches.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Quadratic:
     anchor: a, by name of parameter (and buffer), whole on every rank or spread
     weight: lambda
     damping: delta
-    pull: c by name of parameter; None where it is zero
-    products: of a step with the curvature's matrices: fp32, or bf16 with a relative error of about 2^-8
+    pull: c by name of parameter; None if it is zero
+    products: dtype of a step's products with the curvature's matrices: fp32, or bf16 with relative errors of about 2^-8
     """
 
     precision: Precision
@@ -55,7 +56,7 @@ class Quadratic:
     products: Products = "fp32"
 
     def force(self, weights: Leaves, comm: Comm) -> Leaves:
-        """dR/dw of the named parameters, in fp32, whole or spread as `weights` are; collective."""
+        """Return dR/dw of the named parameters, in fp32, whole or spread as `weights` are; collective."""
         pieces = self._pieces(_bare(weights), comm)
         own, anchor = self._needed(pieces, weights, comm)
         force: dict[str, Leaf] = {}
@@ -73,7 +74,7 @@ class Quadratic:
         return force
 
     def value(self, weights: Leaves, comm: Comm) -> float:
-        """This rank's share of R(w) in nats, over the named parameters; R(w) is the sum over ranks. Collective."""
+        """Return this rank's share of R(w) in nats, over the named parameters; the ranks' sum is R(w). Collective."""
         pieces = self.precision.pieces(comm, _bare(weights))
         pulls = self._owned_pull(weights, comm)
         own, anchor = self._needed(pieces, weights, comm, more=pulls)
@@ -89,12 +90,12 @@ class Quadratic:
     def _needed(
         self, pieces: Sequence[Piece], weights: Leaves, comm: Comm, *, more: Collection[str] = ()
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and anchor of what this rank multiplies, whole."""
+        """Return, whole, the weights and anchors that this rank's pieces need."""
         names = {name for piece in pieces for name in (piece.name, *piece.needs)} | set(more)
         return fetch(weights, names, comm), fetch(self.anchor, names, comm)
 
     def attach(self, engine: Engine, comm: Comm, *, num_train: int) -> Callable[[], None]:
-        """Add dR/dw / num_train to every step's gradient until the returned function is called."""
+        """Add dR/dw / num_train to every step's gradient until the returned function is called; collective."""
         like = engine.like
         used = replace(self, precision=self.precision.rounded()) if self.products == "bf16" else self
         pieces = used._pieces(like, comm)
@@ -104,9 +105,9 @@ class Quadratic:
         return engine.on_gradient([_hook(piece, anchor, scale, self.damping) for piece in pieces])
 
     def pull_on(self, num_train: int) -> Callable[[str, Tensor], Tensor]:
-        """What `attach` adds, per training example, to the gradient of a rank's own elements of a parameter.
+        """Return (name, elements) -> dR/dw / num_train at a rank's own elements of a parameter, as `attach` adds it.
 
-        Of a diagonal that lies where the weights do: (name, elements) -> force, without communication.
+        For a diagonal that is spread as the weights are; needs no communication.
         """
         assert isinstance(self.precision, Diagonal), "other precisions mix elements that ranks do not have"
         leaves, scale = self.precision.leaves, self.weight / num_train
@@ -133,10 +134,10 @@ class Quadratic:
         own_anchors: Collection[str] = (),
         decay: float = 1.0,
     ) -> Quadratic:
-        """The quadratic after one more task; collective. Curvatures add up, the anchor moves to the newest weights.
+        """Return the quadratic after one more task; collective. Curvatures add up, the anchor is the newest weights.
 
-        own_anchors: names of the parameters if every task goes on pulling to its own weights; otherwise none.
-        decay: gamma, what is left of all that earlier tasks said: F <- gamma F + F_t (Schwarz et al. 2018, eq. 9).
+        own_anchors: names of the parameters if every task keeps its own anchor; otherwise none.
+        decay: gamma, the factor of earlier tasks: F <- gamma F + F_t (Schwarz et al. 2018, eq. 9).
         """
         past = (
             self if decay == 1 else replace(self, precision=self.precision.times(decay), pull=_scaled(self.pull, decay))
@@ -148,12 +149,12 @@ class Quadratic:
         return replace(past, precision=past.precision.plus(precision, comm), anchor=anchor, pull=pull)
 
     def to(self, device: torch.device, anchor: Leaves) -> Quadratic:
-        """The same with its tensors on a device, where `anchor` is already."""
+        """Return it with its tensors on a device, where `anchor` is already."""
         pull = None if self.pull is None else {name: leaf.to(device) for name, leaf in self.pull.items()}
         return replace(self, precision=self.precision.to(device), anchor=anchor, pull=pull)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; the anchor is saved by the prior, what ranks hold alone by `precision.shard_dict`."""
+        """The state for a checkpoint; the prior saves the anchor, `precision.shard_dict` each rank's own state."""
         return {
             "precision": self.precision.state_dict(),
             "weight": self.weight,
@@ -166,14 +167,14 @@ class Quadratic:
     def from_state_dict(
         cls, state: dict[str, Any], anchor: Leaves, shards: Shards, comm: Comm, *, place: Place, like: Weights
     ) -> Quadratic:
-        """The inverse; `shards` reads what ranks held alone, on any number of ranks; see Prior.from_state_dict."""
+        """The inverse of `state_dict`; `shards` reads the state of any number of ranks; see Prior.from_state_dict."""
         precision = precision_from_state(state["precision"], shards, comm, place, like)
         pull = state.get("pull")
         placed = None if pull is None else place(pull)
         return cls(precision, anchor, state["weight"], state["damping"], placed, state.get("products", "fp32"))
 
     def _pieces(self, weights: Weights, comm: Comm) -> list[Piece]:
-        """Collective where the pull is spread. weights: shape and memory layout count."""
+        """Return this rank's pieces; collective if a diagonal or the pull is spread. weights: for shape and strides."""
         pull = self._owned_pull(weights, comm)
         return [
             *self.precision.pieces(comm, weights),
@@ -197,7 +198,7 @@ def _scaled(leaves: Leaves | None, scale: float) -> Leaves | None:
 
 
 def _bare(leaves: Leaves) -> dict[str, Tensor]:
-    """The shapes of what may be spread."""
+    """Replace leaves that are spread by empty tensors of their shape."""
     return {
         name: torch.empty(leaf.shape, device="meta") if isinstance(leaf, Slab) else leaf
         for name, leaf in leaves.items()

@@ -1,14 +1,15 @@
-"""How well the prior reconstructs the gradient of the past.
+"""Measure how well the prior reconstructs the gradient of the past.
 
 At weights w, with past tasks s < t:
 
     true:       sum_s sum_{i in D_s} grad CE(y_i, f_w(x_i))
     soft:       sum_{i in M, soft}    tau_i grad CE(q_i, f_w(x_i) / T)
     replay:     sum_{i in M, replay}  tau_i grad CE(y_i, f_w(x_i))
-    quadratic:  weight (F + damping) (w - a)
-    total:      soft + replay + quadratic
+    quadratic:  weight [(F + damping) (w - a) + c]    (quadratic.py)
+    normal:     precision w - pull a                  (normal.py; if there is one: then true has its precision w, too)
+    total:      soft + replay + quadratic + normal
 
-all in nats, evaluation mode, evaluation view. Reported per term: cosine with the true gradient and relative error
+all in nats, in evaluation mode, on evaluation views. Reported per term: cosine with the true gradient, relative error
 |term - true| / |true|. (Daxberger et al. 2023; Khan and Swaroop 2021.)
 """
 
@@ -35,9 +36,9 @@ Losses: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
 def summed_gradients(
     model: nn.Module, batches: Iterable[tuple[Tensor, Losses]], comm: Comm, *, num_terms: int
 ) -> list[dict[str, Tensor]]:
-    """Gradients of `num_terms` sums of nats over all ranks' batches, one dict by parameter name a term.
+    """Return the gradients of `num_terms` sums of nats over all ranks' batches, one dict by parameter name per term.
 
-    Of a network in shards, this rank's elements; then all ranks have equally many batches.
+    For a network in shards, these are this rank's elements; all ranks must then have equally many batches.
 
     batches: this rank's (pixels [n, ...], function from logits [n, C] to `num_terms` scalars in nats). Evaluation mode.
     """
@@ -65,7 +66,7 @@ def summed_gradients(
 def _spread_gradients(
     parameters: Mapping[str, nn.Parameter], nats: Tensor, comm: Comm, *, retain_graph: bool
 ) -> list[Tensor]:
-    """This rank's elements of the gradient of all ranks' sum: what the network's own reduction, a mean, delivers."""
+    """Return this rank's elements of the gradient of all ranks' sum, by the network's own reduction, a mean."""
     (nats * comm.size).backward(retain_graph=retain_graph)
     found = []
     for parameter in parameters.values():
@@ -76,7 +77,7 @@ def _spread_gradients(
 
 
 def local_parts(leaves: Leaves) -> dict[str, Tensor]:
-    """What this rank has of each, in the shape in which gradients of a network in shards come."""
+    """Return this rank's part of each leaf, in the shape that gradients of a network in shards have."""
     found = {}
     for name, leaf in leaves.items():
         if isinstance(leaf, Tensor):
@@ -94,9 +95,9 @@ def compare_gradients(
     spread: bool = False,
     copies: int = 1,
 ) -> tuple[dict[str, dict[str, float]], float]:
-    """{term: {cosine, relative_error, norm}} against the true gradient, over all parameters together; its norm.
+    """Return {term: {cosine, relative_error, norm}} against the true gradient, over all parameters, and its norm.
 
-    spread: each rank has its own elements of all of them, and `copies` ranks the same ones
+    spread: each rank has its own elements of all gradients, and `copies` ranks have the same ones
     """
     reference = _flat(true)
     vectors = {name: _flat(gradient, like=true) for name, gradient in terms.items()}
