@@ -45,8 +45,8 @@ class Settings:
     inducing: largest number of inducing inputs
     steps, rate: steps of the sites, and the largest r, in (0, 1]; a Gaussian likelihood always takes one step of rate 1
     memory: number of examples kept from a task
-    tune, tune_rate: Adam steps on the logarithms of the hyperparameters (0: leave them), and their learning rate. Without a
-        memory only at the first task: later ones lack the likelihood of the past, which the bound needs
+    tune, tune_rate: Adam steps on the logarithms of the hyperparameters (0: leave them), and their learning rate.
+        Without a memory only at the first task: later ones lack the likelihood of the past, which the bound needs
     seed: of the memory draws
     jitter: on the diagonal of K, relative to its mean
     """
