@@ -61,7 +61,7 @@ DIGITS = Setting(
 
 
 def trainings(setting: Setting, selectors: Sequence[str]) -> Iterator[Step]:
-    """Yield all runs of a seed before those of the next; the one that trains the first task precedes those that take it."""
+    """Yield all runs of a seed before those of the next, and before the others the one that trains the first task."""
     for seed in setting.seeds:
         first = f"uniform-{setting.sizes[0]}-{seed}"
         for number in setting.sizes:

@@ -43,7 +43,7 @@ def campaign(name: str, arguments: list[str], *, together: bool) -> Campaign:
 
 
 def _written(point: dict[str, str], name: str, path: str) -> list[str]:
-    """Return a run's overrides; its folder contains its values, and a comma in them would make a sweep without quotes."""
+    """Return a run's overrides; its folder is quoted, as it contains values whose commas would make it a sweep."""
     return [*(f"{key}={value}" for key, value in point.items()), f"name={name}", f"folder={json.dumps(path)}"]
 
 

@@ -158,7 +158,7 @@ def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int
 
 
 def _similar(wrong: str, names: Sequence[str]) -> list[str]:
-    """Return a few names that begin with a wrong one (it may be incomplete), then those of the most similar spelling."""
+    """Return a few names that begin with a wrong one (which may be incomplete), then those of similar spelling."""
     wanted = wrong.lower().replace("-", "_")
     longer = [name for name in names if name.startswith(wanted)]
     return list(dict.fromkeys([*longer[:3], *difflib.get_close_matches(wanted, names, n=6)]))[:6]

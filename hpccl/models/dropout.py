@@ -51,7 +51,7 @@ class KeyedDropout(nn.Module):
         keep = _bytes(self.keys, self.layer, 1 if self.whole else values[0].numel()) >= threshold
         if self.whole:
             return values * keep.to(values.dtype).mul_(256 / (256 - threshold)).view(-1, *[1] * (values.dim() - 1))
-        # The order of elements is the same for every memory layout: that is chosen for speed and may change on resuming.
+        # One order of elements for every memory layout, as the layout is a matter of speed and may change on resuming.
         mask = keep.to(values.dtype).mul_(256 / (256 - threshold)).view(values.shape)
         if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
             mask = mask.contiguous(memory_format=torch.channels_last)
