@@ -125,7 +125,7 @@ def _keep_listing(folder: Path, shards: ShardSet) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # it is written last
     with replacing(folder / INDEX) as path:
-        path.write_bytes(shards.files.index(shards.manifest))  # unchanged, because its checksum is part of the fingerprint
+        path.write_bytes(shards.files.index(shards.manifest))  # its checksum is part of the fingerprint
     shards.manifest.save(folder)
 
 
