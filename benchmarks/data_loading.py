@@ -12,7 +12,7 @@ All make augmented, normalised float32 batches of the same images in one process
                 the first batch from the middle of an epoch is made, by two decoding processes
 
 The files are in the page cache for both. Images come from --data, HPCCL_DATA or ../shared/data; where they are missing,
-similar ones are generated and the result says so.
+similar ones are generated, which the result notes.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ from hpccl.models.build import build_model
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
 
-SMALL = 64  # pixels a side up to which images come from --small; the training before the measurement uses no larger ones
+SMALL = 64  # pixels a side up to which images come from --small; training before the measurement uses at most these
 FORMS = ("exact", "truncated")
 
 

@@ -1,4 +1,4 @@
-"""From data sets to tasks: the scenario, and what it does to images, names and fingerprints."""
+"""From data sets to tasks: the scenario, and its effect on images, names and fingerprints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stream of the images in shards: checked, and decoded once into a cache or anew for every use."""
+"""A stream of the images in shards: checked, and decoded either once into a cache or for every use."""
 
 from __future__ import annotations
 

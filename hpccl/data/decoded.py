@@ -225,6 +225,6 @@ def _write(path: Path, shape: tuple[int, int, int, int], read: Read, decode: Dec
             numbers = range(start, min(start + _CHUNK, shape[0]))
             # Written rather than mapped: a full disk then raises an error, not a bus error.
             file.write(np.stack(list(pool.map(attempt, numbers))).data)
-        # In place before the images, so that whoever finds these also finds the list.
+        # Put in place before the images, so that a process that finds these also finds the list.
         with replacing(_bad_path(path)) as bad_beside:
             bad_beside.write_text(json.dumps({str(number): reason for number, reason in sorted(bad.items())}))

@@ -39,7 +39,7 @@ _NOTHING = Views(np.empty((0, 0, 0, 0), dtype=np.uint8), np.empty(0, dtype=bool)
 
 @dataclass(frozen=True)
 class Made:
-    """What a worker returns for one request.
+    """A worker's result for one request.
 
     views: without pixels if `failure` is set
     bad: (sample, reason) of the images that could not be decoded

@@ -1,4 +1,4 @@
-"""What flows from data to the loss: requests for images, images, and rows.
+"""The data types between data and loss: requests for images, images, and rows.
 
 Shapes: n images, r rows, C classes of the whole stream.
 """

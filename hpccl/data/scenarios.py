@@ -200,7 +200,7 @@ def _position(entry: str, found: dict[str, list[int]], task: ClassTask, layout: 
     """Return the one training sample that an entry names."""
     index = layout.index["train"]
     places = found.get(_key(entry), [])
-    if len(places) > 1:  # the same name in several classes: the folder tells them apart
+    if len(places) > 1:  # the same name in several classes, distinguished by the folder
         folder = PurePosixPath(entry.replace("\\", "/")).parent.name
         places = [place for place in places if layout.class_names[index.label[place]] == folder]
     if len(places) != 1:

@@ -100,7 +100,7 @@ class TopLayer:
         return cls(inputs.clamp_min(0), input_basis, outputs.clamp_min(0), output_basis, prior_precision)
 
     def to(self, device: torch.device) -> TopLayer:
-        """The same on a device."""
+        """Copy to a device."""
         inputs, outputs = self.inputs.to(device), self.outputs.to(device)
         bases = self.input_basis.to(device), self.output_basis.to(device)
         return TopLayer(inputs, bases[0], outputs, bases[1], self.prior_precision)

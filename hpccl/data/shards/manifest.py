@@ -162,7 +162,7 @@ class Manifest:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Where each of N samples lies in its shard.
+    """The location of each of N samples in its shard.
 
     key: [N] bytes; extension: [N] bytes; offset, length: [N] int64, of the image's bytes in the tar;
     size: [N, 2] int32, width and height.
