@@ -84,7 +84,7 @@ class Stream(Listed, Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A hash that changes with the images; sample positions keep their meaning only while it stays the same."""
+        """An identifier that changes with the images; sample positions are comparable only while it stays the same."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -62,7 +62,7 @@ def per_class(total: int, share: float, classes: int) -> tuple[int, int]:
 
 
 def split_quotas(total: int, share: float, *, sizes: Sequence[int], classes: Sequence[int]) -> list[int]:
-    """Return how many examples to keep of each task so far, where a share of `total` is held out besides.
+    """Return how many examples to keep of each task so far, where a share of `total` is held out.
 
     A task keeps the minimum since it was learned: through the two ceilings the number per class may grow by one with
     the number of classes, but a dropped example does not come back.

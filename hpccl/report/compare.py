@@ -63,7 +63,7 @@ _NOTE = (
     "task-incremental unless said otherwise. Time is wall time, resumes counted, pauses not."
 )
 
-# Keys in which the runs of a group may differ (IGNORED), and keys that have a column of their own (MEMORY_SIZES).
+# MEMORY_SIZES have a column of their own. IGNORED keys change a run's cost or random path, but not what is compared.
 MEMORY_SIZES = ("memory.size", "memory.total", "memory.fraction")
 IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
 
