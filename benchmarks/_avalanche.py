@@ -1,8 +1,8 @@
-"""Strategies of avalanche-lib, a step at a call, where `pip install -c constraints.txt avalanche-lib` was done.
+"""Strategies of avalanche-lib, one step per call; needs `pip install -c constraints.txt avalanche-lib`.
 
-A strategy trains in a thread that stops before each iteration until it is told to go on, so that it can take turns with
-others. What counts is an iteration alone, forward pass to update with what plugins do around them: not its loader, for
-our images are there already, too, and no metric or logger, of which it gets none.
+A strategy trains in a thread that stops before each iteration until the next call, so that it can take turns with
+others. Only an iteration is measured, from forward pass to update including plugins: not its loader, because our images
+are in memory too, and no metrics or loggers, of which it has none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hpccl.compat import declare_missing_operators
 
 __all__ = ["PAIRS", "Strategy", "installed", "version"]
 
-# A strategy, and the method of ours that it is compared with.
+# Strategy -> the method of ours that it is compared with.
 PAIRS = {
     "avalanche-lib Naive": "finetune",
     "avalanche-lib EWC": "ewc diagonal",
@@ -45,20 +45,20 @@ _BUFFERED = ("Replay", "DER", "DER++")  # half of a step is memory
 
 
 def installed() -> bool:
-    """Whether there is something to compare with."""
+    """Whether avalanche-lib is installed."""
     return importlib.util.find_spec("avalanche") is not None
 
 
 def version() -> str:
-    """Of avalanche-lib."""
+    """Return the version of avalanche-lib."""
     return str(_module("").__version__)
 
 
 class Strategy:
-    """The second task of a strategy; a call takes a step, of which `cpu` and `clock` get the seconds.
+    """The second task of a strategy; a call takes a step, and appends its seconds to `cpu` and `clock`.
 
-    name: of PAIRS; model: the network; images, labels: [n, ...], [n] of both tasks, the first one's first; num_steps:
-    that it will be asked for; rows: of a step; memory: examples of the first task that are kept
+    name: a key of PAIRS; model: the network; images, labels: [n, ...], [n] of both tasks, the first task first;
+    num_steps: the largest number of calls; rows: per step; memory: examples of the first task that are kept
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Strategy:
         self._wait()
 
     def __call__(self) -> int:
-        """One step."""
+        """Take one step."""
         self.go.release()
         self._wait()
         return self._rows
@@ -114,7 +114,7 @@ class Strategy:
         epochs: int,
         memory: int,
     ) -> Callable[[], None]:
-        """What trains both tasks, the first for an epoch."""
+        """Return a function that trains both tasks, the first for one epoch."""
         made: dict[str, Any] = {
             "model": model,
             "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
@@ -155,7 +155,7 @@ def _module(name: str) -> Any:
 
 
 class _First:
-    """A plugin that goes before all others, waits for its turn and looks at the clock."""
+    """A plugin that runs before all others: it waits for its turn and starts the clock."""
 
     def __init__(self, owner: Strategy) -> None:
         self.owner, self.counts = owner, False
@@ -170,7 +170,7 @@ class _First:
 
 
 class _Last:
-    """A plugin that goes after all others and looks at the clock again."""
+    """A plugin that runs after all others and stops the clock."""
 
     def __init__(self, first: _First) -> None:
         self.first = first

@@ -1,4 +1,4 @@
-"""What all benchmarks share: who measured, and how the result is printed."""
+"""Shared by all benchmarks: the machine and versions, timing in turns, and the printing of results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PACKAGES = ("torch", "torchvision", "numpy", "timm", "pillow", "simplejpeg", "o
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores that this process may use, and the memory."""
+    """Describe the processor, the cores that this process may use, and the memory."""
     return {
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages whose speed is measured."""
+    """Return the versions of Python and of the packages whose speed is measured."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def print_result(name: str, headline: Mapping[str, float], **details: Any) -> None:
-    """Print the one line that is for machines; call it last."""
+    """Print the result as one machine-readable line; call it last."""
     result = {
         "name": name,
         "headline": {key: round(value, 4) for key, value in headline.items()},
@@ -63,7 +63,7 @@ def print_result(name: str, headline: Mapping[str, float], **details: Any) -> No
 
 
 def spawn(work: Callable[..., None], arguments: tuple[Any, ...], nproc: int = 1) -> None:
-    """work(rank, *arguments) in `nproc` new processes; returns when all have, raises what one raised."""
+    """Run work(rank, *arguments) in `nproc` new processes until all return; raise what one of them raises."""
     import torch.multiprocessing
 
     torch.multiprocessing.spawn(work, arguments, nprocs=nproc)  # type: ignore[attr-defined, no-untyped-call] # torch's
@@ -71,7 +71,7 @@ def spawn(work: Callable[..., None], arguments: tuple[Any, ...], nproc: int = 1)
 
 @contextmanager
 def giving_back() -> Iterator[None]:
-    """Processes started here return the memory of freed tensors to the system at once, so that resident means used."""
+    """Make processes started here return freed memory to the system at once, so that resident memory is used memory."""
     name = "MALLOC_MMAP_THRESHOLD_"
     before = os.environ.get(name)
     os.environ[name] = str(1 << 16)
@@ -84,20 +84,20 @@ def giving_back() -> Iterator[None]:
 
 
 def memory_status() -> dict[str, int]:
-    """Resident bytes of this process: VmRSS now, VmHWM at most."""
+    """Return this process's resident bytes: VmRSS, the current ones, and VmHWM, the peak."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[0] in ("VmRSS:", "VmHWM:")}
 
 
 def forget_peak() -> None:
-    """VmHWM of this process begins anew."""
+    """Reset VmHWM of this process."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def interleaved(runs: Mapping[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
-    """Items a second of each run, measured in turns so that other load on the machine hits all alike.
+    """Measure items per second of each run, in turns, so that other load on the machine affects all alike.
 
-    A run returns how many items it made. The first turn warms up and does not count.
+    A run returns how many items it made. The first turn is for warm-up and does not count.
     """
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repetitions + 1):
@@ -110,7 +110,7 @@ def interleaved(runs: Mapping[str, Callable[[], int]], repetitions: int) -> dict
 
 
 def median_ratio(rates: Mapping[str, list[float]], above: str, below: str) -> float:
-    """Median over turns of the ratio of two runs of the same turn."""
+    """Return the median over turns of the ratio of two runs in the same turn."""
     return median(one / other for one, other in zip(rates[above], rates[below], strict=True))
 
 

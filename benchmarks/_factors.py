@@ -1,4 +1,4 @@
-"""Kronecker factors of a network that was trained a little, for the benchmarks that time their pull."""
+"""Kronecker factors of a briefly trained network, for the benchmarks that time the pull (quadratic's gradient)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hpccl.prior.quadratic import Quadratic
 
 __all__ = ["CLASSES", "curvature", "force", "learn", "most_held", "placed", "truncated"]
 
-CLASSES = 10  # of a task; there are two
+CLASSES = 10  # per task; there are two tasks
 
 
 def learn(engine: Engine, images: Pictures, classes: range, count: int, *, batch: int, size: int) -> float:
-    """`count` steps of plain training on some classes, at `size` pixels; the last batch's mean nats."""
+    """Take `count` plain training steps on some classes, at `size` pixels; return the last batch's mean nats."""
     optimizer = torch.optim.SGD(engine.module.parameters(), lr=0.02, momentum=0.9)
     engine.module.train()
     mine = torch.tensor([label in classes for label in images.labels.tolist()]).nonzero()[:, 0]
@@ -52,7 +52,7 @@ def learn(engine: Engine, images: Pictures, classes: range, count: int, *, batch
 
 
 def curvature(engine: Engine, config: RunConfig, images: Pictures, count: int) -> Kronecker:
-    """Of the first task, at the present weights."""
+    """Measure the curvature of the first task at the current weights."""
     head = torch.arange(2 * CLASSES) < CLASSES
     chosen = (images.labels < CLASSES).nonzero()[:, 0][:count]
     batches = [
@@ -66,21 +66,21 @@ def curvature(engine: Engine, config: RunConfig, images: Pictures, count: int) -
 
 
 def truncated(exact: Kronecker, keep_trace: float) -> Kronecker:
-    """With as few eigenvectors as keep that share of each layer's trace."""
+    """Truncate the factors to as few eigenvectors as keep this share of each layer's trace."""
     blocks = tuple(block.truncated(keep_trace) for block in exact.blocks)
     return replace(exact, blocks=blocks, divisible=False, keep_trace=keep_trace)
 
 
 def force(precision: Kronecker, weights: Mapping[str, Tensor], anchor: Leaves) -> Tensor:
-    """F (w - a) as one vector."""
+    """Return F (w - a) as one vector."""
     found = Quadratic(precision, anchor, weight=1.0, damping=0.0).force(weights, Comm.solo())
     return torch.cat([value.double().flatten() for value in found.values() if isinstance(value, Tensor)])
 
 
 def placed(saved: Sequence[Any], comm: Comm) -> Kronecker:
-    """This rank's share of the factors, as a resumed run takes it.
+    """Return this rank's share of the factors, as in a resumed run.
 
-    saved: [state_dict(), shard_dict()] of all of it, perhaps still in a file
+    saved: [state_dict(), shard_dict()] of all factors, perhaps still in a file
     """
     state, shard = saved
 
@@ -96,5 +96,5 @@ def _in_memory(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def most_held(factors: Kronecker, comm: Comm) -> int:
-    """Bytes of factors on the rank that has most."""
+    """Return the bytes of factors on the rank that holds most."""
     return comm.max(sum(block.num_bytes for block in factors.blocks))

@@ -1,4 +1,4 @@
-"""Labelled images in memory, from files or made, for networks that must not see white noise."""
+"""Labelled images in memory, from files or generated, for networks that must not be fed white noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Pictures"]
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """pixels [n, 3, size, size] float32, normalised, channels_last; labels [n]; source: where they are from."""
+    """Images. pixels: [n, 3, size, size] float32, normalised, channels_last; labels: [n]; source: their origin."""
 
     pixels: Tensor
     labels: Tensor
@@ -28,10 +28,10 @@ class Pictures:
 
     @classmethod
     def of(cls, path: Path | None, size: int, *, count: int, classes: int) -> Pictures:
-        """`count` images of the first half of the classes and as many of the second, classes in turns.
+        """Load `count` images of the first half of the classes and as many of the second, classes interleaved.
 
-        path: a folder, zip or tar of class folders; of a large image, random crops are taken as often as need be. None:
-            made up.
+        path: a folder, zip or tar of class folders; large images are cropped at random as often as necessary. None:
+            generate images.
         """
         wanted = [number % classes for number in range(2 * count)]
         raw = np.stack(list(_crops(path, size, wanted) if path else _made(size, wanted)))
@@ -65,7 +65,7 @@ def _crops(path: Path, size: int, labels: list[int]) -> Iterator[npt.NDArray[np.
 
 
 def _made(size: int, labels: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
-    """Noise whose amplitude falls as 1 / frequency, as in photographs, with colours that go together."""
+    """Yield noise whose amplitude falls as 1 / frequency, as in photographs, with correlated colours."""
     random = np.random.default_rng(0)
     across = np.fft.fftfreq(size)
     frequency = np.maximum(np.hypot(across[:, None], across[None, :]), 1 / size)

@@ -1,4 +1,4 @@
-"""Training steps on random images through the trainer's own functions, without the making of images."""
+"""Training steps on random images through the trainer's own functions, without the cost of making images."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from hpccl.train.stop import Stop
 
 __all__ = ["RandomImages", "Steps", "Take", "make_world", "random_stream", "traffic", "usual_step"]
 
-# (engine, this rank's rows, rows of the step over all ranks) -> the gradient's norm.
+# (engine, this rank's rows, rows of the step on all ranks) -> the gradient's norm.
 Take = Callable[[Engine, Sequence[Rows], int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class RandomImages:
-    """An ImageSource whose images are noise made once: asking for them costs an indexing, whatever the sample.
+    """An ImageSource of noise that is made once: loading images costs an indexing, whatever the sample.
 
     made: [n, channels, size, size] float32, channels_last as the real sources make it
     """
@@ -57,31 +57,31 @@ class RandomImages:
 
     @classmethod
     def of(cls, size: int, *, count: int = 512) -> RandomImages:
-        """`count` different images of `size` pixels."""
+        """Make `count` different images of `size` pixels."""
         pixels = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
         return cls(pixels.contiguous(memory_format=torch.channels_last))
 
     def load(
         self, requests: Iterable[Request], split: Split, device: torch.device = CPU
     ) -> Generator[Images, None, None]:
-        """One Images a request, in order."""
+        """Yield one Images per request, in order."""
         for request in requests:
             where = torch.from_numpy(request.sample) % len(self.made)
             yield Images(self.made[where].to(device), torch.ones(len(request), dtype=torch.bool))
 
     def raw(self, sample: int, split: Split) -> npt.NDArray[np.uint8]:
-        """[h, w, channels] uint8."""
+        """Return the pixels [h, w, channels] uint8 of one image."""
         pixels = self.made[sample % len(self.made)].permute(1, 2, 0)
         shown: npt.NDArray[np.uint8] = (pixels * 40 + 128).clamp(0, 255).to(torch.uint8).numpy()
         return shown
 
     def skipped(self) -> list[tuple[Split, int, str]]:
-        """None."""
+        """Return an empty list: every image can be decoded."""
         return []
 
 
 def random_stream(size: int, *, tasks: int, classes: int, train: int, test: int = 1) -> ImageStream:
-    """`tasks` tasks of `classes` classes with `train` and `test` images a class, of `size` pixels."""
+    """Make `tasks` tasks of `classes` classes with `train` and `test` images per class, of `size` pixels."""
     names = [str(number) for number in range(tasks * classes)]
     labels = {
         which: np.repeat(np.arange(len(names)), count) for which, count in zip(SPLITS, (train, test), strict=True)
@@ -94,7 +94,7 @@ def random_stream(size: int, *, tasks: int, classes: int, train: int, test: int 
 
 
 def make_world(config: RunConfig, comm: Comm, stream: ImageStream, folder: Path) -> World:
-    """The surroundings of a run that writes nothing but checkpoints and pictures."""
+    """Make the world of a run that writes nothing but checkpoints and pictures."""
     if comm.device.type == "cpu":
         keep_freed_memory()
     run_folder = RunFolder(folder)
@@ -104,17 +104,17 @@ def make_world(config: RunConfig, comm: Comm, stream: ImageStream, folder: Path)
 
 
 def usual_step(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
-    """What training does."""
+    """Take a step as in training."""
     return train_step(engine, batches, num_rows=num_rows).gradient_norm
 
 
 @dataclass(eq=False)
 class Steps:
-    """`count` training steps of a task under a prior, as `fit` takes them, on images that are there already.
+    """`count` training steps of a task under a prior, as `fit` takes them, on images that are in memory already.
 
-    Each call goes on where the last one ended and returns the rows that were trained on. What happens once a task is
-    not in its measures: `rates` gets rows a second by the clock, over all ranks; `cpu` the seconds of processor time of
-    this rank, which feel other load on the machine less. `loads` asks for its images in every step, and not once.
+    Each call continues where the last one ended and returns the number of rows trained on. Work done once per task is
+    not measured: `rates` collects rows per second by the clock, over all ranks; `cpu` the processor seconds of this
+    rank, which depend less on other load. With `loads`, images are requested in every step instead of once.
     """
 
     world: World
@@ -131,12 +131,12 @@ class Steps:
 
     @cached_property
     def plan(self) -> BatchPlan:
-        """Which rows make a step."""
+        """The rows of every step."""
         return plan_task(self.world.config, self.world.stream, self.task, self.prior.memory)
 
     @cached_property
     def composer(self) -> Composer:
-        """What is said about them."""
+        """The composer of targets and weights for these rows."""
         anchor = self.prior.anchor
         distilled = Distilled.of(self.world.config, self.world.stream, self.task)
         asked = self.world.config.prior.view == "teacher" or (distilled is not None and distilled.config.view == "same")
@@ -152,12 +152,12 @@ class Steps:
         )
         if distilled is None or distilled.config.view == "same":
             return composer
-        # What the old network said once; its numbers do not change the time.
+        # Logits that the old network recorded; their values do not affect the time.
         said = torch.randn(len(composer.samples) + len(self.prior.memory), len(distilled.columns))
         return replace(composer, distilled=replace(distilled, recorded=said))
 
     def _images(self, parts: list[Part]) -> list[Images]:
-        """A step's images of this rank, the same for every step with as many; steps of a plan differ by a row."""
+        """Return this rank's images of a step, the same for all steps of equal size (sizes differ by one row)."""
         sizes = tuple(len(part.rows) for part in parts)
         if self.loads or sizes not in self._loaded:
             self._loaded[sizes] = list(self.world.stream.load(self.composer.request(part) for part in parts))
@@ -183,7 +183,7 @@ class Steps:
         return rows
 
     def _attach(self, num_train: int) -> Callable[[], None]:
-        """The priors of the weights, until the returned function is called."""
+        """Attach the priors of the weights, until the returned function is called."""
         normal, quadratic = NormalPrior.of(self.world.config, self.prior.anchor), self.prior.quadratic
         with ExitStack() as stack:
             for part in (normal, quadratic):
@@ -207,7 +207,7 @@ class Steps:
 
 
 def traffic(steps: Steps, comm: Comm) -> dict[str, int]:
-    """By collective, the bytes that all ranks together hand to it in one step."""
+    """Return by collective the bytes that all ranks together pass to it in one step."""
     counted: Counter[str] = Counter()
 
     def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
@@ -222,10 +222,10 @@ def traffic(steps: Steps, comm: Comm) -> dict[str, int]:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what torch.distributed hands to its backend, whoever asked: DDP, FSDP2, DeepSpeed.
+    """Counts the bytes that torch.distributed passes to its backend, on behalf of DDP, FSDP2 or DeepSpeed.
 
-    A collective's bytes are those of the whole tensor, of its input or its output, whichever is larger: n of an
-    all-reduce, an all-gather, a reduce-scatter of n bytes.
+    A collective's bytes are those of the whole tensor, its input or its output, whichever is larger: n for an
+    all-reduce, an all-gather or a reduce-scatter of n bytes.
     """
 
     def __init__(self, num_bytes: Counter[str]) -> None:
@@ -233,7 +233,7 @@ class Collectives(TorchDispatchMode):
         self.num_bytes = num_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Let everything through."""
+        """Run the operation, and count it if it is a collective."""
         if func.namespace == "c10d":
             sizes = [_num_bytes(argument) for argument in (*args, *(kwargs or {}).values())]
             self.num_bytes[func.__name__.partition(".")[0].strip("_")] += max(sizes, default=0)

@@ -1,4 +1,4 @@
-"""Writes the tables of figures in the documentation from what benchmarks printed and `hpccl report --out` wrote.
+"""Writes the tables of results in the documentation from the output of benchmarks and `hpccl report --out`.
 
     python -m benchmarks._tables
 
@@ -35,11 +35,11 @@ _TABLE = re.compile(r"<!-- table: (?P<name>[^ ]*) -->\n(?P<rows>.*?)<!-- end -->
 _MIB = 2**20
 _FORMS = ("exact", "truncated")
 
-Details = dict[str, Any]  # what a benchmark says under "details"
+Details = dict[str, Any]  # a benchmark's "details"
 
 
 def filled(page: str, folder: Path) -> str:
-    """The page with its tables made of the files in `folder`.
+    """Return the page with its tables filled from the files in `folder`.
 
     Raises:
         ValueError: a table has no end, or a name that is not known here or in its comparison.
@@ -71,13 +71,13 @@ def _of_benchmark(name: str, folder: Path) -> list[str]:
 
 
 def _of_comparison(name: str, results: Path) -> list[str]:
-    """The first rows below a title of results/FOLDER/comparison.md; with `=CELL`, those that have such a cell."""
+    """Return the first table below a title of results/FOLDER/comparison.md; with `=CELL`, the rows with that cell."""
     path, _, cell = name.partition("=")
     where, _, title = path.rpartition("/")
     file = results / where / "comparison.md"
     if not file.exists():
         return []
-    # Comparisons that were written before their first table had a title begin with it.
+    # In comparisons of earlier versions, the first table has no title.
     found = {"accuracy-and-forgetting": file.read_text(encoding="utf-8")}
     for part in re.split(r"^## ", found["accuracy-and-forgetting"], flags=re.MULTILINE)[1:]:
         heading, _, text = part.partition("\n")
@@ -89,7 +89,7 @@ def _of_comparison(name: str, results: Path) -> list[str]:
 
 
 def _of_reconstructions(folder: Path) -> list[str]:
-    """Mean and sample standard deviation over runs, of each one's mean along its path."""
+    """Return mean and sample standard deviation, over runs, of each run's mean along its path."""
     groups: dict[tuple[str, int], list[Details]] = {}
     for file in sorted(folder.glob("reconstruction-*/reconstruction.json")):
         for row in json.loads(file.read_text())["means"]:
@@ -110,7 +110,7 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def _rows(head: Sequence[str], cells: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """The first `left` columns are text, the others are numbers."""
+    """Return a table whose first `left` columns are text and the others numbers."""
     rule = ["---" if column < left else "---:" for column in range(len(head))]
     return [f"| {' | '.join(row)} |" for row in (head, rule, *cells)]
 
@@ -144,7 +144,7 @@ def _curvature(results: Sequence[Details]) -> list[str]:
 
 
 def _timed(names: tuple[str, str], seconds: Details, over: Details, peaks: Details) -> tuple[str, ...]:
-    """Of the runs of these names, with drawn and with true labels; – where one failed or is not there."""
+    """Return the cells of two runs, with sampled and with true labels; – where one failed or is missing."""
     drawn, _ = names
     times = [f"{seconds[name]:.2f}" if name in seconds else "–" for name in names]
     ratio = f"{over[drawn]:.2f}" if drawn in over else "–"
@@ -230,7 +230,7 @@ def _engines(results: Sequence[Details]) -> list[str]:
 
 
 def _engines_worst(results: Sequence[Details]) -> list[str]:
-    """The headlines over all files: the worst engine and network; of what is there twice, the quieter counts."""
+    """Return the headlines over all files: the worst engine and network; of duplicates, the less noisy one counts."""
     runs: dict[tuple[str, str], dict[str, Details]] = {}
     for result in results:
         for name, case in result["details"]["cases"].items():
@@ -266,7 +266,7 @@ def _noise(of: Details) -> float:
 
 
 def _of_engine(of: Details) -> tuple[str, ...]:
-    """– for memory that was not measured."""
+    """Return the cells of an engine, – for memory that was not measured."""
     peaks = [of["peak_bytes"].get(method) for method in ("finetune", "exact", "truncated")]
     return (
         f"{of['seconds']['finetune']:.2f}",
@@ -280,7 +280,7 @@ def _of_engine(of: Details) -> tuple[str, ...]:
 
 
 def _reconstruction(results: Sequence[Details]) -> list[str]:
-    """Medians over the places along the way."""
+    """Return medians over the points of the trajectory."""
     (result,) = results
     cells = []
     for name, medians in result["details"]["medians"].items():
@@ -356,7 +356,7 @@ def _optimizers(results: Sequence[Details]) -> list[str]:
 
 
 def _methods(results: Sequence[Details]) -> list[str]:
-    """Ours and the opponents, by processor time."""
+    """Return our methods and their opponents, by processor time."""
     (result,) = results
     of = result["details"]
     over, peers, peaks, own = (of[key] for key in ("time_over_finetune", "time_over_peer", "peak_bytes", "peer_of"))

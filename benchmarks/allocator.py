@@ -1,11 +1,12 @@
-"""What it brings that a process keeps the memory of freed tensors (hpccl.dist.allocator), on a CPU.
+"""The benefit of keeping the memory of freed tensors in a process (hpccl.dist.allocator), on a CPU.
 
-Training steps and passes without gradients of the same network, with the C library's own habits and with hpccl's, each
-in processes of their own, started in turns; one thread. By processor time, which feels other load on the machine less.
+Training steps and passes without gradients of the same network, with the C library's default settings and with hpccl's,
+each in processes of their own, started in turns; one thread. Measured in processor time, which depends less on other
+load.
 
-    speedup_training    images a second with hpccl's over without, the least over networks
-    speedup_inference   the same of passes without gradients
-    peak_ratio          highest resident memory with hpccl's over without, the most over networks
+    speedup_training    images per second with hpccl's settings over without, the least over networks
+    speedup_inference   the same for passes without gradients
+    peak_ratio          peak resident memory with hpccl's settings over without, the most over networks
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ HABITS = ("own", "kept")
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the pixels a side of its images, and how many make a batch."""
+    """A network, the side of its images in pixels, and the batch size."""
 
     network: str
     size: int
     batch: int
 
     def build(self) -> nn.Module:
-        """With weights at random."""
+        """Build the network with random weights."""
         if self.network == "cifarnet":
             return cifarnet((3, self.size, self.size), 60, dropout=False)
         more = {"img_size": self.size} if self.network.startswith("vit") else {}
@@ -57,7 +58,7 @@ CASES = (
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="cifarnet, one turn")
     options = parser.parse_args()
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def compare(case: Case, turns: int) -> dict[str, Any]:
-    """Rates and peaks by habit, medians over turns; ratio: of hpccl's over the C library's own."""
+    """Return rates and peaks by allocator setting, medians over turns; ratio: hpccl's over the C library's default."""
     runs: dict[str, list[dict[str, float]]] = {habit: [] for habit in HABITS}
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         for _ in range(turns):
@@ -89,7 +90,7 @@ def compare(case: Case, turns: int) -> dict[str, Any]:
 
 
 def measure(_: int, case: Case, kept: bool, file: str) -> None:
-    """One process: images a second by the median of some steps, and resident bytes at most."""
+    """Measure in one process images per second, by the median of some steps, and peak resident bytes."""
     torch.set_num_threads(1)
     if kept and not keep_freed_memory():
         raise RuntimeError("no glibc, or MALLOC_... is set in the environment")
@@ -112,7 +113,7 @@ def measure(_: int, case: Case, kept: bool, file: str) -> None:
 
 
 def usual(work: Callable[[], object], count: int = 8) -> float:
-    """Processor seconds, a median; the first time does not count."""
+    """Return the median processor seconds of `work`; the first call does not count."""
     seconds = []
     for _ in range(count + 1):
         start = time.process_time()

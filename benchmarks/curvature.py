@@ -1,8 +1,8 @@
-"""What Kronecker factors cost: hpccl's measuring pass beside other libraries, and beside forward plus backward.
+"""The cost of Kronecker factors: hpccl's measuring pass compared with other libraries and with forward plus backward.
 
 All measure the input and gradient factors of every nn.Linear and nn.Conv2d of one timm model, or of CifarNet (the rest
-is frozen), on the same images, on one thread, in turns; figures are the least processor time of all turns. Other
-libraries that are not installed are reported as absent, never guessed:
+is frozen), on the same images, on one thread, in turns; results are the least processor time of all turns. Libraries
+that are not installed are reported as absent:
 
     curvlinops  curvlinops-for-pytorch 3.0.1, KFACLinearOperator
     asdl        asdfghjkl 0.1a5, FisherMaker
@@ -11,7 +11,7 @@ libraries that are not installed are reported as absent, never guessed:
 `peak_bytes` is what a run needs beyond the model and its images, each in a process of its own that has everything
 imported: the highest resident memory (VmHWM) above that before; freed tensors go back to the system at once.
 
-    mc, empirical      one label a sample drawn from the model, or the true one; every position counts (expand)
+    mc, empirical      one label per sample, drawn from the model or the true one; every position counts (expand)
     everything         hpccl alone: norms, embeddings and free parameters trainable too, with their exact diagonal
     forward_backward   loss.backward() of the same batches, gradients of the same parameters
 
@@ -54,7 +54,7 @@ HEADLINE = "resnet18@64"
 
 @dataclass(frozen=True)
 class Case:
-    """A timm model, or the paper's CifarNet, and its images; `turns` count after one that warms up."""
+    """A timm model, or the paper's CifarNet, and its images; `turns` are measured after one for warm-up."""
 
     model: str
     pixels: int
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For example resnet18@64."""
+        """The name, such as resnet18@64."""
         return f"{self.model}@{self.pixels}"
 
 
@@ -78,7 +78,7 @@ CASES = (
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="fewer batches and turns; without --cases, resnet18@64 only"
@@ -113,11 +113,11 @@ def main() -> None:
     )
 
 
-# ---------------------------------------------------------------- what is compared
+# ---------------------------------------------------------------- the runs
 
 
 def model_of(case: Case, *, everything: bool = False) -> nn.Module:
-    """The case's model in evaluation mode; only linear maps and convolutions are trainable unless `everything` is."""
+    """Build the model in evaluation mode; only linear layers and convolutions are trainable unless `everything` is."""
     torch.manual_seed(0)
     model = network(case).eval()
     for module in model.modules():
@@ -128,7 +128,7 @@ def model_of(case: Case, *, everything: bool = False) -> nn.Module:
 
 
 def network(case: Case) -> nn.Module:
-    """A fresh one."""
+    """Build the case's network."""
     if case.model == "cifarnet":
         return cifarnet((3, case.pixels, case.pixels), CLASSES, dropout=False)
     made: nn.Module = import_timm().create_model(case.model, num_classes=CLASSES)
@@ -136,7 +136,7 @@ def network(case: Case) -> nn.Module:
 
 
 def data_of(case: Case) -> list[tuple[Tensor, Tensor]]:
-    """Random images and labels."""
+    """Return batches of random images and labels."""
     noise = torch.Generator().manual_seed(1)
     shape = (case.batch, 3, case.pixels, case.pixels)
     labels = torch.arange(case.batch) % CLASSES
@@ -144,9 +144,9 @@ def data_of(case: Case) -> list[tuple[Tensor, Tensor]]:
 
 
 def runs_of(case: Case) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """By name, what makes everything that is timed and can run here.
+    """Return by name functions that set up the runs that are possible here, each of which returns the timed work.
 
-    Each has a model of its own: a library that fails half-way leaves its hooks on the modules.
+    Each has a model of its own, because a library that fails half-way leaves its hooks on the modules.
     """
     runs: dict[str, Callable[[], Callable[[], Any]]] = {"forward_backward": partial(_made, case, forward_backward)}
     fishers: tuple[Fisher, ...] = ("mc", "empirical")
@@ -165,7 +165,7 @@ def _made(case: Case, run: Callable[..., Any], *arguments: Any, everything: bool
 
 
 def forward_backward(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
-    """Gradients of the mean loss of each batch."""
+    """Compute the gradients of the mean loss of each batch."""
     for pixels, labels in data:
         model.zero_grad()
         functional.cross_entropy(model(pixels), labels).backward()
@@ -173,7 +173,7 @@ def forward_backward(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Non
 
 
 def hpccl(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -> Measured:
-    """Ours, with its check of every route."""
+    """Measure by hpccl, including its check of every route."""
     head = torch.ones(CLASSES, dtype=torch.bool)
     batches = [
         Examples(pixels, labels, head, torch.arange(len(labels)) + len(labels) * number, torch.ones(len(labels)))
@@ -183,7 +183,7 @@ def hpccl(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -
 
 
 def curvlinops(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -> Any:
-    """Without its tests of determinism and its passes that count, which are no part of the work."""
+    """Measure by curvlinops, without its determinism tests and counting passes, which are not part of the work."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from curvlinops import FisherType, KFACLinearOperator
@@ -204,7 +204,7 @@ def curvlinops(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fish
 
 
 def asdl(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -> None:
-    """Of a copy of the model: it leaves marks on its modules."""
+    """Measure by asdl, on a copy of the model, because it modifies the modules."""
     library = importlib.import_module("asdl")
     config = library.FisherConfig(
         fisher_type=library.FISHER_MC if fisher == "mc" else library.FISHER_EMP,
@@ -216,7 +216,7 @@ def asdl(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) ->
     copied = copy.deepcopy(model)
     maker = library.get_fisher_maker(copied, config)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its hooks are of a kind that torch warns of, once a layer
+        warnings.simplefilter("ignore")  # torch warns of its kind of hooks once per layer
         for number, (pixels, labels) in enumerate(data):
             logits = maker.setup_model_call(copied, pixels)
             maker.setup_loss_call(functional.cross_entropy, logits, labels)
@@ -224,7 +224,7 @@ def asdl(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) ->
 
 
 def nngeometry(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fisher) -> None:
-    """One draw a sample."""
+    """Measure by nngeometry, with one draw per sample."""
     metrics, objects = importlib.import_module("nngeometry.metrics"), importlib.import_module("nngeometry.object")
     assert fisher == "mc", "it has no empirical Fisher"
     layers = importlib.import_module("nngeometry.layercollection").LayerCollection()
@@ -241,7 +241,7 @@ def nngeometry(model: nn.Module, data: list[tuple[Tensor, Tensor]], fisher: Fish
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """seconds: least of all turns; peak_bytes beyond model and images, each run in a process of its own; errors."""
+    """Return seconds, the least of all turns; peak_bytes beyond model and images, in a process per run; and errors."""
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         file = Path(folder) / "found.json"
         spawn(_time, (case, str(file)))
@@ -311,7 +311,7 @@ def _agreement(case: Case) -> float | str:
 
 
 def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Each run's time over forward plus backward of what it measures."""
+    """Return each run's time over forward plus backward of the same parameters."""
     found = {}
     for name, value in seconds.items():
         base = seconds["forward_backward/everything" if name.endswith("everything") else "forward_backward"]
@@ -320,7 +320,7 @@ def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def speedups(seconds: Mapping[str, float]) -> dict[str, float | str]:
-    """By kind of Fisher, the fastest other library's time over ours."""
+    """Return by kind of Fisher the fastest other library's time over ours."""
     found: dict[str, float | str] = {}
     for fisher in ("mc", "empirical"):
         others = [seconds[f"{peer}/{fisher}"] for peer in PEERS if f"{peer}/{fisher}" in seconds]
@@ -329,7 +329,7 @@ def speedups(seconds: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def summary(found: Mapping[str, Any]) -> dict[str, float]:
-    """Of both kinds of Fisher, the worse."""
+    """Return the headline figures, each the worse of the two kinds of Fisher."""
     over = ratios(found["seconds"])
     headline = {"over_forward_backward": max(over["hpccl/mc"], over["hpccl/empirical"])}
     fastest = [value for value in speedups(found["seconds"]).values() if isinstance(value, float)]
@@ -337,7 +337,7 @@ def summary(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def show(case: Case, found: Mapping[str, Any]) -> None:
-    """One line a run."""
+    """Print one line per run."""
     over = ratios(found["seconds"])
     for name, seconds in found["seconds"].items():
         peak = f"{found['peak_bytes'][name] / 2**20:8.0f} MiB" if name in found["peak_bytes"] else ""

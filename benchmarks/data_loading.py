@@ -1,4 +1,4 @@
-"""How many images a second one core loads: hpccl from shards, against others' ways to the same batches.
+"""Images per second that one core loads: hpccl from shards, compared with other ways to make the same batches.
 
 All make augmented, normalised float32 batches of the same images in one process with one thread:
 
@@ -12,7 +12,7 @@ All make augmented, normalised float32 batches of the same images in one process
                 the first batch from the middle of an epoch is made, by two decoding processes
 
 The files are in the page cache for both. Images come from --data, HPCCL_DATA or ../shared/data; where they are missing,
-similar ones are generated and the result says so.
+similar ones are generated, which the result notes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BATCH = 64
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer images and turns")
     parser.add_argument("--data", type=Path, help="folder with cifar10.zip and imagenet-originals.zip")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(folder: Path, data: Path, *, quick: bool) -> None:
-    """Both comparisons; prints the result."""
+    """Run all comparisons and print the result."""
     small, small_real = images_of(folder / "small", data / "cifar10.zip", 500 if quick else 2000, small_image)
     large, large_real = images_of(folder / "originals", data / "imagenet-originals.zip", 150, large_image)
     rates = {}
@@ -131,7 +131,7 @@ def one_core() -> Iterator[None]:
 def images_of(
     folder: Path, archive: Path, count: int, generate: Callable[[int], tuple[bytes, str]]
 ) -> tuple[Path, bool]:
-    """An image folder `<class>/<image>` of `count` images, and whether they are real."""
+    """Return an image folder `<class>/<image>` of `count` images, and whether they are real."""
     if archive.is_file():
         with zipfile.ZipFile(archive) as source:
             names = [name for name in source.namelist() if name.startswith("train/") and not name.endswith("/")]
@@ -147,23 +147,23 @@ def images_of(
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file and the folders it is in."""
+    """Write a file, making its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 
 
 def small_image(number: int) -> tuple[bytes, str]:
-    """32 x 32 lossless WebP."""
+    """Generate a 32 x 32 lossless WebP."""
     return encoded(number, 32, 32, 8, format="WEBP", lossless=True), "webp"
 
 
 def large_image(number: int) -> tuple[bytes, str]:
-    """500 x 400 JPEG of about 110 KB."""
+    """Generate a 500 x 400 JPEG of about 110 KB."""
     return encoded(number, 500, 400, 180, format="JPEG", quality=90), "JPEG"
 
 
 def encoded(number: int, width: int, height: int, detail: int, *, format: str, **options: int) -> bytes:  # noqa: A002 (Pillow's word)
-    """Smooth colours with `detail` x `detail` random values."""
+    """Encode a smooth image interpolated from `detail` x `detail` random values."""
     values = np.random.default_rng(number).integers(0, 256, (detail, detail, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC).save(buffer, format, **options)
@@ -185,7 +185,7 @@ def from_shards(folder: Path, name: str) -> Run:
     )
     stream = open_stream(ShardStream(parts=(Part(path=str(folder / "shards" / name)),)), data)
     order = permutation(len(stream.labels("train")), 0)
-    repeat = 20 if small else 1  # else too short to measure
+    repeat = 20 if small else 1  # otherwise too short to measure
 
     def run() -> int:
         requests = (
@@ -268,7 +268,7 @@ def from_opencv(folder: Path) -> dict[str, Run]:
 
 
 def resumed(folder: Path, images: Path, *, quick: bool) -> dict[str, float]:
-    """Seconds to open a stream of ImageNet's size, to plan, and to the first batch from the middle of an epoch."""
+    """Return the seconds to open a stream of ImageNet's size, to plan, and to the first batch in mid-epoch."""
     shards = folder / "shards" / "large"
     for split, count in (("train", 128 if quick else 1281), ("test", 50)):
         repeated(folder / "shards" / "originals" / "train", shards / split, classes=1000, count=count)
@@ -289,7 +289,7 @@ def resumed(folder: Path, images: Path, *, quick: bool) -> dict[str, float]:
 
 
 def repeated(source: Path, out: Path, *, classes: int, count: int) -> None:
-    """Shards of `classes` classes with `count` images each, which are all the one image of a shard of `source`."""
+    """Make shards of `classes` classes with `count` images each, all copies of the one image of a shard of `source`."""
     manifest = Manifest.load(source)
     index = Index.load(source, manifest)
     out.mkdir(parents=True)

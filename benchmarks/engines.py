@@ -1,21 +1,21 @@
-"""What the method costs on each engine, beside plain training with as many rows a step on the same engine.
+"""The cost of the method on each engine, relative to plain training with as many rows per step on the same engine.
 
-Every engine trains one network in gloo processes of one thread, 32 rows a process and step at 128 px, through the
+Every engine trains one network in gloo processes of one thread, 32 rows per process and step at 128 px, through the
 trainer's own functions (Composer.rows, train_step, Quadratic.attach):
 
     finetune            new images only
-    exact               ewc+fr+replay with Kronecker factors as measured; half of the rows are memory, half of that
-                        speaks by true labels, and soft labels are the old model's on the stored view (no teacher)
+    exact               ewc+fr+replay with Kronecker factors as measured; half of the rows are memory, half of which
+                        have true labels, and soft labels are the old model's on the stored view (no teacher)
     truncated           the same with low-rank factors that keep a share of each layer's trace (0.99)
     again               finetune against itself: the noise of this measurement
 
-Steps are taken in turns. The factors are of a network that was trained a little; they are measured once and placed anew
-for each number of processes. Of each engine and number of processes:
+Steps are taken in turns. The factors are those of a briefly trained network; they are measured once and placed anew for
+each number of processes. For each engine and number of processes:
 
     time                a step's seconds over finetune's: by the clock, and processor seconds of all ranks
     pull_share          operations of the pull on the rank that has most, over those of forward + backward of its rows
                         (torch.utils.flop_counter)
-    collective_bytes    of a step, all ranks together, by collective: counted where torch.distributed hands tensors to
+    collective_bytes    of a step, all ranks together, by collective: counted where torch.distributed passes tensors to
                         its backend; a collective's bytes are those of the whole tensor
     peak_bytes          of the rank that needs most, each method in processes of its own: the highest resident memory
                         during steps (VmHWM, reset after the first step) above what the process had before the network
@@ -89,15 +89,15 @@ AGAIN = "again"
 WEIGHT = 1e-6  # so weak that the weights stay where they are; the time is the same
 PRIOR: dict[str, Any] = {"replay": 0.5, "quadratic": {"weight": WEIGHT}}
 MIX = {"kind": "stratified", "share": 0.5}
-PROCESSES = 2  # of the headlines
-WARM = 2  # calls before those that count: one that warms up, one that is counted
+PROCESSES = 2  # number of processes of the headlines
+WARM = 2  # calls before the measured ones: one for warm-up, one whose operations are counted
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, its pixels a side and its rows a process and step; steps are taken one at a time, in `turns`.
+    """A network, its side in pixels and its rows per process and step; steps are taken one at a time, in `turns`.
 
-    measured: images whose curvature is measured
+    measured: number of images on which the curvature is measured
     """
 
     name: str
@@ -118,7 +118,7 @@ QUICK = Case("cifarnet", {"kind": "cifarnet"}, size=32, batch=32, measured=32, t
 
 @dataclass(frozen=True)
 class Run:
-    """What the processes of one measurement need; memory: only what this method holds, otherwise everything's time."""
+    """The parameters of a measurement; memory: the one method whose memory is measured; None: all are timed."""
 
     case: Case
     engine: str
@@ -130,7 +130,7 @@ class Run:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="cifarnet at 32 px, ddp and fsdp2, 2 processes, few turns")
     parser.add_argument("--engine", nargs="+", choices=list(ENGINES), help="only these")
@@ -148,26 +148,26 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         for case in cases(options):
-            # So many that an epoch of any number of processes is made of full batches.
+            # A number with which an epoch consists of full batches for any number of processes.
             run = Run(case, "ddp", 1, options.precision, case.batch * math.lcm(*sizes), Path(folder))
             found[case.name] = {**prepare(run, options), "engines": {}}
             for nproc, engine in itertools.product(sizes, engines):
                 measured = measure(replace(run, engine=engine, nproc=nproc), methods)
                 found[case.name]["engines"].setdefault(engine, {})[nproc] = measured
                 show(case.name, engine, {nproc: measured}, found[case.name])
-                # After each, so that what was measured is there if the rest is cut short.
+                # After each case, so that results are not lost if the rest is cut short.
                 report(found, quick=options.quick, precision=options.precision, keep_trace=options.keep_trace, mix=MIX)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """Those that are asked for."""
+    """Return the cases that the options select."""
     names = options.model or ([QUICK.name] if options.quick else [case.name for case in CASES])
     chosen = [case for case in (*CASES, QUICK) if case.name in names]
     return [replace(case, turns=options.turns or case.turns) for case in chosen]
 
 
 def configuration(run: Run, method: str) -> RunConfig:
-    """A run of a method; the quadratic is made of saved factors."""
+    """Return the configuration of a method; the quadratic is made from saved factors."""
     plain = method == "finetune"
     rows = run.case.batch * run.nproc
     return RunConfig.model_validate(
@@ -184,23 +184,23 @@ def configuration(run: Run, method: str) -> RunConfig:
 
 
 def stream_of(run: Run) -> ImageStream:
-    """Two tasks of random images."""
+    """Make two tasks of random images."""
     stream = random_stream(run.case.size, tasks=2, classes=CLASSES, train=run.per_class)
     return replace(stream, source=RandomImages.of(run.case.size, count=2 * run.case.batch))
 
 
 def network(run: Run) -> nn.Module:
-    """The same on every rank."""
+    """Build the network, the same on every rank."""
     size = run.case.size
     config = configuration(run, "finetune").model
     return build_model(config, image_shape=(3, size, size), num_classes=2 * CLASSES, seed=0)
 
 
-# ---------------------------------------------------------------- what is measured, once
+# ---------------------------------------------------------------- preparation, done once
 
 
 def prepare(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, measure, choose memory, train on; weights, anchor, memory and both forms of the factors go into a file."""
+    """Train, measure, choose memory, train on; save weights, anchor, memory and both forms of the factors."""
     start = time.perf_counter()
     case, config = run.case, configuration(run, "exact")
     images = Pictures.of(None, case.size, count=max(case.measured, 128), classes=2 * CLASSES)
@@ -230,15 +230,15 @@ def prepare(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory_of(run: Run, engine: Engine) -> Memory:
-    """As the end of the first task leaves it."""
+    """Make the memory as it is after the first task."""
     world = make_world(configuration(run, "exact"), Comm.solo(), stream_of(run), run.folder / run.case.name)
     task, state = world.stream.tasks[0], RunState(engine)
     return relabel(task, select(task, Memory.empty(), state, world), state, world)
 
 
 def flops(model: nn.Module, pixels: Tensor) -> int:
-    """Of forward + backward."""
-    model.eval()  # so that nothing asks for random numbers
+    """Count the operations of forward + backward."""
+    model.eval()  # so that nothing needs random numbers
     with FlopCounterMode(display=False) as counter:
         model(pixels).sum().backward()
     model.zero_grad(set_to_none=True)
@@ -249,7 +249,7 @@ def flops(model: nn.Module, pixels: Tensor) -> int:
 
 
 def measure(run: Run, methods: Sequence[str]) -> dict[str, Any]:
-    """Times of all methods and the memory of some."""
+    """Measure the times of all methods and the memory of some."""
     found = in_processes(run)
     with giving_back():
         held = {method: in_processes(replace(run, memory=method)) for method in methods}
@@ -258,7 +258,7 @@ def measure(run: Run, methods: Sequence[str]) -> dict[str, Any]:
 
 
 def in_processes(run: Run) -> dict[str, Any]:
-    """What rank 0 found."""
+    """Run the measurement in processes; return rank 0's result."""
     (run.folder / "meet").unlink(missing_ok=True)
     spawn(work, (run,), run.nproc)
     found: dict[str, Any] = json.loads((run.folder / "found.json").read_text())
@@ -266,7 +266,7 @@ def in_processes(run: Run) -> dict[str, Any]:
 
 
 def work(rank: int, run: Run) -> None:
-    """One process."""
+    """Measure in one process; rank 0 writes the result."""
     torch.set_num_threads(1)
     # DeepSpeed calls torch's collectives by their old names, once a layer.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
@@ -284,7 +284,7 @@ def work(rank: int, run: Run) -> None:
 
 
 def steps_of(run: Run, methods: Sequence[str], comm: Comm, stream: ImageStream) -> tuple[Engine, dict[str, Steps]]:
-    """An engine with the prepared weights, and by method its steps."""
+    """Return an engine with the prepared weights, and the steps of each method."""
     engine = build_engine(configuration(run, methods[0]), network(run), comm)
     saved = torch.load(run.folder / f"{run.case.name}.pt", mmap=True)
     engine.put(saved["anchor"])
@@ -299,7 +299,7 @@ def steps_of(run: Run, methods: Sequence[str], comm: Comm, stream: ImageStream) 
 
 
 def prior_of(method: str, saved: Mapping[str, Any], anchor: Leaves, comm: Comm) -> Prior:
-    """Of the first task, out of the file."""
+    """Make the prior of the first task from the saved state."""
     if method == "finetune":
         return Prior(Memory.empty())
     memory = Memory.from_state_dict({name: value.clone() for name, value in saved["memory"].items()})
@@ -311,7 +311,7 @@ def prior_of(method: str, saved: Mapping[str, Any], anchor: Leaves, comm: Comm) 
 
 
 def timed(run: Run, comm: Comm) -> dict[str, Any]:
-    """Seconds of a step of every turn by the clock and by processor time of all ranks; bytes; operations."""
+    """Return by turn the seconds per step, by the clock and in processor time of all ranks; bytes; operations."""
     turns = run.case.turns
     engine, steps = steps_of(run, METHODS, comm, stream_of(run))
     steps[AGAIN] = replace(steps["finetune"])
@@ -335,7 +335,7 @@ def timed(run: Run, comm: Comm) -> dict[str, Any]:
 
 
 def factors_of(steps: Steps) -> Kronecker:
-    """This rank's."""
+    """Return this rank's factors."""
     quadratic = steps.prior.quadratic
     assert quadratic is not None
     assert isinstance(quadratic.precision, Kronecker)
@@ -346,20 +346,20 @@ def factors_of(steps: Steps) -> Kronecker:
 
 
 def held(run: Run, method: str, comm: Comm) -> dict[str, Any]:
-    """Bytes above those of a process that has everything imported but no network yet, of the rank that has most."""
+    """Return bytes above those before the network was built, with everything imported, of the rank that needs most."""
     stream = stream_of(run)
     warm_up(run, comm)
     gc.collect()
     before, tensors_before = memory_status()["VmRSS"], tensor_bytes()
     engine, steps = steps_of(run, [method], comm, stream)
-    gc.collect()  # what was read from the file is unmapped
+    gc.collect()  # unmaps what was read from the file
     count = 3
     engine.start(num_steps=count, task=1)
     done: list[int] = []
     found: dict[str, int] = {}
 
     def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
-        if len(done) == 1:  # the optimiser's state is there
+        if len(done) == 1:  # the optimiser's state exists now
             forget_peak()
         norm = usual_step(engine, batches, num_rows)
         done.append(num_rows)
@@ -373,7 +373,7 @@ def held(run: Run, method: str, comm: Comm) -> dict[str, Any]:
 
 
 def warm_up(run: Run, comm: Comm) -> None:
-    """Load code: a pass of the network, and the engine around something tiny."""
+    """Load code: run a pass of the network, and an engine around something tiny."""
     network(run).eval()(torch.randn(2, 3, run.case.size, run.case.size)).sum().backward()
     tiny = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     engine = build_engine(configuration(run, "finetune"), tiny, comm)
@@ -384,7 +384,7 @@ def warm_up(run: Run, comm: Comm) -> None:
 
 
 def tensor_bytes() -> int:
-    """Of all storages of tensors that Python can reach."""
+    """Return the bytes of all tensor storages that Python can reach."""
     gc.collect()
     storages: dict[int, int] = {}
     for found in gc.get_objects():
@@ -401,7 +401,7 @@ def tensor_bytes() -> int:
 
 
 def show(name: str, engine: str, measured: Mapping[int, Any], case: Mapping[str, Any]) -> None:
-    """A line a number of processes and method."""
+    """Print one line per number of processes and method."""
     for nproc, found in measured.items():
         small = {each: f"{number / 2**20:.1f}" for each, number in sent_by_kind(found, nproc).items()}
         print(f"{name} {engine}, {nproc} processes: MiB of a rank's collectives {small}")
@@ -417,27 +417,27 @@ def show(name: str, engine: str, measured: Mapping[int, Any], case: Mapping[str,
 
 
 def clock_ratio(found: Mapping[str, Any], method: str) -> float:
-    """Time of a step over finetune's."""
+    """Return the time of a step over finetune's."""
     return median_ratio(found["rates"], "finetune", method)
 
 
 def processor_ratio(found: Mapping[str, Any], method: str) -> float:
-    """Processor seconds of a step over finetune's."""
+    """Return the processor seconds of a step over finetune's."""
     return median_ratio(found["cpu"], method, "finetune")
 
 
 def pull_share(found: Mapping[str, Any], case: Mapping[str, Any], method: str) -> float:
-    """Operations of the pull over those of forward + backward, on the rank that has most of it."""
+    """Return the operations of the pull over those of forward + backward, on the rank with the largest pull."""
     return float(found["pull_flops"][method] / 1e9 / case["forward_backward_gflop"])
 
 
 def sent_by_kind(found: Mapping[str, Any], nproc: int) -> dict[str, float]:
-    """Of finetune, bytes of one rank."""
+    """Return the bytes that finetune sends per rank, by collective."""
     return {kind: number / nproc for kind, number in found["collective_bytes"]["finetune"].items()}
 
 
 def report(found: Mapping[str, Mapping[str, Any]], **details: Any) -> None:
-    """The line for machines."""
+    """Print the machine-readable line."""
     each = [
         (name, engine, nproc, measured)
         for name, case in found.items()
@@ -463,13 +463,13 @@ def report(found: Mapping[str, Mapping[str, Any]], **details: Any) -> None:
 
 
 def extra(measured: Mapping[str, Any]) -> int:
-    """The larger difference from finetune's bytes."""
+    """Return the larger difference from finetune's bytes."""
     totals: dict[str, int] = {method: sum(sent.values()) for method, sent in measured["collective_bytes"].items()}
     return max((totals[method] - totals["finetune"] for method in METHODS[1:]), key=abs)
 
 
 def falls(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Peak memory of 4 processes over that of 2, where both were measured."""
+    """Return the peak memory of 4 processes over that of 2, where both were measured."""
     headline: dict[str, float] = {}
     for key, engine in (("zero3_memory_falls", "zero-3"), ("fsdp2_memory_falls", "fsdp2")):
         sizes = [case["engines"].get(engine, {}) for case in found.values()]
@@ -484,7 +484,7 @@ def falls(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def summary(case: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians instead of every turn."""
+    """Replace the values of every turn by medians."""
 
     def each(measured: Mapping[str, Any], nproc: int) -> dict[str, Any]:
         ratios: dict[str, Callable[[Mapping[str, Any], str], float]] = {

@@ -1,9 +1,9 @@
-"""How well each selector's memory stands for the gradient of the past, on scikit-learn's digits.
+"""How well each selector's memory reconstructs the gradient of the past, on scikit-learn's digits.
 
-A small network learns the first two of five tasks, m = 20 examples kept of the first; at the end of the second, the
-gradient that the prior stands for is compared with the true gradient of the first task: |total - true| / |true|, the
-mean over seeds. Either all memory has its true labels and stands for the whole task, or it stands for itself beside a
-quadratic (Kronecker) of the rest. The accuracy on the first task is said as well.
+A small network learns the first two of five tasks and keeps m = 20 examples of the first; at the end of the second, the
+gradient of the prior is compared with the true gradient of the first task: |total - true| / |true|, the mean over
+seeds. Either the whole memory has true labels and represents the whole task, or it represents only itself, next to a
+quadratic (Kronecker) for the rest. The accuracy on the first task is reported as well.
 
     python -m benchmarks.memory_selectors            two minutes on one core
     python -m benchmarks.memory_selectors --quick    one seed, three selectors
@@ -49,7 +49,7 @@ SETTINGS = (
 
 
 def learned(prior: Sequence[str], selector: str, seed: int, folder: Path) -> tuple[float, float]:
-    """(error of the prior's gradient, accuracy on the first task) at the end of the second task."""
+    """Return (error of the prior's gradient, accuracy on the first task) at the end of the second task."""
     chosen = [f"memory.selector.{key}={str(value).lower()}" for key, value in NAMED_SELECTORS[selector].items()]
     config = load([], [*SETTINGS, *prior, *chosen, f"seed={seed}"])
     comm = Comm.solo()
@@ -67,7 +67,7 @@ def learned(prior: Sequence[str], selector: str, seed: int, folder: Path) -> tup
 
 
 def main(*, quick: bool) -> None:
-    """Train all, and print."""
+    """Train all combinations and print the result."""
     seeds, selectors = (range(1), HEADLINE) if quick else (range(4), SELECTORS)
     rows: list[dict[str, Any]] = []
     for prior, settings in PRIORS.items():

@@ -1,31 +1,31 @@
-"""What a step of each method costs: over fine-tuning at equal rows, and over what Avalanche and Mammoth do in a step.
+"""The cost of a step of each method: over fine-tuning with equal rows, and over steps of Avalanche and Mammoth.
 
-Methods are the files of configs/method; `ewc diagonal` has their EWC's curvature, `lwf same` asks the old network in
-every step (configs/preset/avalanche/lwf.yaml). Each trains CifarNet (32 px, no dropout), 64 rows a step, half of them
-memory where there is one, through the trainer's own functions in one process of one thread. Memory, curvature and what
-the old network says are made by the trainer as the first task ends; images are there already. Methods that are
-fine-tuning's step on other rows or weights (joint, separate, gdumb, feature_extraction, finetune_head, prototypes) are
-left out, as are topic and fromp, which show further images beside a step's.
+Methods are the files of configs/method; `ewc diagonal` has the curvature of their EWC, `lwf same` evaluates the old
+network in every step (configs/preset/avalanche/lwf.yaml). Each trains CifarNet (32 px, no dropout), 64 rows per step,
+half of them memory if there is one, through the trainer's own functions in one process of one thread. Memory, curvature
+and the old network's logits are made by the trainer at the end of the first task; images are in memory already. Methods
+that take fine-tuning's step on other rows or weights (joint, separate, gdumb, feature_extraction, finetune_head,
+prototypes) are left out, as are topic and fromp, which pass further images through the network in a step.
 
-The opponents are the formulas of Avalanche 0.6.0 and Mammoth, written anew for this measurement and run in turns with
+The opponents are the formulas of Avalanche 0.6.0 and Mammoth, reimplemented for this measurement and run in turns with
 ours on the same network, rows and AdamW, without their frameworks (events, loaders, transforms of a buffer's images).
-Where avalanche-lib is installed (`pip install -c constraints.txt avalanche-lib`), its strategies run in the same turns:
-without their loader, over ours on images that are there, and with it, over ours that asks for its images in each step.
+If avalanche-lib is installed (`pip install -c constraints.txt avalanche-lib`), its strategies run in the same turns:
+without their loader, against ours on images in memory, and with it, against ours that loads its images in each step.
 The formulas:
 
     avalanche ewc, mas  a loop over the parameters adds sum(F (w - a)^2) to the loss, which is differentiated
     avalanche si        the same, and copies of weights and gradients before and after the step
-    avalanche lwf       the old network on each batch, in the mode it trains in
+    avalanche lwf       the old network on each batch, in the mode in which it trained
     avalanche der, ++   one pass over new and memory rows
     mammoth ewc, si     the weights as one vector, whose gradient is written back (ewc) or differentiated (si)
     mammoth lwf         recorded logits
     mammoth er          one pass over new and memory rows
-    mammoth der, ++     a pass of its own for memory, and for memory's labels: 64 and 96 rows for our 64
+    mammoth der, ++     separate passes for memory, and for memory's labels: 64 and 96 rows for our 64
 
-Ratios are medians over turns of processor seconds, which feel other load on the machine less; by the clock, too:
+Ratios are medians over turns of processor seconds, which depend less on other load; also by the clock:
 
     worst_over_peer       a step of ours over the opponent's, the worst pair
-    worst_over_finetune   over our fine-tuning's, the worst method without another forward pass
+    worst_over_finetune   a step of ours over fine-tuning's, the worst method without another forward pass
     worst_over_library    a step of ours over avalanche-lib's own, the worst pair, where it is installed
     ..._library_loading   the same with the loaders
     again                 fine-tuning against itself: the noise of this measurement
@@ -77,7 +77,7 @@ ROWS, SIZE, CLASSES, TASKS, PER_CLASS = 64, 32, 10, 2, 64
 SAME = "lwf same"
 DIAGONAL = ("curvature.kind=diagonal", "curvature.fisher=empirical", "prior.quadratic.anchor=each")
 
-# By name: files behind the settings that all have, and settings behind them.
+# Method by name: its configuration files and its settings, in addition to the common ones.
 OURS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **{
         name: ((f"method/{name}",), ())
@@ -91,7 +91,7 @@ OURS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 AGAIN = "again"
 LOADING = " loading"
-ASKING = (SAME, "lwf.mc", "icarl", "bic")  # the old network in every step
+ASKING = (SAME, "lwf.mc", "icarl", "bic")  # evaluate the old network in every step
 PAIRS = {
     "plain": "finetune",
     "avalanche ewc": "ewc diagonal",
@@ -108,11 +108,11 @@ PAIRS = {
     "mammoth der++": "der++",
 }
 QUICK = ("finetune", "ewc diagonal", "mas", "si", "lwf", SAME, "er", "der", "der++")
-HELD = ("finetune", "ewc diagonal", SAME, "plain", "avalanche ewc", "avalanche lwf")  # whose memory --quick measures
+HELD = ("finetune", "ewc diagonal", SAME, "plain", "avalanche ewc", "avalanche lwf")  # with memory under --quick
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="methods that have an opponent, few turns")
     parser.add_argument("--turns", type=int, help="that count (15; quick: 3)")
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def configuration(name: str) -> RunConfig:
-    """A run of a method; so weak and slow that weights stay where they are, at the same cost."""
+    """Return the configuration of a method, with strengths and learning rate so small that the weights hardly move."""
     files, settings = OURS[name]
     common = [
         "model={kind: cifarnet, dropout: false}",
@@ -154,13 +154,13 @@ def configuration(name: str) -> RunConfig:
 
 
 def network() -> nn.Module:
-    """The same for all."""
+    """Build the network, the same for all methods."""
     config = configuration("finetune").model
     return build_model(config, image_shape=(3, SIZE, SIZE), num_classes=TASKS * CLASSES, seed=0)
 
 
 def ours(name: str, folder: Path, num_steps: int, *, loads: bool = False) -> Steps:
-    """Single steps of the second task."""
+    """Return steps of the second task, which are taken one at a time."""
     comm, config = Comm.solo(), configuration(name)
     stream = random_stream(SIZE, tasks=TASKS, classes=CLASSES, train=PER_CLASS)
     engine = build_engine(config, network(), comm)
@@ -178,13 +178,13 @@ def ours(name: str, folder: Path, num_steps: int, *, loads: bool = False) -> Ste
 
 @dataclass
 class Peer:
-    """A network, what it keeps of the past, and the batches of a step; a call takes a step and returns its rows."""
+    """An opponent: a network, its state from the past, and its batches; a call takes a step and returns the rows."""
 
     name: str
     model: nn.Module = field(default_factory=network)
 
     def __post_init__(self) -> None:
-        """Batches, a buffer and, for LwF, an old network."""
+        """Make batches, a buffer and, for LwF, an old network."""
         self.model = self.model.train()
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         self.step: Callable[[], None] = getattr(self, "_" + self.name.replace(" ", "_").replace("++", "pp"))
@@ -231,13 +231,13 @@ class Peer:
         return torch.zeros_like(self._flat().detach())
 
     def __call__(self) -> int:
-        """One step; rows are those that ours has in a step, whatever this one passes through the network."""
+        """Take one step; return the rows of our step, whatever this one passes through the network."""
         self.optimiser.zero_grad()
         self.step()
         return ROWS
 
     def _loss(self) -> Tensor:
-        """New rows, within the new classes."""
+        """Return the loss of new rows, among the new classes."""
         return functional.cross_entropy(self.model(self.x), self.y)
 
     def _end(self, loss: Tensor) -> None:
@@ -245,7 +245,7 @@ class Peer:
         self.optimiser.step()
 
     def _drawn(self) -> tuple[Tensor, Tensor, Tensor]:
-        """So many of the buffer as are new."""
+        """Draw as many rows from the buffer as there are new ones."""
         where = torch.randperm(len(self.kept))[: self.rows]
         return self.kept[where], self.labels[where], self.logits[where]
 
@@ -353,7 +353,7 @@ _ALL_PAIRS = PAIRS | _avalanche.PAIRS | _LOADED
 
 
 def timed(names: Sequence[str], turns: int, folder: Path) -> tuple[Rates, Rates]:
-    """Rows a second of every turn, ours and theirs: by the clock, and of processor time."""
+    """Return rows per second of every turn, ours and theirs: by the clock, and per second of processor time."""
     runs: dict[str, Callable[[], int]] = {name: ours(name, folder, turns + 1) for name in names}
     runs[AGAIN] = ours("finetune", folder, turns + 1)
     runs |= {peer: Peer(peer) for peer, own in PAIRS.items() if own in names}
@@ -364,7 +364,7 @@ def timed(names: Sequence[str], turns: int, folder: Path) -> tuple[Rates, Rates]
     for name, run in runs.items():
         if isinstance(run, Steps):
             rows = len(run.plan.batch(0))
-            assert 0.9 * ROWS < rows <= ROWS, f"{name}: {rows} rows a step"  # what is held out makes steps smaller
+            assert 0.9 * ROWS < rows <= ROWS, f"{name}: {rows} rows a step"  # held-out examples make steps smaller
     cpu: Rates = {name: [] for name in runs}
 
     def counted(name: str) -> int:
@@ -375,7 +375,7 @@ def timed(names: Sequence[str], turns: int, folder: Path) -> tuple[Rates, Rates]
 
     rates = interleaved({name: partial(counted, name) for name in runs}, turns)
     for name, run in runs.items():
-        if isinstance(run, _avalanche.Strategy):  # its own clock leaves out what is between two steps
+        if isinstance(run, _avalanche.Strategy):  # its own clock excludes what is between two steps
             cpu[name + LOADING], rates[name + LOADING] = cpu[name], rates[name]
             cpu[name] = [ROWS / seconds for seconds in run.cpu]
             rates[name] = [ROWS / seconds for seconds in run.clock[1:]]
@@ -383,7 +383,7 @@ def timed(names: Sequence[str], turns: int, folder: Path) -> tuple[Rates, Rates]
 
 
 def library(name: str, num_steps: int) -> _avalanche.Strategy:
-    """A strategy of avalanche-lib on the same network and as many kept images."""
+    """Make a strategy of avalanche-lib with the same network and as many kept images."""
     images = RandomImages.of(SIZE, count=TASKS * CLASSES * PER_CLASS).made.contiguous()
     labels = torch.arange(len(images)) * TASKS // len(images) * CLASSES + torch.arange(len(images)) % CLASSES
     kept = CLASSES * PER_CLASS // 2
@@ -391,14 +391,14 @@ def library(name: str, num_steps: int) -> _avalanche.Strategy:
 
 
 def peak(name: str, folder: Path) -> int:
-    """Bytes, in a process of its own."""
+    """Return the peak bytes of a method, measured in a process of its own."""
     spawn(hold, (name, folder))
     found: dict[str, int] = json.loads((folder / "found.json").read_text())
     return found["peak_bytes"]
 
 
 def hold(rank: int, name: str, folder: Path) -> None:
-    """One process that takes three steps."""
+    """Take three steps in a process of their own."""
     torch.set_num_threads(1)
     network().eval()(torch.randn(2, 3, SIZE, SIZE)).sum().backward()  # loads code
     gc.collect()
@@ -413,18 +413,18 @@ def hold(rank: int, name: str, folder: Path) -> None:
 
 
 def ratios(rates: Rates) -> tuple[dict[str, float], dict[str, float]]:
-    """Of a step, by median over turns: over fine-tuning's, and of ours over each opponent's."""
+    """Return median ratios over turns of a step: over fine-tuning's, and of ours over each opponent's."""
     over = {name: median_ratio(rates, "finetune", name) for name in rates if name != "finetune"}
     return over, {peer: median_ratio(rates, peer, own) for peer, own in _ALL_PAIRS.items() if peer in rates}
 
 
 def worst(peers: dict[str, float], pairs: Iterable[str]) -> str | None:
-    """The opponent over which ours is slowest."""
+    """Return the pair in which ours is slowest relative to its opponent."""
     return max((name for name in pairs if name in peers), key=lambda name: peers[name], default=None)
 
 
 def report(rates: Rates, cpu: Rates, peaks: dict[str, int], **details: Any) -> None:
-    """A line a method and opponent, and the one for machines."""
+    """Print one line per method and opponent, and the machine-readable one."""
     over, peers = ratios(cpu)
     clock_over, clock_peers = ratios(rates)
     for name, own in cpu.items():

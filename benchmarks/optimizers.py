@@ -1,8 +1,8 @@
-"""What an optimiser costs: a step's time over SGD's and over AdamW's at equal batch, and bytes of state a weight.
+"""The cost of an optimiser: a step's time over SGD's and AdamW's with equal batches, and bytes of state per weight.
 
-Each optimiser trains a network of its own, in turns, through the trainer's own step in one process; images are there
-already. AdamW and SGD are timm's, with the fused kernels that hpccl asks for. `adamw_again` is AdamW against itself:
-the noise of this measurement. Processor time is told as well, which feels other load on the machine less.
+Each optimiser trains a network of its own, in turns, through the trainer's own step in one process; images are in
+memory already. AdamW and SGD are timm's, with fused kernels as in hpccl. `adamw_again` is AdamW against itself: the
+noise of this measurement. Processor time is reported as well, which depends less on other load on the machine.
 Aims: ivon at most 1.10 times AdamW (one draw), vogn at most 2 times a plain step.
 """
 
@@ -49,7 +49,7 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A network and its batch; steps are taken one at a time, in so many `turns`."""
+    """A network and its batch; steps are taken one at a time, in `turns` turns."""
 
     name: str
     model: dict[str, Any]
@@ -65,7 +65,7 @@ CASES = (
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few turns, cifarnet only")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def report(found: dict[str, dict[str, Any]], **details: Any) -> None:
-    """Ratios by median over turns, of each optimiser the worst over models."""
+    """Print median ratios over turns, for each optimiser the worst over models."""
     over: dict[str, dict[str, dict[str, float]]] = {"sgd": {}, "adamw": {}}
     for model, measured in found.items():
         rates: dict[str, list[float]] = measured["rates"]
@@ -104,7 +104,7 @@ def report(found: dict[str, dict[str, Any]], **details: Any) -> None:
 
 
 def measure(case: Case, device: str, precision: str) -> dict[str, Any]:
-    """rates: by optimiser, images a second of every turn; cpu: processor time over AdamW's; bytes: of state."""
+    """Return by optimiser: rates, images per second of every turn; cpu, processor time over AdamW's; bytes of state."""
     stream = random_stream(case.size, tasks=1, classes=CLASSES, train=case.batch)
     comm = Comm(0, 1, torch.device(device))
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
@@ -127,7 +127,7 @@ def measure(case: Case, device: str, precision: str) -> dict[str, Any]:
 
 
 def configuration(case: Case, optim: dict[str, Any], device: str, precision: str) -> RunConfig:
-    """A run with an optimiser."""
+    """Return the configuration of a run with an optimiser."""
     return RunConfig.model_validate(
         {
             "model": case.model,
@@ -139,7 +139,7 @@ def configuration(case: Case, optim: dict[str, Any], device: str, precision: str
 
 
 def synchronised_step(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
-    """What training does, to its end."""
+    """Take a step as in training, and wait for its end."""
     norm = usual_step(engine, batches, num_rows)
     if engine.device.type == "cuda":
         torch.cuda.synchronize()
@@ -147,7 +147,7 @@ def synchronised_step(engine: Engine, batches: Sequence[Rows], num_rows: int) ->
 
 
 def watched_step(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:
-    """With per-example squares; in training, hooks are put on once a task."""
+    """Take a step with per-example squares; in training, the hooks are set once per task."""
     stop = watch_squares(engine.module, engine.add_squares)
     try:
         return synchronised_step(engine, batches, num_rows)
@@ -156,7 +156,7 @@ def watched_step(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tens
 
 
 def state_bytes(engine: Engine) -> float:
-    """What the optimiser keeps between steps, a weight."""
+    """Return the bytes per weight that the optimiser keeps between steps."""
     moments = engine.state_dict()["optimizer"]["moments"]
     kept = sum(value.nbytes for each in moments.values() for value in each.values() if isinstance(value, Tensor))
     return float(kept / sum(value.numel() for value in engine.like.values()))

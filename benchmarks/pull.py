@@ -1,4 +1,4 @@
-"""What Kronecker-factored curvature costs in a training step, against the same step without it.
+"""The cost of Kronecker-factored curvature in a training step, relative to the same step without it.
 
 A network is trained for a few steps on a task, its factors are measured, and it is trained on towards another task, so
 that w - a is a real displacement. Then steps are taken in turns in one group of gloo processes, through the trainer's
@@ -9,16 +9,16 @@ own functions (train_step, Quadratic.attach, DdpEngine), with each world size's 
     truncated  low-rank factors that keep a share of each layer's trace (0.99)
     again      plain against itself: the noise of this measurement
 
-    step_ratio                    exact over plain, resnet18 at 224 px, 32 images a process, 2 processes
-    step_ratio_truncated          truncated over plain, resnet18 at 64 px, 64 images a process, 2 processes
-    relative_error                |F_truncated (w - a) - F (w - a)| / |F (w - a)| there, over all parameters, rounding
-                                  by --products bf16 counted
-    extra_bytes_per_step          largest difference over all cases of what the collectives of a step carry, exact or
-                                  truncated against plain (counted where torch.distributed hands them to its backend)
+    step_ratio                    exact over plain, resnet18 at 224 px, 32 images per process, 2 processes
+    step_ratio_truncated          truncated over plain, resnet18 at 64 px, 64 images per process, 2 processes
+    relative_error                |F_truncated (w - a) - F (w - a)| / |F (w - a)| there, over all parameters, including
+                                  rounding by --products bf16
+    extra_bytes_per_step          largest difference over all cases in the bytes of a step's collectives, exact or
+                                  truncated against plain (counted where torch.distributed passes them to its backend)
     factor_bytes_N                of the rank that holds most, exact, resnet18 at 224 px, N processes
 
 Without --small and --large, images are noise with the spectrum of photographs and a pattern for each class. The time of
-a step is by the clock; processor_time has the seconds of all processes, which feel other load on the machine less.
+a step is by the clock; processor_time has the seconds of all processes, which depend less on other load.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ from hpccl.models.build import build_model
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
 
-SMALL = 64  # pixels a side up to which images come from --small; the training before the measurement uses no more
+SMALL = 64  # pixels a side up to which images come from --small; training before the measurement uses at most these
 FORMS = ("exact", "truncated")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network and its images a process and step; steps are taken `steps` at a time, in so many `turns`.
+    """A network and its images per process and step; steps are taken `steps` at a time, in `turns` turns.
 
-    measured: images whose curvature is measured
+    measured: number of images on which the curvature is measured
     """
 
     name: str
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """Such as resnet18@64."""
+        """The name, such as resnet18@64."""
         return f"{self.name}@{self.size}"
 
 
@@ -93,7 +93,7 @@ EXACT, TRUNCATED, PROCESSES = "resnet18@224", "resnet18@64", 2  # of the headlin
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few turns, cifarnet only, 1 and 2 processes")
     parser.add_argument("--case", action="append", choices=[case.title for case in CASES], help="only these")
@@ -116,13 +116,13 @@ def main() -> None:
                 for nproc in processes(options):
                     results[case.title]["processes"][nproc] = measure(case, nproc, options, Path(folder))
                     show(case.title, results[case.title])
-                    # After each, so that what was measured is there if the rest is cut short.
+                    # After each case, so that results are not lost if the rest is cut short.
                     kinds = {name: getattr(options, name) for name in ("quick", "precision", "products")}
                     report(results, **kinds, keep_trace=keep)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """Those that are asked for."""
+    """Return the cases that the options select."""
     if options.quick and not options.case:
         return [replace(CASES[0], measured=128, steps=1, turns=5)]
     chosen = [case for case in CASES if not options.case or case.title in options.case]
@@ -130,16 +130,16 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def processes(options: argparse.Namespace) -> list[int]:
-    """World sizes."""
+    """Return the world sizes that the options select."""
     return options.nproc or ([1, 2] if options.quick else [1, 2, 4])
 
 
-# ---------------------------------------------------------------- what is measured, and where
+# ---------------------------------------------------------------- the measured network and its factors
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network some steps after its curvature was measured; said: how it came about."""
+    """A network some steps after its curvature was measured; said: a description of its training."""
 
     engine: Engine
     anchor: Leaves
@@ -176,7 +176,7 @@ def train(case: Case, options: argparse.Namespace) -> Trained:
 
 
 def prepare(case: Case, trained: Trained, keep_trace: float, products: str, folder: Path) -> dict[str, Any]:
-    """Leave weights, anchor and both forms of the factors in `folder`."""
+    """Save weights, anchor and both forms of the factors in `folder`."""
     start = time.perf_counter()
     engine, anchor = trained.engine, trained.anchor
     forms = {"exact": trained.exact, "truncated": truncated(trained.exact, keep_trace)}
@@ -190,7 +190,7 @@ def prepare(case: Case, trained: Trained, keep_trace: float, products: str, fold
     return {
         **trained.said,
         "relative_error": errors["truncated"],
-        "relative_error_exact": errors["exact"],  # of rounding alone
+        "relative_error_exact": errors["exact"],  # the error of rounding alone
         "gflop": {form: sum(block.flops for block in each.blocks) / 1e9 for form, each in forms.items()},
         "factor_bytes": {form: sum(block.num_bytes for block in each.blocks) for form, each in forms.items()},
         "ranks_kept": ranks_kept(forms["truncated"]),
@@ -199,7 +199,7 @@ def prepare(case: Case, trained: Trained, keep_trace: float, products: str, fold
 
 
 def configuration(case: Case, precision: str, batch: int) -> RunConfig:
-    """A run; the quadratic of the prior is made apart."""
+    """Return the configuration of a run; the prior's quadratic is made separately."""
     return RunConfig.model_validate(
         {
             "model": case.model,
@@ -212,7 +212,7 @@ def configuration(case: Case, precision: str, batch: int) -> RunConfig:
 
 
 def ranks_kept(precision: Kronecker) -> dict[str, list[int]]:
-    """By layer: outputs, inputs, and how many eigenvectors of each factor were kept."""
+    """Return by layer the outputs, the inputs, and how many eigenvectors of each factor were kept."""
     found = {}
     for block in precision.blocks:
         (term,) = block.terms
@@ -226,7 +226,7 @@ def ranks_kept(precision: Kronecker) -> dict[str, list[int]]:
 
 
 def measure(case: Case, nproc: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Of `nproc` processes: what rank 0 found."""
+    """Measure in `nproc` processes; return rank 0's result."""
     (folder / "meet").unlink(missing_ok=True)
     spawn(work, (case, nproc, options, folder), nproc)
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
@@ -234,7 +234,7 @@ def measure(case: Case, nproc: int, options: argparse.Namespace, folder: Path) -
 
 
 def work(rank: int, case: Case, nproc: int, options: argparse.Namespace, folder: Path) -> None:
-    """One process."""
+    """Measure in one process; rank 0 writes the result."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if nproc > 1:
@@ -249,7 +249,7 @@ def work(rank: int, case: Case, nproc: int, options: argparse.Namespace, folder:
 
 
 def timed(case: Case, options: argparse.Namespace, comm: Comm, folder: Path) -> dict[str, Any]:
-    """Seconds a step of every turn, processor seconds of all ranks, bytes of a step's collectives, bytes of factors."""
+    """Return by turn seconds per step and processor seconds of all ranks; bytes of a step's collectives, of factors."""
     config = configuration(case, options.precision, case.batch * comm.size)
     stream = replace(
         random_stream(case.size, tasks=2, classes=CLASSES, train=case.batch * comm.size),
@@ -264,7 +264,7 @@ def timed(case: Case, options: argparse.Namespace, comm: Comm, folder: Path) -> 
     plain = Steps(world, engine, stream.tasks[1], Prior(Memory.empty()), case.steps)
     steps = {"plain": plain}
     for form, factors in forms.items():
-        # So weak that the weights stay where they are; the time is the same.
+        # So weak that the weights hardly move; the time is the same.
         quadratic = Quadratic(factors, saved["anchor"], weight=1e-6, damping=1e-3, products=options.products)
         steps[form] = replace(plain, prior=Prior(Memory.empty(), quadratic, saved["anchor"]))
     steps["again"] = replace(plain)
@@ -284,12 +284,12 @@ def timed(case: Case, options: argparse.Namespace, comm: Comm, folder: Path) -> 
 
 
 def ratio(measured: Mapping[str, Any], form: str) -> float:
-    """Time of a step over the plain one's."""
+    """Return the time of a step over the plain step's."""
     return median_ratio(measured["rates"], "plain", form)
 
 
 def show(title: str, found: Mapping[str, Any]) -> None:
-    """A line a world size."""
+    """Print one line per world size."""
     print(f"{title}: relative error of the truncated pull {found['relative_error']:.2e}; Gflop", found["gflop"])
     for nproc, measured in found["processes"].items():
         seconds = median(measured["cpu"]["plain"]) / nproc
@@ -299,7 +299,7 @@ def show(title: str, found: Mapping[str, Any]) -> None:
 
 
 def report(found: Mapping[str, Mapping[str, Any]], **details: Any) -> None:
-    """The line for machines; headlines of cases that were not run come from the first one that was."""
+    """Print the machine-readable line; headlines of cases that were not run come from the first one that was."""
     everything = [measured for case in found.values() for measured in case["processes"].values()]
     titles = [title if title in found else next(iter(found)) for title in (EXACT, TRUNCATED)]
     exact, truncated = (found[title] for title in titles)
@@ -326,7 +326,7 @@ def report(found: Mapping[str, Mapping[str, Any]], **details: Any) -> None:
 
 
 def summary(case: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians instead of every turn."""
+    """Replace the values of every turn by medians."""
     sizes = {
         nproc: {
             "step_ratio": {form: round(ratio(measured, form), 4) for form in (*FORMS, "again")},
@@ -341,7 +341,7 @@ def summary(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def time_ratio(cpu: Mapping[str, Sequence[float]], form: str) -> float:
-    """Median over turns of processor time over the plain step's."""
+    """Return the median over turns of processor time over the plain step's."""
     return median(float(one) / float(other) for one, other in zip(cpu[form], cpu["plain"], strict=True))
 
 

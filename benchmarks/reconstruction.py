@@ -1,10 +1,10 @@
 """How well priors reconstruct the gradient of the past along one real training trajectory.
 
-A network learns the tasks of a configuration, as it says (such as by finetuning, or with a quadratic); its weights are
-kept now and then while it trains. Every prior is made at the end of each task from the weights that the trajectory has
-there: none, diagonal, Kronecker or EKFAC curvature of the examples that are not in memory, each with m soft-labelled
-memory examples a task, the same ones for all. Then, at all weights that were kept, the gradient that the prior stands
-for is compared with the true gradient of all past tasks (on a share of their examples):
+A network learns the tasks of a configuration, as set there (such as by finetuning, or with a quadratic); its weights
+are kept at intervals during training. Every prior is made at the end of each task from the weights of the trajectory:
+none, diagonal, Kronecker or EKFAC curvature of the examples that are not in memory, each with m soft-labelled memory
+examples per task, the same ones for all. Then, at all kept weights, the gradient of the prior is compared with the true
+gradient of all past tasks (on a share of their examples):
 
     cosine, relative_error      of soft + quadratic against the true gradient, over all parameters
     change_cosine, change_error against the change of the true gradient since the end of the last task, where every
@@ -14,10 +14,10 @@ for is compared with the true gradient of all past tasks (on a share of their ex
     ... _by_cosine            and the larger cosine
     cosine_PRIOR, error_PRIOR medians over (weights, m)
 
-Every memory example counts once and the quadratic has weight 1, as the sum over the past asks for; so the cosine of a
-total also depends on which of its terms is the larger.
+Every memory example and the quadratic have weight 1, as in the sum over the past; so the cosine of a total also depends
+on which of its terms is larger.
 
-Without arguments, small images that come with the package are learned by a small network. For Split-CIFAR:
+Without arguments, a small network learns small images that come with the package. For Split-CIFAR:
 
     python benchmarks/reconstruction.py configs/split_cifar.yaml configs/method/ewc.yaml prior.quadratic.weight=10
         --first-task runs/split_cifar/finetune --memory 0 100 1000 --out docs/results
@@ -71,7 +71,7 @@ MEASURES = ("cosine", "relative_error", "change_cosine", "change_error", "norm")
 KINDS = ("none", "diagonal", "kronecker", "ekfac")
 Gradient = dict[str, Tensor]
 
-# A trajectory of a minute.
+# A trajectory that takes a minute.
 DIGITS: dict[str, Any] = {
     "stream": {"kind": "digits", "tasks": 5},
     "model": {"kind": "mlp", "hidden": [64]},
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def configuration(options: argparse.Namespace, folder: str) -> RunConfig:
-    """Of the trajectory."""
+    """Return the configuration of the trajectory."""
     files = [Path(text) for text in options.config if not is_override(text)]
     overrides = [text for text in options.config if is_override(text)]
     config = load_config(files, overrides) if options.config else RunConfig.model_validate(DIGITS)
@@ -120,7 +120,7 @@ def configuration(options: argparse.Namespace, folder: str) -> RunConfig:
 
 
 def changed(config: RunConfig, **sections: Any) -> RunConfig:
-    """With some values replaced; a section with a `kind` is replaced as a whole."""
+    """Replace some values of a configuration; a section with a `kind` is replaced as a whole."""
     tree = config.model_dump()
     for name, value in sections.items():
         whole = not isinstance(value, dict) or "kind" in value
@@ -133,10 +133,10 @@ def changed(config: RunConfig, **sections: Any) -> RunConfig:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Weights along the training of a stream.
+    """Weights along the training on a stream.
 
     ends: by task, the weights and buffers after it
-    kept: (task, step of it, weights) of later tasks, in the order of training
+    kept: (task, step within it, weights) of later tasks, in training order
     """
 
     world: World
@@ -146,7 +146,7 @@ class Trajectory:
 
     @classmethod
     def train(cls, config: RunConfig, options: argparse.Namespace, folder: Path) -> Trajectory:
-        """Learn the tasks through the library."""
+        """Train on the tasks through the library."""
         torch.manual_seed(config.seed)
         comm = Comm.solo()
         stream = open_stream(config.stream, config.data)
@@ -168,7 +168,7 @@ class Trajectory:
 
 
 def first_weights(run: Path) -> Gradient:
-    """After the first task of a run."""
+    """Return the weights after the first task of a run."""
     checkpoints = RunFolder(run).checkpoints
     (mark,) = [mark for mark in marks(checkpoints) if (mark.task, mark.phase) == (0, "fitted")]
     weights: Gradient = load(checkpoints, mark)["engine"]["weights"]
@@ -176,11 +176,11 @@ def first_weights(run: Path) -> Gradient:
 
 
 def learn(task: Task, state: RunState, world: World, count: int) -> list[tuple[Task, int, Gradient]]:
-    """Train on a task; weights at about `count` steps of it, dense at its beginning, the last one included."""
+    """Train on a task; return the weights at about `count` steps, denser at the beginning, including the last one."""
     batch, epochs = world.config.train.batch_size, world.config.train.epochs
     num_rows = len(task.samples("train")) + len(state.prior.memory)
     num_steps = -(-num_rows // batch) * epochs[min(task.index, len(epochs) - 1)]
-    # As the distance from the anchor grows at first.
+    # Denser where the distance from the anchor grows fastest.
     wanted = {round(num_steps ** ((number + 1) / count)) for number in range(count)} if count > 1 else {num_steps}
     every = max(1, num_steps // 48) if count else 0
     fit(task, state, replace(world, config=changed(world.config, checkpoint={"every": every, "keep": 10_000})))
@@ -194,7 +194,7 @@ def learn(task: Task, state: RunState, world: World, count: int) -> list[tuple[T
 
 
 def copied(weights: Mapping[str, Tensor]) -> Gradient:
-    """That training does not change."""
+    """Copy weights, so that training does not change them."""
     return {name: value.detach().clone() for name, value in weights.items()}
 
 
@@ -203,7 +203,7 @@ def copied(weights: Mapping[str, Tensor]) -> Gradient:
 
 @dataclass
 class Priors:
-    """What stands for the past: for each m, one memory, and a quadratic for each kind of curvature.
+    """The priors: for each m, one memory, and a quadratic for each kind of curvature.
 
     worlds: by (kind, m)
     """
@@ -215,7 +215,7 @@ class Priors:
 
     @classmethod
     def of(cls, trajectory: Trajectory, options: argparse.Namespace) -> Priors:
-        """Before the first task."""
+        """Make the priors before the first task."""
         world = trajectory.world
         worlds = {}
         for kind in KINDS:
@@ -242,7 +242,7 @@ class Priors:
         return cls(trajectory.state, worlds)
 
     def consolidate(self, task: Task, weights: Gradient) -> None:
-        """Take in a task, at the weights after it."""
+        """Consolidate a task at the weights after it."""
         self.state.engine.put(weights)
         for m in {m for _, m in self.worlds}:
             world = self.worlds["none", m]
@@ -258,7 +258,7 @@ class Priors:
 
 
 def compare(trajectory: Trajectory, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each kept weights, kind and m."""
+    """Yield one row per kept weights, kind of curvature and m."""
     priors = Priors.of(trajectory, options)
     engine, comm = trajectory.state.engine, trajectory.world.comm
     learned = 0
@@ -293,7 +293,7 @@ def compare(trajectory: Trajectory, options: argparse.Namespace) -> Iterator[dic
 
 
 def true_gradient(task: Task, trajectory: Trajectory, share: float) -> Gradient:
-    """Of all earlier tasks' examples, estimated from a share of them that is the same for all weights of a task."""
+    """Return the gradient on all earlier tasks, from a share of their examples that is fixed within a task."""
     world = trajectory.world
     composer = Composer.build(world.config, world.stream, task, Memory.empty(), teacher=None, device=world.comm.device)
     past = np.arange(task.samples("train").start)
@@ -310,7 +310,7 @@ def true_gradient(task: Task, trajectory: Trajectory, share: float) -> Gradient:
 
 
 def memory_gradient(task: Task, memory: Memory, priors: Priors, m: int) -> Gradient:
-    """Of the cross-entropy with the memory's soft labels, each example counting once."""
+    """Return the gradient of the cross-entropy with the memory's soft labels, each example with weight 1."""
     world = priors.worlds["none", m]
     num_classes = len(world.stream.class_names)
 
@@ -326,12 +326,12 @@ def memory_gradient(task: Task, memory: Memory, priors: Priors, m: int) -> Gradi
 
 
 def nats(target: Tensor, head: Tensor) -> Losses:
-    """The sum over examples."""
+    """Return a loss in nats, summed over examples."""
     return lambda logits: [row_nats(logits, target, head).sum()]
 
 
 def loaded(samples: npt.NDArray[np.int64], world: World) -> Iterator[tuple[npt.NDArray[np.int64], Tensor]]:
-    """Samples and their pixels in the evaluation view."""
+    """Yield samples and their pixels in the evaluation view."""
     size = world.stream_batch
     parts = [samples[start : start + size] for start in range(0, len(samples), size)]
     requests = (Request(part, np.zeros(len(part), dtype=np.uint64)) for part in parts)
@@ -343,7 +343,7 @@ def loaded(samples: npt.NDArray[np.int64], world: World) -> Iterator[tuple[npt.N
 
 
 def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """A table and a picture."""
+    """Write a table and a plot."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "reconstruction.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -353,12 +353,12 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def shortened(value: Any) -> Any:
-    """Four digits of a number."""
+    """Round a number to four digits."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Cosine and relative error along the trajectory, a column for each m."""
+    """Plot cosine and relative error along the trajectory, one column per m."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -397,7 +397,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def report(
     rows: Sequence[Mapping[str, Any]], options: argparse.Namespace, training: float, comparing: float, where: Trajectory
 ) -> None:
-    """Medians, and the line for machines."""
+    """Print medians, and the machine-readable line."""
     by_key = {(row["snapshot"], row["m"], row["prior"]): row for row in rows}
     pairs = [
         (by_key[snapshot, m, "kronecker"], by_key[snapshot, m, "diagonal"])
@@ -447,7 +447,7 @@ def report(
 
 
 def share(wins: Sequence[bool]) -> float:
-    """Of the cases that were won."""
+    """Return the share of cases that were won."""
     return sum(wins) / len(wins)
 
 

@@ -1,17 +1,17 @@
-"""How fast memory is chosen, and in how much room: every selector on synthetic scores, logits and features.
+"""Time and memory of selection: every selector on synthetic scores, logits and features.
 
-    top-k                 scores of 1.28 M examples in 1000 classes, 128,000 of them kept, equally many a class
-    sampled               the same, drawn with chances that grow with the score, with importance weights
+    top-k                 scores of 1.28 M examples in 1000 classes, 128,000 of them kept, equally many per class
+    sampled               the same, drawn with probabilities that grow with the score, with importance weights
     gini ... sensitivity  the scores themselves, from logits of 100 classes and inputs of 128 numbers, chunk by chunk
     herding, k-center     greedily by class, features of 128 numbers, 20 kept of every 1000
     reconstruction+fitted matching by class of vectors of 128 numbers (the projected gradients), 20 kept of every 1000
 
 `reconstruction` with equal weights is herding of such vectors.
 
-Every rank has its share of the examples and one thread; what is timed begins when inputs are there and ends when all
-ranks know the choice. `numpy` is one process that has all of it and does the usual thing: a sort of every class, the
-scores by their formulas, herding with all distances at every pick, orthogonal matching with scipy's non-negative least
-squares at every pick. Room is the growth of a rank's resident memory while it chooses, and does not count inputs.
+Every rank has its share of the examples and one thread; timing begins when inputs exist and ends when all ranks know
+the choice. `numpy` is one process with all examples that does it the usual way: a sort of every class, the scores by
+their formulas, herding with all distances at every pick, orthogonal matching with scipy's non-negative least squares at
+every pick. Memory is the growth of a rank's resident memory during selection, without inputs.
 
     python -m benchmarks.selection            about five minutes on two cores
     python -m benchmarks.selection --quick    some seconds
@@ -54,14 +54,14 @@ SCORES = ("gini", "error", "residual", "leverage", "sensitivity")
 
 @dataclass(frozen=True)
 class Size:
-    """scores: candidates of the top-k; rows: with logits and features; classes, of a thousand examples each."""
+    """The sizes. scores: candidates of the top-k; rows: examples with logits and features; 1000 per class."""
 
     scores: int
     rows: int
 
     @property
     def classes(self) -> int:
-        """Of the rows."""
+        """Number of classes of the rows."""
         return max(1, self.rows // 1000)
 
 
@@ -69,17 +69,17 @@ FULL, QUICK = Size(1_280_000, 1_000_000), Size(40_000, 8_000)
 
 
 def labels_of(number: int, classes: int) -> npt.NDArray[np.int64]:
-    """[number] of equally many of each class, mixed."""
+    """[number] labels, equally many of each class, shuffled."""
     return np.random.default_rng(1).permutation(np.arange(number) % classes)
 
 
 def given_of(number: int, keep: int, classes: int) -> Candidates:
-    """Candidates numbered from 0."""
+    """Return candidates that are numbered from 0."""
     return Candidates(np.arange(number), labels_of(number, classes), keep, balanced=True, words=(0, 101, 0))
 
 
 def rows_of(share: range) -> Floats:
-    """[share, WIDTH] features of some examples, the same whoever makes them."""
+    """[share, WIDTH] features of some examples, the same on any rank."""
     blocks = [
         np.random.default_rng(block).standard_normal((1000, WIDTH), dtype=np.float32) + 0.5
         for block in range(share.start // 1000, -(-share.stop // 1000))
@@ -89,7 +89,7 @@ def rows_of(share: range) -> Floats:
 
 
 def scores_of(share: range) -> npt.NDArray[np.float64]:
-    """[share] > 0."""
+    """[share] scores > 0."""
     return np.random.default_rng(2).gamma(0.5, size=share.stop)[share.start :]
 
 
@@ -97,7 +97,7 @@ def scores_of(share: range) -> npt.NDArray[np.float64]:
 
 
 def cases(comm: Comm, size: Size) -> Iterator[tuple[str, int, Work]]:
-    """(name, examples of all ranks, what is timed) of every case; inputs are made between them."""
+    """Yield (name, examples of all ranks, work to be timed) of every case; making the inputs is not timed."""
     scores = given_of(size.scores, size.scores // 10, 1000)
     share = comm.share(size.scores)
     mine, values = scores.samples[share.start : share.stop], scores_of(share)
@@ -125,7 +125,7 @@ def cases(comm: Comm, size: Size) -> Iterator[tuple[str, int, Work]]:
 
 
 def chunk_of() -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [1000, HEAD], inputs [1000, WIDTH + 1] with the 1, labels [1000]."""
+    """Return logits [1000, HEAD], inputs [1000, WIDTH + 1] including the 1, labels [1000]."""
     random = np.random.default_rng(3)
     x = np.concatenate([random.standard_normal((1000, WIDTH)), np.ones((1000, 1))], axis=1).astype(np.float32)
     logits = torch.from_numpy(2 * random.standard_normal((1000, HEAD)).astype(np.float32))
@@ -133,7 +133,7 @@ def chunk_of() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scoring(name: str, logits: Tensor, x: Tensor, labels: Tensor, repeats: int) -> Work:
-    """One score of `repeats` chunks."""
+    """Return the work of computing one score for `repeats` chunks."""
     layer = TopLayer.of(x.double().T @ x.double() / len(x), output_curvature(logits), prior_precision=1.0)
     once: dict[str, Work] = {
         "gini": lambda: gini(logits),
@@ -164,7 +164,7 @@ def rank(number: int, nproc: int, folder: str, size: Size, repetitions: int) -> 
 
 
 def timed(work: Work, comm: Comm) -> float:
-    """Seconds until the last rank is done."""
+    """Return the seconds until the last rank is done."""
     comm.barrier()
     start = time.perf_counter()
     work()
@@ -173,19 +173,19 @@ def timed(work: Work, comm: Comm) -> float:
 
 
 def reset_peak() -> int:
-    """Bytes resident now; from here on `peak` is the largest."""
+    """Return the resident bytes, and reset the peak that `peak` returns."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
 
 def peak() -> int:
-    """Bytes resident at most since `reset_peak`."""
+    """Return the peak resident bytes since `reset_peak`."""
     return status("VmHWM")
 
 
 def status(key: str) -> int:
-    """A line of this process's status, in bytes; 0 where the system has none."""
+    """Return an entry of this process's status, in bytes; 0 where the system has none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -197,7 +197,7 @@ def status(key: str) -> int:
 
 
 def references(size: Size) -> Iterator[tuple[str, int, Work]]:
-    """As `cases`, the usual way in one process."""
+    """Yield the same cases as `cases`, done the usual way in one process."""
     number = size.scores
     labels, values, samples = labels_of(number, 1000), scores_of(range(number)), np.arange(number)
     yield (
@@ -225,20 +225,20 @@ def references(size: Size) -> Iterator[tuple[str, int, Work]]:
 
 
 def of_classes(pick: Callable[[Floats, int], Any], rows: Floats, labels: npt.NDArray[np.int64], classes: int) -> None:
-    """Twenty of each."""
+    """Pick twenty examples of each class."""
     for each in range(classes):
         pick(rows[labels == each], 20)
 
 
 def sorted_by_class(values: Floats, labels: npt.NDArray[np.int64], keep: int) -> list[npt.NDArray[np.int64]]:
-    """The best of each class by a sort of all."""
+    """Return the best of each class by sorting all."""
     order = np.lexsort((-values, labels))
     starts = np.searchsorted(labels[order], np.arange(labels.max() + 1))
     return [order[start : start + keep] for start in starts]
 
 
 def plain_scoring(name: str, logits: Floats, x: Floats, labels: npt.NDArray[np.int64], repeats: int) -> Work:
-    """By the formulas; the variance [n, K, K] of the logits from the inverses of the factors, damping shared out."""
+    """Score by the formulas, with logit variances [n, K, K] from the inverted factors with the damping split."""
     head = np.arange(HEAD)
 
     def probabilities() -> Any:
@@ -267,7 +267,7 @@ def plain_scoring(name: str, logits: Floats, x: Floats, labels: npt.NDArray[np.i
 
 
 def plain_herding(rows: Floats, keep: int) -> list[int]:
-    """Rebuffi et al. 2017, algorithm 4, with all distances at every pick."""
+    """Do herding (Rebuffi et al. 2017, algorithm 4) with all distances at every pick."""
     x = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     mean, total = x.mean(axis=0), np.zeros(rows.shape[1])
     chosen: list[int] = []
@@ -280,7 +280,7 @@ def plain_herding(rows: Floats, keep: int) -> list[int]:
 
 
 def plain_k_center(rows: Floats, keep: int) -> list[int]:
-    """Gonzalez 1985."""
+    """Do farthest-first k-center (Gonzalez 1985)."""
     chosen = [int(np.argmin(np.linalg.norm(rows - rows.mean(axis=0), axis=1)))]
     nearest = np.full(len(rows), np.inf)
     while len(chosen) < keep:
@@ -290,7 +290,7 @@ def plain_k_center(rows: Floats, keep: int) -> list[int]:
 
 
 def plain_matching(rows: Floats, keep: int) -> tuple[list[int], Floats]:
-    """Orthogonal matching pursuit with weights >= 0, from the start at every pick."""
+    """Do orthogonal matching pursuit with weights >= 0, solved from scratch at every pick."""
     wide, target = rows.astype(np.float64), rows.sum(axis=0, dtype=np.float64)
     norms = np.linalg.norm(wide, axis=1)
     chosen: list[int] = []
@@ -304,7 +304,7 @@ def plain_matching(rows: Floats, keep: int) -> tuple[list[int], Floats]:
 
 
 def alone(_: int, folder: str, size: Size, repetitions: int) -> None:
-    """Measure the references."""
+    """Measure the references in one process."""
     torch.set_num_threads(1)
     found = {}
     for name, examples, work in references(size):

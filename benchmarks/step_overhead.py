@@ -1,15 +1,15 @@
-"""What a method costs in a training step: its time over finetune's, at the same number of rows a step.
+"""The cost of a method in a training step: its time over finetune's, with the same number of rows per step.
 
 All methods train one network in one group of gloo processes, in turns, through the trainer's own functions
-(Composer.rows, train_step, Quadratic.attach, DdpEngine); images are there already. Half of the rows are memory, half of
-the memory speaks by true labels, and soft labels are the old model's on the stored view.
+(Composer.rows, train_step, Quadratic.attach, DdpEngine); images are in memory already. Half of the rows are memory,
+half of the memory has true labels, and soft labels are the old model's on the stored view.
 
     +teacher            the old model labels the student's view instead: one more forward pass of half of the memory
-    ewc_penalty_in_loss the usual way, for comparison: 1/2 sum((F + damping)(w - a)^2), one term however many tasks,
-                        added to every rank's loss before the backward pass (as Avalanche's EWC in its online mode)
+    ewc_penalty_in_loss the usual way, for comparison: 1/2 sum((F + damping)(w - a)^2), one term for any number of
+                        tasks, added to every rank's loss before the backward pass (as in Avalanche's online EWC)
     finetune_again      finetune against itself: the noise of this measurement
 
-Half of every step's rows being memory is far more than usual, so that the cost of memory rows shows.
+Memory is half of every step's rows, far more than usual, so that the cost of memory rows is visible.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from hpccl.train.state import RunState, World
 TASKS, CLASSES = 10, 10
 EWC = {"quadratic": {"weight": 1.0}}
 MEMORY = {"mix": {"kind": "stratified", "share": 0.5}}
-# prior section of each method; a memory goes with all but the first two.
+# Prior section of each method; all but the first two have a memory.
 METHODS: dict[str, dict[str, Any]] = {
     "finetune": {},
     "ewc": EWC,
@@ -63,7 +63,7 @@ PENALTY, AGAIN = "ewc_penalty_in_loss", "finetune_again"
 
 @dataclass(frozen=True)
 class Case:
-    """A network and its batch; steps are taken `steps` at a time, in so many `turns`."""
+    """A network and its batch; steps are taken `steps` at a time, in `turns` turns."""
 
     name: str
     model: dict[str, Any]
@@ -80,7 +80,7 @@ CASES = (
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few turns, cifarnet only")
     parser.add_argument("--nproc", type=int, default=2, help="processes of one thread each")
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def report(found: dict[str, dict[str, Any]], **details: Any) -> None:
-    """Ratios by median over turns, of each method the worst over models; found: what `measure` returns, by model."""
+    """Print median ratios over turns, for each method the worst over models; found: results of `measure`, by model."""
     ratios: dict[str, dict[str, float]] = {}
     for model, measured in found.items():
         rates: dict[str, list[float]] = measured["rates"]
@@ -120,7 +120,7 @@ def report(found: dict[str, dict[str, Any]], **details: Any) -> None:
 
 
 def work(rank: int, nproc: int, folder: str, cases: Sequence[Case], precision: str) -> None:
-    """One process: every case; rank 0 writes what it measured."""
+    """Measure every case in one process; rank 0 writes the results."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=nproc)
@@ -134,7 +134,7 @@ def work(rank: int, nproc: int, folder: str, cases: Sequence[Case], precision: s
 
 
 def measure(case: Case, precision: str, comm: Comm, folder: Path) -> dict[str, Any]:
-    """rates: by method, images a second of every turn; cpu: processor time of all ranks over finetune's."""
+    """Return by method: rates, images per second of every turn; cpu, processor time of all ranks over finetune's."""
     stream = random_stream(case.size, tasks=TASKS, classes=CLASSES, train=case.batch)
     plain = configuration(case, precision, "finetune")
     model = build_model(plain.model, image_shape=stream.image_shape, num_classes=TASKS * CLASSES, seed=0)
@@ -156,7 +156,7 @@ def measure(case: Case, precision: str, comm: Comm, folder: Path) -> dict[str, A
 
 
 def configuration(case: Case, precision: str, method: str) -> RunConfig:
-    """A run of a method."""
+    """Return the configuration of a method."""
     memory = {} if method in {"finetune", "ewc"} else {"size": case.batch, **MEMORY}
     return RunConfig.model_validate(
         {
@@ -165,7 +165,7 @@ def configuration(case: Case, precision: str, method: str) -> RunConfig:
             "optim": {"name": "adamw", "lr": 1e-5, "schedule": "constant"},
             "memory": memory,
             "prior": METHODS[method],
-            # How large the curvature is does not matter here.
+            # The magnitude of the curvature does not matter here.
             "curvature": {"kind": "diagonal", "fisher": "mc", "fraction": 0.1},
             "engine": {"kind": "ddp", "device": "cpu", "precision": precision, "channels_last": True},
         }
@@ -173,7 +173,7 @@ def configuration(case: Case, precision: str, method: str) -> RunConfig:
 
 
 def second_task(world: World, engine: Engine, count: int) -> Steps:
-    """Steps on the second task, after the first one was consolidated."""
+    """Return steps on the second task, after the first one was consolidated."""
     state = RunState(engine)
     if world.config.method != "finetune":
         consolidate(world.stream.tasks[0], state, world)
@@ -184,7 +184,7 @@ def second_task(world: World, engine: Engine, count: int) -> Steps:
 
 
 def with_penalty(ewc: Steps) -> Steps:
-    """The same steps with the quadratic in the loss and no hooks."""
+    """Return the same steps with the quadratic in the loss instead of in hooks."""
     quadratic = ewc.prior.quadratic
     assert quadratic is not None, "ewc has a quadratic"
     penalty = Penalty.of(quadratic, ewc.engine.module, divisor=ewc.plan.num_train * ewc.world.comm.size)
@@ -209,7 +209,7 @@ class Penalty:
 
     @classmethod
     def of(cls, quadratic: Quadratic, module: nn.Module, *, divisor: int) -> Penalty:
-        """Of a diagonal quadratic; laid out in memory as the weights are, which is the fastest."""
+        """Make the penalty of a diagonal quadratic, in the memory layout of the weights, which is the fastest."""
         assert isinstance(quadratic.precision, Diagonal)
         strength = {}
         for name, weight in module.named_parameters():
@@ -218,7 +218,7 @@ class Penalty:
         return cls(strength, wholes(quadratic.anchor), quadratic.weight / divisor)
 
     def __call__(self, module: nn.Module) -> Tensor:
-        """[] nats."""
+        """Return the penalty in nats, []."""
         terms = [
             (self.strength[name] * (weight - self.anchor[name]).pow(2)).sum()
             for name, weight in module.named_parameters()
@@ -227,7 +227,7 @@ class Penalty:
 
 
 def check_equal(engine: Engine, ewc: Steps, penalty: Steps) -> None:
-    """Both ways must give the same gradient, or the comparison says nothing."""
+    """Check that both ways give the same gradient; otherwise the comparison is meaningless."""
     start = engine.gather()
     noise = torch.Generator().manual_seed(0)
     parameters = {name: value.detach() for name, value in engine.module.named_parameters()}
@@ -241,7 +241,7 @@ def check_equal(engine: Engine, ewc: Steps, penalty: Steps) -> None:
 
 
 def one_norm(steps: Steps) -> float:
-    """The gradient's norm in one step."""
+    """Return the gradient's norm in one step."""
     taken: list[Tensor] = []
 
     def take(engine: Engine, batches: Sequence[Rows], num_rows: int) -> Tensor:

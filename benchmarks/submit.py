@@ -1,13 +1,13 @@
-"""What `hpccl submit` costs on a real SLURM (slurm/testbed), beside `sbatch` of the same job without it. Needs root.
+"""The cost of `hpccl submit` on a real SLURM (slurm/testbed), compared with a plain `sbatch` of the job. Needs root.
 
 Commands are called in turns, medians are reported, in seconds by the clock:
 
     return_one             `hpccl submit` of one run, until it returns
-    return_array           the same of a sweep of 100 runs, as one array
-    return_sbatch          `sbatch` of a script that starts the same training with srun, nothing checked
+    return_array           the same for a sweep of 100 runs, as one array
+    return_sbatch          `sbatch` of a script that starts the same training with srun, without checks
 
-    first_step             from the start of `hpccl submit` until the first training step is in the diary
-    first_step_sbatch      the same of that script
+    first_step             from the start of `hpccl submit` until the first training step is in the event log
+    first_step_sbatch      the same for that script
     start_up_overhead      their difference, turn by turn
 """
 
@@ -42,7 +42,7 @@ srun {python} -m hpccl.cli train "$@"
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one turn")
     parser.add_argument("--turns", type=int, default=5)
@@ -52,7 +52,7 @@ def main() -> None:
     if absent is not None:
         print_result("submit", {}, skipped=absent)
         return
-    folder = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))  # short, for unix sockets
+    folder = Path(tempfile.mkdtemp(prefix="hb-", dir="/tmp"))  # a short path, for Unix sockets
     try:
         with Testbed(folder / "c", Settings(nodes=2)) as testbed:
             os.environ["PATH"] = testbed.search_path
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(folder: Path, turns: int) -> dict[str, list[float]]:
-    """Seconds of every turn; a turn before them warms up."""
+    """Return the seconds of every turn, after one turn for warm-up."""
     script = folder / "bare.sbatch"
     script.write_text(SCRIPT.format(python=sys.executable))
     found: dict[str, list[float]] = {}
@@ -90,18 +90,18 @@ def measure(folder: Path, turns: int) -> dict[str, list[float]]:
 
 
 def submitted(run: Path, *settings: str) -> float:
-    """Seconds that `hpccl submit` took."""
+    """Return the seconds that `hpccl submit` takes."""
     return ask(sys.executable, "-m", "hpccl.cli", "submit", *RUN, *CLUSTER, f"folder={run}", *settings)
 
 
 def sbatch(script: Path, run: Path, *options: str) -> float:
-    """Seconds that `sbatch` took."""
+    """Return the seconds that `sbatch` takes."""
     log = f"--output={run.parent}/%j.log"
     return ask("sbatch", log, "--mem=1G", *options, str(script), *RUN, "cluster.threads=1", f"folder={run}")
 
 
 def first_step(run: Path, spent: float) -> float:
-    """Seconds since the command, which took `spent` of them, until a training step was written down; then wait."""
+    """Return the seconds from the command, which took `spent` of them, to the first logged training step; then wait."""
     began = time.monotonic() - spent
     diary = run / "events.jsonl"
     while not _has(diary, "step"):
@@ -118,7 +118,7 @@ def _has(diary: Path, kind: str) -> bool:
 
 
 def ask(*command: str) -> float:
-    """Seconds that a command took; it must succeed."""
+    """Return the seconds that a command takes; it must succeed."""
     began = time.monotonic()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
     return time.monotonic() - began

@@ -1,14 +1,14 @@
-"""What grows with the number of tasks: step time, resident memory and checkpoints at task 2 and at task 20.
+"""Growth with the number of tasks: step time, resident memory and checkpoints at task 20 compared with task 2.
 
 Each method learns 20 tasks of random images in a process of its own, through the trainer's own functions (fit,
 consolidate, evaluate, save). Steps are timed afterwards: the priors of both tasks are read back from their checkpoints
-and train in turns, at the same number of rows a step, so that other load on the machine hits both alike.
+and train in turns, with the same number of rows per step, so that other load on the machine affects both alike.
 
-    step_time_ratio          of a step on task 20 over one on task 2
-    resident_ratio           of the process after task 20 over after task 2, once the allocator gave back what is free
+    step_time_ratio          time of a step on task 20 over one on task 2
+    resident_ratio           resident memory after task 20 over after task 2, once the allocator released free memory
                              (what it keeps follows the largest batch: up to 500 memory examples are labelled at a time)
-    checkpoint_bytes_growth  of the checkpoint at the end of task 20 over that of task 2
-    memory_bytes_growth      of the tensors of the memory in it: the part of the growth that is meant
+    checkpoint_bytes_growth  bytes of the checkpoint at the end of task 20 minus those of task 2
+    memory_bytes_growth      the same of the memory's tensors in it: the intended part of the growth
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """pixels a side; training images a class; examples kept a task; steps between two looks at the clock; turns.
+    """Pixels a side; training images per class; examples kept per task; steps per timing; turns.
 
-    10 * train is a multiple of the batch of 2 * keep rows, so that all steps have equally many.
+    10 * train is a multiple of the batch of 2 * keep rows, so that all steps have equally many rows.
     """
 
     pixels: int
@@ -69,7 +69,7 @@ QUICK = Size(pixels=16, train=8, keep=20, steps=10, turns=7)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller and fewer images, fewer turns")
     options = parser.parse_args()
@@ -77,14 +77,14 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="hpccl-bench-") as folder:
         for method in METHODS:
-            # A process of its own: what one method leaves in memory is not counted for the next.
+            # A process per method, so that memory left by one method is not counted for the next.
             spawn(work, (method, size, folder))
             found[method] = json.loads((Path(folder) / f"{method}.json").read_text())
     report(found, quick=options.quick, **vars(size))
 
 
 def report(found: Mapping[str, Mapping[str, Any]], **details: Any) -> None:
-    """One line a method, and the result."""
+    """Print one line per method, and the result."""
     headline: dict[str, float] = {}
     for method, measured in found.items():
         early, late = measured["early"], measured["late"]
@@ -110,7 +110,7 @@ def report(found: Mapping[str, Mapping[str, Any]], **details: Any) -> None:
 
 
 def work(_: int, method: str, size: Size, folder: str) -> None:
-    """One method, in its process."""
+    """Measure one method in a process of its own."""
     torch.set_num_threads(1)
     world, state = begin(method, size, Path(folder) / method)
     measured: dict[str, Any] = {}
@@ -127,7 +127,7 @@ def work(_: int, method: str, size: Size, folder: str) -> None:
 
 
 def begin(method: str, size: Size, folder: Path) -> tuple[World, RunState]:
-    """A run before its first task."""
+    """Return a run before its first task."""
     memory = {} if method == "ewc" else {"size": size.keep, "mix": {"kind": "stratified", "share": 0.5}}
     config = RunConfig.model_validate(
         {
@@ -148,7 +148,7 @@ def begin(method: str, size: Size, folder: Path) -> tuple[World, RunState]:
 
 
 def held(state: RunState, world: World) -> dict[str, int]:
-    """Bytes of the process, of the newest checkpoint, and of what it is made of."""
+    """Return the bytes of the process, of the newest checkpoint, and of its parts."""
     gc.collect()
     untrimmed = psutil.Process().memory_info().rss
     if sys.platform == "linux":
@@ -162,16 +162,16 @@ def held(state: RunState, world: World) -> dict[str, int]:
         "checkpoint": sum(file.stat().st_size for file in checkpoint.iterdir()),
         "memory": state.prior.memory.num_bytes,
         "curvature": quadratic.precision.totals(world.comm).num_bytes if quadratic else 0,
-        # The table of accuracies, and the names and numbers beside the tensors.
+        # The table of accuracies, and the names and numbers stored with the tensors.
         "text": (checkpoint / "state.json").stat().st_size,
     }
 
 
 def timed(state: RunState, world: World, size: Size) -> tuple[dict[str, list[float]], float]:
-    """Rows a second of every turn on both tasks, and the ratio of processor times, late over early."""
+    """Return rows per second of every turn on both tasks, and the ratio of processor times, late over early."""
 
     def steps(index: int) -> Steps:
-        """On task `index`, under the prior that its predecessor left."""
+        """Return steps on task `index`, under the prior after the preceding task."""
         checkpoints = world.folder.checkpoints
         before = next(mark for mark in marks(checkpoints) if (mark.task, mark.phase) == (index - 1, "done"))
         saved, shards = load(checkpoints, before)["prior"], open_shards(checkpoints, before)

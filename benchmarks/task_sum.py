@@ -1,8 +1,8 @@
 """How far each policy for the sum over tasks is from the exact sum, on curvatures of a real run.
 
 A network learns the digits in five tasks, one after the other, with the Kronecker quadratic. The curvature of each task
-is measured at the end of it. For each policy and layer: the relative Frobenius error of the summed matrix, and the
-relative error of its product with the way the weights went from the first task to the last, both against the dense sum.
+is measured at its end. For each policy and layer: the relative Frobenius error of the summed matrix, and the relative
+error of its product with the displacement of the weights from the first task to the last, both against the dense sum.
 
     python benchmarks/task_sum.py [--quick]
 """
@@ -44,7 +44,7 @@ SOLO = Comm.solo()
 
 
 def configuration(epochs: int) -> RunConfig:
-    """Five tasks of two classes, all seen classes competing, so that the tasks' curvatures differ."""
+    """Return a configuration of five tasks of two classes; all seen classes compete, so that curvatures differ."""
     return RunConfig.model_validate(
         {
             "stream": {"kind": "digits", "tasks": 5},
@@ -60,7 +60,7 @@ def configuration(epochs: int) -> RunConfig:
 
 
 def learned(config: RunConfig, folder: Path) -> tuple[list[Kronecker], dict[str, Tensor]]:
-    """Each task's curvature alone, and the weights' way from the first task's end to the last's."""
+    """Return each task's curvature, and the displacement of the weights from the first task's end to the last's."""
     run_folder = RunFolder(folder)
     run_folder.create()
     stream = open_stream(config.stream, config.data)
@@ -85,7 +85,7 @@ def learned(config: RunConfig, folder: Path) -> tuple[list[Kronecker], dict[str,
 
 
 def dense(block: Block) -> Tensor:
-    """[o * d, o * d] float64."""
+    """Return the block as a dense matrix [o * d, o * d] float64."""
     total = torch.zeros(())
     for term in block.terms:
         if isinstance(term, Eigen):
@@ -97,7 +97,7 @@ def dense(block: Block) -> Tensor:
 
 
 def errors(each: Sequence[Kronecker], way: dict[str, Tensor], tasks: TasksConfig) -> dict[str, dict[str, float]]:
-    """By layer: Frobenius and product error, the terms that are left, and the stated bound."""
+    """Return by layer: Frobenius and product error, the number of terms left, and the stated bound."""
     own = [Kronecker(one.blocks, one.rest, one.num_examples, tasks, one.layouts) for one in each]
     whole = reduce(lambda total, new: total.plus(new, SOLO), own)
     found = {}

@@ -1,6 +1,6 @@
 """What each part of the method contributes: `ewc+fr+replay` on Split-CIFAR, each row one change from the first.
 
-In the first row all terms have weight 1, as in the theory; `published` has the paper's weights, `tuned` those that
+In the first row all terms have weight 1, as in the theory; `published` has the paper's weights, `tuned` the ones that
 launch/tune.py chose, if it has run.
 
     python launch/ablation.py [--rows base diagonal ekfac] [--seeds 0 1 2] [--jobs 2] [--quick]
@@ -24,7 +24,7 @@ SHARE = "curvature.fraction=[0.1, 1.0]"
 PUBLISHED, CHOSEN = "configs/split_cifar/published", "configs/split_cifar/chosen"
 ROWS: dict[str, tuple[str, ...]] = {
     "base": (),
-    # Another kind has its own settings: what the recipe says of all is said again.
+    # Another kind has its own settings, so the recipe's settings for all kinds are repeated.
     "diagonal": ("curvature.kind=diagonal", "curvature.fisher=ggn", SHARE),
     "ekfac": ("curvature.kind=ekfac", "curvature.fisher=ggn", "curvature.precision=bf16", SHARE),
     "teacher": ("prior.view=teacher",),
@@ -42,10 +42,10 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained.
+    """The runs of a campaign.
 
-    folder: of the runs; first: of finetune's; out: of the comparison; base: files and settings of every run; size: of
-    the memory, examples a task
+    folder: of the runs; first: folder of the finetune runs; out: folder of the comparison; base: configuration files
+    and settings of every run; size: memory size, examples per task
     """
 
     folder: Path
@@ -75,7 +75,7 @@ DIGITS = Setting(
 
 
 def trainings(setting: Setting, rows: Sequence[str]) -> Iterator[Step]:
-    """All rows of a seed before those of the next, after the finetune whose first task they take."""
+    """Yield all rows of a seed before those of the next, after the finetune run whose first task they take."""
     files = (*setting.base, f"configs/method/{METHOD}.yaml", f"memory.size={setting.size}")
     for seed in setting.seeds:
         first, path = f"finetune-{seed}", f"{setting.first}/finetune-{seed}"
@@ -88,12 +88,12 @@ def trainings(setting: Setting, rows: Sequence[str]) -> Iterator[Step]:
 
 
 def available() -> list[str]:
-    """All rows, `tuned` only if weights were chosen."""
+    """Return all rows, `tuned` only if weights were chosen."""
     return [row for row in ROWS if row != "tuned" or Path(CHOSEN, f"{METHOD}.yaml").exists()]
 
 
 def campaign(setting: Setting, rows: Sequence[str]) -> Campaign:
-    """All runs and their comparison."""
+    """Return all runs and their comparison."""
     steps = tuple(trainings(setting, rows))
     names = [step.name for step in steps if step.after]
     folders = [f"{setting.folder}/{name}" for name in names]

@@ -26,7 +26,7 @@ WITHOUT_MEMORY = ("ewc",)
 
 
 def shards(chosen: argparse.Namespace) -> list[Step]:
-    """One step for each split; a build that was interrupted goes on."""
+    """Return one step per split, which builds its shards; an interrupted build is continued."""
     shrink = ["--max-side", str(chosen.max_side), "--quality", "90"]
     labels = {"--labels": chosen.labels, "--synsets": chosen.synsets}
     told = [word for option, path in labels.items() if path is not None for word in (option, str(path))]
@@ -39,7 +39,7 @@ def shards(chosen: argparse.Namespace) -> list[Step]:
 
 
 def trainings(chosen: argparse.Namespace, after: tuple[str, ...]) -> Iterator[Step]:
-    """`finetune` trains each seed's first task for all methods with a past."""
+    """Yield the runs of every seed; `finetune` trains the first task for all continual methods."""
     data = [f"stream.parts=[{{path: {json.dumps(chosen.shards)}, tasks: {chosen.tasks}}}]"]
     for seed in chosen.seeds:
         first = f"finetune-{seed}"
@@ -63,7 +63,7 @@ def _training(
 
 
 def campaign(chosen: argparse.Namespace) -> Campaign:
-    """All of it."""
+    """Return the shards, all runs and their report."""
     built = shards(chosen)
     runs = tuple(trainings(chosen, tuple(step.name for step in built)))
     folders = [f"{chosen.folder}/{step.name}" for step in runs]

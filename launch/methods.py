@@ -9,9 +9,10 @@ Task-incremental is train.head=own, class-incremental train.head=seen; methods w
 class-incrementally only. m is the number of examples per task; a method with one budget for all tasks gets m times
 their number, so that all methods hold equally many in the end. FROMP, which would recall all of its memory in every
 step, holds a fifth and recalls 50 of each task; its strengths are the published ones
-(configs/preset/authors/fromp.yaml). Those of MAS, local MAS and SI were chosen by launch/tune.py, task-incrementally,
-and are used class-incrementally, too; the others are those of configs/method: they are not tuned for this comparison.
-GDumb trains one network on the memory alone, with about as many images as other methods see in all.
+(configs/preset/authors/fromp.yaml). The strengths of MAS, local MAS and SI were chosen by launch/tune.py,
+task-incrementally, and are used class-incrementally, too; all others are those of configs/method, which are not tuned
+for this comparison. GDumb trains one network on the memory alone, on about as many images as the other methods see in
+all.
 
 Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in minutes instead. Finished runs are
 not repeated and killed ones continue, so you can start it again at any time. Seeds run one after the other. A seed's
@@ -30,7 +31,7 @@ from pathlib import Path
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
 
 HEADS = {"own": "task_incremental", "seen": "class_incremental"}
-CLASSES = ("icarl", "bic", "er_ace", "lwf.mc", "topic", "prototypes")  # whose files say train.head=seen
+CLASSES = ("icarl", "bic", "er_ace", "lwf.mc", "topic", "prototypes")  # their files set train.head=seen
 # memory.size examples a task
 SIZED = ("replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+replay", "ewc+both", "kpriors")
 BUDGET = ("er", "er_ace", "der", "der++", "gdumb", "icarl", "bic")  # memory.total examples of all tasks
@@ -39,21 +40,21 @@ WITHOUT = (
     *("si", "lwf", "lwf.mc", "topic", "prototypes"),
 )
 METHODS = (*WITHOUT, *SIZED, "fromp", *BUDGET)
-CURVED = ("ewc", "online_ewc", "ewc+fr", "ewc+replay", "ewc+fr+replay", "ewc+both")  # with the base's curvature
+CURVED = ("ewc", "online_ewc", "ewc+fr", "ewc+replay", "ewc+fr+replay", "ewc+both")  # use the base's curvature
 FROMP = ("prior.fromp.weight=50000", "prior.fromp.precision=1e-4", "prior.fromp.jitter=1e-6")
-NO_NATS = ("mas", "mas_local", "si")  # whose importances have units of their own, and so a weight that is looked for
-# Their first task is another one than finetune's, or they need its path (si).
+NO_NATS = ("mas", "mas_local", "si")  # their importances are not in nats, so that their weight is tuned
+# Their first task differs from finetune's, or they need its trajectory (si).
 OWN_FIRST = ("finetune", "joint", "separate", "gdumb", "si", "kpriors", "icarl", "lwf.mc", "bic")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained.
+    """The runs of a campaign.
 
-    folder: of the runs; out: of the comparisons; base: files and settings of every run; weights: folder of files by
-    method that set the weights of NO_NATS, or None; size: of the memory, examples a task; tasks: of the stream;
-    gdumb: epochs of its network, which has no other training; curved: settings of FROMP, and of class-incremental runs
-    of CURVED
+    folder: of the runs; out: folder of the comparisons; base: configuration files and settings of every run; weights:
+    folder of METHOD.yaml files that set the weights of NO_NATS, or None; size: memory size, examples per task; tasks:
+    number of tasks of the stream; gdumb: epochs for which GDumb trains its network; curved: settings of FROMP, and of
+    class-incremental runs of CURVED
     """
 
     folder: Path
@@ -92,7 +93,7 @@ DIGITS = Setting(
 
 
 def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
-    """All runs of a seed before those of the next; of each kind finetune, whose first task others take, comes first."""
+    """Yield all runs of a seed before those of the next; for each head finetune first, whose first task others take."""
     for seed in setting.seeds:
         for head in setting.heads:
             for method in ("finetune", *(method for method in methods if method != "finetune")):
@@ -133,7 +134,7 @@ def _memory(setting: Setting, method: str) -> list[str]:
 
 
 def campaign(setting: Setting, methods: Sequence[str]) -> Campaign:
-    """All runs, and a comparison of each kind when its runs are done."""
+    """Return all runs, and a comparison for each kind of head."""
     steps = tuple(trainings(setting, methods))
     reports = []
     for head in setting.heads:

@@ -1,4 +1,4 @@
-"""Optimisers that learn a distribution over weights or look for flat minima, compared with SGD and AdamW, on CIFAR-10.
+"""Optimisers that learn a distribution over weights or seek flat minima, compared with SGD and AdamW, on CIFAR-10.
 
     python launch/optimizers.py [--jobs 2]
     python launch/optimizers.py --optimizers sgd ivon --models cifarnet --seeds 0
@@ -8,8 +8,8 @@
 CIFAR-10 is the first task of Split-CIFAR; CifarNet and timm's ResNet-18 learn it in ten epochs (configs/cifar10.yaml),
 every optimiser with the settings of configs/cifar10/OPTIMIZER.yaml. Needs the shards that README.md builds; `--quick`
 trains on scikit-learn's digits in a minute instead. Finished runs are not repeated and killed ones continue, so you can
-start it again at any time. Three seeds, one after the other. At the end, it compares all runs, with likelihood and
-calibration of the networks at the mean of the learned distribution.
+start it again at any time. There are three seeds, one after the other. At the end, all runs are compared, including
+likelihood and calibration of the networks at the mean of the learned distribution.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ MODELS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained.
+    """The runs of a campaign.
 
-    folder: of the runs; out: of the comparison; base: files and settings of every run; files: folder of one file an
-    optimiser; models: of MODELS
+    folder: of the runs; out: folder of the comparison; base: configuration files and settings of every run; files:
+    folder with one file per optimiser; models: keys of MODELS
     """
 
     folder: Path
@@ -64,7 +64,7 @@ DIGITS = Setting(
 
 
 def trainings(setting: Setting, optimizers: Sequence[str]) -> Iterator[Step]:
-    """All runs of a seed before those of the next."""
+    """Yield all runs of a seed before those of the next."""
     for seed in setting.seeds:
         for model in setting.models:
             for optimizer in optimizers:
@@ -75,7 +75,7 @@ def trainings(setting: Setting, optimizers: Sequence[str]) -> Iterator[Step]:
 
 
 def campaign(setting: Setting, optimizers: Sequence[str]) -> Campaign:
-    """All runs and their comparison."""
+    """Return all runs and their comparison."""
     steps = tuple(trainings(setting, optimizers))
     folders = [f"{setting.folder}/{step.name}" for step in steps]
     report = Step("report", ("report", *folders, f"--out={setting.out}"), tuple(step.name for step in steps))

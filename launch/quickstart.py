@@ -17,7 +17,7 @@ RUNS = [("finetune", 1), ("ewc+fr+replay", 2), ("joint", 1)]
 
 
 def campaign() -> Campaign:
-    """Three runs and a report."""
+    """Return three runs and their report."""
     steps = []
     for method, processes in RUNS:
         files = ["configs/quickstart.yaml", f"configs/method/{method}.yaml"]

@@ -5,8 +5,8 @@
 
 Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in a minute instead. Finished runs are
 not repeated and killed ones continue, so you can start it again at any time. Each seed's first task is trained once and
-shared. At the end, it compares all runs, and how well each selector reconstructs the gradient of the past on the
-trajectory of each seed's uniform run.
+shared. At the end, all runs are compared, and so is how well each selector reconstructs the gradient of the past along
+the trajectory of each seed's uniform run.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ COMPARED = (*SELECTORS, "reconstruction+fitted")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained.
+    """The runs of a campaign.
 
-    folder: of the runs; out: of the comparison
+    folder: of the runs; out: folder of the comparison; sizes: memory sizes, examples per task; arguments:
+    configuration files and settings of every run
     """
 
     folder: Path
@@ -60,7 +61,7 @@ DIGITS = Setting(
 
 
 def trainings(setting: Setting, selectors: Sequence[str]) -> Iterator[Step]:
-    """Those that train a first task before those that take it."""
+    """Yield all runs of a seed before those of the next, and before the others the one that trains the first task."""
     for seed in setting.seeds:
         first = f"uniform-{setting.sizes[0]}-{seed}"
         for number in setting.sizes:
@@ -75,7 +76,7 @@ def trainings(setting: Setting, selectors: Sequence[str]) -> Iterator[Step]:
 
 
 def campaign(setting: Setting, selectors: Sequence[str]) -> Campaign:
-    """All runs, their comparison, and the reconstruction along each seed's trajectory."""
+    """Return all runs, their comparison, and the reconstruction along each seed's trajectory."""
     steps = tuple(trainings(setting, selectors))
     folders = [f"{setting.folder}/{step.name}" for step in steps]
     report = Step("report", ("report", *folders, f"--out={setting.out}"), tuple(step.name for step in steps))

@@ -8,7 +8,8 @@
 Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in a minute instead. Finished runs are
 not repeated and killed ones continue, so you can start it again at any time. Seeds run one after the other, so that a
 campaign that is cut short has complete tables of fewer seeds. A seed's first task is trained once, by finetune, and
-shared: it does not depend on the method. All terms have weight 1, as in the theory, or what launch/tune.py chose.
+shared: it does not depend on the method. Terms have weight 1, as in the theory, or the weights that launch/tune.py
+chose.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ METHODS = (*ALONE, "replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained.
+    """The runs of a campaign.
 
-    folder: of the runs; out: of the comparison; base: files and settings of every run; weights: folder of files by
-    method that set the weights of the terms, or None; sizes: of the memory, examples a task
+    folder: of the runs; out: folder of the comparison; base: configuration files and settings of every run; weights:
+    folder of METHOD.yaml files that set the weights of the terms, or None; sizes: memory sizes, examples per task
     """
 
     folder: Path
@@ -59,7 +60,7 @@ DIGITS = Setting(
 
 
 def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
-    """All runs of a seed before those of the next; finetune, whose first task the others take, is the first."""
+    """Yield all runs of a seed before those of the next; finetune comes first, as the others take its first task."""
     for seed in setting.seeds:
         first = f"finetune-{seed}"
         for method in ("finetune", *(method for method in methods if method != "finetune")):
@@ -82,7 +83,7 @@ def _training(setting: Setting, method: str, number: int, seed: int, *, name: st
 
 
 def campaign(setting: Setting, methods: Sequence[str], published: Path | None) -> Campaign:
-    """All runs and their comparison, which takes those that were begun."""
+    """Return all runs and their comparison, which takes those that were begun."""
     steps = tuple(trainings(setting, methods))
     folders = [f"{setting.folder}/{step.name}" for step in steps]
     beside = [f"--compare={published}"] if published else []

@@ -20,7 +20,7 @@ from hpccl.errors import ConfigError, HpcclError
 
 
 def campaign(name: str, arguments: list[str], *, together: bool) -> Campaign:
-    """Every run is a step of its own, or all are one step, which a cluster makes an array of."""
+    """Return the runs and their report; with `together`, all runs are one step, which becomes a job array."""
     folder = Path("runs", name)
     files = [argument for argument in arguments if not is_override(argument)]
     settings = [argument for argument in arguments if is_override(argument)]
@@ -43,7 +43,7 @@ def campaign(name: str, arguments: list[str], *, together: bool) -> Campaign:
 
 
 def _written(point: dict[str, str], name: str, path: str) -> list[str]:
-    """A run's folder has its values in it, and so may have a comma, which without quotes would make it a sweep."""
+    """Return a run's overrides; its folder is quoted, as it contains values whose commas would make it a sweep."""
     return [*(f"{key}={value}" for key, value in point.items()), f"name={name}", f"folder={json.dumps(path)}"]
 
 

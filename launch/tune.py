@@ -4,7 +4,7 @@
 
 Every candidate of GRID is trained with a tenth of the training images held out (data.validation) at two sizes of
 memory (`--sizes`); `hpccl choose` then takes the candidate with each method's best mean and writes
-configs/split_cifar/chosen/METHOD.yaml, which launch/split_cifar.py, launch/methods.py (of MAS, local MAS and SI) and
+configs/split_cifar/chosen/METHOD.yaml, which launch/split_cifar.py, launch/methods.py (for MAS, local MAS and SI) and
 launch/ablation.py (for one of its rows) read.
 Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in a minute instead. Finished runs are
 not repeated, so you can start it again at any time.
@@ -26,9 +26,9 @@ LAMBDA = "prior.quadratic.weight"
 TAU = "prior.weight"
 _STRENGTHS = ("1.0", "3.0", "10.0")
 _MEMORY: Grid = {TAU: ("0.25", "1.0", "4.0")}
-# Memory counts as its examples do, as the theory has it; how much the quadratic does is found (1 in theory).
+# The memory has the weight of its examples, as in the theory; the weight of the quadratic is tuned (1 in theory).
 _BOTH: Grid = {TAU: ("1.0",), LAMBDA: ("0.3", "1.0", "3.0")}
-# As many candidates for each method, so that none is the best by having been looked for longer.
+# Equally many candidates for each method, so that none gains from a longer search.
 GRID: dict[str, Grid] = {
     "ewc": {LAMBDA: _STRENGTHS},
     "replay": _MEMORY,
@@ -43,15 +43,15 @@ GRID: dict[str, Grid] = {
     "si": {LAMBDA: ("0.1", "1.0", "10.0")},
 }
 ALONE = ("ewc", "online_ewc", "mas", "mas_local", "si")  # without a memory
-OWN_FIRST = ("si",)  # needs the first task's path
+OWN_FIRST = ("si",)  # needs the trajectory of the first task
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained.
+    """The runs of a campaign.
 
-    folder: of the runs; out: of the files that are written; base: files and settings of every run; sizes: of the
-    memory, examples a task
+    folder: of the runs; out: folder of the chosen settings; base: configuration files and settings of every run;
+    sizes: memory sizes, examples per task
     """
 
     folder: Path
@@ -76,13 +76,13 @@ DIGITS = Setting(
 
 
 def candidates(grid: Grid) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """A short name and the settings of each point of a grid."""
+    """Yield a short name and the settings of each point of a grid."""
     for values in itertools.product(*grid.values()):
         yield "-".join(values), tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))
 
 
 def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
-    """One first task, then every candidate of every method, which take it."""
+    """Yield the run of the first task, then every candidate of every method, which take that task."""
     held = (*setting.base, "data.validation=0.1")
     seed = f"seed={setting.seed}"
     first = f"{setting.folder}/first"
@@ -100,7 +100,7 @@ def trainings(setting: Setting, methods: Sequence[str]) -> Iterator[Step]:
 
 
 def campaign(setting: Setting, methods: Sequence[str]) -> Campaign:
-    """All candidates, and the choice."""
+    """Return all candidates, and the choice among them."""
     steps = tuple(trainings(setting, methods))
     tried = [step.name for step in steps if step.name != "first"]
     folders = [f"{setting.folder}/{name}" for name in tried]

@@ -14,12 +14,12 @@ Item = TypeVar("Item")
 
 
 def ahead(items: Iterator[Item], *, depth: int = 2) -> Generator[Item, None, None]:
-    """The same items; up to `depth` are made in advance, and closing the iterator ends the thread.
+    """Yield the same items; up to `depth` are made in advance, and closing the iterator ends the thread.
 
-    An exception raised while an item is made is raised where that item is asked for.
+    An exception raised while an item is made is raised where that item is requested.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hpccl-data") as pool:
-        # A list of at most one item tells the end of the iterator from any item.
+        # A list of at most one item distinguishes the end of the iterator from any item.
         pending = deque(pool.submit(_take, items) for _ in range(depth))
         try:
             while taken := pending.popleft().result():

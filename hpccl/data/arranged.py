@@ -1,4 +1,4 @@
-"""From data sets to tasks: the scenario, and what it does to images, names and fingerprints."""
+"""From data sets to tasks: the scenario, and its effect on images, names and fingerprints."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def arranged(
     data: DataConfig,
     names: Callable[[npt.NDArray[np.int64]], Sequence[str]],
 ) -> Layout:
-    """The tasks; with data.validation, tests are on held-out training images (both splits are then the same one).
+    """Lay out the tasks; with data.validation, tests use held-out training images (both splits are then the same one).
 
-    names: of the training images of the first data set, by their numbers in it
+    names: maps numbers of training images of the first data set to their names
     """
     order, seed, first = stream.order, stream.order_seed, collections[0]
     match stream.scenario:
@@ -48,7 +48,7 @@ def arranged(
         case DomainScenario():
             return _tested(align(collections, order=order, seed=seed), data)
         case PermutedScenario() | RotatedScenario():
-            # Held out before it is repeated: what one task tests on, no other trains on.
+            # Held out before it is repeated, so that no task trains on what another one tests on.
             whole = _tested(arrange([replace(first, tasks=1)], order=order, seed=seed), data)
             return repeated(whole, first.tasks)
         case BlurryScenario(blur=blur, disjoint=disjoint, seed=own_seed):
@@ -56,7 +56,7 @@ def arranged(
             return blurred(layout, blur=blur, disjoint=disjoint, seed=own_seed)
         case FewShotScenario(shots=shots, lists=lists, seed=own_seed):
             sessions = arrange([_sessions(first, stream.scenario)], order=order, seed=seed)
-            # Held out before shots are drawn: sessions are tested on more than a share of their shots.
+            # Held out before shots are drawn: sessions are tested on a share of all their images, not of their shots.
             if lists is None:
                 return drawn_shots(_tested(sessions, data), shots=shots, seed=own_seed)
             folder = Path(lists).expanduser()
@@ -70,7 +70,7 @@ def _tested(layout: Layout, data: DataConfig) -> Layout:
 
 
 def _sessions(collection: Collection, scenario: FewShotScenario) -> Collection:
-    """The data set with as many classes as the base and the sessions have."""
+    """Restrict the data set to as many classes as the base and the sessions have."""
     widths = (scenario.base, *[scenario.way] * (collection.tasks - 1))
     if sum(widths) > len(collection.class_names):
         raise ConfigError(
@@ -82,7 +82,7 @@ def _sessions(collection: Collection, scenario: FewShotScenario) -> Collection:
 
 
 def changes_of(stream: StreamConfig) -> Changes | None:
-    """What tasks do to their images."""
+    """Return how tasks change their images; None if they do not."""
     match stream.scenario:
         case PermutedScenario(seed=seed):
             return Changes(Permuted(seed))
@@ -94,9 +94,9 @@ def changes_of(stream: StreamConfig) -> Changes | None:
 
 
 def marked(fingerprint: str, layout: Layout, stream: StreamConfig, data: DataConfig) -> str:
-    """A fingerprint that also changes with which sample is where, where a seed or a file decides it.
+    """Return a fingerprint that also depends on the order of samples, where a seed or a file decides it.
 
-    And with what domains, or data sets that come again, hold out: earlier versions took other images.
+    It also depends on what is held out of domains, or of repeated data sets: earlier versions held out other images.
     """
     by_class, domains = isinstance(stream.scenario, ClassScenario), isinstance(stream.scenario, DomainScenario)
     once = len(set(layout.first_of)) == len(layout.first_of)
@@ -110,6 +110,6 @@ def marked(fingerprint: str, layout: Layout, stream: StreamConfig, data: DataCon
 
 
 def labelled(name: str, layout: Layout, split: Split, sample: int) -> str:
-    """A name that says which task changed the image, if one did."""
+    """Return an image's name, followed by the number of the task that changed the image, if one did."""
     change = layout.index[split].change
     return name if change is None or change[sample] == 0 else f"{name}@{change[sample] + 1}"

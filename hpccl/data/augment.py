@@ -1,7 +1,7 @@
 """Pixels to network input: crop, mirror and normalise a batch, as a pure function of each image's key.
 
-Images are uint8 [n, h, w, channels]. Key 0 asks for the image as it is. The numbers drawn for an image are hashes of
-its key, so that neither the batch it is in nor the process that makes it matters.
+Images are uint8 [n, h, w, channels]. Key 0 leaves an image unchanged. Random numbers are hashes of an image's key, so
+that they depend neither on the batch it is in nor on the process that makes it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Pixels = npt.NDArray[np.uint8]
 Keys = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
 
-_CACHED = 1 << 16  # numbers
-# What a hash of the key is for.
+_CACHED = 1 << 16  # values that are normalised at a time
+# The purposes of hashes of a key.
 _TOP, _LEFT, _MIRROR = range(1, 4)
 
 
 def draw_crop_flip(keys: Keys, *, padding: int, flip: bool) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
-    """For every key [n]: the crop's top and left in the padded image, from 0 to 2 padding, and whether to mirror."""
+    """Draw for every key [n] the crop's top and left in the padded image (0 to 2 padding), and whether to mirror."""
     random = keys != 0
     choices = np.uint64(2 * padding + 1)
     top = np.where(random, (mix(keys, _TOP) % choices).astype(np.int64), padding)
@@ -59,7 +59,7 @@ class BatchAugment:
     flip: bool = False
 
     def __call__(self, images: Pixels, keys: Keys) -> Pixels:
-        """[n, h, w, channels] to the same; may return its argument."""
+        """Augment images [n, h, w, channels]; may return its argument."""
         if self.padding == 0 and not self.flip:
             return images
         return crop_flip(images, keys, padding=self.padding, flip=self.flip)
@@ -77,7 +77,7 @@ class Normaliser:
 
     @classmethod
     def of(cls, mean: Sequence[float], std: Sequence[float], channels: int) -> Normaliser:
-        """From data.mean and data.std: one value for all channels, or one a channel.
+        """Make one from data.mean and data.std, which have one value for all channels, or one per channel.
 
         Raises:
             ConfigError: another number of values, or a deviation that is not positive.
@@ -100,13 +100,13 @@ class Normaliser:
         )
 
     def __call__(self, images: Pixels) -> Tensor:
-        """uint8 [n, h, w, channels] to float32 [n, channels, h, w] that keeps its memory order (channels_last)."""
+        """Turn uint8 [n, h, w, channels] into float32 [n, channels, h, w], in channels_last memory order."""
         num, height, width, channels = images.shape
         out = np.empty(images.shape, dtype=np.float32)
         # One long row of repeated channels: an inner loop of 3 would not be vectorised.
         pixels, given = (array.reshape(num * height, width * channels) for array in (out, images))
         scale, shift = np.tile(self.scale, width), np.tile(self.shift, width)
-        # So many rows at a time as stay in a core's cache between the three passes.
+        # As many rows at a time as stay in a core's cache between the three passes.
         step = max(_CACHED // max(width * channels, 1), 1)
         for start in range(0, len(pixels), step):
             rows = pixels[start : start + step]
@@ -116,10 +116,10 @@ class Normaliser:
         return torch.from_numpy(out).permute(0, 3, 1, 2)
 
     def on_device(self, images: Tensor) -> Tensor:
-        """The same, bit for bit, where the pixels are: uint8 [n, h, w, channels] on any device."""
+        """Do the same, bit for bit, on the device of the pixels, uint8 [n, h, w, channels]."""
         scale, shift = (
             torch.from_numpy(values)[:, None, None].to(images.device, non_blocking=True)
             for values in (self.scale, self.shift)
         )
-        # Two kernels, each rounded: one fused multiply-add would round once.
+        # Two kernels, which round twice as on the CPU: a fused multiply-add would round once.
         return images.permute(0, 3, 1, 2).to(torch.float32).mul_(scale).add_(shift)

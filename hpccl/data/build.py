@@ -23,8 +23,8 @@ def open_stream(
     """Open a stream of tasks. Every process of a run calls this; the first one on a machine decodes for all.
 
     added: folders of shards with further training images of the stream's classes; see `Stream.added`.
-    copies: folder of the images that memory keeps for itself; where it has some of a part whose training shards are
-        gone, the stream is opened all the same, and `absent` says what cannot be read.
+    copies: folder of the images that memory keeps for itself; if it has some of a part whose training shards are gone,
+        the stream is opened all the same, and `absent` reports what cannot be read.
 
     Raises:
         ConfigError: classes cannot be cut into so many tasks, images have several sizes and data.image_size is not set,
@@ -50,7 +50,7 @@ def open_stream(
 
 
 def outline(stream: StreamConfig, data: DataConfig, *, copies: Path | None = None) -> Outline:
-    """The outline of the stream that `open_stream` would open; of shards, it reads the indices alone.
+    """Return the outline of the stream that `open_stream` would open; of shards, only the indices are read.
 
     Raises:
         ConfigError: classes cannot be cut into so many tasks, or images have several sizes and data.image_size is not

@@ -1,4 +1,4 @@
-"""A stream of the images in shards: checked, decoded once and kept, or decoded as they are needed."""
+"""A stream of the images in shards: checked, and decoded either once into a cache or for every use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["open_shards", "outline_shards"]
 Shapes = dict[Split, tuple[int, int]]  # (height, width) of the views of a split
 
 _SMALL = 64  # pixels a side up to which storage=auto decodes once
-_DISK_SHARE = 0.5  # of what is free, at most, for what storage=auto decodes
+_DISK_SHARE = 0.5  # of the free disk space that storage=auto may fill with decoded images
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +50,9 @@ class _Opened:
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
-        """[k, 2] the different (width, height) of its images; (0, 0) stands for an unknown one."""
+        """[k, 2] the distinct (width, height) of its images, without unknown ones, which are stored as (0, 0)."""
         sizes = np.concatenate([np.asarray(shards.sizes, dtype=np.int64) for shards in self.splits.values()])
-        # Pairs as one number: a million of them are unique in no time.
+        # Pairs packed into one number, for which np.unique is much faster.
         found = np.unique(sizes[:, 0] << 32 | sizes[:, 1])
         known: npt.NDArray[np.int64] = np.stack([found >> 32, found & 0xFFFFFFFF], axis=1)
         return known.compress(known.min(axis=1) > 0, axis=0)
@@ -135,7 +135,7 @@ def _open_test(place: Path | str, split: str, cache: ShardCache, train: ShardSet
 
 
 def _open_added(stream: ShardStream, data: DataConfig, parts: Sequence[_Opened], added: Sequence[str]) -> list[_Opened]:
-    """Further training images, of one size with the stream's where that is all that says their size."""
+    """Open further training images; without data.image_size, they must have the same size as the stream's."""
     titles = unique_titles([*(part.title for part in parts), *map(_title, added)])[len(parts) :]
     cache = ShardCache.of(data.shard_cache, data.shard_gib, data.retries)
     opened = []
@@ -197,12 +197,12 @@ def _name_of(parts: Sequence[_Opened], layout: Layout, split: Split, sample: int
 
 
 def _names(parts: Sequence[_Opened], local: npt.NDArray[np.int64]) -> list[str]:
-    """Of training images of the first part."""
+    """Return the names of training images of the first part."""
     return list(parts[0].splits["train"].names(local))
 
 
 def _view_shapes(parts: Sequence[_Opened], data: DataConfig) -> Shapes:
-    """(height, width) of what the stream yields."""
+    """Return (height, width) of the views of each split."""
     if data.image_size is not None:
         test = data.test_size or data.image_size
         return {"train": (data.image_size, data.image_size), "test": (test, test)}
@@ -267,7 +267,7 @@ def _decoded_source(parts: Sequence[_Opened], layout: Layout, data: DataConfig, 
 
 
 def _decoded_rest(path: Path, shards: ShardSet, view: EvaluationView, shape: tuple[int, int, int]) -> Kept:
-    """The images that are still there."""
+    """Keep the images that are not gone, in a file of their own."""
     every = np.arange(len(shards))
     rest = np.setdiff1d(every, shards.gone(every))
     digest = hashlib.sha256(rest.tobytes()).hexdigest()[:16]
@@ -279,14 +279,15 @@ def _decoded_rest(path: Path, shards: ShardSet, view: EvaluationView, shape: tup
 def _keep(
     path: Path, shards: ShardSet, view: EvaluationView, shape: tuple[int, int, int], numbers: npt.NDArray[np.int64]
 ) -> Kept:
-    """Some images, decoded once; in what is kept, they have the numbers 0, 1, ..."""
+    """Open some images in decoded form, or decode them first; in the file they have the numbers 0, 1, ..."""
     last = frozenset(shards.last_of_files(numbers).tolist())
 
     def read(row: int) -> bytes:
         number = int(numbers[row])
         data = shards.read(number)
-        # The path tells which bytes the shards should have, so what other bytes decode to must not come under it. Last,
-        # for then the file is in the system's cache, and what changed while it was decoded is found as well.
+        # The path identifies the bytes that the shards should have, so images decoded from other bytes must not be
+        # stored there. Checked with a file's last image: the file is then in the page cache, and a change while it was
+        # decoded is found as well.
         if number in last:
             shards.check_file(number)
         return data

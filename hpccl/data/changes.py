@@ -1,7 +1,7 @@
-"""What a task does to all of its images, where tasks are views of one data set: an order of pixels, or an angle.
+"""How a task changes all of its images, where tasks are views of one data set: permuted pixels, or a rotation.
 
-A change is a function of (seed, task) alone, and comes after augmentation: crops and mirrors are of the image as it was
-stored. Task 0 changes nothing.
+A change is a function of (seed, task) alone, applied after augmentation: crops and mirrors act on the image as stored.
+Task 0 changes nothing.
 
 Sources: Kirkpatrick et al. 2017 (EWC) and Goodfellow et al. 2013 for permuted pixels, Lopez-Paz and Ranzato 2017 (GEM)
 for angles in [0, 180).
@@ -23,18 +23,18 @@ __all__ = ["Changes", "Permuted", "Rotated", "angles"]
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
-# What a hash is for (apart from those of hpccl.data.order and layout).
+# The purposes of hashes, other than those in hpccl.data.order and layout.
 _PIXELS, _ANGLE = 411, 412
 
 
 @dataclass(frozen=True)
 class Permuted:
-    """The pixels in another order, the same for all channels."""
+    """A permutation of the pixels, the same for all channels."""
 
     seed: int
 
     def __call__(self, images: Pixels, task: int) -> Pixels:
-        """[n, h, w, channels] to the same."""
+        """Permute images [n, h, w, channels]."""
         num, height, width, channels = images.shape
         order = permutation(height * width, self.seed, _PIXELS, task)
         return images.reshape(num, height * width, channels)[:, order].reshape(images.shape)
@@ -42,7 +42,7 @@ class Permuted:
 
 @dataclass(frozen=True)
 class Rotated:
-    """Turned around its middle, against the clock; corners that come in are black.
+    """A counterclockwise rotation around the centre; the uncovered corners are black.
 
     angles: [T] degrees by task
     """
@@ -50,7 +50,7 @@ class Rotated:
     angles: tuple[float, ...]
 
     def __call__(self, images: Pixels, task: int) -> Pixels:
-        """[n, h, w, channels] to the same."""
+        """Rotate images [n, h, w, channels]."""
         turned = [
             to_array(to_picture(image).rotate(self.angles[task], resample=Image.Resampling.BILINEAR))
             for image in images
@@ -60,12 +60,12 @@ class Rotated:
 
 @dataclass(frozen=True)
 class Changes:
-    """Makes the changes of several tasks to the images of one batch."""
+    """Applies the changes of several tasks to the images of one batch."""
 
     kind: Permuted | Rotated
 
     def __call__(self, images: Pixels, tasks: Ints) -> Pixels:
-        """[n, h, w, channels] by task [n]; a copy where anything changes."""
+        """Change images [n, h, w, channels] according to their task [n]; a copy if any of them changes."""
         changed = np.flatnonzero(tasks != 0)
         if len(changed) == 0:
             return images
@@ -77,7 +77,7 @@ class Changes:
 
 
 def angles(tasks: int, *, degrees: float, drawn: bool, seed: int) -> tuple[float, ...]:
-    """[T] 0 for the first task; others drawn uniformly from [0, degrees), or degrees * task / tasks."""
+    """[T] angle of each task: 0 for the first, others drawn uniformly from [0, degrees), or degrees * task / tasks."""
     if not drawn:
         return tuple(degrees * task / tasks for task in range(tasks))
     share = mix(seed, _ANGLE, np.arange(tasks)) / np.float64(2**64)

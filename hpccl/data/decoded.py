@@ -45,8 +45,8 @@ class Kept:
 
     pixels: [num, h, w, channels] uint8
     bad: why an image could not be decoded, by number
-    numbers: [num] ascending, whose the pixels are where some are gone; None: of all, in order
-    notes: the file that `bad` is from, if any
+    numbers: [num] numbers of the images that `pixels` holds, ascending, if some are gone; None: of all, in order
+    notes: the file that `bad` was read from, if any
     """
 
     pixels: Pixels
@@ -55,7 +55,7 @@ class Kept:
     notes: Path | None = None
 
     def take(self, numbers: npt.NDArray[np.int64]) -> Pixels:
-        """[n, h, w, channels] of some images.
+        """Return the pixels [n, h, w, channels] of some images.
 
         Raises:
             DataError: one is gone.
@@ -70,9 +70,9 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class DecodedImages:
-    """Makes batches from decoded images: one gather, one crop, one normalisation a batch.
+    """Makes batches from decoded images: one gather, one crop, one normalisation per batch.
 
-    changes: what a task does to its images, after augmentation
+    changes: how tasks change their images, after augmentation
     """
 
     parts: Mapping[Split, Sequence[Kept]]
@@ -84,12 +84,12 @@ class DecodedImages:
     def load(
         self, requests: Iterable[Request], split: Split, device: torch.device = CPU
     ) -> Generator[Images, None, None]:
-        """One Images a request, made in a background thread."""
+        """Yield one Images per request, made in a background thread."""
         views = (self.make(request, split) for request in requests)
         return delivered(views, self.normalise, device, background=True)
 
     def make(self, request: Request, split: Split) -> Views:
-        """One batch."""
+        """Make one batch."""
         pixels, valid = self.gather(request.sample, split)
         assert request.size is None or pixels.shape[1:3] == (request.size, request.size), "kept at one size"
         return Views(self._changed(self.augment(pixels, request.key), request.sample, split), valid)
@@ -99,7 +99,7 @@ class DecodedImages:
         return pixels if self.changes is None or change is None else self.changes(pixels, change[samples])
 
     def gather(self, samples: npt.NDArray[np.int64], split: Split) -> tuple[Pixels, npt.NDArray[np.bool_]]:
-        """Stored pixels [n, h, w, channels] and whether they are valid [n]."""
+        """Return the stored pixels [n, h, w, channels] and whether they are valid [n]."""
         parts, index = self.parts[split], self.index[split]
         part, local = index.part[samples], index.local[samples]
         pixels = np.empty((len(samples), *parts[0].pixels.shape[1:]), dtype=np.uint8)
@@ -112,7 +112,7 @@ class DecodedImages:
         return pixels, valid
 
     def raw(self, sample: int, split: Split) -> Pixels:
-        """[h, w, channels] of one image."""
+        """Return the pixels [h, w, channels] of one image, as its task changes it."""
         samples = np.asarray([sample])
         pixels: Pixels = self._changed(self.gather(samples, split)[0], samples, split)[0]
         return pixels
@@ -128,7 +128,7 @@ class DecodedImages:
 
 
 def cache_folder(configured: str | None) -> Path:
-    """data.cache, or hpccl/decoded in the user's cache folder."""
+    """Return data.cache, or hpccl/decoded in the user's cache folder."""
     if configured is not None:
         return Path(configured).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -136,7 +136,7 @@ def cache_folder(configured: str | None) -> Path:
 
 
 def kept_path(folder: Path, fingerprint: str, view: str) -> Path:
-    """Where the decoded images of a split are; `view` says how they were resized."""
+    """Return the file of the decoded images of a split; `view` describes how they are resized."""
     key = hashlib.sha256(f"{_FORMAT}\n{fingerprint}\n{view}".encode()).hexdigest()[:32]
     return folder / f"{key}.npy"
 
@@ -147,12 +147,12 @@ def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], read: Read, de
     Args:
         path: ends in .npy.
         shape: [num, h, w, channels].
-        read: number -> an image file's bytes. An error of it ends the decoding, and nothing is kept: unlike an image
-            that cannot be decoded, it may be mended without a change of `path`. Called from threads, as `decode` is.
-        decode: those and the number -> [h, w, channels]; raises DataError for an image that cannot be decoded.
+        read: number -> an image file's bytes. If it raises, decoding stops and nothing is kept: unlike an undecodable
+            image, the cause may be repaired without a change of `path`. Called from threads, like `decode`.
+        decode: (these bytes, number) -> [h, w, channels]; raises DataError for an image that cannot be decoded.
 
     Raises:
-        DataError: the folder cannot be written; and what `read` raises.
+        DataError: the folder cannot be written. What `read` raises is passed on.
     """
     try:
         kept = _opened(path, shape)
@@ -179,7 +179,7 @@ def keep_decoded(path: Path, *, shape: tuple[int, int, int, int], read: Read, de
 
 
 def _opened(path: Path, shape: tuple[int, ...]) -> Kept | None:
-    """The file, unless it is missing or not what is wanted."""
+    """Open the file; None if it is missing or does not fit."""
     try:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
         bad = json.loads(_bad_path(path).read_text())
@@ -191,7 +191,7 @@ def _opened(path: Path, shape: tuple[int, ...]) -> Kept | None:
 
 
 def _remove_halves(path: Path) -> None:
-    """Of processes that were killed while they had the lock."""
+    """Remove the partial files of processes that were killed while they held the lock."""
     for half in path.parent.glob(f".{path.name}.*.part"):
         with contextlib.suppress(OSError):
             half.unlink()
@@ -223,8 +223,8 @@ def _write(path: Path, shape: tuple[int, int, int, int], read: Read, decode: Dec
         )
         for start in range(0, shape[0], _CHUNK):
             numbers = range(start, min(start + _CHUNK, shape[0]))
-            # Written, not mapped: a full disk is an error here and a bus error there.
+            # Written rather than mapped: a full disk then raises an error, not a bus error.
             file.write(np.stack(list(pool.map(attempt, numbers))).data)
-        # First, so that whoever sees the images also sees which are none.
+        # Put in place before the images, so that a process that finds these also finds the list.
         with replacing(_bad_path(path)) as bad_beside:
             bad_beside.write_text(json.dumps({str(number): reason for number, reason in sorted(bad.items())}))

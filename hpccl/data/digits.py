@@ -18,20 +18,20 @@ __all__ = ["SIZE", "TITLE", "digits", "digits_split"]
 TITLE = "digits"
 SIZE = 8  # pixels a side, as stored
 _TEST_SHARE = 0.2
-_SEED = 0  # of the split; fixed, because scikit-learn names no test set
+_SEED = 0  # of the split; fixed, because scikit-learn defines no test set
 
 
 def digits(
     *, tasks: int, views: Mapping[Split, EvaluationView], test_split: Split = "test"
 ) -> tuple[Collection, dict[Split, Kept], dict[Split, npt.NDArray[np.int64]]]:
-    """The data set, its pixels uint8 [num, h, w, 1], and the number in scikit-learn's data, by split.
+    """Return the data set and, by split, its pixels uint8 [num, h, w, 1] and their numbers in scikit-learn's data.
 
-    test_split: which of the two splits is tested on; `train` for a caller that will hold some of it out.
+    test_split: which of the two splits to test on; `train` for a caller that holds some of it out.
     """
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    # 0 to 16 in the data.
+    # Values in the data are 0 to 16.
     images = np.round(data.images * (255 / 16)).astype(np.uint8)[:, :, :, None]
     labels = data.target.astype(np.int64)
     cut = digits_split(labels)
@@ -50,7 +50,7 @@ def digits(
 
 
 def digits_split(labels: npt.NDArray[np.int64]) -> dict[Split, npt.NDArray[np.int64]]:
-    """Numbers of the training and test images, ascending: a fixed fifth of each class is for testing."""
+    """Return the numbers of the training and test images, ascending: a fixed fifth of each class is for testing."""
     test = np.zeros(len(labels), dtype=bool)
     for name in np.unique(labels):
         mine = np.flatnonzero(labels == name)

@@ -1,7 +1,7 @@
 """Images that are decoded each time they are used, in worker processes: large ones, or augmented by timm.
 
-A worker gets one Request and makes its images one by one. What is random in an image's view depends on that image's key
-alone, so that workers and ranks do not matter.
+A worker gets one Request and makes its images one by one. All randomness of an image's view depends on that image's key
+alone, so that the number of workers and ranks does not matter.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _NOTHING = Views(np.empty((0, 0, 0, 0), dtype=np.uint8), np.empty(0, dtype=bool)
 
 @dataclass(frozen=True)
 class Made:
-    """What a worker hands over.
+    """A worker's result for one request.
 
-    views: with no pixels if `failure` is set
+    views: without pixels if `failure` is set
     bad: (sample, reason) of the images that could not be decoded
     failure: why nothing could be made (a shard is missing or cut short)
     """
@@ -53,10 +53,10 @@ class Made:
 
 @dataclass(frozen=True, eq=False)
 class Maker:
-    """From requests to images of one split; travels to the workers.
+    """Makes images of one split from requests; it is passed on to the workers.
 
-    shape: (channels, height, width) of the views, where a request does not ask for another size
-    augment: of batches; or views by timm, by their size
+    shape: (channels, height, width) of the views, unless a request asks for another size
+    augment: augmentation of batches, or timm's views by their size
     """
 
     sets: Sequence[ShardSet]
@@ -66,7 +66,7 @@ class Maker:
     augment: BatchAugment | Mapping[int, TimmView]
 
     def __call__(self, request: Request) -> Made:
-        """Make one request's images; failures are values, because an exception from a worker loses its message."""
+        """Make one request's images. Failures are returned: an exception raised in a worker loses its message."""
         views = self._blank(request)
         bad: list[tuple[int, str]] = []
         with _own_randomness():
@@ -96,7 +96,7 @@ class Maker:
         )
 
     def read(self, sample: int) -> tuple[bytes, str]:
-        """The encoded image and its name.
+        """Return the encoded image and its name.
 
         Raises:
             DataError: its shard is missing or cut short.
@@ -107,7 +107,7 @@ class Maker:
     def _one(
         self, data: bytes, name: str, key: int, shape: tuple[int, int]
     ) -> tuple[Pixels, npt.NDArray[np.bool_] | None]:
-        """[h, w, channels], and which pixels are erased."""
+        """Return [h, w, channels], and the mask [h, w] of erased pixels, if any."""
         if not isinstance(self.augment, BatchAugment) and key != 0:
             return self.augment[shape[0]](data, name, key)
         view = self.view if self.view.size is None else dataclasses.replace(self.view, size=shape[0])
@@ -121,7 +121,7 @@ class Maker:
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
-    """Runs a Maker: in this process, or in `workers` others that are there while an iterator is open."""
+    """Runs a Maker in this process, or in `workers` processes that live as long as an iterator is open."""
 
     makers: Mapping[Split, Maker]
     normalise: Normaliser
@@ -133,20 +133,20 @@ class EncodedImages:
     def load(
         self, requests: Iterable[Request], split: Split, device: torch.device = CPU
     ) -> Generator[Images, None, None]:
-        """One Images a request, in order.
+        """Yield one Images per request, in order.
 
         Raises:
             DataError: an image cannot be decoded and data.bad_images is `stop`, a shard cannot be read, or a decoding
                 process died.
         """
         maker = self.makers[split]
-        # Begun in this thread: the system kills workers when the thread that made them ends.
+        # Started in this thread: the system kills workers when the thread that started them ends.
         made = (
             in_workers(maker, requests, self.workers, timeout=self.timeout)
             if self.workers
             else _inline(maker, requests)
         )
-        # In this process timm draws from the trainer's generators, which no other thread may do.
+        # Without workers, timm draws from the trainer's generators, which must not happen in another thread.
         yield from delivered(self._views(made, split), self.normalise, device, background=self.workers > 0)
 
     def _views(self, made: Generator[Made, None, None], split: Split) -> Generator[Views, None, None]:
@@ -167,11 +167,11 @@ class EncodedImages:
             self.seen_bad.setdefault((split, sample), reason)
 
     def raw(self, sample: int, split: Split) -> Pixels:
-        """[h, w, channels] of one image as stored."""
+        """Return the pixels [h, w, channels] of one image as stored."""
         return decode(*self.makers[split].read(sample))
 
     def skipped(self) -> list[tuple[Split, int, str]]:
-        """(split, sample, reason) of all undecodable images that were met up to now."""
+        """(split, sample, reason) of all undecodable images encountered so far."""
         return [(split, sample, reason) for (split, sample), reason in self.seen_bad.items()]
 
 
@@ -182,7 +182,7 @@ def _inline(maker: Maker, requests: Iterable[Request]) -> Generator[Made, None, 
 
 @contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Give this process's generators back as they were."""
+    """Restore the state of this process's random generators on exit."""
     python, old_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - timm uses them
     with torch.random.fork_rng(devices=[]):
         try:

@@ -1,7 +1,7 @@
-"""From data sets with classes to a stream of tasks: which class is learned when, and which number it then has.
+"""From data sets with classes to a stream of tasks: when each class is learned, and its number in the stream.
 
-Everything is counted in learning order. Classes: task 0 has 0..K-1, task 1 the next; inside a task they keep the order
-of their data set. Sample positions: task by task, inside a task class by class, inside a class as stored.
+Everything is numbered in learning order. Classes: task 0 has 0..K-1, task 1 the next; within a task they keep the order
+of their data set. Sample positions: task by task, within a task class by class, within a class as stored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 SPLITS: tuple[Split, Split] = ("train", "test")
-# What a hash is for (apart from those of hpccl.data.order): which examples are held out, the same for every seed.
+# The purpose of a hash, other than those in hpccl.data.order: which examples are held out, the same for every seed.
 _HELD_OUT = 401
 
 
@@ -45,9 +45,9 @@ class Collection:
     """One data set to be cut into tasks.
 
     labels, groups: by split, [num_images] class number within the data set and shard number
-    tasks: how many; keep: use only so many classes (after ordering), None for all
-    widths: classes of each task, which `tasks` and `keep` agree with; None for equally many
-    images: what tells its training images from other data sets'; None: nothing else has them
+    tasks: number of tasks; keep: number of classes to use, the first ones in order; None for all
+    widths: number of classes of each task, consistent with `tasks` and `keep`; None for equally many
+    images: identifies its training images; None: no other data set has them
     """
 
     title: str
@@ -79,7 +79,7 @@ class ClassTask:
 class Index:
     """By sample position [num_samples]: the data set and the number within it, class and shard in the stream.
 
-    change: number of the change that is made to the image (see hpccl.data.changes); None: all are as stored
+    change: number of the change of the image (see hpccl.data.changes); None: all images are as stored
     """
 
     part: Ints
@@ -92,7 +92,7 @@ class Index:
         return len(self.label)
 
     def only(self, kept: npt.NDArray[np.bool_] | Ints) -> Index:
-        """The samples where `kept` [num_samples] is True, in the same order; or those at positions `kept` [n]."""
+        """Return the samples where `kept` [num_samples] is True, in order, or those at positions `kept` [n]."""
         change = None if self.change is None else self.change[kept]
         return Index(self.part[kept], self.local[kept], self.label[kept], self.group[kept], change)
 
@@ -101,8 +101,8 @@ class Index:
 class Layout:
     """The tasks of a stream and the index of each split.
 
-    added: positions, behind those of the tasks, of further training examples of the same classes
-    first_of: by data set, the first one with the same images: itself, but where a data set comes again
+    added: positions, after those of the tasks, of further training examples of the same classes
+    first_of: by data set, the first one with the same images: itself, unless it repeats an earlier one
     """
 
     tasks: tuple[ClassTask, ...]
@@ -142,9 +142,9 @@ def arrange(collections: Sequence[Collection], *, order: Literal["given", "rando
 
 
 def extended(layout: Layout, more: Sequence[Collection], *, parts: int) -> Layout:
-    """The same tasks, with further training examples of their classes behind them.
+    """Append further training examples of the tasks' classes, class by class as in a task; the tasks stay the same.
 
-    parts: data sets that the layout has; those in `more` are numbered from there. Class by class, as in a task.
+    parts: number of data sets in the layout; those in `more` are numbered from there.
 
     Raises:
         DataError: a class is not one of the layout's.
@@ -172,7 +172,7 @@ def extended(layout: Layout, more: Sequence[Collection], *, parts: int) -> Layou
 
 
 def align(collections: Sequence[Collection], *, order: Literal["given", "random"], seed: int) -> Layout:
-    """Each data set is a task, and all have the same classes: a name is one class in all of them.
+    """Make each data set a task; all have the same classes, identified by their names.
 
     Raises:
         ConfigError: more classes are asked for than there are.
@@ -195,13 +195,13 @@ def align(collections: Sequence[Collection], *, order: Literal["given", "random"
 
 
 def _first_of(collections: Sequence[Collection]) -> tuple[int, ...]:
-    """By data set, the first one with the same images."""
+    """Return, by data set, the first one with the same images."""
     names = [part.images for part in collections]
     return tuple(which if name is None else names.index(name) for which, name in enumerate(names))
 
 
 def _renumbered(part: Collection, first: Collection) -> Collection:
-    """With the class numbers of another data set that has the same class names."""
+    """Renumber the classes as in another data set, which has the same class names."""
     missing = sorted(set(first.class_names) ^ set(part.class_names))
     if missing:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -215,20 +215,20 @@ def _renumbered(part: Collection, first: Collection) -> Collection:
 
 
 def held_out(layout: Layout, share: float) -> Layout:
-    """Test on a share of each class's training examples, which are then trained on no more: see `validation_share`."""
+    """Test on a share of each class's training examples instead of training on them: see `validation_share`."""
     return tested_on(layout, validation_share(layout, share))
 
 
 def validation_share(layout: Layout, share: float, *, spared: Bools | None = None) -> Bools:
-    """[n] a share of the training examples of each class in each data set.
+    """[n] mask of a share of the training examples of each class in each data set.
 
-    The choice is a hash of where an example is stored: the same for every seed, order of classes and cut into tasks,
-    and wherever a data set comes again.
+    The choice depends on a hash of where an example is stored: it is the same for every seed, order of classes and
+    split into tasks, and for every repetition of a data set.
 
     Args:
-        layout: whose training examples.
-        share: in (0, 1); rounded to a whole number, at least one example.
-        spared: [n] which to leave alone.
+        layout: has n training examples.
+        share: in (0, 1); rounded to a whole number of examples, at least one.
+        spared: [n] mask of examples that must not be chosen.
 
     Raises:
         ConfigError: a class would have no example left.
@@ -254,7 +254,7 @@ def validation_share(layout: Layout, share: float, *, spared: Bools | None = Non
 
 
 def tested_on(layout: Layout, held: Bools) -> Layout:
-    """With the training examples where `held` [n] is True as its test examples, which are trained on no more."""
+    """Test on the training examples where `held` [n] is True, instead of training on them."""
     index = layout.index["train"]
     before = np.concatenate([[0], np.cumsum(held)])  # [n + 1] held examples before each position
 
@@ -267,7 +267,7 @@ def tested_on(layout: Layout, held: Bools) -> Layout:
 
 
 def _class_order(part: Collection, which: int, order: Literal["given", "random"], seed: int) -> Ints:
-    """The classes of one data set in learning order, as numbers within the data set."""
+    """Return the classes of one data set in learning order, as numbers within the data set."""
     total = len(part.class_names)
     keep = total if part.keep is None else part.keep
     if keep > total:
@@ -287,7 +287,7 @@ def _class_order(part: Collection, which: int, order: Literal["given", "random"]
 def _append(
     pieces: list[Index], collections: Sequence[Collection], which: int, *, classes: Ints, first: int, split: Split
 ) -> range:
-    """Add the examples of one task's classes; the positions they get."""
+    """Append the examples of one task's classes and return their positions."""
     labels, groups = collections[which].labels[split], collections[which].groups[split]
     local = np.flatnonzero(np.isin(labels, classes))
     label = first + np.searchsorted(classes, labels[local])
@@ -300,7 +300,7 @@ def _append(
 
 
 def numbered(title: str, number: int, tasks: int) -> str:
-    """The name of one of the tasks of a data set."""
+    """Return the name of a data set's task `number` (from 0)."""
     return title if tasks == 1 else f"{title}[{number + 1}/{tasks}]"
 
 
@@ -319,13 +319,13 @@ def _list(part: Collection, classes: Ints, most: int = 5) -> str:
 
 
 def _told_apart(names: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """Class names; those that several data sets have are preceded by the data set's."""
+    """Return unique class names: names that occur in several data sets are prefixed with the title of theirs."""
     times = Counter(name for _, name in names)
     return tuple(name if times[name] == 1 else f"{title}/{name}" for title, name in names)
 
 
 def unique_titles(titles: Sequence[str]) -> tuple[str, ...]:
-    """The same titles; those that occur again get #2, #3, ..."""
+    """Make titles unique: repetitions get #2, #3, ..."""
     seen: Counter[str] = Counter()
     result = []
     for title in titles:

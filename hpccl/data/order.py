@@ -1,8 +1,8 @@
 """Which examples make up a step: pure functions of (seed, task, step), the same for any number of ranks or workers.
 
-Nothing here has a past, so resuming in the middle of an epoch is arithmetic. Randomness is a hash of counters
-(Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators": the finaliser of SplitMix64), because a
-generator's state would have to be carried and could drift apart between ranks.
+Nothing here has state, so resuming in the middle of an epoch is arithmetic. Randomness is a hash of counters (Steele,
+Lea, Flood 2014, "Fast splittable pseudorandom number generators": the finaliser of SplitMix64), because a generator's
+state would have to be saved and could diverge between ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Words = npt.NDArray[np.uint64]
 _ALL = (1 << 64) - 1
 _ZERO = np.uint64(0)
 
-# What a hash is for; keeps the streams of random numbers apart.
+# The purposes of hashes, which keep the streams of random numbers apart.
 _ORDER_NEW, _ORDER_MEMORY, _ORDER_UNION, _VIEW, _NOISE, _MIX = range(1, 7)
 
 
@@ -29,7 +29,7 @@ def mix(*words: int | Ints | Words) -> Words:
     """Hash integers (broadcast against each other) to uint64, elementwise."""
     state: int | Words = 0
     for word in words:
-        # What is one number for all elements is hashed once, and Python's integers are quicker than arrays of one.
+        # Scalars are hashed once for all elements, as Python integers, which are faster than arrays of one element.
         if isinstance(state, int) and isinstance(word, int):
             state = _mixed(state, word)
         else:
@@ -55,7 +55,7 @@ def splitmix(state: Words, word: Words | np.uint64 = _ZERO) -> Words:
 
 
 def permutation(count: int, *words: int) -> Ints:
-    """A random order of range(count), decided by `words` alone."""
+    """Return a random permutation of range(count), determined by `words` alone."""
     return np.argsort(mix(*words, np.arange(count)), kind="stable").astype(np.int64)
 
 
@@ -73,9 +73,9 @@ class Batch:
     new:    [b] int64, offset within the new data, or -1 where the row is a memory row
     slot:   [b] int64, position in the memory, or -1 where the row is new
     view:   [b] uint64 non-zero, seeds the augmentation
-    noise:  [b] int64, seeds what is random inside the network
-    epoch: from 0, of the task
-    weight_new, weight_memory: what a row counts (before tau), so that
+    noise:  [b] int64, seeds the randomness inside the network
+    epoch:  of the task, from 0
+    weight_new, weight_memory: weight of a row (before tau), such that
         E[sum(weight * nats) / b] = (sum of new nats + sum of memory nats) / (num_new + num_memory)
     """
 
@@ -98,7 +98,7 @@ class BatchPlan:
     share is None for natural mixing (shuffle the union of new data and memory, every example once an epoch) or the
     share of memory rows in every step (stratified: new data once an epoch, memory in a cycle of its own).
     An epoch is cut into equal batches of at most `batch_size` rows.
-    groups: [num_new] shard number; with `window` > 0 the order shuffles within so many shards at a time, so that
+    groups: [num_new] shard number; with `window` > 0, examples are shuffled within that many shards at a time, so that
     a reader touches few files at once.
     """
 
@@ -119,14 +119,14 @@ class BatchPlan:
 
     @cached_property
     def memory_rows(self) -> int:
-        """Memory rows a step when stratified."""
+        """Memory rows per step when stratified, else 0."""
         if self.share is None or self.num_memory == 0:
             return 0
         return min(max(round(self.share * self.batch_size), 1), self.batch_size - 1)
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps until every new example was used once."""
+        """Optimiser steps in which every new example is used once."""
         stratified = self.memory_rows > 0
         examples = self.num_new if stratified else self.num_train
         return -(-examples // (self.batch_size - self.memory_rows))
@@ -137,14 +137,14 @@ class BatchPlan:
         return self.epochs * self.steps_per_epoch
 
     def num_rows(self, first: int, last: int) -> int:
-        """Rows of the steps first, ..., last - 1, without making them."""
+        """Count the rows of the steps first, ..., last - 1, without making them."""
         examples = self.num_new if self.memory_rows else self.num_train
         ends = [examples * (step % self.steps_per_epoch + 1) // self.steps_per_epoch for step in range(first, last)]
         starts = [examples * (step % self.steps_per_epoch) // self.steps_per_epoch for step in range(first, last)]
         return sum(ends) - sum(starts) + self.memory_rows * (last - first)
 
     def batch(self, step: int) -> Batch:
-        """The rows of step `step` (from 0)."""
+        """Return the rows of step `step` (from 0)."""
         new, slot = self._stratified(step) if self.memory_rows else self._natural(step)
         position = np.arange(len(new))
         view = mix(self.seed, _VIEW, self.task, step, position) | np.uint64(1)
@@ -171,21 +171,21 @@ class BatchPlan:
         for cycle in np.unique(counters // self.num_memory):
             inside = counters // self.num_memory == cycle
             slot[inside] = _memory_order(self, int(cycle))[counters[inside] % self.num_memory]
-        # Mixed, so that every rank and micro-batch has its share of both (and BatchNorm sees both).
+        # Shuffled, so that every rank and micro-batch has its share of both (and BatchNorm sees both).
         mixed = permutation(len(new) + len(slot), self.seed, _MIX, self.task, step)
         absent = np.full(self.memory_rows, -1), np.full(len(new), -1)
         return np.concatenate([new, absent[0]])[mixed], np.concatenate([absent[1], slot])[mixed]
 
 
 def _equal_part(order: Ints, number: int, parts: int) -> Ints:
-    """Part `number` of `parts` that differ by at most one: a small last batch would be a noisy step of full length."""
+    """Return one of `parts` parts of equal size up to one: a small last batch would be a noisy step of full length."""
     return order[number * len(order) // parts : (number + 1) * len(order) // parts]
 
 
 # An epoch's order is used by hundreds of steps in a row; computing it is O(n log n).
 @lru_cache(maxsize=2)
 def _union_order(plan: BatchPlan, epoch: int) -> Ints:
-    """Entries below num_new are new data, the rest memory slots shifted by num_new."""
+    """Return an order in which entries below num_new are new data, the rest memory slots shifted by num_new."""
     order = permutation(plan.num_train, plan.seed, _ORDER_UNION, plan.task, epoch)
     if plan.window:
         # Keep which positions are memory, but visit the new data window by window.

@@ -18,10 +18,10 @@ __all__ = ["Outline"]
 class Outline:
     """A stream without its images: what is known before any of them is decoded.
 
-    image_shape: (channels, height, width) of what the network is trained on
+    image_shape: (channels, height, width) of training images
     view: the view of test images
-    test_shape: (channels, height, width) of what it is tested on
-    as_stored: every image has the view's size already, so that the view changes none
+    test_shape: (channels, height, width) of test images
+    as_stored: whether every image already has the view's size, so that the view changes none
     """
 
     layout: Layout
@@ -32,12 +32,12 @@ class Outline:
 
     @property
     def tasks(self) -> tuple[ClassTask, ...]:
-        """In the order of learning."""
+        """The tasks in learning order."""
         return self.layout.tasks
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By class number in the stream."""
+        """The class names, by class number in the stream."""
         return self.layout.class_names
 
     def labels(self, split: Split) -> npt.NDArray[np.int64]:

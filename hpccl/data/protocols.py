@@ -1,4 +1,4 @@
-"""What the trainer asks of data."""
+"""The interfaces through which the trainer uses data."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ class Listed(Protocol):
 
     @property
     def tasks(self) -> Sequence[Task]:
-        """In the order of learning."""
+        """The tasks in learning order."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By class number in the stream; len(class_names) is C."""
+        """The class names, by class number in the stream; len(class_names) is C."""
 
     def labels(self, split: Split) -> npt.NDArray[np.int64]:
         """[num_samples] class number in the stream, by sample position."""
@@ -76,28 +76,28 @@ class Listed(Protocol):
 class Stream(Listed, Protocol):
     """A sequence of tasks over one space of classes and one space of sample positions per split.
 
-    Sample positions number the training (test) examples of all tasks one after the other: task 0 first. They do not
-    depend on the number of ranks or workers.
+    Sample positions number the training (test) examples of all tasks consecutively, task 0 first. They do not depend on
+    the number of ranks or workers.
     """
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """In the order of learning."""
+        """The tasks in learning order."""
 
     @property
     def added(self) -> range:
-        """Positions, behind those of the tasks, of further training examples of the same classes; mostly none."""
+        """Positions, after those of the tasks, of further training examples of the same classes; usually none."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the images; sample positions mean the same only while it does not."""
+        """An identifier that changes with the images; sample positions are comparable only while it stays the same."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of training images: what the network is built for."""
 
     def shape(self, split: Split) -> tuple[int, int, int]:
-        """(channels, height, width) of what `load` yields, unless a request asks for another size."""
+        """(channels, height, width) of the images that `load` yields, unless a request asks for another size."""
 
     def groups(self, split: Split) -> npt.NDArray[np.int64]:
         """[num_samples] shard number by sample position, non-decreasing within a task (for windowed shuffling)."""
@@ -108,22 +108,22 @@ class Stream(Listed, Protocol):
     def load(
         self, requests: Iterable[Request], split: Split = "train", device: torch.device = CPU
     ) -> Generator[Images, None, None]:
-        """One Images a request, in order, made ahead of time in the background. Closing the iterator ends its workers.
+        """Yield one Images per request, in order, made in the background. Closing the iterator ends its workers.
 
-        Pixels are on `device`, which gets one byte a number and normalises them itself.
+        Pixels are on `device`; a CUDA device receives one byte per value and normalises them itself.
 
         Raises DataError for an undecodable image (its name, its shard) unless data.bad_images is `skip`, and for a
         decoding process that died.
         """
 
     def skipped(self) -> list[tuple[Split, int, str, str]]:
-        """Images passed over so far in this process: (split, sample, name, reason); only with data.bad_images=skip."""
+        """Images skipped so far in this process: (split, sample, name, reason); only with data.bad_images=skip."""
 
     def raw(self, sample: int, split: Split = "train") -> npt.NDArray[np.uint8]:
         """[h, w, channels] uint8 pixels of one image, for pictures in reports: as stored, or as its task changes it."""
 
     def copy(self, task: int, samples: npt.NDArray[np.int64], folder: Path) -> str:
-        """Copy training images of a task, as stored, into a folder that `open_stream` can read them from; its name."""
+        """Copy training images of a task, as stored, to where `open_stream` can read them; return the folder's name."""
 
     def absent(self, samples: npt.NDArray[np.int64]) -> str | None:
-        """What is wrong if some of the training images are gone; None: all can be read, as far as is known."""
+        """Return what is wrong if some training images are gone; None if all can be read, as far as is known."""

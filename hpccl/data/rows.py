@@ -1,4 +1,4 @@
-"""What flows from data to the loss: requests for images, images, and rows.
+"""The data types between data and loss: requests for images, images, and rows.
 
 Shapes: n images, r rows, C classes of the whole stream.
 """
@@ -32,9 +32,9 @@ __all__ = [
 
 # The term of the objective that a row belongs to.
 NEW, SOFT, REPLAY, DISTILL = 0, 1, 2, 3
-# What a row's target is, and so how it is compared with the logits: see hpccl.train.loss.
+# The loss of a row, which compares its target with the logits: see hpccl.train.loss.
 CROSS_ENTROPY, SQUARED, SIGMOID = 0, 1, 2
-# What is said of an image's feature: see hpccl.train.loss.
+# The loss of a feature row: see hpccl.train.loss.
 ANCHOR, PULL, PUSH = 0, 1, 2
 
 
@@ -43,7 +43,7 @@ class Request:
     """Which images to make, in this order.
 
     sample: [n] int64, position in the stream's training (or test) data, counted over all tasks.
-    key:    [n] uint64, seeds the augmentation of one image; 0 asks for the evaluation view.
+    key:    [n] uint64, seeds the augmentation of one image; 0 for the evaluation view.
     size:   side of the views in pixels; None for the stream's own.
     """
 
@@ -57,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Views:
-    """Images as they leave a source: one byte a number, so that little travels between processes and to the device.
+    """Images as a source makes them: one byte per value, so that little is sent between processes and to the device.
 
     pixels: [n, h, w, channels] uint8, contiguous
     valid:  [n] bool, False where an image could not be decoded
@@ -71,8 +71,12 @@ class Views:
 
 @dataclass(frozen=True)
 class Images:
-    """pixels: [n, channels, h, w] float32, normalised; valid: [n] bool, False where an image could not be decoded and
-    `data.bad_images` is `skip` (its pixels are zero and nothing may be learned from it)."""
+    """Images as the network gets them.
+
+    pixels: [n, channels, h, w] float32, normalised
+    valid:  [n] bool, False where an image could not be decoded and `data.bad_images` is `skip` (its pixels are zero and
+        nothing may be learned from it)
+    """
 
     pixels: Tensor
     valid: Tensor
@@ -80,15 +84,15 @@ class Images:
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """What is said of features, the input of the last layer: where each should be, or from where it should keep away.
+    """Losses on features, the inputs of the last layer: points that they should be close to, or keep away from.
 
-    image:  [q] int64, which image a row speaks of
-    target: [q, d] a place among the features
+    image:  [q] int64, index of the image that a row is about
+    target: [q, d] a point in feature space
     weight: [q]; sum over a step of weight * loss is added to the objective per training example
     kind:   [q] int64, ANCHOR, PULL or PUSH
-    stiff:  [q, d] of ANCHOR, what a squared difference costs; 0 elsewhere
-    margin: [q] of PUSH, the distance that is enough; 0 elsewhere
-    normalised: features are compared at norm 1
+    stiff:  [q, d] for ANCHOR, the cost of a squared difference; 0 elsewhere
+    margin: [q] for PUSH, the distance that is enough; 0 elsewhere
+    normalised: whether features are compared at norm 1
     """
 
     image: Tensor
@@ -108,18 +112,18 @@ class FeatureRows:
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples and what to say about them: the rows of one weighted loss, nearly always a cross-entropy.
+    """Images and their targets: the rows of one weighted loss, nearly always a cross-entropy.
 
     pixels:      [n, channels, h, w]
-    noise:       [n] int64, seeds what is random inside the network (dropout) for one image
-    image:       [r] int64, which image a row speaks of
+    noise:       [n] int64, seeds the randomness inside the network (dropout) for one image
+    image:       [r] int64, index of the image that a row is about
     target:      [r, C] probabilities of the competing classes, 0 elsewhere; logits where `kind` is SQUARED
     weight:      [r]; sum over a global batch of weight * nats / batch_size estimates the objective per training example
     head:        [r, C] bool, the classes that compete
     temperature: [r], divides the logits
     term:        [r] int64, NEW, SOFT, REPLAY or DISTILL
     kind:        [r] int64, CROSS_ENTROPY, SQUARED or SIGMOID; None: all are CROSS_ENTROPY
-    features:    what is said of features, or None
+    features:    losses on features, or None
     """
 
     pixels: Tensor

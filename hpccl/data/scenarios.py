@@ -1,6 +1,6 @@
 """Tasks that share classes or images, or have few of them: layouts made from layouts.
 
-Which sample is where is a function of the scenario's seed and of where an image is stored, not of the run's seed.
+A sample's position depends on the scenario's seed and on where its image is stored, not on the run's seed.
 
 Sources: Bang et al. 2021 (Rainbow Memory) for Blurry-M: M % of a task's images are of other tasks' classes. Koh et al.
 2022 (i-Blurry) for i-Blurry-N-M: that, but N % of the classes belong to one task alone. Tao et al. 2020 (TOPIC, sec. 3)
@@ -25,10 +25,10 @@ from hpccl.errors import ConfigError, DataError
 __all__ = ["blurred", "drawn_shots", "listed_shots", "repeated"]
 
 Ints = npt.NDArray[np.int64]
-# From numbers within the data set [n] to names.
+# Numbers within the data set [n] -> names.
 Names = Callable[[Ints], Sequence[str]]
 
-# What a hash is for (apart from those of hpccl.data.order, layout and changes).
+# The purposes of hashes, other than those in hpccl.data.order, layout and changes.
 _DISJOINT, _BLUR, _SHOTS = 421, 422, 423
 
 
@@ -36,7 +36,7 @@ _DISJOINT, _BLUR, _SHOTS = 421, 422, 423
 
 
 def repeated(layout: Layout, tasks: int) -> Layout:
-    """The only task of a layout, `tasks` times: task t with change t of every image."""
+    """Repeat the only task of a layout `tasks` times: task t applies change t to every image."""
     (task,) = layout.tasks
     index = {split: _repeated(each, tasks) for split, each in layout.index.items()}
     train, test = len(task.train), len(task.test)
@@ -62,14 +62,14 @@ def _repeated(index: Index, times: int) -> Index:
 
 
 def blurred(layout: Layout, *, blur: float, disjoint: float, seed: int) -> Layout:
-    """Training images of some classes come with other tasks; test images stay.
+    """Move training images of some classes to other tasks; test images stay.
 
-    Of every task, round(disjoint * classes) classes are drawn that no other task gets images of. Of each other class,
+    Of every task, round(disjoint * classes) classes are drawn whose images all stay. Of each other class,
     round(blur * images) training images are drawn and dealt out to the other tasks of its data set in turn, so that
-    these get equally many but for one. A task's classes are those of which it has training images.
+    the numbers these get differ by at most one. A task's classes are those of which it has training images.
 
     Raises:
-        ConfigError: no image would come with another task.
+        ConfigError: no image would be moved.
     """
     index = layout.index["train"]
     part_of_task = [int(index.part[task.train.start]) for task in layout.tasks]
@@ -103,7 +103,7 @@ def blurred(layout: Layout, *, blur: float, disjoint: float, seed: int) -> Layou
 
 
 def _blurry_classes(task: ClassTask, disjoint: float, seed: int) -> list[int]:
-    """The classes of a task that other tasks get images of."""
+    """Return the classes of a task whose images are shared with other tasks."""
     classes = np.array(task.classes)
     alone = round(disjoint * len(classes))
     return [int(label) for label in np.sort(classes[np.argsort(mix(seed, _DISJOINT, classes), kind="stable")[alone:]])]
@@ -113,7 +113,7 @@ def _blurry_classes(task: ClassTask, disjoint: float, seed: int) -> list[int]:
 
 
 def drawn_shots(layout: Layout, *, shots: int, seed: int) -> Layout:
-    """Of every class but the first task's, `shots` training images with the smallest hashes.
+    """Keep `shots` training images of every class outside the first task: those with the smallest hashes.
 
     Raises:
         ConfigError: a class has fewer.
@@ -135,11 +135,11 @@ def drawn_shots(layout: Layout, *, shots: int, seed: int) -> Layout:
 
 
 def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int, validation: float | None = None) -> Layout:
-    """Of every task, the training images that its file in `folder` lists; of the first, all if it has none.
+    """Keep the training images of each task that its file in `folder` lists; all of the first, if it has no file.
 
-    names: `<shard>/<key>` of numbers within the data set
-    validation: share of each class to test on instead of the test images; after the first task, of those that no file
-        lists
+    names: maps numbers within the data set to `<shard>/<key>`
+    validation: share of each class to test on instead of the test images; after the first task, taken from the images
+        that no file lists
 
     Raises:
         ConfigError: too few images of a class are not listed.
@@ -170,7 +170,7 @@ def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int, vali
 
 
 def _only(layout: Layout, kept: npt.NDArray[np.bool_]) -> Layout:
-    """Without the training samples where `kept` is False."""
+    """Drop the training samples where `kept` is False."""
     before = np.concatenate([[0], np.cumsum(kept)]).tolist()
     tasks = tuple(
         replace(task, train=range(before[task.train.start], before[task.train.stop])) for task in layout.tasks
@@ -190,17 +190,17 @@ def _entries(path: Path) -> list[str]:
 
 
 def _key(name: str) -> str:
-    """A name without folders and extension; of a number, without zeros in front."""
+    """Return a name without folders and extension, and a number without leading zeros."""
     last = PurePosixPath(name.replace("\\", "/")).name
     stem = re.sub(r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm)$", "", last, flags=re.IGNORECASE)
     return str(int(stem)) if stem.isdecimal() else stem
 
 
 def _position(entry: str, found: dict[str, list[int]], task: ClassTask, layout: Layout, path: Path) -> int:
-    """The one training sample that an entry names."""
+    """Return the one training sample that an entry names."""
     index = layout.index["train"]
     places = found.get(_key(entry), [])
-    if len(places) > 1:  # the same name in several classes: the folder tells them apart
+    if len(places) > 1:  # the same name in several classes, distinguished by the folder
         folder = PurePosixPath(entry.replace("\\", "/")).parent.name
         places = [place for place in places if layout.class_names[index.label[place]] == folder]
     if len(places) != 1:

@@ -1,4 +1,4 @@
-"""What the section `data` of a configuration says of views and augmentation."""
+"""Views and augmentation as the section `data` of a configuration sets them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ __all__ = ["batch_augment", "evaluation_view", "tested_split"]
 
 
 def tested_split(data: DataConfig) -> Split:
-    """Which stored split the images of tests are taken from."""
+    """Return the stored split that test images are taken from."""
     return "test" if data.validation is None else "train"
 
 
 def evaluation_view(data: DataConfig, split: Split) -> EvaluationView:
-    """How the images of a split are seen without augmentation."""
+    """Return the view of a split's images without augmentation."""
     filters = data.augment.interpolation if isinstance(data.augment, TimmAugment) else "bicubic"
     size = data.image_size if split == "train" else data.test_size or data.image_size
     return EvaluationView(size, data.crop_pct, "bilinear" if filters == "bilinear" else "bicubic")
 
 
 def batch_augment(data: DataConfig, *, where: str) -> BatchAugment:
-    """What changes decoded training images, a batch at a time.
+    """Return the augmentation of decoded training images, a batch at a time.
 
-    where: the images, for the message.
+    where: what the images are called in the message.
 
     Raises:
-        ConfigError: it starts from the whole image.
+        ConfigError: the augmentation starts from the whole image (timm).
     """
     match data.augment:
         case NoAugment():

@@ -1,4 +1,4 @@
-"""The stream that the trainer sees: a layout of tasks, and a way to make images."""
+"""The stream that the trainer uses: a layout of tasks, and a source of images."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["ImageSource", "ImageStream"]
 
 
 class ImageSource(Protocol):
-    """Where images come from, by sample position."""
+    """A source of images, by sample position."""
 
     def load(
         self, requests: Iterable[Request], split: Split, device: torch.device = CPU
     ) -> Generator[Images, None, None]:
-        """One Images a request, in order, on a device."""
+        """Yield one Images per request, in order, on a device."""
 
     def raw(self, sample: int, split: Split) -> npt.NDArray[np.uint8]:
         """[h, w, channels] uint8 pixels of one image."""
 
     def skipped(self) -> list[tuple[Split, int, str]]:
-        """(split, sample, reason) of the undecodable images known up to now."""
+        """(split, sample, reason) of the undecodable images known so far."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +42,8 @@ class ImageStream:
 
     name_of: (split, sample) -> `<data set>/<key>`
     fingerprint: changes with the images
-    test_shape: of test images; None if it is image_shape
-    shards: of training images, by part; empty where images are in no shards
+    test_shape: (channels, height, width) of test images; None: as image_shape
+    shards: shards of training images, by part; empty if images are not in shards
     """
 
     layout: Layout
@@ -56,17 +56,17 @@ class ImageStream:
 
     @property
     def tasks(self) -> tuple[ClassTask, ...]:
-        """In the order of learning."""
+        """The tasks in learning order."""
         return self.layout.tasks
 
     @property
     def added(self) -> range:
-        """Positions, behind those of the tasks, of further training examples of the same classes."""
+        """Positions, after those of the tasks, of further training examples of the same classes."""
         return self.layout.added
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By class number in the stream."""
+        """The class names, by class number in the stream."""
         return self.layout.class_names
 
     def shape(self, split: Split) -> tuple[int, int, int]:
@@ -88,7 +88,7 @@ class ImageStream:
     def load(
         self, requests: Iterable[Request], split: Split = "train", device: torch.device = CPU
     ) -> Generator[Images, None, None]:
-        """One Images a request, in order, on a device, made ahead of time. Closing the iterator ends its workers.
+        """Yield one Images per request, in order, on a device, made ahead of time. Closing the iterator ends workers.
 
         Raises:
             DataError: an image cannot be decoded (unless data.bad_images is `skip`), or a shard cannot be read.
@@ -96,11 +96,11 @@ class ImageStream:
         return self.source.load(requests, split, device)
 
     def raw(self, sample: int, split: Split = "train") -> npt.NDArray[np.uint8]:
-        """[h, w, channels] uint8 pixels of one image as stored."""
+        """[h, w, channels] uint8 pixels of one image, as stored or as its task changes it."""
         return self.source.raw(sample, split)
 
     def copy(self, task: int, samples: npt.NDArray[np.int64], folder: Path) -> str:
-        """Copy training images of a task as they are stored; the name of their folder in `folder`.
+        """Copy training images of a task as they are stored; return the name of their folder in `folder`.
 
         Raises:
             DataError: an image cannot be read.
@@ -112,7 +112,7 @@ class ImageStream:
         return name
 
     def absent(self, samples: npt.NDArray[np.int64]) -> str | None:
-        """What is wrong if some of the training images cannot be read, because their shards are gone."""
+        """Return what is wrong if some of the training images cannot be read because their shards are gone."""
         index = self.layout.index["train"]
         for number, shards in enumerate(self.shards):
             mine = samples[index.part[samples] == number]
@@ -122,6 +122,6 @@ class ImageStream:
         return None
 
     def skipped(self) -> list[tuple[Split, int, str, str]]:
-        """(split, sample, name, reason) of the undecodable images known up to now, each once, in a stable order."""
+        """(split, sample, name, reason) of the undecodable images known so far, each once, in a stable order."""
         found = sorted(self.source.skipped(), key=lambda item: (item[0] == "test", item[1]))
         return [(split, sample, self.name_of(split, sample), reason) for split, sample, reason in found]

@@ -1,8 +1,8 @@
 """timm's training augmentation, with its random resized crop done on a JPEG decoded no larger than needed.
 
 The crop is drawn by timm itself; everything after it (mirror, colour, automatic augmentation, erasing) is timm's own
-pipeline. Only the pixels of the crop come by another way: decoded at 1/2, 1/4 or 1/8 of the size where that is still as
-large as the view.
+pipeline. Only the pixels of the crop are made differently: they are decoded at 1/2, 1/4 or 1/8 of the size where that
+is still as large as the view.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def seed_all(key: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class TimmView:
-    """A random view of one image, decided by its key alone.
+    """A random view of one image, determined by its key alone.
 
     crop: timm's RandomResizedCropAndInterpolation
-    mirror: what follows it (works on tensors as well as on pictures)
-    picture: transforms of a Pillow image, may be none
-    erase: transforms that set parts of the normalised tensor to 0, may be none
+    mirror: transforms that follow it (they work on tensors as well as on pictures)
+    picture: transforms of a Pillow image, may be empty
+    erase: transforms that set parts of the normalised tensor to 0, may be empty
     """
 
     size: int
@@ -53,7 +53,7 @@ class TimmView:
 
     @classmethod
     def of(cls, config: TimmAugment, *, size: int, mean: tuple[float, ...]) -> TimmView:
-        """Take timm.data.create_transform apart.
+        """Take the pipeline of timm.data.create_transform apart.
 
         Raises:
             ConfigError: timm does not understand data.augment.auto_augment, or scale or ratio is no interval.
@@ -85,9 +85,9 @@ class TimmView:
         return cls(size, crop, tuple(mirror), tuple(secondary.transforms), tuple(final.transforms[2:]))
 
     def __call__(self, data: bytes, name: str, key: int) -> tuple[Pixels, npt.NDArray[np.bool_] | None]:
-        """uint8 [size, size, 3] and, with random erasing, which pixels are erased [size, size].
+        """Return uint8 [size, size, 3] and, with random erasing, the mask [size, size] of erased pixels.
 
-        Seeds this process's generators: isolate them.
+        Seeds this process's generators; the caller has to restore them.
 
         Raises:
             DataError: the image cannot be decoded.
@@ -105,16 +105,16 @@ class TimmView:
         return pixels, self._erased() if self.erase else None
 
     def _erased(self) -> npt.NDArray[np.bool_]:
-        """Timm erases in place, to 0, and draws the same rectangle whatever the tensor holds."""
+        """Return which pixels are erased: timm erases in place, to 0, and independently of the tensor's values."""
         kept = torch.ones(1, self.size, self.size)
         for transform in self.erase:
             transform(kept)
         return (kept[0] == 0).numpy()
 
     def _cropped(self, data: bytes, name: str) -> Tensor:
-        """The random resized crop, uint8 [3, size, size] in channels_last memory."""
+        """Return the random resized crop, uint8 [3, size, size] in channels_last memory."""
         width, height = image_size(data, name)
-        # timm asks its argument for its size only; an expanded tensor has one and no memory.
+        # timm only uses the size of this argument, and an expanded tensor takes no memory.
         shape = torch.empty(1).expand(1, height, width)
         top, left, rows, columns = self.crop.get_params(shape, self.crop.scale, self.crop.ratio)
         filters = self.crop.interpolation

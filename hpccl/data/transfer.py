@@ -1,4 +1,4 @@
-"""From bytes to network input on a device: one byte a number travels, normalisation happens where the pixels arrive.
+"""From bytes to network input on a device: a CUDA device receives one byte per value and normalises the pixels itself.
 
 A background thread keeps a few batches ahead: on a CUDA device they are copied from pinned memory on a stream of
 their own while the network computes.
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def delivered(
     views: Generator[Views, None, None], normalise: Normaliser, device: torch.device, *, background: bool
 ) -> Generator[Images, None, None]:
-    """The same views as normalised images on `device`; closing the iterator closes `views`.
+    """Yield the views as normalised images on `device`; closing the iterator closes `views`.
 
     background: make them ahead of time in a thread, which `views` must allow.
     """
@@ -44,7 +44,7 @@ def delivered(
 
 @dataclass(frozen=True)
 class _Sent:
-    """images: perhaps still on their way; arrived: None if they are not."""
+    """Images that may still be in transfer. arrived: the event at its end; None if they are there."""
 
     images: Images
     arrived: torch.cuda.Event | None = None
@@ -56,7 +56,7 @@ def _as_it_is(sent: _Sent) -> Images:
 
 @dataclass(frozen=True)
 class _Here:
-    """Normalises in the host's memory, then copies to whatever device it is."""
+    """Normalises in host memory, then copies to any device."""
 
     normalise: Normaliser
     device: torch.device
@@ -88,13 +88,13 @@ class _Copier:
         assert sent.arrived is not None
         present = torch.cuda.current_stream(self.device)
         present.wait_event(sent.arrived)
-        # Else the memory could be given to the next batch while the network still reads it.
+        # Otherwise the memory could be reused for the next batch while the network still reads it.
         sent.images.pixels.record_stream(present)
         return sent.images
 
 
 def _blanked(pixels: Tensor, views: Views, moved: Callable[[npt.NDArray[Any]], Tensor]) -> Tensor:
-    """Zero where nothing is to be seen."""
+    """Set erased pixels and invalid images to zero, in place."""
     if views.erased is not None:
         pixels.masked_fill_(moved(views.erased)[:, None], 0)
     if not views.valid.all():

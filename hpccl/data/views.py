@@ -20,9 +20,9 @@ Filter = Literal["bilinear", "bicubic"]
 
 @dataclass(frozen=True)
 class EvaluationView:
-    """What is evaluated, and what crop_flip starts from.
+    """The view that is evaluated, and from which crop_flip starts.
 
-    size: sides of the square view, None to take images as they are. An image that has this size already stays as it is.
+    size: side of the square view; None to take images as they are. An image that has this size already is unchanged.
     """
 
     size: int | None
@@ -30,7 +30,7 @@ class EvaluationView:
     filter: Filter = "bicubic"
 
     def __call__(self, pixels: Pixels) -> Pixels:
-        """uint8 [h, w, channels] to [size, size, channels]."""
+        """Turn uint8 [h, w, channels] into [size, size, channels]."""
         size = self.size
         if size is None or pixels.shape[:2] == (size, size):
             return pixels
@@ -44,11 +44,11 @@ class EvaluationView:
 
 
 def to_picture(pixels: Pixels) -> Image.Image:
-    """[h, w, 1 or 3] to a Pillow image."""
+    """Turn [h, w, 1 or 3] into a Pillow image."""
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def to_array(picture: Image.Image) -> Pixels:
-    """A Pillow image to [h, w, 1 or 3], writable."""
+    """Turn a Pillow image into a writable array [h, w, 1 or 3]."""
     pixels = np.array(picture, dtype=np.uint8)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -1,9 +1,9 @@
-"""Processes that make items of a data set ahead of time, in order; one that dies is one clear error at once.
+"""Worker processes that make items of a data set ahead of time, in order; if one dies, a clear error is raised at once.
 
-Every worker has a socket of its own, so that there is no lock which a killed one could leave taken, and no reader that
-waits for the rest of its message. (With the queue that torch's DataLoader shares among its workers, a kill at the wrong
-moment leaves the trainer waiting for ever.) Large arrays do not go through the socket but in anonymous memory that is
-handed over: pickle's out-of-band buffers.
+Every worker has a socket of its own, so that a killed worker cannot leave a lock taken or a reader waiting for the rest
+of its message. (With the queue that torch's DataLoader shares among its workers, a kill at the wrong moment leaves the
+trainer waiting for ever.) Large arrays do not pass through the socket: as pickle's out-of-band buffers, they are handed
+over in anonymous memory.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ Key = TypeVar("Key")
 Item = TypeVar("Item")
 
 _NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-_AHEAD = 2  # items that every worker is asked for in advance
+_AHEAD = 2  # items that are requested from every worker in advance
 _LENGTH = struct.Struct("<Q")
 
 
 def in_workers(
     make: Callable[[Key], Item], keys: Iterable[Key], workers: int, *, timeout: float | None = None
 ) -> Generator[Item, None, None]:
-    """make(key) of every key, in order, by `workers` processes that are started now and end with the iterator.
+    """Yield make(key) for every key, in order, from `workers` processes that start now and end with the iterator.
 
-    Arrays of the items should be numpy's: those travel without being copied.
+    Arrays in the items should be numpy arrays, which are handed over without pickling their data.
 
     Raises:
-        DataError: a worker died, or did not answer for `timeout` seconds (None: however long it takes).
-        RuntimeError: `make` raised an exception; says where.
+        DataError: a worker died, or did not answer for `timeout` seconds (None: wait for ever).
+        RuntimeError: `make` raised an exception, whose traceback is in the message.
     """
     return _received(_Crew.start(make, workers, timeout), iter(keys))
 
@@ -136,7 +136,7 @@ class _Crew:
             return
 
     def close(self) -> None:
-        """Kill them: they hold nothing that others could miss."""
+        """Kill the workers, which hold nothing that could be lost."""
         atexit.unregister(self.close)
         for worker in self.workers:
             worker.process.kill()
@@ -147,11 +147,11 @@ class _Crew:
 
 def _hired(make: Callable[[Any], Any], timeout: float | None) -> _Worker:
     ours, theirs = socket.socketpair()
-    ours.settimeout(timeout)  # of the trainer's end alone: a worker may wait as long as the trainer takes
+    ours.settimeout(timeout)  # of the trainer's end alone: a worker waits as long as the trainer takes
     # Forked, because indices are large and torch takes seconds to import.
     process = multiprocessing.get_context("fork").Process(target=_work, args=(make, _Channel(theirs)), daemon=True)
     with warnings.catch_warnings(), theirs:
-        # Python 3.12 warns of forking beside threads; the workers only read files and decode.
+        # Python 3.12 warns of forking a process with threads; the workers only read files and decode.
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
         process.start()
     return _Worker(process, _Channel(ours))
@@ -175,13 +175,13 @@ def _work(make: Callable[[Any], Any], channel: _Channel) -> None:
             return
         try:
             item = make(key)
-        except Exception:  # noqa: BLE001 - whatever it is, the main process says it
+        except Exception:  # noqa: BLE001 - whatever it is, the main process reports it
             item = _Failure(traceback.format_exc())
         channel.send(item)
 
 
 def _leave_signals_to_the_main_process() -> None:
-    """But do not outlive it."""
+    """Ignore the signals that the main process handles, but (on Linux) do not outlive it."""
     for number in _NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_WORKERS)
@@ -192,7 +192,7 @@ def _leave_signals_to_the_main_process() -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold signals back while workers are started: one that came before a worker ignores it would kill the worker."""
+    """Block signals while workers start: a signal that arrives before a worker ignores it would kill the worker."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
     try:
         yield
@@ -205,7 +205,7 @@ def _signals_held() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class _Channel:
-    """Objects through a socket: a length, a pickle, and a file descriptor of the memory with its arrays."""
+    """Passes objects through a socket: a length, a pickle, and a file descriptor of the memory with its arrays."""
 
     socket: socket.socket
 
@@ -219,7 +219,7 @@ class _Channel:
             self.socket.sendall(message)
 
     def receive(self) -> Any:
-        """Raises EOFError if the other side is gone, TimeoutError if it is silent."""
+        """Receive an object. Raises EOFError if the other side is gone, TimeoutError if it does not answer."""
         start, numbers, _, _ = socket.recv_fds(self.socket, _LENGTH.size, 1)
         try:
             start += self._exactly(_LENGTH.size - len(start))
@@ -246,7 +246,7 @@ class _Channel:
 
 @contextlib.contextmanager
 def _shared(views: list[memoryview]) -> Iterator[int]:
-    """A descriptor of anonymous memory that holds them, one after the other."""
+    """Yield a file descriptor of anonymous memory that holds the views, one after the other."""
     number = os.memfd_create("hpccl")
     try:
         for view in views:

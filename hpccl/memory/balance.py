@@ -1,9 +1,9 @@
 """GDumb's sampler: a memory of balanced classes from a stream of labels (Prabhu et al. 2020, alg. 1).
 
     an example of class y is kept if y is new, or has fewer than capacity / (classes seen so far);
-    if the memory is full, a random one of a largest class goes.
+    if the memory is full, a random example of a largest class is dropped.
 
-No class then has more than one example more than another that has had enough of them.
+Class counts then differ by at most one, except for classes of which too few examples arrived.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Ints = npt.NDArray[np.int64]
 def greedy_balance(
     before: Ints, arriving: Ints, *, capacity: int, seen: int = 0, draw: Callable[[int, int], int]
 ) -> Ints:
-    """[kept] positions in the concatenation of `before` and `arriving` (labels), in the order of arrival.
+    """Return the kept positions in the concatenation of the labels `before` and `arriving`, in order of arrival.
 
-    seen: classes that came before these arrive, whose examples `before` are
-    draw: (number of the arriving example, n) -> one of 0, ..., n - 1, at random: which of a largest class goes. Of
-        several largest classes, that of the lowest number.
+    seen: number of classes seen before `arriving`; `before` holds examples of them
+    draw: (number of the arriving example, n) -> a random one of 0, ..., n - 1: which example of a largest class is
+        dropped. Of several largest classes, the one with the lowest number is taken.
     """
     held: dict[int, list[int]] = {}
     for position, label in enumerate(before.tolist()):
@@ -38,7 +38,7 @@ def greedy_balance(
         if len(own) * classes >= capacity:
             continue
         if size == capacity:
-            largest = max(held, key=lambda each: (len(held[each]), -each))  # another: this one is below the mean
+            largest = max(held, key=lambda each: (len(held[each]), -each))  # never `label`, which is below the mean
             held[largest].pop(draw(event, len(held[largest])))
             size -= 1
         own.append(len(before) + event)

@@ -12,16 +12,16 @@ __all__ = ["kept_of", "per_class", "quotas", "split_quotas"]
 
 
 def quotas(config: MemoryConfig, sizes: Sequence[int], classes: Sequence[int]) -> list[int]:
-    """Examples kept of each of the tasks so far, which have `sizes` training examples of so many `classes`.
+    """Return how many examples to keep of each task so far; tasks have `sizes` training examples, `classes` classes.
 
-    With `total`, classes share evenly as far as their tasks have examples (tasks do without memory.balanced), and what
-    remains goes to earlier tasks; a task's share never grows as more tasks come.
+    With `total`, the budget is shared evenly among classes (among tasks without memory.balanced), up to what each task
+    has; the remainder goes to earlier tasks. A task's share never grows as more tasks come.
     """
     if config.total == 0:
         return [kept_of(config, size) for size in sizes]
     parts = classes if config.balanced else [1] * len(sizes)
-    # Places are dealt out in rounds, in which a task of c classes takes its next c, if it has them. Another task only
-    # puts its own places between those of others: no share grows.
+    # Places are dealt out in rounds: in each, a task of c classes takes its next c, if it has them. A further task only
+    # inserts its places between those of the others, so that no share grows.
     low, high = 0, max(sizes, default=0)  # the largest number of whole rounds
     while low < high:
         rounds = (low + high + 1) // 2
@@ -42,7 +42,7 @@ def _taken(sizes: Sequence[int], parts: Sequence[int], rounds: int) -> list[int]
 
 
 def kept_of(config: MemoryConfig, size: int) -> int:
-    """Examples chosen of a task of `size` when it ends; with `total`, as many as it could ever keep."""
+    """Return how many examples are chosen at the end of a task of `size`; with `total`, the most it could ever keep."""
     if config.total > 0:
         return min(config.total, size)
     if config.fraction > 0:
@@ -51,9 +51,10 @@ def kept_of(config: MemoryConfig, size: int) -> int:
 
 
 def per_class(total: int, share: float, classes: int) -> tuple[int, int]:
-    """(held out, kept) of each of `classes` classes, of which `total` examples are kept in all.
+    """Return the numbers (held out, kept) of each of `classes` classes that share a memory of `total` examples.
 
-    floor(share K / s) and ceil(K / s) - ceil(share K / s): the book-keeping of BiC's authors (Wu et al. 2019).
+    floor(share K / s) and ceil(K / s) - ceil(share K / s) for K = total, s = classes, as BiC's authors count (Wu et al.
+    2019).
     """
     each, part = total / classes, share * total / classes
     rounding = 1e-9  # 0.1 * 2000 / 10 may be a little more or less than 20
@@ -61,12 +62,12 @@ def per_class(total: int, share: float, classes: int) -> tuple[int, int]:
 
 
 def split_quotas(total: int, share: float, *, sizes: Sequence[int], classes: Sequence[int]) -> list[int]:
-    """Examples kept of each of the tasks so far, where a share of `total` is held out.
+    """Return how many examples to keep of each task so far, where a share of `total` is held out.
 
-    The least since a task was learned: rounded up twice, what is kept of a class may grow by one with the number of
-    classes, and what was dropped does not return.
+    A task keeps the minimum since it was learned: through the two ceilings the number per class may grow by one with
+    the number of classes, but a dropped example does not come back.
 
-    sizes: examples of each task that are not held out; classes: of each task
+    sizes: examples of each task that are not held out; classes: number of classes of each task
     """
     kept = [per_class(total, share, seen)[1] for seen in accumulate(classes)]
     least = list(accumulate(reversed(kept), min))[::-1]

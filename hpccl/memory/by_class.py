@@ -1,9 +1,9 @@
-"""A greedy choice for every class, each on the one rank that all of the class's vectors are sent to.
+"""Greedy selection class by class: all vectors of a class are sent to one rank, which chooses among them.
 
     this rank's share of all classes  ->  some classes, whole  ->  pick  ->  the choice of all classes on every rank
 
-Classes are dealt out by their cost, as many at a time as fit a buffer, and a rank orders the rows of a class by sample:
-the choice does not depend on the number of ranks. A rank holds its share of all vectors and a buffer of others'.
+Classes are assigned to ranks by cost, as many at a time as fit a buffer, and the rows of a class are sorted by sample:
+the choice does not depend on the number of ranks. A rank holds its share of all vectors and a buffer of received ones.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ __all__ = ["Pick", "by_class"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
-# From vectors [n, D] and how many to keep, positions in the order of choice and what each counts beside the others.
+# (vectors [n, D], how many to keep) -> (positions in the order of choice, weight of each).
 Pick: TypeAlias = Callable[[Floats, int], tuple[Ints, npt.NDArray[np.float64]]]
 
-_BUFFER = 1 << 28  # bytes of vectors that come to a rank at a time
+_BUFFER = 1 << 28  # bytes of vectors that a rank receives at a time
 
 
 def by_class(
     rows: Tensor, sample: Ints, valid: npt.NDArray[np.bool_], *, given: Candidates, comm: Comm, pick: Pick
 ) -> Choice:
-    """`pick` for every class, with the weights that it gives times m / n of the task (see `select`); collective.
+    """Apply `pick` to every class and scale its weights by m / n of the task (see `select`); collective.
 
-    rows: [share, D] vectors of this rank's share; sample: [share] whose they are
-    valid: [share] False: there is no image; such an example is chosen after all others, with weight 0
-    pick: whose weights t make sum_chosen t x stand for the sum over the class
+    rows: [share, D] vectors of this rank's share of the examples; sample: [share] their sample positions
+    valid: [share] False where there is no image; such an example is chosen after all others, with weight 0
+    pick: returns weights t such that sum_chosen t x approximates the sum of x over the class
 
     Raises:
         DivergedError: a vector is not finite.
@@ -72,7 +72,7 @@ def by_class(
 
 
 def _of_class(came: Floats, whose: Ints, number: int, quota: int, pick: Pick) -> tuple[Ints, npt.NDArray[np.float64]]:
-    """[quota, 3] (sample, class, place) and [quota] weights."""
+    """Return the choice of one class: [quota, 3] rows (sample, class, place) and [quota] weights."""
     here = np.flatnonzero(whose[:, 1] == number)
     here = here[np.argsort(whose[here, 0], kind="stable")]
     good, bad = here[whose[here, 2] > 0], here[whose[here, 2] == 0]
@@ -84,7 +84,7 @@ def _of_class(came: Floats, whose: Ints, number: int, quota: int, pick: Pick) ->
 
 
 def _rounds(counts: Ints, rows: Tensor, comm: Comm) -> Iterator[Ints]:
-    """Classes that are dealt out together: what comes to a rank fits the buffer, or is one class."""
+    """Yield the classes to exchange together: what a rank receives fits the buffer, or is a single class."""
     width = max(1, rows[:1].numel() // max(1, len(rows[:1])) * rows.element_size())
     room = max(1, _BUFFER // comm.max(width)) * comm.size
     first, held = 0, 0

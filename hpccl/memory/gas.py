@@ -1,10 +1,10 @@
-"""Neural gas with competitive Hebbian learning: a net of nodes over features, and what it says to a network (TOPIC).
+"""Neural gas with competitive Hebbian learning: a graph of nodes in feature space, as TOPIC's losses use it.
 
 Legend: N nodes m [N, d] with variances L [N, d], f a feature, r_i the node that is i-th nearest to it, a[i, j] the age
-of the edge of two nodes (0: there is none).
+of the edge between nodes i and j (0: no edge).
 
 Neural gas (Martinetz and Schulten 1991):      m_{r_i} <- m_{r_i} + rate exp(-i / spread) (f - m_{r_i})
-Competitive Hebbian learning (Martinetz 1993): a[r_1, r_2] <- 1; other edges of r_1 grow older by 1 and go beyond
+Competitive Hebbian learning (Martinetz 1993): a[r_1, r_2] <- 1; other edges of r_1 age by 1 and are removed beyond
 `lifetime`.
 
 Few-shot sessions (Tao et al. 2020, TOPIC), with m~_j = phi(z_j) for the image z_j of a node, and its class c_j:
@@ -35,7 +35,7 @@ _NEGLIGIBLE = 40.0  # exp(-40) moves nothing
 
 @dataclass(frozen=True)
 class Rules:
-    """How nodes move and edges live. first_rank: the number of the nearest node, 1 in TOPIC and 0 in Martinetz."""
+    """How nodes move and edges age. first_rank: the rank i of the nearest node, 1 in TOPIC and 0 in Martinetz."""
 
     rate: float
     spread: float
@@ -50,21 +50,21 @@ def distances(nodes: Floats, feature: Floats) -> Floats:
 
 
 def adapted(nodes: Floats, feature: Floats, rules: Rules) -> Floats:
-    """Nodes [N, d] after one feature [d]; of equally near ones, the first counts as nearer."""
+    """Return the nodes [N, d] adapted to one feature [d]; of equally near nodes, the first counts as nearer."""
     moved = nodes.copy()
     _adapt_(moved, feature, np.argsort(distances(nodes, feature), kind="stable"), rules)
     return moved
 
 
 def _adapt_(nodes: Floats, feature: Floats, order: Ints, rules: Rules) -> None:
-    """order: of the nodes, nearest first."""
+    """Move the nodes in place. order: their indices, nearest first."""
     order = order[: int(_NEGLIGIBLE * rules.spread) + 1]
     share = rules.rate * np.exp(-(np.arange(len(order)) + rules.first_rank) / rules.spread)
     nodes[order] += share[:, None] * (feature - nodes[order])
 
 
 def connected(ages: Ints, nodes: Floats, feature: Floats, rules: Rules) -> Ints:
-    """Ages [N, N] (symmetric) after one feature [d]."""
+    """Return the edge ages [N, N] (symmetric), updated by one feature [d]."""
     found = ages.copy()
     _connect_(found, np.argsort(distances(nodes, feature), kind="stable"), rules)
     return found
@@ -81,7 +81,7 @@ def _connect_(ages: Ints, order: Ints, rules: Rules) -> None:
 
 
 def fitted(nodes: Floats, ages: Ints, features: Floats, rules: Rules) -> tuple[Floats, Ints]:
-    """Nodes and ages after features [n, d], one after the other: edges first, then nodes."""
+    """Return nodes and edge ages after features [n, d], one at a time: edges are updated first, then nodes."""
     nodes, ages = nodes.copy(), ages.copy()
     for feature in features:
         order = np.argsort(distances(nodes, feature), kind="stable")
@@ -92,12 +92,12 @@ def fitted(nodes: Floats, ages: Ints, features: Floats, rules: Rules) -> tuple[F
 
 @dataclass(frozen=True)
 class Gas:
-    """The net at the end of a task, or as a session begins.
+    """The graph at the end of a task, or at the start of a session.
 
-    nodes, variance, image: [N, d] float64, centroids, variances (with what keeps them above 0), features of the images
+    nodes, variance, image: [N, d] float64, centroids, variances (floor included), features of the nodes' images
     ages:   [N, N] int64
-    sample: [N] int64, the training example that stands for a node; label: [N] int64
-    old:    the first so many were there before the session
+    sample: [N] int64, the training example that represents a node; label: [N] int64
+    old:    number of nodes from before the session, which come first
     shot, shot_node: [n] int64, the session's training examples and the nearest node of their class; empty after it
     """
 
@@ -119,9 +119,9 @@ class Gas:
         cls, features: Floats, samples: Ints, labels: Ints, rules: Rules, *, start: Ints, orders: Sequence[Ints],
         floor: float,
     ) -> Gas:  # fmt: skip
-        """Fitted to features [n, d] of examples.
+        """Fit a graph to features [n, d] of examples.
 
-        start: [N] which features nodes begin at; orders: of the features, one a pass; floor: see `_variances`
+        start: [N] features at which nodes start; orders: an order of the features per pass; floor: see `_variances`
         """
         nodes, ages = features[start], np.zeros((len(start), len(start)), dtype=np.int64)
         for order in orders:
@@ -140,7 +140,7 @@ class Gas:
         )
 
     def grown(self, features: Floats, samples: Ints, labels: Ints, rules: Rules, *, each: int, floor: float) -> Gas:
-        """With `each` nodes for every new class, at the shots [n, d] nearest to its mean, and edges to old ones."""
+        """Add `each` nodes per new class, at the shots [n, d] nearest to its mean, with edges to the old nodes."""
         new = np.concatenate([_central(features, labels, label, each) for label in np.unique(labels)])
         count, before = len(self) + len(new), len(self)
         nodes = np.concatenate([self.nodes.numpy(), features[new]])
@@ -162,7 +162,7 @@ class Gas:
         )
 
     def settled(self, features: Floats, labels: Ints, image: Floats, rules: Rules, *, floor: float) -> Gas:
-        """After a session: moved by its features [n, d]; `image` [N, d] are those of the nodes, by the new network."""
+        """Adapt to a session's features [n, d] at its end; image: [N, d] features of the nodes' images, new network."""
         nodes = self.nodes.numpy().copy()
         nodes[self.old :] = image[self.old :]  # new nodes are where their images are now
         nodes, ages = fitted(nodes, self.ages.numpy(), features, rules)
@@ -180,24 +180,24 @@ class Gas:
         )
 
     def rivals(self, node: int) -> Tensor:
-        """The nodes of other classes that a node has an edge with, ascending."""
+        """Return the nodes of other classes that share an edge with a node, ascending."""
         return ((self.ages[node] > 0) & (self.label != self.label[node])).nonzero().squeeze(1)
 
     @property
     def diameter(self) -> float:
-        """The largest distance of two nodes."""
+        """The largest distance between two nodes."""
         return float(torch.cdist(self.nodes, self.nodes).max())
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the fields for a checkpoint."""
         return dict(vars(self))
 
 
 def _variances(nodes: Floats, features: Floats, floor: float) -> Floats:
-    """[N, d] around its mean, of the features [n, d] that are nearest to each node.
+    """[N, d] variance, around their mean, of the features [n, d] that are nearest to each node.
 
-    To all of them comes `floor` times the mean variance: few features have none in some direction. A node that is
-    nearest to fewer than two has that of all features.
+    `floor` times the mean variance is added, because few features have no variance in some directions. A node that is
+    nearest to fewer than two features gets the variance of all features.
     """
     winner = np.array([int(np.argmin(distances(nodes, feature))) for feature in features])
     overall = features.var(axis=0)
@@ -209,7 +209,7 @@ def _variances(nodes: Floats, features: Floats, floor: float) -> Floats:
 
 
 def _of_classes(features: Floats, labels: Ints, wanted: Ints, floor: float) -> Floats:
-    """[k, d] of the shots of each wanted class; `_variances`."""
+    """[k, d] variance of the shots of each wanted class, with floor and fallback as in `_variances`."""
     overall = features.var(axis=0)
     own = [features[labels == label] for label in wanted]
     found = np.stack([each.var(axis=0) if len(each) > 1 else overall for each in own])
@@ -217,19 +217,19 @@ def _of_classes(features: Floats, labels: Ints, wanted: Ints, floor: float) -> F
 
 
 def _least(overall: Floats, floor: float) -> float:
-    """Above 0, also where all features are the same."""
+    """Return the variance floor, which is positive even where all features are equal."""
     return floor * max(float(overall.mean()), 1e-12)
 
 
 def _nearest_of_class(nodes: Floats, node_labels: Ints, features: Floats, labels: Ints) -> Ints:
-    """[n] for each feature, the nearest node of its class."""
+    """[n] index of the nearest node of each feature's own class."""
     apart = np.sqrt(np.square(features[:, None] - nodes[None]).sum(axis=2))
     nearest: Ints = np.where(node_labels[None] == labels[:, None], apart, np.inf).argmin(axis=1)
     return nearest
 
 
 def _central(features: Floats, labels: Ints, label: int, count: int) -> Ints:
-    """Which shots of a class are nearest to its mean, nearest first."""
+    """Return the `count` shots of a class that are nearest to its mean, nearest first."""
     own = np.flatnonzero(labels == label)
     order = np.argsort(distances(features[own], features[own].mean(axis=0)), kind="stable")
     return own[order[:count]]

@@ -1,19 +1,19 @@
-"""Greedy choices within one class, from a vector for every example: herding, k-center, matching of a sum.
+"""Greedy selection within one class, from one vector per example: herding, k-center, matching of a sum.
 
-    herding    argmin_i | mu - (x_i + sum of chosen) / k |          mu the mean of x, normalised or as they are
-    welling    argmax_i <w, x_i>,  then w += mu - x_i               x normalised; w begins as mu, rows may come again
+    herding    argmin_i | mu - (x_i + sum of chosen) / k |          mu the mean of x; x normalised or not
+    welling    argmax_i <w, x_i>,  then w += mu - x_i               x normalised; w starts at mu, rows may repeat
     k-center   argmax_i min_{j chosen} | x_i - x_j |
     matching   argmin_i min_t |r - t u_i|,  then weights t >= 0 of the chosen that minimise |r|,  r = b - sum t_j u_j,
                b = sum_i u_i
 
-Each is the business of one process: vectors in, the order of choice out, every beginning of which is the choice of a
-smaller size. Ties, up to rounding, go to the first row. The cost of m choices among n vectors of D numbers is m n D
-multiplications, and m^4 / 3 more for the weights of matching at worst.
+Each runs in one process: vectors in, the order of choice out, every prefix of which serves as a smaller choice. Ties,
+up to rounding, go to the first row. The cost of m choices among n vectors of D numbers is m n D multiplications, and at
+worst m^4 / 3 more for the weights of matching.
 
 Sources: Rebuffi et al. 2017, "iCaRL", CVPR, algorithm 4; Welling 2009, "Herding dynamical weights to learn", ICML (the
-order of the code that Rebuffi et al. released); Gonzalez 1985, "Clustering to minimize the maximum
-intercluster distance" (its radius is at most twice the best); Malkomes et al. 2015, "Fast distributed k-center
-clustering" (of blocks: four times); Pati, Rezaiifar and Krishnaprasad 1993, "Orthogonal matching pursuit";
+order in the code that Rebuffi et al. released); Gonzalez 1985, "Clustering to minimize the maximum
+intercluster distance" (radius at most twice the optimum); Malkomes et al. 2015, "Fast distributed k-center
+clustering" (in blocks: four times); Pati, Rezaiifar and Krishnaprasad 1993, "Orthogonal matching pursuit";
 Killamsetty et al. 2021, "GRAD-MATCH", ICML (matching of a sum of gradients); Lawson and Hanson 1974, chapter 23
 (weights >= 0).
 """
@@ -31,9 +31,9 @@ __all__ = ["herding", "k_center", "matching", "welling"]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
 
-_TIE = 1e-9  # relative difference that is rounding
+_TIE = 1e-9  # relative difference up to which scores count as equal
 _BLOCK = 20_000  # examples among which centers are searched at a time
-_TURNS = 1000  # of welling's herding, in the code of iCaRL's authors
+_TURNS = 1000  # of Welling's herding in the code of iCaRL's authors
 
 
 def herding(rows: Floats, keep: int, *, normalise: bool = True) -> Ints:
@@ -52,10 +52,10 @@ def herding(rows: Floats, keep: int, *, normalise: bool = True) -> Ints:
 
 
 def welling(rows: Floats, keep: int, *, turns: int = _TURNS) -> Ints:
-    """[keep] positions of the rows [n, D], normalised, as `turns` of Welling's herding first meet them.
+    """[keep] positions of the rows [n, D], normalised, in the order in which Welling's herding first picks them.
 
-    A row may be met again, which takes a turn and adds nothing. The released code of iCaRL then ends with fewer than
-    `keep`; here what it has not met follows, by the products of the last turn.
+    A row may be picked again, which takes one of the `turns` and adds nothing. The released code of iCaRL then ends
+    with fewer than `keep`; here the rows that were never picked follow, ordered by their products in the last turn.
     """
     wide = _unit(rows)
     mean, every = wide.mean(axis=0), np.ones(len(wide), dtype=np.bool_)
@@ -74,9 +74,8 @@ def welling(rows: Floats, keep: int, *, turns: int = _TURNS) -> Ints:
 def k_center(rows: Floats, keep: int, *, block: int = _BLOCK) -> Ints:
     """[keep] positions of rows [n, D]: the one nearest to the mean, then always the farthest from those chosen.
 
-    The largest distance of a row to its nearest chosen one is at most twice that of the best choice. More than `block`
-    rows are cut into blocks: each names `keep` candidates, among which the centers are searched; then it is at most
-    four times.
+    The largest distance of a row to its nearest chosen row is at most twice the optimum. More than `block` rows are cut
+    into blocks, each of which proposes `keep` candidates among which the centers are searched: then at most four times.
     """
     if len(rows) <= max(block, keep):
         return _farthest(rows, keep)
@@ -90,18 +89,18 @@ def matching(
 ) -> tuple[Ints, npt.NDArray[np.float64]]:
     """[keep] positions of rows u [n, D] and weights t [keep] >= 0 whose weighted sum is close to the sum of all rows.
 
-    Something else may speak for the examples that are not chosen, and says `given` c [n, D] of each: then what is
-    matched is sum_i u_i - sum_{i not chosen} c_i. Each pick is the one after which, with the best weight of its own,
-    least is missing: without c that is the largest <r, u> / |u|.
+    With `given` c [n, D], row c_i already stands in for example i as long as i is not chosen: the target is then
+    sum_i u_i - sum_{i not chosen} c_i. Each pick is the row that, with its own best weight, leaves the smallest
+    residual r: without c, the one with the largest <r, u> / |u|.
 
-    The weights minimise |missing|^2 + ridge s^2 |t - t0|^2 over t >= 0; s^2 is the mean of |u|^2, and t0 is n / keep,
-    or 1 with c. They are exactly 1 where all rows are kept. With ridge > 0 no few examples carry all the weight.
+    The weights minimise |r|^2 + ridge s^2 |t - t0|^2 over t >= 0; s^2 is the mean of |u|^2, and t0 is n / keep, or 1
+    with c. They are exactly 1 where all rows are kept. ridge > 0 keeps a few examples from carrying all the weight.
     """
     wide = rows.astype(np.float64)
     other = np.zeros_like(wide) if given is None else given.astype(np.float64)
     number = len(wide)
     squares, others, both = (np.einsum("nd,nd->n", x, y) for x, y in ((wide, wide), (other, other), (other, wide)))
-    pull = max(ridge, 1e-10) * max(float(squares.mean()), 1e-300)  # a little, so that one solution is best
+    pull = max(ridge, 1e-10) * max(float(squares.mean()), 1e-300)  # never 0, so that the solution is unique
     equal = number / max(keep, 1) if given is None else 1.0
     target = (wide - other).sum(axis=0)
     free = np.ones(number, dtype=np.bool_)
@@ -124,7 +123,7 @@ def matching(
 
 
 def _unit(rows: Floats) -> npt.NDArray[np.float64]:
-    """At norm 1; 0 stays 0."""
+    """Scale rows to norm 1; 0 stays 0."""
     wide = rows.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1)
     wide /= np.where(norms > 0, norms, 1.0)[:, None]
@@ -132,7 +131,7 @@ def _unit(rows: Floats) -> npt.NDArray[np.float64]:
 
 
 def _first_largest(score: npt.NDArray[np.float64], free: npt.NDArray[np.bool_]) -> int:
-    """Position of the largest of the free ones; of equals, the first."""
+    """Return the position of the largest score among the free rows; of ties, the first."""
     known = np.where(free, score, -np.inf)
     best = float(known.max())
     return int(np.argmax(known >= best - _TIE * abs(best)))
@@ -159,7 +158,7 @@ def _farthest(rows: Floats, keep: int) -> Ints:
 def _non_negative(
     gram: npt.NDArray[np.float64], right: npt.NDArray[np.float64], start: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """The t >= 0 with the smallest t'Gt/2 - t'right, G positive definite, from a t >= 0 (Lawson and Hanson)."""
+    """Minimise t'Gt/2 - t'right over t >= 0, G positive definite, starting at some t >= 0 (Lawson and Hanson)."""
     found, passive = start.copy(), start > 0
     tolerance = 1e-12 * float(np.abs(right).max(initial=0.0))
     for entering in _entering(gram, right, found, passive, tolerance):
@@ -170,7 +169,7 @@ def _non_negative(
             bad = passive & (trial <= 0)
             if not bad.any():
                 break
-            # As far as the first weight that would turn negative; it leaves.
+            # Move until the first weight would turn negative; it leaves the passive set.
             steps = found[bad] / np.maximum(found[bad] - trial[bad], 1e-300)
             found += float(steps.min()) * (trial - found)
             passive &= found > 1e-15 * max(float(found.max()), 1e-300)
@@ -188,7 +187,7 @@ def _entering(
     passive: npt.NDArray[np.bool_],
     tolerance: float,
 ) -> Iterator[int]:
-    """The weight at 0 whose growth helps most, as long as there is one; `found` and `passive` change in between."""
+    """Yield the zero weight whose growth helps most while there is one; `found` and `passive` change in between."""
     for _ in range(3 * len(right)):
         gain = np.where(passive, -np.inf, right - gram @ found)
         best = int(np.argmax(gain))

@@ -20,9 +20,9 @@ __all__ = ["ClassMeans", "normalised"]
 
 @dataclass(frozen=True)
 class ClassMeans:
-    """For the network that ended one task and no other.
+    """Class means under the network at the end of one task; they are valid for no other network.
 
-    task: index; means: [C, d] fp32 of norm 1, 0 of classes without examples
+    task: its index; means: [C, d] fp32 of norm 1, 0 for classes without examples
     """
 
     task: int
@@ -30,27 +30,27 @@ class ClassMeans:
 
     @classmethod
     def of_sums(cls, task: int, sums: Tensor) -> ClassMeans:
-        """From each class's sum of features [C, d] float64."""
+        """Normalise each class's sum of features, [C, d] float64."""
         return cls(task, normalised(sums).float())
 
     def joined(self, newer: ClassMeans) -> ClassMeans:
-        """With the means of a later task, of those classes that it has."""
+        """Take the means of a later task for the classes that it has."""
         has = newer.means.norm(dim=1, keepdim=True) > 0
         return ClassMeans(newer.task, newer.means.where(has, self.means))
 
     def scores(self, features: Tensor) -> Tensor:
-        """[n, C] from features [n, d], of any norm; -4, the least there is, for classes without examples."""
+        """[n, C] scores of features [n, d] of any norm; -4, the minimum, for classes without examples."""
         means = self.means.to(features.device)
         found = -torch.cdist(normalised(features.double()), means.double()).square().float()
         return found.masked_fill(means.norm(dim=1) == 0, -4.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the fields for a checkpoint."""
         return dict(vars(self))
 
 
 def normalised(vectors: Tensor) -> Tensor:
-    """Vectors [n, d] at norm 1; 0 stays 0."""
+    """Scale vectors [n, d] to norm 1; 0 stays 0."""
     length = vectors.norm(dim=1, keepdim=True)
     found: Tensor = vectors / length.where(length > 0, torch.ones_like(length))
     return found

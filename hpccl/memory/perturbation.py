@@ -1,21 +1,21 @@
-"""What the model would say if an example, or a class, had not been learned: pure functions of logits and variances.
+"""How predictions would change if an example, or a class, had been left out: pure functions of logits and variances.
 
 Leaving a set M out of the data moves the weights and the logits f of the examples in M by (Nickl et al. 2023)
 
-    dw = S^-1 sum_{j in M} J_j' e_j              first order (eq. 6 with S without M taken as S)
+    dw = S^-1 sum_{j in M} J_j' e_j              first order (eq. 6, with S for the precision without M)
     df = v e                                     eq. 12, v = J_M S^-1 J_M'
-    df = v (I - Lambda v)^-1 e                   the same with the precision S - J_M' Lambda J_M of what is left
+    df = v (I - Lambda v)^-1 e                   the same with the precision without M, S - J_M' Lambda J_M
 
 S is the posterior's precision, e = p - y, Lambda = diag(p) - p p' (1 for squares). The second form is exact for a
 quadratic loss and one Newton step otherwise; it follows from the first by Woodbury's identity.
 
     error        1 - p_y = 1/2 sum_c |e_c|
-    variance     tr(C v C) / (K - 1)             of the logits, C = I - 11'/K takes off what they have in common
-    leverage     tr(Lambda v)                    sums up to the number of weights that the data determine
+    variance     tr(C v C) / (K - 1)             of the logits, C = I - 11'/K removes their common part
+    leverage     tr(Lambda v)                    sums to the number of weights that the data determine
     sensitivity  sum_c |(Lambda v e)_c|          eqs. 13 and 14: how far its own prediction moves
-    sensitivity_diagonal                         sum_c |Lambda_cc v_cc e_c|, as the selector `sensitivity` has it
+    sensitivity_diagonal                         sum_c |Lambda_cc v_cc e_c|, as in the selector `sensitivity`
     left_out     -log softmax(f + v e)[y]        eqs. 15 and 16; its mean estimates the test NLL, no test data needed
-    left_out_newton                              the same with the second form of df; None for many classes
+    left_out_newton                              the same with the second form of df; None above 128 classes
 
 Sources: Nickl, Xu, Tailor, Moellenhoff and Khan 2023, "The memory-perturbation equation", NeurIPS; their memory maps
 (error against leverage); Cook 1977, "Detection of influential observation in linear regression", Technometrics.
@@ -36,14 +36,14 @@ from hpccl.memory.score import TopLayer
 
 __all__ = ["Perturbed", "Variance", "best_prior_precision", "deviation", "perturbed", "top_layer_variance"]
 
-_MOST_CLASSES = 128  # of which K x K matrices are made for every example
-_LARGEST = 0.98  # eigenvalue of Lambda v: it is < 1 where S contains the example, which an approximation may not
+_MOST_CLASSES = 128  # the largest K for which K x K matrices are formed per example
+_LARGEST = 0.98  # bound on eigenvalues of Lambda v, which are < 1 if S includes the example; an approximate S may not
 
 
 @final
 @dataclass(frozen=True)
 class Variance:
-    """Of the logits of some examples, v = Q diag(s) Q' each.
+    """The covariance of each example's logits, v = Q diag(s) Q'.
 
     basis: [K, K] or [n, K, K], Q; spread: [n, K], s >= 0
     """
@@ -53,20 +53,20 @@ class Variance:
 
     @classmethod
     def of(cls, full: Tensor) -> Variance:
-        """From v [n, K, K]."""
+        """Decompose v [n, K, K]."""
         values, basis = torch.linalg.eigh(full.double())
         return cls(basis, values.clamp_min(0))
 
     def times(self, vector: Tensor) -> Tensor:
-        """[n, K] v x for x [n, K]."""
+        """Return the products v x [n, K] for x [n, K]."""
         return _product(self.basis, self.spread * _product(self.basis.mT, vector))
 
     def marginal(self) -> Tensor:
-        """[n, K] v_cc."""
+        """Return the marginal variances v_cc [n, K]."""
         return _product(self.basis.square(), self.spread)
 
     def apart(self) -> Tensor:
-        """[n] variance of a logit, mean over classes, less what all logits have in common, which no softmax sees."""
+        """[n] mean variance of a logit, without the part common to all logits, to which softmax is invariant."""
         num_classes = self.spread.shape[1]
         common = self.basis.sum(dim=-2).square() / num_classes  # (q_l' 1)^2 / K
         return (self.spread * (1 - common)).sum(dim=1) / max(1, num_classes - 1)
@@ -83,14 +83,14 @@ def _product(matrix: Tensor, vectors: Tensor) -> Tensor:
 
 
 def top_layer_variance(x: Tensor, layer: TopLayer) -> Variance:
-    """That of the last layer's posterior, for its inputs x [n, d]."""
+    """Return the logits' covariance under the last layer's posterior, for its inputs x [n, d]."""
     return Variance(layer.output_basis, layer.spread(x))
 
 
 @final
 @dataclass(frozen=True)
 class Perturbed:
-    """Of every example [n], see the module."""
+    """The measures of each example, [n] each; see the module docstring."""
 
     error: Tensor
     nats: Tensor
@@ -102,13 +102,13 @@ class Perturbed:
     left_out_newton: Tensor | None
 
     def columns(self) -> dict[str, Tensor]:
-        """By name, those that there are."""
+        """Return the measures by name, without those that are None."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if value is not None}
 
 
 def perturbed(logits: Tensor, labels: Tensor, variance: Variance) -> Perturbed:
-    """From logits [n, K] and labels [n], positions among the K classes."""
+    """Compute the measures from logits [n, K] and labels [n], which are positions among the K classes."""
     logits = logits.double()
     p = logits.softmax(dim=1)
     error = p - functional.one_hot(labels, logits.shape[1]).to(p)
@@ -135,16 +135,16 @@ def perturbed(logits: Tensor, labels: Tensor, variance: Variance) -> Perturbed:
 
 
 def deviation(variance: Tensor, curvature: Tensor, error: Tensor) -> Tensor:
-    """V (I - Lambda v)^-1 e, for v [..., k, k], Lambda [..., k, k] and e [..., k].
+    """Return v (I - Lambda v)^-1 e, for v [..., k, k], Lambda [..., k, k] and e [..., k].
 
-    For a group of examples, v is their joint variance, between examples too, and Lambda is block diagonal.
+    For a group of examples, v is their joint covariance, also between examples, and Lambda is block diagonal.
     """
     values, basis = torch.linalg.eigh(variance)
     return _newton(basis * values.clamp_min(0).sqrt()[..., None, :], curvature, error)
 
 
 def _newton(root: Tensor, curvature: Tensor, error: Tensor) -> Tensor:
-    """The same for v = root root'."""
+    """Return v (I - Lambda v)^-1 e for v = root root'."""
     inner, turned = torch.linalg.eigh(root.mT @ curvature @ root)
     along = turned.mT @ (root.mT @ error[..., None])
     found: Tensor = root @ (turned @ (along / (1 - inner.clamp(max=_LARGEST))[..., None]))
@@ -152,9 +152,9 @@ def _newton(root: Tensor, curvature: Tensor, error: Tensor) -> Tensor:
 
 
 def best_prior_precision(values: Tensor, square: float) -> float:
-    """The delta that has the largest evidence, where delta square = sum_i values_i / (values_i + delta).
+    """Return the delta of largest evidence, where delta square = sum_i values_i / (values_i + delta) (MacKay 1992).
 
-    values: eigenvalues of the curvature; square: |weights|^2. 1 where nothing determines it. (MacKay 1992.)
+    values: eigenvalues of the curvature; square: |weights|^2. The result is 1 where these are 0.
     """
     values = values.double().flatten().clamp_min(0)
     if square <= 0 or float(values.sum()) == 0:

@@ -1,10 +1,10 @@
-"""Choosing memory: pure functions from labels, scores and counters to samples, the same on every rank.
+"""Selection of memory examples: pure functions of labels, scores and counters, with the same result on every rank.
 
 A uniform sample without replacement is the set with the smallest hashes of (seed, task, sample): it does not depend on
 who computes it, on other methods run with the same seed, or on what was drawn before.
 
-Every choice has an order of value, so that a memory can shrink without being chosen anew: the first examples of the
-order are the choice of a smaller size. Where classes are balanced, so is every beginning of the order.
+Every choice is ordered by value, so that a memory can shrink without a new selection: the first examples of the order
+are the choice of a smaller size. Where classes are balanced, so is every prefix of the order.
 
 Weights are relative to a uniform choice, whose weights are 1: where m of n examples are kept, an example of weight u
 stands for u n / m of them. So the weighted sum over the memory, times n / m, estimates the sum over the task.
@@ -28,7 +28,7 @@ __all__ = ["Candidates", "Choice", "choose", "class_quotas", "in_order", "scored
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-_UNIFORM_SHARE = 0.1  # of the probabilities of a sampled choice: no weight exceeds 1 / share
+_UNIFORM_SHARE = 0.1  # uniform part of the sampling probabilities: no weight exceeds 1 / share
 
 
 @final
@@ -38,8 +38,8 @@ class Choice:
 
     sample: [m] int64, ascending
     rank: [m] int64, place in the order of value: 0 is the last to be dropped
-    weight: [m] float64 >= 0, how much each counts beside a uniform choice of as many
-    priority: [m] float64 >= 0, by which each was drawn; 0 where nothing was
+    weight: [m] float64 >= 0, relative to a uniform choice of the same size
+    priority: [m] float64 >= 0, with which each was drawn; 0 if the choice is not sampled
     """
 
     sample: Ints
@@ -51,11 +51,11 @@ class Choice:
 @final
 @dataclass(frozen=True)
 class Candidates:
-    """A task's examples, as all ranks know them, and how many to keep.
+    """A task's examples, known to all ranks, and how many to keep.
 
     samples: [n] int64, ascending; labels: [n]
     keep: m; balanced: equally many of each class as far as classes have them
-    words: seed every order of equals
+    words: seed of the hashes that break ties
     """
 
     samples: Ints
@@ -66,29 +66,29 @@ class Candidates:
 
     @cached_property
     def classes(self) -> Ints:
-        """[G] class numbers that occur, ascending."""
+        """[G] classes that occur, ascending."""
         return np.unique(self.labels)
 
     @cached_property
     def counts(self) -> Ints:
-        """[G] examples of each."""
+        """[G] number of examples of each class."""
         return np.unique(self.labels, return_counts=True)[1].astype(np.int64)
 
     def group(self, sample: Ints) -> Ints:
-        """Position in `classes` of the classes of some samples."""
+        """Return the positions in `classes` of the classes of some samples."""
         return np.searchsorted(self.classes, self.labels[np.searchsorted(self.samples, sample)])
 
     def quotas(self) -> Ints:
-        """[G] how many of each class: equally many, or as many as its share of the task."""
+        """[G] how many to keep of each class: equally many if balanced, else in proportion to the task."""
         if self.balanced:
             return class_quotas(self.counts, self.keep, tie_break=mix(*self.words, 1, self.classes))
         return shares(self.counts, self.keep)
 
 
 def choose(labels: Ints, samples: Ints, *, keep: int, balanced: bool, words: tuple[int, ...]) -> Ints:
-    """Positions [keep] (ascending) of a uniform choice without replacement.
+    """Return the positions [keep], ascending, of a uniform choice without replacement.
 
-    labels: [n] class of each candidate; samples: [n] its sample position, which seeds its priority with `words`.
+    labels: [n] class of each candidate; samples: [n] its sample position, hashed with `words` to its priority.
     balanced: equally many of each class as far as classes have them.
     """
     assert keep <= len(labels), f"cannot keep {keep} of {len(labels)}"
@@ -103,7 +103,7 @@ def choose(labels: Ints, samples: Ints, *, keep: int, balanced: bool, words: tup
 
 
 def uniform(given: Candidates) -> Choice:
-    """`choose`, with the order in which the hashes grow; no rank needs another."""
+    """Choose uniformly (see `choose`), in the order of the hashes; without communication."""
     words = given.words
     chosen = choose(given.labels, given.samples, keep=given.keep, balanced=given.balanced, words=words)
     sample = given.samples[chosen]
@@ -114,14 +114,14 @@ def uniform(given: Candidates) -> Choice:
 
 
 def scored(score: Floats, sample: Ints, given: Candidates, comm: Comm, *, sampled: bool) -> Choice:
-    """The examples with the largest scores, or a sample in which an example's chance grows with its score; collective.
+    """Choose the examples with the largest scores, or draw a sample with probabilities that grow with them; collective.
 
     sampled: draw without replacement with priorities 0.9 score / mean score + 0.1, means by class if balanced, and
-    weigh each by its chance (`topk.inclusion`): the weighted sum over the memory is unbiased, and no weight is more
-    than about ten times a uniform choice's.
+    weight each inversely to its inclusion probability (`topk.inclusion`): the weighted sum over the memory is unbiased,
+    and no weight is more than about ten times that of a uniform choice.
 
     score: [n] float64 of this rank's share, of any sign (sampled: >= 0); -inf: choose only if there is nothing else.
-    sample: [n] which samples these are.
+    sample: [n] their sample positions.
 
     Raises:
         DivergedError: a score is not a number.
@@ -138,7 +138,7 @@ def scored(score: Floats, sample: Ints, given: Candidates, comm: Comm, *, sample
     found = largest(keys, sample, group, np.minimum(quotas + 1, counts), words=given.words, comm=comm)
     inside = found.place < quotas[found.group]
     threshold = np.full(len(quotas), -np.inf)
-    threshold[found.group[~inside]] = found.score[~inside]  # the first that is not chosen
+    threshold[found.group[~inside]] = found.score[~inside]  # that of the first example not chosen
     kept = Chosen(found.sample[inside], found.group[inside], found.score[inside])
     drawn = exponential(np.ones(len(kept)), kept.sample, words=given.words)
     own = np.where(np.isneginf(kept.score), 0.0, drawn / kept.score)
@@ -149,10 +149,11 @@ def scored(score: Floats, sample: Ints, given: Candidates, comm: Comm, *, sample
 def thinned(choice: Choice, group: Ints, left: npt.NDArray[np.bool_], *, of: int, words: tuple[int, ...]) -> Floats:
     """[m] weights of a sampled choice (see `scored`) of which only some are `left` [m], the best of every group.
 
-    The first that is dropped of a group says with which chance the others are still there. A group that loses none
-    keeps its chances.
+    The first example dropped from a group determines the inclusion probabilities of those that remain. A group that
+    loses none keeps its probabilities.
 
-    group: [m] position of the group, in which examples were drawn; of: candidates of the task; words: of the draw
+    group: [m] number of the group within which an example was drawn; of: number of candidates of the task; words: seed
+        of the draw
     """
     keys = exponential(choice.priority, choice.sample, words=words)
     dropped = np.full(int(group.max(initial=0)) + 1, np.nan)
@@ -164,7 +165,7 @@ def thinned(choice: Choice, group: Ints, left: npt.NDArray[np.bool_], *, of: int
 
 
 def _chances(priority: Floats, threshold: Floats) -> Floats:
-    """[m] with which an example was chosen; what has no priority was chosen for want of others."""
+    """[m] inclusion probabilities; 1 for examples of priority 0, which are chosen for want of others."""
     with np.errstate(invalid="ignore"):
         chances: Floats = np.where(priority > 0, inclusion(priority, threshold), 1.0)
     return chances
@@ -173,10 +174,10 @@ def _chances(priority: Floats, threshold: Floats) -> Floats:
 def in_order(
     found: Chosen, weight: Floats, given: Candidates, *, by_class: bool, priority: Floats | None = None
 ) -> Choice:
-    """A choice with the order in which it would shrink.
+    """Make a `Choice`, with the order in which it shrinks.
 
-    by_class: `found.group` are positions in `given.classes`; the best of every class come first, then the second, ...;
-    if classes are not balanced, a class's k-th example stands where its share of the task reaches k - 1/2.
+    by_class: `found.group` are positions in `given.classes`; the best example of every class comes first, then the
+    second, ...; if classes are not balanced, a class's k-th example comes where its proportional share is k - 1/2.
     """
     rank = found.place
     if by_class:

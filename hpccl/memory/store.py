@@ -1,8 +1,8 @@
-"""The memory: which examples of past tasks are kept, and what the newest old model says of them.
+"""The memory: the kept examples of past tasks, and the soft labels that the newest old model gives them.
 
-Images stay where they are (shards, copies of some, or the decoded cache) and are named by sample position; the memory
-itself is a few tensors. The soft labels, which are most of it, are in a file that all ranks of a machine map; the rest
-is whole on every rank. M examples, T tasks, K the widest head that labelled them.
+Images stay where they are (shards, copies of some, or the decoded cache) and are identified by sample position; the
+memory itself is a few tensors. The soft labels, which are most of it, are in a file that all ranks of a machine map;
+the rest is replicated on every rank. Legend: M examples, T tasks, K classes of the widest head that labelled them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hpccl.checkpoint.apart import Apart
 
 __all__ = ["DTYPES", "Memory", "head_columns", "scattered", "spread", "stored"]
 
-_TOGETHER = 8192  # examples whose soft labels are looked at together
+_TOGETHER = 8192  # soft labels that are processed at a time
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -29,13 +29,13 @@ class Memory:
     sample:  [M] int64, position in the stream's training data
     task:    [M] int64, the task an example comes from
     label:   [M] int64, class number in the stream
-    replay:  [M] bool, True: speaks by its true label; False: by the old model's soft label
-    soft:    [M, K] the old model's logits of the task's classes in `heads`; fp32, or less as `stored` says
+    replay:  [M] bool, True: trained on with its true label; False: with the old model's soft label
+    soft:    [M, K] the old model's logits of the task's classes in `heads`; fp32, or less precise, see `stored`
     heads:   [T, K] int64, by task the class number of each soft logit, -1 where a head is narrower than K
-    weight:  [M] fp32 >= 0, how much an example counts beside a uniform choice of as many, whose weights are 1
+    weight:  [M] fp32 >= 0, relative to a uniform choice of the same size, whose weights are 1
     rank:    [M] int64, place in the order of value of its task's examples: the largest are dropped first
-    priority: [M] float64 >= 0, by which an example was drawn; 0 where choices are not drawn
-    file:    where in the run folder `soft` is, which then is mapped; None: in this process alone
+    priority: [M] float64 >= 0, with which an example was drawn; 0 if the choice was not sampled
+    file:    the file in the run folder that `soft` is mapped from; None: `soft` is in this process's memory
     """
 
     sample: Tensor
@@ -51,7 +51,7 @@ class Memory:
 
     @classmethod
     def empty(cls) -> Memory:
-        """Nothing kept."""
+        """Return a memory without examples."""
         numbers = torch.zeros(0, dtype=torch.int64)
         heads = torch.zeros(0, 1, dtype=torch.int64)
         soft, weight, priority = torch.zeros(0, 1), torch.zeros(0), numbers.double()
@@ -61,7 +61,7 @@ class Memory:
         return len(self.sample)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name."""
+        """Return the tensors by name."""
         return {name: value for name, value in vars(self).items() if name != "file"}
 
     @property
@@ -85,9 +85,9 @@ class Memory:
         rank: Tensor | None = None,
         priority: Tensor | None = None,
     ) -> Memory:
-        """This memory and the chosen examples of a task. All soft labels are dropped: `mapped` attaches new ones.
+        """Add the chosen examples of a task. The result has no soft labels: `mapped` attaches new ones.
 
-        weight: None: 1 each; rank: None: the order in which they are given; priority: None: 0 each.
+        weight: None for 1 each; rank: None for the order in which they are given; priority: None for 0 each.
         """
         heads = max(len(self.heads), task + 1)
         drawn = torch.zeros(len(sample)) if priority is None else priority
@@ -104,17 +104,17 @@ class Memory:
         )
 
     def shrunk(self, quotas: Sequence[int]) -> Memory:
-        """What is left if task t may keep `quotas[t]` examples: those of the lowest rank.
+        """Keep `quotas[t]` examples of task t: those of the lowest rank.
 
-        Within a task and class, weights are scaled so that their mean stays.
+        Within a task and class, weights are scaled so that their mean stays the same.
         """
         kept = self.rank < torch.tensor([*quotas, 0])[self.task]
         return self if bool(kept.all()) else self.only(kept)
 
     def only(self, kept: Tensor) -> Memory:
-        """The examples where `kept` [M] is True, ranked anew in the same order.
+        """Keep the examples where `kept` [M] is True; ranks are renumbered in the same order.
 
-        Within a task and class, weights are scaled so that their mean stays.
+        Within a task and class, weights are scaled so that their mean stays the same.
         """
         _, group = torch.stack([self.task, self.label]).unique(dim=1, return_inverse=True)
         before, after = _means(self.weight, group), _means(self.weight[kept], group[kept], like=group)
@@ -124,19 +124,19 @@ class Memory:
         return replace(few, weight=few.weight * scale[group[kept]].float(), rank=_places(few.task, few.rank))
 
     def mapped(self, soft: Tensor, heads: Tensor, file: Apart) -> Memory:
-        """The same examples with the soft labels of a file in the run folder."""
+        """Return the same examples with soft labels that are mapped from a file in the run folder."""
         return replace(self, soft=soft, heads=heads, file=file)
 
     def columns(self, slots: Tensor) -> Tensor:
-        """[r, K] class number of each soft logit of some examples, -1 where there is none."""
+        """[r, K] class number of each soft logit of the examples `slots` [r], -1 where there is none."""
         return self.heads[self.task[slots]]
 
     def soft_targets(self, slots: Tensor, *, temperature: float, num_classes: int) -> tuple[Tensor, Tensor]:
-        """(target [r, C] probabilities softmax(soft / T), head [r, C] bool) of some examples."""
+        """Return (target [r, C] probabilities softmax(soft / T), head [r, C] bool) of the examples `slots` [r]."""
         return spread(self.soft[slots], self.columns(slots), temperature=temperature, num_classes=num_classes)
 
     def agreement(self, tasks: int) -> list[float]:
-        """By past task, the share of soft labels whose largest class is the true one."""
+        """Return the accuracy of the soft labels, for each past task that has examples in memory."""
         right = torch.zeros(len(self))
         for slots in torch.arange(len(self)).split(_TOGETHER):
             columns = self.columns(slots)
@@ -146,24 +146,24 @@ class Memory:
         return [float(right[self.task == task].mean()) for task in range(tasks) if bool((self.task == task).any())]
 
     def per_task(self, tasks: int) -> list[int]:
-        """How many examples of each of the first `tasks` tasks."""
+        """Return the number of examples of each of the first `tasks` tasks."""
         return [int((self.task == task).sum()) for task in range(tasks)]
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, which only names a file of soft labels."""
+        """Return the state for a checkpoint, which only refers to a file of soft labels."""
         if self.file is None:
             return dict(self.tensors())
         return {**self.tensors(), "soft": self.file, "file": self.file.path}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Memory:
-        """The inverse; of checkpoints that know no priorities, or no weights and ranks (of uniform choices), too."""
+        """Restore a memory, also from checkpoints without priorities or without weights and ranks (uniform choices)."""
         old = {"priority": torch.zeros(len(state["sample"]), dtype=torch.float64), **state}
         if "file" in state:
             return cls(**{**old, "file": Apart(state["file"])})
         if "weight" in state:
             return cls(**old)
-        columns, task, label = old.pop("columns"), old["task"], old["label"]  # of every example, the same in a task
+        columns, task, label = old.pop("columns"), old["task"], old["label"]  # [M, K], the same within a task
         heads = columns.new_full((int(task.max()) + 1 if len(task) else 0, columns.shape[1]), -1)
         heads[task] = columns
         _, group = torch.stack([task, label]).unique(dim=1, return_inverse=True)
@@ -182,11 +182,11 @@ def head_columns(heads: Sequence[Sequence[int]]) -> Tensor:
 
 
 def stored(logits: Tensor, columns: Tensor, dtype: Literal["fp32", "fp16", "bf16"]) -> Tensor:
-    """Logits [r, K] of classes `columns` [r, K] as they are kept; 0 where there is no class.
+    """Return the logits [r, K] of classes `columns` [r, K] as they are stored; 0 where there is no class.
 
-    fp32: as they are. fp16 and bf16: less the row's largest, which no softmax notices. A logit then loses at most its
-    share 2^-11 (2^-9) by rounding, and where it is large the probability is small: at temperature 1 a probability
-    changes by less than 4e-4 (1.5e-3).
+    fp32: unchanged. fp16 and bf16: minus the row's maximum, to which softmax is invariant. The relative rounding error
+    of a logit is then at most 2^-11 (2^-9), and where its magnitude is large, its probability is small: at temperature
+    1 a probability changes by less than 4e-4 (1.5e-3).
     """
     named = columns >= 0
     if dtype == "fp32":
@@ -196,13 +196,13 @@ def stored(logits: Tensor, columns: Tensor, dtype: Literal["fp32", "fp16", "bf16
 
 
 def spread(soft: Tensor, columns: Tensor, *, temperature: float, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Soft logits [r, K] of classes `columns` [r, K] as (probabilities [r, C], competing classes [r, C] bool)."""
+    """Turn soft logits [r, K] of classes `columns` [r, K] into (probabilities [r, C], class mask [r, C] bool)."""
     probabilities = (soft.float() / temperature).masked_fill(columns < 0, -torch.inf).softmax(dim=1)
     return scattered(probabilities, columns, num_classes=num_classes)
 
 
 def scattered(values: Tensor, columns: Tensor, *, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Numbers [r, K] of classes `columns` [r, K] as (numbers [r, C], 0 elsewhere; which classes these are, bool)."""
+    """Scatter values [r, K] of classes `columns` [r, K] to (values [r, C], 0 elsewhere; class mask [r, C] bool)."""
     named = columns >= 0
     # Unused columns are sent to an extra class that is cut off, so that they cannot touch class 0.
     where = columns.where(named, torch.full_like(columns, num_classes))
@@ -212,14 +212,14 @@ def scattered(values: Tensor, columns: Tensor, *, num_classes: int) -> tuple[Ten
 
 
 def _means(values: Tensor, group: Tensor, like: Tensor | None = None) -> Tensor:
-    """[groups] float64 means by group; 0 of none."""
+    """[groups] float64 mean of each group, 0 for an empty one. like: [n] numbers of all groups, if not `group`."""
     size = int((group if like is None else like).max()) + 1 if len(group if like is None else like) else 0
     total = torch.zeros(size, dtype=torch.float64).index_add_(0, group, values.double())
     return total / torch.bincount(group, minlength=size).clamp_min(1)
 
 
 def _places(group: Tensor, key: Tensor) -> Tensor:
-    """[n] place of each in its group when ordered by `key`, from 0; of equals, the first given first."""
+    """[n] place of each element in its group when sorted by `key`, from 0; ties keep their order."""
     order = key.argsort(stable=True)
     order = order[group[order].argsort(stable=True)]
     sizes = group[order].unique_consecutive(return_counts=True)[1]

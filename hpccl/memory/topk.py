@@ -1,21 +1,21 @@
 """The largest scores of every group among the candidates of all ranks: the same ones for any number of ranks.
 
 Candidates are in a total order: the larger score first, of equal scores the smaller hash of (words, sample). `mix` is
-injective in its last word, so two samples never tie. A score is taken bit for bit; that two ranks find the same score
-for an example is the business of whoever computes it.
+injective in its last word, so two samples never tie. Scores are compared bit for bit: the caller sees to it that an
+example's score is the same on whichever rank it is computed.
 
-Finding them is a radix selection on the 128 bits (score, hash), a byte at a time from the top: of each group the ranks
-add up how many candidates begin with each byte, which tells the byte at which the quota is reached; what is above it
-is chosen, what is below it is out, what is at it goes on to the next byte. No rank ever sees another's candidates, only
-the chosen ones: memory is O(own candidates + groups + chosen), traffic 2 KiB a group and byte.
+The algorithm is a radix selection on the 128 bits (score, hash), a byte at a time from the top: for each group the
+ranks sum how many candidates have each value of the byte, which gives the value at which the quota is reached;
+candidates above it are chosen, those below it are out, those at it go on to the next byte. No rank ever sees another's
+candidates, only the chosen ones: memory is O(own candidates + groups + chosen), traffic 2 KiB per group and byte.
 
-`Shortlist` takes candidates chunk by chunk and forgets those that cannot be chosen: O(kept + chunk) of any stream.
+`Shortlist` takes candidates chunk by chunk and drops those that cannot be chosen: O(kept + chunk) for any stream.
 
 Sampling without replacement with probability proportional to a priority w (Efraimidis and Spirakis 2006, "Weighted
-random sampling with a reservoir", Inf. Process. Lett. 97) is the same with keys E_i / w_i, E_i exponential, smallest
-first: E_i is a hash of (words, sample). Given the first key t that is not chosen, an example is chosen with probability
-1 - exp(-w_i t), and a sum over its group is estimated without bias by the chosen ones, each divided by that (Cohen and
-Kaplan 2007, "Summarizing data using bottom-k sketches", PODC).
+random sampling with a reservoir", Inf. Process. Lett. 97) is the same selection with keys E_i / w_i, smallest first,
+where E_i is exponential: a hash of (words, sample). Given the first key t that is not chosen, an example is chosen with
+probability 1 - exp(-w_i t), and the chosen values, each divided by its probability, sum to an unbiased estimate of the
+sum over the group (Cohen and Kaplan 2007, "Summarizing data using bottom-k sketches", PODC).
 
 Legend: n candidates of this rank, G groups, m chosen of all ranks.
 """
@@ -41,13 +41,13 @@ Floats = npt.NDArray[np.float64]
 
 _BYTE = np.uint64(0xFF)
 _SIGN = np.uint64(1 << 63)
-_EXACT = 36  # bits of a share of the largest score; sums of 2^27 such numbers are exact
+_EXACT = 36  # bits of a score relative to the largest; sums of 2^27 such numbers are exact
 
 
 @final
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen, on every rank, by group and from the best of a group to its worst.
+    """The chosen candidates of all ranks, known to every rank, by group and from best to worst within a group.
 
     sample: [m] int64; group: [m] int64, ascending; score: [m] float64
     """
@@ -61,7 +61,7 @@ class Chosen:
 
     @property
     def place(self) -> Ints:
-        """[m] place in the own group, from 0."""
+        """[m] place within its group, from 0."""
         first = np.searchsorted(self.group, self.group, side="left")
         return np.arange(len(self.group)) - first
 
@@ -69,11 +69,11 @@ class Chosen:
 def largest(
     score: Floats, sample: Ints, group: Ints, quotas: Ints, *, words: tuple[int, ...], comm: Comm, chunk: int = 1 << 20
 ) -> Chosen:
-    """The best `quotas` [G] candidates of every group; collective.
+    """Return the best `quotas` [G] candidates of every group; collective.
 
     score, sample, group: [n] of this rank's candidates; group < G. The ranks' samples are disjoint.
-    words: seed the order of equal scores.
-    chunk: candidates that are looked at together.
+    words: seed of the order of equal scores.
+    chunk: candidates that are processed at a time.
 
     Raises:
         DivergedError: a score is not a number.
@@ -100,7 +100,7 @@ class Shortlist:
         return self._size
 
     def add(self, score: Floats, sample: Ints, group: Ints) -> None:
-        """Some more candidates of this rank: [n] each.
+        """Add candidates of this rank; arguments are [n].
 
         Raises:
             DivergedError: a score is not a number.
@@ -119,7 +119,7 @@ class Shortlist:
             self._prune()
 
     def finish(self, comm: Comm) -> Chosen:
-        """The best of all ranks; collective."""
+        """Return the best candidates of all ranks; collective."""
         held = self._joined()
         mine = held.only(_best(held, self._quotas, comm))
         columns = [mine.sample, mine.group, mine.key.view(np.int64), mine.tie.view(np.int64)]
@@ -144,9 +144,9 @@ class Shortlist:
 
 
 def exponential(priority: Floats, sample: Ints, *, words: tuple[int, ...]) -> Floats:
-    """[n] scores whose largest are a sample without replacement: minus E / priority, E drawn for (words, sample).
+    """[n] scores -E / priority, whose largest are a sample without replacement; E is a hash of (words, sample).
 
-    priority: [n] >= 0, finite; those of 0 come last.
+    priority: [n] >= 0, finite; examples of priority 0 come last.
     """
     uniform = ((mix(*words, sample) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     with np.errstate(divide="ignore"):
@@ -154,9 +154,9 @@ def exponential(priority: Floats, sample: Ints, *, words: tuple[int, ...]) -> Fl
 
 
 def inclusion(priority: Floats, threshold: Floats) -> Floats:
-    """Probability that an example is chosen, given the score [n] of the first of its group that is not.
+    """[n] probability that an example is chosen, given the score of the first example of its group that is not.
 
-    threshold: as `exponential` makes it; -inf where all were chosen.
+    threshold: [n] that score, by `exponential`; -inf where all were chosen.
     """
     return -np.expm1(priority * threshold)
 
@@ -164,10 +164,10 @@ def inclusion(priority: Floats, threshold: Floats) -> Floats:
 def group_means(score: Floats, group: Ints, counts: Ints, comm: Comm) -> Floats:
     """[G] mean score >= 0 of every group over all ranks' candidates; collective.
 
-    To 36 bits of the group's largest, but to the last bit the same however candidates are spread: scores are added as
-    whole numbers.
+    Scores are rounded to 36 bits relative to the group's largest and summed as integers, so that the result is the same
+    to the last bit however candidates are distributed over ranks.
 
-    counts: [G] candidates of all ranks.
+    counts: [G] number of candidates on all ranks.
     """
     peak = np.zeros(len(counts))
     np.maximum.at(peak, group, score)
@@ -186,7 +186,7 @@ def group_means(score: Floats, group: Ints, counts: Ints, comm: Comm) -> Floats:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """key: [n] uint64, ascending as the score is; tie: [n] uint64, descending: the larger hash is the worse."""
+    """Candidates of this rank. key: [n] uint64, increasing with the score; tie: [n] uint64 hash, smaller is better."""
 
     sample: Ints
     group: Ints
@@ -195,7 +195,7 @@ class _Candidates:
 
     @classmethod
     def of(cls, score: Floats, sample: Ints, group: Ints, words: tuple[int, ...]) -> _Candidates:
-        bits = (np.asarray(score, dtype=np.float64) + 0.0).view(np.uint64)  # + 0: there is one zero
+        bits = (np.asarray(score, dtype=np.float64) + 0.0).view(np.uint64)  # + 0 turns -0 into 0
         key = np.where(bits & _SIGN, ~bits, bits | _SIGN)
         return cls(np.asarray(sample, np.int64), np.asarray(group, np.int64), key, mix(*words, np.asarray(sample)))
 
@@ -228,7 +228,7 @@ def _best(held: _Candidates, quotas: Ints, comm: Comm) -> npt.NDArray[np.bool_]:
             comm.sum_([summed])
             counts = summed.numpy()
             at_least = counts[:, ::-1].cumsum(axis=1)[:, ::-1]
-            # The byte at which the quota is reached: -1 where all are chosen, 256 where no more are.
+            # The byte at which the quota is reached: -1 where all candidates are chosen, 256 where none is.
             edge = (at_least >= left[:, None]).sum(axis=1) - 1
             edge[left == 0] = 256
             inside = (edge >= 0) & (edge < 256)
@@ -238,7 +238,7 @@ def _best(held: _Candidates, quotas: Ints, comm: Comm) -> npt.NDArray[np.bool_]:
             above[rows] = at_least[rows, edge[rows]] - counts[rows, edge[rows]]
             at_edge[rows] = counts[rows, edge[rows]]
             left = np.where(edge < 0, 0, left - above)
-            whole = inside & (at_edge == left)  # all that begin with the byte are chosen
+            whole = inside & (at_edge == left)  # all candidates at the edge are chosen
             left[whole] = 0
             here = edge[group]
             chosen[active[(byte > here) | ((byte == here) & whole[group])]] = True

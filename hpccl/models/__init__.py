@@ -1,1 +1,1 @@
-"""Networks: timm, the papers' small nets, dropout that belongs to the example."""
+"""Networks: timm's, the papers' small ones, and dropout whose noise depends on the example."""

@@ -21,9 +21,9 @@ __all__ = ["build_model", "refuse_sizes", "skeleton"]
 
 
 def build_model(config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int, seed: int) -> nn.Module:
-    """A freshly initialised network [n, *image_shape] -> logits [n, num_classes]; a function of its arguments alone.
+    """Build a network [n, *image_shape] -> logits [n, num_classes], initialised as a function of the arguments alone.
 
-    config.checkpoint is for `hpccl.models.pretrained`.
+    config.checkpoint is loaded by `hpccl.models.pretrained`.
 
     Raises:
         ConfigError: the model is unknown or does not fit the images.
@@ -44,7 +44,7 @@ def build_model(config: ModelConfig, *, image_shape: tuple[int, int, int], num_c
 
 
 def skeleton(config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network without memory for its weights (torch's meta device): names, shapes and types."""
+    """Build the network on torch's meta device, without memory for its weights: names, shapes and dtypes."""
     with torch.device("meta"):
         return build_model(config, image_shape=image_shape, num_classes=num_classes, seed=0)
 
@@ -52,21 +52,21 @@ def skeleton(config: ModelConfig, *, image_shape: tuple[int, int, int], num_clas
 def refuse_sizes(
     config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int, sides: Sequence[int]
 ) -> None:
-    """See that the network takes the images, and views of several sizes; tried without memory or arithmetic.
+    """Check that the network takes the images, and views of other sizes, on the meta device if possible.
 
     Raises:
-        ConfigError: it does not take `image_shape`, or not another of the `sides`.
+        ConfigError: it does not take `image_shape`, or one of the other `sides`.
     """
     others = [side for side in sides if image_shape[1:] != (side, side)]
     if isinstance(config, TimmModel):
         network = _taking(config, image_shape, num_classes)
-    elif others:  # which refuse the images that they do not take when they are built
+    elif others:  # such networks check image_shape when they are built
         bare = skeleton(config, image_shape=image_shape, num_classes=num_classes).eval()
         network = bare if _refused(bare, image_shape) is None else None
     else:
         return
     if network is None:
-        return  # it does not work without memory at all
+        return  # it cannot be tried on the meta device
     for side in others:
         error = _refused(network, (image_shape[0], side, side))
         if error is not None:
@@ -79,16 +79,16 @@ def refuse_sizes(
 
 
 def _taking(config: TimmModel, shape: tuple[int, int, int], num_classes: int) -> nn.Module | None:
-    """The network without memory for its weights; None of one that cannot be tried so, but takes the images.
+    """Return the network on the meta device; None if it cannot be tried there, but takes the images.
 
     Raises:
         ConfigError: it does not take images of that shape.
     """
-    with contextlib.suppress(ConfigError):  # of what cannot be made without memory
+    with contextlib.suppress(ConfigError):  # raised for networks that cannot be built there
         bare = skeleton(config, image_shape=shape, num_classes=num_classes).eval()
         if _refused(bare, shape) is None:
             return bare
-    # Some networks cannot be tried without memory, so it takes one that has it to say no.
+    # Some networks cannot be tried on the meta device, so that only a real one can refuse the images.
     network = build_model(config, image_shape=shape, num_classes=num_classes, seed=0).eval()
     error = _refused(network, shape, device="cpu")
     if error is not None:
@@ -104,7 +104,7 @@ def _taking(config: TimmModel, shape: tuple[int, int, int], num_classes: int) ->
 
 
 def _refused(network: nn.Module, shape: tuple[int, int, int], *, device: str = "meta") -> str | None:
-    """Why a network does not take an image of a shape."""
+    """Return why a network does not take an image of a shape; None if it does."""
     try:
         with torch.no_grad():
             network(torch.zeros(1, *shape, device=device))
@@ -119,7 +119,7 @@ def _words(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-# Arguments of timm.create_model that hpccl gives.
+# Arguments of timm.create_model that hpccl sets.
 _OURS = {
     "num_classes": "the number of classes is the stream's",
     "in_chans": "the number of channels is the images'",
@@ -147,7 +147,7 @@ def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int
             config.name, pretrained=False, num_classes=num_classes, in_chans=image_shape[0], **config.options
         )
         replace_dropout(model)
-    except Exception as error:  # timm's networks raise whatever comes of arguments that they do not check
+    except Exception as error:  # timm's networks may raise anything for arguments that they do not check
         if out_of_memory(error):
             raise
         raise ConfigError(
@@ -158,7 +158,7 @@ def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int
 
 
 def _similar(wrong: str, names: Sequence[str]) -> list[str]:
-    """A few names that begin with a wrong one, which may be half of one, and then those that are written most alike."""
+    """Return a few names that begin with a wrong one (which may be incomplete), then those of similar spelling."""
     wanted = wrong.lower().replace("-", "_")
     longer = [name for name in names if name.startswith(wanted)]
     return list(dict.fromkeys([*longer[:3], *difflib.get_close_matches(wanted, names, n=6)]))[:6]

@@ -1,8 +1,8 @@
-"""Dropout whose noise belongs to the example, not to the process.
+"""Dropout whose noise depends on the example, not on the process.
 
-A mask is a hash of (the example's key, the layer, the position in the layer). It is the same whatever rank, batch or
-order the example is met in, so results do not depend on the number of processes and resuming needs no generator state.
-One 32-bit hash serves four values, so the drop rate is rounded to a multiple of 1/256.
+A mask is a hash of (the example's key, the layer, the position in the layer). It is the same on every rank, in every
+batch and in any order, so results do not depend on the number of processes and resuming needs no generator state. One
+32-bit hash serves four values, so the drop rate is rounded to a multiple of 1/256.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _MULTIPLY_1, _MULTIPLY_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
 
 class KeyedDropout(nn.Module):
-    """Dropout with one key an example: `set_noise(model, keys)` before a training forward pass.
+    """Dropout with one key per example: call `set_noise(model, keys)` before a training forward pass.
 
-    whole: an example's values are dropped all or none (stochastic depth)
+    whole: drop all values of an example or none (stochastic depth)
     """
 
     def __init__(self, rate: float, layer: int = 0, *, whole: bool = False) -> None:
@@ -32,7 +32,7 @@ class KeyedDropout(nn.Module):
 
     @property
     def p(self) -> float:
-        """The rate by nn.Dropout's name: timm's fused attention asks for it, and draws from torch's generator."""
+        """The rate under nn.Dropout's name, which timm's fused attention reads; it draws from torch's generator."""
         return self.rate
 
     def extra_repr(self) -> str:
@@ -40,7 +40,7 @@ class KeyedDropout(nn.Module):
         return f"rate={self.rate}" + (", whole" if self.whole else "")
 
     def forward(self, values: Tensor) -> Tensor:
-        """[n, ...] -> [n, ...], scaled so that the expectation stays the same."""
+        """Drop values [n, ...] and scale the others so that the expectation stays the same."""
         threshold = round(self.rate * 256)
         if not self.training or threshold == 0:
             return values
@@ -51,7 +51,7 @@ class KeyedDropout(nn.Module):
         keep = _bytes(self.keys, self.layer, 1 if self.whole else values[0].numel()) >= threshold
         if self.whole:
             return values * keep.to(values.dtype).mul_(256 / (256 - threshold)).view(-1, *[1] * (values.dim() - 1))
-        # One order of elements for every layout in memory, which is a matter of speed and may change on resumption.
+        # One order of elements for every memory layout, as the layout is a matter of speed and may change on resuming.
         mask = keep.to(values.dtype).mul_(256 / (256 - threshold)).view(values.shape)
         if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
             mask = mask.contiguous(memory_format=torch.channels_last)
@@ -59,7 +59,7 @@ class KeyedDropout(nn.Module):
 
 
 def _bytes(keys: Tensor, layer: int, count: int) -> Tensor:
-    """[n] int64 keys -> [n, count] uint8, uniform."""
+    """Hash keys [n] int64 to uniform bytes [n, count] uint8."""
     words = -(-count // 4)
     folded = (keys ^ (keys >> 32)).to(torch.int32) + layer * 0x3C6EF372
     state = torch.arange(words, dtype=torch.int32, device=keys.device) * 0x1E3779B1 + folded[:, None]
@@ -72,16 +72,16 @@ def _bytes(keys: Tensor, layer: int, count: int) -> Tensor:
 
 
 def set_noise(model: nn.Module, keys: Tensor) -> None:
-    """Give every KeyedDropout of the model the keys [n] (int64) of the coming batch."""
+    """Give every KeyedDropout of the model the keys [n] (int64) of the next batch."""
     for module in model.modules():
         if isinstance(module, KeyedDropout):
             module.keys = keys
 
 
 def replace_dropout(model: nn.Module) -> None:
-    """Replace every nn.Dropout and timm DropPath inside the model by a keyed one (functional dropout is out of reach).
+    """Replace every nn.Dropout and timm DropPath in the model by a keyed one (functional dropout cannot be replaced).
 
-    What drops nothing stays. timm's fused attention drops functionally, so it is switched off where it would.
+    Layers of rate 0 stay. timm's fused attention calls functional dropout, so it is switched off where its rate is > 0.
     """
     found = [
         (parent, name, child)

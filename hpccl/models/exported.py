@@ -1,7 +1,7 @@
 """Networks that `hpccl export` wrote: a folder with model.safetensors and config.json.
 
-config.json is timm's own, so that timm reads the networks that are timm's. Its entry `hpccl` says the rest, and is all
-that this module needs.
+config.json has timm's format, so that timm can read the networks that are timm's. Its entry `hpccl` holds the rest, and
+is all that this module needs.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _ModelConfig: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 
 
 def load_exported(folder: Path | str) -> nn.Module:
-    """The network in a folder of `hpccl export`, in evaluation mode: [n, channels, h, w] -> logits [n, num_classes].
+    """Load the network of a `hpccl export`, in evaluation mode: [n, channels, h, w] -> logits [n, num_classes].
 
     Raises:
-        DataError: the folder is no such export, or damaged.
+        DataError: the folder is not such an export, or damaged.
     """
     folder = Path(folder)
     described = _described(folder)

@@ -1,4 +1,4 @@
-"""First weights from a file: all of a network but its head, which is kept where the number of classes agrees."""
+"""Initial weights from a file: the body of a network, and its head if the number of classes agrees."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hpccl.machine import out_of_memory
 __all__ = ["Start", "start_from"]
 
 _PICKLED = (".pth", ".pt", ".bin", ".tar")
-# Where training programs keep weights in what they save; averaged ones first.
+# Keys under which training programs save weights; averaged ones first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What wrappers of a network put before its names.
+# Prefixes that wrappers of a network add to the names of its weights.
 _PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where first weights came from; `fresh` names those of the head that stayed as they were initialised."""
+    """The file of the initial weights; `fresh` names the weights of the head that kept their random initialisation."""
 
     path: str
     fresh: tuple[str, ...]
@@ -35,15 +35,15 @@ class Start:
 def start_from(model: nn.Module, path: Path) -> Start:
     """Replace a network's weights and buffers by those in a file.
 
-    The head is replaced as well, or stays as it is where the file has another number of classes, or no head.
+    The head is replaced as well, or stays as it is if the file has another number of classes, or no head.
 
     Args:
         model: changed in place.
-        path: .safetensors, or what torch.save wrote of weights alone (.pth, .pt, .bin, .tar); nothing is unpickled.
+        path: .safetensors, or a file of weights alone by torch.save (.pth, .pt, .bin, .tar); no code in it is run.
 
     Raises:
-        ConfigError: the file is of no kind that holds weights.
-        DataError: the file cannot be read, or is of another network; the network is untouched.
+        ConfigError: the file has an unknown ending.
+        DataError: the file cannot be read, or is of another network; the network is unchanged.
     """
     given, own = _read(path), model.state_dict()
     head = [name for name in own if name.startswith(_head(model))]
@@ -72,7 +72,7 @@ def start_from(model: nn.Module, path: Path) -> Start:
 
 
 def _head(model: nn.Module) -> tuple[str, ...]:
-    """What the names of the head's weights begin with: by timm's word, else the last linear map."""
+    """Return the prefixes of the head's weights: of the classifier according to timm, else of the last linear layer."""
     known = getattr(model, "default_cfg", None) or {}
     classifiers = (
         known.get("classifier")
@@ -95,7 +95,7 @@ def _sides(value: Tensor) -> str:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU."""
+    """Return the tensors of a file by name, on the CPU."""
     if path.suffix != ".safetensors" and path.suffix not in _PICKLED:
         raise ConfigError(
             f"model.checkpoint '{path}' has an unknown ending; allowed: .safetensors, {', '.join(_PICKLED)}"
@@ -111,7 +111,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
     except OSError as error:
         raise DataError(f"model.checkpoint '{path}' cannot be read: {error}") from error
-    except Exception as error:  # the reader of pickles raises whatever comes of bytes that are none
+    except Exception as error:  # the unpickler may raise anything for bytes that are no pickle
         if out_of_memory(error):
             raise
         kind = "a safetensors file" if path.suffix == ".safetensors" else "what torch.save writes"
@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _weights(found: Any, path: Path) -> dict[str, Tensor]:
-    """Out of what training programs wrap them in."""
+    """Take the weights out of the dictionaries in which training programs save them."""
     if isinstance(found, Mapping):
         found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), found)
     if not (isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values())):

@@ -1,1 +1,1 @@
-"""What a run says: events, metrics, reports and comparisons, made from run folders alone. Never imports torch."""
+"""Events, metrics, reports and comparisons of runs, made from run folders alone. Never imports torch."""

@@ -1,4 +1,4 @@
-"""What an adaptation reached, as adaptation.json and adaptation.md in its folder."""
+"""The results of an adaptation, as adaptation.json and adaptation.md in its folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Adaptation", "Cost", "Network", "markdown", "write_adaptation"]
 
 @dataclass(frozen=True)
 class Network:
-    """A network on the test images; the last three against the reference, None where there is none.
+    """A network's results on test images; the last three compare it with the reference, None without one.
 
-    accuracy: share of all test images
-    accuracy_kept, accuracy_removed: of the classes that stay and that were removed; None where no class was
-    agreement: share of test images of which both say the same class
+    accuracy: on all test images, a share
+    accuracy_kept, accuracy_removed: on the classes that stay and on the removed ones; None if no class was removed
+    agreement: share of test images for which both networks predict the same class
     total_variation: mean over test images of 1/2 sum_c |p_c - reference's p_c|
-    distance: Euclidean, of the learned weights; None between networks of different kinds
+    distance: Euclidean distance of the learned weights; None between different kinds of networks
     """
 
     accuracy: float
@@ -33,7 +33,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Cost:
-    """images: passed forward and back, or labelled; seconds: that this took."""
+    """The cost of training. images: passed forward and back, or labelled; seconds: the time this took."""
 
     images: int
     seconds: float
@@ -41,7 +41,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """start: the network before; adapted: after; retrained: the reference, or None."""
+    """An adaptation's results. start: the network before; adapted: after it; retrained: the reference, or None."""
 
     kind: str
     run: str
@@ -54,7 +54,7 @@ class Adaptation:
     reference_cost: Cost | None
 
     def as_dict(self) -> dict[str, Any]:
-        """With the shares of the reference's cost and the difference of accuracies."""
+        """Return all fields, with the cost as shares of the reference's and the difference in accuracy."""
         found = asdict(self)
         if self.retrained is not None and self.reference_cost is not None:
             found["accuracy_difference"] = self.adapted.accuracy - self.retrained.accuracy
@@ -68,7 +68,7 @@ def _share(part: float, whole: float) -> float | None:
 
 
 def write_adaptation(found: Adaptation, folder: Path) -> Path:
-    """Write both files; the path of the page.
+    """Write both files; return the path of adaptation.md.
 
     Raises:
         FolderError: they cannot be written.
@@ -90,7 +90,7 @@ _ROWS = (
 
 
 def markdown(found: Adaptation) -> str:
-    """One table, and what it cost."""
+    """Return the results as a table, followed by the cost."""
     networks = [("before", found.start), ("adapted", found.adapted)]
     networks += [("retrained", found.retrained)] if found.retrained is not None else []
     lines = [f"# {found.source}: {found.kind}", "", "| | " + " | ".join(name for name, _ in networks) + " |"]

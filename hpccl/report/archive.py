@@ -1,8 +1,8 @@
 """Runs without their folders: configuration and events of many in one small file, to report them again at any time.
 
-The file is JSON lines, a run each, compressed with xz. Of the events all are kept but the steps, of which there are
-thousands: of these a report without curves reads the last one, and the last before a pause. Figures have six digits;
-more are noise, and would be a third of the file. What the cluster is called, and its machines, is left out.
+The file is JSON lines, one per run, compressed with xz. All events are kept except for steps, of which there are
+thousands: a report without curves reads only the last one, and the last one before each pause. Numbers have six digits;
+more are noise, and would be a third of the file. The names of the cluster and of its machines are left out.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ __all__ = ["NAME", "Recorded", "read_runs", "write_archive"]
 
 NAME = "runs.jsonl.xz"
 _FORMAT = 1
-_DIGITS = 6  # of a figure
-_LONGEST = 1 << 26  # bytes of a run's text, and
-_LARGEST = 1 << 30  # of an archive's: a small file could hold as much as fills the memory
+_DIGITS = 6  # significant digits of a number
+_LONGEST = 1 << 26  # bytes of a run's text
+_LARGEST = 1 << 30  # bytes of an archive's text: a small file could be decompressed to more than the memory holds
 
 Key: TypeAlias = tuple[float, str]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """The configuration of a run and what happened in it."""
+    """The configuration of a run and its events."""
 
     config: RunConfig
     events: tuple[Event, ...]
 
     @property
     def key(self) -> Key:
-        """When it began and what decides its result: the same run, however often and from wherever it was read.
+        """Start time and the settings that decide the result: the same for a run wherever it is read from.
 
-        What may change in its folder, such as the engine or how often it logs, may have changed since.
+        Settings that may change in its folder, such as the engine or how often it logs, are no part of it.
         """
         decided = valid_json({"name": self.config.name, **self.config.identity()})
         return self.events[0]["time"], json.dumps(decided, sort_keys=True)
 
     def report(self) -> RunReport:
-        """Its figures."""
+        """Summarise the run."""
         return summarise_events(self.config, self.events)
 
 
 def read_runs(paths: Iterable[Path]) -> list[Recorded]:
-    """The runs of folders, and of files that `write_archive` wrote, in the order in which they come.
+    """Read the runs of folders, and of archives that `write_archive` wrote, in order.
 
-    A run that is in several of them, as in an archive and in its own folder, is taken once: that with the latest event.
+    A run that is in several of them, such as an archive and its own folder, is returned once, with the latest events.
 
     Raises:
         FolderError: a path is neither, or cannot be read.
@@ -73,7 +73,7 @@ def read_runs(paths: Iterable[Path]) -> list[Recorded]:
 
 
 def write_archive(path: Path, runs: Sequence[Recorded]) -> None:
-    """Write what a comparison reads of the runs; the same runs make the same bytes.
+    """Write what a comparison needs of the runs; the same runs give the same bytes.
 
     Raises:
         FolderError: it cannot be written.
@@ -94,7 +94,7 @@ def _read_folder(folder: Path) -> Recorded:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """All but what is only about the cluster it ran on."""
+    """Return all settings except those of the cluster."""
     found: dict[str, Any] = valid_json(config.model_dump(mode="json", exclude={"cluster"}))
     return found
 
@@ -105,9 +105,9 @@ def _record(run: Recorded) -> dict[str, Any]:
 
 
 def _kept(events: Sequence[Event]) -> list[Event]:
-    """All but steps; of these the last, and the last before a start, which ends a stretch of time that was killed.
+    """Drop steps, except for the last one, and the last one before each start, which ends the time of a killed process.
 
-    A start that fails at once has an error alone.
+    A start that fails at once has only an error.
     """
     last = max((number for number, event in enumerate(events) if event["event"] == "step"), default=-1)
     before = {number - 1 for number, event in enumerate(events) if event["event"] in ("run", "error")} | {last}
@@ -115,7 +115,7 @@ def _kept(events: Sequence[Event]) -> list[Event]:
 
 
 def _rounded(event: Event) -> Event:
-    """Also one of a folder, or of an earlier version: a comparison is the same from wherever its runs come."""
+    """Round the numbers of an event wherever it is read from, so that a comparison does not depend on that."""
     return {key: value if key == "time" else _short(value) for key, value in event.items()}
 
 
@@ -171,7 +171,7 @@ def _recorded(path: Path, number: int, line: bytes) -> Recorded:
         run = Recorded(RunConfig.model_validate(found["config"]), tuple(map(_checked, found["events"])))
         if not run.events:
             raise ValueError("it has no events")
-        run.report()  # what lacks in an event shows here, where it can be said whose it is
+        run.report()  # fails for incomplete events here, where the run can still be named
     except ValidationError as error:
         mistakes = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
         raise FolderError(

@@ -1,10 +1,10 @@
-"""Which settings are best on a validation split: a pure choice among finished runs, written as configuration files.
+"""Choice of the best settings on a validation split, among finished runs, written as configuration files.
 
-Candidates of a method are its runs that differ in more than seed and size of the memory. The best has the highest mean
-accuracy after the last task over all its sizes and seeds: with train.head=own the average over tasks, in each of which
-its own classes compete; with train.head=seen that of all classes on all their images. Of equals, it is the one whose
-runs were given first. Nothing here looks at test images: runs without data.validation are refused, and so are runs of a
-method that were not tested on the same images and tasks.
+Runs of a method belong to one candidate if they differ only in seed and size of the memory. The best candidate has the
+highest mean accuracy after the last task over all its sizes and seeds: with train.head=own the average over tasks, each
+among its own classes; with train.head=seen that of all classes on all their images. Of ties, the one whose runs were
+given first is taken. Test images are never used: runs without data.validation are refused, and so are runs of a method
+that were not tested on the same images and tasks.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from hpccl.report.write import write_text
 
 __all__ = ["Candidate", "Choice", "choose", "choose_runs", "write_choices"]
 
-_SHOWN = 5  # settings that an error names one by one
+_SHOWN = 5  # settings that an error lists
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to set a method.
+    """One choice of a method's settings.
 
-    settings: by dotted key, where the method's candidates differ; accuracies: one a run, shares; runs: their names
+    settings: by dotted key, those in which the method's candidates differ; accuracies: one per run, shares; runs: names
     """
 
     settings: Flat
@@ -44,15 +44,16 @@ class Candidate:
 
     @property
     def accuracy(self) -> float:
-        """Mean over its runs."""
+        """The mean over its runs."""
         return float(np.mean(self.accuracies))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidates of a method, the best one first, and on how much of the training images they were judged.
+    """The candidates of a method, the best one first.
 
-    figure: which accuracy they were judged by, in words
+    validation: share of the training images that they were compared on; figure: name of the accuracy they were
+    compared by
     """
 
     method: str
@@ -62,17 +63,17 @@ class Choice:
 
     @property
     def best(self) -> Candidate:
-        """What was chosen."""
+        """The chosen candidate."""
         return self.candidates[0]
 
     @property
     def lead(self) -> float | None:
-        """Share by which it is ahead of the next; None if it had no rival."""
+        """The accuracy by which it is ahead of the next, a share; None without another candidate."""
         return self.best.accuracy - self.candidates[1].accuracy if len(self.candidates) > 1 else None
 
     @property
     def lead_error(self) -> float | None:
-        """Standard error of the lead, from the differences at each size and seed; None with fewer than two."""
+        """The standard error of the lead, from the differences at each size and seed; None with fewer than two."""
         if len(self.candidates) < 2 or len(self.best.accuracies) < 2:
             return None
         differences = np.subtract(self.best.accuracies, self.candidates[1].accuracies)
@@ -80,7 +81,7 @@ class Choice:
 
 
 def choose_runs(paths: Sequence[Path]) -> list[Choice]:
-    """The choice for each method that has runs in `paths` (folders, and archives), in the order in which they come.
+    """Choose for each method that has runs in `paths` (folders and archives), in order of appearance.
 
     Raises:
         FolderError: a path is neither.
@@ -92,7 +93,7 @@ def choose_runs(paths: Sequence[Path]) -> list[Choice]:
 
 
 def choose(identities: Sequence[Flat], runs: Sequence[RunReport]) -> list[Choice]:
-    """As `choose_runs`, from the settings and reports of runs."""
+    """Do the same as `choose_runs`, from the settings and reports of runs."""
     if not runs:
         raise ConfigError("there is nothing to choose from: give the folders of finished runs with data.validation")
     for run in runs:
@@ -106,7 +107,7 @@ def choose(identities: Sequence[Flat], runs: Sequence[RunReport]) -> list[Choice
 
 
 def write_choices(choices: Iterable[Choice], out: Path) -> list[Path]:
-    """One file a method, METHOD.yaml in `out`, with the settings that were chosen; the files' paths.
+    """Write one file per method, METHOD.yaml in `out`, with the chosen settings; return the paths.
 
     Raises:
         FolderError: one cannot be written.
@@ -120,12 +121,12 @@ def write_choices(choices: Iterable[Choice], out: Path) -> list[Path]:
 
 
 def _all_compete(identity: Flat) -> bool:
-    """Whether a run is about telling all classes apart."""
+    """Whether all classes seen compete in a run."""
     return bool(identity.get("train.head") == "seen")
 
 
 def _accuracy(identity: Flat, run: RunReport) -> float:
-    """What a run is judged by, a share."""
+    """Return the accuracy by which a run is compared, a share."""
     found = run.union_accuracy[-1] if _all_compete(identity) and run.union_accuracy else run.average_accuracy
     if found is None:
         raise ConfigError(f"run '{run.name}' has no accuracy of all classes after the last task; leave it out")
@@ -145,7 +146,7 @@ def _check(run: RunReport) -> None:
 
 
 def _candidates(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> tuple[Candidate, ...]:
-    """Those of one method, the best first."""
+    """Return the candidates of one method, the best first."""
     _refuse_other_tests(method, mine)
     groups: dict[str, list[tuple[Flat, RunReport]]] = {}
     for identity, run in mine:
@@ -166,11 +167,11 @@ def _candidates(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> tuple[Ca
         settings = {key: group[0][0][key] for key in keys if key in group[0][0]}
         accuracies = tuple(_accuracy(*each) for each in ordered)
         found.append(Candidate(settings, accuracies, tuple(run.name for _, run in ordered)))
-    return tuple(sorted(found, key=lambda candidate: -candidate.accuracy))  # stable: of equals, the first given
+    return tuple(sorted(found, key=lambda candidate: -candidate.accuracy))  # stable: of ties, the first given
 
 
 def _refuse_other_tests(method: str, mine: Sequence[tuple[Flat, RunReport]]) -> None:
-    """An accuracy on other tasks or images is not a better or worse one."""
+    """Raise if runs were tested on different tasks or images, which makes accuracies incomparable."""
     first, run = mine[0][0], mine[0][1]
     for other, its_run in mine[1:]:
         keys = [key for key in dict.fromkeys([*first, *other]) if _is_of_test(key) and _differs(key, [first, other])]
@@ -194,7 +195,7 @@ def _is_of_test(key: str) -> bool:
 
 
 def _unlike(name: str, first: Any, second: Any) -> Iterator[tuple[str, str, str]]:
-    """(name, value, other value) of what differs within two values of a setting: of parts of a stream, their keys."""
+    """Yield (name, value, other value) of all differences within two values of a setting, such as parts of a stream."""
     if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
         for number, (one, other) in enumerate(zip(first, second, strict=True)):
             yield from _unlike(f"{name}[{number}]", one, other)

@@ -1,4 +1,4 @@
-"""Several runs side by side: mean and sample standard deviation over seeds, and published values beside."""
+"""Comparison of several runs: mean and sample standard deviation over seeds, next to published values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
     "statistic",
 ]
 
-# Attribute of RunReport -> heading. Seconds are not percent and are printed apart.
+# Attribute of RunReport -> heading, for shares that are printed in percent.
 FIGURES: dict[str, str] = {
     "average_accuracy": "average accuracy",
     "average_accuracy_class_incremental": "class-incremental",
@@ -50,7 +50,7 @@ FIGURES: dict[str, str] = {
     "bwt": "BWT",
     "learning_accuracy": "learning accuracy",
 }
-# The same of likelihood, in nats an example, and of the expected calibration error, a share: less is better.
+# The same for likelihood, in nats per example, and expected calibration error, a share: lower is better.
 LIKELIHOOD: dict[str, str] = {
     "nll": "NLL",
     "ece": "ECE",
@@ -63,11 +63,11 @@ _NOTE = (
     "task-incremental unless said otherwise. Time is wall time, resumes counted, pauses not."
 )
 
-# Keys that change what a run costs, or which of several equal paths it took, but not what is compared.
-MEMORY_SIZES = ("memory.size", "memory.total", "memory.fraction")  # which have a column of their own
+# MEMORY_SIZES have a column of their own. IGNORED keys change a run's cost or random path, but not what is compared.
+MEMORY_SIZES = ("memory.size", "memory.total", "memory.fraction")
 IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
 
-_MANY = 2  # settings, beyond which they are told against the first group's
+_MANY = 2  # settings above which a group shows only those in which it differs from the first group
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,21 @@ class Group:
     """Runs of one configuration that differ in their seed (and name, folder, machine) only."""
 
     method: str
-    memory_size: int  # kept of each task; 0 also where a total or a share of each task says how much is kept
+    memory_size: int  # examples kept per task; 0 also if memory is set as a total or as a share of each task
     memory: str  # how much is kept in words: 20, 100 in all, or 10 % of each task; empty for nothing
-    settings: str  # what tells it from other groups of the same method and memory; often empty
+    settings: str  # settings that distinguish it from other groups of the same method and memory; often empty
     variant: str  # the same in short, for plots
     seeds: list[int]
     runs: list[str]
-    members: list[int]  # where these are in the comparison's runs
-    left_out: list[str]  # runs that are not finished, where others are
-    configuration: Flat  # all that decides the result but the seed, by dotted key
+    members: list[int]  # positions of these in the comparison's runs
+    left_out: list[str]  # runs that are not finished, if others are
+    configuration: Flat  # all that decides the result except the seed, by dotted key
     statistics: dict[str, Statistic]
     published: Published | None
 
     @property
     def series(self) -> str:
-        """What tells it from others than those with more or fewer examples of each task."""
+        """A name that it shares with groups that keep more or fewer examples per task, and with no others."""
         parts = [self.method, self.memory if not self.memory_size else "", self.variant]
         return " ".join(part for part in parts if part)
 
@@ -111,7 +111,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups in the order in which their first runs were given, every run, and what it was made of."""
+    """Groups in the order in which their first runs were given, the reports of all runs, and the recorded runs."""
 
     groups: list[Group]
     runs: list[RunReport]
@@ -120,19 +120,19 @@ class Comparison:
 
     @property
     def dataset(self) -> str | None:
-        """Of the published values."""
+        """The data set of the published values."""
         return self.published.dataset if self.published else None
 
     def members(self, group: Group) -> list[RunReport]:
-        """The runs that count in a group."""
+        """Return the runs that count in a group."""
         return [self.runs[position] for position in group.members]
 
     def finished(self, group: Group) -> bool:
-        """Whether its runs came to their end: after few tasks accuracies are high, so that others do not compete."""
+        """Whether all its runs are complete: others do not compete, because accuracies after few tasks are high."""
         return all(run.complete for run in self.members(group))
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON types; what all groups have in common of their configurations stands above them."""
+        """Return strict JSON types; settings that all groups share are listed once, above the groups."""
         common = _common([group.configuration for group in self.groups])
         groups = [asdict(group) for group in self.groups]
         for group in groups:
@@ -147,7 +147,7 @@ class Comparison:
 
 
 def _common(configurations: Sequence[Flat]) -> Flat:
-    """Keys that all have with one value."""
+    """Return the settings that all configurations share."""
     first, *others = configurations
     return {key: value for key, value in first.items() if all(key in one and one[key] == value for one in others)}
 
@@ -185,12 +185,12 @@ def compare_runs(paths: Sequence[Path], published: Path | None = None, *, datase
 
     Args:
         paths: folders of runs, and archives of earlier comparisons.
-        published: a CSV file of published values to put beside.
-        dataset: which data set of that file; None: the one with as many tasks as the runs.
+        published: a CSV file of published values to show next to the runs.
+        dataset: the data set in that file; None: the one with as many tasks as the runs.
 
     Raises:
         FolderError: a path is neither, or a file cannot be read.
-        ConfigError: there are none, the published values do not fit, or it is not clear which data set is meant.
+        ConfigError: there are no runs, the published values do not fit, or the data set is not clear.
     """
     recorded = read_runs(paths)
     if not recorded:
@@ -232,7 +232,7 @@ def _groups(
 
 
 def _variant(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str:
-    """The settings, or of several settings the name of the group's runs where that tells it from others."""
+    """Return the group's settings, or instead of several settings the name of its runs if that distinguishes it."""
     alike = [other for other in groups if (other["method"], other["memory"]) == (group["method"], group["memory"])]
     names = [set(other["runs"]) for other in alike]
     told = all(len(own) == 1 for own in names) and len(set.union(*names)) == len(names)
@@ -244,7 +244,7 @@ def _kind(identity: Flat, run: RunReport) -> tuple[str, str]:
 
 
 def _budget(identity: Flat) -> str:
-    """How much memory is kept, in words; of each task, unless they say otherwise."""
+    """Return how much memory is kept, in words; a bare number is examples per task."""
     if identity["memory.total"]:
         return f"{identity['memory.total']} in all"
     if identity["memory.fraction"]:
@@ -253,9 +253,9 @@ def _budget(identity: Flat) -> str:
 
 
 def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
-    """`key=value` of every setting but the size of memory in which groups of one method differ.
+    """Return `key=value` of every setting except the memory size in which groups of one method differ.
 
-    Where these are many, only the first group has all of them, the others those in which they differ from it.
+    If these are many, only the first group lists all of them, the others those in which they differ from it.
     """
     keys = dict.fromkeys(key for other in alike for key in other if key not in (*IGNORED, *MEMORY_SIZES))
     texts = {key: {json.dumps(other.get(key, ABSENT), sort_keys=True) for other in alike} for key in keys}
@@ -268,7 +268,7 @@ def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
 
 
 def _explained(key: str, kinds: set[str], alike: Sequence[Flat]) -> bool:
-    """A setting that some kinds lack, and that is equal wherever it is, says nothing beside the kind."""
+    """Whether a setting is redundant given the kind: some kinds lack it, and it is equal in all others."""
     held = [json.dumps(other[key], sort_keys=True) for other in alike if key in other]
     return any(key.startswith(kind) for kind in kinds) and len(held) < len(alike) and len(set(held)) == 1
 
@@ -278,7 +278,7 @@ def _short(value: Any) -> str:
 
 
 def _group(method: str, settings: str, runs: Mapping[int, RunReport]) -> dict[str, Any]:
-    """The fields of a Group; only complete runs count, unless there is none."""
+    """Return the fields of a Group; only complete runs count, unless there are none."""
     members = [position for position, run in runs.items() if run.complete] or list(runs)
     counted = [runs[position] for position in members]
     return {
@@ -304,24 +304,24 @@ def _statistics(runs: Sequence[RunReport]) -> dict[str, Statistic]:
 
 
 def _training_seconds(run: RunReport) -> float | None:
-    """Seconds spent on the steps of training, all tasks together; None before the first."""
+    """Return the seconds spent on training steps, summed over tasks; None before the first."""
     return sum(phase.seconds for phase in run.phases if phase.phase == "fit") or None
 
 
 def _images_trained(run: RunReport) -> int | None:
-    """How many images were trained on, repeats and memory counted; None before the first."""
+    """Return the number of images trained on, including repeats and memory; None before the first."""
     return sum(phase.images for phase in run.phases if phase.phase == "fit") or None
 
 
 def mean_reconstruction(run: RunReport, figure: str, term: str = "total") -> float | None:
-    """Mean over tasks of `cosine` or `relative_error` of a term; None if never measured or not finite."""
+    """Return the mean over tasks of a term's `cosine` or `relative_error`; None if never measured or not finite."""
     found = [number((measured["terms"].get(term) or {}).get(figure)) for measured in run.reconstruction]
     values = np.array([np.nan if value is None else value for value in found], dtype=np.float64)
     return float(values.mean()) if values.size and np.isfinite(values).all() else None
 
 
 def reconstruction_terms(run: RunReport) -> list[str]:
-    """Terms whose gradient was measured and is not always zero, in order of appearance."""
+    """Return the terms whose gradient was measured and is not always zero, in order of appearance."""
     measured = [found["terms"] for found in run.reconstruction]
     return list(
         dict.fromkeys(term for terms in measured for term, errors in terms.items() if errors and number(errors["norm"]))
@@ -329,7 +329,7 @@ def reconstruction_terms(run: RunReport) -> list[str]:
 
 
 def statistic(values: Sequence[float | None]) -> Statistic:
-    """Of the values that are known."""
+    """Return the statistic of the values that are not None."""
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     if not known.size:
         return Statistic(None, None, 0)
@@ -340,29 +340,29 @@ def statistic(values: Sequence[float | None]) -> Statistic:
 
 
 def group_table(comparison: Comparison) -> TextTable:
-    """A line a group: accuracy, forgetting and time, published values beside."""
+    """Return a table with one row per group: accuracy, forgetting and time, next to published values."""
     left = _num_left(comparison)
     return TextTable("Accuracy and forgetting", _header(comparison), _rows(comparison), left, _notes(comparison))
 
 
 def run_table(comparison: Comparison) -> TextTable:
-    """A line a run."""
+    """Return a table with one row per run."""
     return TextTable("Runs", _RUN_HEADER, _run_rows(comparison), left=3)
 
 
 def group_header(comparison: Comparison) -> list[str]:
-    """What `group_cells` are."""
+    """Return the headings of `group_cells`."""
     return ["method", "m", *(["settings"] if _has_settings(comparison) else [])]
 
 
 def group_cells(comparison: Comparison, group: Group, *, settings: str | None = None) -> list[str]:
-    """What tells a group from the others, in short; `settings` in its place."""
+    """Return the cells that identify a group; `settings` replaces its short variant."""
     told = group.variant if settings is None else settings
     return [group.method, group.memory or "–", *([told or "–"] if _has_settings(comparison) else [])]
 
 
 def _in_full(group: Group) -> str:
-    """Its settings, after the name that stands for them elsewhere."""
+    """Return a group's settings, after the name that stands for them elsewhere, if any."""
     return group.settings if group.variant == group.settings else f"{group.variant}: {group.settings}".rstrip(": ")
 
 
@@ -432,7 +432,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
     Args:
         comparison: what to print.
-        console: None is standard output, wide enough for a line a group where it is a file.
+        console: None for standard output, which is 200 columns wide unless it is a terminal.
     """
     target = console or Console(width=None if sys.stdout.isatty() else 200)
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -30,9 +30,9 @@ _BESIDE = " Full: here, ± standard deviation over seeds; open and dashed: publi
 
 
 def write_comparison(comparison: Comparison, out: Path) -> Path:
-    """Write comparison.{md,csv,json,html,tex}, comparison_NAME.{png,svg} for each plot, an archive; returns the page.
+    """Write comparison.{md,csv,json,html,tex}, comparison_NAME.{png,svg} per plot, an archive; return the HTML page.
 
-    A plot that has nothing to show is left out, and one of an earlier comparison removed.
+    A plot that has nothing to show is left out, and its files of an earlier comparison are removed.
 
     Raises:
         FolderError: a file cannot be written.
@@ -57,7 +57,7 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
 
 
 def render_markdown(comparison: Comparison, shown: dict[str, Figure]) -> str:
-    """All tables, and pictures of the plots in `shown`, which lie beside."""
+    """Return all tables, and references to the PNG files of the plots in `shown`."""
     published = f" Published values: {comparison.dataset}." if comparison.dataset else ""
     parts = [
         f"# Comparison of {len(comparison.runs)} runs\n",
@@ -75,7 +75,7 @@ def _caption(comparison: Comparison, name: str) -> str:
 
 
 def _render_csv(comparison: Comparison) -> str:
-    """One line a group, full precision, shares in [0, 1] and seconds."""
+    """Return one line per group, in full precision, with shares in [0, 1] and seconds."""
     buffer = io.StringIO()
     names = [f"{key}_{part}" for key in comparison.groups[0].statistics for part in ("mean", "std")]
     published = [f"published_{key}_{part}" for key in PUBLISHED for part in ("mean", "std")]

@@ -1,8 +1,8 @@
-r"""A comparison as LaTeX tables with booktabs: methods down, examples of a task across.
+r"""A comparison as LaTeX tables with booktabs: methods in rows, examples per task in columns.
 
-In each column the best mean is bold, and means within one standard error of it, the best one's s / sqrt(n), are
-underlined. References (`joint`, `separate`, `cumulative`), which keep all data or a network for each task, published
-values and runs that are not finished do not compete.
+In each column the best mean is bold, and means within one standard error of it (s / sqrt(n) of the best) are
+underlined. References (`joint`, `separate`, `cumulative`), which keep all data or a network per task, published values
+and unfinished runs do not compete.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hpccl.report.text import spread
 
 __all__ = ["marks", "render_latex"]
 
-Column: TypeAlias = tuple[int, str]  # examples of a task, and all that is kept in words
+Column: TypeAlias = tuple[int, str]  # examples per task, and the whole budget in words
 Cells: TypeAlias = dict[Column, Statistic]
 
 _REFERENCES = frozenset({"joint", "separate", "cumulative"})
@@ -44,7 +44,7 @@ _SPECIAL = {
 
 
 def render_latex(comparison: Comparison) -> str:
-    """One table a figure that was measured; they need the package booktabs."""
+    """Return one table per measured figure; they need the package booktabs."""
     head = r"% Needs \usepackage{booktabs}."
     made = [
         _table(comparison, key)
@@ -90,7 +90,7 @@ def _table(comparison: Comparison, key: str) -> str:
 
 
 def _series(comparison: Comparison, key: str) -> dict[tuple[str, str], Cells]:
-    """By method and variant."""
+    """Return the cells of each row, by method and variant."""
     found: dict[tuple[str, str], Cells] = {}
     for group in comparison.groups:
         row, column = _place(group)
@@ -99,16 +99,16 @@ def _series(comparison: Comparison, key: str) -> dict[tuple[str, str], Cells]:
 
 
 def _place(group: Group) -> tuple[tuple[str, str], Column]:
-    """Its row and its column."""
+    """Return a group's row and column."""
     return (group.method, group.variant), _column(group)
 
 
 def marks(column: Mapping[tuple[str, str], Statistic], key: str) -> dict[tuple[str, str], str]:
-    """`best` or `near` of each (method, variant) that is; references are left out.
+    """Mark each (method, variant) that is the `best` or `near` it; references are left out.
 
     Args:
-        column: what is compared.
-        key: the figure, which says whether more or less is better.
+        column: the values to compare.
+        key: the figure, which decides whether higher or lower is better.
     """
     sign = -1.0 if key in _LOWER_IS_BETTER else 1.0
     values = {
@@ -159,7 +159,7 @@ def _number(mean: float | None, std: float | None, key: str) -> str:
 
 
 def _published(comparison: Comparison, method: str, key: str) -> dict[Column, Figure]:
-    """By examples of a task, where a group of ours is beside it."""
+    """Return a method's published values by column, where a group of runs has that column too."""
     if comparison.published is None or key not in PUBLISHED:
         return {}
     found = {

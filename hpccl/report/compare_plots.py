@@ -18,9 +18,9 @@ from hpccl.report.plots import COLOURS, INK, STYLE, bars, legend, new_axes
 __all__ = ["AGAINST_MEMORY", "figures"]
 
 Curve: TypeAlias = tuple[str | None, str, "Points", bool]  # label, method, points, whether they are published
-Points: TypeAlias = list[tuple[int, float, float | None]]  # examples of a task, mean, standard deviation
+Points: TypeAlias = list[tuple[int, float, float | None]]  # examples per task, mean, standard deviation
 
-# One colour and marker a method in every plot of every comparison.
+# One colour and marker per method in every plot of every comparison.
 _COLOURS = (*COLOURS, "#999933", "#8b5cf6", INK, "#8a8a8a", "#882255")
 _MARKERS = "os^vDP<>Xd*"
 _METHODS = (
@@ -44,9 +44,9 @@ AGAINST_MEMORY = {
 
 
 def figures(comparison: Comparison) -> dict[str, Figure | None]:
-    """By name: configurations, accuracy, class_incremental and forgetting against memory, and reconstruction.
+    """Plot by name: configurations, accuracy, class_incremental and forgetting against memory, and reconstruction.
 
-    In all but the first, a method is one colour and marker. None has nothing to show.
+    In all but the first, a method has one colour and marker. None stands for a plot with nothing to show.
     """
     return {
         "configurations": _configurations(comparison),
@@ -56,7 +56,7 @@ def figures(comparison: Comparison) -> dict[str, Figure | None]:
 
 
 def _configurations(comparison: Comparison) -> Figure | None:
-    """Bars of average accuracy in both settings, published values below."""
+    """Plot bars of average accuracy in both settings, and of published values."""
     series: dict[str, list[tuple[float | None, float | None]]] = {
         FIGURES[key]: [(group.statistics[key].mean, group.statistics[key].std) for group in comparison.groups]
         for key in ("average_accuracy", "average_accuracy_class_incremental")
@@ -70,7 +70,7 @@ def _configurations(comparison: Comparison) -> Figure | None:
 
 
 def _style(method: str) -> dict[str, Any]:
-    """Of a method that is not among the ten, one that its name decides."""
+    """Return a method's colour and marker; for methods not in _METHODS, a hash of the name decides."""
     place = _METHODS.index(method) if method in _METHODS else sum(method.encode()) % len(_COLOURS)
     return {"color": _COLOURS[place], "marker": _MARKERS[place]}
 
@@ -79,9 +79,9 @@ def _style(method: str) -> dict[str, Any]:
 
 
 def _against_memory(comparison: Comparison, key: str, y: str) -> Figure | None:
-    """Mean and standard deviation by examples of a task; methods without memory are level lines.
+    """Plot mean and standard deviation by examples per task; methods without memory are horizontal lines.
 
-    Open markers and dashes are published values, all there are of the methods that were run. None without two sizes.
+    Open markers and dashes are published values of the methods that were run. None if there are fewer than two sizes.
     """
     own = _own(comparison, key)
     published = _published(comparison, key)
@@ -97,14 +97,14 @@ def _against_memory(comparison: Comparison, key: str, y: str) -> Figure | None:
             _curve(axes, points, method, name, shift=1.02 ** (place - (len(curves) - 1) / 2), open_markers=beside)
         _log_ticks(axes, {size for _, _, points, _ in curves for size, _, _ in points})
         if published:
-            # Without points: for the legend alone.
+            # No points: this is for the legend only.
             axes.errorbar([], [], [], color=INK, ls="--", marker="o", mfc="none", ms=5, lw=0.9, label="published")
     legend(axes)
     return figure
 
 
 def _own(comparison: Comparison, key: str) -> dict[tuple[str, str], Points]:
-    """By name and method, sorted by size; a level line (no memory, or one not so large a task) has size 0 alone."""
+    """Return points by name and method, sorted by size; a method with no size per task has size 0 alone."""
     found: dict[tuple[str, str], Points] = {}
     for group in comparison.groups:
         statistic = group.statistics[key]
@@ -115,7 +115,7 @@ def _own(comparison: Comparison, key: str) -> dict[tuple[str, str], Points]:
 
 
 def _published(comparison: Comparison, key: str) -> dict[str, Points]:
-    """By method, of those that were run."""
+    """Return published points by method, for methods that were run."""
     found: dict[str, Points] = {}
     run = {group.method for group in comparison.groups}
     for (method, size), values in comparison.published.values.items() if comparison.published else ():
@@ -126,7 +126,7 @@ def _published(comparison: Comparison, key: str) -> dict[str, Points]:
 
 
 def _level(axes: Axes, own: Mapping[tuple[str, str], Points], published: Mapping[str, Points]) -> None:
-    """Methods without memory."""
+    """Draw the horizontal lines of methods without memory."""
     for (name, method), points in own.items():
         for size, mean, std in points:
             if not size:
@@ -143,7 +143,7 @@ def _level(axes: Axes, own: Mapping[tuple[str, str], Points], published: Mapping
 def _curve(
     axes: Axes, points: Points, method: str, name: str | None, *, shift: float, open_markers: bool
 ) -> ErrorbarContainer:
-    """Shifted a little, so that error bars do not hide each other."""
+    """Draw a curve, shifted a little so that error bars do not hide each other."""
     held = [point for point in points if point[0]]
     x = np.array([shift * size for size, _, _ in held])
     mean = np.array([100 * value for _, value, _ in held])
@@ -163,7 +163,7 @@ def _log_ticks(axes: Axes, sizes: set[int]) -> None:
 
 
 def _reconstruction(comparison: Comparison) -> Figure | None:
-    """One dot a run: mean cosine and mean relative error of the total over tasks, against final average accuracy."""
+    """Plot a dot per run: mean cosine and relative error of the total over tasks, against final average accuracy."""
     panels = {"cosine": "mean cosine with the true gradient", "relative_error": "mean relative error of the gradient"}
     dots = {figure: _dots(comparison, figure) for figure in panels}
     if not any(dots.values()):
@@ -180,7 +180,7 @@ def _reconstruction(comparison: Comparison) -> Figure | None:
 
 
 def _dots(comparison: Comparison, figure: str) -> dict[str, list[tuple[float, float]]]:
-    """By method, (mean over tasks, final accuracy) of each run that counts."""
+    """Return by method (mean over tasks, final accuracy) of each run that counts."""
     found: dict[str, list[tuple[float, float]]] = {}
     for group in comparison.groups:
         for run in comparison.members(group):
@@ -191,7 +191,7 @@ def _dots(comparison: Comparison, figure: str) -> dict[str, list[tuple[float, fl
 
 
 def _scatter(axes: Axes, dots: Mapping[str, Sequence[tuple[float, float]]], x_label: str, *, logarithmic: bool) -> None:
-    """On a logarithmic axis if asked for and values differ by more than a factor of ten."""
+    """Draw dots, with `logarithmic` on a logarithmic axis if values differ by more than a factor of ten."""
     for method, points in dots.items():
         x, y = zip(*points, strict=True)
         axes.scatter(x, y, s=26, alpha=0.75, lw=0, label=method, **_style(method))

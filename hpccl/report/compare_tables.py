@@ -1,4 +1,4 @@
-"""Tables of a comparison beyond accuracy and forgetting: calibration, cost, accuracy of each task, reconstruction."""
+"""Further tables of a comparison: paired differences, calibration, cost, accuracy of each task, reconstruction."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CALIBRATION_NOTE = (
     "Of the network after the last task, means over the tasks learned. NLL: negative log-likelihood, nats an image; "
     f"ECE: expected calibration error in percent, {NUM_BINS} bins. Less is better of both. Accuracies in percent."
 )
-# Figures in the order of their columns: what a value is multiplied with, and digits.
+# Figures in the order of their columns: scale of the value, and digits.
 _CALIBRATION: dict[str, tuple[float, int]] = {
     "average_accuracy": (100, 1),
     "nll": (1, 3),
@@ -72,7 +72,7 @@ _TITLES = {"cosine": "Gradient reconstruction, cosine", "relative_error": "Gradi
 
 
 def tables(comparison: Comparison) -> list[TextTable]:
-    """Those that have a line, in order."""
+    """Return the tables that have rows, in order."""
     found = [
         behind_best(comparison),
         paired(comparison),
@@ -88,12 +88,10 @@ def tables(comparison: Comparison) -> list[TextTable]:
 
 
 def paired(comparison: Comparison) -> TextTable:
-    """Each group less the first one over the seeds that both have; no line where they share fewer than two.
+    """Differences between each group and the first one, over the seeds that both have.
 
-    Nor where one has no finished run.
-
-    What a seed decides for both, such as the first task, is not in the differences, so that they spread less than the
-    groups do.
+    Groups that share fewer than two seeds with the first one are left out, and so are groups with unfinished runs.
+    What a seed decides for both, such as the first task, cancels, so that differences vary less than the groups do.
     """
     first, *others = comparison.groups
     header = [*group_header(comparison), "shared seeds", *(FIGURES[key] for key in _PAIRED), "better"]
@@ -128,10 +126,7 @@ def _less(run: RunReport, other: RunReport, figure: str) -> float | None:
 
 
 def behind_best(comparison: Comparison) -> TextTable:
-    """By method and size of memory, the average accuracy less that of the best; no line for fewer than two sizes.
-
-    Of finished runs.
-    """
+    """Average accuracy minus that of the best, by method and memory size, of finished runs; empty below two sizes."""
     finished = [
         group
         for group in comparison.groups
@@ -164,7 +159,7 @@ def _behind(comparison: Comparison, series: Sequence[Group], best: Group) -> str
 
 
 def calibration(comparison: Comparison) -> TextTable:
-    """Accuracy, likelihood and calibration error by group, in both settings; no line where none was measured."""
+    """Accuracy, likelihood and calibration error by group, in both settings; no row where none was measured."""
     header = [*group_header(comparison), "seeds", *({**FIGURES, **LIKELIHOOD}[key] for key in _CALIBRATION)]
     rows = [
         [*group_cells(comparison, group), str(len(group.seeds)), *_calibration_cells(group)]
@@ -191,7 +186,7 @@ def _distances_note(comparison: Comparison) -> list[str]:
 
 
 def cost(comparison: Comparison) -> TextTable:
-    """Wall-clock, speed and images by group, published minutes beside where there are any."""
+    """Wall-clock time, speed and images by group, next to published minutes if there are any."""
     published = any(group.published and group.published.minutes[0] is not None for group in comparison.groups)
     header = [*group_header(comparison), "seeds", "wall-clock, minutes", "training, minutes"]
     header += ["training, minutes, published"] if published else []
@@ -228,7 +223,7 @@ def _tasks_trained(run: RunReport) -> int:
 
 
 def task_accuracy(comparison: Comparison) -> TextTable:
-    """Accuracy on each task after the last one, published values on a line below."""
+    """Accuracy on each task after the last one, with published values in a row below."""
     num_tasks = max(run.num_tasks for run in comparison.runs)
     published = any(group.published and group.published.tasks for group in comparison.groups)
     header = [*group_header(comparison), *(["of"] if published else [])]
@@ -245,7 +240,7 @@ def task_accuracy(comparison: Comparison) -> TextTable:
 
 
 def _after_last(run: RunReport, task: int) -> float | None:
-    """Only of tasks that were learned."""
+    """Return the final accuracy on a task; None if it was not learned."""
     return run.accuracy_matrix[run.tasks_learned - 1][task] if task < run.tasks_learned else None
 
 
@@ -253,7 +248,7 @@ def _after_last(run: RunReport, task: int) -> float | None:
 
 
 def reconstruction(comparison: Comparison, figure: str) -> TextTable:
-    """Of each term against the true gradient of all past tasks, after each task but the first.
+    """Reconstruction of the true gradient of all past tasks by each term, after each task but the first.
 
     figure: `cosine` or `relative_error`
     """
@@ -285,7 +280,7 @@ def _term_cells(runs: Sequence[RunReport], tasks: Sequence[int], term: str, figu
 
 
 def _measured(run: RunReport, task: int, term: str, figure: str) -> float | None:
-    """None where it is not finite."""
+    """Return a term's figure after a task; None if it was not measured or is not finite."""
     for measured in run.reconstruction:
         if measured["task"] == task:
             value = number((measured["terms"].get(term) or {}).get(figure))
@@ -303,9 +298,9 @@ def _correlation_note(comparison: Comparison, figure: str) -> list[str]:
 
 
 def rank_correlation(comparison: Comparison, figure: Callable[[RunReport], float | None]) -> tuple[float, int] | None:
-    """Spearman's rank correlation of a figure of finished runs with their average accuracy, and the runs' number.
+    """Return Spearman's rank correlation of a figure with average accuracy over finished runs, and their number.
 
-    None of fewer than three runs, or where all values of one side are equal.
+    None for fewer than three runs, or if all values of one of the two are equal.
     """
     from scipy.stats import spearmanr
 

@@ -1,4 +1,4 @@
-"""The diary of a run: one JSON object a line, appended, readable at any moment and after any kill."""
+"""The event log of a run: one JSON object per line, appended, readable at any moment and after any kill."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Event: TypeAlias = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Something else that wants to hear every event, such as TensorBoard."""
+    """A further receiver of every event, such as TensorBoard."""
 
     def recall(self, events: Sequence[Event]) -> None:
-        """Learn what earlier processes of this run wrote; called once, before the first `write`."""
+        """Process the events of earlier processes of this run; called once, before the first `write`."""
 
     def write(self, event: Mapping[str, Any]) -> None:
-        """Take one event."""
+        """Process one event."""
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close files."""
 
 
 def valid_json(value: Any) -> Any:
-    """The same value in types that strict JSON knows.
+    """Convert a value to types of strict JSON.
 
     NaN and infinities become the strings "NaN", "Infinity" and "-Infinity", which `float` reads back; numpy numbers and
     arrays become numbers and lists; paths become strings.
@@ -56,14 +56,14 @@ def valid_json(value: Any) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """A number that `valid_json` wrote, or None where there is none."""
+    """Convert a number as `valid_json` wrote it; None stays None."""
     return None if value is None else float(value)
 
 
 class EventLog:
-    """Appends events to a file; on other ranks than 0 it is disabled and does nothing.
+    """Appends events to a file; on ranks other than 0 it is disabled and does nothing.
 
-    A line is handed to the operating system in one write, so a killed process leaves at most one torn line, at the end;
+    A line is passed to the operating system in one write, so a killed process leaves at most one torn line, at the end;
     the next process that opens the file removes it.
 
     Raises:
@@ -83,7 +83,7 @@ class EventLog:
         self._sinks: tuple[Sink, ...] = tuple(sinks) if enabled else ()
         self._lock = threading.Lock()
         self._file: int | None = None
-        self.kinds: set[str] = set()  # of the events that this process wrote
+        self.kinds: set[str] = set()  # kinds of the events that this process wrote
         if enabled:
             self._open()
 
@@ -129,7 +129,7 @@ class EventLog:
             raise FolderError(f"'{self._path}' cannot be written: {explain_os_error(error)}") from error
 
     def close(self) -> None:
-        """Close the file and the sinks; twice is harmless."""
+        """Close the file and the sinks; may be called twice."""
         if self._file is None:
             return
         os.close(self._file)
@@ -147,7 +147,7 @@ class EventLog:
 
 
 def _parse(line: bytes) -> Event | None:
-    """The event of a line, or None if it is torn, or no event."""
+    """Return the event in a line; None if the line is torn or not an event."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):  # also an undecodable byte
@@ -158,7 +158,7 @@ def _parse(line: bytes) -> Event | None:
 
 
 def _repair(path: Path, file: int) -> None:
-    """Remove a torn last line; end a whole one that lacks only its newline."""
+    """Remove a torn last line; complete one that only lacks its newline."""
     data = path.read_bytes()
     if not data:
         return
@@ -170,7 +170,7 @@ def _repair(path: Path, file: int) -> None:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events of a file, in order; a torn last line is ignored.
+    """Return all events of a file, in order; a torn last line is ignored.
 
     Raises:
         FolderError: the file is absent, unreadable, or damaged before its last line.
@@ -194,7 +194,7 @@ def read_events(path: Path) -> list[Event]:
 
 
 def latest(events: Iterable[Mapping[str, Any]], kind: str, *keys: str) -> list[Mapping[str, Any]]:
-    """The events of one kind, sorted by key, only the last one of each: a resumed run repeats lines."""
+    """Return the events of one kind, sorted by key, only the last one per key: a resumed run repeats lines."""
     found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for event in events:
         if event["event"] == kind:
@@ -203,11 +203,11 @@ def latest(events: Iterable[Mapping[str, Any]], kind: str, *keys: str) -> list[M
 
 
 def phase_parts(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What the parts of every phase cost that a run still has something from.
+    """Return the cost events of those parts of each phase whose work the run still contains.
 
-    A phase is entered again, as a new part, at the step where a run is resumed. Its end writes `phase`; checkpoints on
-    the way write `spent`, for a process that is killed has no last word. Of a part that another one followed counts
-    what was spent up to that one's step; parts that began at later steps are gone with their checkpoints.
+    A phase is entered again, as a new part, at the step where a run is resumed. Its end writes `phase`; checkpoints
+    before that write `spent`, because a killed process writes nothing more. Of a part that was followed by another one,
+    only what was spent up to that one's first step counts; parts that began at later steps were discarded on resuming.
     """
     found: dict[tuple[int, str], dict[int, list[Mapping[str, Any]]]] = {}
     for event in events:
@@ -224,5 +224,5 @@ def phase_parts(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _until(step: int, lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The last line of the work before a step; of versions that wrote no `spent`, the last line."""
+    """Return the last event up to a step; in logs of versions that wrote no `spent`, the last one."""
     return next((line for line in reversed(lines) if line["event"] == "spent" and line["step"] <= step), lines[-1])

@@ -24,8 +24,8 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Table: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Rows: TypeAlias = list[list[str]]
 
-_OF_CLASS = 10  # pictures of the most and of the least memorable examples of a class
-_MAX_PICTURES = 2000  # in a page
+_OF_CLASS = 10  # pictures of the most, and as many of the least, memorable examples of a class
+_MAX_PICTURES = 2000  # per page
 _MAX_CLASSES = 100
 _IN_SCATTER = 24
 _LISTED = 20
@@ -46,7 +46,7 @@ _EXAMPLES = ["sample", "class", "error", "variance", "leverage", "sensitivity", 
 
 @dataclass(frozen=True)
 class MemoryMap:
-    """What is known of a run's training examples at one checkpoint; values of `table` are [n], one an example.
+    """The memory map of a run's training examples at one checkpoint; columns of `table` are [n].
 
     names: [n] of the examples
     table: sample, task, label, in_memory, error, nats, variance, leverage, sensitivity, sensitivity_diagonal,
@@ -72,13 +72,13 @@ class MemoryMap:
 
 
 def worth_showing(table: Table) -> Ints:
-    """Positions in the table whose pictures a page shows."""
+    """Return the positions in the table whose pictures are shown."""
     shown = [np.concatenate([most, least]) for most, least in _of_classes(table).values()]
     return np.unique(np.concatenate([*shown, spread_out(table["variance"], table["error"])]))
 
 
 def summary(found: MemoryMap) -> dict[str, Any]:
-    """JSON values: all but the examples themselves, of which it has the most sensitive."""
+    """Return JSON values: everything except the examples, of which only the most sensitive are listed."""
     table = found.table
     top = np.argsort(-table["sensitivity"], kind="stable")[:_LISTED]
     return {
@@ -99,7 +99,7 @@ def summary(found: MemoryMap) -> dict[str, Any]:
 
 
 def write_memory_map(found: MemoryMap, out: Path) -> Path:
-    """All files; returns the page.
+    """Write all files; return the path of the page.
 
     Raises:
         FolderError: one cannot be written.
@@ -116,9 +116,9 @@ def write_memory_map(found: MemoryMap, out: Path) -> Path:
 
 
 def spread_out(x: npt.NDArray[Any], y: npt.NDArray[Any], count: int = _IN_SCATTER) -> Ints:
-    """At most `count` positions of points that are spread over the plane by rank: farthest first."""
+    """Return at most `count` points that are spread over the plane by rank and value (farthest-first traversal)."""
     ranks = np.stack([np.argsort(np.argsort(each, kind="stable")) for each in (x, y)], axis=1) / max(1, len(x) - 1)
-    # In values too, so that single points far out are among them.
+    # By value too, so that outliers are among them.
     scaled = np.stack([_unit(np.log(np.maximum(x, 1e-300))), _unit(y)], axis=1)
     points = np.concatenate([0.5 * ranks, scaled], axis=1)
     chosen = [int(np.argmax(points[:, 2] + points[:, 3]))]
@@ -135,7 +135,7 @@ def _unit(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def _of_classes(table: Table) -> dict[int, tuple[Ints, Ints]]:
-    """By class, the positions of its most and least sensitive examples; of the most sensitive classes if many."""
+    """Return by class the positions of its most and least sensitive examples; of many classes, the most sensitive."""
     labels = np.unique(table["label"])
     if len(labels) > _MAX_CLASSES:
         means = [float(table["sensitivity"][table["label"] == number].mean()) for number in labels]
@@ -154,7 +154,7 @@ def _of_classes(table: Table) -> dict[int, tuple[Ints, Ints]]:
 
 
 def _figures(found: MemoryMap) -> dict[str, tuple[Figure, str]]:
-    """By file name: the figure, and what it shows."""
+    """Return by file name the figure, and a description of it."""
     table = found.table
     few = spread_out(table["variance"], table["error"])
     shown = {int(p): found.pictures[s] for p in few if (s := int(table["sample"][p])) in found.pictures}
@@ -256,7 +256,7 @@ def _example(found: MemoryMap, position: int) -> dict[str, Any]:
 
 
 def _sheets(found: MemoryMap) -> list[dict[str, Any]]:
-    """A picture of the most and one of the least memorable examples of each class."""
+    """Return a sheet of the most and one of the least memorable examples of each class."""
     sheets = []
     for number, sides in _of_classes(found.table).items():
         urls = []
@@ -271,7 +271,7 @@ def _sheets(found: MemoryMap) -> list[dict[str, Any]]:
 
 
 def _write_csv(path: Path, found: MemoryMap) -> None:
-    """One line an example."""
+    """Write one line per example."""
     columns = list(found.table)
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
@@ -282,7 +282,7 @@ def _write_csv(path: Path, found: MemoryMap) -> None:
 
 
 def _short(value: Any) -> Any:
-    """Six digits of a number, 0 or 1 for a truth."""
+    """Round a float to six digits, and write a bool as 0 or 1."""
     if isinstance(value, bool):
         return int(value)
     return f"{value:.6g}" if isinstance(value, float) else value

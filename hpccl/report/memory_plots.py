@@ -17,14 +17,14 @@ __all__ = ["classes", "left_out", "memory", "reconstruction", "scatter"]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
-_VECTORS = 2000  # points beyond which they become a picture
-_SIDE = 22.0  # of a picture, in points
+_VECTORS = 2000  # number of points above which they are rasterised
+_SIDE = 22.0  # of a picture, in typographic points
 
 
 def scatter(table: Mapping[str, npt.NDArray[Any]], column: str, x_label: str, pictures: Mapping[int, Pixels]) -> Figure:
-    """Error against a column on a logarithmic axis, coloured by task; what is in memory is ringed.
+    """Plot error against a column on a logarithmic axis, coloured by task; examples in memory are circled.
 
-    pictures: by position in the table.
+    pictures: to show in place of points, by position in the table.
     """
     figure, axes = new_axes(width=8.6, height=5.4 if pictures else 3.6, x=x_label, y="error 1 − p(true class)")
     x = np.maximum(table[column].astype(np.float64), 1e-12)
@@ -60,7 +60,7 @@ def scatter(table: Mapping[str, npt.NDArray[Any]], column: str, x_label: str, pi
 
 
 def left_out(tasks: Sequence[Mapping[str, Any]]) -> Figure:
-    """By task, the NLL of training data, the estimates without test data, and the measured one."""
+    """Plot by task the NLL of training data, the estimates of the test NLL without test data, and the measured one."""
     figure, axes = new_axes(x="task", y="NLL / nats")
     names: dict[str, tuple[str, dict[str, Any]]] = {
         "train_nats": ("training data", {"color": COLOURS[4], "lw": 1.1}),
@@ -79,7 +79,7 @@ def left_out(tasks: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def classes(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """By class, its NLL as it is, with one example and with all of its examples left out."""
+    """Plot by class its NLL as it is, with one example left out, and with all of its examples left out."""
     figure, axes = new_axes(width=8.6, x="class", y="NLL / nats")
     x = np.arange(len(rows))
     for key, label, colour in (
@@ -98,7 +98,7 @@ def classes(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def memory(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Size by task of origin, agreement of soft labels, and how many are among the most sensitive, over tasks."""
+    """Plot over tasks the size by task of origin, the accuracy of soft labels, and the share of the most sensitive."""
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 2.8))
         panels = figure.subplots(1, 3)
@@ -131,7 +131,7 @@ def _rgb(picture: Pixels) -> Pixels:
 
 
 def reconstruction(rows: Sequence[Mapping[str, Any]], x_label: str) -> Figure:
-    """Error of the gradient and of its change along the path, a column for each size and a line for each selector."""
+    """Plot the error of the gradient and of its change along the path: a column per size, a line per selector."""
     sizes = sorted({row["size"] for row in rows if row["selector"] != "run"} or {row["size"] for row in rows})
     selectors = list(dict.fromkeys(row["selector"] for row in rows))
     with rc_context(STYLE):
@@ -141,7 +141,7 @@ def reconstruction(rows: Sequence[Mapping[str, Any]], x_label: str) -> Figure:
         for line, (key, label) in enumerate((("relative_error", "relative error"), ("change_error", "of the change"))):
             axes = panels[line, column]
             for place, selector in enumerate(selectors):
-                own = selector == "run"  # of one size, shown beside all
+                own = selector == "run"  # it has one size and is shown in all columns
                 here = [row for row in rows if row["selector"] == selector and (own or row["size"] == number)]
                 y = [np.nan if row[key] is None else row[key] for row in here]
                 style: dict[str, Any] = {"color": INK, "ls": ":"} if own else {"color": COLOURS[place % len(COLOURS)]}

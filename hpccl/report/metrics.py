@@ -51,10 +51,10 @@ NUM_BINS = 15
 def matrix(
     evaluations: Sequence[Mapping[str, Any]], num_tasks: int, *, setting: Setting, figure: str = "accuracy"
 ) -> Floats:
-    """[T, T] one figure of each task (column) after each task (row), NaN where not measured.
+    """[T, T] a figure of each task (column) after each task (row), NaN where not measured.
 
     Args:
-        evaluations: `evaluate` events; of several for one task the last counts. Task -1 (untrained) is left out.
+        evaluations: `evaluate` events; the last one per task counts. Task -1 (untrained) is left out.
         num_tasks: T.
         setting: which classes compete.
         figure: accuracy, nll or ece.
@@ -67,7 +67,7 @@ def matrix(
 
 
 def accuracy_matrix(evaluations: Sequence[Mapping[str, Any]], num_tasks: int, setting: Setting) -> Floats:
-    """[T, T] a[t, j]."""
+    """[T, T] the accuracies a[t, j]."""
     return matrix(evaluations, num_tasks, setting=setting)
 
 
@@ -128,21 +128,21 @@ def num_tested(evaluations: Sequence[Mapping[str, Any]], num_tasks: int) -> Floa
 def union_accuracy(a: Floats, sizes: Floats) -> Floats:
     """[T] accuracy on the test examples of all tasks seen, sum_{j <= t} n_j a[t, j] / sum_{j <= t} n_j; NaN if unknown.
 
-    With class-incremental accuracies, this is what one classifier of all seen classes scores on all their test images
-    (A_t in iCaRL and TOPIC). It is `average_accuracy` where tasks have equally many.
+    With class-incremental accuracies, this is the accuracy of one classifier of all seen classes on all their test
+    images (A_t in iCaRL and TOPIC). It equals `average_accuracy` where tasks have equally many test images.
 
     Args:
         a: [T, T].
         sizes: [T] n, of `num_tested`.
     """
     seen = np.tril(np.ones(a.shape, dtype=bool))
-    n = np.where(seen, sizes, 0.0)  # what was not seen may not have been measured, either
+    n = np.where(seen, sizes, 0.0)  # unseen tasks may not have been measured
     found: Floats = (n * np.where(seen, a, 0.0)).sum(axis=1) / n.sum(axis=1)
     return found
 
 
 def average_of_curve(curve: Floats, *, include_first: bool = True) -> float:
-    """Mean of A_0, ..., A_k up to the last task learned; two conventions exist.
+    """Return the mean of A_0, ..., A_k up to the last task learned; there are two conventions.
 
     Args:
         curve: [T] of `union_accuracy`.
@@ -191,8 +191,8 @@ def forward_transfer(a: Floats, b: Floats) -> float:
 def learning_accuracy(a: Floats) -> float:
     """LA = 1/(k+1) sum_{j <= k} a[j, j] (Riemer et al. 2019): how well a task is learned when it is new.
 
-    That of a joint run, of which all tasks were tested, less that of a method is the mean of the intransigence of
-    Chaudhry et al. 2018.
+    LA of a joint run, evaluated after every task, minus LA of a method is the mean of the intransigence of Chaudhry et
+    al. 2018.
     """
     return _mean(np.diagonal(a)[: last_task(a) + 1])
 
@@ -201,7 +201,7 @@ def learning_accuracy(a: Floats) -> float:
 
 
 def accuracy(probabilities: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Share of examples whose most probable class is the label; the first of equals is taken.
+    """Return the share of examples whose most probable class is the label; of ties, the first class is taken.
 
     Args:
         probabilities: [n, C].

@@ -20,9 +20,9 @@ from hpccl.folder import RunFolder
 __all__ = ["Grid", "data_url", "memory_grids", "picture_sheet", "small_picture"]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
-_MAX_PICTURES = 1200  # in a page
+_MAX_PICTURES = 1200  # per page
 _COLUMNS = 20
-_SIDE = 64  # pixels; larger images are made smaller
+_SIDE = 64  # pixels; larger images are shrunk
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Grid:
 
 
 def memory_grids(folder: Path) -> list[Grid]:
-    """One grid a task, by task; a damaged file yields a grid that says so."""
+    """Return one grid per task, in order; a damaged file yields a grid with its `problem`."""
     found = {}
     for path in RunFolder(folder).memory.glob("task-*.npz"):
         if match := re.fullmatch(r"task-(\d+)\.npz", path.name):
@@ -64,7 +64,7 @@ def _grid(task: int, path: Path, most: int) -> Grid:
 
 
 def _spread(labels: npt.NDArray[Any], most: int) -> npt.NDArray[np.int64]:
-    """At most `most` positions, evenly spaced after sorting by label, so that every class shows."""
+    """Return at most `most` positions, evenly spaced after sorting by label, so that every class is shown."""
     order = np.argsort(labels, kind="stable")
     return (
         order[np.unique(np.linspace(0, len(order) - 1, min(most, len(order))).astype(np.int64))]
@@ -74,14 +74,14 @@ def _spread(labels: npt.NDArray[Any], most: int) -> npt.NDArray[np.int64]:
 
 
 def small_picture(image: Pixels) -> Image.Image:
-    """RGB, at most _SIDE pixels a side."""
+    """Return an RGB picture of at most _SIDE pixels a side."""
     picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).convert("RGB")
     picture.thumbnail((_SIDE, _SIDE))
     return picture
 
 
 def picture_sheet(pictures: Sequence[Image.Image]) -> Image.Image:
-    """All pictures, row by row, a pixel apart, on a transparent ground."""
+    """Arrange pictures row by row, one pixel apart, on a transparent background."""
     columns = min(_COLUMNS, len(pictures))
     width, height = (1 + max(sides) for sides in zip(*(picture.size for picture in pictures), strict=True))
     sheet = Image.new("RGBA", (columns * width - 1, -(-len(pictures) // columns) * height - 1))
@@ -91,10 +91,10 @@ def picture_sheet(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def data_url(sheet: Image.Image) -> str:
-    """A picture as text for a page."""
+    """Return a picture as a data URL for a page."""
     buffer = io.BytesIO()
     small = max(sheet.size) <= _COLUMNS * 40
-    # PNG keeps small images exact; larger photographs are a tenth of the size as WebP.
+    # PNG keeps small images exact; WebP makes larger photographs ten times smaller.
     sheet.save(buffer, format="PNG" if small else "WEBP", **({"optimize": True} if small else {"quality": 85}))
     kind = "png" if small else "webp"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

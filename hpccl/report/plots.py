@@ -1,4 +1,4 @@
-"""Plots of a report as SVG text that takes its ink from the page, so that it fits light and dark mode."""
+"""Plots of a report as SVG text that takes its text colour from the page, so that it fits light and dark mode."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ STYLE: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-_TERMS = ("new", "soft", "replay", "quadratic", "anchor", "minmax")  # others look as `anchor` does
+_TERMS = ("new", "soft", "replay", "quadratic", "anchor", "minmax")  # others have the colour of `anchor`
 _MAX_POINTS = 600
 _MAX_LEGEND = 12
 
 
 def svg(figure: Figure, label: str) -> str:
-    """The figure as an <svg> element with the page's ink and font, scaled to its container.
+    """Return the figure as an <svg> element with the page's text colour and font, scaled to its container.
 
     Args:
         figure: drawn with `STYLE`.
-        label: what it shows, for those who do not see it.
+        label: description of what it shows, for screen readers.
     """
     buffer = io.StringIO()
     # The salt makes the ids of two figures in one page differ.
@@ -73,16 +73,16 @@ def svg(figure: Figure, label: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    # Metadata says nothing, and a <style> inside would apply to the whole page.
+    # Metadata is useless, and a <style> inside would apply to the whole page.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    # Groups are numbered from 1 in every figure, but an id may occur once in a page.
+    # Groups are numbered from 1 in every figure, but an id may occur only once in a page.
     text = re.sub(r'<g id="[A-Za-z][\w.]*_\d+">', "<g>", text)
     text = re.sub(r"font-family: [^;]*; ?", "", text)
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', text, count=1)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Black on white, as PNG or SVG by the path's suffix.
+    """Save a figure black on white, as PNG or SVG according to the path's suffix.
 
     Raises:
         FolderError: it cannot be written.
@@ -98,7 +98,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def new_axes(width: float = 6.4, height: float = 2.9, *, x: str, y: str) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, in the page's style."""
+    """Return a figure with one pair of axes, in the page's style."""
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height))
         axes = figure.subplots()
@@ -109,7 +109,7 @@ def new_axes(width: float = 6.4, height: float = 2.9, *, x: str, y: str) -> tupl
 
 
 def legend(axes: Axes) -> None:
-    """Beside the axes."""
+    """Add a legend to the right of the axes."""
     with rc_context(STYLE):
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
 
@@ -124,7 +124,7 @@ def _array(rows: Sequence[Sequence[float | None]]) -> Floats:
 
 
 def accuracy_over_tasks(rows: Sequence[Sequence[float | None]], label: str) -> str | None:
-    """Accuracy on each task learned, and their mean, after each task; None before the first evaluation."""
+    """Plot the accuracy on each task learned, and their mean, after each task; None before the first evaluation."""
     a = 100 * _array(rows)
     if not a.size or np.isnan(a).all():
         return None
@@ -144,7 +144,7 @@ def accuracy_over_tasks(rows: Sequence[Sequence[float | None]], label: str) -> s
 
 
 def loss_curves(events: Sequence[Mapping[str, Any]], label: str) -> str | None:
-    """The loss and its terms over all steps; vertical lines part the tasks. None without steps."""
+    """Plot the loss and its terms over all steps; vertical lines separate tasks. None without steps."""
     steps = latest(events, "step", "task", "step")
     if not steps:
         return None
@@ -165,14 +165,14 @@ def loss_curves(events: Sequence[Mapping[str, Any]], label: str) -> str | None:
 
 
 def _line(term: str) -> dict[str, Any]:
-    """One colour a term in every plot; the whole is the heavy line."""
+    """Return a term's line style, the same in every plot; the total is the heavy line."""
     if term in {"loss", "total"}:
         return {"color": INK, "lw": 1.8}
     return {"color": COLOURS[_TERMS.index(term if term in _TERMS else "anchor")], "lw": 1.1}
 
 
 def _curves(steps: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
-    """Terms that are zero throughout are left out."""
+    """Return the curves of the loss and its terms, without terms that are always zero."""
     names = list(dict.fromkeys(name for event in steps for name in event.get("terms") or {}))
     curves = {name: _series([(event.get("terms") or {}).get(name) for event in steps]) for name in names}
     shown = {name: y for name, y in curves.items() if np.any(np.nan_to_num(y) != 0)}
@@ -185,7 +185,7 @@ def _series(values: Sequence[Any]) -> Floats:
 
 
 def _thinned(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """At most _MAX_POINTS points: the means of equally long stretches."""
+    """Reduce a curve to at most _MAX_POINTS points: the means of equally long segments."""
     stretch = -(-len(x) // _MAX_POINTS)
     if stretch == 1:
         return x, y
@@ -194,7 +194,7 @@ def _thinned(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 
 
 def reconstruction(measured: Sequence[Mapping[str, Any]], label: str) -> str | None:
-    """Cosine and relative error of each term of the prior's gradient, by task. None if never measured."""
+    """Plot cosine and relative error of each term of the prior's gradient, by task. None if never measured."""
     if not measured:
         return None
     with rc_context(STYLE):
@@ -218,7 +218,7 @@ def reconstruction(measured: Sequence[Mapping[str, Any]], label: str) -> str | N
 
 
 def calibration(measured: Mapping[str, Sequence[Sequence[float]]], label: str) -> str | None:
-    """Accuracy by confidence in each setting, from [3, M] sums of `calibration_bins`. None if never measured."""
+    """Plot accuracy by confidence in each setting, from [3, M] `calibration_bins`. None if never measured."""
     if not measured:
         return None
     curves = {
@@ -229,7 +229,7 @@ def calibration(measured: Mapping[str, Sequence[Sequence[float]]], label: str) -
 
 
 def reliability(panels: Mapping[str, Mapping[str, Floats]]) -> Figure:
-    """A reliability diagram (Guo et al. 2017) of each setting: by curve, [3, M] of `calibration_bins`."""
+    """Plot a reliability diagram (Guo et al. 2017) per setting, from [3, M] `calibration_bins` per curve."""
     with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.4))
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -250,11 +250,11 @@ def reliability(panels: Mapping[str, Mapping[str, Floats]]) -> Figure:
 
 
 def bars(names: Sequence[str], series: Mapping[str, Sequence[tuple[float | None, float | None]]]) -> Figure | None:
-    """Horizontal bars in percent with error bars, one group a name and one bar a series.
+    """Plot horizontal bars in percent with error bars, one group per name and one bar per series.
 
     Args:
         names: of the groups, from top to bottom.
-        series: by legend entry, (share in [0, 1], its standard deviation or None) of every group; None is left out.
+        series: by legend entry, (share in [0, 1] or None, its standard deviation or None) of every group.
     """
     shown = {key: values for key, values in series.items() if any(mean is not None for mean, _ in values)}
     if not shown:

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live line on a terminal, a plain line now and then elsewhere."""
+"""Display of training progress: a live line on a terminal, plain lines at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def duration(seconds: float | None) -> str:
 
 
 class Progress(Protocol):
-    """Where a run stands. A context manager; every method is cheap enough to be called at every step."""
+    """A display of a run's progress. A context manager; every method is cheap enough to be called at every step."""
 
     def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
-        """A phase of a task begins, or goes on at step `start` after a resume."""
+        """Begin a phase of a task, or continue it at step `start` after a resume."""
 
     def update(
         self,
@@ -47,26 +47,26 @@ class Progress(Protocol):
         images_per_second: float | None = None,
         eta_seconds: float | None = None,
     ) -> None:
-        """`step` steps of the phase are done. Terms are nats per training example; `loss` may be one of them."""
+        """Show that `step` steps of the phase are done. Terms are nats per training example; one may be `loss`."""
 
     def message(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
 
     def __enter__(self) -> Self:
-        """Start."""
+        """Start the display."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
 
 
 def make_progress(enabled: bool = True, stream: TextIO | None = None, *, interval: float = 10.0) -> Progress:
-    """The display that fits the stream: nothing if not enabled, live on a terminal, else a line every so often.
+    """Return the display that fits the stream: nothing if not enabled, live on a terminal, else a line at intervals.
 
     Args:
-        enabled: False on ranks other than 0, or where nothing shall be shown.
-        stream: None is standard error, so that standard output stays for results.
+        enabled: False on ranks other than 0, or where nothing is to be shown.
+        stream: None for standard error, which keeps standard output for results.
         interval: seconds between two plain lines.
     """
     target = sys.stderr if stream is None else stream
@@ -108,7 +108,7 @@ class QuietDisplay:
 class PlainDisplay:
     """A line of `key=value` pairs every `interval` seconds and at both ends of a phase, for log files and programs.
 
-    A line that cannot be written (a full disk, a reader that is gone) is lost; training is not.
+    A line that cannot be written (a full disk, a closed pipe) is dropped; training goes on.
     """
 
     def __init__(self, stream: TextIO, *, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -210,7 +210,7 @@ class LiveDisplay:
         if self._bar is None or (now - self._last < self._REDRAW and step < self._total):
             return
         self._last = now
-        # What matters most comes first: a narrow terminal cuts the end off.
+        # The most important comes first: a narrow terminal cuts off the end.
         parts = [] if eta_seconds is None else [f"{duration(eta_seconds)} left"]
         parts += [] if epoch is None else [f"epoch {epoch:.2f}"]
         parts += [] if images_per_second is None else [f"{images_per_second:,.0f} images/s"]

@@ -31,8 +31,8 @@ Figure: TypeAlias = tuple[float | None, float | None]  # mean and standard devia
 class Published:
     """Published mean and standard deviation of each figure, as shares.
 
-    tasks: accuracy on each task after the last one; empty where it is not told
-    minutes: of training, all tasks that the row's runs trained together
+    tasks: accuracy on each task after the last one; empty if not given
+    minutes: of training, summed over all tasks that the row's runs trained
     """
 
     seeds: int
@@ -43,7 +43,7 @@ class Published:
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """One data set of a file, by (method, examples in memory a task)."""
+    """The values of one data set of a file, by (method, memory examples per task)."""
 
     dataset: str
     values: dict[tuple[str, int], Published]
@@ -55,7 +55,7 @@ def read_published(path: Path, *, dataset: str | None, num_tasks: int) -> Publis
     Args:
         path: the CSV file.
         dataset: its name in the file; None: the only one with `num_tasks` tasks.
-        num_tasks: of the runs.
+        num_tasks: number of tasks of the runs.
 
     Raises:
         FolderError: the file cannot be read.
@@ -73,7 +73,7 @@ def _table(rows: Sequence[Row], dataset: str | None, num_tasks: int, path: Path)
     for row in rows:
         tasks[row["dataset"]] = max(tasks.get(row["dataset"], 0), _last_task(row))
     chosen = _choose(tasks, dataset, num_tasks, path)
-    # A run that was given up before the last task has no final figures.
+    # A run that was abandoned before the last task has no final figures.
     whole = [row for row in rows if row["dataset"] == chosen and _last_task(row) in {0, tasks[chosen]}]
     return PublishedTable(chosen, _values(whole, tasks[chosen]))
 
@@ -138,6 +138,6 @@ def _key(row: Row) -> tuple[str, int]:
 
 
 def _number(cell: str | None, unit: float) -> float | None:
-    """None for what was not measured, which exports leave empty or write as nan."""
+    """Parse a cell; None for values that were not measured, which exports leave empty or write as nan."""
     value = float(cell) / unit if cell else None
     return value if value is None or math.isfinite(value) else None

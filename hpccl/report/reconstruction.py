@@ -26,10 +26,10 @@ _HEADER = ["selector", "examples of a task", "cosine", "relative error", "cosine
 class Reconstruction:
     """Errors of priors along the path from the end of a task to the end of the next.
 
-    task: at whose end memory was chosen
-    past: share of the past that gave the true gradient
-    curvature: whose it is
-    straight: the path is a straight line
+    task: the task at whose end memory was chosen
+    past: share of the past on which the true gradient was computed
+    curvature: where the curvature comes from
+    straight: whether the path is a straight line
     rows: selector, size, point, share, step, cosine, relative_error, change_cosine, change_error, norm, true_norm;
         None where a figure is not finite
     """
@@ -42,7 +42,7 @@ class Reconstruction:
     rows: Sequence[Mapping[str, Any]]
 
     def means(self) -> list[dict[str, Any]]:
-        """Over the path, by selector and size."""
+        """Return the means over the path, by selector and size."""
         groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
         for row in self.rows:
             groups.setdefault((row["selector"], row["size"]), []).append(row)
@@ -52,17 +52,17 @@ class Reconstruction:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values, with the means."""
+        """Return JSON values, including the means."""
         return {"format": 1, **asdict(self), "means": self.means()}
 
 
 def markdown(found: Reconstruction) -> str:
-    """The means as a table, and what they are of."""
+    """Return the means as a table, with notes on what was measured."""
     return markdown_table(_HEADER, _cells(found)) + "\n" + "\n".join(_notes(found)) + "\n"
 
 
 def write_reconstruction(found: Reconstruction, out: Path) -> Path:
-    """reconstruction.{html,md,csv,json,svg,png}; returns the page.
+    """Write reconstruction.{html,md,csv,json,svg,png}; return the path of the HTML page.
 
     Raises:
         FolderError: a file cannot be written.

@@ -1,4 +1,4 @@
-"""Where a run stands, from the two ends of its events.jsonl: quick however long it is, and whatever state it is in."""
+"""The state of a run, from both ends of its events.jsonl: fast for a file of any length, robust to a damaged one."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Turn: TypeAlias = Literal["run", "stop", "done", "error"]
 Phase: TypeAlias = Literal["start", "fit", "consolidate", "evaluate"]
 
 _HEAD, _TAIL = 1 << 16, 3 << 16  # bytes that are read of a long file
-_BACK = 8 << 20  # bytes in which the last start is looked for
+_BACK = 8 << 20  # bytes in which the last start is searched for
 _START = b'{"event": "run", '
-_GAP = b'{"event": "gap", "time": 0}'  # here events were left out, among which there may be starts
+_GAP = b'{"event": "gap", "time": 0}'  # marks where events, possibly starts among them, were left out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What the events say; None where they say nothing.
+    """The state of a run according to its events; None where it is unknown.
 
-    problem: why they cannot be read; empty if they can, and where there are none yet
-    turn, turn_time: the last start or end of a process, and when
-    message: of the last error, or the reason of the last stop
+    problem: why the events cannot be read; empty if they can be read, or if there are none yet
+    turn, turn_time: kind and time of the last start or end of a process
+    message: that of the last error, or the reason of the last stop
     error_kind: the class of the last error
-    began: when the last start was that is known
-    host, job, restart: of that start: the machine of rank 0, and SLURM's job
+    began: time of the last known start
+    host, job, restart: of that start: the machine of rank 0, the SLURM job and how often it was restarted
     time: of the last event, seconds since 1970
-    plan: steps of each task, 0 for those that are not trained
+    plan: steps of each task, 0 for tasks that are not trained
     task: counted from 0, with `step` of `num_steps` steps done and `epoch` epochs
     left: seconds until the run is done, at the time of the last event
     """
@@ -60,17 +60,17 @@ class Standing:
 
     @property
     def num_tasks(self) -> int | None:
-        """Tasks of the stream."""
+        """Number of tasks of the stream."""
         return None if self.plan is None else len(self.plan)
 
     def at_task(self, task: int, phase: Phase, step: int) -> Standing:
-        """The same, somewhere else."""
+        """Return the same state at another task, phase and step."""
         num_steps = self.plan[task] if self.plan is not None and task < len(self.plan) else None
         return replace(self, task=task, phase=phase, step=step, num_steps=num_steps, epoch=None)
 
 
 def read_standing(path: Path) -> Standing:
-    """Of an events.jsonl that may be absent, half written, damaged or very long; never raises."""
+    """Read the state from an events.jsonl that may be absent, half written, damaged or very long; never raises."""
     try:
         lines = _lines(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -87,7 +87,7 @@ def read_standing(path: Path) -> Standing:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """All lines; of a long file the first ones, the last start before the end, and the last ones."""
+    """Return all lines; of a long file the first ones, the last start before the tail, and the last ones."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size <= _HEAD + _TAIL:
@@ -115,14 +115,14 @@ def _parse(line: bytes) -> Event | None:
 
 
 def standing_of(events: Sequence[Event]) -> Standing:
-    """The same from events that were read; some may be missing in the middle."""
+    """Return the state after a sequence of events; some may be missing in the middle."""
     standing = Standing()
     for event in events:
         if event["event"] == "gap":
             standing = replace(standing, turn=None, began=None, host="", job=None)
             continue
         moment = float(event["time"])
-        if standing.turn != "run":  # it goes on, so it was started again
+        if standing.turn != "run":  # events follow an end, so the run was started again
             standing = replace(standing, turn="run", turn_time=moment, message="", error_kind="")
         standing = replace(_after(standing, event), time=moment)
     return replace(standing, left=_left(standing, events))
@@ -159,7 +159,7 @@ def _after(standing: Standing, event: Mapping[str, Any]) -> Standing:
 
 
 def _begun(event: Mapping[str, Any]) -> Standing:
-    """A process starts: what was measured before is of the past."""
+    """Return the state after a start of a process, which resets everything."""
     job, mark = event.get("job") or {}, event.get("resumed")
     steps = event.get("steps")
     begun = Standing(
@@ -177,7 +177,7 @@ def _begun(event: Mapping[str, Any]) -> Standing:
 
 
 def _at(standing: Standing, mark: Mapping[str, Any]) -> Standing:
-    """At a checkpoint."""
+    """Return the state at a checkpoint."""
     task, phase, step = int(mark["task"]), mark["phase"], int(mark["step"])
     if phase == "done":
         return standing.at_task(task + 1, "fit", 0)
@@ -200,7 +200,7 @@ def _ended(standing: Standing, event: Mapping[str, Any]) -> Standing:
 
 
 def _left(standing: Standing, events: Sequence[Event]) -> float | None:
-    """Steps of this task and later ones at the pace of the last ones, and as much around them as the last task had."""
+    """Estimate the seconds left: all steps at the pace of the last ones, other phases as in the last task."""
     plan = standing.plan
     paces = (_seconds_a_step(event) for event in reversed(events) if event["event"] == "step")
     pace = next((each for each in paces if each is not None), None)
@@ -212,13 +212,13 @@ def _left(standing: Standing, events: Sequence[Event]) -> float | None:
 
 
 def _seconds_a_step(step: Mapping[str, Any]) -> float | None:
-    """None for the last step of a task."""
+    """Return the pace at a step; None for the last step of a task."""
     rest, left = int(step["num_steps"]) - int(step["step"]), number(step.get("eta_seconds"))
     return left / rest if rest > 0 and left is not None else None
 
 
 def _around(events: Sequence[Event]) -> float:
-    """Seconds of the phases beside `fit` of the last task that has been evaluated."""
+    """Return the seconds of all phases except `fit` in the last task that has been evaluated."""
     spent: dict[int, dict[str, float]] = {}
     for event in events:
         if event["event"] == "phase" and event["phase"] != "fit":

@@ -1,4 +1,4 @@
-"""From the folder of a run to its figures; a run that is not finished reports what is there."""
+"""From the folder of a run to its results; an unfinished run reports those that it has."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STATUS: dict[str, Status] = {"run": "running", "stop": "stopped", "done": "done
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What one phase of one task cost; the parts of a phase that a kill cut in two are added."""
+    """The cost of one phase of one task; the parts of an interrupted phase are added."""
 
     task: int
     phase: str
@@ -38,17 +38,17 @@ class PhaseCost:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """Everything that a run says. None stands for what was not measured (yet).
+    """The results of a run. None stands for what was not measured (yet).
 
     Accuracies and transfers are shares in [0, 1], NLL is nats per example. Figures without a suffix are
     task-incremental (only a task's own classes compete), `_class_incremental` lets all seen classes compete.
     `average_accuracy`, `nll` and `ece` are means over the tasks learned so far, by the network after the last of them.
-    `union_accuracy` is after each task that of all seen classes on all their test examples, whatever their number;
-    `average_union_accuracy` is its mean, `_later` without the first task, `performance_drop` its first less its last.
-    `calibration`: by setting, [3, 15] counts, sums of confidence and numbers of right answers, by confidence; of the
-    last network on the tasks it has learned, empty where every task has its own network.
-    `message`: of what ended it; of a run that is done, which lines are lost.
-    `validation`: the share of the training images that all of these are on, if they are not on test images.
+    `union_accuracy` is, after each task, the accuracy among all seen classes on all their test examples pooled;
+    `average_union_accuracy` is its mean, `_later` without the first task, `performance_drop` first minus last value.
+    `calibration`: by setting, [3, 15] counts, sums of confidence and numbers of correct predictions per confidence bin,
+    of the last network on the tasks it has learned; empty if every task has its own network.
+    `message`: why the run ended; for a run that is done, which evaluations its events lack.
+    `validation`: the share of the training images on which all of this is measured; None: it is on test images.
     """
 
     format: int = 1
@@ -116,7 +116,7 @@ class RunReport:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The resolved configuration of a run.
+    """Read the resolved configuration of a run.
 
     Raises:
         FolderError: there is none, or this version cannot read it.
@@ -135,7 +135,7 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def summarise(folder: Path) -> RunReport:
-    """The report of a run folder, from config.yaml and events.jsonl alone.
+    """Report on a run folder, from config.yaml and events.jsonl alone.
 
     Raises:
         FolderError: it is not a run folder, or one of the two files is damaged.
@@ -144,7 +144,7 @@ def summarise(folder: Path) -> RunReport:
 
 
 def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
-    """The report of a configuration and what happened."""
+    """Report on a run, from its configuration and events."""
     events = _to_the_end(events)
     tasks = [_plain(event) for event in latest(events, "task", "task")]
     memory = [_plain(event) for event in latest(events, "memory", "task")]
@@ -166,7 +166,7 @@ def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
         message=message,
         validation=config.data.validation,
         **accuracies,
-        # An earlier `done` says nothing about a run that was started again since.
+        # An earlier `done` does not hold for a run that was started again since.
         weights_sha256=done.get("weights_sha256") if status == "done" else None,
         images_per_second=_training_rate(events, phases, done),
         **_segments(events),
@@ -189,18 +189,18 @@ def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
 
 
 _ENDS = ("done", "error", "stop")
-_IDLE = ("run", "start", "done", "error", "stop")  # what a start writes that finds nothing left to learn
+_IDLE = ("run", "start", "done", "error", "stop")  # events of a start that finds nothing left to learn
 
 
 def _to_the_end(events: Sequence[Event]) -> Sequence[Event]:
-    """Without later starts of a run that was done, unless they learned something: they changed nothing."""
+    """Drop later starts of a finished run that learned nothing, since they changed nothing."""
     learned = max((index for index, event in enumerate(events) if event["event"] not in _IDLE), default=-1)
     ends = (index for index in range(learned + 1, len(events)) if events[index]["event"] == "done")
     return events[: next(ends, len(events)) + 1]
 
 
 def _moment(checkpoint: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Where in a run it was saved: at one step, `fitted` comes before memory and curvature, and `done` after them."""
+    """Return a checkpoint's place in a run: at one step, `fitted` precedes memory and curvature, `done` follows."""
     phases = ("fit", "fitted", "done")
     phase = checkpoint.get("phase")
     return checkpoint.get("task") or 0, checkpoint.get("step") or 0, phases.index(phase) if phase in phases else 0
@@ -214,7 +214,7 @@ def _plain(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _accuracies(events: Sequence[Event], num_announced: int) -> dict[str, Any]:
-    """Every field of RunReport that comes from `evaluate` events."""
+    """Return every field of RunReport that comes from `evaluate` events."""
     evaluations = latest(events, "evaluate", "task")
     mentioned = [result["task"] + 1 for event in evaluations for result in event["results"]]
     num_tasks = max([num_announced, *mentioned])
@@ -263,7 +263,7 @@ def _rows(values: metrics.Floats) -> Matrix:
 
 
 def _phases(events: Sequence[Event]) -> list[PhaseCost]:
-    """One entry a task and phase; parts add up."""
+    """Return one entry per task and phase; parts are added."""
     parts: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for part in phase_parts(events):
         parts.setdefault((part["task"], part["phase"]), []).append(part)
@@ -279,7 +279,7 @@ def _phase(task: int, phase: str, parts: Sequence[Mapping[str, Any]]) -> PhaseCo
 
 
 def _training_rate(events: Sequence[Event], phases: Sequence[PhaseCost], done: Mapping[str, Any]) -> float | None:
-    """Images per second while fitting; of an unfinished first task, what its last step said."""
+    """Return images per second while fitting; in an unfinished first task, those of its last `step` event."""
     fits = [phase for phase in phases if phase.phase == "fit"]
     seconds = sum(phase.seconds for phase in fits)
     if seconds > 0:
@@ -289,12 +289,12 @@ def _training_rate(events: Sequence[Event], phases: Sequence[PhaseCost], done: M
 
 
 def _segments(events: Sequence[Event]) -> dict[str, Any]:
-    """Wall time: from each start of a process to its last word, added over resumes; pauses between do not count."""
+    """Return wall time, from each start of a process to its last event, added over resumes without the pauses."""
     segments: list[list[float]] = []
     before = ""
     for event in events:
         kind = event["event"]
-        # An error right after an end, or before the start had a word, is of a start that failed at once.
+        # An error right after an end, or without a `run` event, comes from a start that failed at once.
         at_once = kind == "error" and (before in _ENDS or event.get("begun") is False)
         if kind == "run" or at_once or not segments:
             segments.append([])
@@ -307,7 +307,7 @@ def _segments(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def _status(events: Sequence[Event]) -> tuple[Status, str | None]:
-    """The last start or end decides; a run that was killed without a word still counts as running."""
+    """Return status and message; the last start or end decides, and a killed run still counts as running."""
     last = next((event for event in reversed(events) if event["event"] in _STATUS), {"event": "run"})
     match last["event"]:
         case "error":
@@ -320,7 +320,7 @@ def _status(events: Sequence[Event]) -> tuple[Status, str | None]:
 
 
 def _lost(matrix: Matrix) -> str | None:
-    """What evaluations a run that is done should have told of and has not; `joint` has none before its last."""
+    """Describe the evaluations that the events of a finished run lack; `joint` has none before its last task."""
     told = [any(value is not None for value in row) for row in matrix]
     first = told.index(True) if True in told else 0
     lost = [str(task) for task in range(first, len(told)) if not told[task]]
@@ -334,7 +334,7 @@ def _lost(matrix: Matrix) -> str | None:
 
 
 def phase_totals(phases: Sequence[PhaseCost]) -> list[PhaseCost]:
-    """The same, added over tasks, in order of first appearance; `task` is -1."""
+    """Add costs over tasks, by phase in order of first appearance; `task` is -1."""
     return [
         _total(name, [phase for phase in phases if phase.phase == name])
         for name in dict.fromkeys(p.phase for p in phases)

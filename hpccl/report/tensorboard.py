@@ -20,7 +20,7 @@ __all__ = ["TensorBoardSink", "scalars"]
 
 
 def scalars(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(tag, value) of everything in an event that makes a curve."""
+    """Yield (tag, value) of everything in an event that is shown as a curve."""
     match event["event"]:
         case "step":
             for key in ("loss", "lr", "gradient_norm", "images_per_second", "epoch"):
@@ -63,15 +63,15 @@ def _accuracies(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 class TensorBoardSink:
     """A sink of EventLog that writes `events.out.tfevents.*` files.
 
-    The axis of a step is its number since the start of the first task; the axis of everything else is the task. After a
-    resume a restart mark makes TensorBoard drop the steps that are done again.
+    Steps are numbered from the start of the first task; the axis of everything else is the task. After a resume, a
+    restart mark makes TensorBoard drop the steps that are repeated.
 
     Raises:
         FolderError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
-        # Only its framing of records is used: EventFileWriter would import TensorFlow where that is installed.
+        # Only the record format is used: EventFileWriter would import TensorFlow where that is installed.
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._folder = folder
@@ -93,7 +93,7 @@ class TensorBoardSink:
         )
 
     def recall(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Learn from earlier processes how many steps the past tasks had."""
+        """Read from the events of earlier processes how many steps past tasks had."""
         for event in events:
             if event["event"] == "step":
                 self._num_steps[event["task"]] = event["num_steps"]

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and Markdown tables."""
+"""Numbers in readable form, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ABSENT = "–"
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table as it is read; the first `left` columns are text."""
+    """A table of formatted cells; the first `left` columns are text."""
 
     title: str
     header: list[str]
@@ -22,14 +22,14 @@ class TextTable:
     notes: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """The table and its notes, without the title."""
+        """Return the table and its notes, without the title."""
         return "\n".join(
             [markdown_table(self.header, self.rows, left=self.left), *(f"{note}\n" for note in self.notes)]
         )
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] in percent, without the sign.
+    """Format a share in [0, 1] in percent, without the percent sign.
 
     >>> percent(0.8231), percent(None)
     ('82.3', '–')
@@ -38,7 +38,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def signed(value: float | None, digits: int = 1) -> str:
-    """A difference of shares in percentage points, with its sign.
+    """Format a difference of shares in percentage points, with its sign.
 
     >>> signed(-0.012), signed(0.5)
     ('−1.2', '+50.0')
@@ -47,7 +47,7 @@ def signed(value: float | None, digits: int = 1) -> str:
 
 
 def spread(mean: float | None, std: float | None, scale: float = 100.0, digits: int = 1) -> str:
-    """Mean and, where there is one, standard deviation.
+    """Format a mean and, if there is one, its standard deviation.
 
     >>> spread(0.8, 0.011), spread(0.8, None), spread(-0.0004, None)
     ('80.0 ± 1.1', '80.0', '0.0')
@@ -59,7 +59,7 @@ def spread(mean: float | None, std: float | None, scale: float = 100.0, digits: 
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
-    """A number with so many digits after the point; very large and very small ones with an exponent.
+    """Format a number with `digits` decimals; very large and very small ones with an exponent.
 
     >>> fixed(0.12345), fixed(1e-5), fixed(float("nan"))
     ('0.123', '1.00e−05', '–')
@@ -71,7 +71,7 @@ def fixed(value: float | None, digits: int = 3) -> str:
 
 
 def whole(value: float | None) -> str:
-    """A whole number with separated thousands.
+    """Format a whole number with separated thousands.
 
     >>> whole(12345.6)
     '12,346'
@@ -80,7 +80,7 @@ def whole(value: float | None) -> str:
 
 
 def size(num_bytes: float | None) -> str:
-    """Bytes in binary units.
+    """Format bytes in binary units.
 
     >>> size(512), size(1536), size(3 * 2**30)
     ('512 B', '1.5 KiB', '3.0 GiB')
@@ -95,7 +95,7 @@ def size(num_bytes: float | None) -> str:
 
 
 def time_span(seconds: float | None) -> str:
-    """A length of time.
+    """Format a duration.
 
     >>> time_span(0.234), time_span(75.4), time_span(7300)
     ('0.23 s', '1 min 15 s', '2 h 01 min')
@@ -109,7 +109,7 @@ def time_span(seconds: float | None) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
-    """A Markdown table with aligned columns; the first `left` columns are flush left, the others flush right."""
+    """Return a Markdown table with aligned columns; the first `left` columns are flush left, the others flush right."""
     cells = [list(header), *([text.replace("|", "\\|") for text in row] for row in rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
     lines = [_line(row, widths, left) for row in cells]

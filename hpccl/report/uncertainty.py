@@ -28,7 +28,7 @@ __all__ = ["Uncertainty", "markdown", "summary", "worth_showing", "write_uncerta
 Ints: TypeAlias = npt.NDArray[np.int64]
 Table: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
-_SHOWN = 60  # pictures of the most and of the least certain images
+_SHOWN = 60  # pictures of the most, and as many of the least, certain images
 _HEADS = {"own": "task_incremental", "seen": "class_incremental"}
 _WHICH = {"mean": "one network, at the mean", "posterior": "predictive distribution"}
 _HEADER = ["setting", "prediction", "images", "accuracy / %", "NLL / nats", "ECE / %", "Brier score", "entropy / nats"]
@@ -43,10 +43,10 @@ _WORDS = {
 class Uncertainty:
     """Predictions for test images at one checkpoint.
 
-    approximation: sampled, probit or monte_carlo; samples: of weights, or of logits, 0 for none
-    chosen: the prior precision is that of the largest evidence
-    effective_parameters: of num_weights, those that the data determine
-    head: among which classes the run judged its training examples, own or seen
+    approximation: sampled, probit or monte_carlo; samples: number of draws of weights or of logits, 0 for none
+    chosen: whether the prior precision is the one of largest evidence
+    effective_parameters: how many of num_weights the data determine
+    head: the classes that competed in the run's training, own or seen
     table: see train.uncertainty.predictions
     pictures: by sample, uint8 [h, w, 1 or 3]
     """
@@ -68,7 +68,7 @@ class Uncertainty:
 
 
 def worth_showing(table: Table, head: str, *, last: int) -> Ints:
-    """Positions in the table whose pictures a page shows: of learned tasks, the least and the most certain."""
+    """Return the positions in the table whose pictures are shown: the most and the least certain, of learned tasks."""
     known = np.flatnonzero(table["task"] <= last)
     order = known[np.argsort(table[f"posterior_{head}_entropy"][known], kind="stable")]
     few = min(_SHOWN, len(order) // 2)
@@ -76,7 +76,7 @@ def worth_showing(table: Table, head: str, *, last: int) -> Ints:
 
 
 def summary(found: Uncertainty) -> dict[str, Any]:
-    """JSON values: figures of all learned tasks together, of each task, and of telling the tasks to come apart."""
+    """Return JSON values: figures of all learned tasks, of each task, and of detecting images of future tasks."""
     table = found.table
     learned = table["task"] <= found.task
     return {
@@ -122,7 +122,7 @@ def _figures(table: Table, prefix: str, rows: npt.NDArray[np.bool_]) -> dict[str
 
 
 def _unseen(table: Table, learned: npt.NDArray[np.bool_]) -> dict[str, Any] | None:
-    """Area under the ROC curve of telling images of tasks to come from those of learned ones, by two scores."""
+    """Return the area under the ROC curve of detecting images of tasks not yet learned, by two scores."""
     if learned.all() or not learned.any():
         return None
     found: dict[str, Any] = {"num_unseen": int((~learned).sum())}
@@ -136,12 +136,12 @@ def _unseen(table: Table, learned: npt.NDArray[np.bool_]) -> dict[str, Any] | No
 
 
 def markdown(found: Uncertainty) -> str:
-    """The figures as a table, and what they are of."""
+    """Return the figures as a table, with notes on how they were made."""
     return markdown_table(_HEADER, _rows(found), left=2) + "\n" + "\n".join(_notes(found)) + "\n"
 
 
 def write_uncertainty(found: Uncertainty, out: Path) -> Path:
-    """All files; returns the page.
+    """Write all files; return the path of the page.
 
     Raises:
         FolderError: one cannot be written.
@@ -217,7 +217,7 @@ def _notes(found: Uncertainty) -> list[str]:
 
 
 def _plots(found: Uncertainty) -> dict[str, tuple[Figure, str]]:
-    """By file name: the figure, and what it shows."""
+    """Return by file name the figure, and a description of it."""
     learned = found.table["task"] <= found.task
     figures = {
         "reliability": (
@@ -259,7 +259,7 @@ def _entropies(table: Table, learned: npt.NDArray[np.bool_]) -> Figure:
 
 
 def _sheets(found: Uncertainty) -> list[tuple[str, str, str, bytes]]:
-    """(file name, title, data URL, PNG) of the most and of the least certain images."""
+    """Return (file name, title, data URL, PNG) of the sheets of the most and of the least certain images."""
     shown = worth_showing(found.table, found.head, last=found.task)
     sheets = []
     for name, title, positions in (
@@ -279,7 +279,7 @@ def _sheets(found: Uncertainty) -> list[tuple[str, str, str, bytes]]:
 
 
 def _write_csv(path: Path, found: Uncertainty) -> None:
-    """One line an image."""
+    """Write one line per image."""
     columns = list(found.table)
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)

@@ -1,4 +1,4 @@
-"""report.json, report.md and report.html of one run, made from its folder alone."""
+"""The report of one run as report.json, report.md and report.html, made from its folder alone."""
 
 from __future__ import annotations
 
@@ -48,10 +48,12 @@ def report_run(folder: Path) -> dict[str, Any]:
 
 
 def report_if_writable(folder: Path) -> str:
-    """The same, but for a folder that only others may write; returns the system's word for that, or nothing.
+    """Do the same as `report_run`; if the folder may not be written, return the system's message instead of raising.
+
+    Returns "" if the reports were written.
 
     Raises:
-        FolderError: as of `report_run`.
+        FolderError: as for `report_run`, for any other cause.
     """
     _, texts = _made(folder)
     try:
@@ -65,7 +67,7 @@ def report_if_writable(folder: Path) -> str:
 
 
 def _made(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The content of report.json, and each report's text by suffix."""
+    """Return the content of report.json, and each report's text by suffix."""
     run = RunFolder(folder)
     events = read_events(run.events) if run.events.exists() else _nothing_yet(folder)
     report = summarise_events(read_config(folder), events)
@@ -80,13 +82,13 @@ def _write(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def _nothing_yet(folder: Path) -> list[Event]:
-    """No events: an error if this is no run at all."""
+    """Raise the error for a folder without events: it is no run, or the run has not started."""
     read_config(folder)
     raise FolderError(f"run '{folder}' has not started: it has no events.jsonl. Run `hpccl train {folder}/config.yaml`")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Strict JSON, two spaces deep.
+    """Write strict JSON, indented by two spaces.
 
     Raises:
         FolderError: it cannot be written.
@@ -99,7 +101,7 @@ def _json(content: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, beside and renamed; of names of files that are not UTF-8, their bytes as numbers.
+    """Write a file atomically in UTF-8; bytes of file names that are not UTF-8 are escaped.
 
     Raises:
         FolderError: it cannot be written.
@@ -109,7 +111,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def page(template: str, **content: Any) -> str:
-    """A page from a packaged template; an unknown name in it is an error."""
+    """Render a packaged template; an undefined name in it is an error."""
     environment = Environment(
         loader=PackageLoader("hpccl.report"),
         autoescape=select_autoescape(("html.j2",)),
@@ -124,7 +126,7 @@ def page(template: str, **content: Any) -> str:
 
 
 def _figures(report: RunReport) -> list[tuple[str, str]]:
-    """(value, what it is), the headline first."""
+    """Return (value, label) pairs, the headline first."""
     return [
         (f"{percent(report.average_accuracy)} %", "average accuracy"),
         (f"{percent(report.average_accuracy_class_incremental)} %", "average accuracy, class-incremental"),
@@ -265,7 +267,7 @@ def _origin(report: RunReport) -> list[tuple[str, str]]:
 
 
 def render_markdown(report: RunReport) -> str:
-    """The report as a text that reads well with and without rendering."""
+    """Return the report as Markdown that is readable with and without rendering."""
     facts = f"{report.method}, seed {report.seed}, {report.tasks_learned} of {report.num_tasks} tasks, {report.status}"
     sections = [f"# {report.name}\n\n{facts}\n"]
     sections += [f"> {_on_validation(report.validation)}\n"] if report.validation else []
@@ -290,7 +292,7 @@ def render_markdown(report: RunReport) -> str:
 
 
 def _matrix_table(rows: Sequence[Sequence[float | None]]) -> tuple[list[str], Rows]:
-    """Percent; rows that were not measured are left out."""
+    """Return header and rows in percent, without rows that were not measured."""
     header = ["after task", *(str(task + 1) for task in range(len(rows)))]
     measured = [(task, row) for task, row in enumerate(rows) if any(value is not None for value in row)]
     return header, [[str(task + 1), *(percent(value) for value in row)] for task, row in measured]
@@ -300,10 +302,10 @@ def _matrix_table(rows: Sequence[Sequence[float | None]]) -> tuple[list[str], Ro
 
 
 def render_html(report: RunReport, events: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """One page without outside parts.
+    """Return one self-contained page.
 
     Args:
-        report: what `events` say.
+        report: the summary of `events`.
         events: for the loss curves.
         folder: of the run, for the configuration and the pictures of the memory.
     """
@@ -349,7 +351,7 @@ def _config_text(folder: Path) -> str:
 
 
 def _grids(report: RunReport, folder: Path) -> list[dict[str, Any]]:
-    """Grids with their classes; small pictures are shown at twice or three times their size."""
+    """Return the memory grids with their classes; small ones are shown at two or three times their size."""
     names = {task["task"]: ", ".join(task.get("class_names") or []) for task in report.tasks}
     return [
         {

@@ -1,1 +1,1 @@
-"""Images on disk: webdataset shards, one class a shard, with a manifest and an index for random access."""
+"""Images on disk: webdataset shards of one class each, with a manifest and an index for random access."""

@@ -1,8 +1,8 @@
 """From a source of images to shards: in parallel, and resumable after a kill at any moment.
 
-A shard is the unit of work. It is written beside and renamed, then a note about it is written to `.build/`; a later
-run of the same command skips the shards that have a note. The notes together make the manifest, which comes last. Run
-again when all is done, the command writes only the shards that are missing or have another size.
+A shard is the unit of work. It is written to a temporary file and renamed, then a note about it is written to
+`.build/`; a later run of the same command skips the shards that have a note. The manifest is made from all notes and
+written last. Run again when all is done, the command writes only the shards that are missing or have another size.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _PLAN = "plan.json"
 
 
 class Progress(NamedTuple):
-    """How far a build is, in images of all splits; shard was just finished (None: found finished at the start)."""
+    """The progress of a build, in images of all splits; shard: the one just finished (None: found at the start)."""
 
     done: int
     total: int
@@ -79,10 +79,10 @@ def build(
 
     Args:
         source: image folder, zip, tar, or tar (or folder) of per-class tars.
-        out: a new folder, or one that an interrupted or finished build of the same source left.
+        out: a new folder, or one left by an interrupted or finished build of the same source.
         split: only this split; for a source without splits, the name to give it (default `train`).
         encoding: how images are stored.
-        samples_per_shard: at most; a class with more is cut into equal shards.
+        samples_per_shard: the maximum; a class with more is cut into equal shards.
         workers: processes (spawned: a script must have the usual `if __name__ == "__main__"`).
         bad_images: what to do about an image that cannot be decoded: `stop`, or `skip` and note it in the manifest.
         labels: classes of the images, for a source without class folders.
@@ -93,8 +93,8 @@ def build(
         The manifest of every split.
 
     Raises:
-        ConfigError: an argument that cannot be meant.
-        DataError: unusable source, undecodable image, or `out` holds something else (says what differs).
+        ConfigError: an argument makes no sense.
+        DataError: unusable source, undecodable image, or `out` holds something else (the message says what differs).
         FolderError: `out` cannot be written (disk full, no permission).
     """
     if samples_per_shard < 1:
@@ -120,7 +120,7 @@ def build(
 
 
 def _check_labelled(plan: _Plan, out: Path, labels: Labels) -> None:
-    """Labels by a wrong list would otherwise be noticed by a bad accuracy only."""
+    """Compare the classes with those of other splits: a wrong list of labels would only show as a bad accuracy."""
     for other in splits(out):
         known = Manifest.load(out / other).classes
         strange = sorted(set(plan.classes) - set(known))
@@ -160,7 +160,7 @@ class _Unit:
     keys: tuple[str, ...]
     encoding: Encoding
     bad_images: BadImages
-    expected: ShardEntry | None = None  # what it was, where a lost one is written anew
+    expected: ShardEntry | None = None  # the entry of a lost shard that is written again
 
     @property
     def file(self) -> Path:
@@ -173,7 +173,7 @@ class _Unit:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What one split is made of and where it goes."""
+    """The images of one split, and its folder."""
 
     source: Path
     folder: Path
@@ -185,7 +185,7 @@ class _Plan:
 
     @cached_property
     def units(self) -> list[_Unit]:
-        """In the order of the manifest."""
+        """The shards in the order of the manifest."""
         return [unit for label, name in enumerate(self.classes) for unit in self._units_of_class(label, name)]
 
     def _units_of_class(self, label: int, name: str) -> Iterator[_Unit]:
@@ -218,7 +218,7 @@ class _Plan:
     def manifest(
         self, shards: tuple[ShardEntry, ...], index: tuple[int, str], skipped: tuple[SkippedImage, ...]
     ) -> Manifest:
-        """The manifest, of what is known so far."""
+        """Make the manifest of the split from these parts."""
         return Manifest(
             split=self.folder.name,
             source=self.source.resolve().name,
@@ -234,14 +234,14 @@ class _Plan:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the shards' bytes."""
+        """All that determines the shards' bytes."""
         return self.manifest((), (0, ""), ()).identity()
 
     def check_folder(self) -> None:
         """Refuse a folder that holds something else.
 
         Raises:
-            DataError: says what differs.
+            DataError: it does; the message says what differs.
         """
         if (self.folder / MANIFEST).exists():
             self._compare(Manifest.load(self.folder).identity())
@@ -265,7 +265,7 @@ class _Plan:
             )
 
     def finished(self) -> Manifest | None:
-        """The manifest of an earlier, complete build.
+        """Return the manifest of an earlier, complete build; None without one.
 
         Raises:
             DataError: images were skipped then and may not be now, or the index is missing.
@@ -282,7 +282,7 @@ class _Plan:
         return manifest
 
     def missing(self, manifest: Manifest | None) -> list[_Unit]:
-        """Shards that are not written yet; of a finished build, those that are gone or have another size."""
+        """Return the shards that are not written yet; of a finished build, those that are gone or of another size."""
         if manifest is None:
             return [unit for unit in self.units if not _is_done(unit)]
         lost = lost_shards(self.folder, manifest)
@@ -294,7 +294,7 @@ class _Plan:
         return manifest is not None and not self.missing(manifest)
 
     def tidy(self) -> None:
-        """Delete what a killed build had not finished writing, or had not tidied away after the manifest."""
+        """Delete files that a killed build left half written, or had not removed after writing the manifest."""
         for half in self.folder.glob(".*.part"):
             half.unlink(missing_ok=True)
         if (self.folder / MANIFEST).exists():
@@ -305,7 +305,7 @@ class _Plan:
             raise DataError(f"{skipped[0].reason}. {_BAD_IMAGE_ADVICE}")
 
     def finish(self) -> Manifest:
-        """Write index and manifest from the notes; forget the notes."""
+        """Write index and manifest from the notes, then delete the notes."""
         notes = [_load_json(unit.note) for unit in self.units]
         skipped = tuple(SkippedImage(*pair) for note in notes for pair in note["skipped"])
         self._refuse_skipped(skipped)
@@ -313,12 +313,12 @@ class _Plan:
         shards = tuple(ShardEntry(**note["shard"]) for note in notes if note["rows"])
         manifest = self.manifest(shards, index, skipped)
         manifest.save(self.folder)
-        self.tidy()  # of halves again: processes of a killed build live on for some milliseconds
+        self.tidy()  # half-written files again: processes of a killed build live on for some milliseconds
         return manifest
 
 
 def _sample_keys(members: list[Member]) -> list[str]:
-    """A name for each image of a class: its file's name without what webdataset or tar would stumble over, unique."""
+    """Return a unique key for each image of a class: its file name without characters that break webdataset or tar."""
     taken: set[str] = set()
     next_number: dict[str, int] = {}
     keys = []
@@ -352,7 +352,7 @@ class _Counter:
         self.report = report
 
     def skip(self, missing: int) -> None:
-        """All but `missing` images were stored by an earlier run."""
+        """Count all but `missing` images as stored by an earlier run."""
         self.done = self.total - missing
         if self.report is not None and self.done:
             self.report(Progress(self.done, self.total, None))
@@ -369,7 +369,7 @@ def _run(plans: list[_Plan], workers: int, counter: _Counter) -> dict[str, Manif
             if not plan.is_whole():
                 locks.enter_context(locked(plan.folder))
                 plan.tidy()
-        known = {plan: plan.finished() for plan in plans}  # another build may have ended before the lock was ours
+        known = {plan: plan.finished() for plan in plans}  # another build may have ended before we had the lock
         for plan, manifest in known.items():
             if manifest is None:
                 _prepare(plan)
@@ -424,7 +424,7 @@ def _write_all(units: list[_Unit], workers: int) -> Iterator[_Unit]:
 
 
 def _start_worker() -> None:
-    """The parent decides about Ctrl-C, and its death ends this process even when it had no time to say so."""
+    """Leave Ctrl-C to the parent, and end this process when the parent dies, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -446,7 +446,7 @@ def _write_shard(unit: _Unit) -> None:
     """Write the tar, then the note about it.
 
     Raises:
-        DataError: an image cannot be read or decoded, or a shard that was lost is not what it was.
+        DataError: an image cannot be read or decoded, or a lost shard differs from what it was.
         FolderError: the disk is full, or the folder cannot be written.
     """
     with replacing(unit.file) as path:
@@ -456,7 +456,7 @@ def _write_shard(unit: _Unit) -> None:
         if unit.expected is not None:
             refuse_changed(unit.file, shard, unit.expected)
     if unit.expected is not None:
-        return  # the manifest knows it
+        return  # it is in the manifest already
     if not writer.rows:
         unit.file.unlink()
     with replacing(unit.note) as path:
@@ -464,7 +464,7 @@ def _write_shard(unit: _Unit) -> None:
 
 
 def _write_samples(unit: _Unit, writer: ShardWriter) -> list[tuple[str, str]]:
-    """The images that were left out, and why."""
+    """Write the images; return (name, reason) of those that were skipped."""
     skipped = []
     with closing(SourceReader(unit.source)) as reader:
         for key, member in zip(unit.keys, unit.members, strict=True):

@@ -1,4 +1,4 @@
-"""Checking a source before days of work are built on it; once, even if the work is interrupted."""
+"""Checksum of a source, verified once before a long build, even if the build is interrupted."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _DIGITS = {"md5": 32, "sha1": 40, "sha256": 64, "sha512": 128}
 
 
 def parse_checksum(text: str) -> tuple[str, str]:
-    """(algorithm, hexadecimal digest) of `sha256:<digest>` and the like; without a name, by its length.
+    """Parse `sha256:<digest>` to (algorithm, hexadecimal digest); without an algorithm, the length decides.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a checksum.
     """
     name, _, digest = text.lower().strip().rpartition(":")
     name = name or next((known for known, digits in _DIGITS.items() if digits == len(digest)), "")
@@ -30,11 +30,11 @@ def parse_checksum(text: str) -> tuple[str, str]:
 
 
 def check_source(source: Path, expected: str, out: Path) -> None:
-    """Compare a file with its checksum, unless a note in `out` says that this was done.
+    """Compare a file with its checksum, unless a note in `out` records that this was done.
 
     Raises:
-        ConfigError: it is a folder.
-        DataError: it differs, or is not there.
+        ConfigError: the source is a folder.
+        DataError: it differs, or does not exist.
         FolderError: the note cannot be written.
     """
     name, digest = parse_checksum(expected)
@@ -49,7 +49,7 @@ def check_source(source: Path, expected: str, out: Path) -> None:
     if _read(note) == seen:
         return
     with source.open("rb") as file:
-        # The publisher's own sums are MD5; it is about damage, not about attacks.
+        # Publishers often give MD5 sums; the check is against damage, not against attacks.
         found = hashlib.file_digest(file, lambda: hashlib.new(name, usedforsecurity=False)).hexdigest()
     if found != digest:
         raise DataError(

@@ -1,11 +1,12 @@
-"""Copies of some images of a split: what a memory keeps, so that the originals may go.
+"""Copies of some images of a split: those that a memory keeps, so that the originals may be deleted.
 
-    FOLDER/parts/000/manifest.json, index.npz        what split 0 says of all its images, without them
+    FOLDER/parts/000/manifest.json, index.npz        manifest and index of split 0, without its images
     FOLDER/task-003-000500/manifest.json, index.npz, c0012-000.tar, ...    the copies of one task, here 500
 
-Copies are shards like any other (`hpccl shards verify FOLDER` reads them). A shard and an image keep their names, so
-that an image has one global id, wherever it is read from; `listing` in their manifest is the fingerprint of the split
-that they are from. Folders are written beside and renamed, and never changed: a smaller choice has a folder of its own.
+Copies are shards like any other (`hpccl shards verify FOLDER` reads them). Shards and images keep their names, so that
+an image has one global id wherever it is read from; `listing` in the manifest of copies is the fingerprint of the split
+that they come from. Folders are written under temporary names, renamed, and never changed: a smaller choice has a
+folder of its own.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ Ints = npt.NDArray[np.int64]
 
 
 def copied_name(task: int, count: int) -> str:
-    """The folder of `count` images of a task."""
+    """Return the name of the folder of `count` images of a task."""
     return f"task-{task:03d}-{count:06d}"
 
 
 def copy_images(folder: Path, name: str, shards: ShardSet, samples: Ints, *, part: int) -> None:
-    """Copy some images of split number `part` to `folder/name`, byte by byte; what is there already stays.
+    """Copy some images of split number `part` to `folder/name`, byte by byte, unless they are there already.
 
     samples: [m] numbers within the split.
 
@@ -58,12 +59,12 @@ def copy_images(folder: Path, name: str, shards: ShardSet, samples: Ints, *, par
 
 
 def drop_copies(folder: Path, keep: Iterable[str]) -> None:
-    """Delete the copies of tasks but those of some names."""
+    """Delete the copies of tasks, except for the folders named in `keep`."""
     kept = set(keep)
     for path in folder.glob("task-*"):
         if path.name not in kept:
-            hidden = path.with_name(f".{path.name}.old")  # half a folder must not look like a whole one
-            with contextlib.suppress(OSError):  # room is lost, nothing else
+            hidden = path.with_name(f".{path.name}.old")  # a half-deleted folder must not look complete
+            with contextlib.suppress(OSError):  # only disk space is lost
                 os.replace(path, hidden)
     for hidden in folder.glob(".task-*"):
         shutil.rmtree(hidden, ignore_errors=True)
@@ -72,10 +73,10 @@ def drop_copies(folder: Path, keep: Iterable[str]) -> None:
 def open_with_copies(
     place: Path | str, split: str, cache: ShardCache, *, folder: Path | None, part: int = 0
 ) -> ShardSet:
-    """Open a split of which `folder` may have copies; a split whose shards are gone is what the copies have of it.
+    """Open a split of which `folder` may have copies; if its shards are gone, only the copies can be read.
 
     Raises:
-        DataError: it cannot be opened, and nothing was copied of it.
+        DataError: it cannot be opened, and none of its images were copied.
     """
     if folder is None:
         return ShardSet.open(place, split, cache)
@@ -91,10 +92,10 @@ def open_with_copies(
 
 
 def manifest_with_copies(place: str, split: str, *, folder: Path | None, part: int) -> Manifest:
-    """The manifest of a split of which `folder` may have copies, also where its shards are gone.
+    """Return the manifest of a split of which `folder` may have copies, even if its shards are gone.
 
     Raises:
-        DataError: it cannot be read, and nothing was copied of it.
+        DataError: it cannot be read, and none of its images were copied.
     """
     try:
         return load_manifest(place, split)
@@ -109,7 +110,7 @@ def _listing(folder: Path, part: int) -> Path:
 
 
 def _is_another(place: Path | str, split: str, listing: Path) -> bool:
-    """Whether other shards were put into the place of those that were copied."""
+    """Whether the shards at `place` are not those that images were copied from."""
     if is_url(str(place)) or not (Path(place) / split / MANIFEST).is_file():
         return False
     return Manifest.load(Path(place) / split).fingerprint != Manifest.load(listing).fingerprint
@@ -122,9 +123,9 @@ def _keep_listing(folder: Path, shards: ShardSet) -> None:
             Index.load(folder, there)
             return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # the last that is written
+    (folder / MANIFEST).unlink(missing_ok=True)  # it is written last
     with replacing(folder / INDEX) as path:
-        path.write_bytes(shards.files.index(shards.manifest))  # its checksum is a part of the fingerprint
+        path.write_bytes(shards.files.index(shards.manifest))  # its checksum is part of the fingerprint
     shards.manifest.save(folder)
 
 
@@ -166,9 +167,9 @@ def _write(folder: Path, name: str, shards: ShardSet, samples: Ints) -> None:
 
 
 def _copies(folder: Path, shards: ShardSet) -> tuple[Copies | None, list[str]]:
-    """All that the folder has of a split, and what is wrong with the rest.
+    """Return all copies that the folder has of a split, and what is wrong with damaged ones.
 
-    What several folders have is read from the last.
+    Images that are in several folders are read from the last one.
     """
     sets: list[ShardSet] = []
     places: list[Ints] = []
@@ -179,7 +180,7 @@ def _copies(folder: Path, shards: ShardSet) -> tuple[Copies | None, list[str]]:
                 continue
             found = ShardSet.open(folder, path.parent.name)
         except DataError as error:
-            damaged.append(str(error))  # no harm as long as the originals are there
+            damaged.append(str(error))  # harmless as long as the originals are there
             continue
         places.append(
             np.stack([_originals(found, shards), np.full(len(found), len(sets)), np.arange(len(found))], axis=1)
@@ -194,7 +195,7 @@ def _copies(folder: Path, shards: ShardSet) -> tuple[Copies | None, list[str]]:
 
 
 def _originals(copied: ShardSet, shards: ShardSet) -> Ints:
-    """[m] number within `shards` of every copy, by the names of its shard and its own."""
+    """[m] number within `shards` of every copy, found by the names of the shard and the image."""
     by_file = {entry.file: number for number, entry in enumerate(shards.manifest.shards)}
     found = np.empty(len(copied), dtype=np.int64)
     for number, entry in enumerate(copied.manifest.shards):

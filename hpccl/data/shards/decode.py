@@ -1,8 +1,8 @@
-"""From an image's bytes to uint8 pixels, quickly: JPEG by libjpeg-turbo, at a fraction of its size when that is enough.
+"""Fast decoding of images to uint8 pixels: JPEG by libjpeg-turbo, at a fraction of its size when that is enough.
 
 A JPEG of 8x8 blocks can be decoded at 1/2, 1/4 or 1/8 of its size from its low frequencies alone (libjpeg's "scaled
-decoding"), for less work than decoding and shrinking. Fractions between them are slower than the full size, so they
-are not used. Orientation tags are ignored, as torchvision's ImageFolder does.
+decoding"), with less work than decoding and shrinking. Fractions in between are slower than the full size, so they are
+not used. Orientation tags are ignored, as in torchvision's ImageFolder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAGIC = {
     b"MM\x00*": "tif",
     **{b"P%d" % kind: "ppm" for kind in range(1, 7)},
 }
-# What Pillow's readers raise on damaged files; it promises no common class.
+# Exceptions that Pillow's readers raise on damaged files; there is no documented common class.
 _DAMAGED = (
     OSError,
     SyntaxError,
@@ -60,14 +60,14 @@ _PILLOW_FILTERS = {
 
 
 def image_format(data: bytes) -> str | None:
-    """`jpg`, `png`, `webp`, ... by the first bytes (a file's name may lie); None if none of them."""
+    """Return `jpg`, `png`, `webp`, ... by the first bytes (a file's name may be wrong); None if unknown."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) from the header.
+    """Return (width, height) from the header.
 
     Raises:
         DataError: not an image.
@@ -76,7 +76,7 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
         try:
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
         except ValueError:
-            pass  # Pillow has the last word
+            pass  # let Pillow decide
         else:
             return int(width), int(height)
     try:
@@ -87,7 +87,7 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def check(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) of an image whose every byte was read; cheaper than `decode`.
+    """Decode an image to check it and return (width, height); cheaper than `decode`.
 
     Raises:
         DataError: it cannot be decoded.
@@ -104,16 +104,16 @@ def check(data: bytes, name: str) -> tuple[int, int]:
 
 
 def decode(data: bytes, name: str) -> Pixels:
-    """[height, width, 3] uint8 RGB.
+    """Decode an image to [height, width, 3] uint8 RGB.
 
     Raises:
-        DataError: it cannot be decoded; `name` says which.
+        DataError: it cannot be decoded; the message has its `name`.
     """
     if image_format(data) == "jpg":
         try:
             pixels: Pixels = simplejpeg.decode_jpeg(data)
         except ValueError:
-            pass  # CMYK, or a recoverable flaw
+            pass  # CMYK, or a recoverable error
         else:
             return pixels
     return _decode_by_pillow(data, name)
@@ -145,13 +145,15 @@ def decode_scaled(
 
 
 def resize(pixels: Pixels, size: tuple[int, int], interpolation: Interpolation = "bilinear") -> Pixels:
-    """[h, w, 3] -> [*size, 3], antialiased."""
+    """Resize [h, w, 3] to [*size, 3], antialiased."""
     return _crop_and_resize(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), size, interpolation)
 
 
 def _crop_and_resize(pixels: Pixels, box: Box, size: tuple[int, int], interpolation: Interpolation) -> Pixels:
-    """Torch's uint8 kernels agree with Pillow's to one level and take a quarter of the time; Pillow does the rest:
-    boxes that cut pixels, and other filters."""
+    """Crop and resize by torch's uint8 kernels, which agree with Pillow's to one level and take a quarter of the time.
+
+    Pillow does the rest: boxes that cut through pixels, and other filters.
+    """
     rows, columns = pixels.shape[:2]
     left, top = max(math.floor(box[0]), 0), max(math.floor(box[1]), 0)
     right, bottom = min(math.ceil(box[2]), columns), min(math.ceil(box[3]), rows)
@@ -160,8 +162,8 @@ def _crop_and_resize(pixels: Pixels, box: Box, size: tuple[int, int], interpolat
     if whole and crop.shape[:2] == size:
         return np.ascontiguousarray(crop)
     if whole and interpolation in ("bilinear", "bicubic"):
-        # Contiguous, so that the result is in the same order and need not be turned; writable, or torch warns.
-        # The batch's axis is added first: added last, its stride hides from torch that channels lie together.
+        # Contiguous, so that the result has the same memory order and need not be transposed; writable, or torch warns.
+        # The batch axis is added first: added last, its stride hides from torch that the layout is channels_last.
         planes = torch.from_numpy(np.require(crop, requirements=["C", "W"])[None]).permute(0, 3, 1, 2)
         result = functional.interpolate(planes, size, mode=interpolation, antialias=True, align_corners=False)
         return np.ascontiguousarray(result[0].permute(1, 2, 0).numpy())
@@ -176,7 +178,7 @@ def _crop_and_resize(pixels: Pixels, box: Box, size: tuple[int, int], interpolat
 
 
 def _decode_at_least(data: bytes, name: str, factor: float) -> tuple[Pixels, float]:
-    """Pixels at the smallest of 1, 1/2, 1/4, 1/8 that is at least 1 / factor, and that scale."""
+    """Decode at the smallest scale of 1, 1/2, 1/4, 1/8 that is at least 1 / factor; return the pixels and the scale."""
     divisor = next((divisor for divisor in (8, 4, 2) if factor >= divisor), 1)
     if divisor == 1 or image_format(data) != "jpg":
         return decode(data, name), 1.0
@@ -189,7 +191,7 @@ def _decode_at_least(data: bytes, name: str, factor: float) -> tuple[Pixels, flo
 
 
 def _decode_by_pillow(data: bytes, name: str) -> Pixels:
-    # Else Pillow asks a dozen other formats first, which takes as long as decoding a small image.
+    # Otherwise Pillow tries a dozen other formats first, which takes as long as decoding a small image.
     formats = ["WEBP"] if image_format(data) == "webp" else None
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=formats) as image:
@@ -202,7 +204,7 @@ def _decode_by_pillow(data: bytes, name: str) -> Pixels:
 
 def _rgb(image: Image.Image) -> Pixels:
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-        # Which number is white is said nowhere; Pillow clips them all, mostly to black.
+        # The value of white is not specified; Pillow clips all values, mostly to black.
         raise ValueError("pixels of 32 bits have no known range: convert them to 8 or 16 bits")
     if image.mode.startswith("I;16") or image.mode == "I":
         # Pillow clips 16-bit grey to 255 instead of scaling it.
@@ -214,6 +216,6 @@ def _rgb(image: Image.Image) -> Pixels:
 
 
 def _undecodable(name: str, error: BaseException) -> DataError:
-    # Pillow's own text has an address of memory in it, which would make every build's manifest another one.
+    # Pillow's message contains a memory address, which would make the manifest of every build different.
     why = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else error
     return DataError(f"image '{name}' cannot be decoded ({type(error).__name__}: {why})")

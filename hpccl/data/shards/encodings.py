@@ -40,7 +40,7 @@ class Reencode:
 
 @dataclass(frozen=True)
 class Lossless:
-    """Same pixels: PNG and lossless WebP keep their bytes, the rest becomes lossless WebP (for small images)."""
+    """Unchanged pixels: PNG and lossless WebP keep their bytes, the rest becomes lossless WebP (for small images)."""
 
 
 Encoding = Original | Reencode | Lossless
@@ -56,12 +56,12 @@ class Encoded(NamedTuple):
 
 
 def describe(encoding: Encoding) -> dict[str, Any]:
-    """The encoding as the manifest says it, such as {"kind": "reencode", "max_side": 400, "quality": 90}."""
+    """Describe an encoding for the manifest, such as {"kind": "reencode", "max_side": 400, "quality": 90}."""
     return {"kind": type(encoding).__name__.lower(), **dataclasses.asdict(encoding)}
 
 
 def encode(data: bytes, name: str, encoding: Encoding) -> Encoded:
-    """The bytes to store; every image is decoded once, so that damaged ones are found now and not in training.
+    """Encode an image for storage; every image is decoded once, so that damaged ones are found before training.
 
     Raises:
         DataError: the image cannot be decoded.

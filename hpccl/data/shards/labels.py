@@ -1,9 +1,9 @@
-"""Classes of images that lie in no class folders, such as ILSVRC's validation images, from a file of the user's.
+"""Classes of images that are not in class folders, such as ILSVRC's validation images, from a file of the user's.
 
-name class [...]        a line an image; separated by blanks or commas, such as Kaggle's LOC_val_solution.csv
-number                  a line an image, in the order of the images' names: ILSVRC's ground truth. Numbers count
+name class [...]        a line per image; separated by blanks or commas, such as Kaggle's LOC_val_solution.csv
+number                  a line per image, in the order of the images' names: ILSVRC's ground truth. Numbers count
                         from 1 in a list of classes, which is not in alphabetical order and must be given
-ILSVRC2012_devkit*.tar  the development kit, which has both
+ILSVRC2012_devkit*.tar  the development kit, which contains both
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ _SAFE = re.compile(r"[^/\x00-\x20]+")
 
 @dataclass(frozen=True)
 class Labels:
-    """file: where they are from; by_name: class by the image's name without folders and suffix; or in_order: a class an
-    image, by the order of their names."""
+    """Labels of images, either by name or by order.
+
+    file: the file that they are from; by_name: class by the image's name without folders and suffix, or None; in_order:
+    else the class of each image, in the order of their names
+    """
 
     file: Path
     by_name: Mapping[str, str] | None
     in_order: Sequence[str]
 
     def of(self, names: Sequence[str]) -> list[str]:
-        """The class of every image.
+        """Return the class of every image.
 
         Raises:
-            DataError: an image has no class, or a class no image.
+            DataError: an image has no label, or a label no image.
         """
         stems = [PurePosixPath(name).stem for name in names]
         expected = len(self.in_order if self.by_name is None else self.by_name)
@@ -56,7 +59,7 @@ class Labels:
         if missing:
             raise DataError(f"'{self.file}' has no label for '{missing[0]}' ({len(missing)} images in all have none)")
         unused = self.by_name.keys() - set(stems)
-        if unused:  # though there are as many labels as images
+        if unused:  # although there are as many labels as images
             twice = next(stem for stem, times in Counter(stems).items() if times > 1)
             raise DataError(
                 f"'{self.file}' has one label for '{twice}', but several images are named so, and none for the label "
@@ -66,7 +69,7 @@ class Labels:
 
 
 def _ordered(stems: Sequence[str], file: Path) -> list[str]:
-    """By name, where that is certain.
+    """Sort by name, if that order is unambiguous.
 
     Raises:
         DataError: two images have one name, or the numbers in their names have several lengths and another order.
@@ -89,7 +92,7 @@ def _ordered(stems: Sequence[str], file: Path) -> list[str]:
 
 
 def _counted(stem: str) -> list[tuple[str, int]]:
-    """A key by which names with numbers come in the order of the numbers."""
+    """Return a sort key that orders names with numbers by the numbers."""
     parts = re.split(r"([0-9]+)", stem)
     return [(text, int(digits or 0)) for text, digits in itertools.zip_longest(parts[::2], parts[1::2])]
 
@@ -98,12 +101,12 @@ def read_labels(path: Path, synsets: Path | None = None) -> Labels:
     """Read one of the three kinds of files.
 
     Args:
-        path: of the labels.
-        synsets: a class a line, that of number 1 first; for files of numbers.
+        path: the file of labels.
+        synsets: a file with one class per line, that of number 1 first; for labels that are numbers.
 
     Raises:
         ConfigError: `synsets` is needed, or is not.
-        DataError: it cannot be read, or says nothing certain.
+        DataError: a file cannot be read, or is ambiguous.
     """
     try:
         if tarfile.is_tarfile(path):
@@ -161,7 +164,7 @@ def _listed(path: Path) -> list[str]:
 
 
 def _from_devkit(path: Path) -> tuple[list[int], list[str]]:
-    """The numbers of the validation images, and the classes by number."""
+    """Return the class numbers of the validation images, and the classes by number."""
     from scipy.io import loadmat
 
     with tarfile.open(path) as archive:

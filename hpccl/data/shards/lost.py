@@ -1,6 +1,6 @@
-"""Shards of a finished folder that were lost since, written anew only as what they were; and one build of it at a time.
+"""Shards of a finished folder that were lost, to be rebuilt only if identical; and a lock for one build at a time.
 
-A shard is lost if it is gone or has another size; damage within is what `verify` finds.
+A shard is lost if it is gone or has another size; other damage is found by `verify`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOCK = ".lock"
 
 
 def has_size(path: Path, size: int) -> bool:
-    """Whether there is a file of so many bytes."""
+    """Whether there is a file of `size` bytes."""
     try:
         return path.stat().st_size == size
     except OSError:
@@ -28,12 +28,12 @@ def has_size(path: Path, size: int) -> bool:
 
 
 def lost_shards(folder: Path, manifest: Manifest) -> dict[str, ShardEntry]:
-    """By file, what they were."""
+    """Return the manifest's entries of lost shards, by file."""
     return {shard.file: shard for shard in manifest.shards if not has_size(folder / shard.file, shard.bytes)}
 
 
 def refuse_changed(file: Path, shard: ShardEntry, expected: ShardEntry) -> None:
-    """Compare a shard that was written anew with what it was; call it before `file` is put in place.
+    """Compare a shard that was written again with the original; call it before `file` is put in place.
 
     Raises:
         DataError: it differs.
@@ -47,7 +47,7 @@ def refuse_changed(file: Path, shard: ShardEntry, expected: ShardEntry) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One build of a folder at a time. The lock's file stays: whoever deleted it would let others in.
+    """Allow one build of a folder at a time. The lock file stays: deleting it would let other processes in.
 
     Raises:
         DataError: another process builds it.
@@ -64,5 +64,5 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise DataError(f"another process is building '{folder}': wait for it or stop it") from None
         except OSError:
-            pass  # a file system without locks; writing beside and renaming still keeps shards whole
+            pass  # a file system without locks; atomic renames still keep shards whole
         yield

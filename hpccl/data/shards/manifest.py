@@ -1,4 +1,4 @@
-"""What a folder of shards says about itself: `manifest.json` to read, `index.npz` to find each image.
+"""Description of a folder of shards: `manifest.json` is readable, `index.npz` locates each image.
 
     OUT/<split>/manifest.json, index.npz, c0000-000.tar, c0000-001.tar, c0001-000.tar, ...
 
@@ -44,7 +44,7 @@ MANIFEST = "manifest.json"
 INDEX = "index.npz"
 _COPY_AGAIN = "copy the shards again, or delete their folder and build them again"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-UNFINISHED = ".build"  # folder of what a build leaves for its resumption
+UNFINISHED = ".build"  # folder of the notes from which a build is resumed
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ShardEntry:
 
     @property
     def stem(self) -> str:
-        """The first half of its samples' ids."""
+        """The first part of its samples' ids."""
         return self.file.removesuffix(".tar")
 
 
@@ -75,8 +75,8 @@ class SkippedImage:
 class Manifest:
     """One split.
 
-    source is the base name of what it was made from; listing the SHA-256 of the names and sizes of its images;
-    classes are sorted, as in the source, over all splits that were built together.
+    source: base name of the source; listing: SHA-256 of the names and sizes of its images; classes: sorted, of all
+    splits that were built together
     """
 
     split: str
@@ -97,12 +97,12 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides what `read` returns."""
+        """SHA-256 of everything that determines what `read` returns."""
         parts = [self.split, *self.classes, self.index_sha256, *(shard.sha256 for shard in self.shards)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """What it was asked to be made of, in words for a message; equal identities make equal shards."""
+        """Return what the shards were made from, with names for messages; equal identities make equal shards."""
         return {
             "source": self.source,
             "images of the source": self.listing,
@@ -140,7 +140,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes, path: str) -> Manifest:
-        """From the bytes of manifest.json; `path` says where they are from.
+        """Parse the bytes of manifest.json; `path` is named in messages.
 
         Raises:
             DataError: they are damaged or of another format.
@@ -162,7 +162,7 @@ class Manifest:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Where each of N samples lies in its shard.
+    """The location of each of N samples in its shard.
 
     key: [N] bytes; extension: [N] bytes; offset, length: [N] int64, of the image's bytes in the tar;
     size: [N, 2] int32, width and height.
@@ -179,7 +179,7 @@ class Index:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[str, str, int, int, int, int]]) -> Index:
-        """From (key, extension, offset, length, width, height)."""
+        """Make an index from rows (key, extension, offset, length, width, height)."""
         keys, extensions, offsets, lengths, widths, heights = zip(*rows, strict=True) if rows else ((),) * 6
         return cls(
             key=np.array([key.encode() for key in keys], dtype=np.bytes_),
@@ -190,7 +190,7 @@ class Index:
         )
 
     def save(self, folder: Path) -> tuple[int, str]:
-        """Write index.npz; return its bytes and SHA-256."""
+        """Write index.npz; return its size in bytes and its SHA-256."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **vars(self))
         with replacing(folder / INDEX) as path:
@@ -213,7 +213,7 @@ class Index:
 
     @classmethod
     def parse(cls, data: bytes, manifest: Manifest, path: str) -> Index:
-        """From the bytes of index.npz; `path` says where they are from.
+        """Parse the bytes of index.npz; `path` is named in messages.
 
         Raises:
             DataError: they are truncated or altered.
@@ -232,15 +232,15 @@ class Index:
 
 
 def splits(path: Path) -> list[str]:
-    """Names of the finished splits in a folder of shards."""
+    """Return the names of the finished splits in a folder of shards."""
     return sorted(manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}"))
 
 
 def refuse_absent(path: Path) -> None:
-    """Tell a folder of shards that is not there from one without the split that is asked for.
+    """Raise if there is no folder of shards at all, as opposed to one without the wanted split.
 
     Raises:
-        DataError: there is no such folder; says which one beside it has a similar name.
+        DataError: there is no such folder; the message suggests a similar name.
     """
     if path.is_dir():
         return
@@ -253,16 +253,16 @@ def refuse_absent(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_untrusted(manifest: Manifest, path: str) -> None:
-    """Copies of shards are written under their names, and downloads under their checksums: no path may be among them.
+    """Refuse names and checksums that could be paths, as copies and downloads are written under them.
 
     Raises:
-        DataError: one is, or a class is not listed.
+        DataError: there is one, or a shard's class is not listed.
     """
     for shard in manifest.shards:
         if Path(shard.file).name != shard.file or shard.file in ("", ".."):

@@ -22,7 +22,7 @@ __all__ = ["Copies", "ShardSet", "missing_files"]
 Ints = npt.NDArray[np.int64]
 
 _SNATCHED = 5  # times a fetched shard may be deleted before it is opened
-_MAX_OPEN = 128  # of the usual 1024 files a process may have open; of all splits, parts and copies together
+_MAX_OPEN = 128  # open files of all splits, parts and copies together; a process may usually have 1024
 _CHUNK = 1 << 20  # bytes that are hashed at a time
 
 
@@ -33,7 +33,7 @@ class ShardSet:
     labels:   [N] int64, index into `classes`
     shard_of: [N] int64, non-decreasing
     sizes:    [N, 2] int32, width and height
-    copies:   of some images, which are read instead; None: there are none
+    copies:   copies of some images, which are read instead of the originals; None: there are none
     missing:  numbers of shards that are gone; trouble: what is wrong with them, for messages
     """
 
@@ -49,15 +49,15 @@ class ShardSet:
 
     @classmethod
     def open(cls, path: Path | str, split: str, cache: ShardCache | None = None) -> ShardSet:
-        """Check that all shards are there, with the right length, and read the index.
+        """Check that all shards are there and of the right size, and read the index.
 
         Args:
-            path: a folder, or the URL of one in an object store; of those, shards are fetched when they are read.
+            path: a folder, or the URL of one in an object store, whose shards are fetched when they are read.
             split: such as `train`.
             cache: where fetched shards are kept.
 
         Raises:
-            DataError: no such folder or split, an unknown format, or missing, truncated or altered files, by name.
+            DataError: no such folder or split, an unknown format, or missing, truncated or altered files.
         """
         if is_url(str(path)):
             cache, url = cache or ShardCache.of(None, 100, 5), f"{str(path).rstrip('/')}/{split}"
@@ -76,7 +76,7 @@ class ShardSet:
 
     @classmethod
     def listed(cls, path: Path | str, split: str, listing: Path, trouble: str) -> ShardSet:
-        """What is left of a split of which `listing` has the manifest and index; `trouble`: why it cannot be opened.
+        """Open what is left of a split whose manifest and index are in `listing`; trouble: why it cannot be opened.
 
         Raises:
             DataError: the listing is damaged.
@@ -84,7 +84,7 @@ class ShardSet:
         manifest = Manifest.load(listing)
         index = Index.load(listing, manifest)
         folder = Path(path) / split
-        # Nothing that an object store no longer lists is taken for there.
+        # Of an object store that cannot be opened, all shards count as gone.
         gone = range(len(manifest.shards)) if is_url(str(path)) else missing_files(folder, manifest)
         found = cls._of(str(path), manifest, index, _Files(str(folder), manifest.shards))
         return replace(found, missing=tuple(gone), trouble=trouble)
@@ -108,7 +108,7 @@ class ShardSet:
 
     @property
     def split(self) -> str:
-        """Such as `train`."""
+        """The split's name, such as `train`."""
         return self.manifest.split
 
     @property
@@ -118,7 +118,7 @@ class ShardSet:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names as in the source, sorted."""
+        """Class names as in the source, sorted."""
         return self.manifest.classes
 
     @property
@@ -128,23 +128,23 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal; equal when `read` returns the same for every sample."""
+        """A hexadecimal hash that is equal if `read` returns the same for every sample."""
         return self.manifest.fingerprint
 
     def name(self, sample: int) -> str:
-        """Global id, `<shard>/<key>`."""
+        """Return the global id of a sample, `<shard>/<key>`."""
         return f"{self.manifest.shards[int(self.shard_of[sample])].stem}/{self.index.key[sample].decode()}"
 
     def names(self, samples: Ints) -> list[str]:
-        """Global ids, `<shard>/<key>`."""
+        """Return global ids, `<shard>/<key>`."""
         return [self.name(int(sample)) for sample in samples]
 
     def extension(self, sample: int) -> str:
-        """`jpg`, `png`, `webp`, ..."""
+        """Return `jpg`, `png`, `webp`, ..."""
         return bytes(self.index.extension[sample]).decode()
 
     def read(self, sample: int) -> bytes:
-        """The stored image file's bytes.
+        """Return the stored image file's bytes.
 
         Raises:
             DataError: the shard became unreadable, or is gone and there is no copy of the image.
@@ -158,13 +158,13 @@ class ShardSet:
         return self.files.read(shard, offset, int(self.index.length[sample]))
 
     def last_of_files(self, samples: Ints) -> Ints:
-        """Of the samples that are read from one file the last, for each file."""
+        """Return for each file the last of the samples that are read from it."""
         _, backwards = np.unique(self._files_of(samples)[::-1], return_index=True)
         last: Ints = samples[::-1][backwards]
         return last
 
     def _files_of(self, samples: Ints) -> Ints:
-        """[n] a number for the file that each is read from: the shards', then those of each set of copies."""
+        """[n] number of the file that each sample is read from: shards first, then those of each set of copies."""
         found: Ints = self.shard_of[samples]
         if self.copies is None:
             return found
@@ -189,7 +189,7 @@ class ShardSet:
             self.files.check(int(self.shard_of[sample]))
 
     def gone(self, samples: Ints) -> Ints:
-        """Those of some samples that are neither in a shard that is there nor in a copy."""
+        """Return the samples that are neither in an existing shard nor in a copy."""
         lost = np.isin(self.shard_of[samples], np.asarray(self.missing, dtype=np.int64))
         copied = np.zeros(0, np.int64) if self.copies is None else self.copies.sample
         return samples[lost & ~np.isin(samples, copied)]
@@ -197,10 +197,10 @@ class ShardSet:
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """Images of a split that other shards have, too.
+    """Images of a split that other shards also have.
 
     sets: the other shards
-    sample: [m] int64, ascending: numbers within the split; which, number: [m] where each is among the sets
+    sample: [m] int64, ascending, numbers within the split; which, number: [m] index of the set, and number within it
     """
 
     sets: Sequence[ShardSet]
@@ -209,7 +209,7 @@ class Copies:
     number: Ints
 
     def find(self, sample: int) -> tuple[ShardSet, int] | None:
-        """The shards that have a copy of an image, and its number there."""
+        """Return the shards that have a copy of an image, and its number there; None without a copy."""
         place = int(np.searchsorted(self.sample, sample))
         if place == len(self.sample) or self.sample[place] != sample:
             return None
@@ -217,20 +217,20 @@ class Copies:
 
 
 class _Descriptor:
-    """A file that is closed when nobody reads from it any more."""
+    """An open file that is closed when nothing refers to it any more."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        # Missing where os.open failed.
+        # The attribute is missing if os.open failed.
         if hasattr(self, "number"):
             os.close(self.number)
 
 
 @dataclass(frozen=True, eq=False)
 class _Files:
-    """Of one split; the most recently used files of all splits stay open.
+    """The files of one split; the most recently used files of all splits stay open.
 
     place: a folder or a URL; cache: for a URL
     """
@@ -243,14 +243,14 @@ class _Files:
         """Open file `number`.
 
         Raises:
-            DataError: it was deleted again and again before it could be.
+            DataError: it was deleted again and again before it could be opened.
             OSError: it cannot be opened.
         """
         entry = self.entries[number]
         if self.cache is None:
             return _Descriptor(f"{self.place}/{entry.file}")
         for _ in range(_SNATCHED):
-            with contextlib.suppress(FileNotFoundError):  # deleted by a process that needed room
+            with contextlib.suppress(FileNotFoundError):  # deleted by a process that needed disk space
                 return _Descriptor(str(self.cache.shard(self.place, entry)))
         raise DataError(
             f"'{entry.file}' was deleted {_SNATCHED} times before it could be opened: data.shard_gib is too small for "
@@ -258,7 +258,7 @@ class _Files:
         )
 
     def index(self, manifest: Manifest) -> bytes:
-        """The file of the index, as it was built.
+        """Return the bytes of the index file.
 
         Raises:
             OSError: it cannot be read.
@@ -269,7 +269,7 @@ class _Files:
         return self.cache.fetch(where, manifest.index_bytes, manifest.index_sha256).read_bytes()
 
     def read(self, number: int, offset: int, length: int) -> bytes:
-        """`length` bytes of file `number`.
+        """Read `length` bytes of file `number`.
 
         Raises:
             DataError: it cannot be read or ends too early.
@@ -318,14 +318,14 @@ class _Files:
         return DataError(f"shard '{shard}' cannot be read ({error.strerror}): see `hpccl shards verify`")
 
 
-# Needs no lock of ours, which a fork could leave locked; an evicted file closes when its last reader is done.
+# lru_cache needs no lock of our own, which a fork could leave taken; an evicted file closes after its last reader.
 @lru_cache(maxsize=_MAX_OPEN)
 def _opened(files: _Files, number: int) -> _Descriptor:
     return files.open(number)
 
 
 def missing_files(folder: Path, manifest: Manifest) -> dict[int, str]:
-    """What is wrong with the shards, by number, that are not there or not as long as the manifest says."""
+    """Return by number what is wrong with shards that are missing or not of the size in the manifest."""
     bad = {}
     for number, shard in enumerate(manifest.shards):
         try:

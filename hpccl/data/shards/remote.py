@@ -1,8 +1,8 @@
-"""Shards in an object store: fetched whole, checked, and kept in a folder of bounded size.
+"""Shards in an object store: fetched whole, checked, and cached in a folder of bounded size.
 
-A URL is whatever fsspec understands: s3://, gs://, https://, file://, memory://. Processes of a machine share the
-folder: a shard is downloaded once, written beside and renamed. What was not used for longest goes first; a file that
-is being read stays readable. Files of others in the folder are left alone and not counted.
+A URL is anything that fsspec understands: s3://, gs://, https://, file://, memory://. Processes of a machine share the
+folder: a shard is downloaded once, to a temporary file that is renamed. The least recently used shards are deleted
+first; a file that is being read stays readable. Other files in the folder are left alone and not counted.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Result = TypeVar("Result")
 
 _CHUNK = 1 << 23
 _LONGEST_PAUSE = 60.0
-_STALE = 3600.0  # seconds after which half a download belongs to nobody any more, where files cannot be locked
-_KEPT = re.compile(r"[0-9a-f]{64}")  # a file is called by its checksum
+_STALE = 3600.0  # seconds after which a partial download counts as abandoned, where files cannot be locked
+_KEPT = re.compile(r"[0-9a-f]{64}")  # files are named by their checksum
 _HALF = re.compile(r"\.[0-9a-f]{64}\.[0-9]+\.part")
-_SWEEP = ".lock"  # held while files are deleted, and while half a download begins
+_SWEEP = ".lock"  # held while files are deleted, and while a partial download is created
 
 
 def is_url(path: str) -> bool:
@@ -41,7 +41,7 @@ def is_url(path: str) -> bool:
 
 
 def load_manifest(path: str, split: str) -> Manifest:
-    """The manifest of a split in a folder or at a URL.
+    """Load the manifest of a split in a folder or at a URL.
 
     Raises:
         DataError: it is missing, damaged or of another format, or the store cannot be read.
@@ -53,11 +53,11 @@ def load_manifest(path: str, split: str) -> Manifest:
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Files of an object store, on this machine.
+    """A cache of an object store's files on this machine.
 
-    max_bytes: of all shards kept, those that come included; only while more than that is coming at once, the folder
-        holds what comes
-    tries: of a download; pause: seconds after the first failure, doubled each time
+    max_bytes: of all cached files, downloads in progress included; exceeded only while downloads in progress alone are
+        larger
+    tries: attempts at a download; pause: seconds after the first failure, doubled each time
     """
 
     folder: Path = Path("~/.cache/hpccl/shards")
@@ -67,17 +67,17 @@ class ShardCache:
 
     @classmethod
     def of(cls, folder: str | None, gib: float, tries: int) -> ShardCache:
-        """From the configuration; null is the user's cache folder."""
+        """Make one from the configuration; folder None is the user's cache folder."""
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return cls(Path(folder or Path(home) / "hpccl" / "shards").expanduser(), int(gib * (1 << 30)), tries)
 
     def manifest(self, url: str) -> Manifest:
-        """Read `url/manifest.json`; it is small, changes, and is never kept."""
+        """Read `url/manifest.json`, which is small, may change, and is never cached."""
         where = f"{url}/{MANIFEST}"
         return Manifest.parse(self._persistently(lambda: b"".join(_chunks(where)), where), where)
 
     def index(self, url: str, manifest: Manifest) -> Index:
-        """The index of a split."""
+        """Return the index of a split."""
         path = self.fetch(f"{url}/{INDEX}", manifest.index_bytes, manifest.index_sha256)
         try:
             return Index.parse(path.read_bytes(), manifest, f"{url}/{INDEX}")
@@ -85,14 +85,14 @@ class ShardCache:
             raise DataError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
 
     def shard(self, url: str, entry: ShardEntry) -> Path:
-        """The local copy of a shard."""
+        """Return the path of a shard's local copy."""
         return self.fetch(f"{url}/{entry.file}", entry.bytes, entry.sha256)
 
     def fetch(self, url: str, size: int, sha256: str) -> Path:
-        """The local copy of a file, downloaded if need be; it may be gone again if it is not opened soon.
+        """Return the path of a file's local copy, downloaded if necessary; it may be deleted if not opened soon.
 
         Raises:
-            DataError: it cannot be downloaded, is not what the manifest says, or does not fit.
+            DataError: it cannot be downloaded, does not match the manifest, or does not fit.
         """
         path = self.folder / sha256
         if _used(path):
@@ -108,7 +108,7 @@ class ShardCache:
                 if not _used(path):  # another process may have been quicker
                     self._make_room(size, beside)
                     self._persistently(lambda: self._download(url, path, beside, size), url)
-                    self._shrink(spared=sha256)  # others may have come at the same time
+                    self._shrink(spared=sha256)  # others may have been downloaded meanwhile
         except OSError as error:
             raise DataError(
                 f"shards cannot be kept in '{self.folder}': {explain_os_error(error)}; set data.shard_cache to a "
@@ -132,12 +132,12 @@ class ShardCache:
             _local(os.replace, beside, path)
 
     def _make_room(self, size: int, beside: Path) -> None:
-        """Delete what was not used for longest, until `size` bytes are free within the bound, and take them."""
+        """Delete the least recently used files until `size` bytes are free within the bound, and reserve them."""
         with _taken(beside, size):
             self._shrink()
 
     def _shrink(self, spared: str = "") -> None:
-        """Delete what was not used for longest, until all is within the bound; what others may not delete stays."""
+        """Delete the least recently used files until all are within the bound; files without permission stay."""
         there, total = [], 0
         with locked(self.folder / _SWEEP):
             for entry in os.scandir(self.folder):
@@ -160,7 +160,7 @@ class ShardCache:
                         total -= kept
 
     def _persistently(self, action: Callable[[], Result], url: str) -> Result:
-        """Try again after a pause, as stores are busy now and then; what cannot get better is not tried again."""
+        """Retry after a pause, because stores are sometimes busy; permanent failures are not retried."""
         for attempt in range(1, self.tries + 1):
             try:
                 return action()
@@ -192,7 +192,7 @@ class ShardCache:
 
 
 class _LocalError(Exception):
-    """This machine's disk failed, not the store."""
+    """A failure of this machine's disk, not of the store."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(str(cause))
@@ -215,8 +215,8 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 
 def _taken(path: Path, size: int) -> BinaryIO:
-    """A file of `size` bytes to be written, which is held as long as it is open."""
-    with locked(path.parent / _SWEEP):  # or others find it before it is held, and delete it as abandoned
+    """Create a file of `size` bytes to be written, which is locked as long as it is open."""
+    with locked(path.parent / _SWEEP):  # otherwise another process could delete it as abandoned before it is locked
         file = path.open("wb")
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -225,7 +225,7 @@ def _taken(path: Path, size: int) -> BinaryIO:
 
 
 def _abandoned(path: str, changed: float) -> bool:
-    """Whether half a download belongs to no process any more."""
+    """Whether a partial download belongs to no process any more."""
     with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,11 +237,11 @@ def _abandoned(path: str, changed: float) -> bool:
 
 
 def _used(path: Path) -> bool:
-    """Whether it is there; then it is the last that is deleted."""
+    """Whether a file exists; if so, mark it as the most recently used."""
     try:
         os.utime(path)
     except FileNotFoundError:
         return False
     except OSError:
-        return path.exists()  # of another user, or a folder that cannot be written
+        return path.exists()  # another user's file, or a folder that cannot be written
     return True

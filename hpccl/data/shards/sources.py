@@ -1,11 +1,11 @@
-"""Where images come from: a folder, a zip or a tar of class folders, or a tar (or folder) of per-class tars.
+"""Sources of images: a folder, a zip or a tar of class folders, or a tar (or folder) of per-class tars.
 
-Nothing is extracted: a scan finds where in which file each image's bytes lie, and any process can read them from
-there. Every image has a path within the source, a tar inside counting as a folder:
+Nothing is extracted: a scan finds file and position of each image's bytes, and any process can read them from there.
+Every image has a path within the source, in which an inner tar counts as a folder:
 
     [wrapper/][train|test|val/]class/.../image.jpg
 
-Where a file gives the labels, folders mean nothing.
+If a file gives the labels, folders are ignored.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LOCAL_HEADER = 30  # bytes of a zip's local header before the name (APPNOTE.TXT
 
 
 class Member(NamedTuple):
-    """Where one image's bytes lie.
+    """The location of one image's bytes.
 
     name: path within the source; file: the file that holds it, relative to the source, or '' for the source itself;
     offset: first byte there (of a zip: of its local header); stored: bytes there; size: bytes when unpacked;
@@ -63,7 +63,7 @@ def scan(source: Path, labels: Labels | None = None) -> Listing:
 
     Args:
         source: folder or archive.
-        labels: classes of the images, instead of those that folders give.
+        labels: classes of the images, used instead of folders.
 
     Raises:
         DataError: no such source, nothing usable in it, a class folder without images, a member whose path leads out
@@ -96,7 +96,7 @@ class SourceReader:
         self._open: dict[str, BinaryIO] = {}
 
     def read(self, member: Member) -> bytes:
-        """The image file's bytes.
+        """Return the image file's bytes.
 
         Raises:
             DataError: the source changed or is damaged.
@@ -158,7 +158,7 @@ def _scan_folder(source: Path) -> Iterator[Member]:
 
 
 def _walk(source: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
-    """(path, bytes) of all files, following links but never round in circles."""
+    """Yield (path, bytes) of all image and tar files, following links without cycles."""
     status = os.stat(source / inside)
     if (status.st_dev, status.st_ino) in seen:
         return
@@ -203,7 +203,7 @@ def _scan_tar(source: Path) -> Iterator[Member]:
 
 
 def _scan_inner_tars(source: Path, tars: list[tuple[str, str, int, int]]) -> Iterator[Member]:
-    """Images of tars at (name, file, offset, size)."""
+    """Yield the images of tars at (name, file, offset, size)."""
 
     def listed(tar: tuple[str, str, int, int]) -> list[Member]:
         name, file, offset, size = tar
@@ -212,14 +212,14 @@ def _scan_inner_tars(source: Path, tars: list[tuple[str, str, int, int]]) -> Ite
         entries = _tar_entries(path, source, offset, offset + size)
         return [Member(f"{folder}/{inner}", file, at, n, n) for inner, at, n in entries if _IMAGE.search(inner)]
 
-    # Listing a tar means one small read an image, which waits for the disk rather than for Python.
+    # Listing a tar takes one small read per image, which waits for the disk rather than for Python.
     with ThreadPoolExecutor(max_workers=16) as threads:
         for members in threads.map(listed, tars):
             yield from members
 
 
 def _tar_entries(path: Path, source: Path, start: int, end: int) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte in the file, bytes) of the images and tars in the tar at [start, end)."""
+    """Yield (name, first byte in the file, bytes) of the images and tars in the tar at [start, end)."""
     last = ""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
@@ -241,7 +241,7 @@ def _tar_entries(path: Path, source: Path, start: int, end: int) -> Iterator[tup
 
 
 def _check_tar_end(file: BinaryIO, offset: int, end: int, source: Path, last: str) -> None:
-    """Of a tar nothing but zeros follows the last member: tarfile takes a damaged header for the end as well."""
+    """Check that only zeros follow the last member: tarfile also takes a damaged header for the end."""
     where = f"after '{last}', at byte {offset}"
     if offset + tarfile.BLOCKSIZE > end:
         raise DataError(f"'{source}' is truncated {where}: it has no end mark; fetch or pack it again")
@@ -265,7 +265,7 @@ def _check_tar_entry(entry: tarfile.TarInfo, name: str, source: Path, end: int) 
 
 
 def _safe(name: str, source: Path) -> str:
-    """The name without './'; archives made on Windows may use backslashes."""
+    """Return the name without './', with slashes where an archive from Windows has backslashes."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match(r"^[A-Za-z]:/", str(path)):
         raise DataError(f"member '{name}' of '{source}' leads out of the archive: refused, do not trust this file")
@@ -329,7 +329,7 @@ def _arrange(members: list[Member], source: Path) -> Listing:
 
 
 def _refuse_empty_classes(listing: Listing, source: Path) -> None:
-    """Of a folder: a class whose images are missing, or of a kind that is not read, would be left out unnoticed."""
+    """Refuse class folders without readable images, which would otherwise be left out unnoticed."""
     for split, classes in listing.items():
         name, (first, *_) = next(iter(classes.items()))
         if first.file != first.name:  # a tar has them
@@ -353,7 +353,7 @@ def _labelled(members: list[Member], labels: Labels) -> Listing:
 
 
 def _refuse_half_splits(paths: Sequence[tuple[str, ...]], source: Path) -> None:
-    """Or the splits would be taken for classes."""
+    """Refuse a mixture of splits and classes, in which splits would be taken for classes."""
     splits = sorted({path[0] for path in paths if path[0] in SPLITS and len(path) >= 3})
     others = sorted({path[0] for path in paths if path[0] not in SPLITS and len(path) >= 2})
     if splits and others:

@@ -1,4 +1,4 @@
-"""Finding damaged shards by name, and splits that lost what they say of themselves."""
+"""Finds damaged shards, and splits that lost their manifest or index."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hpccl.folder import RunFolder
 
 __all__ = ["Problem", "verify"]
 
-_SIGNS = ("*.tar", INDEX, UNFINISHED, LOCK)  # of a split that was built, or was being built
+_SIGNS = ("*.tar", INDEX, UNFINISHED, LOCK)  # files of a split that was built, or was being built
 
 
 class Problem(NamedTuple):
@@ -46,7 +46,7 @@ def verify(path: Path, split: str | None = None, workers: int = 4) -> list[Probl
     """
     refuse_absent(path)
     signs = {sign.parent.name for pattern in _SIGNS for sign in path.glob(f"[!.]*/{pattern}")}
-    runs = {name for name in signs if RunFolder(path / name).config.is_file()}  # they have such a lock, too
+    runs = {name for name in signs if RunFolder(path / name).config.is_file()}  # run folders have such a lock, too
     found = sorted({*splits(path), *(signs - runs)})
     if not found or (split is not None and not (path / split).is_dir()):
         raise DataError(
@@ -62,7 +62,7 @@ def _verify_split(folder: Path, workers: int) -> list[Problem]:
     problems = []
     if (folder / UNFINISHED).is_dir():
         problems.append(Problem(f"{folder.name}/{UNFINISHED}", "a build was not finished: run the same command again"))
-        if not (folder / MANIFEST).exists():  # it is the last that a build writes
+        if not (folder / MANIFEST).exists():  # a build writes it last
             return problems
     try:
         manifest = Manifest.load(folder)
