@@ -28,6 +28,7 @@ __all__ = [
     "IGNORED",
     "LIKELIHOOD",
     "MEMORY_SIZES",
+    "TOP5",
     "Comparison",
     "Group",
     "Statistic",
@@ -57,6 +58,8 @@ LIKELIHOOD: dict[str, str] = {
     "nll_class_incremental": "class-incremental NLL",
     "ece_class_incremental": "class-incremental ECE",
 }
+# Where more than 5 classes compete: the share of images whose class is among the 5 likeliest.
+TOP5: dict[str, str] = {"top5": "top-5", "top5_class_incremental": "class-incremental top-5"}
 _RUN_HEADER = ["run", "method", "status", "seed", "tasks", *FIGURES.values(), "time"]
 _NOTE = (
     "Accuracies in percent, forgetting and BWT in percentage points, all of the network after the last task; "
@@ -163,6 +166,7 @@ def _run_dict(run: RunReport) -> dict[str, Any]:
         "weights_sha256",
         *FIGURES,
         *LIKELIHOOD,
+        *TOP5,
     )
     last = run.tasks_learned - 1
     return {key: getattr(run, key) for key in keys} | {
@@ -293,7 +297,8 @@ def _group(method: str, settings: str, runs: Mapping[int, RunReport]) -> dict[st
 
 
 def _statistics(runs: Sequence[RunReport]) -> dict[str, Statistic]:
-    found = {key: statistic([getattr(run, key) for run in runs]) for key in (*FIGURES, *LIKELIHOOD, "wall_seconds")}
+    keys = (*FIGURES, *LIKELIHOOD, *TOP5, "wall_seconds")
+    found = {key: statistic([getattr(run, key) for run in runs]) for key in keys}
     return found | {
         "training_seconds": statistic([_training_seconds(run) for run in runs]),
         "images_trained": statistic([_images_trained(run) for run in runs]),

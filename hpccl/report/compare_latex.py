@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from hpccl.report.compare import FIGURES, LIKELIHOOD, Comparison, Group, Statistic
+from hpccl.report.compare import FIGURES, LIKELIHOOD, TOP5, Comparison, Group, Statistic
 from hpccl.report.published import FIGURES as PUBLISHED
 from hpccl.report.published import Figure
 from hpccl.report.text import spread
@@ -27,6 +27,8 @@ _LOWER_IS_BETTER = frozenset({"forgetting", *LIKELIHOOD})
 _HEADINGS = {
     "average_accuracy_class_incremental": "Class-incremental accuracy",
     "bwt": "BWT",
+    "top5": "Top-5 accuracy",
+    "top5_class_incremental": "Class-incremental top-5 accuracy",
     "nll": "Negative log-likelihood",
     "ece": "Expected calibration error",
     "nll_class_incremental": "Class-incremental negative log-likelihood",
@@ -48,7 +50,7 @@ def render_latex(comparison: Comparison) -> str:
     head = r"% Needs \usepackage{booktabs}."
     made = [
         _table(comparison, key)
-        for key in (*FIGURES, *LIKELIHOOD)
+        for key in (*FIGURES, *TOP5, *LIKELIHOOD)
         if any(_known(group.statistics[key]) for group in comparison.groups)
     ]
     return "\n\n".join([head, *made]) + "\n"

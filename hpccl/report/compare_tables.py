@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from hpccl.report.compare import (
     FIGURES,
     LIKELIHOOD,
+    TOP5,
     Comparison,
     Group,
     Statistic,
@@ -40,9 +41,11 @@ _CALIBRATION_NOTE = (
 # Figures in the order of their columns: scale of the value, and digits.
 _CALIBRATION: dict[str, tuple[float, int]] = {
     "average_accuracy": (100, 1),
+    "top5": (100, 1),
     "nll": (1, 3),
     "ece": (100, 1),
     "average_accuracy_class_incremental": (100, 1),
+    "top5_class_incremental": (100, 1),
     "nll_class_incremental": (1, 3),
     "ece_class_incremental": (100, 1),
 }
@@ -159,10 +162,14 @@ def _behind(comparison: Comparison, series: Sequence[Group], best: Group) -> str
 
 
 def calibration(comparison: Comparison) -> TextTable:
-    """Accuracy, likelihood and calibration error by group, in both settings; no row where none was measured."""
-    header = [*group_header(comparison), "seeds", *({**FIGURES, **LIKELIHOOD}[key] for key in _CALIBRATION)]
+    """Accuracy, likelihood and calibration error by group, in both settings; no row where none was measured.
+
+    Top-5 accuracies have a column where one was measured.
+    """
+    figures = [key for key in _CALIBRATION if key not in TOP5 or _has(comparison, key)]
+    header = [*group_header(comparison), "seeds", *({**FIGURES, **TOP5, **LIKELIHOOD}[key] for key in figures)]
     rows = [
-        [*group_cells(comparison, group), str(len(group.seeds)), *_calibration_cells(group)]
+        [*group_cells(comparison, group), str(len(group.seeds)), *_calibration_cells(group, figures)]
         for group in comparison.groups
         if any(group.statistics[key].mean is not None for key in LIKELIHOOD)
     ]
@@ -170,11 +177,13 @@ def calibration(comparison: Comparison) -> TextTable:
     return TextTable("Likelihood and calibration", header, rows, len(group_header(comparison)), notes)
 
 
-def _calibration_cells(group: Group) -> list[str]:
-    return [
-        spread(group.statistics[key].mean, group.statistics[key].std, scale=scale, digits=digits)
-        for key, (scale, digits) in _CALIBRATION.items()
-    ]
+def _has(comparison: Comparison, key: str) -> bool:
+    return any(group.statistics[key].mean is not None for group in comparison.groups)
+
+
+def _calibration_cells(group: Group, figures: Sequence[str]) -> list[str]:
+    found = [(group.statistics[key], *_CALIBRATION[key]) for key in figures]
+    return [spread(of.mean, of.std, scale=scale, digits=digits) for of, scale, digits in found]
 
 
 def _distances_note(comparison: Comparison) -> list[str]:

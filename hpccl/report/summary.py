@@ -74,6 +74,8 @@ class RunReport:
     fwt: float | None
     learning_accuracy: float | None
     learning_accuracy_class_incremental: float | None
+    top5: float | None
+    top5_class_incremental: float | None
     nll: float | None
     nll_class_incremental: float | None
     ece: float | None
@@ -245,7 +247,7 @@ def _accuracies(events: Sequence[Event], num_announced: int) -> dict[str, Any]:
         ("", "task_incremental"),
         ("_class_incremental", "class_incremental"),
     )
-    for (suffix, setting), figure in itertools.product(settings, ("nll", "ece")):
+    for (suffix, setting), figure in itertools.product(settings, ("top5", "nll", "ece")):
         values = metrics.matrix(evaluations, num_tasks, setting=setting, figure=figure)
         found[f"{figure}{suffix}"] = _known(metrics.average_accuracy(values))
     return found

@@ -54,7 +54,7 @@ def _accuracies(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         seen = [r for r in event["results"] if r.get(setting) is not None and r["task"] <= event["task"]]
         for result in seen:
             yield from _scalar(f"accuracy_{setting}/task_{result['task']}", result[setting]["accuracy"])
-        for figure in ("accuracy", "nll", "ece"):
+        for figure in ("accuracy", "top5", "nll", "ece"):
             values = [float(r[setting][figure]) for r in seen if r[setting].get(figure) is not None]
             if values:
                 yield f"average_{figure}/{setting}", sum(values) / len(values)

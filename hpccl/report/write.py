@@ -138,6 +138,7 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
         (signed(report.fwt), "forward transfer, points"),
         (f"{percent(report.learning_accuracy)} %", "learning accuracy"),
         (f"{percent(report.average_incremental_accuracy)} %", "average incremental accuracy"),
+        *([(f"{percent(top5)} %", "top-5, class-incremental")] if (top5 := report.top5_class_incremental) else []),
         (fixed(report.nll), "NLL, nats"),
         (fixed(report.ece), "ECE, 15 bins"),
         (whole(report.images_per_second), "images/s while training"),

@@ -19,6 +19,8 @@ from hpccl.train.state import RunState, World
 
 __all__ = ["evaluate", "evaluate_all"]
 
+_TOP = 5  # classes, the likeliest ones, as is usual for ImageNet
+
 Scores: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -45,8 +47,9 @@ def evaluate(task: Task, state: RunState, world: World) -> None:
 def evaluate_all(state: RunState, world: World, *, last: int) -> list[dict[str, Any]]:
     """Return the results of every task of the stream, including those not yet trained (for forward transfer).
 
-    Each is {task, num, task_incremental, class_incremental}, the latter two {accuracy, nll, ece}. In class_incremental
-    the classes of tasks 0..last compete; it is None for later tasks and where every task has its own network.
+    Each is {task, num, task_incremental, class_incremental}, the latter two {accuracy, nll, ece} and, where more than 5
+    classes compete, top5: the share of images whose class is among the 5 likeliest. In class_incremental the classes of
+    tasks 0..last compete; it is None for later tasks and where every task has its own network.
 
     Raises:
         Stopped: the run was asked to stop.
@@ -56,10 +59,10 @@ def evaluate_all(state: RunState, world: World, *, last: int) -> list[dict[str, 
 
 
 def _tested(state: RunState, world: World, last: int) -> Scores:
-    """Return the `_scores` [N, 7] of all test images."""
+    """Return the `_scores` [N, 9] of all test images."""
     count = world.stream.tasks[-1].samples("test").stop
     scores = [_scores(*seen, world, last) for seen in _logits(count, state, world, last)]
-    empty = torch.zeros(0, 7, device=state.engine.device)
+    empty = torch.zeros(0, 9, device=state.engine.device)
     gathered: Scores = world.comm.gather(torch.cat([empty, *scores])).cpu().numpy()
     return gathered
 
@@ -95,7 +98,7 @@ def _classifier(state: RunState, world: World, last: int) -> Iterator[Callable[[
 
 
 def _scores(logits: Tensor, labels: Tensor, tasks: Tensor, world: World, last: int) -> Tensor:
-    """Return [n, 7]: valid, then (right, nats, confidence) over the task's own head and over all seen classes."""
+    """Return [n, 9]: valid, then (right, nats, confidence, top-5) over the own head and over all seen classes."""
     heads = heads_of(world.stream.tasks, logits.shape[1]).to(logits.device)
     truth = labels.clamp(min=0)
     own = heads[tasks]
@@ -105,7 +108,10 @@ def _scores(logits: Tensor, labels: Tensor, tasks: Tensor, world: World, last: i
     for head in (own, seen):
         probabilities = logits.masked_fill(~head, -torch.inf).softmax(dim=1)
         confidence, guess = probabilities.max(dim=1)
-        columns += [(guess == truth).float(), row_nats(logits, target, head), confidence]
+        right = (guess == truth).float()
+        above = (head & (logits > logits.gather(1, truth[:, None]))).sum(dim=1)  # 0 where logits are not finite
+        top5 = (above < _TOP).float() * confidence.isfinite()
+        columns += [right, row_nats(logits, target, head), confidence, top5]
     return torch.stack(columns, dim=1)
 
 
@@ -118,25 +124,28 @@ def _rows(task: Task, scores: Scores) -> Scores:
 def _result(task: Task, scores: Scores, last: int, world: World) -> dict[str, Any]:
     rows = _rows(task, scores)
     competing = task.index <= last and not _own_network(world)
+    seen = {label for other in world.stream.tasks[: last + 1] for label in other.classes}
     return {
         "task": task.index,
         "num": len(rows),
-        "task_incremental": _summary(rows[:, 1:4]),
-        "class_incremental": _summary(rows[:, 4:7]) if competing else None,
+        "task_incremental": _summary(rows[:, 1:5], len(task.classes)),
+        "class_incremental": _summary(rows[:, 5:9], len(seen)) if competing else None,
     }
 
 
 def _calibration(scores: Scores, learned: Sequence[Task]) -> dict[str, list[list[float]]]:
     """Return, by setting, `calibration_bins` of all learned tasks: counts, sums of confidence, numbers correct."""
     rows = np.concatenate([_rows(task, scores) for task in learned])
-    settings = {"task_incremental": rows[:, 1:4], "class_incremental": rows[:, 4:7]}
+    settings = {"task_incremental": rows[:, 1:4], "class_incremental": rows[:, 5:8]}
     return {name: calibration_bins(own[:, 2], own[:, 0]).round(4).tolist() for name, own in settings.items()}
 
 
-def _summary(columns: Scores) -> dict[str, float]:
-    right, nats, confidence = columns.astype(np.float64).T
+def _summary(columns: Scores, num_classes: int) -> dict[str, float]:
+    """Return the figures of images among so many competing classes."""
+    right, nats, confidence, top5 = columns.astype(np.float64).T
     return {
         "accuracy": float(right.mean()),
+        **({"top5": float(top5.mean())} if num_classes > _TOP else {}),
         "nll": float(nats.mean()),
         "ece": calibration_error(calibration_bins(confidence, right)),
     }

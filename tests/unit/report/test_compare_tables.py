@@ -191,6 +191,19 @@ def test_calibration_stands_where_it_was_measured(tmp_path: Path) -> None:
     assert [row[0] for row in calibration(both).rows] == ["ewc"]
 
 
+def test_top_5_has_a_column_where_it_was_measured(tmp_path: Path) -> None:
+    folder = write(tmp_path / "large")
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        for result in event.get("results", ()):
+            if result["class_incremental"] is not None:
+                result["class_incremental"]["top5"] = 0.875
+    (folder / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    found = calibration(compare_runs([folder]))
+    assert "top-5" not in found.header
+    assert found.rows[0][found.header.index("class-incremental top-5")] == "87.5"
+
+
 def test_distances_are_said_to_be_no_probabilities(tmp_path: Path) -> None:
     means = write(tmp_path / "means", evaluate=EvaluateConfig(classifier="nearest_mean"))
     assert calibration(compare_runs([means])).notes[1:] == [
