@@ -76,7 +76,8 @@ from hpccl.memory.store import Memory
 from hpccl.models.build import build_model
 from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
-from hpccl.train.consolidate import relabel, select
+from hpccl.train.consolidate import select
+from hpccl.train.soft_labels import relabel
 from hpccl.train.state import RunState
 
 ENGINES: dict[str, dict[str, Any]] = {

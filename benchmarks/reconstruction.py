@@ -60,11 +60,12 @@ from hpccl.prior.prior import Prior
 from hpccl.prior.quadratic import Quadratic
 from hpccl.prior.reconstruct import Losses, compare_gradients, summed_gradients
 from hpccl.train.compose import Composer
-from hpccl.train.consolidate import consolidate, relabel, select
+from hpccl.train.consolidate import consolidate, select
 from hpccl.train.fit import fit
 from hpccl.train.loss import row_nats
 from hpccl.train.measure import measure
 from hpccl.train.run import fresh_state
+from hpccl.train.soft_labels import relabel
 from hpccl.train.state import RunState, World
 
 MEASURES = ("cosine", "relative_error", "change_cosine", "change_error", "norm")

@@ -31,9 +31,9 @@ from hpccl.folder import RunFolder
 from hpccl.memory.store import Memory
 from hpccl.prior.prior import Prior
 from hpccl.train.compose import plan_task
-from hpccl.train.consolidate import in_a_file, soft_labels
 from hpccl.train.copies import added_data, copies_of, open_for
 from hpccl.train.removal import removed_samples
+from hpccl.train.soft_labels import soft_labels, write_soft_labels
 from hpccl.train.state import RunState, World
 
 __all__ = [
@@ -139,7 +139,7 @@ def begin_adapting(state: RunState, world: World) -> None:
     with world.phase(task, "relabel") as phase:
         memory = _with_removed(state.prior, config.adapt, world.stream)
         phase.images = len(memory)
-        file, soft = in_a_file(task, soft_labels(memory, heads, state, world), world)
+        file, soft = write_soft_labels(task, soft_labels(memory, heads, state, world), world)
     state.prior = replace(state.prior, memory=memory.mapped(soft, heads, file))
 
 
@@ -147,7 +147,7 @@ def _own_file(memory: Memory, world: World) -> Memory:
     """Copy the soft labels to a file of this run, so that its checkpoints do not depend on the adapted run's."""
     share = world.comm.share(len(memory))
     own = memory.soft[share.start : share.stop]
-    file, soft = in_a_file(adaptation_task(world.config, world.stream), own, world)
+    file, soft = write_soft_labels(adaptation_task(world.config, world.stream), own, world)
     return memory.mapped(soft, memory.heads, file)
 
 

@@ -6,43 +6,34 @@ run alone: a job may be killed at any point, and repeats the phase.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 
-from hpccl.checkpoint.apart import Apart, read_apart, write_apart
 from hpccl.config.memory import GreedySelector
 from hpccl.data.protocols import Task, training_samples
-from hpccl.errors import DataError, FolderError, WorldError
-from hpccl.folder import replacing
 from hpccl.memory.budget import kept_of
 from hpccl.memory.select import Candidates, Choice, choose, thinned
-from hpccl.memory.store import DTYPES, Memory, head_columns, stored
-from hpccl.prior.correction import Correction
+from hpccl.memory.store import Memory
 from hpccl.prior.prior import Prior
 from hpccl.train.copies import keep_images
 from hpccl.train.end_of_task import class_means, correction
 from hpccl.train.kept import admitted_greedily, held_out, kept_of_tasks, num_learned
 from hpccl.train.measure import functional, measure
-from hpccl.train.passes import shared_images
+from hpccl.train.pictures import keep_pictures
 from hpccl.train.selection import chosen
+from hpccl.train.soft_labels import relabel
 from hpccl.train.state import RunState, World
 from hpccl.train.topology import end_session
 
-__all__ = ["admit_first", "consolidate", "thumbnail"]
+__all__ = ["admit_first", "consolidate", "select"]
 
 Ints = npt.NDArray[np.int64]
 
 # Purposes of hashes (numbers differ from those in hpccl.data.order).
 _SELECT, _REPLAY = 101, 102
-_PICTURES = 100
-_THUMBNAIL = 64
 
 
 def consolidate(task: Task, state: RunState, world: World) -> None:
@@ -95,7 +86,7 @@ def select(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
         admitted = _replayed(memory, admitted, world)
     if world.comm.leader:
         own = admitted.task == task.index
-        _keep_pictures(task, admitted.sample[own].numpy(), admitted.label[own].numpy(), world)
+        keep_pictures(task, admitted.sample[own].numpy(), admitted.label[own].numpy(), world)
     return admitted
 
 
@@ -187,155 +178,3 @@ def _replayed(before: Memory, memory: Memory, world: World) -> Memory:
         chosen_ones = choose(label, sample, keep=keep, balanced=config.memory.balanced, words=words)
         replay[own] = torch.from_numpy(np.isin(np.arange(len(sample)), chosen_ones))
     return replace(memory, replay=replay)
-
-
-def relabel(task: Task, memory: Memory, state: RunState, world: World, corrected: Correction | None = None) -> Memory:
-    """Return the memory with soft labels by the present model on the evaluation view.
-
-    With memory.labels=kept, only the new task's examples are labelled; others keep their labels. corrected: correction
-    applied to the logits, if any
-    """
-    if len(memory) == 0:
-        return memory
-    table = head_columns(_labelled(task, world))
-    with world.phase(task, "relabel") as phase:
-        if world.config.memory.labels == "kept":
-            new = memory.task == task.index
-            phase.images = int(new.sum())
-            share, whole = memory.only(new), partial(_with_kept, task=task, memory=memory, before=state.prior.memory)
-            file, soft = in_a_file(task, soft_labels(share, table, state, world, corrected), world, whole=whole)
-        else:
-            phase.images = len(memory)
-            file, soft = in_a_file(task, soft_labels(memory, table, state, world, corrected), world)
-        relabelled = memory.mapped(soft, table, file)
-    world.log.write(
-        "memory",
-        task=task.index,
-        size=len(memory),
-        per_task=memory.per_task(task.index + 1),
-        bytes=relabelled.num_bytes,
-        soft_bytes=relabelled.soft_bytes,
-        agreement=relabelled.agreement(task.index + 1),
-        selector=world.config.memory.selector.kind,
-        largest_weight=float(memory.weight.max()),
-    )
-    return relabelled
-
-
-def _labelled(task: Task, world: World) -> list[list[int]]:
-    """Return, by task so far, the classes of its examples' soft labels.
-
-    With train.head=own those of the task; else those seen when the labels are made. With squared differences (DER) all
-    classes of the stream, those to come included: if their logits were free, new classes would take over old images.
-    """
-    config, tasks = world.config, world.stream.tasks[: task.index + 1]
-    if config.train.head == "own":
-        return [list(other.classes) for other in tasks]
-    if config.prior.loss == "squared":
-        return [list(range(len(world.stream.class_names)))] * len(tasks)
-    kept = config.memory.labels == "kept"
-    return [
-        sorted({number for seen in tasks[: index + 1 if kept else len(tasks)] for number in seen.classes})
-        for index in range(len(tasks))
-    ]
-
-
-def soft_labels(
-    memory: Memory, heads: Tensor, state: RunState, world: World, corrected: Correction | None = None
-) -> Tensor:
-    """Return logits [share, K] of this rank's share of the memory for each task's classes in `heads` [T, K].
-
-    On the CPU, in the memory's dtype. Logits of other classes are dropped batch by batch. corrected: correction applied
-    to the logits, if any
-    """
-    found = [torch.zeros(0, heads.shape[1], dtype=DTYPES[world.config.memory.dtype])]
-    start = world.comm.share(len(memory)).start
-    for seen in shared_images(memory.sample.numpy(), world, size=world.stream_batch):
-        number = len(seen.sample)
-        named = heads[memory.task[start : start + number]]
-        logits = state.engine.predict(seen.pixels)[:number].cpu()
-        logits = logits if corrected is None else corrected(logits)
-        found.append(stored(logits.gather(1, named.clamp(min=0)), named, world.config.memory.dtype))
-        start += number
-    return torch.cat(found)
-
-
-def _with_kept(own: Tensor, task: Task, memory: Memory, before: Memory) -> Tensor:
-    """Return soft labels [M, K]: `own` for the task's examples, for all others those in the memory `before`."""
-    new = memory.task == task.index
-    soft = own.new_zeros(len(memory), own.shape[1])
-    assert bool(torch.isin(memory.sample[~new], before.sample).all()), "what came earlier was in memory"
-    order = before.sample.argsort()
-    old = order[torch.searchsorted(before.sample[order], memory.sample[~new])]
-    soft[~new, : before.soft.shape[1]] = before.soft[old].to(soft.dtype)
-    soft[new] = own
-    return soft
-
-
-def in_a_file(
-    task: Task, soft: Tensor, world: World, whole: Callable[[Tensor], Tensor] = lambda every: every
-) -> tuple[Apart, Tensor]:
-    """Write the soft labels [M, K] of all ranks to a file; return the file and the labels, memory-mapped. Collective.
-
-    The leader writes. Files of earlier tasks stay, as checkpoints refer to them.
-
-    Args:
-        task: the task that has ended.
-        soft: this rank's share.
-        world: of the run.
-        whole: maps all shares together to what is written.
-
-    Raises:
-        FolderError: the run folder cannot be written (on the leader).
-        WorldError: the same, on the other ranks.
-    """
-    comm, path, failure = world.comm, "", None
-    # As bytes, as not every backend supports half precision.
-    every = comm.exchange(soft.view(torch.uint8), [len(soft), *[0] * (comm.size - 1)]).view(soft.dtype)
-    if comm.leader:
-        try:
-            path = write_apart(world.folder.path, f"memory/soft/task-{task.index:03d}", whole(every)).path
-        except FolderError as error:
-            failure = error
-    if comm.any(failure is not None):
-        raise failure or WorldError("soft labels were not written: the first process could not; see its message")
-    found = Apart(comm.broadcast_text(path))
-    return found, read_apart(world.folder.path, found)
-
-
-def thumbnail(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Return a small image unchanged, and the centre of a large one resized to 64 x 64 pixels."""
-    if max(picture.shape[:2]) <= _THUMBNAIL or picture.shape[2] != 3:
-        return picture
-    fitted = ImageOps.fit(Image.fromarray(picture), (_THUMBNAIL, _THUMBNAIL))
-    return np.asarray(fitted)
-
-
-def _keep_pictures(task: Task, sample: Ints, label: Ints, world: World) -> None:
-    """Save thumbnails of some of the chosen images for the report's picture grid."""
-    few = np.linspace(0, len(sample) - 1, num=min(len(sample), _PICTURES)).astype(np.int64)
-    pictures, shown = [], []
-    for number in few:
-        try:
-            pictures.append(thumbnail(world.stream.raw(int(sample[number]))))
-            shown.append(number)
-        except DataError:  # already reported; data.bad_images is `skip`
-            continue
-    names = world.stream.sample_names("train", sample[shown])
-    try:
-        with replacing(world.folder.memory / f"task-{task.index}.npz") as path, open(path, "wb") as file:
-            images, number = stacked(pictures), np.array(task.index)
-            np.savez(file, images=images, labels=label[shown], names=np.array(names), task=number)
-    except FolderError as error:  # they are for the report alone, and other ranks do not wait here
-        world.progress.message(f"pictures of the memory are left out of the report: {error}")
-
-
-def stacked(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
-    """Stack pictures to [n, h, w, channels]; smaller ones are padded with black at the right and below."""
-    if not pictures:
-        return np.zeros((0, 1, 1, 3), np.uint8)
-    height, width, channels = np.max([picture.shape for picture in pictures], axis=0)
-    found = np.zeros((len(pictures), height, width, channels), np.uint8)
-    for place, picture in zip(found, pictures, strict=True):
-        place[: picture.shape[0], : picture.shape[1]] = picture
-    return found

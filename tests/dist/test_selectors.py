@@ -8,7 +8,8 @@ import torch
 
 from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory
-from hpccl.train.consolidate import relabel, select
+from hpccl.train.consolidate import select
+from hpccl.train.soft_labels import relabel
 from tests.dist.test_engines import ENGINES, VIT
 from tests.dist.world import Result, dismiss, run_in_world
 from tests.run.method import make_world, merged

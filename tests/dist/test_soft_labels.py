@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hpccl.dist.comm import Comm
 from hpccl.memory.store import DTYPES, Memory, head_columns
-from hpccl.train.consolidate import in_a_file
+from hpccl.train.soft_labels import write_soft_labels
 from tests.dist.world import Result, run_in_world
 from tests.run.method import make_world, merged
 
@@ -40,7 +40,7 @@ def labelled(comm: Comm, folder: str, dtype: str) -> Result:
     numbers = torch.arange(ROWS)
     memory = Memory.empty().admit(task=0, sample=numbers, label=numbers % CLASSES, replay=torch.zeros(ROWS).bool())
     before = anonymous()
-    file, soft = in_a_file(world.stream.tasks[0], labels_of(comm.share(ROWS), dtype), world)
+    file, soft = write_soft_labels(world.stream.tasks[0], labels_of(comm.share(ROWS), dtype), world)
     memory = memory.mapped(soft, head_columns(HEADS), file)
     random = torch.Generator().manual_seed(3)
     target = memory.soft_targets(numbers[:1000], temperature=2.0, num_classes=CLASSES)[0]

@@ -23,12 +23,12 @@ from hpccl.errors import ConfigError, CoverageError
 from hpccl.prior.prior import Prior
 from hpccl.report.events import read_events
 from hpccl.train.compose import Composer, plan_task, split
-from hpccl.train.consolidate import relabel
 from hpccl.train.fit import fit
 from hpccl.train.loss import row_nats, weighted_nats
 from hpccl.train.measure import measure
 from hpccl.train.reconstruction import prior_gradients, true_gradient
 from hpccl.train.run import run
+from hpccl.train.soft_labels import relabel
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
 from hpccl.train.task_pass import TaskPass

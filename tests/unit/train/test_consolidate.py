@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hpccl.config.prior import PriorConfig
-from hpccl.train.consolidate import consolidate, stacked
+from hpccl.train.consolidate import consolidate
+from hpccl.train.pictures import stacked
 from tests.run.method import make_world, merged
 
 
