@@ -51,7 +51,7 @@ class ReservoirSelector(Section):
 
 
 class GreedySelector(Section):
-    """Each example is kept if its class has fewer than its share; if memory is full, it replaces one of the largest class.
+    """An example is kept if its class has fewer than its share; in a full memory it replaces one of the largest class.
 
     GDumb's sampler (Prabhu et al. 2020), over the task's examples in random order. With memory.total: over all examples
     seen.

@@ -103,7 +103,7 @@ class VognOptim(AnyOptim):
     kind: Literal["vogn"] = "vogn"
     lr: PositiveFloatPerTask = (1e-3,)  # largest learning rate; one value, or one per task
     samples: PositiveInt = 1  # draws of the weights per step, each a pass over the whole batch
-    momentum: Decay = 0.9  # beta1, of the heavy ball
+    momentum: Decay = 0.9  # beta1, of heavy-ball momentum
     curvature_rate: Annotated[float, Field(gt=0, le=1)] = 0.01  # beta2: weight of a step's squares in their mean
     prior_precision: NonNegativeFloat = 50.0  # delta; BatchNorm's parameters have no prior and are not drawn
     augmentation: PositiveFloat = 1.0  # rho: number of examples that one counts for, because its views differ

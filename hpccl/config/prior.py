@@ -32,7 +32,7 @@ class QuadraticConfig(Section):
 
     weight: NonNegativeFloat = 0.0  # lambda; 1 is the untempered value; 0: off
     damping: NonNegativeFloat = 1e-3  # delta
-    # of the products with Kronecker factors or eigenbases in a step; bf16: differences, sums and stored factors stay fp32
+    # products with Kronecker factors or eigenbases in a step; bf16: differences, sums and stored factors stay fp32
     products: Literal["fp32", "bf16"] = "fp32"
     # newest: one quadratic around the newest weights; each: every task's own around the weights at its end
     anchor: Literal["newest", "each"] = "newest"
@@ -77,11 +77,11 @@ class DistillConfig(Section):
     weight: NonNegativeFloat = 0.0  # lambda_o: weight of each of these rows; 0: off
     temperature: PositiveFloat = 2.0  # divides the logits of both networks
     scale_t2: bool = False  # multiply by temperature^2, so that gradients do not shrink as it grows
-    # recorded: logits of the evaluation view, computed once when the task begins; same: of the student's view, in each step
+    # recorded: logits of the evaluation view, computed as the task begins; same: of the student's view, in each step
     view: Literal["recorded", "same"] = "recorded"
     images: Literal["new", "all"] = "new"  # new: the task's images; all: also memory's images
-    # fixed: labels have weight 1; classes: m / (n + m), and distillation weight * n / (n + m), with n old and m new classes
-    # (BiC)
+    # fixed: labels have weight 1; classes: labels m / (n + m), distillation weight * n / (n + m), with n old and m new
+    # classes (BiC)
     balance: Literal["fixed", "classes"] = "fixed"
 
 
@@ -93,13 +93,13 @@ class CorrectConfig(Section):
     """
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of memory.total that is held out for it; 0: no correction
-    penalty: NonNegativeFloat = 0.1  # factor on beta^2 / 2 (beta: the offset), added to the mean nats; 0: a best beta may not exist
+    penalty: NonNegativeFloat = 0.1  # adds penalty beta^2 / 2 to the mean nats (beta: offset); 0: may have no minimum
 
 
 class TopologyConfig(Section):
     """A neural gas over the features of the first task, whose nodes later tasks keep in place (TOPIC; Tao et al. 2020).
 
-    Adds anchor * (mean anchor loss of old nodes) + minmax * (mean min-max loss of new examples): see docs/methods.md.
+    Adds anchor * mean anchor loss of old nodes + minmax * mean min-max loss of new examples: see docs/methods.md.
     """
 
     nodes: NonNegativeInt = 0  # nodes of the first task (400 in the paper); 0: off
@@ -112,7 +112,7 @@ class TopologyConfig(Section):
     normalised: bool = True  # scale features to norm 1
     anchor: NonNegativeFloat = 0.5  # lambda_1: weight of the anchor loss
     minmax: NonNegativeFloat = 0.005  # lambda_2: weight of the min-max loss
-    margin: PositiveFloat | None = None  # xi: distance that rival nodes are pushed to; null: the largest between two nodes
+    margin: PositiveFloat | None = None  # xi: distance that rivals are pushed to; null: the largest between two nodes
     # where the features of old nodes' images should stay: at the node, or where they are in the last network
     target: Literal["centroid", "image"] = "centroid"
     floor: PositiveFloat = 0.1  # added to variances, in multiples of the mean variance of features
@@ -130,17 +130,17 @@ class PriorConfig(Section):
     # share of memory with true labels; the rest has the old network's soft labels. coverage: for each task, the share
     # of its examples that memory keeps
     replay: Fraction | Literal["coverage"] = 0.0
-    # what `replay` is a share of. examples: some have true labels, the others soft ones; labels: every example has both,
-    # and its true label has this share of its weight: the mean over all ways to choose the examples
+    # what `replay` is a share of. examples: some have true labels, the others soft ones; labels: every example has
+    # both, its true label with this share of its weight: the mean over all ways to choose the examples
     share_of: Literal["examples", "labels"] = "examples"
     # beta: weight, instead of tau, of the true labels that soft-labelled memory has in addition (DER++); 0: none
     label_weight: NonNegativeFloat = 0.0
-    # loss of soft labels: cross-entropy of probabilities, or the mean over classes of squared differences of logits (DER)
+    # loss of soft labels: cross-entropy of probabilities, or squared differences of logits, averaged over classes (DER)
     loss: Literal["cross_entropy", "squared"] = "cross_entropy"
     temperature: PositiveFloat = 1.0  # temperature of the soft labels
-    # which classes compete in rows with soft labels (cross_entropy) and in FROMP's predictions. seen: the same as in rows
-    # with true labels, where later classes have target 0, as in the past's own loss; known: only those that the old
-    # network knew. With train.head=own there is no difference
+    # which classes compete in rows with soft labels (cross_entropy) and in FROMP's predictions. seen: the same as in
+    # rows with true labels, where later classes have target 0, as in the past's own loss; known: only those that the
+    # old network knew. With train.head=own there is no difference
     classes: Literal["seen", "known"] = "seen"
     # stored: label and student on the evaluation view; teacher: the old network labels the student's view;
     # recorded: label of the evaluation view, student on a fresh view (like the published code)

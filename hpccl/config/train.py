@@ -54,9 +54,9 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """How the network is tested."""
 
-    # head: the network's own head; nearest_mean: the class whose mean of normalised features, over memory and its mirror
-    # images, is closest (iCaRL); prototype: the same with means over all training examples of a class, computed when
-    # it was learned; for frozen features
+    # head: the network's own head; nearest_mean: the class whose mean of normalised features, over memory and its
+    # mirror images, is closest (iCaRL); prototype: the same with means over all training examples of a class, computed
+    # when it was learned; for frozen features
     classifier: Literal["head", "nearest_mean", "prototype"] = "head"
     # examples of the means of classifier=nearest_mean: memory's, or all training examples of the tasks so far, an upper
     # bound that reads past data (Mammoth's iCaRL as it is)
