@@ -48,10 +48,7 @@ class PooledTasks(Section):
 
 
 class NearestTasks(Section):
-    """One pair per layer: the nearest Kronecker product of the sum so far and the new task.
-
-    Van Loan and Pitsianis 1993.
-    """
+    """One pair per layer: the Kronecker product nearest to the sum with the new task (Van Loan and Pitsianis 1993)."""
 
     kind: Literal["nearest"] = "nearest"
 
@@ -85,7 +82,7 @@ class LayerMeasured(Measured):
     # weights used at many positions (pixels, tokens). expand: each position counts separately; reduce: an example's
     # inputs are first averaged, and its gradients summed, over positions
     sharing: Literal["expand", "reduce"] = "expand"
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward pass; sums are always fp32
+    precision: Literal["fp32", "bf16"] = "fp32"  # precision of the forward and backward pass; sums are always fp32
     max_factor: PositiveInt = 16384  # largest side of a factor that is accepted; 16384 is 1 GiB
     # layers (module names, with * and ?) that get the diagonal instead, like all but linear maps and convolutions
     diagonal: Annotated[tuple[str, ...], Strict(False)] = ()

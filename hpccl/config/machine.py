@@ -23,7 +23,7 @@ __all__ = [
 class CheckpointConfig(Section):
     """When to save and how many checkpoints to keep. The one at the end of every task is always kept."""
 
-    every: NonNegativeInt = 500  # steps between checkpoints; 0: only at the end of training and of a task
+    every: NonNegativeInt = 500  # steps between checkpoints; 0: only when a task's training ends and when the task ends
     keep: PositiveInt = 2  # number of newest checkpoints kept within a task
     background: bool = False  # write while training continues; a step waits for the copy to host memory only
 

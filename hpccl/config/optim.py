@@ -41,7 +41,7 @@ class AnyOptim(Section):
     """Keys of every optimiser."""
 
     lr: PositiveFloatPerTask = (1e-3,)  # largest learning rate; one value, or one per task
-    schedule: Literal["constant", "cosine", "onecycle"] = "cosine"  # learning rate over a task
+    schedule: Literal["constant", "cosine", "onecycle"] = "cosine"  # course of the learning rate over a task
     warmup: Fraction = 0.0  # share of a task's steps with linear warm-up; onecycle: with a rising rate
     final_lr: Fraction = 0.0  # final learning rate, as a share of lr
 
@@ -69,7 +69,7 @@ class IvonOptim(AnyOptim):
     weight_decay: NonNegativeFloat = 1e-4  # delta: prior precision / N, for all weights
     initial_curvature: PositiveFloat = 1.0  # h0, per example; small values draw weights far from the mean
     effective_size: PositiveFloat | None = None  # lambda: number of examples that the posterior counts; null: N
-    clip: PositiveFloat | None = None  # xi: largest element of an update, before the learning rate
+    clip: PositiveFloat | None = None  # xi: largest element of an update, before the learning rate; null: no limit
     rescale_lr: bool = True  # multiply the learning rate by h0 + delta, so that first steps are those of SGD
 
 

@@ -31,7 +31,7 @@ class QuadraticConfig(Section):
     """weight/2 (w - anchor)' (F + damping) (w - anchor), with F summed over the examples that are not in memory."""
 
     weight: NonNegativeFloat = 0.0  # lambda; 1 is the untempered value; 0: off
-    damping: NonNegativeFloat = 1e-3  # delta
+    damping: NonNegativeFloat = 1e-3  # delta: added to the diagonal of F
     # products with Kronecker factors or eigenbases in a step; bf16: differences, sums and stored factors stay fp32
     products: Literal["fp32", "bf16"] = "fp32"
     # newest: one quadratic around the newest weights; each: every task's own around the weights at its end
@@ -93,7 +93,8 @@ class CorrectConfig(Section):
     """
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of memory.total that is held out for it; 0: no correction
-    penalty: NonNegativeFloat = 0.1  # adds penalty beta^2 / 2 to the mean nats (beta: offset); 0: may have no minimum
+    # weight of beta^2 / 2 (beta: the offset), added to the mean nats; 0: a best beta may not exist
+    penalty: NonNegativeFloat = 0.1
 
 
 class TopologyConfig(Section):

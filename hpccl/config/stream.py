@@ -61,7 +61,7 @@ class BlurryScenario(Section):
 
     kind: Literal["blurry"] = "blurry"
     blur: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of a blurry class's training images given to other tasks
-    disjoint: Fraction = 0.5  # share of each task's classes that are not blurry, but its own; 0: Blurry-M
+    disjoint: Fraction = 0.5  # share of each task's classes that stay in this task alone; 0: Blurry-M
     seed: Seed = 0  # seed of the choice of images and classes, which does not depend on the run's seed
 
 
@@ -91,7 +91,7 @@ class DigitsStream(Section):
     """scikit-learn's 1,797 handwritten digits (8x8 pixels, 1 channel), which need no download."""
 
     kind: Literal["digits"] = "digits"
-    tasks: Annotated[int, Field(gt=0, le=10)] = 5  # number of tasks; kind=classes splits the ten digits among them
+    tasks: Annotated[int, Field(gt=0, le=10)] = 5  # number of tasks; with kind=classes the ten digits are split
     scenario: ScenarioConfig = ClassScenario()  # what tasks have in common
     order: Literal["given", "random"] = "given"  # order of the classes
     order_seed: OrderSeed = 1993  # seed of order=random
