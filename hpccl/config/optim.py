@@ -1,7 +1,7 @@
 """Optimisers: timm's, and those that learn a distribution over weights or look for flat minima.
 
-Units of what the latter are told: the loss is a mean, nats per training example (memory included); N is the number of
-these examples. A precision is nats per squared weight, summed over examples; a weight decay is a precision / N.
+Units of the latter: the loss is a mean in nats per training example (including memory), and N is the number of these
+examples. A precision is in nats per squared weight, summed over examples; a weight decay is a precision / N.
 """
 
 from __future__ import annotations
