@@ -1,1 +1,1 @@
-"""What a run is: frozen, validated, read from YAML. Never imports torch."""
+"""The configuration of a run: frozen, validated and read from YAML. Never imports torch."""

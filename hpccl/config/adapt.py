@@ -1,4 +1,4 @@
-"""The configurations of an adaptation and of its reference, from that of the run that is adapted."""
+"""The configurations of an adaptation and of its reference, made from that of the adapted run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from hpccl.errors import ConfigError, FolderError
 
 __all__ = ["SETTINGS", "adapted_config", "named", "reference_config"]
 
-# What may be set over the run's: how weights are found, and how memory is weighed. Other values of all else would
-# change what memory means, or how the network is tested: what it then gains over the run is not the adaptation's.
+# Settings that may override the run's: how weights are trained, and how memory is weighted. All others would change
+# what memory means or how the network is tested, so that a gain over the run would not be due to the adaptation.
 _SECTIONS = ("optim", "engine", "cluster", "checkpoint", "log")
 _TRAIN = ("epochs", "batch_size", "accumulate", "clip_norm", "ema", "frozen", "norms")
 _PRIOR = ("weight", "scale_to_task", "temperature", "view")
 _DATA = tuple(f"data.{name}" for name in READING)  # how images are fetched
 _KEYS = (*(f"train.{name}" for name in _TRAIN), *(f"prior.{name}" for name in _PRIOR), *_DATA)
-SETTINGS = f"{', '.join(_KEYS)}; of {', '.join(_SECTIONS)} all; with --model, of model"  # in words
-_REFERENCE = ("model", "engine", "cluster", "checkpoint", "log")  # settings that are the reference's, too
-_PULLS = ("optim.weight_decay", "optim.prior_precision")  # likewise, where another prior takes the place of the run's
-_NO_QUADRATIC = ("prior.quadratic.weight=0", "prior.quadratic.decay=1")  # it is of other weights
-_ALL_LEARNS = ("train.frozen=[]", "train.norms=batch")  # from nothing, as in RUN's first task
+SETTINGS = f"{', '.join(_KEYS)}; all of {', '.join(_SECTIONS)}; with --model, all of model"  # in words
+_REFERENCE = ("model", "engine", "cluster", "checkpoint", "log")  # settings that also apply to the reference
+_PULLS = ("optim.weight_decay", "optim.prior_precision")  # likewise, if another prior replaces the run's
+_NO_QUADRATIC = ("prior.quadratic.weight=0", "prior.quadratic.decay=1")  # it is for other weights
+_ALL_LEARNS = ("train.frozen=[]", "train.norms=batch")  # all weights learn, as in RUN's first task
 
 
 def adapted_config(
@@ -39,11 +39,11 @@ def adapted_config(
         task: the last task of the run.
         change: `kind` and its keys, of section adapt.
         model: kind of the other network, for kind=model.
-        settings: `key=value` that go over the run's.
+        settings: `key=value` that override the run's.
 
     Raises:
         ConfigError: a setting is not allowed, or clashes, or `out` is RUN.
-        FolderError: RUN is no run, or an adaptation itself.
+        FolderError: RUN is not a run, or is itself an adaptation.
     """
     source = _source(run)
     if out.resolve() == run.resolve():
@@ -60,11 +60,11 @@ def adapted_config(
 def reference_config(
     run: Path, out: Path, *, task: int, change: Mapping[str, Any], model: str | None, settings: Sequence[str]
 ) -> RunConfig:
-    """The same for what retrains from nothing on all examples that the adapted network stands for, as RUN was trained.
+    """The same for the reference: as RUN, but a new network, trained on all examples that the adapted one stands for.
 
     Raises:
         ConfigError: a setting clashes.
-        FolderError: RUN is no run.
+        FolderError: RUN is not a run.
     """
     words = _words(run, out, _source(run), task=task, change={**change, "retrain": True})
     words += [*_model(model), "name=retrain", "train.data=seen", *_NO_QUADRATIC, "prior.fromp.weight=0"]
@@ -120,16 +120,18 @@ def _refuse_fixed(setting: str, model: str | None) -> None:
     ):
         return
     if key in ("folder", "name"):
-        raise ConfigError(f"{setting}: --out says where an adaptation goes and what it is called; give that alone")
+        raise ConfigError(f"{setting}: --out sets the folder and the name of an adaptation; leave {key} out")
     if root == "model":
-        raise ConfigError(f"{setting}: the network stays what it is; give its kind with --model to adapt another one")
+        raise ConfigError(
+            f"{setting}: an adaptation keeps the network; to train another one, give its kind with --model"
+        )
     raise ConfigError(
-        f"{setting}: an adaptation keeps {key} as its run has it; leave it out. What may be set, key by key: {SETTINGS}"
+        f"{setting}: an adaptation keeps {key} as in its run; leave it out. Keys that may be set one by one: {SETTINGS}"
     )
 
 
 def named(text: str) -> list[str]:
-    """Classes and ids of `--remove`: a file with one a line, or names with commas between them.
+    """Classes and ids of `--remove`: a file with one per line, or names separated by commas.
 
     Raises:
         ConfigError: nothing is named, or the file cannot be read.
@@ -141,5 +143,7 @@ def named(text: str) -> list[str]:
         raise ConfigError(f"--remove {text}: the file cannot be read: {error}") from error
     found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not found:
-        raise ConfigError(f"--remove {text}: names no class and no example")
+        raise ConfigError(
+            f"--remove {text}: names no class and no example; give names separated by commas, or a file of them"
+        )
     return found

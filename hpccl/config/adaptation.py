@@ -1,4 +1,4 @@
-"""Of a trained network to something new."""
+"""Adaptation of a trained network."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ __all__ = ["AdaptConfig", "AddData", "AnyAdaptation", "NewModel", "NewPrecision"
 
 
 class NoAdaptation(Section):
-    """A run of its own."""
+    """No adaptation: a normal run."""
 
     kind: Literal["none"] = "none"
 
 
 class AnyAdaptation(Section):
-    """What every adaptation of a trained network is told; written by `hpccl adapt`."""
+    """Keys of every adaptation of a trained network; written by `hpccl adapt`."""
 
     source: str  # folder of the run whose network is adapted
-    task: NonNegativeInt  # the network after this task of it, counted from 0: its last
-    retrain: bool = False  # the reference: learn anew from all examples that the adapted network stands for
+    task: NonNegativeInt  # last task of that run, counted from 0; the network at its end is adapted
+    retrain: bool = False  # reference: train a new network on all examples that the adapted one stands for
 
 
 class AddData(AnyAdaptation):
-    """Further examples of known classes."""
+    """Add examples of known classes."""
 
     kind: Literal["add"] = "add"
-    data: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]  # folders or URLs of shards
+    data: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]  # folders or URLs of shards of new examples
 
 
 class RemoveData(AnyAdaptation):
-    """Fewer examples: as if some had never been learned."""
+    """Remove examples, as if they had never been learned."""
 
     kind: Literal["remove"] = "remove"
     names: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]  # classes, or ids `<data set>/<key>`
 
 
 class NewPrecision(AnyAdaptation):
-    """Another normal prior of the weights."""
+    """Change the precision of the weights' normal prior."""
 
     kind: Literal["precision"] = "precision"
-    precision: NonNegativeFloat  # takes the place of prior.normal.precision
+    precision: NonNegativeFloat  # replaces prior.normal.precision
 
 
 class NewModel(AnyAdaptation):
-    """Another network, which `model` names."""
+    """Transfer to another network, given by `model`."""
 
     kind: Literal["model"] = "model"
 

@@ -1,7 +1,7 @@
-"""What every section of a configuration is, and the types of its values. No torch here, nor in the sections, so that a
-login node can check a file in a moment.
+"""The base class of all sections of a configuration, and the types of their values. Neither this module nor the
+sections import torch, so that a login node can check a file quickly.
 
-Units: a weight multiplies nats; sizes are examples; lengths are optimiser steps unless the name says otherwise.
+Units: weights multiply nats; sizes are numbers of examples; lengths are optimiser steps unless the name says otherwise.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def per_task(values: tuple[Value, ...], task: int) -> Value:
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]  # a word of a hash
+Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]  # an unsigned 64-bit word of a hash
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-# One value, or one a task (the last repeats); always stored as a tuple.
+# One value, or one per task (the last repeats); always stored as a tuple.
 _PER_TASK = Field(min_length=1, json_schema_extra={"per_task": True})
 IntPerTask = Annotated[tuple[PositiveInt, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
 FloatPerTask = Annotated[tuple[NonNegativeFloat, ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK]
@@ -61,7 +61,7 @@ SharePerTask = Annotated[
     tuple[Annotated[float, Field(gt=0, le=1)], ...], Strict(False), BeforeValidator(_as_tuple), _PER_TASK
 ]
 Floats = Annotated[tuple[float, ...], Strict(False)]
-# Text that goes into a script: a line break in it would begin another command.
+# Text that is written into a script, where a line break would begin another command.
 Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", json_schema_extra={"words": "text of one line"})]
 Word = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f]+$", json_schema_extra={"words": "text without spaces"})]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]

@@ -1,4 +1,4 @@
-"""Two keys of a configuration that cannot both be meant."""
+"""Keys of a configuration whose values contradict each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Clash", "ClashError"]
 
 @dataclass(frozen=True)
 class Clash:
-    """keys: the key that is wrong, then those that make it so; problem: why, and what to do."""
+    """keys: the wrong key, then those that it clashes with; problem: why, and what to do."""
 
     keys: tuple[str, ...]
     problem: str

@@ -1,4 +1,4 @@
-"""The curvature of the quadratic: its kinds, and how those of several tasks become one."""
+"""Curvature of the quadratic: its kinds, and how the curvatures of several tasks are summed."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ __all__ = [
 
 
 class ListedTasks(Section):
-    """Every task's own factors, exactly, as long as they fit; then the closest terms of each layer are merged.
+    """Every task's factors are kept exactly, as long as they fit; then the closest terms of each layer are merged.
 
-    A merge is the nearest Kronecker product of two terms. Its error is known before it is made; one that would take a
-    layer beyond `tolerance` is not made, and then the list stays larger than it should.
+    A merge replaces two terms by their nearest Kronecker product. Its error is known in advance: one that would take a
+    layer beyond `tolerance` is not made, and the list then exceeds its limits.
     """
 
     kind: Literal["list"] = "list"
-    max_gib: PositiveFloat = 4.0  # of all factors on all ranks together
-    max_cost: PositiveFloat = 4.0  # of one step's pull, in multiples of the exact pull of one task
-    tolerance: Annotated[float, Field(ge=0)] = 0.1  # largest error of a layer's sum, relative, Frobenius norm
+    max_gib: PositiveFloat = 4.0  # GiB of all factors, on all ranks together
+    max_cost: PositiveFloat = 4.0  # cost of the pull in a step, in multiples of the exact pull of one task
+    tolerance: Annotated[float, Field(ge=0)] = 0.1  # largest relative error of a layer's sum, in Frobenius norm
 
 
 class PooledTasks(Section):
-    """One pair a layer: input factors averaged over examples, gradient factors summed (online Laplace)."""
+    """One pair per layer: input factors averaged over examples, gradient factors summed (online Laplace)."""
 
     kind: Literal["pooled"] = "pooled"
 
 
 class NearestTasks(Section):
-    """One pair a layer: the nearest Kronecker product of the sum so far and the new task (Van Loan, Pitsianis 1993)."""
+    """One pair per layer: the Kronecker product nearest to the sum with the new task (Van Loan and Pitsianis 1993)."""
 
     kind: Literal["nearest"] = "nearest"
 
 
 class RefitTasks(Section):
-    """One eigenbasis a layer, that of the nearest pair, with the exact diagonal of the sum in it (EKFAC)."""
+    """One eigenbasis per layer, that of the nearest pair, with the exact diagonal of the sum in it (EKFAC)."""
 
     kind: Literal["refit"] = "refit"
 
@@ -63,34 +63,36 @@ TasksConfig = Annotated[ListedTasks | PooledTasks | NearestTasks | RefitTasks, F
 
 
 class Measured(Section):
-    """What every kind of curvature measures."""
+    """Keys of curvatures that are measured with labels."""
 
-    # exact over labels, labels drawn from the model, true labels; weighted: true ones, by their probability (Mammoth);
-    # predicted: the likeliest ones
+    # labels of the Fisher matrix. ggn: exact over all; mc: drawn from the network; empirical: true ones; weighted: true
+    # ones, weighted by their probability (Mammoth); predicted: the most probable ones
     fisher: Literal["ggn", "mc", "empirical", "weighted", "predicted"] = "ggn"
     samples: PositiveInt = 1  # labels drawn per example for fisher=mc
-    fraction: SharePerTask = (1.0,)  # of a task's examples that is used; one value, or one a task
-    batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
+    fraction: SharePerTask = (1.0,)  # share of a task's examples that is used; one value, or one per task
+    batch_size: PositiveInt = 256  # examples at a time; affects memory use, not the result
 
 
 class LayerMeasured(Measured):
-    """What both Kronecker kinds measure of a layer."""
+    """Keys of both Kronecker kinds."""
 
-    # exact over labels, labels drawn from the model, true labels; weighted: true ones, by their probability (Mammoth);
-    # predicted: the likeliest ones
+    # labels of the Fisher matrix. ggn: exact over all; mc: drawn from the network; empirical: true ones; weighted: true
+    # ones, weighted by their probability (Mammoth); predicted: the most probable ones
     fisher: Literal["ggn", "mc", "empirical", "weighted", "predicted"] = "mc"
-    sharing: Literal["expand", "reduce"] = "expand"  # of a weight over positions: each counts alone, or their mean does
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward pass; sums are always fp32
-    max_factor: PositiveInt = 16384  # largest side of a factor; 16384 is 1 GiB
-    # layers (module names, with * and ?) that get the diagonal instead, like all that is no linear map or convolution
+    # weights used at many positions (pixels, tokens). expand: each position counts separately; reduce: an example's
+    # inputs are first averaged, and its gradients summed, over positions
+    sharing: Literal["expand", "reduce"] = "expand"
+    precision: Literal["fp32", "bf16"] = "fp32"  # precision of the forward and backward pass; sums are always fp32
+    max_factor: PositiveInt = 16384  # largest side of a factor that is accepted; 16384 is 1 GiB
+    # layers (module names, with * and ?) that get the diagonal instead, like all but linear maps and convolutions
     diagonal: Annotated[tuple[str, ...], Strict(False)] = ()
 
 
 class KroneckerCurvature(LayerMeasured):
-    """K-FAC: a Kronecker product for each layer, exact diagonal for norms, embeddings and free parameters."""
+    """K-FAC: one Kronecker product per layer, and the exact diagonal for norms, embeddings and free parameters."""
 
     kind: Literal["kronecker"] = "kronecker"
-    tasks: TasksConfig = ListedTasks()  # how the curvatures of several tasks become one
+    tasks: TasksConfig = ListedTasks()  # how the curvatures of several tasks are summed
     keep_trace: Annotated[float, Field(gt=0, le=1)] = 1.0  # below 1: low-rank factors that keep this share of the trace
 
 
@@ -101,55 +103,55 @@ class EkfacCurvature(LayerMeasured):
 
 
 class DiagonalCurvature(Measured):
-    """Diagonal of the Fisher matrix, exact per example."""
+    """Diagonal of the Fisher matrix, exact for each example."""
 
     kind: Literal["diagonal"] = "diagonal"
-    # examples whose gradients are averaged before they are squared. Above 1 it is no Fisher matrix, and up to so many
-    # times smaller, but it is what Avalanche takes for one; with fisher=empirical
+    # number of examples whose gradients are averaged before they are squared; above 1 only with fisher=empirical. Above
+    # 1 the result is not a Fisher matrix and is up to `group` times smaller, but it is what Avalanche uses
     group: PositiveInt = 1
 
 
 class MasCurvature(Section):
-    """Memory Aware Synapses (Aljundi et al. 2018): how much a weight moves the squared norm of the competing logits.
+    """Memory Aware Synapses (Aljundi et al. 2018): how much each weight changes the squared norm of competing logits.
 
-    Omega = mean_i |d |z_i|^2 / dw|, no labels; the quadratic is then weight * sum Omega (w - a)^2 beside the mean loss
-    of a new task of as many examples. Exact per example, whatever the batch and the number of processes.
+    Omega = mean_i |d |z_i|^2 / dw|, without labels; the quadratic is then weight * sum Omega (w - a)^2, added to the
+    mean loss of a new task of the same size. Exact for each example, whatever the batch and the number of processes.
     """
 
     kind: Literal["mas"] = "mas"
-    # global: of the network's output; local: of every layer's own output, its input held constant (Hebbian)
+    # global: change of the network's output; local: of every layer's own output, for constant layer input (Hebbian)
     variant: Literal["global", "local"] = "global"
-    # examples whose gradients are averaged before their absolute values are taken. Above 1 signs cancel, as they do in
-    # the authors' code (200) and in Avalanche; with variant=global
+    # number of examples whose gradients are averaged before their absolute values are taken; above 1 only with
+    # variant=global. Above 1 signs cancel, as they do in the authors' code (200) and in Avalanche
     group: PositiveInt = 1
-    fraction: SharePerTask = (1.0,)  # of a task's examples that is used; one value, or one a task
-    batch_size: PositiveInt = 256  # examples at a time; changes memory use, not the result
+    fraction: SharePerTask = (1.0,)  # share of a task's examples that is used; one value, or one per task
+    batch_size: PositiveInt = 256  # examples at a time; affects memory use, not the result
 
 
 class SiCurvature(Section):
-    """Synaptic Intelligence (Zenke et al. 2017): what each weight did for the loss while it was learned.
+    """Synaptic Intelligence (Zenke et al. 2017): how much each weight reduced the loss while it was learned.
 
-    Omega = max(omega, 0) / (distance^2 + xi), no pass over the task; the quadratic is that of kind=mas with this Omega.
+    Omega = max(omega, 0) / (distance^2 + xi), without a pass; the quadratic is that of kind=mas with this Omega.
     """
 
     kind: Literal["si"] = "si"
-    xi: PositiveFloat = 0.1  # added to the squared distance that a weight moved in a task, by which omega is divided
-    # task: what a step did for the loss; total: for the loss and the quadratic together (Avalanche)
+    xi: PositiveFloat = 0.1  # added to the squared distance that a weight moved in a task, the divisor of omega
+    # task: effect of a step on the loss; total: on the loss and the quadratic together (Avalanche)
     gradient: Literal["task", "total"] = "task"
-    limit: PositiveFloat | None = None  # largest Omega that a task adds to a weight's; null: none
-    fraction: SharePerTask = (1.0,)  # of a pass over the task: there is none, leave it 1
-    batch_size: PositiveInt = 256  # examples at a time, of other passes over a task
+    limit: PositiveFloat | None = None  # largest Omega that a task adds to a weight's; null: no limit
+    fraction: SharePerTask = (1.0,)  # must be 1: there is no pass over the task
+    batch_size: PositiveInt = 256  # examples at a time in other passes over a task
 
 
 class DenseCurvature(Measured):
-    """The whole matrix, for small networks and tests."""
+    """The full matrix, for small networks and tests."""
 
     kind: Literal["dense"] = "dense"
-    max_parameters: PositiveInt = 10000  # a larger network is refused; 10000 is 0.4 GB
+    max_parameters: PositiveInt = 10000  # larger networks are refused; 10000 parameters take 0.4 GB
 
 
 class OptimizerCurvature(Measured):
-    """The diagonal that the optimiser has learned: no pass over the task. ivon, vogn, soba, adam, adamw or rmsprop."""
+    """The diagonal that the optimiser has learned (ivon, vogn, soba, adam, adamw or rmsprop), without a pass."""
 
     kind: Literal["optimizer"] = "optimizer"
 

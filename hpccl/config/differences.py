@@ -9,11 +9,11 @@ __all__ = ["ABSENT", "Flat", "differences", "flat"]
 
 Flat: TypeAlias = dict[str, Any]
 
-ABSENT = "absent"  # in the place of a value whose key the other one has
+ABSENT = "absent"  # stands for the value of a key that only the other side has
 
 
 def flat(value: Any, prefix: str = "") -> Flat:
-    """Dotted keys of the leaves; a mapping's own key is kept where it is empty.
+    """The leaves by dotted key; an empty mapping is a leaf.
 
     >>> flat({"a": {"b": 1, "c": {}}})
     {'a.b': 1, 'a.c': {}}
@@ -27,7 +27,7 @@ def flat(value: Any, prefix: str = "") -> Flat:
 
 
 def differences(old: Flat, new: Flat) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) where these differ, in the order of the keys.
+    """(key, old value, new value) of all keys whose values differ, in the order of the keys.
 
     >>> differences({"a": 1, "b": 2}, {"a": 1, "c": 3})
     [('b', 2, 'absent'), ('c', 'absent', 3)]

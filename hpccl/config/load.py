@@ -1,4 +1,4 @@
-"""Files and `key=value` arguments to a RunConfig, or one error that names every mistake and where it was said."""
+"""From files and `key=value` arguments to a RunConfig, or one error with every mistake and its source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["dump", "is_override", "load", "load_recorded", "points", "sweep"]
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 _LONGEST = 200  # bytes of a folder's name; file systems allow 255
-_DEEPEST = 20  # dots in a key; sections are nested much less
+_DEEPEST = 20  # dots in a key; sections are nested far less deeply
 _ROOT = Choice({"": RunConfig}, "", tagged=False)
 
 
@@ -41,11 +41,13 @@ def load(files: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
     """Merge files from left to right, then `dotted.key=value` arguments, and validate.
 
     Raises:
-        ConfigError: one line per mistake: key, value, what is allowed, and the file and line or argument that said it.
+        ConfigError: one line per mistake: key, value, what is allowed, and its source (file and line, or argument).
     """
     axes = [(key, text) for key, text in _split(overrides) if len(_alternatives(text)) > 1]
     if axes:
-        lines = [f"{key}={text} asks for several runs; here one is expected (a list is [{text}])" for key, text in axes]
+        lines = [
+            f"{key}={text} is a sweep, but one run is expected here (a list is written [{text}])" for key, text in axes
+        ]
         raise ConfigError("\n".join(lines))
     return _load(files, overrides)
 
@@ -54,13 +56,13 @@ def load_recorded(path: Path) -> RunConfig:
     """A run's config.yaml, as `dump` wrote it.
 
     Raises:
-        ConfigError: it is no such file any more, or this version cannot read it.
+        ConfigError: the file is damaged, or this version cannot read it.
     """
     config = load([path], [])
     *_, last = RunConfig.model_fields
-    if last not in config.model_fields_set:  # it says everything; half of it would be a run with other settings
+    if last not in config.model_fields_set:  # it has every key; a part of it would be a run with other settings
         raise ConfigError(
-            f"'{path}' is empty or cut off (a run's has every key, and '{last}' is missing): restore it from a copy"
+            f"'{path}' is empty or cut off (it should have every key, but '{last}' is missing); restore it from a copy"
         )
     return config
 
@@ -93,16 +95,18 @@ def sweep(files: Sequence[Path], overrides: Sequence[str]) -> list[RunConfig]:
 
 
 def points(overrides: Sequence[str]) -> list[dict[str, str]]:
-    """For each run of a sweep, the value of every `key=a,b` axis; one empty mapping where there is no axis.
+    """For each run of a sweep, the value of every `key=a,b` axis; one empty mapping if there is no axis.
 
     Raises:
-        ConfigError: an argument is no `key=value`, or a value is given twice.
+        ConfigError: an argument is not `key=value`, or a value is given twice.
     """
     axes = {key: _alternatives(text) for key, text in _split(overrides)}
     axes = {key: values for key, values in axes.items() if len(values) > 1}
     repeated = [key for key, values in axes.items() if len(set(values)) < len(values)]
     if repeated:
-        raise ConfigError("\n".join(f"{key}: a value is given twice in {','.join(axes[key])}" for key in repeated))
+        raise ConfigError(
+            "\n".join(f"{key}: a value is given twice in {','.join(axes[key])}; leave one out" for key in repeated)
+        )
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -125,7 +129,7 @@ def _refuse_shared_folders(configs: Sequence[RunConfig]) -> None:
 
 
 def dump(config: RunConfig) -> str:
-    """YAML with every key, which loads back to an equal configuration."""
+    """YAML with every key, which loads as an equal configuration."""
     yaml = YAML(typ="rt", pure=True)
     yaml.width = 10_000
     yaml.representer.add_representer(type(None), _represent_null)
@@ -139,7 +143,7 @@ def _represent_null(representer: Any, value: None) -> Any:
 
 
 def _in_flow(value: Any) -> Any:
-    """Lists of scalars on one line; text with line breaks and the like as escapes, which survive every reader."""
+    """Lists of scalars on one line; text with line breaks and the like with escapes, which every reader keeps."""
     if isinstance(value, dict):
         return {_in_flow(key): _in_flow(item) for key, item in value.items()}
     if isinstance(value, str) and not value.isprintable():
@@ -156,7 +160,7 @@ def _in_flow(value: Any) -> Any:
 
 
 def _split(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """(key, text) of each argument; of a key given twice, the last counts."""
+    """(key, text) of each argument; if a key is given twice, the last one counts."""
     matches = [(text, _OVERRIDE.fullmatch(text)) for text in overrides]
     wrong = [text for text, match in matches if match is None]
     if wrong:
@@ -165,7 +169,7 @@ def _split(overrides: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _alternatives(text: str) -> list[str]:
-    """`a,b` split at commas that stand outside brackets and quotes."""
+    """`a,b` split at commas outside brackets and quotes."""
     parts, depth, quote, start = [], 0, "", 0
     before = ","  # the last character that is not a space: a quote opens only at the start of a value
     for at, char in enumerate(text):
@@ -242,7 +246,7 @@ def _as_table(node: Node) -> Table:
 
 
 def _merge(old: Node | None, new: Node, held: Choice | None, mistakes: list[str]) -> Node:
-    """`new` over `old`; `held` says which sections may stand here."""
+    """`new` over `old`; `held`: the sections that are allowed here."""
     if isinstance(old, Items) and isinstance(new, Table) and new.entries and all(map(str.isdecimal, new.entries)):
         return _merge_items(old, new, held, mistakes)
     if held and held.tagged and isinstance(new, Leaf) and new.value in held.sections:
@@ -252,7 +256,7 @@ def _merge(old: Node | None, new: Node, held: Choice | None, mistakes: list[str]
     below = old if isinstance(old, Table) else Table({}, new.source)
     kind = _kind(new) or _kind(below)
     if held and _kind(new) and _kind(new) != (_kind(below) or held.default):
-        below = Table({}, new.source)  # another kind starts afresh
+        below = Table({}, new.source)  # another kind drops the keys of the old one
     section = held.pick(kind) if held else None
     entries = dict(below.entries)
     for key, value in new.entries.items():
@@ -296,7 +300,7 @@ def _with_kinds(node: Node, held: Choice | None) -> Node:
 
 @dataclass(frozen=True)
 class _Wrong:
-    """One of pydantic's errors: the keys that lead to it, the section that the last key is in, and what it is."""
+    """One of pydantic's errors: the path of keys, the section of the last key, and the error's type and message."""
 
     path: tuple[str, ...]
     section: type[Section] | None
@@ -307,7 +311,7 @@ class _Wrong:
 def _validate(tree: Table) -> tuple[RunConfig | None, list[str]]:
     """The configuration, and a line for each mistake.
 
-    Rules between sections are checked on what is left without the wrong keys, so that both are told at once.
+    Rules between sections are checked without the wrong keys, so that mistakes of both kinds are reported at once.
     """
     lines: list[str] = []
     broken: list[tuple[str, ...]] = []
@@ -324,7 +328,7 @@ def _validate(tree: Table) -> tuple[RunConfig | None, list[str]]:
                 break
             wrong = [each for each in _wrongs(error) if not _left_out(each, broken)]
             lines += [_line(each, filled) for each in wrong]
-        if not wrong:  # what is left is missing only because it was wrong: leave out all that is above it
+        if not wrong:  # keys are missing only because they were wrong: leave out all above them
             tree = Table({key: node for key, node in tree.entries.items() if key not in {p[0] for p in broken}}, "")
         for each in wrong:
             path = each.path[:-1] if each.type == "missing" else each.path
@@ -344,7 +348,7 @@ def _clashes(error: ValidationError) -> tuple[Clash, ...]:
 
 
 def _touches(clash: Clash, broken: Sequence[tuple[str, ...]]) -> bool:
-    """Whether a clash speaks of a key that was left out, or of one above or below it."""
+    """Whether a clash is about a key that was left out, or about one above or below it."""
     keys = [tuple(key.split(".")) for key in clash.keys]
     return any(key[: len(path)] == path[: len(key)] for key in keys for path in broken)
 
@@ -353,13 +357,13 @@ def _wrongs(error: ValidationError) -> Iterator[_Wrong]:
     found = [(*_untagged(each["loc"]), each) for each in error.errors(include_url=False)]
     paths = [path for path, _, _ in found]
     for path, section, each in found:
-        # A list whose items are wrong also counts as too short: tell the cause only.
+        # A list with wrong items also counts as too short: report the cause only.
         if not any(len(other) > len(path) and other[: len(path)] == path for other in paths):
             yield _Wrong(path, section, each["type"], each["msg"])
 
 
 def _untagged(loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[Section] | None]:
-    """The path without the kinds that pydantic puts in, and the section that its last key is in."""
+    """The path without the kinds that pydantic adds, and the section of its last key."""
     path: list[str] = []
     held: Choice | None = _ROOT
     section: type[Section] | None = RunConfig
@@ -378,7 +382,7 @@ def _untagged(loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[Section
             inside = held.pick(str(loc[at]))
             at += 1
         if held is None and section is not None and _of_types(section, name):
-            break  # what follows names the type that was tried
+            break  # the rest is the type that was tried
     return tuple(path), section
 
 
@@ -422,7 +426,7 @@ def _value_line(wrong: _Wrong, node: Node, shown: tuple[str, ...]) -> str:
 
 
 def _field(wrong: _Wrong) -> tuple[type[Section], str] | None:
-    """The section and key that an error is about: the last part of its path that is no position in a list."""
+    """The section and key of an error: the last part of its path that is not a position in a list."""
     names = [part for part in wrong.path if not part.isdecimal()]
     for name in reversed(names):
         if wrong.section is not None and name in wrong.section.model_fields:
@@ -443,7 +447,7 @@ def _clash_line(clash: Clash, tree: Node) -> str:
 
 
 def _default(key: str, tree: Node) -> Leaf:
-    """What holds where `key` is not given, in a section of the kind that the tree has."""
+    """The default of `key`, in a section of the kind that the tree has."""
     held: Choice | None = _ROOT
     node: Node | None = tree
     value: Any = "default"
@@ -457,7 +461,7 @@ def _default(key: str, tree: Node) -> Leaf:
 
 
 def _short(node: Node) -> str:
-    """The value as one would write it, cut when long."""
+    """The value as it is written in a file, shortened if long."""
     text = _written(plain(node))
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -1,4 +1,4 @@
-"""How a run is carried out and watched: checkpoints, logs, processes, jobs."""
+"""How a run is executed and logged: checkpoints, logs, processes, jobs."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ __all__ = [
 
 
 class CheckpointConfig(Section):
-    """When to save and how many to keep. The end of every task is always kept."""
+    """When to save and how many checkpoints to keep. The one at the end of every task is always kept."""
 
-    every: NonNegativeInt = 500  # steps; 0: only at the end of a phase
-    keep: PositiveInt = 2  # newest ones kept within a task
-    background: bool = False  # write while training goes on; a step waits for the copy to host memory only
+    every: NonNegativeInt = 500  # steps between checkpoints; 0: only when a task's training ends and when the task ends
+    keep: PositiveInt = 2  # number of newest checkpoints kept within a task
+    background: bool = False  # write while training continues; a step waits for the copy to host memory only
 
 
 class LogConfig(Section):
-    """What is written while running."""
+    """What is logged during the run."""
 
-    every: PositiveInt = 20  # steps between two lines of loss terms
+    every: PositiveInt = 20  # steps between two logged lines of loss terms
     quiet: bool = False  # no progress display
-    tensorboard: bool = True  # write curves to the run folder
+    tensorboard: bool = True  # write TensorBoard curves to the run folder
     reconstruction: Fraction = (
-        0.0  # share of the past on which the error of reconstructed gradients is measured, where there is a prior
+        0.0  # share of the past for measuring the gradient-reconstruction error, with memory or a quadratic; 0: off
     )
 
 
 class AnyCluster(Section):
-    """What every kind of cluster is told."""
+    """Keys of every kind of cluster."""
 
-    threads: PositiveInt | None = None  # of each process; null: an equal share of the cores
+    # threads per process; null: OMP_NUM_THREADS, else an equal share of the cores (slurm: cluster.cpus)
+    threads: PositiveInt | None = None
     timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0  # seconds that a process waits for another before it ends
 
 
 class InlineCluster(AnyCluster):
-    """This process alone."""
+    """Runs in this process alone."""
 
     kind: Literal["inline"] = "inline"
 
@@ -66,8 +67,8 @@ class LocalCluster(AnyCluster):
     """Processes on this machine."""
 
     kind: Literal["local"] = "local"
-    nproc: PositiveInt = 1  # processes; one a GPU, or a few a CPU
-    port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0: a free one
+    nproc: PositiveInt = 1  # number of processes: one per GPU, or a few per CPU
+    port: Annotated[int, Field(ge=0, le=65535)] = 0  # port at which the processes meet; 0: a free one
 
     @property
     def nodes(self) -> int:
@@ -76,10 +77,10 @@ class LocalCluster(AnyCluster):
 
 
 class Container(Section):
-    """An image in which processes run, by pyxis (srun --container-image)."""
+    """A container image in which the processes run, by pyxis (srun --container-image)."""
 
-    image: Line  # a .sqsh file or what enroot can import
-    mounts: Annotated[tuple[Line, ...], Strict(False)] = ()  # HOST:INSIDE; the folder of the command is always mounted
+    image: Line  # a .sqsh file, or anything that enroot can import
+    mounts: Annotated[tuple[Line, ...], Strict(False)] = ()  # HOST:INSIDE; the working directory is always mounted
     home: bool = False  # mount the home folder
 
 
@@ -87,28 +88,28 @@ class SlurmCluster(AnyCluster):
     """Jobs of a SLURM cluster, for `hpccl submit`."""
 
     kind: Literal["slurm"] = "slurm"
-    nodes: PositiveInt = 1  # machines
-    gpus: NonNegativeInt = 0  # of each node; one process each
-    tasks: PositiveInt | None = None  # processes on each node; null: one a GPU, or one
-    cpus: PositiveInt = 1  # cores of each process
-    mem: Memory | None = None  # of each node; null: the cluster's default
-    time: TimeLimit = "1:00:00"  # limit; h:mm:ss, d-hh:mm:ss or minutes
-    partition: Word | None = None  # null: the cluster's default
-    account: Word | None = None  # whom to charge
+    nodes: PositiveInt = 1  # number of nodes
+    gpus: NonNegativeInt = 0  # GPUs per node; one process each
+    tasks: PositiveInt | None = None  # processes per node; null: one per GPU, or one without GPUs
+    cpus: PositiveInt = 1  # cores per process
+    mem: Memory | None = None  # memory per node; null: the cluster's default
+    time: TimeLimit = "1:00:00"  # time limit: h:mm:ss, d-hh:mm:ss or minutes
+    partition: Word | None = None  # partition; null: the cluster's default
+    account: Word | None = None  # account to charge
     qos: Word | None = None  # quality of service
     constraint: Line | None = None  # features that nodes must have
     exclude: Word | None = None  # nodes to avoid
     array: PositiveInt = 256  # runs of a sweep that may run at the same time
     save: PositiveInt = 120  # seconds before the time limit at which a run saves and asks to be queued again
-    restarts: NonNegativeInt = 1000  # how often a job may be queued again by itself
-    interface: Word | None = None  # network of NCCL and gloo, such as ib0; null: theirs to choose
-    container: Container | None = None  # null: none
-    modules: Annotated[tuple[Line, ...], Strict(False)] = ()  # `module load` each before the start
-    setup: Annotated[tuple[Line, ...], Strict(False)] = ()  # further lines of shell before the start
-    environment: dict[Variable, Line] = {}  # further variables of all processes
-    python: Line | None = None  # interpreter on the nodes; null: the one that submits
+    restarts: NonNegativeInt = 1000  # how often a job may requeue itself
+    interface: Word | None = None  # network interface of NCCL and gloo, such as ib0; null: their own choice
+    container: Container | None = None  # container in which the processes run; null: none
+    modules: Annotated[tuple[Line, ...], Strict(False)] = ()  # modules to load (`module load`) before the start
+    setup: Annotated[tuple[Line, ...], Strict(False)] = ()  # further shell commands before the start
+    environment: dict[Variable, Line] = {}  # further environment variables of all processes
+    python: Line | None = None  # Python interpreter on the nodes; null: the one that submits
     srun: Annotated[tuple[Line, ...], Strict(False)] = ()  # further arguments of srun, such as --gpu-bind=none
-    extra: dict[str, bool | int | Line] = {}  # further parameters of sbatch, by their long names without dashes
+    extra: dict[str, bool | int | Line] = {}  # further parameters of sbatch, by long names without leading dashes
 
     @property
     def nproc(self) -> int:

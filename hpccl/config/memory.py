@@ -1,4 +1,4 @@
-"""Examples of past tasks that are kept: how many, which, and how they are mixed with new ones."""
+"""The memory: how many examples of past tasks are kept, which ones, and how they are mixed with new ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class NaturalMix(Section):
-    """Shuffle the union of the task and the memory: every example once an epoch."""
+    """The union of the task and the memory is shuffled; every example is used once per epoch."""
 
     kind: Literal["natural"] = "natural"
 
@@ -35,7 +35,7 @@ class StratifiedMix(Section):
     """A fixed share of memory rows in every step, weighted so that the expected objective stays the same."""
 
     kind: Literal["stratified"] = "stratified"
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of a step's rows
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of memory in a step's rows
 
 
 class UniformSelector(Section):
@@ -45,71 +45,71 @@ class UniformSelector(Section):
 
 
 class ReservoirSelector(Section):
-    """The smallest hashes of (seed, example). With memory.total: a uniform sample of all that was ever seen."""
+    """The smallest hashes of (seed, example). With memory.total: a uniform sample of all examples seen."""
 
     kind: Literal["reservoir"] = "reservoir"
 
 
 class GreedySelector(Section):
-    """One example after the other: kept if its class has fewer than its share, in place of one of the largest class.
+    """An example is kept if its class has fewer than its share; in a full memory it replaces one of the largest class.
 
-    GDumb's sampler (Prabhu et al. 2020), over the task's examples in a random order. With memory.total: over all that
-    was ever seen.
+    GDumb's sampler (Prabhu et al. 2020), over the task's examples in random order. With memory.total: over all examples
+    seen.
     """
 
     kind: Literal["greedy"] = "greedy"
 
 
 class ScoreSelector(Section):
-    """The largest scores of the network that ends the task, among the classes that compete.
+    """The examples with the largest scores, from the network that ends the task and its competing classes.
 
-    gini: 1 - sum p^2 (FROMP's lambda); error: -log p of the true label, nats; residual: |p - y|^2 (K-priors).
+    gini: 1 - sum p^2 (FROMP's lambda); error: -log p of the true label, in nats; residual: |p - y|^2 (K-priors).
     """
 
     kind: Literal["gini", "error", "residual"]
-    sampled: bool = False  # draw with probabilities that grow with the score, and weigh by them
+    sampled: bool = False  # draw with probabilities that grow with the score, and correct for it by weights
 
 
 class PosteriorSelector(Section):
-    """The largest scores of the Laplace posterior on the task: of the last layer, as one Kronecker product, or of all.
+    """The examples with the largest scores, from the Laplace posterior of the task.
 
     leverage: tr(Lambda_i v_i), v_i the variance of the logits; sensitivity: sum_c |lambda_ic v_ic e_ic|, e = p - y
     (memory perturbation).
     """
 
     kind: Literal["leverage", "sensitivity"]
-    sampled: bool = False  # draw with probabilities that grow with the score, and weigh by them
-    prior_precision: PositiveFloat = 1.0  # of the weights' normal prior
-    # whose weights are uncertain: last_layer: those of the last; all: a Kronecker product a layer, and as many backward
-    # passes for every example of the task as classes compete
+    sampled: bool = False  # draw with probabilities that grow with the score, and correct for it by weights
+    prior_precision: PositiveFloat = 1.0  # precision of the weights' normal prior
+    # layers of the posterior. last_layer: the last one, as one Kronecker product; all: one Kronecker product per layer,
+    # with as many backward passes per example of the task as classes compete
     network: Literal["last_layer", "all"] = "last_layer"
 
 
 class FeatureSelector(Section):
-    """Greedily by class, from what the last layer sees.
+    """Examples are chosen greedily by class, from the inputs of the last layer (features).
 
-    herding: the running mean of normalised features stays closest to the class's (iCaRL); welling: the order of the
-    code that iCaRL's authors released; k_center: always the example that is farthest from those chosen.
+    herding: the running mean of normalised features stays closest to that of the class (iCaRL); welling: the order of
+    the code that iCaRL's authors released; k_center: always the example that is farthest from those chosen.
     """
 
     kind: Literal["herding", "welling", "k_center"]
 
 
 class ReconstructionSelector(Section):
-    """Greedily by class: the mean, or a weighted sum, of the last layer's gradients comes close to the task's.
+    """Examples are chosen greedily by class, so that their last-layer gradients approximate those of the whole task.
 
-    Gradients are those at the weights that end the task and at `probes` random steps of the last layer from them, less
-    what a quadratic says of these steps if the prior has one; in a random projection.
+    Gradients are taken at the weights that end the task and after `probes` random steps of the last layer from there,
+    minus those of the quadratic if the prior has one, and are randomly projected.
     """
 
     kind: Literal["reconstruction"] = "reconstruction"
-    probes: NonNegativeInt = 4  # random steps of the last layer
-    radius: PositiveFloat = 1.0  # standard deviation of the change of a logit by such a step
-    projection: PositiveInt = 512  # numbers that stand for a gradient
-    # equal: all count 1, and their mean comes close to the task's, whose size is left to prior.weight; fitted: every
-    # example has the weight that brings the weighted sum closest; new tasks were learned far worse (docs/results.md)
+    probes: NonNegativeInt = 4  # number of random steps of the last layer
+    radius: PositiveFloat = 1.0  # standard deviation of the change of a logit in such a step
+    projection: PositiveInt = 512  # numbers of a projected gradient
+    # equal: every example has weight 1 and their mean approximates that of the task; prior.weight sets how much memory
+    # counts; fitted: weights that bring the weighted sum closest; new tasks were learned far worse (docs/results.md)
     weights: Literal["equal", "fitted"] = "equal"
-    ridge: PositiveFloat = 0.01  # pull of fitted weights to equal ones
+    ridge: PositiveFloat = 0.01  # strength of the pull of fitted weights to equal ones
 
 
 SelectorConfig = Annotated[
@@ -130,7 +130,7 @@ SELECTORS: tuple[str, ...] = tuple(
     kind for each in _SELECTORS for kind in get_args(each.model_fields["kind"].annotation)
 )
 _VARIANTS: dict[str, dict[str, Any]] = {"sampled": {"sampled": True}, "fitted": {"weights": "fitted"}}
-# By name (a kind, or one and a variant of it: `gini+sampled`, `reconstruction+fitted`), the keys of `memory.selector`.
+# By name (a kind, or a kind and a variant: `gini+sampled`, `reconstruction+fitted`), the keys of `memory.selector`.
 NAMED_SELECTORS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in SELECTORS} | {
     f"{kind}+{variant}": {"kind": kind, **keys}
     for variant, keys in _VARIANTS.items()
@@ -141,19 +141,20 @@ NAMED_SELECTORS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in S
 
 
 class MemoryConfig(Section):
-    """Examples of past tasks that are kept. Their number is `size`, `total` or `fraction`."""
+    """Examples of past tasks that are kept. `size`, `total` or `fraction` sets their number."""
 
     size: NonNegativeInt = 0  # examples kept of each task
-    total: NonNegativeInt = 0  # examples kept of all tasks together; earlier tasks give up theirs as more come
+    total: NonNegativeInt = 0  # examples kept of all tasks together; earlier tasks give up examples as more tasks come
     fraction: Fraction = 0.0  # share of each task's examples that is kept
     selector: SelectorConfig = UniformSelector()  # which examples are kept
-    balanced: bool = True  # equally many of each class
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of stored soft labels
-    # renewed: soft labels are the newest network's; kept: those of the network that ended the example's own task (DER)
+    balanced: bool = True  # keep equally many of each class
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # data type of stored soft labels
+    # renewed: soft labels are those of the newest network; kept: of the network at the end of the example's task (DER)
     labels: Literal["renewed", "kept"] = "renewed"
-    mix: Annotated[NaturalMix | StratifiedMix, Field(discriminator="kind")] = NaturalMix()  # of new and memory rows
-    # of the images: reference: they stay in the stream's shards; copy: they are copied to the run folder, byte by byte,
-    # and the training shards of finished tasks may be removed
+    # how new and memory rows are mixed
+    mix: Annotated[NaturalMix | StratifiedMix, Field(discriminator="kind")] = NaturalMix()
+    # images of the memory. reference: they stay in the stream's shards; copy: they are copied byte by byte to the run
+    # folder, and the training shards of finished tasks may be removed
     keep: Literal["reference", "copy"] = "reference"
 
     @property

@@ -12,17 +12,17 @@ __all__ = ["AnyModel", "MlpModel", "ModelConfig", "PaperModel", "TimmModel"]
 
 
 class AnyModel(Section):
-    """What every network is told."""
+    """Keys of every network."""
 
-    # a file of first weights, .safetensors or .pth; a head of another number of classes is left out; null: random ones
+    # file with initial weights, .safetensors or .pth; a head for another number of classes is left out; null: random
     checkpoint: str | None = None
 
 
 class PaperModel(AnyModel):
-    """The papers' small nets: CifarNet (1.28 M parameters) and the small VGG (3.6 M)."""
+    """The papers' small networks: CifarNet (1.28 M parameters) and a small VGG (3.6 M)."""
 
     kind: Literal["cifarnet", "vgg_small"]
-    dropout: bool = True  # cifarnet's .25 / .25 / .5; vgg_small has none
+    dropout: bool = True  # dropout of cifarnet, with rates .25 / .25 / .5; vgg_small has none
 
 
 class MlpModel(AnyModel):
@@ -36,7 +36,7 @@ class TimmModel(AnyModel):
     """Any model that timm.create_model knows."""
 
     kind: Literal["timm"] = "timm"
-    name: str  # such as resnet18
+    name: str  # name of the model, such as resnet18
     options: dict[str, Any] = {}  # further keyword arguments of timm.create_model
 
 

@@ -1,4 +1,4 @@
-"""The configuration of one run, and the rules between its sections."""
+"""The configuration of one run; when it is made, its sections are checked against each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hpccl.config.train import EvaluateConfig, TrainConfig
 
 __all__ = ["READING", "RunConfig"]
 
-# Where and how a run is watched or carried out; these may change on resume, as may what else `identity` leaves out.
+# Where and how a run is executed and logged. These may change on resume, like all other keys that `identity` omits.
 _MACHINERY = ("name", "folder", "log", "checkpoint", "cluster")
 READING = (
     "cache",
@@ -32,31 +32,31 @@ READING = (
     "retries",
     "workers",
     "timeout",
-)  # of section data: how images are fetched, not which
-_LIMITS = ("batch_size", "max_factor", "max_parameters")  # of section curvature: memory, and what is refused
+)  # in section data: how images are fetched, not which images
+_LIMITS = ("batch_size", "max_factor", "max_parameters")  # in section curvature: limits of memory and size
 
 
 class RunConfig(Section):
-    """Everything that a run is."""
+    """The whole configuration of a run."""
 
-    # of the run, in reports and in its folder; where no file gives one: the files' names, joined by '-'
+    # name in reports and of the run folder; if no file sets it: the names of the files, joined by '-'
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$")
-    folder: Line | None = None  # null: runs/<name>
-    seed: Seed = 0  # of everything random, but the order of classes
-    stream: StreamConfig = DigitsStream()  # what is learned, task by task
-    data: DataConfig = DataConfig()  # how examples become tensors
+    folder: Line | None = None  # run folder; null: `runs/<name>`
+    seed: Seed = 0  # seed of all randomness except that of the stream and of data.validation
+    stream: StreamConfig = DigitsStream()  # data sets, and how they are split into tasks
+    data: DataConfig = DataConfig()  # how images are read, resized and augmented
     model: ModelConfig = MlpModel()  # the network
-    train: TrainConfig = TrainConfig()  # one task's training
+    train: TrainConfig = TrainConfig()  # training on one task
     optim: OptimConfig = TimmOptim()  # the optimiser
-    memory: MemoryConfig = MemoryConfig()  # examples of past tasks that are kept
-    prior: PriorConfig = PriorConfig()  # what the past says while a new task is learned
-    curvature: CurvatureConfig = KroneckerCurvature()  # of the quadratic
-    adapt: AdaptConfig = NoAdaptation()  # of a trained network to something new
-    evaluate: EvaluateConfig = EvaluateConfig()  # tests
-    engine: EngineConfig = DdpEngine()  # where the weights live
-    checkpoint: CheckpointConfig = CheckpointConfig()  # when to save
-    log: LogConfig = LogConfig()  # what is written while running
-    cluster: ClusterConfig = LocalCluster()  # processes
+    memory: MemoryConfig = MemoryConfig()  # which examples of past tasks are kept
+    prior: PriorConfig = PriorConfig()  # terms for the past while a new task is learned
+    curvature: CurvatureConfig = KroneckerCurvature()  # curvature of the quadratic term
+    adapt: AdaptConfig = NoAdaptation()  # adaptation of a trained network; written by `hpccl adapt`
+    evaluate: EvaluateConfig = EvaluateConfig()  # how the network is tested
+    engine: EngineConfig = DdpEngine()  # where weights, gradients and optimiser state are held
+    checkpoint: CheckpointConfig = CheckpointConfig()  # when to save, and how many checkpoints to keep
+    log: LogConfig = LogConfig()  # what is logged during the run
+    cluster: ClusterConfig = LocalCluster()  # processes and jobs
 
     @model_validator(mode="after")
     def _refuse_clashes(self) -> RunConfig:
@@ -72,7 +72,7 @@ class RunConfig(Section):
 
     @property
     def method(self) -> str:
-        """The method's name in the field: a reference, or what the past says and how, as a sum of names."""
+        """The method's name in the literature: a reference, or the names of all terms for the past, joined by '+'."""
         if isinstance(self.adapt, AnyAdaptation):
             return "retrain" if self.adapt.retrain else f"adapt-{self.adapt.kind}"
         if self.train.restart:
@@ -94,7 +94,7 @@ class RunConfig(Section):
         return [f"online_{name}" if self.prior.quadratic.decay < 1 else name]
 
     def _distilled(self) -> list[str]:
-        """Of methods that ask the previous network about new images."""
+        """Names of methods that distil the previous network."""
         if self.prior.distill.weight == 0:
             return ["bic"] if self.prior.correct.share > 0 else []
         if self.train.loss == "sigmoid":
@@ -102,7 +102,7 @@ class RunConfig(Section):
         return ["bic"] if self.prior.correct.share > 0 else ["lwf"]
 
     def _remembered(self) -> list[str]:
-        """Of methods that keep examples; those that are named with their memory say nothing here."""
+        """Names of methods that keep examples; none for iCaRL and BiC, whose names imply a memory."""
         prior, names = self.prior, self._distilled()
         if not self.memory.kept or (not prior.some_soft and names in (["icarl"], ["bic"])):
             return []
@@ -137,12 +137,12 @@ class RunConfig(Section):
 
     @property
     def follows(self) -> bool:
-        """Whether what each weight does for the loss is added up, step by step; an adaptation measures nothing."""
+        """Whether each weight's contribution to reducing the loss is summed over steps (SI); never in an adaptation."""
         si = isinstance(self.curvature, SiCurvature) and self.prior.quadratic.weight > 0
         return si and not isinstance(self.adapt, AnyAdaptation)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result: two runs with equal identity give equal weights."""
+        """The settings that decide the result: two runs with equal identity give equal weights."""
         decided = self.model_dump(mode="json", exclude=set(_MACHINERY))
         for key in READING:
             del decided["data"][key]

@@ -1,4 +1,4 @@
-"""What may stand where: sections by kind, the words for allowed values, and the nearest key to a wrong one."""
+"""What a configuration may contain: sections by kind, allowed values in words, and suggestions for wrong keys."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["Choice", "allowed", "choice", "keys", "suggest"]
 class Choice:
     """A key that holds a section.
 
-    sections: by kind; one without kinds is under "".
-    default: the kind that holds when none is given.
-    tagged: several classes, told apart by kind (pydantic then names the kind in the path of an error).
+    sections: by kind; a section without kinds has the key "".
+    default: the kind that is used when none is given.
+    tagged: whether there are several classes, distinguished by kind (pydantic then has the kind in an error's path).
     """
 
     sections: Mapping[str, type[Section]]
@@ -34,7 +34,7 @@ class Choice:
 
 @functools.cache
 def choice(section: type[Section], key: str) -> Choice | None:
-    """The sections that `key` of `section` (or each item of its list) may hold, or None for any other value."""
+    """The sections that `key` of `section` (or each item of its list) may hold, or None if it holds other values."""
     field = section.model_fields.get(key)
     if field is None:
         return None
@@ -117,7 +117,9 @@ def _typed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
             return "null"
         case "array":
             item = _words(schema.get("items", {}), definitions)
-            return f"{item}, or a list with one for each task" if schema.get("per_task") else f"a list, each {item}"
+            return (
+                f"{item}, or a list with one for each task" if schema.get("per_task") else f"a list (each item: {item})"
+            )
         case _:
             properties = ", ".join(schema.get("properties", ()))
             return f"a mapping of {properties}" if properties else "a mapping"
@@ -130,12 +132,12 @@ def _bounds(schema: Mapping[str, Any]) -> str:
 
 
 def suggest(root: type[Section], path: Sequence[str], here: type[Section] | None) -> str:
-    """What to write instead of an unknown key, in words.
+    """A hint at what to write instead of an unknown key.
 
     Args:
-        root: the section that everything is in.
+        root: the outermost section.
         path: the unknown key.
-        here: the section that it was looked for in, if known.
+        here: the section in which it was looked for, if known.
     """
     prefix, wrong = list(path[:-1]), path[-1]
     siblings = list(here.model_fields) if here else []
@@ -154,7 +156,7 @@ def suggest(root: type[Section], path: Sequence[str], here: type[Section] | None
 
 
 def _owners(root: type[Section]) -> dict[str, str]:
-    """By dotted path, `where.kind=name|name` of the kinds that have it; "" where all have it."""
+    """By dotted path, `where.kind=name|name` of the kinds that have it; "" if all have it."""
     found: dict[str, list[str]] = {}
     all_kinds: dict[str, set[str]] = {}
     for path, owner, _, _ in keys(root):
@@ -168,7 +170,7 @@ def _owners(root: type[Section]) -> dict[str, str]:
 
 
 def _nearest(dotted: str, wrong: str, paths: list[str]) -> str | None:
-    """The path whose last part is `wrong`, or which is like `dotted`, or whose last part is like `wrong`."""
+    """The path whose last part is `wrong`, or that resembles `dotted`, or whose last part resembles `wrong`."""
     leaves = {path.rpartition(".")[2]: path for path in reversed(paths)}
     if wrong in leaves:
         return leaves[wrong]

@@ -1,4 +1,4 @@
-"""YAML 1.2 as a tree whose every node remembers the file and line, or the argument, that said it."""
+"""YAML 1.2 as a tree in which every node has its source: the file and line, or the argument."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A mapping. `mistakes` are those found while reading it (a key given twice)."""
+    """A mapping. `mistakes`: those found while reading it (a key given twice)."""
 
     entries: Mapping[str, Node]
     source: str
@@ -81,7 +81,7 @@ def read_value(text: str, source: str) -> tuple[Node, tuple[str, ...]]:
 
 
 class _Reader:
-    """Reads one text. `lines`: whether the source is a file, in which a line says more than the file alone."""
+    """Reads one text. `lines`: whether the source is a file, so that line numbers are given."""
 
     def __init__(self, source: str, *, lines: bool = True) -> None:
         self.source, self.lines = source, lines
@@ -89,7 +89,7 @@ class _Reader:
         self._yaml = YAML(typ="safe", pure=True)
 
     def read(self, text: str) -> Node | None:
-        """Raises ConfigError for what is not YAML."""
+        """The tree of a text; raises ConfigError if it is not YAML."""
         try:
             node = self._yaml.compose(text)
             return None if node is None else self._convert(node, "")
@@ -108,14 +108,16 @@ class _Reader:
     def _convert(self, node: YamlNode, path: str) -> Node:
         where = self._where(node)
         if node.anchor:  # also keeps out a mapping that holds itself
-            raise ConfigError(f"&{node.anchor}: anchors and aliases are not read; write the value out ({where})")
+            raise ConfigError(f"&{node.anchor}: anchors and aliases are not supported; write the value out ({where})")
         if node.tag not in _PLAIN_TAGS:
-            raise ConfigError(f"{str(node.tag).removeprefix(_TAG)}: tags are not read; write the plain value ({where})")
+            raise ConfigError(
+                f"{str(node.tag).removeprefix(_TAG)}: tags are not supported; write the plain value ({where})"
+            )
         if isinstance(node, MappingNode):
             return self._table(node, path, where)
         if isinstance(node, SequenceNode):
             return Items(tuple(self._convert(item, f"{path}{i}.") for i, item in enumerate(node.value)), where)
-        return Leaf(self._scalar(node), where)  # the third kind that there is
+        return Leaf(self._scalar(node), where)  # the only other kind of node
 
     def _table(self, node: MappingNode, path: str, where: str) -> Table:
         entries: dict[str, Node] = {}
@@ -125,7 +127,7 @@ class _Reader:
             if key.value in entries:
                 self.mistakes.append(f"{path}{key.value}: given twice; keep one ({self._where(key)})")
             converted = self._convert(value, f"{path}{key.value}.")
-            # A mapping begins on the line after its key; the key's line is the one to look at.
+            # A mapping begins on the line after its key; report the line of the key.
             entries[key.value] = _moved(converted, self._where(key))
         return Table(entries, where)
 
@@ -161,14 +163,14 @@ def nested(path: Sequence[str], value: Node, source: str) -> Table:
 
 
 def plain(node: Node) -> Any:
-    """Dicts, lists and scalars without their sources."""
+    """Dicts, lists and scalars, without sources."""
     if isinstance(node, Table):
         return {key: plain(value) for key, value in node.entries.items()}
     return [plain(value) for value in node.entries] if isinstance(node, Items) else node.value
 
 
 def locate(root: Node, path: Sequence[str]) -> tuple[tuple[str, ...], Node]:
-    """The deepest node on the way to `path`, and the part of the path that leads to it."""
+    """The part of `path` that exists, and the node at its end."""
     node = root
     for depth, key in enumerate(path):
         child = _child(node, key)
@@ -187,7 +189,7 @@ def _child(node: Node, key: str) -> Node | None:
 
 
 def without(table: Table, path: Sequence[str]) -> Table:
-    """The table less the key at `path` (a whole list, where the path leads into one)."""
+    """The table without the key at `path` (without a whole list, if the path leads into one)."""
     key, *rest = path
     child = table.entries.get(key)
     others = {name: value for name, value in table.entries.items() if name != key}

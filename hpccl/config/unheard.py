@@ -1,7 +1,7 @@
-"""Settings that say nothing in a run: of terms that are off, and the like.
+"""Settings that have no effect in a run, such as those of terms that are off.
 
-In a file they may stand, for one recipe serves many methods; whoever writes one on the command line expects it to do
-something, and is told.
+They are allowed in files, because one recipe serves many methods. On the command line a setting is expected to have an
+effect, so those without one are reported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["unheard"]
 
 
 class _Silence(NamedTuple):
-    """keys: a setting, or a section with all that is in it; but: what switches it on; when: it is silent; why: then"""
+    """keys: a setting, or a section; but: the key that switches it on; when: it has no effect; why: the reason."""
 
     keys: str
     but: str
@@ -28,7 +28,7 @@ class _Silence(NamedTuple):
 
 
 def _off(section: str, switch: str) -> _Silence:
-    """A section of `prior` that a number switches on."""
+    """A section of `prior` that is off while one of its numbers is 0."""
     path = f"prior.{section}.{switch}"
     return _Silence(f"prior.{section}", path, lambda c: getattr(getattr(c.prior, section), switch) == 0, f"{path} is 0")
 
@@ -44,15 +44,17 @@ _SILENCES = (
         "prior.quadratic.products",
         "",
         lambda c: not isinstance(c.curvature, (KroneckerCurvature, EkfacCurvature)),
-        "it is of curvature.kind=kronecker and ekfac",
+        "only curvature.kind=kronecker and ekfac use it",
     ),
     _Silence(
         "curvature",
         "",
         lambda c: not c.measures and not c.follows,
-        "no term of training uses a curvature (prior.quadratic.weight and prior.fromp.weight are 0)",
+        "no term of training uses a curvature (prior.quadratic.weight is 0, and no posterior kernel of FROMP is used)",
     ),
-    _Silence("memory.selector", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
+    _Silence(
+        "memory.selector", "", lambda c: not c.memory.kept, "there is no memory (memory.size, total and fraction are 0)"
+    ),
     _Silence(
         "memory.balanced",
         "",
@@ -63,9 +65,11 @@ _SILENCES = (
         "prior.replay",
         "",
         lambda c: c.memory.size > 0 and c.prior.replay != "coverage" and not c.prior.mixes and _none_replayed(c),
-        "of so few examples it gives none its true label",
+        "in such a small memory, this share gives no example its true label",
     ),
-    _Silence("prior.share_of", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
+    _Silence(
+        "prior.share_of", "", lambda c: not c.memory.kept, "there is no memory (memory.size, total and fraction are 0)"
+    ),
     _Silence(
         "prior.share_of",
         "",
@@ -73,7 +77,12 @@ _SILENCES = (
         "all of memory has one kind of label (prior.replay is 0 or 1)",
     ),
     _Silence("model.dropout", "", lambda c: c.model.kind == "vgg_small", "vgg_small has no dropout"),
-    _Silence("prior.scale_to_task", "", lambda c: not c.memory.kept, "there is no memory (memory.size is 0)"),
+    _Silence(
+        "prior.scale_to_task",
+        "",
+        lambda c: not c.memory.kept,
+        "there is no memory (memory.size, total and fraction are 0)",
+    ),
 )
 
 

@@ -465,13 +465,13 @@ def test_a_run_without_memory_or_without_an_end_is_refused(tmp_path: Path) -> No
     ("setting", "message"),
     [
         *(
-            (f"{key}=1", f"keeps {key} as its run has it; .*: train.epochs, .*, prior.view, data.cache, .*; of optim")
+            (f"{key}=1", f"keeps {key} as in its run; .*: train.epochs, .*, prior.view, data.cache, .*; all of optim")
             for key in FIXED
         ),
-        ("train={head: own}", "keeps train as its run has it; leave it out. What may be set, key by key: train.epochs"),
+        ("train={head: own}", "keeps train as in its run; leave it out. Keys that may be set one by one: train.epochs"),
         ("model.hidden=[3]", "give its kind with --model"),
-        ("folder=elsewhere", "folder=elsewhere: --out says where an adaptation goes"),
-        ("name=other", "name=other: --out says .* what it is called"),
+        ("folder=elsewhere", "folder=elsewhere: --out sets the folder"),
+        ("name=other", "name=other: --out sets .* the name"),
     ],
 )
 def test_settings_that_an_adaptation_cannot_change(tmp_path: Path, setting: str, message: str) -> None:
@@ -492,10 +492,10 @@ def test_settings_that_an_adaptation_can_change(tmp_path: Path) -> None:
     config, _ = both(tmp_path, tmp_path / "out", REMOVE, *settings, "optim=sam", "engine.precision=bf16", "log.every=7")
     assert both(tmp_path, tmp_path / "out", REMOVE, "train.epochs.0=2")[0].train.epochs == (2,)
     assert (config.train.epochs, config.prior.view, config.optim.kind) == ((3,), "recorded", "sam")
-    named_there, sections = SETTINGS.split("; of ")
+    named_there, sections = SETTINGS.split("; all of ")
     assert named_there.split(", ") == [setting.split("=")[0] for setting in settings]
     page = (ROOT / "docs" / "adapt.md").read_text()
-    for name in [*named_there.split(", "), *sections.split(" all")[0].split(", "), "model"]:
+    for name in [*named_there.split(", "), *sections.split(";")[0].split(", "), "model"]:
         assert f"`{name}`" in page
     assert SETTINGS.replace(" ", "") in "".join(CliRunner().invoke(app, ["adapt", "--help"]).output.split())
 

@@ -1,4 +1,4 @@
-"""Combinations that say two things at once, or something that would be ignored. Defaults never clash."""
+"""Combinations of settings that contradict each other or would be ignored. Defaults never clash."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ _PARTS = (stream, memory, methods, adaptation, training, curvature, machine)
 
 
 def clashes(config: RunConfig) -> tuple[Clash, ...]:
-    """Every combination in `config` that cannot be meant."""
+    """Every such combination in `config`."""
     return tuple(clash for part in _PARTS for rule in part.RULES for clash in rule(config))

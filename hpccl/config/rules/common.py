@@ -1,4 +1,4 @@
-"""What several rules ask."""
+"""Questions that several rules ask."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SomeSection = TypeVar("SomeSection", bound=Section)
 
 
 def budgets(memory: MemoryConfig) -> list[str]:
-    """The keys that say how much is kept."""
+    """The keys above 0 that set how many examples are kept."""
     return [f"memory.{key}" for key in ("size", "total", "fraction") if getattr(memory, key) > 0]
 
 
 def differs(one: SomeSection, other: SomeSection, key: str) -> bool:
-    """Whether two sections of a kind say different things of `key`."""
+    """Whether two sections of the same class have different values of `key`."""
     return bool(getattr(one, key) != getattr(other, key))

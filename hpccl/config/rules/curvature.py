@@ -1,4 +1,4 @@
-"""What curvatures ask of the optimiser, the engine and the path of training."""
+"""What curvatures require of the optimiser, the engine and the training path."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 
 __all__ = ["RULES"]
 
-# Kinds of optimisers that learn a curvature; of timm's, those with LEARNING_SQUARES do.
+# Kinds of optimisers that learn a curvature; of timm's optimisers, those in LEARNING_SQUARES do.
 _LEARNING = ("ivon", "vogn", "soba")
 
 
 def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
-    """Of a curvature that no pass measures."""
+    """Clashes of a curvature that the optimiser learns, without a pass."""
     curvature, optim, usual = config.curvature, config.optim, Measured()
     if not isinstance(curvature, OptimizerCurvature):
         return
     for key in ("fisher", "samples", "fraction"):
         if getattr(curvature, key) != getattr(usual, key):
-            yield Clash((f"curvature.{key}", "curvature.kind"), "is about a pass over the task, and there is none")
+            yield Clash(
+                (f"curvature.{key}", "curvature.kind"), "is about a pass over the task, but there is none; leave it out"
+            )
     if config.prior.quadratic.weight == 0:
         return
     timm = isinstance(optim, TimmOptim)
@@ -45,9 +47,9 @@ def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
         problem = "the optimiser learns from the memory's examples too, which the quadratic must not count; set it to 0"
         yield Clash((key, "curvature.kind"), f"{problem}, or use curvature.kind=diagonal")
     for key, used, what in (
-        ("prior.distill.weight", config.prior.distill.weight > 0, "what the old network says"),
+        ("prior.distill.weight", config.prior.distill.weight > 0, "distillation"),
         ("prior.normal.precision", config.prior.normal.precision > 0, "the normal prior"),
-        ("prior.topology.nodes", config.prior.topology.nodes > 0, "the nodes"),
+        ("prior.topology.nodes", config.prior.topology.nodes > 0, "the topology"),
     ):
         if used:
             problem = f"the optimiser learns from {what}, too, which the quadratic must not count"
@@ -55,37 +57,37 @@ def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
 
 
 def _grouped(config: RunConfig) -> Iterator[Clash]:
-    """Of gradients that are averaged over examples before they are squared or made absolute."""
+    """Clashes of averaging gradients over groups of examples before squares or absolute values are taken."""
     curvature, engine, key = config.curvature, config.engine, "curvature.group"
     if not isinstance(curvature, (DiagonalCurvature, MasCurvature)) or curvature.group == 1 or not config.measures:
         return
     if isinstance(curvature, DiagonalCurvature) and curvature.fisher != "empirical":
-        problem = f"averages gradients of true labels, and {curvature.fisher} takes others; set it to empirical"
+        problem = f"groups average gradients of true labels, but {curvature.fisher} uses others; set it to empirical"
         yield Clash(("curvature.fisher", key), problem)
     if isinstance(curvature, MasCurvature) and curvature.variant == "local":
-        yield Clash((key, "curvature.variant"), "is of gradients of the network's output; leave it 1, or set global")
+        yield Clash((key, "curvature.variant"), "averages gradients of the network's output; leave it 1, or set global")
     if config.prior.fromp.weight > 0:
-        problem = "leaves no Fisher matrix, of which the posterior's kernel is made; leave it 1"
+        problem = "gives no Fisher matrix, which the posterior's kernel needs; leave it 1"
         yield Clash((key, "prior.fromp.kernel"), problem)
     if isinstance(config.memory.selector, ReconstructionSelector):
-        problem = "assumes a quadratic of the loss, which groups do not make; leave group 1, or use another selector"
+        problem = "assumes a quadratic of the loss, which groups do not give; set group to 1, or use another selector"
         yield Clash(("memory.selector.kind", key), problem)
     if engine.kind == "fsdp2" or (isinstance(engine, DeepspeedEngine) and engine.stage == 3):
-        problem = "needs whole gradients while it measures, and this engine has them in shards; leave it 1, or use ddp"
+        problem = "needs whole gradients, but this engine shards them; leave it 1, or use ddp"
         yield Clash((key, "engine.kind"), problem)
 
 
 def _importance(config: RunConfig) -> Iterator[Clash]:
-    """Of curvatures that are not those of the loss."""
+    """Clashes of importances, which are no curvature of the loss."""
     if not isinstance(config.curvature, (MasCurvature, SiCurvature)) or config.prior.quadratic.weight == 0:
         return
     if isinstance(config.memory.selector, ReconstructionSelector):
-        problem = "leaves out what a quadratic of the loss says, which an importance does not; use another selector"
+        problem = "assumes a quadratic of the loss, which importances do not give; use another selector"
         yield Clash(("memory.selector.kind", "curvature.kind"), problem)
 
 
 def _path(config: RunConfig) -> Iterator[Clash]:
-    """Of what must be so that each step of a task counts, from its first weights to its last."""
+    """Clashes with SI, which needs every step of a task, from its first weights to its last."""
     train = config.train
     if not isinstance(config.curvature, SiCurvature):
         return
@@ -94,19 +96,19 @@ def _path(config: RunConfig) -> Iterator[Clash]:
     if not config.follows:
         return
     if config.prior.normal.precision > 0:
-        problem = "pulls at the weights beside the loss, which si would count as the loss's; set it to 0"
+        problem = "adds a pull to the weights, which si would count as an effect of the loss; set it to 0"
         yield Clash(("prior.normal.precision", "curvature.kind"), problem)
     if not isinstance(config.optim, TimmOptim):
-        problem = "takes gradients at other weights than those it moves, and si needs both at one place; use timm"
+        problem = "takes gradients at other weights than those it updates, but si needs the same weights; use timm"
         yield Clash(("optim.kind", "curvature.kind"), problem)
     if train.ema is not None:
-        problem = "ends a task at other weights than those its path led to, which si needs; leave it null"
+        problem = "ends a task at averaged weights, but si needs the last weights of its path; leave it null"
         yield Clash(("train.ema", "curvature.kind"), problem)
     if train.first_task_from is not None:
-        problem = "leaves the first task without a path, which si needs; leave it null"
+        problem = "leaves the first task without a training path, which si needs; leave it null"
         yield Clash(("train.first_task_from", "curvature.kind"), problem)
     if train.head_epochs > 0:
-        problem = "begins a second path within a task, and si follows one; set it to 0"
+        problem = "adds a second training path within a task, but si follows only one; set it to 0"
         yield Clash(("train.head_epochs", "curvature.kind"), problem)
 
 

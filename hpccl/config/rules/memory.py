@@ -1,4 +1,4 @@
-"""What a memory asks of its budget, its selector and the terms that use it."""
+"""What a memory requires of its budget, its selector and the terms that use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ __all__ = ["RULES"]
 def _one_budget(config: RunConfig) -> Iterator[Clash]:
     first, *others = budgets(config.memory) or [""]
     if others:
-        yield Clash((first, *others), "each of these says how much is kept; leave one, and set the others to 0")
+        yield Clash(
+            (first, *others), "each of these sets how many examples are kept; keep one, and set the others to 0"
+        )
 
 
 def _selector(config: RunConfig) -> Iterator[Clash]:
@@ -28,22 +30,22 @@ def _selector(config: RunConfig) -> Iterator[Clash]:
     if not config.memory.kept or not isinstance(selector, ReconstructionSelector):
         return
     if selector.probes == 0 and not config.prior.some_true:
-        problem = "soft labels say nothing at the weights that end a task; set probes > 0, or prior.replay > 0"
+        problem = "soft labels have no gradient at the weights that end a task; set probes > 0, or prior.replay > 0"
         yield Clash(("memory.selector.probes", "prior.replay"), problem)
     if selector.weights == "fitted" and config.memory.total > 0:
-        problem = "fits the weights of the first choice, and what is left of it as more tasks come would need others"
+        problem = "fits weights to all chosen examples, but later tasks leave fewer of these"
         yield Clash(
             ("memory.selector.weights", "memory.total"), f"{problem}; set it to equal, or memory.size instead of total"
         )
     if selector.weights == "equal" and differs(selector, ReconstructionSelector(), "ridge"):
         usual = ReconstructionSelector().ridge
-        problem = f"pulls fitted weights, and there are none; set memory.selector.weights=fitted, or leave it {usual}"
+        problem = f"applies to fitted weights only; set memory.selector.weights=fitted, or leave it {usual}"
         yield Clash(("memory.selector.ridge", "memory.selector.weights"), problem)
 
 
 def _mixed(config: RunConfig) -> Iterator[Clash]:
     if config.memory.kept and isinstance(config.memory.mix, StratifiedMix) and config.train.batch_size == 1:
-        problem = "wants rows of memory beside new ones in every step, and a step has one row; raise it, or set natural"
+        problem = "needs new and memory rows in every step, but a step has one row; raise it, or set natural"
         yield Clash(("memory.mix.kind", "train.batch_size"), problem)
 
 
@@ -51,8 +53,8 @@ def _needs_memory(config: RunConfig) -> Iterator[Clash]:
     prior, usual = config.prior, PriorConfig()
     if config.memory.kept:
         return
-    # scale_to_task and balanced only say how a memory would be used, and may stand in a file that all methods share,
-    # as may the selector.
+    # scale_to_task, balanced and the selector only set how a memory would be used; they may be in a file that all
+    # methods share.
     ignored = [f"prior.{key}" for key in ("replay", "weight") if differs(prior, usual, key)]
     if isinstance(config.memory.mix, StratifiedMix):
         ignored.append("memory.mix.kind")
@@ -74,7 +76,7 @@ def _copies(config: RunConfig) -> Iterator[Clash]:
     }
     for key, (there, what) in beside.items():
         if there:
-            yield Clash(("memory.keep", key), f"copies memory alone, and {what} are read, too; leave it reference")
+            yield Clash(("memory.keep", key), f"copies memory alone, but {what} are read as well; leave it reference")
 
 
 def _needs_soft_labels(config: RunConfig) -> Iterator[Clash]:
@@ -90,10 +92,10 @@ def _needs_soft_labels(config: RunConfig) -> Iterator[Clash]:
 
 
 def _fading(config: RunConfig) -> Iterator[Clash]:
-    """Of online EWC. Damping and anchor only say how a quadratic would be used, and may stand in a shared file."""
+    """Online EWC. Damping and anchor only set how a quadratic would be used, and may be in a shared file."""
     quadratic = config.prior.quadratic
     if quadratic.weight == 0 and quadratic.decay < 1:
-        problem = "there is no quadratic whose past could fade; set prior.quadratic.weight, or leave it 1"
+        problem = "there is no quadratic to decay; set prior.quadratic.weight, or leave it 1"
         yield Clash(("prior.quadratic.decay", "prior.quadratic.weight"), problem)
 
 

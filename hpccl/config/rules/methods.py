@@ -1,4 +1,4 @@
-"""What methods ask of each other: terms of the loss, what is trained, how it is tested."""
+"""What methods require of each other: terms of the loss, what is trained, how it is tested."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _fresh_network(config: RunConfig) -> Iterator[Clash]:
     if not train.restart:
         if train.only_last:
             keys = ("train.only_last", "train.restart")
-            yield Clash(keys, "skips earlier tasks, which changes nothing only with train.restart=true")
+            yield Clash(keys, "skips earlier tasks, which are needed unless train.restart=true; leave it false")
         return
     if train.only_last and train.data == "task":
         keys = ("train.only_last", "train.data")
@@ -52,7 +52,7 @@ def _fresh_network(config: RunConfig) -> Iterator[Clash]:
 
 
 def _counted_twice(config: RunConfig) -> Iterator[Clash]:
-    if config.train.data != "seen" or config.train.restart:  # with restart: _fresh_network speaks
+    if config.train.data != "seen" or config.train.restart:  # with restart: reported by _fresh_network
         return
     quadratic = ["prior.quadratic.weight"] if config.prior.quadratic.weight > 0 else []
     for key in (*budgets(config.memory), *quadratic):
@@ -65,16 +65,16 @@ def _normal(config: RunConfig) -> Iterator[Clash]:
         key = "adapt.precision"
     elif normal.precision == 0:
         if normal.weight != NormalConfig().weight:
-            problem = "scales the normal prior, but there is none; set its precision > 0"
+            problem = "scales the normal prior, but there is none; set prior.normal.precision > 0"
             yield Clash(("prior.normal.weight", key), problem)
         return
     fresh = config.train.data == "seen" or config.train.restart
     if fresh and isinstance(config.adapt, NoAdaptation) and normal.weight != NormalConfig().weight:
-        problem = "is of an old network's prior, and this one begins anew; set it to 1"
+        problem = "scales the pull to old weights, but this prior stays around 0; set it to 1"
         yield Clash(("prior.normal.weight", "train.restart" if config.train.restart else "train.data"), problem)
     for name in ("weight_decay", "prior_precision"):  # every optimiser has one of them, or none
         if getattr(config.optim, name, 0) > 0:
-            problem = f"would pull the weights to 0, beside the prior of {key}; set it to 0"
+            problem = f"would pull the weights to 0 in addition to {key}; set it to 0"
             yield Clash((f"optim.{name}", key), problem)
     if isinstance(config.adapt, NewPrecision) and normal.weight != 1:
         problem = "would remove only a part of the old prior before the new one is added; set it to 1"
@@ -82,7 +82,7 @@ def _normal(config: RunConfig) -> Iterator[Clash]:
 
 
 _OF_SOFTMAX = (ScoreSelector, PosteriorSelector, ReconstructionSelector)
-_NEVER_COMPETE = "old classes never compete with new ones there; leave it seen"
+_NEVER_COMPETE = "old classes do not compete with new ones there; leave it seen"
 
 
 def _fromp(config: RunConfig) -> Iterator[Clash]:
@@ -93,74 +93,76 @@ def _fromp(config: RunConfig) -> Iterator[Clash]:
     if not config.memory.kept:
         yield Clash((key, "memory.size"), "needs a memory; set memory.size to the examples kept of each task")
     if prior.some_true:
-        yield Clash(("prior.replay", key), "memory's predictions are kept as they are, not its labels; set it to 0")
+        yield Clash(("prior.replay", key), "FROMP keeps predictions on memory, not its labels; set it to 0")
     if prior.quadratic.weight > 0:
-        problem = f"stands for the past, as does {key}: it would count twice; set one of them to 0"
+        problem = f"represents the past, as {key} does, which would count twice; set one of them to 0"
         yield Clash(("prior.quadratic.weight", key), problem)
     if prior.normal.precision > 0:
-        problem = f"after the first task it stands for the past, as does {key}; set one of them to 0"
+        problem = f"represents the past after the first task, as {key} does; set one of them to 0"
         yield Clash(("prior.normal.precision", key), problem)
     for name in ("weight", "temperature", "view", "loss", "label_weight", "scale_to_task", "scale_to_new"):
         if differs(prior, PriorConfig(), name):
-            problem = f"is about rows of memory, of which {key} makes none; leave it out"
+            problem = f"is about rows of memory, but {key} makes none; leave it out"
             yield Clash((f"prior.{name}", key), problem)
     if prior.classes == "known" and config.train.head == "own":
         yield Clash(("prior.classes", "train.head"), _NEVER_COMPETE)
     if config.memory.labels == "kept":
-        yield Clash(("memory.labels", key), "its predictions are renewed after every task; set renewed")
+        yield Clash(("memory.labels", key), "FROMP renews its predictions after every task; set renewed")
     if isinstance(config.memory.mix, StratifiedMix):
         yield Clash(
-            ("memory.mix.kind", key), "mixes rows of memory, but it is recalled beside a step's rows; set natural"
+            ("memory.mix.kind", key), "mixes memory into a step's rows, but FROMP recalls it beside them; set natural"
         )
     if getattr(config.memory.selector, "sampled", False):
-        problem = "weighs the examples that it draws, and coupled predictions have no weights; set it to false"
+        problem = "weights the drawn examples, but coupled predictions have no weights; set it to false"
         yield Clash(("memory.selector.sampled", key), problem)
     if getattr(config.memory.selector, "weights", "equal") == "fitted":
-        problem = "fits weights of the examples, and coupled predictions have none; set it to equal"
+        problem = "fits weights of the examples, but coupled predictions have none; set it to equal"
         yield Clash(("memory.selector.weights", key), problem)
     if config.memory.total > 0:
-        problem = "examples would leave memory whose predictions are coupled; set memory.size or memory.fraction"
+        problem = "drops examples whose predictions are coupled; use memory.size or memory.fraction instead"
         yield Clash(("memory.total", key), problem)
     if config.log.reconstruction > 0:
-        problem = "compares gradients of soft labels, replay and quadratic, which are not there; set it to 0"
+        problem = "compares gradients of soft labels, replay and a quadratic, but FROMP replaces these; set it to 0"
         yield Clash(("log.reconstruction", key), problem)
     if fromp.kernel == "posterior" and isinstance(config.curvature, (MasCurvature, SiCurvature)):
-        problem = "is no Fisher matrix, of which the posterior's kernel is made; set another kind, or kernel=identity"
+        problem = "gives no Fisher matrix, which the posterior's kernel needs; use another kind, or kernel=identity"
         yield Clash(("curvature.kind", "prior.fromp.kernel"), problem)
     if fromp.kernel == "posterior" and isinstance(config.curvature, OptimizerCurvature):
-        problem = "is learned without passes, and the posterior's kernel is made of measured ones; set it to diagonal"
+        problem = "is learned without passes, but the posterior's kernel needs a measured one; set it to diagonal"
         yield Clash(("curvature.kind", "prior.fromp.kernel"), problem)
     if fromp.kernel == "identity":
         for name in ("precision", "jitter"):
             if getattr(fromp, name) != getattr(usual, name):
-                yield Clash((f"prior.fromp.{name}", "prior.fromp.kernel"), "is of the posterior's kernel; leave it out")
+                yield Clash(
+                    (f"prior.fromp.{name}", "prior.fromp.kernel"), "applies to kernel=posterior only; leave it out"
+                )
 
 
 def _memory_alone(config: RunConfig) -> Iterator[Clash]:
-    """Of train.data=memory, and of the selectors that can choose before there is a network."""
+    """Clashes of train.data=memory, with which memory is chosen before there is a network."""
     train, memory = config.train, config.memory
     if train.data != "memory":
         return
     if not train.restart:
-        problem = "trains on the memory alone, which holds the past already; set train.restart=true"
+        problem = "trains on the memory alone, which already holds the past; set train.restart=true"
         yield Clash(("train.data", "train.restart"), problem)
     if not memory.kept:
-        yield Clash(("train.data", "memory.total"), "needs a memory; set memory.total to the examples kept in all")
+        yield Clash(
+            ("train.data", "memory.total"), "needs a memory; set memory.total to the number of examples to keep"
+        )
         return
     if memory.selector.kind not in ("uniform", "reservoir", "greedy"):
-        problem = (
-            "looks at a network, but the memory is chosen before one is trained; allowed: uniform, reservoir, greedy"
-        )
+        problem = "needs a trained network, but the memory is chosen before one; allowed: uniform, reservoir, greedy"
         yield Clash(("memory.selector.kind", "train.data"), problem)
     if isinstance(memory.mix, StratifiedMix):
-        yield Clash(("memory.mix.kind", "train.data"), "mixes memory with new data, of which there are none")
+        yield Clash(("memory.mix.kind", "train.data"), "mixes memory with new data, but there is none; set natural")
     if config.prior.some_soft:
-        yield Clash(("prior.replay", "train.data"), "all of memory is learned by its true labels; set prior.replay=1")
+        yield Clash(("prior.replay", "train.data"), "memory is learned with its true labels; set it to 1")
     if differs(config.prior, PriorConfig(), "weight"):
-        problem = "weighs memory against new data, of which there are none; leave it 1"
+        problem = "weights memory against new data, but there is none; leave it 1"
         yield Clash(("prior.weight", "train.data"), problem)
     if config.prior.scale_to_new:
-        problem = "weighs memory by the number of new data, of which there are none; leave it false"
+        problem = "weights memory by the amount of new data, but there is none; leave it false"
         yield Clash(("prior.scale_to_new", "train.data"), problem)
 
 
@@ -169,17 +171,24 @@ def _distilled(config: RunConfig) -> Iterator[Clash]:
     if distill.weight == 0:
         return
     if config.train.data == "seen" and not config.train.restart:
-        yield Clash(("prior.distill.weight", "train.data"), "train.data=seen already trains on the past; unset one")
+        yield Clash(
+            ("prior.distill.weight", "train.data"), "train.data=seen already trains on the past; unset one of the two"
+        )
     if distill.images == "all" and not config.memory.kept:
-        yield Clash(("prior.distill.images", "memory.size"), "is about memory's images, but there is no memory")
+        yield Clash(
+            ("prior.distill.images", "memory.size"), "is about memory's images, but there is no memory; leave it new"
+        )
     elif distill.images == "all" and prior.some_soft:
-        problem = "memory's soft labels say the same already; set prior.replay=1, or leave it new"
+        problem = "memory's soft labels already do the same; set prior.replay=1, or leave it new"
         yield Clash(("prior.distill.images", "prior.replay"), problem)
     if distill.balance == "classes" and config.train.head == "own":
-        problem = "weighs old classes against new ones, which do not compete; set train.head=seen, or leave it fixed"
+        problem = "weights old classes against new ones, which do not compete; set train.head=seen, or leave it fixed"
         yield Clash(("prior.distill.balance", "train.head"), problem)
     if distill.scale_t2 and distill.temperature == 1:
-        yield Clash(("prior.distill.scale_t2", "prior.distill.temperature"), f"1^2 is 1; {usual.temperature} is usual")
+        yield Clash(
+            ("prior.distill.scale_t2", "prior.distill.temperature"),
+            f"has no effect at temperature 1; leave it false, or use {usual.temperature}",
+        )
 
 
 def _sigmoids(config: RunConfig) -> Iterator[Clash]:
@@ -188,28 +197,32 @@ def _sigmoids(config: RunConfig) -> Iterator[Clash]:
         return
     because = "train.loss=sigmoid has no softmax"
     if prior.quadratic.weight > 0:
-        yield Clash(("prior.quadratic.weight", "train.loss"), f"curvature is that of a softmax, and {because}")
+        yield Clash(
+            ("prior.quadratic.weight", "train.loss"), f"curvature is that of a softmax, but {because}; set it to 0"
+        )
     if config.memory.kept and prior.some_soft:
-        yield Clash(("prior.replay", "train.loss"), f"soft labels are a softmax's, and {because}; set prior.replay=1")
+        yield Clash(("prior.replay", "train.loss"), f"soft labels are those of a softmax, but {because}; set it to 1")
     if config.memory.kept and isinstance(config.memory.selector, _OF_SOFTMAX):
-        problem = f"scores examples by probabilities of a softmax, and {because}; choose another selector"
+        problem = f"scores examples by probabilities of a softmax, but {because}; choose another selector"
         yield Clash(("memory.selector.kind", "train.loss"), problem)
     if train.label_smoothing > 0:
-        yield Clash(("train.label_smoothing", "train.loss"), f"spreads a label over a softmax, and {because}")
+        yield Clash(
+            ("train.label_smoothing", "train.loss"), f"spreads a label over a softmax, but {because}; set it to 0"
+        )
     if prior.distill.weight > 0:
         if train.head == "own":
-            problem = "the old network answers for the old classes of every image; set train.head=seen"
+            problem = "distillation sets the targets of all old classes for every image; set train.head=seen"
             yield Clash(("train.head", "train.loss"), problem)
         if config.memory.kept and prior.distill.images == "new":
-            problem = "nothing would be said of the old classes of memory's images; set it to all"
+            problem = "memory's images would have no targets for old classes; set it to all"
             yield Clash(("prior.distill.images", "train.loss"), problem)
         if config.memory.dtype != "fp32" and prior.distill.view == "recorded":
-            problem = "keeps differences of logits, of which a softmax is made, but not a sigmoid; set it to fp32"
+            problem = "stores differences of logits, which suffice for a softmax but not for a sigmoid; set it to fp32"
             yield Clash(("memory.dtype", "train.loss"), problem)
 
 
 def _logits_kept(config: RunConfig) -> Iterator[Clash]:
-    """Of what is said of memory by logits (DER) and by two rows (DER++)."""
+    """Clashes of squared differences of logits (DER), of kept logits, and of two rows per example (DER++)."""
     prior, usual = config.prior, PriorConfig()
     soft = config.memory.kept and prior.some_soft
     if not soft:
@@ -217,28 +230,26 @@ def _logits_kept(config: RunConfig) -> Iterator[Clash]:
         keys += ["memory.labels"] if config.memory.labels == "kept" else []
         other, remedy = ("prior.replay", "prior.replay < 1") if config.memory.kept else ("memory.size", "memory.size")
         for key in keys:
-            yield Clash((key, other), f"is about soft-labelled memory, and there is none; set {remedy}")
+            yield Clash((key, other), f"is about soft-labelled memory, but there is none; set {remedy}")
         return
     if config.memory.labels == "kept" and prior.view == "teacher":
-        problem = "asks the newest network; with kept labels, set it to stored or recorded"
+        problem = "uses labels of the newest network; with kept labels, set it to stored or recorded"
         yield Clash(("prior.view", "memory.labels"), problem)
     if prior.label_weight > 0 and prior.some_true:
-        problem = "every example speaks by its soft and its true label already; set prior.replay=0"
+        problem = "every example already has its soft and its true label; set it to 0"
         yield Clash(("prior.replay", "prior.label_weight"), problem)
     if prior.classes == "known" and config.train.head == "own":
         yield Clash(("prior.classes", "train.head"), _NEVER_COMPETE)
     if prior.loss == "squared":
         if isinstance(config.memory.selector, ReconstructionSelector):
-            problem = "brings gradients of a softmax close, and squared differences have others; choose another"
+            problem = "approximates gradients of a softmax, but squared differences have others; choose another"
             yield Clash(("memory.selector.kind", "prior.loss"), problem)
         if prior.classes == "known":
-            yield Clash(("prior.classes", "prior.loss"), "is about a softmax, and there is none; leave it seen")
+            yield Clash(("prior.classes", "prior.loss"), "is about a softmax, but there is none; leave it seen")
         if prior.temperature != 1:
-            yield Clash(
-                ("prior.temperature", "prior.loss"), "squared differences are of logits as they are; set it to 1"
-            )
+            yield Clash(("prior.temperature", "prior.loss"), "squared differences are of undivided logits; set it to 1")
         if config.memory.dtype != "fp32":
-            problem = "keeps differences of logits only; squared differences need the logits: set it to fp32"
+            problem = "stores logits up to a constant, but squared differences need the logits; set it to fp32"
             yield Clash(("memory.dtype", "prior.loss"), problem)
 
 
@@ -246,7 +257,9 @@ def _scaled(config: RunConfig) -> Iterator[Clash]:
     if not config.prior.scale_to_new:
         return
     if config.prior.scale_to_task:
-        yield Clash(("prior.scale_to_new", "prior.scale_to_task"), "both say what memory stands for; unset one")
+        yield Clash(
+            ("prior.scale_to_new", "prior.scale_to_task"), "both scale the weight of memory; unset one of the two"
+        )
     if not config.memory.kept:
         yield Clash(("prior.scale_to_new", "memory.size"), "needs a memory; set memory.size, or memory.total")
 
@@ -257,32 +270,36 @@ def _corrected(config: RunConfig) -> Iterator[Clash]:
         return
     key = "prior.correct.share"
     if memory.total == 0:
-        yield Clash((key, "memory.total"), "is a share of memory.total, which is 0; set it to the examples kept in all")
+        yield Clash(
+            (key, "memory.total"), "is a share of memory.total, which is 0; set that to the number of examples to keep"
+        )
     if not memory.balanced:
         yield Clash(
-            ("memory.balanced", key), "held-out and kept examples are equally many of each class; set it to true"
+            ("memory.balanced", key), "held-out and kept examples must be equally many of each class; set it to true"
         )
     if isinstance(memory.selector, GreedySelector) or memory.selector.kind == "reservoir":
-        problem = "keeps what it chooses from the whole past, without a part that is held out; choose another selector"
+        problem = "chooses from the whole past and cannot hold a part out; choose another selector"
         yield Clash(("memory.selector.kind", key), problem)
     if config.train.head == "own":
-        yield Clash(("train.head", key), "corrects new classes against old ones, which do not compete; set it to seen")
+        yield Clash(("train.head", key), "new and old classes must compete to be corrected; set it to seen")
     if config.train.data != "task" or config.train.restart:
-        yield Clash(("train.data", key), "holds examples out of a task; set train.data=task and train.restart=false")
+        yield Clash(("train.data", key), "a correction holds examples out of a task; set task and train.restart=false")
     if config.evaluate.classifier != "head":
-        yield Clash(("evaluate.classifier", key), "corrects logits, which nearest means do not have; set it to head")
+        yield Clash(
+            ("evaluate.classifier", key), "a correction is of logits, which class means do not have; set it to head"
+        )
     if prior.quadratic.weight > 0:
-        problem = "curvature would be measured on held-out examples, too; set it to 0"
+        problem = "curvature would also be measured on held-out examples; set it to 0"
         yield Clash(("prior.quadratic.weight", key), problem)
     if prior.topology.nodes > 0:
-        problem = "nodes would be chosen of held-out examples, too, and then learned; set it to 0"
+        problem = "nodes would also be placed at held-out examples, which are then learned; set it to 0"
         yield Clash(("prior.topology.nodes", key), problem)
 
 
 def _frozen(config: RunConfig) -> Iterator[Clash]:
     train = config.train
     if "features" in train.frozen and train.head_epochs > 0:
-        problem = "the last layer learns alone all the time; leave it 0, and set train.epochs"
+        problem = "only the last layer learns in every epoch anyway; leave it 0, and set train.epochs"
         yield Clash(("train.head_epochs", "train.frozen"), problem)
 
 
@@ -297,20 +314,20 @@ def _competing(config: RunConfig) -> Iterator[Clash]:
     if train.competing == "all":
         yield from _all_compete(config)
     elif train.data != "task":
-        problem = "is about a task's own images beside those of the past; leave it seen, or set train.data=task"
+        problem = "distinguishes a task's own images from those of the past; leave it seen, or set train.data=task"
         yield Clash(("train.competing", "train.data"), problem)
     measured = config.prior.quadratic.weight > 0 and not isinstance(config.curvature, SiCurvature | OptimizerCurvature)
     if train.competing == "task" and measured:
-        problem = "is measured among all classes seen, and a task's own rows are trained among its own; leave it seen"
+        problem = "trains a task among its own classes, but curvature is measured among all seen; leave it seen"
         yield Clash(("train.competing", "prior.quadratic.weight"), problem)
     if train.loss == "sigmoid":
-        yield Clash(("train.competing", "train.loss"), "is about a softmax, and there is none; leave it seen")
+        yield Clash(("train.competing", "train.loss"), "is about a softmax, but there is none; leave it seen")
 
 
 def _all_compete(config: RunConfig) -> Iterator[Clash]:
-    """Those of soft labels and of what is measured are the classes seen."""
+    """Soft labels and measurements use the classes seen."""
     prior, key = config.prior, "train.competing"
-    problem = "lets classes to come compete in rows with true labels alone, and here others speak of the same images"
+    problem = "lets future classes compete only in rows with true labels, but this term has only the classes seen"
     soft = config.memory.kept and prior.some_soft and prior.weight != (0.0,) and prior.loss != "squared"
     others = {
         "prior.replay": soft,
@@ -330,27 +347,29 @@ def _topology(config: RunConfig) -> Iterator[Clash]:
     if topology.nodes == 0:
         return
     key = "prior.topology.nodes"
-    if train.data != "task" and not train.restart:  # with restart: _fresh_network speaks
-        yield Clash((key, "train.data"), "keeps the past in place while a task is learned; set train.data=task")
+    if train.data != "task" and not train.restart:  # with restart: reported by _fresh_network
+        yield Clash((key, "train.data"), "keeps the past in place while a new task is learned; set train.data=task")
     if topology.anchor == 0 and topology.minmax == 0:
         yield Clash(
-            (key, "prior.topology.anchor"), "says nothing without anchor and minmax; set one above 0, or this to 0"
+            (key, "prior.topology.anchor"), "has no effect if anchor and minmax are 0; set one above 0, or this to 0"
         )
     if getattr(config.engine, "compile", False):
-        problem = "looks into the network in every step, which compiled code does not show; set engine.compile=false"
+        problem = "reads features in every step, which compiled code does not show; set engine.compile=false"
         yield Clash((key, "engine.compile"), problem)
     if "features" in train.frozen:
         yield Clash((key, "train.frozen"), "moves features, which are frozen; leave it 0")
     if train.head_epochs:
-        yield Clash((key, "train.head_epochs"), "moves features, which stay at first; set train.head_epochs=0")
+        yield Clash(
+            (key, "train.head_epochs"), "moves features, which are fixed in head_epochs; set train.head_epochs=0"
+        )
 
 
 def _tested(config: RunConfig) -> Iterator[Clash]:
     if config.evaluate.classifier == "nearest_mean" and not config.memory.kept:
-        problem = "means are of memory's examples; set memory.size or memory.total"
+        problem = "class means are those of memory's examples; set memory.size or memory.total"
         yield Clash(("evaluate.classifier", "memory.size"), problem)
     if config.evaluate.classifier != "nearest_mean" and config.evaluate.means != "memory":
-        problem = "are of evaluate.classifier=nearest_mean; set that, or evaluate.means=memory"
+        problem = "applies to evaluate.classifier=nearest_mean only; set that, or leave it memory"
         yield Clash(("evaluate.means", "evaluate.classifier"), problem)
     if config.evaluate.classifier == "prototype" and config.train.restart:
         problem = "keeps the prototypes of classes from task to task; set train.restart=false"

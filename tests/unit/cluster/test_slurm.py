@@ -160,7 +160,7 @@ def test_what_would_hide_the_number_of_the_job_is_refused(key: str) -> None:
 
 
 def test_a_quotation_that_does_not_end_is_a_mistake_in_the_configuration() -> None:
-    with pytest.raises(ConfigError, match=r"cluster.modules.*has a quotation that does not end: it's"):
+    with pytest.raises(ConfigError, match=r"cluster.modules.*has an unclosed quotation mark: it's"):
         one('cluster.modules=["it\'s"]')
 
 

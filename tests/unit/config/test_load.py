@@ -222,13 +222,16 @@ stream:
             "memory = 3: not allowed; expected a mapping of size, total, fraction, selector, balanced, dtype, labels",
         ),
         ("stream=null", "stream = null: not allowed; expected a mapping with a kind: digits, shards"),
-        ("stream.kind=shards", "stream.parts is missing; expected a list, each a mapping of path, tasks, classes"),
+        (
+            "stream.kind=shards",
+            "stream.parts is missing; expected a list (each item: a mapping of path, tasks, classes",
+        ),
         ("model.kind=timm", "model.name is missing; expected text"),
         ("engine.kind=fsdp", "engine.kind = fsdp: no such kind; kinds: ddp"),
         ("stream={kind: [1]}", "stream.kind = [1]: no such kind; kinds: digits, shards"),
         (
             "stream={kind: shards, parts: [3]}",
-            "stream.parts.0 = 3: not allowed; expected a list, each a mapping of path",
+            "stream.parts.0 = 3: not allowed; expected a list (each item: a mapping of path",
         ),
         ("name=a b", "name = 'a b': not allowed; expected text matching"),
         ("memry.size=3", "memry = {size: 3}: no such key; did you mean 'memory'?"),
@@ -237,8 +240,8 @@ stream:
         ("train.zzz=1", "train.zzz = 1: no such key; allowed: epochs, batch_size, head"),
         ("memory.size=[1", "expected ',' or ']', but got '<stream end>': not valid YAML"),
         ("train={epochs: 1, epochs: 2}", "epochs: given twice; keep one"),
-        ("seed=!!python/name:os.system x", "python/name:os.system: tags are not read; write the plain value"),
-        ("optim.options=&a [*a]", "&a: anchors and aliases are not read; write the value out"),
+        ("seed=!!python/name:os.system x", "python/name:os.system: tags are not supported; write the plain value"),
+        ("optim.options=&a [*a]", "&a: anchors and aliases are not supported; write the value out"),
     ],
 )
 def test_one_mistake(argument: str, line: str) -> None:
@@ -349,7 +352,7 @@ def test_a_sweep_refuses_runs_that_would_share_a_folder() -> None:
 
 
 def test_load_refuses_a_sweep() -> None:
-    assert mistakes([], "seed=1,2") == ["seed=1,2 asks for several runs; here one is expected (a list is [1,2])"]
+    assert mistakes([], "seed=1,2") == ["seed=1,2 is a sweep, but one run is expected here (a list is written [1,2])"]
 
 
 # ---------------------------------------------------------------- fast, without torch

@@ -320,7 +320,7 @@ def test_a_ridge_alone_names_the_weights_that_it_is_for() -> None:
     with pytest.raises(ConfigError) as caught:
         load([], [MEMORY, "memory.selector.kind=reconstruction", "memory.selector.ridge=0.1"])
     assert str(caught.value) == (
-        "memory.selector.ridge = 0.1 with memory.selector.weights = equal: pulls fitted weights, and there are none; "
+        "memory.selector.ridge = 0.1 with memory.selector.weights = equal: applies to fitted weights only; "
         "set memory.selector.weights=fitted, or leave it 0.01 (argument 'memory.selector.ridge=0.1')"
     )
 
@@ -341,9 +341,9 @@ def test_rules_hold_without_files() -> None:
         ("bf16", "{enabled: true}", "engine.precision"),
         ("fp16", "{enabled: true}", "engine.precision"),
         ("activation_checkpointing", "{cpu_checkpointing: true}", "engine.recompute"),
-        ("prescale_gradients", "true", "nothing"),
+        ("prescale_gradients", "true", "leave it out"),
         ("zero_optimization.stage", "2", "engine.stage"),
-        ("zero_optimization.round_robin_gradients", "true", "nothing"),
+        ("zero_optimization.round_robin_gradients", "true", "leave it out"),
         ("zero_optimization.offload_optimizer", "{device: cpu}", "engine.offload_optimizer"),
         ("zero_optimization.offload_param", "{device: cpu}", "engine.offload_weights"),
     ],
@@ -354,5 +354,5 @@ def test_what_deepspeed_is_told_by_hpccl_names_the_key_that_says_it(key: str, va
     with pytest.raises(ConfigError) as caught:
         load([], [ZERO, f"engine.deepspeed={told}"])
     assert re.search(
-        rf"^engine\.deepspeed\.{re.escape(key)} .*is set by hpccl; say it by {re.escape(ours)}", str(caught.value)
+        rf"^engine\.deepspeed\.{re.escape(key)} .*is set by hpccl; (use )?{re.escape(ours)}", str(caught.value)
     )

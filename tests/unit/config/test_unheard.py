@@ -43,7 +43,7 @@ def test_the_precision_of_products_that_a_diagonal_does_not_make() -> None:
     assert told(*common) == []
     assert told(*common, "curvature.kind=ekfac") == []
     (line,) = told(*common, "curvature.kind=diagonal")
-    assert line.startswith("prior.quadratic.products=bf16 has no effect here: it is of curvature.kind=kronecker")
+    assert line.startswith("prior.quadratic.products=bf16 has no effect here: only curvature.kind=kronecker")
 
 
 def test_dropout_of_a_network_that_has_none() -> None:
@@ -54,7 +54,7 @@ def test_dropout_of_a_network_that_has_none() -> None:
 
 def test_a_share_of_too_few_examples() -> None:
     (line,) = told("memory.size=9", "prior.replay=0.1")
-    assert line.endswith("of so few examples it gives none its true label")
+    assert line.endswith("in such a small memory, this share gives no example its true label")
     assert told("memory.size=10", "prior.replay=0.1") == told("memory.size=9", "prior.replay=0") == []
 
 

@@ -154,7 +154,7 @@ def test_every_kind_of_row_has_the_epochs_size_on_any_number_of_ranks(shards: Pa
                 "data={image_size: 32, test_size: 40}",
                 "model={kind: timm, name: vit_tiny_patch16_224, options: {img_size: 32}}",
             ],
-            "gives images of several sizes, and vit_tiny_patch16_224 takes one; add dynamic_img_size: true",
+            "gives images of several sizes, but vit_tiny_patch16_224 takes one; add dynamic_img_size: true",
         ),
         (
             [
