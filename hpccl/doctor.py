@@ -145,7 +145,7 @@ def check_devices() -> Check:
     """Report GPUs that torch can use, and GPUs that it cannot."""
     torch, _ = _import("torch")
     if torch is None:
-        return Check("devices", "missing", "unknown without torch", "mend torch first")
+        return Check("devices", "missing", "unknown without torch", "fix torch first")
     if torch.cuda.is_available():
         properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return Check("devices", "ok", ", ".join(f"{gpu.name} {_gib(gpu.total_memory)}" for gpu in properties))
@@ -161,7 +161,7 @@ def check_backends() -> Check:
     """Check the backends of torch.distributed: gloo, and NCCL if there are GPUs."""
     torch, _ = _import("torch")
     if torch is None:
-        return Check("distributed backends", "missing", "unknown without torch", "mend torch first")
+        return Check("distributed backends", "missing", "unknown without torch", "fix torch first")
     distributed = torch.distributed
     if not distributed.is_available():
         advice = "this torch was built without torch.distributed: only one process will work"
@@ -179,7 +179,7 @@ def check_cores() -> Check:
     installed, usable = os.cpu_count() or 1, usable_cores()
     if usable >= installed:
         return Check("cores", "ok", str(usable))
-    advice = "a container, `taskset` or the batch system gives no more; on SLURM ask with --cpus-per-task"
+    advice = "a container, `taskset` or the batch system limits them; on SLURM, request more with --cpus-per-task"
     return Check("cores", "warn", f"{usable} of {installed} usable", advice)
 
 
@@ -187,11 +187,13 @@ def check_threads() -> Check:
     """Check that torch does not start more threads than there are cores."""
     torch, _ = _import("torch")
     if torch is None:
-        return Check("threads", "missing", "unknown without torch", "mend torch first")
+        return Check("threads", "missing", "unknown without torch", "fix torch first")
     threads, cores = torch.get_num_threads(), usable_cores()
     found = f"{threads} a process by default, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"
     if threads > cores:
-        return Check("threads", "warn", found, f"set OMP_NUM_THREADS={cores}: more threads than cores slow each other")
+        return Check(
+            "threads", "warn", found, f"set OMP_NUM_THREADS={cores}: more threads than cores slow each other down"
+        )
     return Check("threads", "ok", found)
 
 
@@ -252,7 +254,9 @@ def check_hostname(hostname: str) -> Check:
     try:
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(hostname, None)}
     except (OSError, UnicodeError) as error:
-        advice = f"several processes may not meet: add '{hostname}' to /etc/hosts, or set GLOO_SOCKET_IFNAME=lo"
+        advice = (
+            f"several processes may not find each other: add '{hostname}' to /etc/hosts, or set GLOO_SOCKET_IFNAME=lo"
+        )
         return Check("host name", "warn", f"'{hostname}' does not resolve ({error})", advice)
     return Check("host name", "ok", f"{hostname} ({', '.join(sorted(addresses))})")
 
@@ -266,7 +270,7 @@ def check_port(port: int) -> Check:
     except (OSError, OverflowError) as error:
         advice = "set cluster.port=0 for any free port, or choose another"
         return Check("port", "warn", f"{port} cannot be used ({error})", advice)
-    return Check("port", "ok", f"{taken} is free" if port else "free ones exist")
+    return Check("port", "ok", f"{taken} is free" if port else "a free port exists")
 
 
 def check_slurm() -> Check:
@@ -274,7 +278,9 @@ def check_slurm() -> Check:
     commands = {name: shutil.which(name) for name in ("sinfo", "sbatch", "srun")}
     absent = [name for name, path in commands.items() if path is None]
     if len(absent) == len(commands):
-        return Check("SLURM", "missing", "no sinfo, sbatch, srun", "optional, to use a cluster: work on its login node")
+        return Check(
+            "SLURM", "missing", "no sinfo, sbatch, srun", "optional: to use a cluster, run hpccl on its login node"
+        )
     if absent:
         found = f"{', '.join(name for name in commands if name not in absent)}; no {', '.join(absent)}"
         return Check("SLURM", "warn", found, "put the folder of the SLURM commands on PATH (`module load slurm`)")
@@ -283,7 +289,10 @@ def check_slurm() -> Check:
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         return Check(
-            "SLURM", "warn", f"sinfo failed: {_one_line(detail)}", "ask `scontrol ping`; is the controller up?"
+            "SLURM",
+            "warn",
+            f"sinfo failed: {_one_line(detail)}",
+            "check with `scontrol ping` that the controller is up",
         )
     job = f", inside job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
     return Check("SLURM", "ok", f"partitions: {'; '.join(answer.splitlines()) or 'none'}{job}")

@@ -59,7 +59,7 @@ def main() -> None:
         words = out_of_memory(error)
         if words is None:
             raise
-        _leave(tell(CapacityError(f"memory ran out ({words}); free some, or take a machine or device with more")))
+        _leave(tell(CapacityError(f"memory ran out ({words}); free some, or use a machine or device with more")))
     except KeyboardInterrupt:
         say("stopped by Ctrl-C; run the same command again")
         sys.exit(INTERRUPTED)

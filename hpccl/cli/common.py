@@ -25,7 +25,7 @@ Arguments = Annotated[
     typer.Argument(
         metavar="FILES... [key=value]...",
         help="YAML files, merged from left to right, then settings; key=a,b is a sweep. "
-        "A file whose name holds '=' is written ./a=b.yaml.",
+        "Write a file name that contains '=' as ./a=b.yaml.",
     ),
 ]
 
@@ -38,7 +38,7 @@ def configs_of(arguments: Sequence[str]) -> list[RunConfig]:
     if not in_step():  # there, every rank would print it
         if not files:
             typer.echo(
-                "note: no configuration file is given, such as configs/quickstart.yaml: all else is as by default",
+                "note: no configuration file (such as configs/quickstart.yaml) is given: settings not given have their defaults",
                 err=True,
             )
         for line in unheard(configs, overrides):
@@ -72,7 +72,7 @@ def train_all(configs: Sequence[RunConfig]) -> int:
         code = max(code, ended)
         if number < len(configs) and from_slurm():
             left = len(configs) - number
-            say(f"{config.path} failed, and what comes after it ({left}) is not begun: mend it or leave it out")
+            say(f"{config.path} failed; the remaining runs ({left}) were not started: fix it or leave it out")
             return code
     if failed and len(configs) > 1:
         say(f"{len(failed)} of {len(configs)} runs failed: {', '.join(failed)}")

@@ -11,7 +11,7 @@ import typer
 
 __all__ = ["curvature"]
 
-curvature = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a run measured of its past.")
+curvature = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect the curvature that a run measured.")
 
 
 @curvature.callback()
@@ -28,11 +28,11 @@ def show_curvature(
     ] = None,
     spectra: Annotated[
         bool | None,
-        typer.Option(help="Eigenvalues and ranks of all layers, or of none; if not given, of those that are quick."),
+        typer.Option(help="Eigenvalues and ranks of all layers, or of none; only the quick ones if not given."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
-    """Print a run's curvature layer by layer: its size, its spectrum, what it takes and how exact it is."""
+    """Print a run's curvature layer by layer: its size, spectrum, cost and accuracy."""
     from hpccl.train.curvature_show import read_curvature, render
 
     shown = read_curvature(run, task=task, spectra=spectra)

@@ -10,7 +10,7 @@ import typer
 
 __all__ = ["gp"]
 
-gp = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Gaussian processes on what a run's network sees.")
+gp = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Gaussian processes on a run's network features.")
 
 
 @gp.callback()
@@ -25,16 +25,16 @@ def fit_gp(
     task: Annotated[
         int | None, typer.Option(help="The network after this task, counted from 0; the newest if not given.")
     ] = None,
-    kernel: Annotated[Literal["rbf", "matern52", "linear"], typer.Option(help="Of the process.")] = "rbf",
+    kernel: Annotated[Literal["rbf", "matern52", "linear"], typer.Option(help="Kernel of the process.")] = "rbf",
     lengthscale: Annotated[
-        float | None, typer.Option(help="To begin with; the typical distance of features if not given.")
+        float | None, typer.Option(help="Initial lengthscale; the typical distance of features if not given.")
     ] = None,
-    variance: Annotated[float, typer.Option(help="Of the kernel, to begin with.")] = 10.0,
-    inducing: Annotated[int, typer.Option(help="Most inducing inputs.")] = 200,
-    keep: Annotated[int, typer.Option(help="Examples of a task that are kept.")] = 50,
-    steps: Annotated[int, typer.Option(help="Of the sites of a task.")] = 20,
-    rate: Annotated[float, typer.Option(help="Longest step of the sites, above 0 and at most 1.")] = 0.5,
-    tune: Annotated[int, typer.Option(help="Steps of hyperparameters by the evidence, at each task.")] = 0,
+    variance: Annotated[float, typer.Option(help="Initial variance of the kernel.")] = 10.0,
+    inducing: Annotated[int, typer.Option(help="Maximum number of inducing inputs.")] = 200,
+    keep: Annotated[int, typer.Option(help="Examples kept of each task.")] = 50,
+    steps: Annotated[int, typer.Option(help="Update steps of the sites at each task.")] = 20,
+    rate: Annotated[float, typer.Option(help="Step size of the sites, above 0 and at most 1.")] = 0.5,
+    tune: Annotated[int, typer.Option(help="Hyperparameter steps on the evidence at each task.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the files; RUN/gp if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
 ) -> None:

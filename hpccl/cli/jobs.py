@@ -30,14 +30,14 @@ def submit(
     arguments: Arguments,
     *,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Return when all have ended; exit code 1 if one failed.")
+        bool, typer.Option("--wait", help="Wait until all runs have ended; exit code 1 if one failed.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script; touch nothing.")] = False,
     dependency: Annotated[
-        str | None, typer.Option(help="As of sbatch: afterok:ID and the like; a failed one cancels this.")
+        str | None, typer.Option(help="As for sbatch, e.g. afterok:ID; if that job fails, this one is cancelled.")
     ] = None,
 ) -> None:
-    """Hand runs to the cluster that cluster.* describes and return; a sweep becomes one job array."""
+    """Submit runs to the cluster that cluster.* describes and return; a sweep becomes one job array."""
     from hpccl.cluster.submit import check, script
     from hpccl.cluster.submit import submit as hand_over
 
@@ -86,11 +86,11 @@ def status(
     runs: Runs,
     *,
     watch: Annotated[
-        float | None, typer.Option(min=1.0, metavar="SECONDS", help="Look again and again until all have ended.")
+        float | None, typer.Option(min=1.0, metavar="SECONDS", help="Refresh the table until all runs have ended.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
-    """Show what runs do: their jobs, where they stand, how fast, how long still, what went wrong."""
+    """Show the status of runs: jobs, progress, speed, remaining time and errors."""
     from hpccl.cluster import status_table
     from hpccl.cluster.jobs import refuse_absent
 
@@ -104,18 +104,18 @@ def status(
 def logs(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
     *,
-    rank: Annotated[int, typer.Option(min=0, help="Of which process.")] = 0,
-    lines: Annotated[int, typer.Option(min=0, help="How many of the last lines; 0 is all.")] = 40,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run has ended.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Process whose log is printed.")] = 0,
+    lines: Annotated[int, typer.Option(min=0, help="Number of last lines to print; 0: all.")] = 40,
+    follow: Annotated[bool, typer.Option("--follow", help="Print new lines until the run has ended.")] = False,
 ) -> None:
-    """Print what a run printed."""
+    """Print the log of a run."""
     from hpccl.cluster.logs import print_log
 
     print_log(run, rank=rank, lines=lines, follow=follow)
 
 
 def cancel(runs: Runs) -> None:
-    """End the jobs of runs, which save first; the folders stay, and can be continued."""
+    """Cancel the jobs of runs, which save first; the folders stay, and the runs can be continued."""
     from hpccl.cluster import cancel as ending
     from hpccl.cluster.jobs import refuse_absent
 

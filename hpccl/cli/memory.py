@@ -13,7 +13,7 @@ from hpccl.folder import refuse_unwritable
 
 __all__ = ["memory"]
 
-memory = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a run keeps of its past.")
+memory = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Analyse what a run keeps of past tasks.")
 
 
 @memory.command("map")
@@ -26,20 +26,20 @@ def map_memory(
     ] = None,
     posterior: Annotated[
         Literal["last_layer", "kronecker", "ekfac", "diagonal", "dense", "checkpoint"],
-        typer.Option(help="Of the last layer's weights, or of all: measured anew, or the run's own curvature."),
+        typer.Option(help="Over the last layer's weights, or over all: measured anew, or the run's own curvature."),
     ] = "last_layer",
     examples: Annotated[
-        int | None, typer.Option(help="A uniform sample of so many; all, or 2000 where all weights count.")
+        int | None, typer.Option(help="Size of a uniform sample; all, or 2000 if the posterior is over all weights.")
     ] = None,
     fraction: Annotated[
-        float | None, typer.Option(help="Share of the data that gives the curvature of all weights; all if not given.")
+        float | None, typer.Option(help="Share of the data for the curvature of all weights; all if not given.")
     ] = None,
     prior_precision: Annotated[
-        float | None, typer.Option(help="Of the posterior; that with the largest evidence if not given.")
+        float | None, typer.Option(help="Prior precision; the one with the largest evidence if not given.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
 ) -> None:
-    """Write the memory map of a run: what its training examples are worth, what each class and the memory hold."""
+    """Write the memory map of a run: how much its network depends on each example and class, and on the memory."""
     from hpccl.report.memory_map import summary, write_memory_map
     from hpccl.train.memory_map.build import map_memory as find
 
@@ -70,19 +70,20 @@ def reconstruct_memory(
         ),
     ] = None,
     task: Annotated[
-        int | None, typer.Option(help="Choose after this task, counted from 0; the last with a next one if not given.")
+        int | None, typer.Option(help="Select after this task, counted from 0; the last with a next task if not given.")
     ] = None,
-    points: Annotated[int, typer.Option(help="On the way to the weights after the next task.")] = 5,
+    points: Annotated[int, typer.Option(help="Points on the path to the weights after the next task.")] = 5,
     past: Annotated[
-        float | None, typer.Option(help="Share of the past that gives the true gradient; as log.reconstruction, or 1.")
+        float | None,
+        typer.Option(help="Share of past data for the true gradient; log.reconstruction, or 1, if not given."),
     ] = None,
     fraction: Annotated[
-        float, typer.Option(help="Measure curvature anew, without each memory, on so much of the rest; 0: the run's.")
+        float, typer.Option(help="Share of the data outside each memory to measure curvature on; 0: the run's own.")
     ] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Folder for the files; RUN/reconstruction if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
 ) -> None:
-    """How well each selector's memory would have reconstructed the gradient of the past on the way to the next task."""
+    """Measure how well each selector's memory reconstructs the gradient of past tasks on the path to the next task."""
     from hpccl.config.memory import SELECTORS
     from hpccl.report.reconstruction import markdown, write_reconstruction
     from hpccl.train.memory_reconstruct import reconstruct_memory as find
@@ -107,4 +108,4 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(each) for each in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"--sizes {text}: whole numbers with commas between them, as in 50,100") from error
+        raise ConfigError(f"--sizes {text}: give whole numbers separated by commas, as in 50,100") from error

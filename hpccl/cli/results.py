@@ -24,26 +24,26 @@ def evaluate(
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Test these in the place of the run's: of hpccl export or merge, or a .safetensors file."),
+        typer.Option(help="Test these instead of the run's: from hpccl export or merge, or a .safetensors file."),
     ] = None,
     posterior: Annotated[
         Literal["sampled", "probit", "monte_carlo"] | None,
-        typer.Option(help="Uncertain weights: draw them, or linearise the network (probit approximation or draws)."),
+        typer.Option(help="Predict with uncertain weights: sample them, or linearise the network (probit or draws)."),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="With --posterior: draws of weights, or of logits; 32 if not given.")
+        int | None, typer.Option(help="With --posterior: number of draws of weights or logits; 32 if not given.")
     ] = None,
     examples: Annotated[
-        int | None, typer.Option(help="With --posterior: so many test images; all, or 2000 if linearised.")
+        int | None, typer.Option(help="With --posterior: number of test images; all, or 2000 if linearised.")
     ] = None,
     prior_precision: Annotated[
-        float | None, typer.Option(help="With --posterior: that with the largest evidence if not given.")
+        float | None, typer.Option(help="With --posterior: the one with the largest evidence if not given.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="With --posterior: folder for the files; RUN/uncertainty if not given.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="With --posterior: print JSON instead of a table; otherwise it always is.")
+        bool, typer.Option("--json", help="With --posterior: print JSON instead of a table. Without: always JSON.")
     ] = False,
 ) -> None:
     """Test a run's checkpoint on all tasks and print the figures as JSON; with --posterior, also how certain it is."""
@@ -53,16 +53,20 @@ def evaluate(
         given = {"--samples": samples, "--examples": examples, "--prior-precision": prior_precision, "--out": out}
         lost = [name for name, value in given.items() if value is not None]
         if lost:
-            raise ConfigError(f"{lost[0]} without --posterior: it is about uncertain weights; add --posterior sampled")
+            raise ConfigError(f"{lost[0]} needs --posterior; add --posterior sampled, or leave {lost[0]} out")
         typer.echo(json.dumps(evaluate_run(run, task=task, weights=weights), indent=2))
         return
     from hpccl.report.uncertainty import markdown, summary, write_uncertainty
     from hpccl.train.uncertainty import evaluate_posterior
 
     if weights is not None:
-        raise ConfigError("--weights with --posterior: the posterior is around the run's own weights; give one of them")
+        raise ConfigError(
+            "--weights with --posterior: the posterior is around the run's own weights; leave one of them out"
+        )
     if posterior == "probit" and samples is not None:
-        raise ConfigError("--samples with --posterior probit: nothing is drawn; leave it out, or use monte_carlo")
+        raise ConfigError(
+            "--samples with --posterior probit has no effect; leave it out, or use --posterior monte_carlo"
+        )
     out = out or run / "uncertainty"
     refuse_unwritable(out, "--out FOLDER")
     found = evaluate_posterior(
@@ -86,12 +90,10 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the comparison: md, html, csv, json, tex, plots and runs.jsonl.xz.")
     ] = None,
-    add: Annotated[bool, typer.Option("--add", help="With the runs of the comparison that OUT has, if any.")] = False,
-    begun: Annotated[bool, typer.Option("--begun", help="Leave out folders in which no run was begun.")] = False,
-    compare: Annotated[Path | None, typer.Option(help="CSV file of published values to put beside.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Which data set of that file, where several could be meant.")
-    ] = None,
+    add: Annotated[bool, typer.Option("--add", help="Include the runs of the comparison in OUT, if any.")] = False,
+    begun: Annotated[bool, typer.Option("--begun", help="Leave out folders in which no run was started.")] = False,
+    compare: Annotated[Path | None, typer.Option(help="CSV file of published values to compare with.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set of that file, if several fit the runs.")] = None,
 ) -> None:
     """Write report.{json,md,html} in each run's folder, and compare the runs.
 
@@ -108,19 +110,19 @@ def report(
         refused = report_if_writable(folder)
         if refused and out is None:
             raise FolderError(
-                f"no report can be written into '{folder}': {refused}; give --out FOLDER, which takes a comparison of "
-                "the runs and leaves their folders alone"
+                f"no report can be written into '{folder}': {refused}; give --out FOLDER to write a comparison of "
+                "the runs there only"
             )
         if refused:
-            typer.echo(f"{folder}: {refused}: no report is written into it, it is compared all the same", err=True)
+            typer.echo(f"{folder}: {refused}: no report is written there, but the run is compared", err=True)
     if dataset is not None and compare is None:
-        raise ConfigError("--dataset without --compare: it names rows of a file of published values; give both")
+        raise ConfigError("--dataset needs --compare, the file of published values that has this data set; give both")
     if add and out is None:
-        raise ConfigError("--add without --out: it adds to the comparison in that folder; give it, or leave --add out")
+        raise ConfigError("--add needs --out, the folder of the comparison to add to; give both, or leave --add out")
     earlier = [out / NAME] if add and out is not None and (out / NAME).exists() else []
     if add and out is not None and not earlier and (out / "comparison.json").exists():
         raise ConfigError(
-            f"--add: '{out}' has a comparison, but no {NAME} of its runs, so that they would be lost; give another "
+            f"--add: the comparison in '{out}' has no {NAME}, so that its runs would be lost; give another "
             "--out, or leave --add out to replace it"
         )
     comparison = compare_runs([*earlier, *runs], published=compare, dataset=dataset)
@@ -134,16 +136,16 @@ def _begun(runs: list[Path]) -> list[Path]:
     """Raises FolderError where there are none."""
     absent = [path for path in runs if not path.is_file() and not RunFolder(path).config.is_file()]
     if len(absent) == len(runs):
-        raise FolderError(f"--begun: no run was begun in '{absent[0]}' or in any other of {len(absent)} folders")
+        raise FolderError(f"--begun: no run was started in any of the {len(absent)} folders, such as '{absent[0]}'")
     for path in absent:
-        typer.echo(f"{path}: no run was begun there, it is left out", err=True)
+        typer.echo(f"{path}: no run was started there; it is left out", err=True)
     return [path for path in runs if path not in absent]
 
 
 def choose(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs, and runs.jsonl.xz.")],
     *,
-    out: Annotated[Path | None, typer.Option(help="Folder for METHOD.yaml files with what was chosen.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for METHOD.yaml files with the chosen settings.")] = None,
 ) -> None:
     """For each method, choose the settings that did best on a validation split (data.validation).
 
@@ -192,10 +194,11 @@ def merge(
     out: Annotated[Path, typer.Option(help="A new folder, as hpccl export writes it.")],
     base: Annotated[
         Path | None,
-        typer.Option(help="What all of them began with: a run, an export or a .safetensors file of weights."),
+        typer.Option(help="The weights that all of them started from: a run, an export or a .safetensors file."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Of each network, as in 1,0.5,-1; negative removes; 1 each if not given.")
+        str | None,
+        typer.Option(help="Weight of each network, as in 1,0.5,-1; negative removes it; 1 each if not given."),
     ] = None,
     method: Annotated[
         Literal["matching", "fisher", "arithmetic", "average"],
@@ -206,7 +209,7 @@ def merge(
     ] = 1e-3,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Merge networks that began with the same weights into one, without data."""
+    """Merge networks that started from the same weights into one, without data."""
     from hpccl.report.text import percent, whole
     from hpccl.train.merge import merge as write
 
@@ -216,7 +219,7 @@ def merge(
     typer.echo(f"{done.folder}: {len(models)} networks by {method}, {whole(done.num_weights)} weights{known}")
     if done.averaged:
         typer.echo(
-            f"running statistics are means, {done.averaged[0]} and others: see {done.folder}/README.md", err=True
+            f"running statistics ({done.averaged[0]} and others) are averaged: see {done.folder}/README.md", err=True
         )
 
 
@@ -225,11 +228,11 @@ def _real_numbers(option: str, text: str) -> list[float]:
     try:
         return [float(each) for each in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"{option} {text}: numbers with commas between them, as in 1,0.5,-1") from error
+        raise ConfigError(f"{option} {text}: give numbers separated by commas, as in 1,0.5,-1") from error
 
 
 def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False) -> None:
-    """Look at this machine: what is there, what is missing, what to do. Exit code 1 where training cannot work."""
+    """Check this machine: what is there, what is missing, what to do. Exit code 1 if training cannot work."""
     from hpccl.doctor import as_dict, diagnose, ready, render
 
     checks = diagnose()

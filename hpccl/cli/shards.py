@@ -42,20 +42,20 @@ def build_shards(
         typer.Option(help="Classes of images without class folders: 'name class' lines, numbers, or ILSVRC's devkit."),
     ] = None,
     synsets: Annotated[
-        Path | None, typer.Option(help="For --labels of numbers: a class a line, that of number 1 first.")
+        Path | None, typer.Option(help="For --labels of numbers: a file with one class per line, number 1 first.")
     ] = None,
     checksum: Annotated[
-        str | None, typer.Option(metavar="ALGORITHM:HEX", help="Of SOURCE, sha256 or md5; checked before the start.")
+        str | None, typer.Option(metavar="ALGORITHM:HEX", help="Checksum of SOURCE, sha256 or md5; verified first.")
     ] = None,
 ) -> None:
-    """Turn images into shards. After a kill, the same command continues."""
+    """Turn images into shards. If interrupted, the same command continues."""
     from hpccl.data.shards.build import Progress, build
     from hpccl.data.shards.labels import read_labels
     from hpccl.machine import usable_cores
 
     encoding = _encoding(max_side=max_side, quality=quality, lossless=lossless)
     if synsets is not None and labels is None:
-        raise ConfigError("--synsets without --labels: it is the list of classes of a file of numbers")
+        raise ConfigError("--synsets needs --labels, the file of numbers whose classes it lists; give both")
 
     def show(progress: Progress) -> None:
         end = "\n" if progress.done == progress.total else "\r"
@@ -84,7 +84,7 @@ def build_shards(
         absent = sorted(set(manifest.classes) - {shard.class_name for shard in manifest.shards})
         if absent:
             shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-            say(f"note: '{name}' has no image of {shown}, which another split has")
+            say(f"note: split '{name}' has no images of {shown}, which another split has")
 
 
 def _encoding(*, max_side: int | None, quality: int | None, lossless: bool) -> Encoding:
@@ -113,9 +113,9 @@ def verify_shards(
         typer.echo(f"{problem.file}: {problem.what}")
     if problems:
         typer.echo(
-            f"{len(problems)} problems. Delete the shards named here (of an index or a manifest, the folder of its "
+            f"{len(problems)} problems. Delete the shards named here (for an index or a manifest, the folder of its "
             f"split), then run the command that built them, hpccl shards build SOURCE {out}: it writes what is missing",
             err=True,
         )
         raise typer.Exit(FAILED)
-    typer.echo(f"{out}: all shards are as the manifest says")
+    typer.echo(f"{out}: all shards match the manifest")

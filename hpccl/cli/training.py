@@ -32,7 +32,7 @@ def train(
     nproc: Annotated[int | None, typer.Option(help="Processes; the same as cluster.nproc=N.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; the same as log.quiet=true.")] = False,
 ) -> None:
-    """Train, or continue a run that was stopped. A sweep runs one after the other."""
+    """Train, or continue a run that was stopped. The runs of a sweep are trained one after the other."""
     options = [f"cluster.nproc={nproc}"] if nproc is not None else []
     options += ["log.quiet=true"] if quiet else []
     code = train_all(configs_of([*arguments, *options]))
@@ -47,7 +47,7 @@ def adapt(
         list[str] | None,
         typer.Argument(
             metavar="[key=value]...",
-            help=f"Over the run's: {SETTINGS}.",
+            help=f"Settings that override the run's: {SETTINGS}.",
         ),
     ] = None,
     *,
@@ -56,7 +56,7 @@ def adapt(
         list[str] | None, typer.Option(metavar="SHARDS", help="Learn further images of known classes; may be repeated.")
     ] = None,
     remove: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Forget classes or ids: a,b,... or a file with one a line.")
+        str | None, typer.Option(metavar="NAMES", help="Forget classes or ids: a,b,... or a file with one per line.")
     ] = None,
     prior_precision: Annotated[
         float | None, typer.Option(help="Another prior.normal.precision of the weights; at least 0.")
@@ -68,13 +68,13 @@ def adapt(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="What to compare with: `retrain` to train anew in OUT/reference, or the folder of one that was."
+            help="What to compare with: `retrain` trains anew in OUT/reference; or the folder of a retrained run."
         ),
     ] = None,
     nproc: Annotated[int | None, typer.Option(help="Processes; the same as cluster.nproc=N.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; the same as log.quiet=true.")] = False,
 ) -> None:
-    """Adapt a trained network to more data, less data, another prior or another architecture. Again: it continues."""
+    """Adapt a trained network to more data, less data, another prior or another architecture."""
     options = [f"cluster.nproc={nproc}"] if nproc is not None else []
     options += ["log.quiet=true"] if quiet else []
     change = _change(add, None if remove is None else named(remove), prior_precision, model)
@@ -132,8 +132,8 @@ def loss_of_what_stays(before: float | None, after: float | None) -> str | None:
     if before is None or after is None or after >= before - _MUCH:
         return None
     return (
-        f"the accuracy of what stays fell from {percent(before)} to {percent(after)} %: adapt again, into another "
-        "--out, with fewer train.epochs or a smaller optim.lr"
+        f"the accuracy on the classes that stay fell from {percent(before)} to {percent(after)} %: adapt again, into "
+        "another --out, with fewer train.epochs or a smaller optim.lr"
     )
 
 
@@ -143,8 +143,8 @@ def _change(
     """Return section `adapt` from the options; raise ConfigError unless exactly one is given, with a valid value."""
     if precision is not None and not (math.isfinite(precision) and precision >= 0):
         raise ConfigError(
-            f"--prior-precision {precision:g}: a precision is a finite number >= 0, in nats per squared weight (0: no "
-            "prior); give one"
+            f"--prior-precision is {precision:g}; allowed: a finite number >= 0, in nats per squared weight (0: no "
+            "prior)"
         )
     given: dict[str, dict[str, Any] | None] = {
         "--add": None if not add else {"kind": "add", "data": add},
@@ -155,14 +155,14 @@ def _change(
     found = {option: change for option, change in given.items() if change is not None}
     if len(found) != 1:
         said = ", ".join(found) or "none of them"
-        raise ConfigError(f"{said} given; an adaptation is one of {', '.join(given)}, one after the other for several")
+        raise ConfigError(f"{said} given; give exactly one of {', '.join(given)}, and adapt again for another")
     return next(iter(found.values()))
 
 
 def _refuse_files(settings: Sequence[str]) -> None:
     files = [setting for setting in settings if not is_override(setting)]
     if files:
-        raise ConfigError(f"'{files[0]}' is no key=value; an adaptation takes its configuration from the run's folder")
+        raise ConfigError(f"'{files[0]}' is not key=value; an adaptation takes its configuration from the run's folder")
 
 
 def check(arguments: Arguments) -> None:
@@ -174,23 +174,23 @@ def check(arguments: Arguments) -> None:
 def plan(
     arguments: Arguments,
     *,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; as cluster.* says.")] = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on each; as cluster.* says.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; cluster.nodes if not given.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on each; cluster.nproc if not given.")] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(help="What a process can send to others, in gigabytes a second.")
+        float | None, typer.Option(help="Bandwidth from one process to others, in gigabytes per second.")
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Time a micro-batch on this machine, for seconds.")
+        bool, typer.Option("--measure/--no-measure", help="Time a micro-batch on this machine; takes seconds.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
-    """Predict what a run will hold, send and spend on a world of processes, without training."""
+    """Predict a run's memory, communication and time on any number of processes, without training."""
     configs = configs_of(arguments)
     from hpccl.train.plan.build import make_plan
     from hpccl.train.plan.show import render
 
     if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth > 0):
-        raise ConfigError(f"--bandwidth is {bandwidth:g}; allowed: a finite number of gigabytes a second above 0")
+        raise ConfigError(f"--bandwidth is {bandwidth:g}; allowed: a finite number of gigabytes per second above 0")
     plans = [
         make_plan(
             config,

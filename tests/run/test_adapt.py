@@ -669,7 +669,7 @@ def test_a_folder_in_use_is_kept(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])
 def test_a_precision_that_cannot_be(tmp_path: Path, value: str) -> None:
     message = refused("nowhere", "--out", str(tmp_path / "out"), "--prior-precision", value)
-    assert message.startswith(f"--prior-precision {value}: a precision is a finite number >= 0")
+    assert message.startswith(f"--prior-precision is {value}; allowed: a finite number >= 0")
 
 
 @pytest.mark.slow
@@ -707,7 +707,7 @@ def test_the_command_is_killed_continued_and_compared(digits: Path, tmp_path: Pa
     [
         ([], "none of them given"),
         (["--remove", "3", "--prior-precision", "2"], "--remove, --prior-precision given"),
-        (["--remove", "3", "more.yaml"], "'more.yaml' is no key=value"),
+        (["--remove", "3", "more.yaml"], "'more.yaml' is not key=value"),
     ],
 )
 def test_options_that_say_nothing_or_two_things(tmp_path: Path, options: list[str], message: str) -> None:

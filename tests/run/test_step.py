@@ -69,7 +69,7 @@ def test_ranks_that_a_failure_parted_do_not_meet_again_in_another_run(tmp_path: 
     with step(2, tmp_path, *SHORT, "seed=0,1") as (first, other):
         assert first.wait(timeout=200) == 201, "srun then ends the others"
         assert first.stdout is not None
-        assert "what comes after it (1) is not begun" in first.stdout.read()
+        assert "the remaining runs (1) were not started" in first.stdout.read()
         assert other.poll() is None
     assert not (tmp_path / "seed=1" / "events.jsonl").exists()
 

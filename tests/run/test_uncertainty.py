@@ -139,10 +139,10 @@ def test_the_command_and_its_mistakes(run: Path, tmp_path: Path) -> None:
     assert "Area under the ROC curve" in result.output
     assert (tmp_path / "out" / "uncertainty.html").is_file()
     for extra, message in (
-        (["--examples", "3"], "--examples without --posterior"),
-        (["--samples", "3"], "--samples without --posterior"),
+        (["--examples", "3"], "--examples needs --posterior"),
+        (["--samples", "3"], "--samples needs --posterior"),
         (["--posterior", "monte_carlo", "--samples", "0"], "--samples 0: at least 1"),
-        (["--posterior", "probit", "--samples", "9"], "--samples with --posterior probit: nothing is drawn"),
+        (["--posterior", "probit", "--samples", "9"], "--samples with --posterior probit has no effect"),
         (["--posterior", "probit", "--prior-precision", "-1"], "--prior-precision -1: a finite number above 0"),
         (["--posterior", "probit", "--weights", "x"], "--weights with --posterior"),
     ):

@@ -77,7 +77,9 @@ def test_what_an_adaptation_cost() -> None:
     assert loss_of_what_stays(None, 0.5) is None
     told = loss_of_what_stays(0.953, 0.689)
     assert told is not None
-    assert told.startswith("the accuracy of what stays fell from 95.3 to 68.9 %: adapt again, into another --out")
+    assert told.startswith(
+        "the accuracy on the classes that stay fell from 95.3 to 68.9 %: adapt again, into another --out"
+    )
 
 
 def test_version() -> None:
@@ -185,7 +187,7 @@ def test_train_evaluate_and_report(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert again.stdout == reported.stdout, "the same run, once"
     refused = command("report", "runs/quickstart", "--add", folder=tmp_path)
-    assert (refused.returncode, "--add without --out" in refused.stderr) == (2, True)
+    assert (refused.returncode, "--add needs --out" in refused.stderr) == (2, True)
     (tmp_path / "comparison" / "runs.jsonl.xz").unlink()
     refused = command("report", "runs/quickstart", "--add", "--out", "comparison", folder=tmp_path)
     assert (refused.returncode, "would be lost; give another --out" in refused.stderr) == (2, True)
@@ -275,7 +277,7 @@ def test_shards_are_built_and_verified(tmp_path: Path) -> None:
     done = command("shards", "build", "source", "out", "--lossless", "--workers", "1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "out/train: 6 images of 3 classes in 2 shards, 0 skipped" in done.stdout
-    assert "note: 'train' has no image of bird, which another split has\n" in done.stderr
+    assert "note: split 'train' has no images of bird, which another split has\n" in done.stderr
 
     assert command("shards", "verify", "out", folder=tmp_path).returncode == 0
     shard = next((tmp_path / "out" / "train").glob("*.tar"))

@@ -233,7 +233,7 @@ mount --bind runs runs && mount -o remount,bind,ro runs || exit 77
     assert "with: 0\n" in done.stdout, done.stderr
     assert "without: 1\n" in done.stdout
     first, second, third = done.stderr.splitlines()
-    assert first == "runs/0: Read-only file system: no report is written into it, it is compared all the same"
+    assert first == "runs/0: Read-only file system: no report is written there, but the run is compared"
     assert second == first.replace("runs/0", "runs/1")
     assert third.startswith("error: no report can be written into 'runs/0': Read-only file system; give --out FOLDER")
     assert [run["seed"] for run in json.loads((tmp_path / "there" / "comparison.json").read_text())["runs"]] == [0, 1]
