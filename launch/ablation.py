@@ -103,9 +103,9 @@ def campaign(setting: Setting, rows: Sequence[str]) -> Campaign:
 
 if __name__ == "__main__":
     parser = options(__doc__)
-    parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=available(), metavar="ROW", help="all")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="0 1 2")
+    parser.add_argument("--quick", action="store_true", help="train on the digits instead, in a minute")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=available(), metavar="ROW", help="(all)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="(0 1 2)")
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else SPLIT_CIFAR
     setting = Setting(**{**vars(setting), "seeds": tuple(chosen.seeds or setting.seeds)})

@@ -73,15 +73,21 @@ def campaign(chosen: argparse.Namespace) -> Campaign:
 
 if __name__ == "__main__":
     parser = options(__doc__)
-    parser.add_argument("--train", type=Path, metavar="SOURCE", help="training images; leave out if shards are there")
+    parser.add_argument("--train", type=Path, metavar="SOURCE", help="training images; leave out if their shards exist")
     parser.add_argument("--test", type=Path, metavar="SOURCE", help="validation images")
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="their classes, if they have no class folders")
-    parser.add_argument("--synsets", type=Path, metavar="FILE", help="for --labels of numbers: a class a line")
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="classes of the validation images, if they have no class folders"
+    )
+    parser.add_argument(
+        "--synsets", type=Path, metavar="FILE", help="for --labels of numbers: a file with one class per line"
+    )
     parser.add_argument("--shards", default="shards/imagenet", help="folder of shards (shards/imagenet)")
     parser.add_argument("--max-side", type=int, default=400, help="pixels of the longer side of stored images (400)")
     parser.add_argument("--folder", default="runs/imagenet", help="folder of the runs (runs/imagenet)")
     parser.add_argument("--tasks", type=int, default=10, help="tasks of equally many classes (10)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[200, 1000, 5000], help="memory examples a task")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(0)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[200, 1000, 5000], help="memory sizes, examples per task"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds (0)")
     arguments = parser.parse_args()
     sys.exit(carry_out(campaign(arguments), arguments))

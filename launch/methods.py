@@ -147,12 +147,12 @@ def campaign(setting: Setting, methods: Sequence[str]) -> Campaign:
 
 if __name__ == "__main__":
     parser = options(__doc__)
-    parser.add_argument("--quick", action="store_true", help="learn the digits, in minutes")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="all")
+    parser.add_argument("--quick", action="store_true", help="train on the digits instead, in minutes")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="(all)")
     parser.add_argument(
         "--heads", nargs="+", choices=list(HEADS), help="own (task-incremental), seen (class-incremental)"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="0 1 2")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="(0 1 2)")
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else SPLIT_CIFAR
     narrowed = {key: tuple(value) for key in ("heads", "seeds") if (value := getattr(chosen, key))}

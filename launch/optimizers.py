@@ -84,10 +84,10 @@ def campaign(setting: Setting, optimizers: Sequence[str]) -> Campaign:
 
 if __name__ == "__main__":
     parser = options(__doc__)
-    parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, metavar="KIND", help="all")
-    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help="cifarnet resnet18; quick: mlp")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="0 1 2")
+    parser.add_argument("--quick", action="store_true", help="train on the digits instead, in a minute")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, metavar="KIND", help="(all)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help="(cifarnet resnet18; quick: mlp)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="(0 1 2)")
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else CIFAR10
     models, seeds = chosen.models or setting.models, chosen.seeds or setting.seeds

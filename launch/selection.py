@@ -93,10 +93,12 @@ def campaign(setting: Setting, selectors: Sequence[str]) -> Campaign:
 
 if __name__ == "__main__":
     parser = options(__doc__)
-    parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
-    parser.add_argument("--selectors", nargs="+", choices=NAMED_SELECTORS, default=COMPARED, metavar="NAME", help="all")
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="examples a task in memory")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="0 1 2")
+    parser.add_argument("--quick", action="store_true", help="train on the digits instead, in a minute")
+    parser.add_argument(
+        "--selectors", nargs="+", choices=NAMED_SELECTORS, default=COMPARED, metavar="NAME", help="(all)"
+    )
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="memory sizes, examples per task")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="(0 1 2)")
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else SPLIT_CIFAR
     narrowed = {key: tuple(value) for key in ("sizes", "seeds") if (value := getattr(chosen, key))}

@@ -49,8 +49,8 @@ def _written(point: dict[str, str], name: str, path: str) -> list[str]:
 
 if __name__ == "__main__":
     parser = options(__doc__)
-    parser.add_argument("name", help="of the sweep: its folder is runs/NAME")
-    parser.add_argument("arguments", nargs="+", metavar="FILE|key=a,b", help="as of hpccl train")
+    parser.add_argument("name", help="name of the sweep; its folder is runs/NAME")
+    parser.add_argument("arguments", nargs="+", metavar="FILE|key=a,b", help="files and settings, as for hpccl train")
     chosen = parser.parse_intermixed_args()
     try:
         wanted = campaign(chosen.name, chosen.arguments, together=chosen.cluster == "slurm")

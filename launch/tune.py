@@ -110,9 +110,9 @@ def campaign(setting: Setting, methods: Sequence[str]) -> Campaign:
 
 if __name__ == "__main__":
     parser = options(__doc__)
-    parser.add_argument("--quick", action="store_true", help="learn the digits, in a minute")
-    parser.add_argument("--methods", nargs="+", choices=list(GRID), default=list(GRID), metavar="METHOD", help="all")
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="examples a task in memory, 200 1000")
+    parser.add_argument("--quick", action="store_true", help="train on the digits instead, in a minute")
+    parser.add_argument("--methods", nargs="+", choices=list(GRID), default=list(GRID), metavar="METHOD", help="(all)")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="memory sizes, examples per task (200 1000)")
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else SPLIT_CIFAR
     setting = replace(setting, sizes=tuple(chosen.sizes or setting.sizes))

@@ -38,7 +38,7 @@ def configs_of(arguments: Sequence[str]) -> list[RunConfig]:
     if not in_step():  # there, every rank would print it
         if not files:
             typer.echo(
-                "note: no configuration file (such as configs/quickstart.yaml) is given: settings not given have their defaults",
+                "note: no configuration file (such as configs/quickstart.yaml) is given; the defaults apply",
                 err=True,
             )
         for line in unheard(configs, overrides):

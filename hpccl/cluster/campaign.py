@@ -67,7 +67,7 @@ class Campaign:
         for step in self.steps:
             unknown = sorted(set(step.after) - seen)
             if step.name in seen or unknown:
-                what = f"waits for {', '.join(unknown)}, which does not come before it" if unknown else "is there twice"
+                what = f"waits for {', '.join(unknown)}, which does not come before it" if unknown else "occurs twice"
                 raise ConfigError(f"step '{step.name}' of the campaign {what}")
             seen.add(step.name)
 
@@ -75,10 +75,16 @@ class Campaign:
 def options(description: str | None) -> argparse.ArgumentParser:
     """Return the parser of the command line that campaigns share, for `carry_out`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where (default: this machine)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="local: commands at the same time (1)")
+    parser.add_argument(
+        "--cluster", choices=("local", "slurm"), default="local", help="where to run (default: local, this machine)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="local: number of commands run at the same time (1)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
-    parser.add_argument("--add", action="store_true", help="reports: with the runs of earlier ones in their folders")
+    parser.add_argument(
+        "--add", action="store_true", help="reports: include the runs of earlier reports in their folders"
+    )
     parser.add_argument(
         "--with",
         dest="more",
@@ -100,9 +106,9 @@ def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
     try:
         steps = [_with(step, chosen.more, add=chosen.add) for step in campaign.steps]
         if chosen.add and not any(step.reports for step in steps):
-            raise ConfigError("--add is for reports, of which this campaign makes none; leave it out")
+            raise ConfigError("--add has no effect, as this campaign writes no report; leave it out")
         if chosen.jobs < 1:
-            raise ConfigError(f"--jobs {chosen.jobs}: at least 1")
+            raise ConfigError(f"--jobs is {chosen.jobs}; allowed: at least 1")
         if chosen.dry_run:
             return _list(steps)
         if chosen.cluster == "slurm":
@@ -164,13 +170,13 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
             jobs[step.name] = _numbers(submitted)
             here = [each.folder for each in submitted if each.kind == "local"]
             if here:
-                raise FolderError(f"'{here[0]}' is trained on this machine already; `hpccl cancel {here[0]}` first")
+                raise FolderError(f"'{here[0]}' is being trained on this machine; run `hpccl cancel {here[0]}` first")
         else:
             folder = campaign.folder / "slurm" / step.name
             arguments = _of_begun(step).arguments
             jobs[step.name] = [submit_command(arguments, cluster, name=step.name, folder=folder, dependency=dependency)]
         print(f"{', '.join(jobs[step.name]) or 'done already'}: {_shown(step)}", flush=True)
-    print(f"all is queued; hpccl status {campaign.folder}")
+    print(f"all steps are queued; follow them with `hpccl status {campaign.folder}`")
     return DONE
 
 
@@ -185,7 +191,7 @@ def _for_slurm(step: Step) -> list[RunConfig]:
         if config.cluster.kind != "slurm":
             raise ConfigError(
                 f"--cluster slurm queues trainings, but '{step.name}' has cluster.kind={config.cluster.kind}; give "
-                "--with configs/cluster/slurm_gpu.yaml, another file that says what to ask for, or cluster.kind=slurm"
+                "--with configs/cluster/slurm_gpu.yaml, another file with SLURM settings, or cluster.kind=slurm"
             )
     return configs
 

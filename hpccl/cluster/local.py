@@ -46,7 +46,7 @@ def launch(config: RunConfig, *, argv: Sequence[str]) -> int:
             return _as_task(config, argv)
         if config.cluster.kind == "slurm":
             raise ConfigError(
-                "cluster.kind = slurm: `hpccl train` runs here and now; queue it with `hpccl submit`, start it with "
+                "cluster.kind = slurm: `hpccl train` runs on this machine; queue it with `hpccl submit`, start it with "
                 "srun, or set cluster.kind=local"
             )
         folder = prepare(config, argv)
@@ -377,7 +377,7 @@ def _explain(
     tail = word.message.splitlines() if word is not None else _new_lines(culprit)
     if tail:
         source = f" (all in {culprit.log})" if culprit.number else ""
-        say("\n".join([f"last words of rank {culprit.number}{source}:", *tail[-_TAIL:]]))
+        say("\n".join([f"last lines of rank {culprit.number}{source}:", *tail[-_TAIL:]]))
     return lost if code < 0 else FAILED
 
 

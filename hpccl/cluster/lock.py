@@ -37,8 +37,8 @@ def holding(folder: RunFolder, *, patience: float = 15.0) -> Iterator[None]:
             if time.monotonic() >= until:
                 holder = os.pread(handle, 100, 0).decode(errors="replace").strip() or "another process"
                 raise FolderError(
-                    f"{holder} is training in run folder '{folder.path}'; wait for it, stop it, or take another one "
-                    "(folder=..., and --out of hpccl adapt)"
+                    f"{holder} is training in run folder '{folder.path}'; wait for it, stop it, or use another folder "
+                    "(folder=..., or --out of hpccl adapt)"
                 )
             time.sleep(0.1)
         os.ftruncate(handle, 0)

@@ -53,7 +53,7 @@ def find_log(run: Path, rank: int = 0) -> Path:
         if own.exists():
             return own
         there = sorted(path.stem.removeprefix("rank-") for path in RunFolder(run).logs.glob("rank-*.txt"))
-        raise FolderError(f"'{own}' is not there; ranks with a log: {', '.join(there) or 'none'}")
+        raise FolderError(f"'{own}' does not exist; ranks with a log: {', '.join(there) or 'none'}")
     job = latest_job(find_jobs({run: read_standing(RunFolder(run).events)})[run])
     if own.exists() and (job is None or not job.log or own.stat().st_mtime >= job.submitted):
         return own

@@ -129,11 +129,11 @@ def _lines(members: list[_Member], reduced: _AllReduce) -> Iterator[str]:
     yield f"all-reduce: {reduced.latency * 1e6:.0f} us for 4 bytes, {reduced.bandwidth / 1e9:.2f} GB/s for a large one"
     slow = ", ".join(f"{member.rank} on {member.host}" for member in _slow(members))
     if not reduced.right:
-        yield "verdict: WRONG. The sum over ranks is not what it must be: do not train here"
+        yield "verdict: WRONG. The sum over ranks is incorrect: do not train here"
     elif slow:
-        yield f"verdict: works, but rank 0 talks over {_SLOW:g} times slower with rank {slow} than with others as near"
+        yield f"verdict: works, but rank 0 is over {_SLOW:g} times slower with rank {slow} than with equally near ranks"
     else:
-        yield "verdict: good. All ranks met, the sum is right, and no rank is slower than others as near"
+        yield "verdict: good. All ranks met, the sum is right, and no rank is slower than equally near ones"
 
 
 def _slow(members: list[_Member]) -> list[_Member]:

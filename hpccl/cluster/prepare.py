@@ -138,7 +138,7 @@ def _take_over(folder: RunFolder, config: RunConfig) -> None:
             raise FolderError(
                 f"run folder '{folder.path}' cannot be written: {explain_os_error(error, other=_OTHER)}"
             ) from error
-    sys.stderr.write(f"run folder '{folder.path}' is taken over: the run in it learned nothing, for {reason}\n")
+    sys.stderr.write(f"run folder '{folder.path}' is reused: the run in it learned nothing, because {reason}\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -158,7 +158,7 @@ def _earlier(folder: RunFolder, here: RunConfig) -> RunConfig | None:
         ) from error
     except ConfigError as error:
         raise FolderError(
-            f"run folder '{folder.path}' cannot be taken up again, for its config.yaml cannot be read:\n{error}\n"
+            f"run folder '{folder.path}' cannot be continued, because its config.yaml cannot be read:\n{error}\n"
             f"{'give another --out' if _adapts(here) else 'set folder=... to another one, or delete it'}"
         ) from error
 
@@ -175,8 +175,8 @@ def _refuse_unnamed(folder: RunFolder, here: RunConfig) -> None:
         ) from error
     advice = "give another --out" if _adapts(here) else "set folder=... to another one, or delete it"
     raise FolderError(
-        f"run folder '{folder.path}' has {'checkpoints' if learned else 'events'} of a run, but no config.yaml, which "
-        f"says what run it is; put its config.yaml back to continue it, or {advice}"
+        f"run folder '{folder.path}' has {'checkpoints' if learned else 'events'} of a run, but no config.yaml; "
+        f"put its config.yaml back to continue it, or {advice}"
     )
 
 

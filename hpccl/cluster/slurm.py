@@ -51,7 +51,7 @@ def parameters(
     """
     if dependency is not None and DEPENDENCY.fullmatch(dependency) is None:
         raise ConfigError(
-            f"dependency '{dependency}' is not understood; allowed: afterok:ID, afterany:ID, afternotok:ID, after:ID, "
+            f"dependency '{dependency}' is invalid; allowed: afterok:ID, afterany:ID, afternotok:ID, after:ID, "
             "aftercorr:ID, with several as afterok:ID:ID"
         )
     found: dict[str, Any] = {

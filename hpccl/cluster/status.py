@@ -205,7 +205,7 @@ def _without_job(standing: Standing) -> tuple[State, str]:
         case None:
             return "not started", ""
         case "run":
-            return "lost", f"its process on {standing.host or 'another machine'} left no word; {_AGAIN}"
+            return "lost", f"its process on {standing.host or 'another machine'} ended without a message; {_AGAIN}"
         case _:
             return _last_words(standing)
 
@@ -218,9 +218,9 @@ def _last_words(standing: Standing) -> tuple[State, str]:
 
 
 def _doubt(standing: Standing, job: Job) -> str:
-    said = {"run": "running", "stop": "stopped", "error": "failed"}.get(standing.turn or "", "nothing yet")
+    said = {"run": "running", "stop": "stopped", "error": "failed"}.get(standing.turn or "", "none yet")
     why = job.state.reason if job.state is not None else f"its process is on {job.host}"
-    return f"{why}; its events say: {said}"
+    return f"{why}; its last event: {said}"
 
 
 def _waiting(state: JobState | None) -> tuple[State, str] | None:
@@ -228,7 +228,7 @@ def _waiting(state: JobState | None) -> tuple[State, str] | None:
     if state is None or state.word in ("RUNNING", "COMPLETING", "SIGNALING", "RESIZING", "STAGE_OUT", UNKNOWN):
         return None
     if state.word == "CONFIGURING":
-        return "starting", "its nodes are made ready"
+        return "starting", "its nodes are being prepared"
     if state.word in ("SUSPENDED", "STOPPED"):
         return "suspended", state.reason
     why = state.reason if state.word == "PENDING" else f"{state.word} {state.reason}".strip()
@@ -275,7 +275,7 @@ def _after_job(standing: Standing, job: Job) -> tuple[State, str]:
     if job.state is None:
         if standing.turn in ("stop", "error") and standing.turn_time >= job.submitted:
             return _last_words(standing)
-        return "lost", f"its process has gone without a word; {_AGAIN}"
+        return "lost", f"its process ended without a message; {_AGAIN}"
     if standing.job != job.id:
         if job.state.end is not None and (standing.began or 0.0) > job.state.end + _CLOCKS:
             return _without_job(standing)  # it was started in some other way since
@@ -299,7 +299,7 @@ def _as_slurm_says(standing: Standing, state: JobState) -> tuple[State, str]:
         case "FAILED" | "OUT_OF_MEMORY":
             return "failed", _how(state)
         case "COMPLETED":
-            return "lost", "its job ended well, but the run is not done"
+            return "lost", "its job ended without an error, but the run is not done"
         case "GONE":
             early = "it was cancelled while it waited, or " if standing.time is None else ""
             return "lost", f"its job is gone: {early}{state.reason}"
@@ -311,6 +311,6 @@ def _how(state: JobState) -> str:
     if state.word == "OUT_OF_MEMORY":
         return "out of memory; raise cluster.mem"
     if state.signal == 53:
-        return "could not be launched; is the folder of its log there on the node?"
+        return "could not be launched; does the folder of its log exist on the node?"
     end = f"signal {state.signal}" if state.signal else f"exit code {state.exit_code}"
     return end if state.reason in ("", "NonZeroExitCode") else f"{end}, {state.reason}"

@@ -186,8 +186,8 @@ def refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:
             "(cluster.mem) too small?"
         )
         raise FolderError(
-            f"job {job.id} was started {len(starts)} times and the last {_STANDSTILLS} starts all stood at {place}; "
-            f"{cause} mend that and submit the run again"
+            f"job {job.id} was started {len(starts)} times and the last {_STANDSTILLS} starts all began at {place}; "
+            f"{cause} fix that and submit the run again"
         )
     _remember(folder, {"job": job.id, "restart": job.restart, "place": place})
 

@@ -76,8 +76,8 @@ def submit(
     if live and not keep_live:
         path, (there, word) = next(iter(live.items()))
         raise FolderError(
-            f"run '{path}' is {'job' if there.kind == 'slurm' else 'process'} {there.id} already ({word}); wait for it "
-            f"(hpccl status {shlex.quote(path)}) or end it (hpccl cancel {shlex.quote(path)}) first"
+            f"run '{path}' already has {'job' if there.kind == 'slurm' else 'process'} {there.id} ({word}); wait "
+            f"for it (hpccl status {shlex.quote(path)}) or end it (hpccl cancel {shlex.quote(path)}) first"
         )
     found = {config.path: Submitted(config.path, "done") for config in configs}
     found |= {path: Submitted(path, there.kind, there.id, kept=True) for path, (there, _) in live.items()}
@@ -160,7 +160,7 @@ def check(configs: Sequence[RunConfig], dependency: str | None = None) -> None:
     _check_words(configs)
     clusters = [config.cluster for config in configs if isinstance(config.cluster, SlurmCluster)]
     if dependency is not None and len(clusters) < len(configs):
-        raise ConfigError("a dependency needs cluster.kind=slurm: runs on this machine wait for no job")
+        raise ConfigError("--dependency needs cluster.kind=slurm: runs on this machine cannot wait for jobs")
     if dependency is None:  # else earlier jobs may make the files
         for config in configs:
             _check_files(config)
@@ -176,8 +176,8 @@ def _check_words(configs: Sequence[RunConfig]) -> None:
         where = str(Path(config.path).absolute())
         if "%" in where or "\\" in where:
             raise ConfigError(
-                f"folder '{where}': SLURM reads % and \\ in the names of logs as marks of its own, and the job "
-                "would end without a word; set folder=... without them"
+                f"folder '{where}': SLURM interprets % and \\ in the names of logs, and the job "
+                "would end without a log; set folder=... without them"
             )
         least = cluster.save + _START_UP
         if seconds(cluster.time) <= least:
@@ -205,7 +205,7 @@ def _check_files(config: RunConfig) -> None:
         raise DataError(f"model.checkpoint '{checkpoint}' is not a file")
     other = config.train.first_task_from
     if other is not None and not RunFolder(Path(other)).config.is_file():
-        raise ConfigError(f"train.first_task_from = '{other}' is no run folder; submit or train that run first")
+        raise ConfigError(f"train.first_task_from = '{other}' is not a run folder; submit or train that run first")
 
 
 def _manifests(path: str, splits: tuple[str, str], copies: Path | None, part: int) -> tuple[Manifest, Manifest]:
@@ -225,7 +225,7 @@ def _check_classes(path: str, manifests: Sequence[Manifest], classes: int | None
         kept = classes or there
         if kept > there or kept % tasks:
             raise ConfigError(
-                f"'{path}' has {there} classes: {kept} of them in {tasks} equal tasks is not possible; change "
+                f"'{path}' has {there} classes: {kept} of them cannot be split into {tasks} equal tasks; change "
                 "stream.parts.*.classes or stream.parts.*.tasks"
             )
 
@@ -234,7 +234,7 @@ def _check_site(clusters: Sequence[SlurmCluster]) -> None:
     missing = [command for command in ("sbatch", "srun", "scontrol", "squeue") if shutil.which(command) is None]
     if missing:
         raise WorldError(
-            f"no {', '.join(missing)} on PATH: this is no machine of a SLURM cluster; go to its login node, load its "
+            f"no {', '.join(missing)} on PATH: this is not a machine of a SLURM cluster; use its login node, load its "
             "module, or set cluster.kind=local. --dry-run prints the script anywhere"
         )
     try:
@@ -247,7 +247,9 @@ def _check_site(clusters: Sequence[SlurmCluster]) -> None:
     known = _partitions() if wanted else set()
     unknown = sorted(name for name in wanted if name is not None and known and not set(name.split(",")) <= known)
     if unknown:
-        raise ConfigError(f"cluster.partition = {', '.join(unknown)}: no such partition; {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"cluster.partition = {', '.join(unknown)}: no such partition; there are: {', '.join(sorted(known))}"
+        )
 
 
 def _partitions() -> set[str]:
@@ -331,7 +333,9 @@ def _queue(
             handles = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         words = re.sub(r"\s+", " ", str(error)).strip()
-        raise WorldError(f"sbatch refused the job: {words}; change cluster.*, `--dry-run` prints the script") from error
+        raise WorldError(
+            f"sbatch refused the job: {words}; change cluster.* (`--dry-run` prints the script)"
+        ) from error
     except OSError as error:
         raise FolderError(f"'{folder}' cannot be written: {error.strerror}") from error
     return [handle.job_id for handle in handles]

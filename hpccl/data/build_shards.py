@@ -80,7 +80,7 @@ def open_shards(stream: ShardStream, data: DataConfig, added: Sequence[str], cop
     decoded = _storage(parts, data, shapes) == "decoded"
     if changes is not None and not decoded:
         raise ConfigError(
-            f"stream.scenario.kind={stream.scenario.kind} changes decoded images, and these are decoded each time; "
+            f"stream.scenario.kind={stream.scenario.kind} changes decoded images, so that they must be kept decoded; "
             f"set data.storage=decoded (of images up to {_SMALL} pixels a side, auto is decoded if there is room)"
         )
     source: ImageSource
@@ -129,8 +129,8 @@ def _open_test(place: Path | str, split: str, cache: ShardCache, train: ShardSet
         if train.copies is None:
             raise
         raise DataError(
-            f"{error}. memory.keep=copy keeps training images alone: the test images of every task are needed to the "
-            "end, for the accuracy on all tasks is measured after each"
+            f"{error}. memory.keep=copy copies training images only: the test images of every task are needed until "
+            "the end, as accuracy on all tasks is measured after each"
         ) from error
 
 
@@ -335,7 +335,7 @@ def _explain_bad(stream: ImageStream, source: DecodedImages) -> str:
     others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
     notes = source.parts[split][int(source.index[split].part[sample])].notes
     return (
-        f"{name}: {reason}{others}; set data.bad_images to skip to go on without such images, or build the shards "
-        "again from mended ones. This was found when the images were decoded: to have them decoded afresh, delete "
+        f"{name}: {reason}{others}; set data.bad_images to skip to leave out such images, or build the shards "
+        "again from repaired ones. This was found when the images were decoded: to decode them again, delete "
         f"'{notes}'"
     )

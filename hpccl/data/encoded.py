@@ -161,7 +161,7 @@ class EncodedImages:
         if made.bad and self.stop_at_bad:
             raise DataError(
                 f"{made.bad[0][1]}; restore its shard, or begin in another folder=... with data.bad_images=skip, which "
-                "goes on without such images"
+                "leaves out such images"
             )
         for sample, reason in made.bad:
             self.seen_bad.setdefault((split, sample), reason)

@@ -95,8 +95,8 @@ class _Worker:
     def _silence(self, crew: int) -> str:
         return (
             f"a decoding process (pid {self.process.pid}, one of {crew}) did not answer for "
-            f"{self.channel.socket.gettimeout():g} s: it was stopped, or the disk or mount with the images hangs. Mend "
-            "that and run the same command again to continue; data.timeout is how long is waited"
+            f"{self.channel.socket.gettimeout():g} s: it was stopped, or the disk or mount with the images hangs. Fix "
+            "that and run the same command again to continue; data.timeout sets the limit"
         )
 
     def _obituary(self, crew: int) -> str:

@@ -157,7 +157,7 @@ def _read_archive(path: Path) -> list[Recorded]:
         raise FolderError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
     except (lzma.LZMAError, EOFError) as error:
         raise FolderError(
-            f"'{path}' is neither a run's folder nor a whole {NAME} of `hpccl report --out`: {error}. Give "
+            f"'{path}' is neither a run's folder nor a complete {NAME} of `hpccl report --out`: {error}. Give "
             "runs/<name>, or fetch the file anew"
         ) from error
     return found

@@ -222,7 +222,7 @@ def _text(value: Any) -> str:
 
 def _render(choice: Choice) -> str:
     best, lead = choice.best, choice.lead
-    ahead = "without a rival"
+    ahead = "the only candidate"
     if lead is not None:
         error = f" ± {100 * choice.lead_error:.2f}" if choice.lead_error is not None else ""
         ahead = f"{100 * lead:.2f}{error} points ahead of the next of {len(choice.candidates)}"

@@ -63,7 +63,7 @@ TOP5: dict[str, str] = {"top5": "top-5", "top5_class_incremental": "class-increm
 _RUN_HEADER = ["run", "method", "status", "seed", "tasks", *FIGURES.values(), "time"]
 _NOTE = (
     "Accuracies in percent, forgetting and BWT in percentage points, all of the network after the last task; "
-    "task-incremental unless said otherwise. Time is wall time, resumes counted, pauses not."
+    "task-incremental unless said otherwise. Time is wall time, with resumes and without pauses."
 )
 
 # MEMORY_SIZES have a column of their own. IGNORED keys change a run's cost or random path, but not what is compared.

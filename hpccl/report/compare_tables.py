@@ -36,7 +36,7 @@ __all__ = [
 
 _CALIBRATION_NOTE = (
     "Of the network after the last task, means over the tasks learned. NLL: negative log-likelihood, nats an image; "
-    f"ECE: expected calibration error in percent, {NUM_BINS} bins. Less is better of both. Accuracies in percent."
+    f"ECE: expected calibration error in percent, {NUM_BINS} bins. Lower is better for both. Accuracies in percent."
 )
 # Figures in the order of their columns: scale of the value, and digits.
 _CALIBRATION: dict[str, tuple[float, int]] = {
@@ -59,7 +59,7 @@ _BEHIND_NOTE = (
     "the seeds that both have (±: of two or more)."
 )
 _COST_NOTE = (
-    "Wall-clock is of everything, resumes counted, pauses not; training is the steps alone. Tasks trained are fewer "
+    "Wall-clock is total time, with resumes and without pauses; training is the steps alone. Tasks trained are fewer "
     "than all where another run gave the first (train.first_task_from) or only the last was trained (train.only_last): "
     "then times and images are of these alone."
 )
@@ -188,7 +188,7 @@ def _calibration_cells(group: Group, figures: Sequence[str]) -> list[str]:
 
 def _distances_note(comparison: Comparison) -> list[str]:
     apart = [group.label for group in comparison.groups if group.configuration["evaluate.classifier"] != "head"]
-    return [f"Of distances to class means, which are no probabilities: {', '.join(apart)}."] if apart else []
+    return [f"From distances to class means, which are not probabilities: {', '.join(apart)}."] if apart else []
 
 
 # ---------------------------------------------------------------- cost

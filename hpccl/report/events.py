@@ -188,7 +188,7 @@ def read_events(path: Path) -> list[Event]:
         elif position != numbered[-1][0]:
             raise FolderError(
                 f"line {position} of '{path}' is not an event: {line[:60]!r}; only the last line of a run that was "
-                "killed may be torn. Restore the file, or delete that line to go on without it"
+                "killed may be incomplete. Restore the file, or delete that line to continue without it"
             )
     return events
 

@@ -110,7 +110,7 @@ def _choose(tasks: Mapping[str, int], dataset: str | None, num_tasks: int, path:
         found = "several data sets" if fitting else "no data set"
         raise ConfigError(
             f"published values '{path}' have {found} with {num_tasks} tasks, as the runs have; there are: {known}. "
-            "Say which one is meant, or leave the published values out"
+            "Choose one, or leave the published values out"
         )
     return fitting[0]
 

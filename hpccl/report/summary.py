@@ -132,7 +132,7 @@ def read_config(folder: Path) -> RunConfig:
         return load_recorded(path)
     except ConfigError as error:
         raise FolderError(
-            f"{error}\n'{path}' is not what this version of hpccl writes: see code.txt for the run's"
+            f"{error}\n'{path}' does not fit this version of hpccl: code.txt names the version that wrote it"
         ) from error
 
 
@@ -331,7 +331,7 @@ def _lost(matrix: Matrix) -> str | None:
     which = f"tasks {', '.join(lost)} (counted from 0)" if True in told else "any task"
     return (
         f"events.jsonl lacks the evaluation after {which}, "
-        "so that figures are missing, or of an earlier task; `hpccl evaluate RUN --task N` measures them again"
+        "so that figures are missing or those of an earlier task; `hpccl evaluate RUN --task N` measures them again"
     )
 
 

@@ -210,7 +210,7 @@ def _notes(found: Uncertainty) -> list[str]:
             for which, word in _WHICH.items()
         )
         notes.append(
-            f"Area under the ROC curve of telling {whole(unseen['num_unseen'])} images of tasks to come from those of "
+            f"Area under the ROC curve for telling {whole(unseen['num_unseen'])} images of tasks to come from those of "
             f"learned tasks, among the classes seen: {areas}."
         )
     return notes

@@ -160,7 +160,7 @@ def test_what_may_not_go(shards: Path, tmp_path: Path) -> None:
         go_on(config)
     shutil.move(tmp_path / "kept", shards / "two" / "train")
     shutil.move(shards / "one" / "test", tmp_path / "kept")
-    with pytest.raises(DataError, match="the test images of every task are needed to the end"):
+    with pytest.raises(DataError, match="the test images of every task are needed until the end"):
         go_on(config)
     shutil.move(tmp_path / "kept", shards / "one" / "test")
     shutil.rmtree(shards / "one" / "train")

@@ -111,7 +111,7 @@ def test_a_refused_run_does_not_block_the_corrected_command(tmp_path: Path, npro
     assert finish(start(folder, "memory.size=5000", *settings))[0] == 2
     code, output = finish(start(folder, *settings))
     assert code == 0, output
-    assert output.count("is taken over: the run in it learned nothing, for it ended with ConfigError") == 1
+    assert output.count("is reused: the run in it learned nothing, because it ended with ConfigError") == 1
     assert not events(folder, "error")
     code, output = finish(start(folder, "memory.size=20", *settings))
     assert code == 1

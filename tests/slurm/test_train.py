@@ -143,7 +143,7 @@ def test_a_job_that_never_gets_anywhere_is_not_started_for_ever(cluster: Testbed
     run.joinpath("logs/starts.jsonl").write_text(5 * f'{{"job": "{job}", "restart": 0, "place": "the beginning"}}\n')
     ended = wait_for_state(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
-    assert "all stood at the beginning" in run.joinpath("logs/error.json").read_text()
+    assert "all began at the beginning" in run.joinpath("logs/error.json").read_text()
 
 
 def test_an_array_of_four(cluster: Testbed, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_run_is_not_submitted_twice(cluster: Testbed, tmp_path: Path) -> None:
         ["hpccl", "submit", *arguments], text=True, capture_output=True, check=False, env={**os.environ}
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"is job {job} already" in done.stderr
+    assert f"already has job {job}" in done.stderr
 
 
 @pytest.mark.slow

@@ -98,10 +98,10 @@ def build(
         FolderError: `out` cannot be written (disk full, no permission).
     """
     if samples_per_shard < 1:
-        raise ConfigError(f"samples_per_shard is {samples_per_shard}: allowed is a positive number")
+        raise ConfigError(f"samples_per_shard is {samples_per_shard}; allowed: a positive number")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ConfigError(
-            f"'{out}' lies in '{source}', where shards would be taken for images: give a folder beside it"
+            f"'{out}' lies in '{source}', where shards would be taken for images: give a folder outside it"
         )
     if checksum is not None:
         check_source(source, checksum, out)
@@ -126,15 +126,15 @@ def _check_labelled(plan: _Plan, out: Path, labels: Labels) -> None:
         strange = sorted(set(plan.classes) - set(known))
         if other != plan.folder.name and strange:
             raise DataError(
-                f"'{labels.file}' gives the class '{strange[0]}', which split '{other}' in '{out}' has not "
-                f"({len(strange)} of {len(plan.classes)} classes are unknown there): give the labels by the names of "
+                f"'{labels.file}' gives the class '{strange[0]}', which split '{other}' in '{out}' lacks "
+                f"({len(strange)} of {len(plan.classes)} classes are unknown there): give the labels as names of "
                 "its classes"
             )
 
 
 def _choose(listing: Listing, split: str | None, source: Path) -> Listing:
     if split is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", split):
-        raise ConfigError(f"split is '{split}': allowed are letters, digits, '-' and '_'")
+        raise ConfigError(f"split is '{split}'; allowed: letters, digits, '-' and '_'")
     if list(listing) == [""]:
         return {split or "train": listing[""]}
     if split is None:
@@ -260,7 +260,7 @@ class _Plan:
         ]
         if differences:
             raise DataError(
-                f"'{self.folder}' holds shards of something else: {'; '.join(differences)}. "
+                f"'{self.folder}' holds shards of another build: {'; '.join(differences)}. "
                 "Choose another folder, or delete this one"
             )
 
@@ -416,8 +416,8 @@ def _write_all(units: list[_Unit], workers: int) -> Iterator[_Unit]:
             yield jobs[job]
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that wrote shards died (killed, or out of memory?): run the same command again, it goes on "
-            "where it stopped; with fewer workers it needs less memory"
+            "a process that wrote shards died (killed, or out of memory?): run the same command again, it continues "
+            "where it stopped; fewer --workers need less memory"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -439,7 +439,7 @@ def _start_worker() -> None:
 # ---------------------------------------------------------------- writing one shard
 
 
-_BAD_IMAGE_ADVICE = "Mend or remove it, or build with bad images skipped (--skip-bad)"
+_BAD_IMAGE_ADVICE = "Repair or remove it, or skip bad images (--skip-bad)"
 
 
 def _write_shard(unit: _Unit) -> None:

@@ -25,7 +25,7 @@ def parse_checksum(text: str) -> tuple[str, str]:
     name, _, digest = text.lower().strip().rpartition(":")
     name = name or next((known for known, digits in _DIGITS.items() if digits == len(digest)), "")
     if name not in _DIGITS or not re.fullmatch(f"[0-9a-f]{{{_DIGITS[name]}}}", digest):
-        raise ConfigError(f"checksum '{text}' is none: allowed are {', '.join(f'{known}:HEX' for known in _DIGITS)}")
+        raise ConfigError(f"checksum '{text}' is invalid; allowed: {', '.join(f'{known}:HEX' for known in _DIGITS)}")
     return name, digest
 
 

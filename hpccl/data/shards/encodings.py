@@ -33,9 +33,9 @@ class Reencode:
 
     def __post_init__(self) -> None:
         if self.max_side < 1:
-            raise ConfigError(f"max_side is {self.max_side}: allowed is a positive number of pixels")
+            raise ConfigError(f"max_side is {self.max_side}; allowed: a positive number of pixels")
         if not 1 <= self.quality <= 100:
-            raise ConfigError(f"quality is {self.quality}: allowed is 1 (smallest file) to 100 (best picture)")
+            raise ConfigError(f"quality is {self.quality}; allowed: 1 (smallest file) to 100 (best picture)")
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class Labels:
         expected = len(self.in_order if self.by_name is None else self.by_name)
         if expected != len(names):
             raise DataError(
-                f"'{self.file}' has labels of {expected} images, but the source has {len(names)}: give the labels of "
-                "these images, and all of them"
+                f"'{self.file}' has labels of {expected} images, but the source has {len(names)}: give one "
+                "label for each of these images"
             )
         if self.by_name is None:
             place = {stem: number for number, stem in enumerate(_ordered(stems, self.file))}
@@ -62,8 +62,8 @@ class Labels:
         if unused:  # although there are as many labels as images
             twice = next(stem for stem, times in Counter(stems).items() if times > 1)
             raise DataError(
-                f"'{self.file}' has one label for '{twice}', but several images are named so, and none for the label "
-                f"of '{min(unused)}': give images different names (folders and suffixes do not count)"
+                f"'{self.file}' has one label for '{twice}', the name of several images, and one for "
+                f"'{min(unused)}', the name of none: give images different names (folders and suffixes do not count)"
             )
         return [self.by_name[stem] for stem in stems]
 
@@ -121,7 +121,7 @@ def read_labels(path: Path, synsets: Path | None = None) -> Labels:
         if synsets is None:
             raise ConfigError(
                 f"labels '{path}' are numbers, whose order of classes is not the alphabetical one: give the list too "
-                "(--synsets FILE, a class a line, number 1 first), or ILSVRC's devkit as the labels"
+                "(--synsets FILE, one class per line, number 1 first), or ILSVRC's devkit as the labels"
             )
         return _numbered(path, [int(line) for line in lines], _listed(synsets))
     if synsets is not None:
@@ -134,7 +134,7 @@ def _by_name(path: Path, lines: Iterable[str]) -> dict[str, str]:
     for number, line in enumerate(lines, start=1):
         words = re.split(r"[\s,]+", line)
         if len(words) < 2 or not _SAFE.fullmatch(words[1]):
-            raise DataError(f"line {number} of '{path}' is {line[:60]!r}: it must be the image's name and its class")
+            raise DataError(f"line {number} of '{path}' is {line[:60]!r}; it must be an image's name and its class")
         stem = PurePosixPath(words[0]).stem
         if words[1].isdecimal():
             raise DataError(
@@ -159,7 +159,7 @@ def _listed(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"list of classes '{path}' cannot be read ({error})") from error
     if len(set(names)) != len(names) or not all(map(_SAFE.fullmatch, names)):
-        raise DataError(f"list of classes '{path}' must have one class a line, each once")
+        raise DataError(f"list of classes '{path}' must have one class per line, each once")
     return names
 
 

@@ -40,7 +40,7 @@ def refuse_changed(file: Path, shard: ShardEntry, expected: ShardEntry) -> None:
     """
     if shard != expected:
         raise DataError(
-            f"'{file}' was written anew and is not what it was: its images changed, or the program that encodes "
+            f"'{file}' was rewritten with other content: its images changed, or the program that encodes "
             f"them did. Delete '{file.parent}' and run the same command again"
         )
 

@@ -269,7 +269,7 @@ def _refuse_untrusted(manifest: Manifest, path: str) -> None:
             raise DataError(f"'{path}' names a shard outside of its folder, '{shard.file}'; do not use it")
     for found in (manifest.index_sha256, *(shard.sha256 for shard in manifest.shards)):
         if not _SHA256.fullmatch(str(found)):
-            raise DataError(f"'{path}' has {found!r} where a SHA-256 belongs; do not use it")
+            raise DataError(f"'{path}' has {found!r} instead of a SHA-256; do not use it")
     unknown = sorted({shard.class_name for shard in manifest.shards} - set(manifest.classes))
     if unknown:
         raise DataError(f"'{path}' is damaged (it does not list the class '{unknown[0]}' of a shard): {_COPY_AGAIN}")

@@ -308,9 +308,9 @@ class _Files:
                 "since it was fetched; delete it and run the same command again"
             )
         raise DataError(
-            f"shard '{self.place}/{entry.file}' was altered: its checksum is not the manifest's. `hpccl shards verify` "
-            "names all such; copy them again, or delete them and run the command that built them again, which writes "
-            "what is missing"
+            f"shard '{self.place}/{entry.file}' was altered: its checksum differs from the manifest's. `hpccl shards "
+            "verify` lists all of them; copy them again, or delete them and run the command that built them again, which "
+            "writes what is missing"
         )
 
     def _unreadable(self, number: int, error: OSError) -> DataError:

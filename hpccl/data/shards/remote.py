@@ -99,7 +99,7 @@ class ShardCache:
             return path
         if size > self.max_bytes:
             raise DataError(
-                f"'{url}' has {size} bytes, more than the {self.max_bytes} of all that is kept: raise data.shard_gib"
+                f"'{url}' has {size} bytes, more than the {self.max_bytes} that data.shard_gib allows in all: raise it"
             )
         beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
@@ -112,7 +112,7 @@ class ShardCache:
         except OSError as error:
             raise DataError(
                 f"shards cannot be kept in '{self.folder}': {explain_os_error(error)}; set data.shard_cache to a "
-                "folder that can be written, or data.shard_gib to what it has room for"
+                "folder that can be written, or data.shard_gib to at most its free space"
             ) from error
         finally:
             with contextlib.suppress(OSError):

@@ -141,9 +141,7 @@ def _members(source: Path) -> Iterator[Member]:
         return _scan_zip(source)
     for magic, kind in _COMPRESSED.items():
         if start.startswith(magic):
-            raise DataError(
-                f"'{source}' is compressed ({kind}), so it cannot be read at random: unpack it to a .tar first"
-            )
+            raise DataError(f"'{source}' is compressed ({kind}), so it has no random access: unpack it to a .tar first")
     return _scan_tar(source)
 
 
@@ -250,7 +248,7 @@ def _check_tar_end(file: BinaryIO, offset: int, end: int, source: Path, last: st
         if part.count(0) < len(part):
             raise DataError(
                 f"'{source}' is damaged {where}: what follows is neither a member nor the end; fetch or pack it again "
-                "(of several tars, one behind the other, make one)"
+                "(repack concatenated tars as one)"
             )
         offset += len(part)
 
@@ -268,7 +266,7 @@ def _safe(name: str, source: Path) -> str:
     """Return the name without './', with slashes where an archive from Windows has backslashes."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match(r"^[A-Za-z]:/", str(path)):
-        raise DataError(f"member '{name}' of '{source}' leads out of the archive: refused, do not trust this file")
+        raise DataError(f"member '{name}' of '{source}' points outside the archive: refused, do not trust this file")
     return str(path)
 
 
@@ -358,7 +356,7 @@ def _refuse_half_splits(paths: Sequence[tuple[str, ...]], source: Path) -> None:
     others = sorted({path[0] for path in paths if path[0] not in SPLITS and len(path) >= 2})
     if splits and others:
         raise DataError(
-            f"'{others[0]}' stands beside '{splits[0]}' in '{source}', which has class folders of its own: the first "
+            f"'{others[0]}' lies beside '{splits[0]}' in '{source}', which contains class folders: the top "
             f"folders must all be splits ({', '.join(SPLITS)}) or all be classes; rename '{others[0]}' or take it out"
         )
 

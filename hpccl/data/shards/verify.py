@@ -77,7 +77,7 @@ def _verify_split(folder: Path, workers: int) -> list[Problem]:
             problems += [problem] if problem else []
     known = {shard.file for shard in manifest.shards}
     extra = sorted(file.name for file in folder.glob("*.tar") if file.name not in known)
-    return problems + [Problem(f"{folder.name}/{name}", "extra: the manifest does not know it") for name in extra]
+    return problems + [Problem(f"{folder.name}/{name}", "extra: it is not in the manifest") for name in extra]
 
 
 def _verify_shard(folder: Path, shard: ShardEntry) -> Problem | None:
@@ -87,7 +87,7 @@ def _verify_shard(folder: Path, shard: ShardEntry) -> Problem | None:
         if size < shard.bytes:
             return Problem(name, f"truncated: {size} of {shard.bytes} bytes")
         if size > shard.bytes or file_sha256(path) != shard.sha256:
-            return Problem(name, "altered: its checksum is not the manifest's")
+            return Problem(name, "altered: its checksum differs from the manifest's")
     except FileNotFoundError:
         return Problem(name, "missing")
     except OSError as error:

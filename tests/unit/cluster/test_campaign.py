@@ -63,13 +63,13 @@ def test_settings_for_all_go_to_trainings_alone(capsys: pytest.CaptureFixture[st
 def test_nothing_is_added_where_nothing_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     campaign = Campaign(Path("runs"), (Step("a", ("train", "x.yaml")),))
     assert carry_out(campaign, chosen("--dry-run", "--add")) == 2
-    assert "--add is for reports, of which this campaign makes none" in capsys.readouterr().err
+    assert "--add has no effect, as this campaign writes no report" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ((Step("a", ("report",)), Step("a", ("report",))), "is there twice"),
+        ((Step("a", ("report",)), Step("a", ("report",))), "occurs twice"),
         ((Step("a", ("report",), after=("b",)), Step("b", ("report",))), "waits for b, which does not come before"),
     ],
 )

@@ -61,7 +61,7 @@ BUG: dict[str, Any] = {"error_kind": "DataError", "message": "no image"}
         (standing("run"), slurm("NODE_FAIL", requeue=True, end=None), "queued again", "NODE_FAIL"),
         (standing("run"), slurm("SUSPENDED"), "suspended", ""),
         # at work
-        (FRESH, slurm("CONFIGURING"), "starting", "its nodes are made ready"),
+        (FRESH, slurm("CONFIGURING"), "starting", "its nodes are being prepared"),
         (FRESH, slurm("RUNNING"), "starting", ""),
         (standing("run"), slurm("RUNNING"), "running", ""),
         (standing("run"), slurm("RUNNING", start=NOW + 9), "running", ""),  # clocks that differ
@@ -87,7 +87,7 @@ BUG: dict[str, Any] = {"error_kind": "DataError", "message": "no image"}
         (standing("stop", **STOP), slurm("CANCELLED"), "cancelled", "saved; " + AGAIN),
         (FRESH, slurm("CANCELLED"), "cancelled", ""),
         (standing("stop", **STOP), slurm("FAILED"), "stopped", "signal SIGUSR2; " + AGAIN),
-        (standing("run"), slurm("COMPLETED"), "lost", "its job ended well, but the run is not done"),
+        (standing("run"), slurm("COMPLETED"), "lost", "its job ended without an error, but the run is not done"),
         (standing("run"), slurm("NODE_FAIL"), "lost", "NODE_FAIL"),
         (standing("run"), slurm("GONE", reason="forgotten"), "lost", "its job is gone: forgotten"),
         (FRESH, slurm("GONE", reason="forgotten"), "lost", "its job is gone: it was cancelled while it waited, or"),
@@ -96,14 +96,14 @@ BUG: dict[str, Any] = {"error_kind": "DataError", "message": "no image"}
             standing("run"),
             slurm("UNKNOWN", reason="squeue failed"),
             "unknown",
-            "squeue failed; its events say: running",
+            "squeue failed; its last event: running",
         ),
         (standing("done"), slurm("UNKNOWN"), "done", ""),
         (standing("error", **BUG), slurm("UNKNOWN"), "failed", ""),
-        (standing("error", **LOST), slurm("UNKNOWN", reason="why"), "unknown", "why; its events say: failed"),
+        (standing("error", **LOST), slurm("UNKNOWN", reason="why"), "unknown", "why; its last event: failed"),
         # no job
         (FRESH, None, "not started", ""),
-        (standing("run", host="n1"), None, "lost", "its process on n1 left no word"),
+        (standing("run", host="n1"), None, "lost", "its process on n1 ended without a message"),
         (standing("stop", **STOP), None, "stopped", "signal SIGUSR2; " + AGAIN),
         (standing("error", **BUG), None, "failed", ""),
         # processes
@@ -116,7 +116,7 @@ BUG: dict[str, Any] = {"error_kind": "DataError", "message": "no image"}
             "or waiting",
         ),  # of an earlier one
         (standing("stop", 4, **STOP), Job("local", "7", True, NOW - 50), "stopped", "signal SIGUSR2"),
-        (standing("run", 40), Job("local", "7", False, NOW - 50), "lost", "its process has gone without a word"),
+        (standing("run", 40), Job("local", "7", False, NOW - 50), "lost", "its process ended without a message"),
         (standing("stop", 40, **STOP), Job("local", "7", False, NOW - 50), "stopped", "signal SIGUSR2"),
         (standing("run", 40), Job("local", "7", None, NOW - 50, host="n9"), "unknown", "its process is on n9; its"),
         # files
@@ -139,7 +139,7 @@ def test_an_earlier_start_says_nothing_about_the_newest_job() -> None:
 
 def test_a_later_start_elsewhere_counts() -> None:
     later = Standing(turn="run", turn_time=NOW - 10, began=NOW - 10, time=NOW, host="n5")
-    assert judge(later, slurm("FAILED", end=NOW - 300), NOW)[1].startswith("its process on n5 left no word")
+    assert judge(later, slurm("FAILED", end=NOW - 300), NOW)[1].startswith("its process on n5 ended without a message")
 
 
 def test_silence_is_told() -> None:
@@ -308,7 +308,7 @@ def test_a_slurm_job_where_there_is_no_slurm(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ("run", {"job": {"id": "12", "restart": 3}}))
     (status,) = read_statuses([run])
     assert (status.state, status.job, status.restarts) == ("unknown", "12", 3)
-    assert status.detail == "squeue is not installed here; its events say: running"
+    assert status.detail == "squeue is not installed here; its last event: running"
 
 
 def test_the_last_error_is_that_of_the_newest_start(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_the_sixth_start_at_one_place_is_refused(tmp_path: Path) -> None:
     for restart in range(5):
         step.refuse_standstill(folder, SlurmJob("12", restart))
     step.refuse_standstill(folder, SlurmJob("13", 0))  # another job begins anew
-    with pytest.raises(FolderError, match=r"5 times and the last 5 starts all stood at the beginning"):
+    with pytest.raises(FolderError, match=r"5 times and the last 5 starts all began at the beginning"):
         step.refuse_standstill(folder, SlurmJob("12", 5))
     (folder.checkpoints / "task-000-fit-00000007").mkdir()
     step.refuse_standstill(folder, SlurmJob("12", 5))

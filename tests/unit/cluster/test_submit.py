@@ -36,7 +36,7 @@ def test_files_are_looked_for_before_a_job_waits_for_hours(tmp_path: Path) -> No
         check([load([], [shards])])
     with pytest.raises(DataError, match=r"model.checkpoint '.*w.pth' is not a file"):
         check([load([], [f"model.checkpoint={tmp_path}/w.pth"])])
-    with pytest.raises(ConfigError, match=r"train.first_task_from = '.*' is no run folder"):
+    with pytest.raises(ConfigError, match=r"train.first_task_from = '.*' is not a run folder"):
         check([load([], [f"train.first_task_from={tmp_path}/other"])])
 
 
@@ -96,7 +96,7 @@ def test_a_process_is_not_started_twice(tmp_path: Path) -> None:
     config = load([], [f"folder={tmp_path}/run"])
     run, me = prepare(config, ["test"]), os.getpid()
     write_record(run, JobRecord("local", str(me), time.time(), os.uname().nodename, born=birth(me)))
-    with pytest.raises(FolderError, match=rf"is process {me} already \(running\)"):
+    with pytest.raises(FolderError, match=rf"already has process {me} \(running\)"):
         submit([config], argv=["test"])
     (kept,) = submit([config], argv=["test"], keep_live=True)
     assert (kept.kind, kept.id, kept.kept) == ("local", str(me), True)

@@ -84,9 +84,6 @@ def test_it_is_said_beside_the_output() -> None:
     result = CliRunner().invoke(app, ["check", "prior.quadratic.damping=0.01"])
     assert result.exit_code == 0
     bare, unheard = result.stderr.splitlines()
-    assert (
-        bare
-        == "note: no configuration file (such as configs/quickstart.yaml) is given: settings not given have their defaults"
-    )
+    assert bare == "note: no configuration file (such as configs/quickstart.yaml) is given; the defaults apply"
     assert unheard == "note: prior.quadratic.damping=0.01 has no effect here: prior.quadratic.weight is 0"
     assert "note:" not in result.stdout

@@ -128,7 +128,7 @@ def test_all_kinds_of_sources_make_the_same_shards(tmp_path: Path) -> None:
 def test_a_folder_beside_the_splits_is_told(tmp_path: Path, other: str) -> None:
     """Or train and test would be classes."""
     source = write_folder(tmp_path / "set", {**tiny_set(), other: image_bytes(pixels(1), "png")})
-    with pytest.raises(DataError, match=rf"'{other.split('/', maxsplit=1)[0]}' stands beside 'test'.*all be splits"):
+    with pytest.raises(DataError, match=rf"'{other.split('/', maxsplit=1)[0]}' lies beside 'test'.*all be splits"):
         build(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -221,7 +221,7 @@ def test_a_shard_that_is_not_what_it_was_is_refused(tmp_path: Path) -> None:
     (source / name).write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
     (out / "train" / "c0000-000.tar").unlink()
     for _ in range(2):
-        with pytest.raises(DataError, match=r"c0000-000.tar' was written anew and is not what it was"):
+        with pytest.raises(DataError, match=r"c0000-000.tar' was rewritten with other content"):
             build(source, out)
         assert not (out / "train" / "c0000-000.tar").exists()
 

@@ -150,7 +150,7 @@ def test_extra_shards_and_unfinished_builds_are_found(shards: Path) -> None:
     (shards / "train" / "c0009-000.tar").write_bytes(b"")
     (shards / "val" / ".build").mkdir(parents=True)
     assert verify(shards) == [
-        ("train/c0009-000.tar", "extra: the manifest does not know it"),
+        ("train/c0009-000.tar", "extra: it is not in the manifest"),
         ("val/.build", "a build was not finished: run the same command again"),
     ]
     (shards / "test" / ".build").mkdir()  # killed after the manifest was written, before the notes were deleted

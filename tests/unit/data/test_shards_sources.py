@@ -71,7 +71,7 @@ def test_paths_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
     sources[1].write_bytes(tar_bytes(files))
     sources[2].write_bytes(tar_bytes({"class_0.tar": tar_bytes({name: b"x"})}))
     for source in sources:
-        with pytest.raises(DataError, match=r"leads out of the archive"):
+        with pytest.raises(DataError, match=r"points outside the archive"):
             scan(source)
 
 

@@ -402,7 +402,7 @@ def test_shards_that_were_altered_are_not_decoded(root: Path, tmp_path: Path, ca
     overwrite(tmp_path / "small", 9)
     data = DataConfig(cache=cache, bad_images=bad_images)
     with pytest.raises(
-        DataError, match=r"c0001-001.tar' was altered: its checksum is not the manifest's.*shards verify"
+        DataError, match=r"c0001-001.tar' was altered: its checksum differs from the manifest's.*shards verify"
     ):
         stream_of(tmp_path, data)
     assert not [file for file in Path(cache).iterdir() if file.suffix != ".lock"]
@@ -430,7 +430,7 @@ def test_images_are_decoded_afresh_as_the_message_says(damaged: Path, cache: str
     """The list of bad ones is made up: as if what decodes them had been mended since."""
     with pytest.raises(DataError, match=r"c0000-000/00.*cannot be decoded") as caught:
         stream_of(damaged, DataConfig(cache=cache))
-    notes = Path(str(caught.value).split("decoded afresh, delete '")[1].split("'")[0])
+    notes = Path(str(caught.value).split("decode them again, delete '")[1].split("'")[0])
     assert set(json.loads(notes.read_text())) == {"0", "9"}
     whole = notes.with_name(notes.name.replace(".bad.json", ".npy"))
     made = whole.stat().st_mtime_ns

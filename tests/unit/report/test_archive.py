@@ -121,8 +121,8 @@ def test_a_choice_can_be_made_from_an_archive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no xz", "neither a run's folder nor a whole runs.jsonl.xz"),
-        (lzma.compress(b'{"format": 1}\n' * 3)[:24], "neither a run's folder nor a whole runs.jsonl.xz"),
+        (b"no xz", "neither a run's folder nor a complete runs.jsonl.xz"),
+        (lzma.compress(b'{"format": 1}\n' * 3)[:24], "neither a run's folder nor a complete runs.jsonl.xz"),
         (lzma.compress(b"{}\n"), "line 1 of .* is not a run"),
         (lzma.compress(b"\n" * (1 << 20)), "line 1 of .* is not a run"),
         (lzma.compress(b"[" * 100_000 + b"\n"), "line 1 of .* is not a run"),

@@ -171,7 +171,7 @@ def test_a_method_without_a_rival_writes_no_setting(tmp_path: Path) -> None:
     assert choice.lead is None
     assert choice.best.settings == {}
     (path,) = write_choices([choice], tmp_path)
-    assert "without a rival" in path.read_text(encoding="utf-8")
+    assert "the only candidate" in path.read_text(encoding="utf-8")
     assert load([path], []).prior == PriorConfig()
 
 

@@ -207,7 +207,7 @@ def test_top_5_has_a_column_where_it_was_measured(tmp_path: Path) -> None:
 def test_distances_are_said_to_be_no_probabilities(tmp_path: Path) -> None:
     means = write(tmp_path / "means", evaluate=EvaluateConfig(classifier="nearest_mean"))
     assert calibration(compare_runs([means])).notes[1:] == [
-        "Of distances to class means, which are no probabilities: ewc+fr+replay m=20."
+        "From distances to class means, which are not probabilities: ewc+fr+replay m=20."
     ]
     assert len(calibration(compare_runs([write(tmp_path / "head")])).notes) == 1
 
