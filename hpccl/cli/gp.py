@@ -33,7 +33,7 @@ def fit_gp(
     inducing: Annotated[int, typer.Option(help="Maximum number of inducing inputs.")] = 200,
     keep: Annotated[int, typer.Option(help="Examples kept of each task.")] = 50,
     steps: Annotated[int, typer.Option(help="Update steps of the sites at each task.")] = 20,
-    rate: Annotated[float, typer.Option(help="Step size of the sites, above 0 and at most 1.")] = 0.5,
+    rate: Annotated[float, typer.Option(help="Largest step size of the sites, above 0 and at most 1.")] = 0.5,
     tune: Annotated[int, typer.Option(help="Hyperparameter steps on the evidence at each task.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the files; RUN/gp if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,

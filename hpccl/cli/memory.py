@@ -35,11 +35,11 @@ def map_memory(
         float | None, typer.Option(help="Share of the data for the curvature of all weights; all if not given.")
     ] = None,
     prior_precision: Annotated[
-        float | None, typer.Option(help="Prior precision; the one with the largest evidence if not given.")
+        float | None, typer.Option(help="The value with the largest evidence if not given.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
 ) -> None:
-    """Write the memory map of a run: how much its network depends on each example and class, and on the memory."""
+    """Write the memory map of a run: how much its network depends on each example and class, and what its memory holds."""
     from hpccl.report.memory_map import summary, write_memory_map
     from hpccl.train.memory_map.build import map_memory as find
 

@@ -37,7 +37,7 @@ def evaluate(
         int | None, typer.Option(help="With --posterior: number of test images; all, or 2000 if linearised.")
     ] = None,
     prior_precision: Annotated[
-        float | None, typer.Option(help="With --posterior: the one with the largest evidence if not given.")
+        float | None, typer.Option(help="With --posterior: the value with the largest evidence if not given.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="With --posterior: folder for the files; RUN/uncertainty if not given.")

@@ -74,7 +74,7 @@ def adapt(
     nproc: Annotated[int | None, typer.Option(help="Processes; the same as cluster.nproc=N.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; the same as log.quiet=true.")] = False,
 ) -> None:
-    """Adapt a trained network to more data, less data, another prior or another architecture."""
+    """Adapt a trained network to more data, less data, another prior or architecture. Run it again to continue."""
     options = [f"cluster.nproc={nproc}"] if nproc is not None else []
     options += ["log.quiet=true"] if quiet else []
     change = _change(add, None if remove is None else named(remove), prior_precision, model)

@@ -309,8 +309,8 @@ class _Files:
             )
         raise DataError(
             f"shard '{self.place}/{entry.file}' was altered: its checksum differs from the manifest's. `hpccl shards "
-            "verify` lists all of them; copy them again, or delete them and run the command that built them again, which "
-            "writes what is missing"
+            "verify` lists all such shards; copy them again, or delete them and run the command that built them again, "
+            "which writes what is missing"
         )
 
     def _unreadable(self, number: int, error: OSError) -> DataError:

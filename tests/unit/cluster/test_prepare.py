@@ -179,7 +179,7 @@ def test_a_start_that_is_on_its_way_keeps_its_folder(tmp_path: Path) -> None:
 
 def test_a_file_of_settings_is_not_taken_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
-    with pytest.raises(FolderError, match=r"cannot be be continued.*\n.*is empty or cut off"):
+    with pytest.raises(FolderError, match=r"cannot be continued.*\n.*is empty or cut off"):
         prepare(config(tmp_path, "seed=2"), [])
     assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
 
@@ -207,7 +207,7 @@ def test_a_refused_run_that_was_submitted_again_keeps_its_folder(tmp_path: Path)
 
 def test_a_config_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("sed: 1\n")
-    with pytest.raises(FolderError, match=r"cannot be be continued(.|\n)*did you mean 'seed'"):
+    with pytest.raises(FolderError, match=r"cannot be continued(.|\n)*did you mean 'seed'"):
         prepare(config(tmp_path), [])
 
 
