@@ -39,7 +39,7 @@ def map_memory(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
 ) -> None:
-    """Write the memory map of a run: how much its network depends on each example and class, and what its memory holds."""
+    """Write the memory map of a run: how much its network depends on each example and class."""
     from hpccl.report.memory_map import summary, write_memory_map
     from hpccl.train.memory_map.build import map_memory as find
 

@@ -264,7 +264,7 @@ def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        wanted = f"process {other.pid} on .* is training in run folder .* another one .folder=..., and --out"
+        wanted = f"process {other.pid} on .* is training in run folder .* another folder .folder=..., or --out"
         with pytest.raises(FolderError, match=wanted), holding(folder, patience=0.2):
             pass
         other.kill()  # the lock goes with the process
