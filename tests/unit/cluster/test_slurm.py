@@ -171,7 +171,7 @@ def test_no_line_of_the_script_comes_from_the_folder() -> None:
 
 @pytest.mark.parametrize("folder", ["runs/50%", "runs/%j", r"runs/a\b"])
 def test_names_that_slurm_reads_otherwise_are_refused(folder: str) -> None:
-    with pytest.raises(ConfigError, match="SLURM reads %"):
+    with pytest.raises(ConfigError, match="SLURM interprets %"):
         one(f"folder={folder}")
 
 
