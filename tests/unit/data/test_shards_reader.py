@@ -198,8 +198,10 @@ def test_a_missing_split_and_unknown_formats_say_so(shards: Path) -> None:
         json.dumps({**document, "shards": [{"file": "x"}]}): "damaged",
         json.dumps({**document, "shards": [{**document["shards"][0], "file": "../x.tar"}]}): "outside of its folder",
         json.dumps({**document, "shards": [{**document["shards"][0], "file": ".."}]}): "outside of its folder",
-        json.dumps({**document, "shards": [{**document["shards"][0], "sha256": "/etc/passwd"}]}): "a SHA-256 belongs",
-        json.dumps({**document, "index": {**document["index"], "sha256": f"../{'0' * 64}"}}): "a SHA-256 belongs",
+        json.dumps(
+            {**document, "shards": [{**document["shards"][0], "sha256": "/etc/passwd"}]}
+        ): "instead of a SHA-256",
+        json.dumps({**document, "index": {**document["index"], "sha256": f"../{'0' * 64}"}}): "instead of a SHA-256",
         json.dumps({**document, "shards": [{**document["shards"][0], "class": "x"}]}): "does not list the class 'x'",
         "[]": "format None",
         "{": "cannot be read",
