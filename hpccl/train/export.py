@@ -385,7 +385,7 @@ class _Content:
         brought = (
             f"Images have {width} x {height} pixels and are not resized"
             if view.size is None or self.stream.as_stored
-            else f"The shorter side is resized to floor({view.size} / {view.crop_pct:g}) pixels ({view.filter}) and the "
+            else f"The shorter side is resized to floor({view.size} / {view.crop_pct:g}) pixels ({view.filter}), the "
             f"central {view.size} x {view.size} pixels are cut out; images of this size stay unchanged"
         )
         return f"{brought}. Then (pixel / 255 - mean) / std, mean {given['mean']}, std {given['std']}"

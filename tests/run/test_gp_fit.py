@@ -81,7 +81,7 @@ def test_arguments_that_are_out_of_range(run: Path) -> None:
     with pytest.raises(ConfigError, match="inducing=0 of a Gaussian process"):
         fit_gp(run, settings=Settings(inducing=0))
     for lengthscale in (-1.0, 0.0):
-        with pytest.raises(ConfigError, match=rf"lengthscale={lengthscale} of a kernel"):
+        with pytest.raises(ConfigError, match=rf"kernel: lengthscale={lengthscale}"):
             fit_gp(run, settings=Settings(), lengthscale=lengthscale)
 
 
