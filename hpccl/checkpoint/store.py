@@ -354,8 +354,8 @@ def latest_of_all(checkpoints: Path, comm: Comm) -> Mark | None:
         time.sleep(0.5)
     if comm.any(not seen):
         raise WorldError(
-            f"some processes did not see checkpoint '{checkpoints / name}' of the first process in {_UNSEEN:.0f} s; put "
-            "the run folder on a file system shared by all nodes, and start the run again to continue"
+            f"some processes did not see checkpoint '{checkpoints / name}' of the first process in {_UNSEEN:.0f} s; "
+            "put the run folder on a file system shared by all nodes, and start the run again to continue"
         )
     return Mark.at(int(match[1]), match[2], int(match[3]))
 
@@ -374,7 +374,7 @@ def load(checkpoints: Path, mark: Mark, *, only: str | None = None, lazy: bool =
     )
     if header.get("format") != FORMAT:
         raise CheckpointError(
-            f"checkpoint '{checkpoints / mark.name}' has format {header.get('format')!r}, this version reads {FORMAT};  "
+            f"checkpoint '{checkpoints / mark.name}' has format {header.get('format')!r}, this version reads {FORMAT}; "
             "continue with the version of hpccl that wrote it (see code.txt), or start in another folder=..."
         )
     return tree
