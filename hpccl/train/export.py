@@ -466,8 +466,8 @@ model = load_exported("{out}")
 
 _HEADS = {
     "own": """It was trained with `train.head=own`, which is task-incremental: the outputs of one row of the table are a
-    separate classifier. Choose the row of the image's task, then the largest of its outputs. Outputs of different
-    rows were never compared in training.""",
+separate classifier. Choose the row of the image's task, then the largest of its outputs. Outputs of different
+rows were never compared in training.""",
     "seen": """It was trained with `train.head=seen`, which is class-incremental: all outputs in the table compete. Take
 the largest of them; where the task of an image is known, the largest in its row.""",
 }

@@ -175,7 +175,7 @@ def test_others_may_read_what_the_umask_lets_them(run: Run, tmp_path: Path) -> N
 
 def test_every_task_has_a_network_of_its_own(run: Run, tmp_path: Path) -> None:
     folder, state, pixels = run("separate")
-    with pytest.raises(ConfigError, match=r"network of its own.*--task N, 0 to 1"):
+    with pytest.raises(ConfigError, match=r"separate network for each task.*--task N, 0 to 1"):
         export(folder, tmp_path / "out")
     export(folder, tmp_path / "out", task=1)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_what_cannot_be_exported_is_told(run: Run, tmp_path: Path) -> None:
     (tmp_path / "begun" / "config.yaml").write_text((folder / "config.yaml").read_text())
     with pytest.raises(FolderError, match="has not finished a task yet"):
         export(tmp_path / "begun", tmp_path / "out")
-    with pytest.raises(DataError, match="no folder of `hpccl export`"):
+    with pytest.raises(DataError, match="is not an export by hpccl"):
         load_exported(tmp_path / "begun")
     (tmp_path / "file").write_text("")
     with pytest.raises(FolderError, match="cannot be written: Not a directory"):

@@ -231,7 +231,7 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
     wide = trained("none", 0, model={"kind": "mlp", "hidden": [12]})
     export(run, tmp_path / "plain")
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"models": [run, wide]}, r"'1.weight' is 12x64 there and 3x64 here \(3 of 4 weights differ\)"),
+        ({"models": [run, wide]}, r"'1.weight' is 12x64 and 3x64 \(3 of 4 weights differ\)"),
         ({"models": [run], "weights": [1, 2]}, "2 numbers for 1 networks"),
         ({"models": [run], "base": run}, "--method average takes no --base"),
         ({"models": [run], "method": "matching"}, "--method matching needs --base"),
