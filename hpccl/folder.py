@@ -162,7 +162,7 @@ def explain_os_error(error: OSError, *, other: str = "another folder") -> str:
         30: f"the file system is read-only: choose {other}",
         20: f"a part of the path is a file: choose {other}",
         17: f"a file is in the way: choose {other}",
-        36: f"the longest name that it allows has 255 bytes: choose {other}",
+        36: f"a file name has at most 255 bytes: choose {other}",
     }.get(error.errno or 0, "check the path and run the same command again")
     return f"{error.strerror or error} ({advice})"
 

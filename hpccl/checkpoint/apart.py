@@ -62,7 +62,7 @@ def read_apart(root: Path, where: Apart) -> Tensor:
         CheckpointError: the file is missing or truncated, or not in the run folder.
     """
     if not (root / where.path).resolve().is_relative_to(root.resolve()):
-        raise CheckpointError(f"a checkpoint of '{root}' names a file outside of it, '{where.path}'; do not use it")
+        raise CheckpointError(f"a checkpoint of '{root}' refers to a file outside it, '{where.path}'; do not use it")
     try:
         with safetensors.safe_open(root / where.path, framework="pt") as file:
             found: Tensor = file.get_tensor(_NAME)

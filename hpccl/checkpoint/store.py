@@ -354,8 +354,8 @@ def latest_of_all(checkpoints: Path, comm: Comm) -> Mark | None:
         time.sleep(0.5)
     if comm.any(not seen):
         raise WorldError(
-            f"checkpoint '{checkpoints / name}' is seen by the first process, but not by all in {_UNSEEN:.0f} s; is "
-            "the run folder on a file system that all nodes share? Start the run again to continue"
+            f"some processes did not see checkpoint '{checkpoints / name}' of the first process in {_UNSEEN:.0f} s; "
+            "put the run folder on a file system shared by all nodes, and start the run again to continue"
         )
     return Mark.at(int(match[1]), match[2], int(match[3]))
 

@@ -204,7 +204,7 @@ class _StoredTensor:
         if missing:
             where = self.pieces[0][1].parent if self.pieces else "the checkpoint"
             raise CheckpointError(
-                f"{missing} elements of '{self.name}' are in no file of '{where}'; {_BEFORE.format(where)}"
+                f"{missing} elements of '{self.name}' are missing from the files of '{where}'; {_BEFORE.format(where)}"
             )
         return found
 
@@ -267,7 +267,7 @@ def _fill(node: Any, tensor: Callable[[str], Tensor | Stored], spread: _Spread, 
             return spread.stored(node[_SPREAD], node["shape"], node["dtype"])
         if _APART in node:
             if apart is None:
-                raise ValueError(f"names another file, '{node[_APART]}'")
+                raise ValueError(f"it refers to another file, '{node[_APART]}'")
             return read_apart(apart, Apart(node[_APART]))
         return {key: _fill(value, tensor, spread, apart) for key, value in node.items()}
     if isinstance(node, list):

@@ -112,7 +112,7 @@ def check_labels(examples: Examples) -> None:
         row = int(outside.nonzero()[0])
         raise DataError(
             f"sample {int(examples.sample[row])} has class {int(examples.labels[row])}, which is not in its task's "
-            f"head {examples.head.nonzero().flatten().tolist()}; labels must be class numbers of the stream"
+            f"head {examples.head.nonzero().flatten().tolist()}; labels must be the stream's class numbers"
         )
 
 

@@ -65,7 +65,7 @@ class DensePrecision:
             CoverageError: `other` is of another kind or over other weights.
         """
         if not isinstance(other, DensePrecision) or dict(self.shapes) != dict(other.shapes):
-            raise CoverageError(f"cannot add {type(other).__name__} to a dense curvature; both must be dense and alike")
+            raise CoverageError(f"cannot add {type(other).__name__} to a dense curvature; both must be dense")
         return DensePrecision(self.matrix + other.matrix, self.shapes, self.num_examples + other.num_examples)
 
     def times(self, scale: float) -> DensePrecision:
@@ -97,7 +97,7 @@ class DensePrecision:
     def _refuse_other(self, names: Iterable[str]) -> None:
         differing = set(names) ^ set(self.shapes)
         if differing:
-            raise CoverageError(f"the dense curvature is over other parameters: '{min(differing)}' is on one side only")
+            raise CoverageError(f"dense curvatures of different parameters: only one of them has '{min(differing)}'")
 
 
 def _piece(name: str, names: tuple[str, ...], rows: Tensor) -> Piece:

@@ -338,7 +338,7 @@ def _allocated(model: nn.Module, name: str, names: Mapping[str, str], sharing: S
         groups, outputs, inputs = _shape(model, name, names)
         gib = 4 * groups * (outputs**2 + inputs**2) / _GIB
         raise CoverageError(
-            f"no memory for the factors of layer '{name}' ({outputs} x {outputs} and {inputs} x {inputs}, "
+            f"out of memory for the factors of layer '{name}' ({outputs} x {outputs} and {inputs} x {inputs}, "
             f"{gib:.2f} GiB); lower curvature.max_factor, or give the layer a diagonal: curvature.diagonal=['{name}']"
         ) from error
 
@@ -360,8 +360,8 @@ def _refuse_idle_patterns(model: nn.Module, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
-                f"curvature.diagonal={pattern!r} matches no linear map or convolution, and all else has the diagonal "
-                f"anyway; allowed are names of: {listed(names)}, with * and ?"
+                f"curvature.diagonal={pattern!r} matches no linear map or convolution (other layers are diagonal "
+                f"anyway); allowed: {listed(names)}, or patterns with * and ?"
             )
 
 

@@ -136,8 +136,8 @@ def _refuse_free(coverage: Coverage) -> None:
     free = [*coverage.mapped, *coverage.looped]
     if free:
         raise CoverageError(
-            f"parameter '{free[0]}' ({len(free)} in all) is not of a layer that is called once per image, and so has "
-            "no output of its own for curvature.variant=local; use curvature.variant=global, which covers it"
+            f"parameter '{free[0]}' ({len(free)} in all) belongs to no layer that is called once per image, which "
+            "curvature.variant=local needs; use curvature.variant=global, which covers it"
         )
 
 

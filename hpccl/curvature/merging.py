@@ -368,7 +368,7 @@ class _System:
         except ArpackNoConvergence as error:
             raise DivergedError(
                 f"the smallest eigenvalue of the merged precision of '{self.group}' was not found; raise "
-                "--prior-precision, or take a weight nearer to 0"
+                "--prior-precision, or set a weight nearer to 0"
             ) from error
         if not smallest > 0:
             raise _not_positive(self.group, smallest)
@@ -397,15 +397,15 @@ class _System:
         if size <= (_ENOUGH / _TOLERANCE) ** 2 * goal:
             return found, _STEPS
         raise DivergedError(
-            f"conjugate gradients did not solve for the merged weights of '{self.group}' in {_STEPS} steps (residual "
-            f"{math.sqrt(size / goal) * _TOLERANCE:.1e} of the right side); raise --prior-precision"
+            f"conjugate gradients for the merged weights of '{self.group}' did not converge in {_STEPS} steps ("
+            f"relative residual {math.sqrt(size / goal) * _TOLERANCE:.1e}); raise --prior-precision"
         )
 
 
 def _not_positive(group: str, smallest: float) -> ConfigError:
     return ConfigError(
-        f"the merged precision of '{group}' is not positive (it has an eigenvalue of about {smallest:.3g}): more is "
-        "removed there than is known; take a negative weight nearer to 0, or raise --prior-precision"
+        f"the merged precision of '{group}' is not positive definite (it has an eigenvalue of about {smallest:.3g}): a "
+        "negative weight removes too much; set it nearer to 0, or raise --prior-precision"
     )
 
 

@@ -63,8 +63,8 @@ def _owners(model: nn.Module) -> dict[str, dict[str, str]]:
         module = model.get_submodule(layer)
         if not has_formula(module):
             raise CoverageError(
-                f"optim.kind=vogn: parameter '{full}' is of a {type(module).__name__}, whose per-example squared "
-                "gradients are not known; allowed: Linear, Conv2d, BatchNorm, GroupNorm, LayerNorm. Use optim.kind=ivon"
+                f"optim.kind=vogn does not support {type(module).__name__} (parameter '{full}'); allowed: Linear, "
+                "Conv2d, BatchNorm, GroupNorm, LayerNorm; or use optim.kind=ivon"
             )
         found.setdefault(layer, {})[local] = full
     return found
@@ -78,8 +78,8 @@ def _listener(
             return
         if layer in called:
             raise CoverageError(
-                f"optim.kind=vogn: layer '{layer}' is called twice in one pass, and the square of a sum is no sum of "
-                "squares; use optim.kind=ivon"
+                f"optim.kind=vogn: layer '{layer}' is called twice in one pass, which is not supported; "
+                "use optim.kind=ivon"
             )
         called.add(layer)
         (x,) = (argument.detach().float() for argument in arguments)

@@ -182,9 +182,9 @@ class Posterior:
             self._largest(),
         )
         if distance == 0:
-            raise ConfigError("the mean is the prior mean: the evidence grows with every larger prior precision")
+            raise ConfigError("the mean is the prior mean, so the evidence has no maximum in the prior precision")
         if trace == 0:
-            raise ConfigError("the curvature is zero: the evidence grows with every smaller prior precision")
+            raise ConfigError("the curvature is zero, so the evidence has no maximum in the prior precision")
 
         def slope(log_delta: float) -> tuple[float, float]:
             """Twice the evidence's derivative by log delta, which decreases everywhere, and its own derivative."""
@@ -329,7 +329,7 @@ class Posterior:
 def _check_prior_precision(value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise ConfigError(
-            f"prior_precision={value}; allowed: a finite number > 0, for curvature alone determines no posterior "
+            f"prior_precision={value}; allowed: a finite number > 0, as curvature alone determines no posterior "
             "(most of its eigenvalues are 0)"
         )
 

@@ -240,7 +240,7 @@ def _refuse_absent(precision: Kronecker, comm: Comm) -> None:
     failure = (
         CoverageError(
             f"this rank has no curvature of layer '{absent[0]}' ({len(held)} of {len(placed)} layers or parts are "
-            f"here); it is spread over other ranks than the {comm.size} given: pass the comm that it was measured with"
+            f"here); it is distributed over other ranks than the {comm.size} of comm: pass the comm used to measure it"
         )
         if absent
         else None

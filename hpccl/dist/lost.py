@@ -34,8 +34,8 @@ def lost_partner(error: RuntimeError, comm: Comm, timeout: float) -> WorldError 
 def straggler(rank: int, size: int, timeout: float) -> StragglerError:
     """Return the error of a rank that waited for others until the timeout."""
     return StragglerError(
-        f"rank {rank} of {size} waited {timeout:g} s (cluster.timeout) for another rank in vain; set cluster.timeout "
-        "higher if it was only slow"
+        f"rank {rank} of {size} waited {timeout:g} s (cluster.timeout) for another rank in vain; if it was only slow, "
+        "raise cluster.timeout"
     )
 
 

@@ -31,7 +31,7 @@ def pick_device(wanted: str) -> torch.device:
     masked = visible == 1 and "HPCCL_PARENT" not in os.environ  # a launcher shows each process only its own device
     if local_size > visible and not masked:
         raise WorldError(
-            f"{local_size} processes on this machine but only {visible} CUDA devices, and two cannot share one; "
+            f"{local_size} processes but only {visible} CUDA devices on this machine, and each process needs its own; "
             f"use at most {visible} processes, or engine.device=cpu"
         )
     # If each process sees only its own device, the local rank is no index; hence the modulo.
@@ -63,8 +63,8 @@ def join(device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)) ->
             raise straggler(rank, size, timeout.total_seconds()) from error
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise WorldError(
-            f"rank {rank} of {size} could not meet the others at {where} ({error}); "
-            "is the port taken or blocked? set cluster.port to a free one, or 0 to have one chosen"
+            f"rank {rank} of {size} could not connect to the others at {where} ({error}); "
+            "the port may be taken or blocked: set cluster.port to a free one, or 0 to have one chosen"
         ) from error
     return Comm(rank=rank, size=size, device=chosen, timeout=timeout)
 

@@ -434,8 +434,8 @@ class BaseEngine(ABC):
         if silent:
             raise WorldError(
                 f"the prior did not reach the gradient of '{min(silent)}' ({len(silent)} parameters in all): the layer "
-                f"was not called as a module under engine.kind={self._config.kind}; use engine.kind=ddp, or give the "
-                "layer no part in the prior"
+                f"was not called as a module under engine.kind={self._config.kind}; use engine.kind=ddp, or exclude "
+                "the layer from the prior"
             )
 
     # ---------------------------------------------------------------- passes outside training

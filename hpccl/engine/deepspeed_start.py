@@ -40,7 +40,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunCo
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         except (ValueError, AssertionError) as error:
-            raise ConfigError(f"DeepSpeed {deepspeed.__version__} refuses its settings: {error}") from error
+            raise ConfigError(f"DeepSpeed {deepspeed.__version__} rejects its settings: {error}") from error
     return engine
 
 
@@ -139,11 +139,11 @@ def _refuse_unknown(deepspeed: Any, settings: Mapping[str, Any], config: RunConf
         deepspeed.DeepSpeedConfig(asked)
     except (ValueError, AssertionError, TypeError, KeyError) as error:
         lines = " ".join(str(error).split())
-        raise ConfigError(f"engine.deepspeed: DeepSpeed {deepspeed.__version__} refuses it: {lines}") from error
+        raise ConfigError(f"engine.deepspeed: DeepSpeed {deepspeed.__version__} rejects it: {lines}") from error
     assert isinstance(config.engine, DeepspeedConfig)
     unknown = sorted(set(config.engine.deepspeed) - asked.keys_asked)
     if unknown:
         raise ConfigError(
-            f"engine.deepspeed.{unknown[0]}: DeepSpeed {deepspeed.__version__} knows no such setting; allowed are: "
+            f"engine.deepspeed.{unknown[0]} is not a setting of DeepSpeed {deepspeed.__version__}; allowed: "
             f"{', '.join(sorted(asked.keys_asked - settings.keys()))}"
         )

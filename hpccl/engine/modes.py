@@ -24,7 +24,7 @@ def refuse_recompute(model: nn.Module, config: RunConfig) -> None:
     if config.engine.recompute and not hasattr(model, "set_grad_checkpointing"):
         raise ConfigError(
             f"engine.recompute=true: {type(model).__name__} (model.kind={config.model.kind}) cannot recompute its "
-            "activations; allowed with timm models that have set_grad_checkpointing"
+            "activations; allowed: timm models with set_grad_checkpointing"
         )
 
 

@@ -77,6 +77,6 @@ def _from_timm(config: TimmOptim, model: nn.Module) -> torch.optim.Optimizer:
         known = [str(name) for name in list_optimizers()]
         near = ", ".join(difflib.get_close_matches(config.name.lower(), known, n=6)) or "none"
         unknown = config.name.lower() not in known
-        advice = f"; similar: {near}; `timm.optim.list_optimizers()` has all" if unknown else ""
+        advice = f"; similar: {near}; `timm.optim.list_optimizers()` lists all" if unknown else ""
         raise ConfigError(f"optim.name '{config.name}'{with_options} was refused: {error}{advice}") from error
     return optimizer

@@ -148,7 +148,7 @@ def shard(model: nn.Module, mesh: Mesh, *, reshard: bool = True, offload: bool =
 
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
-            raise ConfigError(f"parameter '{name}' is a single number and cannot be in shards; use engine.kind=ddp")
+            raise ConfigError(f"parameter '{name}' is a single number and cannot be sharded; use engine.kind=ddp")
     policy = CPUOffloadPolicy(pin_memory=mesh.devices.device_type == "cuda") if offload else OffloadPolicy()
     for unit in units(model):
         fully_shard(unit, mesh=mesh.devices, reshard_after_forward=reshard, offload_policy=policy)

@@ -44,7 +44,7 @@ class Kernel:
         """
         for name, value in (("lengthscale", lengthscale), ("variance", variance)):
             if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name}={value} of a kernel; allowed: a finite number above 0")
+                raise ConfigError(f"kernel: {name}={value}; allowed: a finite number above 0")
         return cls(kind, *(torch.tensor(value, dtype=torch.float64) for value in (lengthscale, variance)))
 
     def __call__(self, x: Tensor, z: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class Gaussian:
             ConfigError: it is not above 0.
         """
         if not (math.isfinite(noise) and noise > 0):
-            raise ConfigError(f"noise={noise}, a variance; allowed: a finite number above 0")
+            raise ConfigError(f"noise variance: noise={noise}; allowed: a finite number above 0")
         return cls(torch.tensor(noise, dtype=torch.float64), num_latent)
 
     def check(self, y: Tensor) -> None:

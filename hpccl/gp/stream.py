@@ -64,10 +64,10 @@ class Settings:
         """Refuse values out of range, with a ConfigError."""
         for name, low in (("inducing", 1), ("steps", 1), ("memory", 0), ("tune", 0)):
             if getattr(self, name) < low:
-                raise ConfigError(f"{name}={getattr(self, name)} of a Gaussian process; allowed: at least {low}")
+                raise ConfigError(f"Gaussian process: {name}={getattr(self, name)}; allowed: at least {low}")
         for name in ("rate", "tune_rate", "jitter"):
             if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} of a Gaussian process; allowed: above 0 and at most 1")
+                raise ConfigError(f"Gaussian process: {name}={getattr(self, name)}; allowed: above 0 and at most 1")
 
 
 @final
@@ -130,7 +130,7 @@ class State:
             ConfigError: there are fewer classes than before, or the likelihood has no classes.
         """
         if not isinstance(self.likelihood, Softmax) or number < self.likelihood.num_latent:
-            raise ConfigError(f"{number} classes of a Gaussian process; allowed: at least as many as before")
+            raise ConfigError(f"Gaussian process with {number} classes; allowed: at least as many as before")
         more = number - self.likelihood.num_latent
         posterior, memory = self.posterior, self.memory
         if posterior is not None:
@@ -277,7 +277,7 @@ def _checked(state: State, x: Tensor, y: Tensor, comm: Comm, settings: Settings)
     failure: DataError | None = None
     try:
         if len(x) != len(y):
-            raise DataError(f"{len(x)} rows and {len(y)} labels for a Gaussian process; give one label a row")
+            raise DataError(f"{len(x)} rows and {len(y)} labels for a Gaussian process; give one label per row")
         state.likelihood.check(y)
         bad = ~x.isfinite().all(1)
         if bool(bad.any()):
@@ -288,16 +288,16 @@ def _checked(state: State, x: Tensor, y: Tensor, comm: Comm, settings: Settings)
     except DataError as error:
         failure = error
     if comm.any(failure is not None):
-        raise failure or DataError("another rank has data that a Gaussian process cannot learn; see its message")
+        raise failure or DataError("another rank has invalid data for the Gaussian process; see its message")
     counts = torch.tensor([len(x)], dtype=torch.int64, device=comm.device)
     comm.sum_([counts])
     if not int(counts):
-        raise DataError("a task without examples for a Gaussian process; leave it out")
+        raise DataError("a task for the Gaussian process has no examples; omit it")
     needed = 8 * state.likelihood.num_latent * settings.inducing**2
     if needed > _LARGEST:
         raise ConfigError(
-            f"{state.likelihood.num_latent} latent functions with {settings.inducing} inducing inputs have duals of "
-            f"{needed / 2**30:.1f} GiB; allowed: {_LARGEST / 2**30:.0f} GiB; take fewer inducing inputs"
+            f"{state.likelihood.num_latent} latent functions with {settings.inducing} inducing inputs need "
+            f"{needed / 2**30:.1f} GiB; allowed: {_LARGEST / 2**30:.0f} GiB; use fewer inducing inputs"
         )
     return int(counts)
 

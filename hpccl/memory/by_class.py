@@ -103,5 +103,5 @@ def _refuse_infinite(rows: Tensor, sample: Ints, comm: Comm) -> None:
     worst = comm.max(worst)
     if worst >= 0:
         raise DivergedError(
-            f"what the network makes of sample {worst} is not finite; it has diverged, or its pixels are not finite"
+            f"the output for sample {worst} is not finite; the network has diverged, or its pixels are not finite"
         )

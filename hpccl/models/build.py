@@ -72,9 +72,9 @@ def refuse_sizes(
         if error is not None:
             name = config.name if isinstance(config, TimmModel) else config.kind
             raise ConfigError(
-                f"data.progressive or data.test_size gives views of {side} pixels, which '{name}' does not take "
-                f"({error}); leave them out, or let it take any size: of most of timm's transformers with "
-                "model.options={dynamic_img_size: true}"
+                f"data.progressive or data.test_size gives images of {side} pixels, which '{name}' does not accept "
+                f"({error}); omit them, or make the network accept any size (most of timm's transformers: "
+                "model.options={dynamic_img_size: true})"
             )
 
 
@@ -95,9 +95,9 @@ def _taking(config: TimmModel, shape: tuple[int, int, int], num_classes: int) ->
         height, width = shape[1:]
         side = height if height == width else [height, width]
         raise ConfigError(
-            f"model.name '{config.name}' with model.options {config.options} does not take the stream's images of "
-            f"{height}x{width} pixels ({error}); let it: of most of timm's transformers with model.options="
-            f"{{img_size: {side}}} (and a patch_size that divides it), or give shards another data.image_size, or take "
+            f"model.name '{config.name}' with model.options {config.options} does not accept the stream's images of "
+            f"{height}x{width} pixels ({error}); for most of timm's transformers set model.options="
+            f"{{img_size: {side}}} (and a patch_size that divides it); or set another data.image_size for shards, or "
             "another model.name"
         )
     return None
@@ -121,27 +121,27 @@ def _words(error: Exception) -> str:
 
 # Arguments of timm.create_model that hpccl sets.
 _OURS = {
-    "num_classes": "the number of classes is the stream's",
-    "in_chans": "the number of channels is the images'",
-    "pretrained": "first weights are those of the file model.checkpoint",
-    "model_name": "that is model.name",
+    "num_classes": "the stream determines the number of classes",
+    "in_chans": "the images determine the number of channels",
+    "pretrained": "initial weights are read from the file model.checkpoint",
+    "model_name": "set model.name instead",
 }
 
 
 def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     if "checkpoint_path" in config.options:
         raise ConfigError(
-            f"model.options.checkpoint_path '{config.options['checkpoint_path']}': first weights are those of "
-            "model.checkpoint, which says in the run's events what they were; set that"
+            f"model.options.checkpoint_path '{config.options['checkpoint_path']}' is not allowed; set "
+            "model.checkpoint, which the run also records in its events"
         )
     timm = import_timm()
     if not timm.is_model(config.name):
         near = _similar(config.name, timm.list_models())
-        advice = f"similar: {', '.join(near)}" if near else "timm.list_models() has the names of all"
+        advice = f"similar: {', '.join(near)}" if near else "timm.list_models() lists all"
         raise ConfigError(f"model.name '{config.name}' is not a timm model; {advice}")
     for key, ours in _OURS.items():
         if key in config.options:
-            raise ConfigError(f"model.options.{key} = {config.options[key]!r}: {ours}; leave it out")
+            raise ConfigError(f"model.options.{key} = {config.options[key]!r}: {ours}; omit it")
     try:
         model: nn.Module = timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=image_shape[0], **config.options
@@ -151,8 +151,8 @@ def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int
         if out_of_memory(error):
             raise
         raise ConfigError(
-            f"model.options {config.options} does not suit '{config.name}': {type(error).__name__}: {_words(error)}; "
-            "allowed: the keyword arguments of timm.create_model and of this network, with values that it takes"
+            f"model.options {config.options} is invalid for '{config.name}': {type(error).__name__}: {_words(error)}; "
+            "allowed: keyword arguments of timm.create_model and of this network, with values that it accepts"
         ) from error
     return model
 

@@ -53,7 +53,7 @@ def _described(folder: Path) -> dict[str, Any]:
         described: dict[str, Any] = content["hpccl"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"'{folder}' is no folder of `hpccl export`: {CONFIG} cannot be read ({error!r}); give the folder OUT of "
+            f"'{folder}' is not an export by hpccl: {CONFIG} cannot be read ({error!r}); give the folder OUT of "
             "`hpccl export RUN OUT`"
         ) from error
     return described

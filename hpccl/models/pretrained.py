@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by name, on the CPU."""
     if path.suffix != ".safetensors" and path.suffix not in _PICKLED:
         raise ConfigError(
-            f"model.checkpoint '{path}' has an unknown ending; allowed: .safetensors, {', '.join(_PICKLED)}"
+            f"model.checkpoint '{path}' has an unknown suffix; allowed: .safetensors, {', '.join(_PICKLED)}"
         )
     try:
         if path.suffix == ".safetensors":
@@ -106,15 +106,15 @@ def _read(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(
-            f"model.checkpoint '{path}' is damaged or holds more than weights, and reading that could run code; "
-            "save its weights alone, best as .safetensors"
+            f"model.checkpoint '{path}' is damaged or contains more than weights, which could run code when read; "
+            "save only its weights, preferably as .safetensors"
         ) from error
     except OSError as error:
         raise DataError(f"model.checkpoint '{path}' cannot be read: {error}") from error
     except Exception as error:  # the unpickler may raise anything for bytes that are no pickle
         if out_of_memory(error):
             raise
-        kind = "a safetensors file" if path.suffix == ".safetensors" else "what torch.save writes"
+        kind = "a safetensors file" if path.suffix == ".safetensors" else "a file of torch.save"
         raise DataError(
             f"model.checkpoint '{path}' cannot be read: it is damaged, or not {kind} "
             f"({type(error).__name__}: {error}); give a file of weights"
@@ -128,8 +128,8 @@ def _weights(found: Any, path: Path) -> dict[str, Tensor]:
         found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), found)
     if not (isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values())):
         raise DataError(
-            f"model.checkpoint '{path}' holds no weights by name; allowed: a dictionary of tensors, alone or under one "
-            f"of {', '.join(_WRAPPERS)}"
+            f"model.checkpoint '{path}' contains no named weights; allowed: a dictionary of tensors, top-level or "
+            f"under one of {', '.join(_WRAPPERS)}"
         )
     return {_plain(name): value for name, value in found.items()}
 

@@ -73,8 +73,8 @@ def last_mark(run: Path) -> Mark:
         raise FolderError(f"'{run}' is not a run folder (it has no config.yaml); give the folder of a run")
     mark = latest(RunFolder(run).checkpoints)
     if mark is None or mark.phase != "done":
-        where = "no checkpoint yet" if mark is None else f"only come to {mark.name}"
-        raise FolderError(f"'{run}' has {where}: an adaptation begins where training ended; continue it first")
+        where = "has no checkpoint yet" if mark is None else f"has only reached {mark.name}"
+        raise FolderError(f"'{run}' {where}, but only a finished run can be adapted; continue the run to its end first")
     return mark
 
 
@@ -110,8 +110,8 @@ def _source_tree(config: RunConfig, stream: Stream) -> tuple[dict[str, Any], Mar
         raise FolderError(f"the data changed since '{run}' was trained; restore the shards it was trained with")
     if len(tree["prior"]["memory"]["sample"]) == 0:
         raise FolderError(
-            f"'{run}' kept no examples (memory.size=0), and soft labels of kept ones are what an adaptation learns "
-            "from; train it with a memory, as in configs/method/kpriors.yaml"
+            f"'{run}' kept no examples (memory.size=0), but an adaptation learns from the soft labels of kept "
+            "examples; train it with a memory, as in configs/method/kpriors.yaml"
         )
     return tree, mark
 

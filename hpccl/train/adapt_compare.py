@@ -70,15 +70,15 @@ def check_reference(reference: RunConfig) -> None:
         raise FolderError("\n".join([f"{given} is not the reference of this adaptation:", *lines, _INSTEAD]))
     mark = latest(folder.checkpoints)
     if mark is None or mark.phase != "done":
-        where = "has no checkpoint yet" if mark is None else f"has only come to {mark.name}"
-        raise FolderError(f"{given} {where}; repeat the command that began it, or {_INSTEAD}")
+        where = "has no checkpoint yet" if mark is None else f"has only reached {mark.name}"
+        raise FolderError(f"{given} {where}; repeat the command that started it, or {_INSTEAD}")
     if load(folder.checkpoints, mark)["data"] != open_for(reference, folder).fingerprint:
-        raise FolderError(f"the data changed since {given} was trained; restore the shards of then, or {_INSTEAD}")
+        raise FolderError(f"the data changed since {given} was trained; restore the earlier shards, or {_INSTEAD}")
 
 
 _INSTEAD = (
-    "give --reference retrain, or the folder `reference` that it made beside the same adaptation of the same run, with "
-    "the same settings of model, engine and weight decay"
+    "give --reference retrain, or a folder `reference` that it made for the same adaptation of the same run with "
+    "the same model, engine and weight decay"
 )
 
 
@@ -116,7 +116,7 @@ def compare_adaptation(run: Path, reference: RunConfig | None = None) -> Adaptat
     config = load_recorded(RunFolder(run).config)
     adapt = config.adapt
     if not isinstance(adapt, AnyAdaptation):
-        raise FolderError(f"'{run}' is no adaptation; give a folder that hpccl adapt wrote")
+        raise FolderError(f"'{run}' is not an adaptation; give a folder that `hpccl adapt` wrote")
     adapted, start = _tested(run), _tested(Path(adapt.source))
     anew = None if reference is None else Path(reference.path)
     other = None if anew is None else _tested(anew)
@@ -138,7 +138,7 @@ def compare_adaptation(run: Path, reference: RunConfig | None = None) -> Adaptat
 def _tested(run: Path) -> _Tested:
     with reopened(run) as (state, world):
         if state.mark.phase != "done":
-            raise FolderError(f"'{run}' has only come to {state.mark.name}; continue it to its end first")
+            raise FolderError(f"'{run}' has only reached {state.mark.name}; continue it to its end first")
         probabilities, labels = _probabilities(state, world)
         learned = trainable(state.engine.module)
         weights = {name: value for name, value in wholes(state.engine.gather()).items() if name in learned}

@@ -42,9 +42,9 @@ def check_memory(config: RunConfig, stream: Listed) -> None:
     share, classes = config.prior.correct.share, len(stream.class_names)
     if share > 0 and 0 in per_class(config.memory.total, share, classes):
         raise ConfigError(
-            f"prior.correct.share={share} of memory.total={config.memory.total} leaves no example of each of {classes} "
-            f"classes to hold out, or none to learn from; allowed: memory.total >= {math.ceil(classes / share)}, and a "
-            "share below 1/2"
+            f"prior.correct.share={share} with memory.total={config.memory.total} leaves some of the {classes} classes "
+            "without an example to hold out or without one to train on; allowed: memory.total >= "
+            f"{math.ceil(classes / share)}, and a share below 1/2"
         )
 
 
@@ -53,8 +53,8 @@ def _check_heads(config: RunConfig, stream: Listed) -> None:
     alone = [task.name for task in stream.tasks if len(task.classes) == 1]
     if alone and config.train.head == "own" and not isinstance(config.adapt, AnyAdaptation):
         raise ConfigError(
-            f"train.head=own: task '{alone[0]}' has one class ({len(alone)} such tasks), which has nothing to compete "
-            "with, so that nothing would be learned; set train.head=seen, or fewer tasks"
+            f"train.head=own: task '{alone[0]}' has a single class ({len(alone)} such tasks), so a head of its own "
+            "learns nothing; set train.head=seen, or fewer tasks"
         )
 
 
@@ -80,8 +80,8 @@ def _check_every_class_kept(config: RunConfig, stream: Listed) -> None:
         if kept < len(task.classes):
             key = "memory.size" if config.memory.size else "memory.fraction"
             raise ConfigError(
-                f"{key}={getattr(config.memory, key[7:])} keeps {kept} examples of task '{task.name}', less than its "
-                f"{len(task.classes)} classes, {needs}; raise it"
+                f"{key}={getattr(config.memory, key[7:])} keeps {kept} examples of task '{task.name}', fewer than its "
+                f"{len(task.classes)} classes, {needs}; raise {key}"
             )
 
 

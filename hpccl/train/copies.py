@@ -68,7 +68,7 @@ def keep_images(task: Task, memory: Memory, world: World) -> None:
             except HpcclError as error:
                 failure = error
         if world.comm.any(failure is not None):
-            raise failure or WorldError("memory's images were not copied: the first process could not; see its message")
+            raise failure or WorldError("the first process could not copy the memory's images; see its message")
 
 
 def drop_images(memory: Memory, world: World) -> None:
@@ -99,8 +99,8 @@ def check_images(first: int, state: RunState, world: World) -> None:
     wrong = world.stream.absent(np.unique(np.concatenate(needed)))
     if wrong is None:
         return
-    advice = "; log.reconstruction > 0 compares with all earlier examples: set it to 0" if past else ""
+    advice = "; log.reconstruction > 0 needs all earlier examples: set it to 0" if past else ""
     raise DataError(
-        f"training images that the run still needs are missing: {wrong}. What may be removed are shards of tasks that "
-        f"are finished, with memory.keep=copy{advice}"
+        f"training images that the run still needs are missing: {wrong}. Only shards of finished tasks may be removed, "
+        f"and only with memory.keep=copy{advice}"
     )

@@ -128,7 +128,7 @@ def read_curvature(path: Path, *, task: int | None = None, spectra: bool | None 
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the curvature in checkpoint '{folder.checkpoints / mark.name}' is damaged ({error!r}); "
-            "look at another task's with --task N"
+            "choose another task's curvature with --task N"
         ) from error
     limit = math.inf if spectra else 0 if spectra is not None else FAST
     totals = precision.totals(Comm.solo())
@@ -182,8 +182,8 @@ def _quadratic_state(folder: RunFolder, mark: Mark) -> Mapping[str, Any]:
     if load_recorded(folder.config).prior.quadratic.weight == 0:
         raise FolderError(no_curvature(str(folder.path), mark.name))
     raise FolderError(
-        f"'{folder.path}' has no curvature in checkpoint {mark.name}: it is measured at the end of a task, and no task "
-        "had ended"
+        f"'{folder.path}' has no curvature in checkpoint {mark.name}: it is measured at the end of each task, and no "
+        "task had ended yet"
     )
 
 
@@ -384,5 +384,5 @@ def _notes(shown: Shown) -> list[str]:
     if any(layer.largest is None for layer in shown.layers):
         notes.append(f"–: not computed; --spectra computes it for matrices above {FAST} rows too")
     if shown.kind == "kronecker" and shown.diagonal:
-        notes.append(f"measured by the diagonal: {', '.join(shown.diagonal)}")
+        notes.append(f"diagonal curvature only: {', '.join(shown.diagonal)}")
     return notes

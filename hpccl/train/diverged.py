@@ -55,7 +55,7 @@ def diagnose(failure: Failure, state: RunState, world: World) -> DivergedError:
     lost = world.comm.any(not kept)  # on any rank; not raised, as the run's divergence matters more
     where = f"The batch and the weights are in '{note}.*'"
     if lost:
-        where = f"The batch and the weights could not be written beside '{note}' by all processes"
+        where = f"Not all processes could write the batch and the weights to '{note}.*'"
     return DivergedError(
         f"the gradient is not finite at step {failure.step} of task {failure.task.index} ('{failure.task.name}'); "
         f"loss terms in nats per example: {', '.join(f'{name} {value:.4g}' for name, value in said.items())}; "
@@ -71,13 +71,13 @@ def _advice(failure: Failure, world: World) -> str:
     changes = [f"Lower optim.lr ({per_task(lr, failure.task.index):g} in this task)"]
     if quadratic.weight > 0 and failure.task.index > 0:
         changes.append(
-            f"lower prior.quadratic.weight ({quadratic.weight:g}; where it is stiff, steps of this size overshoot)"
+            f"lower prior.quadratic.weight ({quadratic.weight:g}; steps overshoot where its curvature is large)"
         )
     changes.append("set train.clip_norm" if limit is None else f"lower train.clip_norm ({limit:g})")
     changes += ["use engine.precision=fp32"] if config.engine.precision == "bf16" else []
-    again = "in another folder=... (or name=...), for this one keeps its settings"
+    again = "in another folder=... (or name=...), as the settings of this run are fixed"
     if failure.task.index > 0:
-        again += f"; train.first_task_from={world.folder.path} there spares a first task that is learned alike"
+        again += f"; train.first_task_from={world.folder.path} there reuses a first task with the same settings"
     return f"{', or '.join(changes)}: {again}"
 
 

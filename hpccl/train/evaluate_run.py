@@ -76,8 +76,8 @@ def put_weights(state: RunState, world: World, path: Path) -> None:
     """
     if path.suffix != ".safetensors" and not path.is_dir():
         raise DataError(
-            f"--weights '{path}' is no folder and no .safetensors file; give the folder of a run, an export or a "
-            "merger, or a .safetensors file"
+            f"--weights '{path}' is neither a folder nor a .safetensors file; give the folder of a run, an export or "
+            "a merged network, or a .safetensors file"
         )
     given, own = open_weights(path), state.engine.gather()
     theirs = {name: tuple(value.shape) for name, value in given.weights.items()}
@@ -92,8 +92,8 @@ def put_weights(state: RunState, world: World, path: Path) -> None:
     classes = list(world.stream.class_names)
     if given.config is not None and given.config["label_names"] != classes:
         raise ConfigError(
-            f"--weights '{path}' has other classes than the run, or others in their places ("
-            f"{difference(given.config['label_names'], classes)}); give weights over the run's classes in its order"
+            f"--weights '{path}' has other classes than the run, or the same in another order ("
+            f"{difference(given.config['label_names'], classes)}); give weights for the run's classes in its order"
         )
     state.engine.put(given.weights)
 

@@ -86,8 +86,8 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
     config = load_recorded(run.config)
     if config.method == "separate" and task is None:
         raise ConfigError(
-            f"'{path}' trained a network of its own for every task (method separate); "
-            f"say whose to export with --task N, 0 to {mark.task}"
+            f"'{path}' trained a separate network for each task (method separate); "
+            f"choose which to export with --task N, 0 to {mark.task}"
         )
     refuse_other_logits(config, path)
     if curvature:
@@ -119,8 +119,8 @@ def refuse_other_logits(config: RunConfig, path: Path) -> None:
     ):
         if used:
             raise ConfigError(
-                f"'{path}' was tested with {key}, which is no part of the network; allowed: runs that are tested by "
-                "the network's own logits (take the weights of a checkpoint if these are what you want)"
+                f"'{path}' was tested with {key}, which is not part of the network; allowed: runs that are tested by "
+                "the network's own logits (for the weights alone, take those of a checkpoint)"
             )
 
 
@@ -132,14 +132,13 @@ def refuse_other_curvature(config: RunConfig, path: Path) -> None:
     """
     if isinstance(config.adapt, AnyAdaptation):
         raise ConfigError(
-            f"'{path}' adapts '{config.adapt.source}': the curvature in it is of that run's network and images; "
-            "allowed: a run that is no adaptation"
+            f"'{path}' is an adaptation of '{config.adapt.source}'; its curvature is that of the network before it; "
+            "give a run that is not an adaptation"
         )
     if isinstance(config.curvature, (MasCurvature, SiCurvature)):
         raise ConfigError(
-            f"'{path}' has curvature.kind={config.curvature.kind}, an importance, which is no curvature of the loss: "
-            "there is no posterior of it, and networks are not weighed by it; allowed: runs with any other "
-            "curvature.kind"
+            f"'{path}' has curvature.kind={config.curvature.kind}, an importance rather than a curvature of the loss: "
+            "it gives no posterior and no weights for merging; allowed: runs with any other curvature.kind"
         )
 
 
@@ -153,7 +152,7 @@ def find_finished(run: RunFolder, task: int | None) -> Mark:
         raise FolderError(f"'{run.path}' is not a run folder (it has no config.yaml); give the folder of a run")
     finished = {mark.task: mark for mark in marks(run.checkpoints) if mark.phase == "done"}
     if not finished:
-        raise FolderError(f"'{run.path}' has not finished a task yet; run `hpccl train` on until it has")
+        raise FolderError(f"'{run.path}' has not finished a task yet; continue it with `hpccl train` first")
     if task is not None and task not in finished:
         there = ", ".join(str(number) for number in finished)
         raise FolderError(f"'{run.path}' has no state after task {task}; finished tasks, counted from 0: {there}")
@@ -207,7 +206,7 @@ def no_curvature(where: str, checkpoint: str) -> str:
     """Return the error message for a checkpoint without curvature."""
     return (
         f"'{where}' has no curvature in checkpoint {checkpoint}: the run was configured with prior.quadratic.weight=0, "
-        "which keeps none of a quadratic; train in another folder=... with prior.quadratic.weight=1"
+        "which measures none; train in another folder=... with prior.quadratic.weight=1"
     )
 
 
@@ -241,13 +240,13 @@ def refuse_what_is_there(out: Path, *, force: bool) -> None:
     others = sorted({entry.name for entry in out.iterdir()} - ours) if out.is_dir() else [out.name]
     if not others and not _is_export(out):
         raise FolderError(
-            f"'{out}' has no {CONFIG} of an export by hpccl, so --force does not replace it; choose another folder, or "
-            "delete it yourself"
+            f"'{out}' is not an export by hpccl (no matching {CONFIG}), so --force does not replace it; choose another "
+            "folder, or delete it yourself"
         )
     if others:
         raise FolderError(
-            f"'{out}' holds more than an export ({', '.join(others[:3])}), which --force would delete; "
-            "choose another folder, or delete it yourself"
+            f"'{out}' contains files that are not part of an export ({', '.join(others[:3])}), so --force does not "
+            "replace it; choose another folder, or delete it yourself"
         )
 
 
@@ -374,7 +373,7 @@ class _Content:
     def _loading(self, out: Path) -> str:
         ours = _OURS.format(out=str(out))
         if not isinstance(self.config.model, TimmModel):
-            return f"This network (`{self.config.model.kind}`) is not one of timm's; hpccl builds it:\n\n{ours}"
+            return f"This network (`{self.config.model.kind}`) is not a timm model; load it with hpccl:\n\n{ours}"
         named = "".join(f", {key}={value!r}" for key, value in self.model_args.items() if key.isidentifier())
         return (
             f"{_TIMM.format(name=self.config.model.name, classes=self.num_classes, out=str(out), named=named)}\n{ours}"
@@ -384,16 +383,16 @@ class _Content:
         view, given = self.stream.view, self._input()
         height, width = self.stream.test_shape[1:]
         brought = (
-            f"Images are {width} x {height} pixels, and taken as they are"
+            f"Images have {width} x {height} pixels and are not resized"
             if view.size is None or self.stream.as_stored
             else f"The shorter side is resized to floor({view.size} / {view.crop_pct:g}) pixels ({view.filter}), the "
-            f"centre of {view.size} x {view.size} is cut out; images that have this size are taken as they are"
+            f"central {view.size} x {view.size} pixels are cut out; images of this size stay unchanged"
         )
         return f"{brought}. Then (pixel / 255 - mean) / std, mean {given['mean']}, std {given['std']}"
 
     def _figures(self) -> str:
         """Describe how the run's figures were computed, where that differs from the network's default use."""
-        ways = ["on the mean of the logits of an image and of its mirror image"] * self.config.train.flip_test
+        ways = ["from the mean logits of each image and its mirror image"] * self.config.train.flip_test
         ways += ["with bfloat16 autocast"] * (self.config.engine.precision == "bf16")
         figures = f"\nThe run's own figures were computed {' and '.join(ways)}.\n" if ways else ""
         return figures + self._changed()
@@ -403,21 +402,21 @@ class _Content:
         scenario = self.config.stream.scenario
         match scenario:
             case PermutedScenario():
-                how = "its pixels in an order of its own, the same for all of its images"
+                how = "its own permutation of the pixels, the same for all of its images"
             case RotatedScenario():
-                how = "its images turned by an angle of its own"
+                how = "its images rotated by its own angle"
             case _:
                 return ""
         told = ", ".join(f"{key} {value}" for key, value in scenario.model_dump(mode="json").items())
         return (
-            f"\nEvery task but the first was learned, and tested, with {how} ({told}): the network expects images of "
+            f"\nEach task but the first was trained and tested with {how} ({told}): the network expects images of "
             "such a task to be changed in the same way (`hpccl.data.changes`).\n"
         )
 
     def _unlearned(self) -> str:
         learned = {number for task in self.learned for number in task.classes}
         others = self.num_classes - len(learned)
-        return "" if others == 0 else f"\nThe other {others} outputs were not trained; their values mean nothing.\n"
+        return "" if others == 0 else f"\nThe other {others} outputs were not trained; ignore them.\n"
 
 
 def _row(task: Task) -> str:
@@ -429,7 +428,7 @@ def _row(task: Task) -> str:
 
 _README = """# {name}, after task {task} ({last})
 
-A network that `hpccl` trained with method `{method}`, after checkpoint `{checkpoint}`; weights are fp32.
+A network trained by `hpccl` with method `{method}`, from checkpoint `{checkpoint}`; weights are fp32.
 
 ## Load
 
@@ -467,7 +466,7 @@ model = load_exported("{out}")
 
 _HEADS = {
     "own": """It was trained with `train.head=own`, which is task-incremental: the outputs of one row of the table are a
-classifier of their own. Choose the row that an image belongs to, then the largest of its outputs. Outputs of different
+separate classifier. Choose the row of the image's task, then the largest of its outputs. Outputs of different
 rows were never compared in training.""",
     "seen": """It was trained with `train.head=seen`, which is class-incremental: all outputs in the table compete. Take
 the largest of them; where the task of an image is known, the largest in its row.""",

@@ -30,8 +30,8 @@ def adopt_first_task(task: Task, state: RunState, world: World) -> bool:
     if tree["data"] != ours:
         raise ConfigError(
             f"train.first_task_from='{world.config.train.first_task_from}' learned its first task from other data "
-            f"(fingerprint {tree['data'][:12]}, here {ours[:12]}): shards were built anew in their place; train that "
-            "run again, or set it to null"
+            f"(fingerprint {tree['data'][:12]}, now {ours[:12]}), as the shards were rebuilt since; train that run "
+            "again, or set train.first_task_from=null"
         )
     state.engine.put(tree["engine"]["weights"])
     world.save(state, Mark.at(0, "fitted", mark.step))
@@ -47,22 +47,20 @@ def find_first_task(config: RunConfig, source: str) -> tuple[Path, Mark]:
     """
     other = RunFolder(Path(source))
     if not other.config.is_file():
-        problem = "it has no config.yaml" if other.path.is_dir() else "there is no such folder"
+        problem = "it has no config.yaml" if other.path.is_dir() else "it does not exist"
         raise ConfigError(
-            f"train.first_task_from='{source}' is not the folder of a run: {problem}; give that of a run with the same "
-            "first task, such as runs/NAME, or null to train it"
+            f"train.first_task_from='{source}' is not a run folder: {problem}; give the folder of a run with the same "
+            "first task, such as runs/NAME, or null to train the first task here"
         )
     theirs, ours = first_task_identity(load_recorded(other.config)), first_task_identity(config)
     differing = sorted(key for key in theirs if theirs[key] != ours[key])
     if differing:
         raise ConfigError(
-            f"train.first_task_from='{source}' learned its first task otherwise: {', '.join(differing)} differ"
+            f"train.first_task_from='{source}' trained its first task differently: {', '.join(differing)} differ"
         )
     ends = [mark for mark in marks(other.checkpoints) if (mark.task, mark.phase) == (0, "fitted")]
     if not ends:
-        raise FolderError(
-            f"train.first_task_from='{source}' has no checkpoint of its first task's end; run it to there first"
-        )
+        raise FolderError(f"train.first_task_from='{source}' has not finished its first task; continue that run first")
     return other.checkpoints, ends[-1]
 
 

@@ -126,8 +126,8 @@ def fit_gp(
     with reopened(path, task=mark.task) as (state, world):
         if world.config.method == "separate":
             raise ConfigError(
-                f"'{path}' trained a network of its own for every task (method separate): none has features that were "
-                "made for all of them; take a run with one network"
+                f"'{path}' trained a separate network for each task (method separate), so tasks share no features; "
+                "choose a run with a single network"
             )
         given = Kernel.of(kernel, lengthscale=1.0 if lengthscale is None else lengthscale, variance=variance)
         found, after = fit_features(state, world, settings, given, typical=lengthscale is None)
@@ -185,8 +185,8 @@ def _refuse_other_layers(state: RunState, world: World) -> None:
         last_layer(state.engine.module, world, state)
     except ConfigError as error:
         raise ConfigError(
-            "a Gaussian process on features needs a network whose logits an nn.Linear makes, and "
-            f"{type(state.engine.module).__name__} is none"
+            "a Gaussian process on features needs a network whose last layer is an nn.Linear; "
+            f"{type(state.engine.module).__name__} has none that computes the logits"
         ) from error
 
 
@@ -246,8 +246,8 @@ def markdown(found: Fitted) -> str:
         f"{found.run}, checkpoint {found.checkpoint}: {kernel['kind']} kernel on {whole(found.features)} features, "
         f"length scale {kernel['lengthscale']:.3g}, variance {kernel['variance']:.3g}; {whole(said['inducing'])} "
         f"inducing inputs, {whole(said['memory'])} of {whole(said['num_seen'])} examples in memory.\n"
-        "All classes seen so far compete, for the process and for the network, whose figures are those of the run"
-        f"{', averaged over mirror images as the process is not' if found.flipped else ''}.\n"
+        "All classes seen so far compete. The network's figures are those of the run"
+        f"{', averaged over mirror images, unlike the Gaussian process' if found.flipped else ''}.\n"
     )
     return markdown_table(_HEADER, rows, left=2) + "\n" + notes
 
@@ -263,8 +263,8 @@ def refuse_out(out: Path) -> None:
     others = sorted(there - {"gp.json", "gp.md", "state.json", "state.safetensors"})
     if others:
         raise FolderError(
-            f"'{out}' holds other files than those of an earlier fit ({', '.join(others[:3])}), and its place will be "
-            "taken; choose another folder with --out"
+            f"'{out}' contains files that are not from an earlier fit ({', '.join(others[:3])}) and would be replaced; "
+            "choose another folder with --out"
         )
 
 

@@ -180,6 +180,6 @@ def _matching(pattern: str, state: RunState, world: World) -> set[str]:
         some = ", ".join(sorted(every)[:4])
         raise ConfigError(
             f"train.frozen: '{pattern}' matches no parameter or buffer of {type(module).__name__}; allowed: features, "
-            f"convolutions (where there are some), {_OLD}, or names with * and ?, such as {some}"
+            f"convolutions (if the network has any), {_OLD}, or names with * and ?, such as {some}"
         )
     return found

@@ -119,19 +119,19 @@ def reconstruct_memory(
 
 def _check(sizes: Sequence[int], selectors: Sequence[str], *, points: int, past: float | None, fraction: float) -> None:
     if not sizes or min(sizes) < 1:
-        raise ConfigError(f"--sizes {' '.join(map(str, sizes))}: at least one number, each at least 1")
+        raise ConfigError(f"--sizes {' '.join(map(str, sizes))}; allowed: one or more numbers, each at least 1")
     unknown = [each for each in selectors if each not in NAMED_SELECTORS]
     if unknown or not selectors:
         raise ConfigError(
-            f"--selectors {','.join(map(repr, unknown))}: give names with commas between them; allowed are "
-            f"{', '.join(NAMED_SELECTORS)} (a reservoir of one task is `uniform`; `greedy` looks at labels alone)"
+            f"--selectors {','.join(map(repr, unknown))}: give names separated by commas; allowed: "
+            f"{', '.join(NAMED_SELECTORS)} (for a reservoir take `uniform`; `greedy` depends on labels alone)"
         )
     if points < 1:
-        raise ConfigError(f"--points {points}: at least 1")
+        raise ConfigError(f"--points {points}; allowed: at least 1")
     if past is not None and not 0 < past <= 1:
-        raise ConfigError(f"--past {past:g}: above 0 and at most 1")
+        raise ConfigError(f"--past {past:g}; allowed: above 0 and at most 1")
     if not 0 <= fraction <= 1:
-        raise ConfigError(f"--fraction {fraction:g}: from 0 (the run's curvature) to 1")
+        raise ConfigError(f"--fraction {fraction:g}; allowed: 0 (the run's curvature) to 1")
 
 
 def _ends(folder: RunFolder, task: int | None) -> tuple[Mark, Mark]:
@@ -143,7 +143,7 @@ def _ends(folder: RunFolder, task: int | None) -> tuple[Mark, Mark]:
     chosen = task if task is not None else able[-1] if able else None
     if chosen is None or chosen not in able:
         wanted = (
-            "no task with a next one" if task is None else f"no checkpoint both at the end of task {task} and after it"
+            "no task with a next one" if task is None else f"no checkpoint both at the end of task {task} and later"
         )
         raise FolderError(
             f"'{folder.path}' has {wanted}; --task may be {', '.join(map(str, able)) or 'none yet'} (counted from 0)"
@@ -190,13 +190,13 @@ def _asked(
     fromp = state.prior.fromp
     if fromp is not None:
         raise ConfigError(
-            f"'{path}' was trained with prior.fromp.weight={fromp.weight:g}, which couples the predictions on "
-            "memory; this command compares gradients of soft labels, replay and a quadratic"
+            f"'{path}' was trained with prior.fromp.weight={fromp.weight:g}, which this command does not support; "
+            "allowed: runs with soft labels, replay or a quadratic prior"
         )
     if world.config.memory.labels == "kept" and len(state.prior.memory) and state.mark.task > 0:
         raise ConfigError(
-            f"'{path}' was trained with memory.labels=kept: soft labels of other examples would have to come from "
-            "networks of earlier tasks, which are gone; take --task 0, or a run with memory.labels=renewed"
+            f"'{path}' was trained with memory.labels=kept: soft labels of other examples need the networks of "
+            "earlier tasks, which were not kept; set --task 0, or choose a run with memory.labels=renewed"
         )
     smallest = min(len(task.samples("train")) for task in world.stream.tasks[: state.mark.task + 1])
     if max(sizes) > smallest:
@@ -237,8 +237,8 @@ def _configured(path: Path, config: RunConfig, selector: str, number: int, fract
     except ValidationError as error:
         wrong = "; ".join(str(each.get("ctx", {}).get("error", each["msg"])) for each in error.errors())
         raise ConfigError(
-            f"--selectors {selector} --sizes {number}: '{path}' cannot have such a memory ({wrong}); leave it out, or "
-            "take a run that may"
+            f"--selectors {selector} --sizes {number} is not possible with the settings of '{path}' ({wrong}); omit it "
+            "or choose another run"
         ) from error
 
 

@@ -112,7 +112,7 @@ def merge(
     scales = _checked_scales(models, weights, method, base, prior_precision)
     for path in (*models, *(() if base is None else (base,))):
         if out.resolve() in (path.resolve(), path.resolve().parent if path.is_file() else path.resolve()):
-            raise FolderError(f"--out '{out}' is one of the networks that are merged; choose another folder")
+            raise FolderError(f"--out '{out}' is one of the networks to merge; choose another folder")
     refuse_what_is_there(out, force=force)
     sources = [open_source(path) for path in models]
     plan = _plan(sources, scales, None if base is None else open_weights(base), method, prior_precision)
@@ -142,23 +142,23 @@ def _checked_scales(
         raise ConfigError("nothing to merge: give at least one run or export")
     scales = [1.0] * len(models) if weights is None else list(weights)
     if len(scales) != len(models):
-        raise ConfigError(f"--weights has {len(scales)} numbers for {len(models)} networks; give one each, in order")
+        raise ConfigError(f"--weights has {len(scales)} numbers for {len(models)} networks; give one per network")
     if not all(math.isfinite(scale) for scale in scales):
-        raise ConfigError(f"--weights {','.join(map(str, scales))}: finite numbers")
+        raise ConfigError(f"--weights {','.join(map(str, scales))}; allowed: finite numbers")
     if not (math.isfinite(prior_precision) and prior_precision > 0):
-        raise ConfigError(f"--prior-precision {prior_precision}: a finite number above 0")
+        raise ConfigError(f"--prior-precision {prior_precision}; allowed: a finite number above 0")
     with_base = method in ("matching", "arithmetic")
     if with_base and base is None:
         raise ConfigError(
-            f"--method {method} merges what networks learned since a common beginning: give it with --base (a run, an "
-            "export or a .safetensors file); without one: --method fisher or average"
+            f"--method {method} needs --base, the network that all were trained from (a run, an export or a "
+            ".safetensors file); without a base, use --method fisher or average"
         )
     if not with_base and base is not None:
-        raise ConfigError(f"--method {method} has no --base; leave it out, or take --method matching or arithmetic")
+        raise ConfigError(f"--method {method} takes no --base; omit it, or use --method matching or arithmetic")
     if not with_base and min(scales) <= 0:
         raise ConfigError(
-            f"--weights {min(scales):g} with --method {method}, which averages: weights above 0; to remove what a "
-            "network learned, take --method matching or arithmetic with a --base"
+            f"--weights {min(scales):g} with --method {method}; allowed: numbers above 0; to remove what a "
+            "network learned, use --method matching or arithmetic with a --base"
         )
     return scales
 
@@ -180,9 +180,9 @@ def _plan(
         for source in sources:
             if source.curvature is None:
                 raise ConfigError(
-                    f"'{source.label}' has no curvature, which --method {method} weighs networks by: train with "
-                    "prior.quadratic.weight=1 (curvature.kind neither mas nor si) and, of an export, write it with "
-                    f"`hpccl export --curvature`; without: --method {'arithmetic' if base else 'average'}"
+                    f"'{source.label}' has no curvature, which --method {method} needs: train with "
+                    "prior.quadratic.weight=1 (curvature.kind neither mas nor si), and export with "
+                    f"`hpccl export --curvature`; or use --method {'arithmetic' if base else 'average'}"
                 )
     learned = {name for name, value in model.named_parameters() if value.is_floating_point()}
     return _Plan(
@@ -304,12 +304,12 @@ def _readme(plan: _Plan, out: Path, averaged: Sequence[str]) -> str:
     rows = "\n".join(
         f"| `{source.label}` | {scale:g} |" for source, scale in zip(plan.sources, plan.scales, strict=True)
     )
-    base = "" if plan.base is None else f", beginning with `{plan.base.label}`"
+    base = "" if plan.base is None else f", starting from `{plan.base.label}`"
     statistics = (
-        f"\nIts {len(averaged)} running statistics (such as `{averaged[0]}`) are means of those of the networks "
-        "that were added, or the base's where none was. "
-        "Normalisation by batch statistics does not suit merged weights exactly: pass some training images through it "
-        "in training mode before use.\n"
+        f"\nIts {len(averaged)} running statistics (such as `{averaged[0]}`) are averages over the networks with "
+        "positive weights, or the base's if there are none. "
+        "They do not match merged weights exactly: recompute them before use by passing some training images through "
+        "the network in training mode.\n"
         if averaged
         else ""
     )
@@ -325,7 +325,7 @@ _WORDS: Mapping[Method, str] = {
 
 _README = """# Merged network
 
-`hpccl merge` made this network of others by {method}{base}; weights are fp32.
+`hpccl merge` made this network from others by {method}{base}; weights are fp32.
 
 | network | weight |
 |---|---:|
@@ -333,7 +333,7 @@ _README = """# Merged network
 
 ## Load
 
-Input, normalisation and names of the classes are those of the first network, and in `config.json`.
+Input, normalisation and class names are those of the first network, given in `config.json`.
 
 ```python
 from hpccl.models.exported import load_exported
@@ -341,5 +341,5 @@ from hpccl.models.exported import load_exported
 model = load_exported("{out}")
 ```
 
-A network of timm is also loaded by `timm.create_model("local-dir:{out}", pretrained=True)`.
+A timm model can also be loaded with `timm.create_model("local-dir:{out}", pretrained=True)`.
 {statistics}"""

@@ -70,7 +70,7 @@ class Curvature:
         (layout,) = (Layout.from_state_dict(each) for each in self.state["layouts"] if each["name"] == group)
         parts = [Block.from_state_dict(layout, each) for each in self.blocks(group)]
         if not parts:
-            raise CheckpointError(f"the curvature of layer '{group}' is missing: a file is not there")
+            raise CheckpointError(f"the curvature of layer '{group}' is missing: a file was removed")
         return BlockCurve.of(Block.joined(parts))
 
 
@@ -121,8 +121,8 @@ def open_source(path: Path) -> Source:
     folder = path.parent if path.name == WEIGHTS else path
     if not (folder / CONFIG).is_file() and not RunFolder(folder).config.is_file():
         raise FolderError(
-            f"'{path}' is not a run folder, which has a config.yaml, nor an export, which has a {CONFIG}; give one of "
-            "them"
+            f"'{path}' is neither a run folder (it has no config.yaml) nor an export (it has no {CONFIG}); give one of "
+            "the two"
         )
     return _exported(folder) if (folder / CONFIG).is_file() else _run(folder)
 
@@ -145,8 +145,8 @@ def _run(path: Path) -> Source:
     refuse_other_logits(settings, path)
     if settings.method == "separate":
         raise ConfigError(
-            f"'{path}' trained a network of its own for every task (method separate); export the one that is meant "
-            f"(hpccl export {path} OUT --task N) and merge that"
+            f"'{path}' trained a separate network for each task (method separate); export one of them "
+            f"(hpccl export {path} OUT --task N) and merge the export"
         )
     config, _ = described(run, mark)
     tree = load(run.checkpoints, mark, lazy=True)
@@ -168,7 +168,7 @@ def _exported(folder: Path) -> Source:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config["hpccl"]["model"], config["label_names"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"'{folder}' is no folder of `hpccl export`: {CONFIG} cannot be read ({error!r})") from error
+        raise DataError(f"'{folder}' is not an export by hpccl: {CONFIG} cannot be read ({error!r})") from error
     curvature = None
     if (folder / f"{CURVATURE}.json").is_file():
         _, tree = read_tree(folder, stem=CURVATURE, lazy=True, wanted=lambda key: key == "precision")
@@ -219,8 +219,8 @@ def refuse_other(sources: Sequence[Source], base: Source | None, shapes: Mapping
         if differing:
             name = differing[0]
             raise ConfigError(
-                f"'{other.label}' is not of the network of '{first.label}': '{name}' is {_sides(theirs.get(name))} "
-                f"there and {_sides(shapes.get(name))} here ({len(set(differing))} of {len(shapes)} weights differ)"
+                f"'{other.label}' and '{first.label}' are different networks: '{name}' is {_sides(theirs.get(name))} "
+                f"and {_sides(shapes.get(name))} ({len(set(differing))} of {len(shapes)} weights differ)"
             )
 
 
@@ -228,7 +228,7 @@ def difference(one: Any, other: Any) -> str:
     """Describe the difference of two settings or lists in words."""
     if isinstance(one, list) and isinstance(other, list):
         if len(one) != len(other):
-            return f"{len(one)} and {len(other)} of them"
+            return f"{len(one)} and {len(other)} entries"
         place = next(number for number, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
         return f"number {place} is '{one[place]}' and '{other[place]}'"
     return f"'{one}' and '{other}'"

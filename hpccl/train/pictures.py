@@ -45,7 +45,7 @@ def keep_pictures(task: Task, sample: Ints, label: Ints, world: World) -> None:
             images, number = stacked(pictures), np.array(task.index)
             np.savez(file, images=images, labels=label[shown], names=np.array(names), task=number)
     except FolderError as error:  # they are for the report alone, and other ranks do not wait here
-        world.progress.message(f"pictures of the memory are left out of the report: {error}")
+        world.progress.message(f"the report will show no pictures of the memory: {error}")
 
 
 def stacked(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:

@@ -44,7 +44,7 @@ def removed_samples(adapt: RemoveData, stream: Stream) -> Ints:
     if ids:
         found[_positions(ids, stream)] = True
     if bool(found.all()):
-        raise ConfigError(f"--remove names all {len(labels)} training examples; leave some to adapt to")
+        raise ConfigError(f"--remove names all {len(labels)} training examples; at least one must remain")
     return np.flatnonzero(found).astype(np.int64)
 
 

@@ -88,7 +88,7 @@ def _was_done(folder: RunFolder, comm: Comm) -> bool:
         except HpcclError as error:
             problem = error
     if comm.any(problem is not None):
-        raise problem or WorldError("the last checkpoint cannot be read: see what the first process says")
+        raise problem or WorldError("the last checkpoint cannot be read; see the message of the first process")
     return comm.any(done)
 
 
@@ -141,7 +141,7 @@ def _memory_explained(config: RunConfig, comm: Comm) -> Iterator[None]:
         if words is None:
             raise
         raise CapacityError(
-            f"memory ran out on rank {comm.rank} of {comm.size} ({words}); {_what_takes_less(config)}"
+            f"out of memory on rank {comm.rank} of {comm.size} ({words}); {_what_takes_less(config)}"
         ) from error
 
 
@@ -150,13 +150,13 @@ def _what_takes_less(config: RunConfig) -> str:
     train, model = config.train, config.model
     here = ["more processes or devices"]
     if config.measures:
-        here.append(f"a lower curvature.batch_size ({getattr(config.curvature, 'batch_size', 0)})")
+        here.append(f"a lower curvature.batch_size (now {getattr(config.curvature, 'batch_size', 0)})")
     if isinstance(model, TimmModel) and not config.engine.recompute:
         here.append("engine.recompute=true")
-    here += ["engine.kind=fsdp2, for weights in shards"] if config.engine.kind == "ddp" else []
+    here += ["engine.kind=fsdp2, which shards the weights"] if config.engine.kind == "ddp" else []
     return (
-        f"less is taken with {', '.join(here)}; or, in another folder=..., with a higher train.accumulate "
-        f"({train.accumulate} now), a lower train.batch_size ({train.batch_size}) or a smaller network"
+        f"use {', '.join(here)}; or, in another folder=..., a higher train.accumulate "
+        f"(now {train.accumulate}), a lower train.batch_size (now {train.batch_size}) or a smaller network"
     )
 
 
@@ -225,8 +225,8 @@ def _refuse_lost(world: World) -> None:
     events = read_events(world.folder.events) if world.comm.leader else []
     if world.comm.any(any(event["event"] == "checkpoint" for event in events)):
         raise FolderError(
-            f"'{world.folder.checkpoints}' is empty, but '{world.folder.events}' tells of checkpoints: restore them to "
-            "continue, give another folder=..., or delete that file to begin anew and lose what it tells"
+            f"'{world.folder.checkpoints}' is empty, but '{world.folder.events}' records checkpoints: restore them to "
+            "continue, give another folder=..., or delete that file to start over and lose its records"
         )
 
 
@@ -304,8 +304,8 @@ def _check_data(tree: dict[str, Any], world: World) -> None:
     """Refuse data with another fingerprint: memory and order of examples are sample numbers, and would be wrong."""
     if tree["data"] != world.stream.fingerprint:
         raise FolderError(
-            f"the data changed since '{world.folder.path}' was begun (fingerprint {tree['data'][:12]} then, "
-            f"{world.stream.fingerprint[:12]} now); restore the shards it was begun with, or choose another folder=..."
+            f"the data changed since '{world.folder.path}' was started (fingerprint {tree['data'][:12]} then, "
+            f"{world.stream.fingerprint[:12]} now); restore the earlier shards, or choose another folder=..."
         )
 
 
@@ -361,8 +361,8 @@ def _tell_start(start: Start, world: World) -> None:
     with open(start.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     world.log.write("start", checkpoint=start.path, sha256=digest, fresh=list(start.fresh))
-    head = f"; the head is new ({', '.join(start.fresh)})" if start.fresh else ", head included"
-    world.progress.message(f"first weights from {start.path}{head}")
+    head = f"; the head is new ({', '.join(start.fresh)})" if start.fresh else ", including the head"
+    world.progress.message(f"initial weights from {start.path}{head}")
 
 
 def _announce(task: Task, world: World) -> None:

@@ -97,10 +97,10 @@ def last_layer(module: nn.Module, world: World, state: RunState, *, asked_by: st
     found = [layer for layer, shape in called if shape == logits.shape]
     if not found:
         by = asked_by or f"memory.selector.kind={world.config.memory.selector.kind}"
-        instead = "leave it out" if asked_by else "allowed for it: uniform, reservoir, greedy, gini, error, residual"
-        looks_at = "has to know the last layer" if asked_by else "looks at what goes into the last layer"
+        instead = "omit it" if asked_by else "use uniform, reservoir, greedy, gini, error or residual"
+        looks_at = "needs the last layer" if asked_by else "needs the inputs of the last layer"
         raise ConfigError(
-            f"{by} {looks_at}, which must be an nn.Linear; {type(module).__name__} has none that makes its "
+            f"{by} {looks_at}, which must be an nn.Linear; {type(module).__name__} has none that computes its "
             f"{logits.shape[1]} logits; {instead}"
         )
     return found[-1]

@@ -128,6 +128,6 @@ def write_soft_labels(
         except FolderError as error:
             failure = error
     if comm.any(failure is not None):
-        raise failure or WorldError("soft labels were not written: the first process could not; see its message")
+        raise failure or WorldError("the first process could not write the soft labels; see its message")
     found = Apart(comm.broadcast_text(path))
     return found, read_apart(world.folder.path, found)

@@ -95,11 +95,11 @@ def evaluate_posterior(
 
 def _check(*, samples: int, examples: int | None, prior_precision: float | None) -> None:
     if samples < 1:
-        raise ConfigError(f"--samples {samples}: at least 1")
+        raise ConfigError(f"--samples {samples}; allowed: at least 1")
     if examples is not None and examples < 1:
-        raise ConfigError(f"--examples {examples}: at least 1")
+        raise ConfigError(f"--examples {examples}; allowed: at least 1")
     if prior_precision is not None and not (0 < prior_precision < float("inf")):
-        raise ConfigError(f"--prior-precision {prior_precision:g}: a finite number above 0")
+        raise ConfigError(f"--prior-precision {prior_precision:g}; allowed: a finite number above 0")
 
 
 def posterior_of(state: RunState, world: World, prior_precision: float | None) -> Posterior:

@@ -68,7 +68,7 @@ def test_the_number_of_ranks_does_not_matter(size: int, tmp_path: Path) -> None:
             for key in ("inducing", "mean", "variance", "lengthscale"):
                 torch.testing.assert_close(rank[name][key], alone[name][key], atol=1e-7, rtol=1e-7)
     assert sum("allowed: [n], 0 to 2" in rank["refused"] for rank in ranks) == 1
-    assert sum("another rank has data" in rank["refused"] for rank in ranks) == size - 1
+    assert sum("another rank has invalid data" in rank["refused"] for rank in ranks) == size - 1
 
 
 def fitted(comm: Comm, folder: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def test_all_ranks_go_on_from_the_checkpoint_that_the_first_sees(tmp_path: Path)
 
 def test_a_checkpoint_that_not_all_ranks_see_is_told(tmp_path: Path) -> None:
     for found in run_in_world(seen_late, 2, tmp_path, str(tmp_path), 6.0):
-        assert f"{NEW.name}' is seen by the first process, but not by all in 2 s" in found["name"]
+        assert f"{NEW.name}' of the first process in 2 s" in found["name"]
 
 
 def none_there(comm: Comm, folder: str) -> Result:

@@ -548,9 +548,9 @@ def test_the_curvature_of_a_run_is_not_that_of_its_adaptation(tmp_path: Path) ->
         lambda path: export(path, tmp_path / "export", curvature=True),
     ]
     for ask in wanted:
-        with pytest.raises(ConfigError, match=r"adapts '.*/run': the curvature in it is of that run's network"):
+        with pytest.raises(ConfigError, match=r"is an adaptation of '.*/run'; its curvature"):
             ask(tmp_path / "out")
-    with pytest.raises(ConfigError, match="has no curvature, which --method fisher weighs networks by"):
+    with pytest.raises(ConfigError, match="has no curvature, which --method fisher needs"):
         merge([tmp_path / "out"], tmp_path / "merged", method="fisher")
 
 

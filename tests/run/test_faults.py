@@ -58,7 +58,7 @@ def test_a_diagnosis_that_cannot_be_kept_is_told_all_the_same(tmp_path: Path) ->
     code, output = finish(start(folder, "optim.lr=1e30", "train.clip_norm=1e30", "optim.name=momentum"))
     assert code == 1
     assert "the gradient is not finite at step" in output
-    assert "The batch and the weights could not be written" in output
+    assert "Not all processes could write the batch and the weights" in output
     assert "Traceback" not in output
 
 
@@ -68,9 +68,9 @@ def test_a_quadratic_that_is_too_stiff_is_named(tmp_path: Path) -> None:
     code, output = finish(start(folder, *stiff))
     assert code == 1
     assert "of task 1 ('digits[2/5]')" in output
-    assert "lower prior.quadratic.weight (1e+30; where it is stiff" in output
+    assert "lower prior.quadratic.weight (1e+30; steps overshoot" in output
     assert (
-        f"in another folder=... (or name=...), for this one keeps its settings; train.first_task_from={folder}"
+        f"in another folder=... (or name=...), as the settings of this run are fixed;  train.first_task_from={folder}"
         in output
     )
     mild = ("prior.quadratic.weight=1", *stiff[1:], f"train.first_task_from={folder}")
@@ -82,16 +82,16 @@ def test_a_first_task_that_is_nowhere(tmp_path: Path) -> None:
     for source, problem in ((tmp_path / "nowhere", "there is no such folder"), (tmp_path, "it has no config.yaml")):
         code, output = finish(start(tmp_path / "run", f"train.first_task_from={source}"))
         assert code == 2
-        assert f"train.first_task_from='{source}' is not the folder of a run: {problem}; give that of a run" in output
+        assert f"train.first_task_from='{source}' is not a run folder: {problem}; give the folder of a run" in output
 
 
 def test_memory_that_runs_out(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     code, output = finish(start(folder, "model.hidden=[1000000000000]"))
     assert code == 1
-    assert output.count("error: memory ran out on rank 0 of 1 (") == 1, output
+    assert output.count("error: out of memory on rank 0 of 1 (") == 1, output
     assert "a lower curvature.batch_size (256)" in output
-    assert "in another folder=..., with a higher train.accumulate (1 now), a lower train.batch_size (32)" in output
+    assert "in another folder=..., a higher train.accumulate (now 1), a lower train.batch_size (now 32)" in output
     assert "Traceback" not in output
     assert events(folder, "error")[-1]["kind"] == "CapacityError"
     code, output = hpccl("plan", "model.hidden=[1000000000000]", "curvature.kind=diagonal")
@@ -226,7 +226,7 @@ def test_checkpoints_that_are_gone(tmp_path: Path) -> None:
     figures = (folder / "events.jsonl").read_bytes()
     code, output = finish(start(folder))
     assert code == 1
-    assert f"'{folder / 'checkpoints'}' is empty, but '{folder / 'events.jsonl'}' tells of checkpoints" in output
+    assert f"'{folder / 'checkpoints'}' is empty, but '{folder / 'events.jsonl'}' records checkpoints" in output
     assert (folder / "events.jsonl").read_bytes().startswith(figures)
     (folder / "events.jsonl").unlink()
     assert finish(start(folder))[0] == 0

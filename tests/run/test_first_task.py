@@ -35,5 +35,5 @@ def test_a_first_task_of_other_images_is_refused(tmp_path: Path) -> None:
 
     (tmp_path / "shards").rename(tmp_path / "before")
     build(write_folder(tmp_path / "others", tiny_set(images=11)), tmp_path / "shards")
-    with pytest.raises(ConfigError, match=r"learned its first task from other data \(fingerprint .*built anew"):
+    with pytest.raises(ConfigError, match=r"learned its first task from other data \(fingerprint .*rebuilt"):
         go_on(config_of(tmp_path, "other", taken))

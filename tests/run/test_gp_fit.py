@@ -81,7 +81,7 @@ def test_arguments_that_are_out_of_range(run: Path) -> None:
     with pytest.raises(ConfigError, match="inducing=0 of a Gaussian process"):
         fit_gp(run, settings=Settings(inducing=0))
     for lengthscale in (-1.0, 0.0):
-        with pytest.raises(ConfigError, match=rf"lengthscale={lengthscale} of a kernel"):
+        with pytest.raises(ConfigError, match=rf"kernel: lengthscale={lengthscale}"):
             fit_gp(run, settings=Settings(), lengthscale=lengthscale)
 
 
@@ -91,14 +91,14 @@ def test_only_the_files_of_an_earlier_fit_are_replaced(run: Path, tmp_path: Path
         assert CliRunner().invoke(app, arguments).exit_code == 0
     assert len(list(tmp_path.iterdir())) == 1
     (tmp_path / "out" / "notes.txt").touch()
-    with pytest.raises(FolderError, match=r"holds other files than those of an earlier fit \(notes.txt\)"):
+    with pytest.raises(FolderError, match=r"contains files that are not from an earlier fit \(notes.txt\)"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert (tmp_path / "out" / "notes.txt").exists()
 
 
 def test_networks_of_their_own_are_refused(tmp_path: Path) -> None:
     folder = trained(tmp_path / "separate", {"train": {"epochs": 1, "restart": True}}, tasks=1)
-    with pytest.raises(ConfigError, match="network of its own for every task"):
+    with pytest.raises(ConfigError, match="separate network for each task"):
         fit_gp(folder, settings=Settings())
 
 

@@ -204,7 +204,7 @@ def test_a_checkpoint_without_a_posterior_says_why(run: Path) -> None:
     with reopened(run) as (state, world):
         group = Group(world.stream.tasks[1], np.arange(3), np.arange(3), 3)
         state.mark = Mark.at(1, "fit", 3)
-        with pytest.raises(FolderError, match="in the midst of task 1, whose curvature"):
+        with pytest.raises(FolderError, match="has not finished task 1, whose curvature"):
             by_all_weights("checkpoint", [group], state, world, None)
         state.mark = Mark.at(1, "done", 3)
         mas = world.config.model_copy(update={"curvature": MasCurvature()})
@@ -253,17 +253,17 @@ def test_what_cannot_be_mapped_says_why(run: Path, tmp_path: Path, monkeypatch: 
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(FolderError, match="has no checkpoint yet"):
         map_memory(tmp_path)
-    with pytest.raises(ConfigError, match="--examples 0: at least 1"):
+    with pytest.raises(ConfigError, match="--examples 0; allowed: at least 1"):
         map_memory(run, examples=0)
     with pytest.raises(ConfigError, match=r"--fraction 0\.5: --posterior last_layer measures no curvature"):
         map_memory(run, fraction=0.5)
     blurry = trained(tmp_path / "blurry", "stream.tasks=2", "stream.scenario.kind=blurry", "train.epochs=1")
-    with pytest.raises(ConfigError, match="tasks of this run share some of their classes; use --posterior kronecker"):
+    with pytest.raises(ConfigError, match="tasks of this run share some; use --posterior kronecker"):
         map_memory(blurry)
     wide = trained(
         tmp_path / "wide", "stream.tasks=1", "train.epochs=1", "model.hidden=[200]", "curvature.kind=diagonal"
     )
-    with pytest.raises(CoverageError, match=r"--posterior dense: .* here: take --posterior diagonal or last_layer"):
+    with pytest.raises(CoverageError, match=r"--posterior dense: .* or use --posterior diagonal or last_layer"):
         map_memory(wide, posterior="dense")
     monkeypatch.setattr("hpccl.train.variance._LARGEST", 10_000)
     with pytest.raises(ConfigError, match=r"too large for --posterior kronecker.*use --posterior last_layer"):

@@ -159,5 +159,5 @@ def test_stopped_while_the_old_network_is_recorded(tmp_path: Path, monkeypatch: 
 def test_what_was_not_tested_is_not_exported(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
     finished(config_of(method, tmp_path / "run", "stream.tasks=2", "train.epochs=1"))
-    with pytest.raises(ConfigError, match="is no part of the network"):
+    with pytest.raises(ConfigError, match="is not part of the network"):
         export(tmp_path / "run", tmp_path / "out")

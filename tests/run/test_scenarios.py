@@ -226,7 +226,7 @@ def test_prototypes_on_frozen_features_beat_learning_from_a_few_shots(
 def test_a_network_tested_by_prototypes_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
     finished(config_of("few_shot", "train.epochs=1", f"folder={tmp_path / 'run'}", method="prototypes"))
-    with pytest.raises(ConfigError, match="is no part of the network"):
+    with pytest.raises(ConfigError, match="is not part of the network"):
         export(tmp_path / "run", tmp_path / "out")
 
 

@@ -225,7 +225,7 @@ def test_a_network_without_a_linear_last_layer_is_refused(tmp_path: Path) -> Non
     layers = [layer for layer in state.engine.module.modules() if isinstance(layer, torch.nn.Linear)]
     layers[-1].register_forward_hook(lambda *arguments: arguments[2][:, :, None])  # no longer the logits
     state.engine.module.register_forward_hook(lambda *arguments: arguments[2][:, :, 0])
-    with pytest.raises(ConfigError, match=r"looks at what goes into the last layer, which must be an nn\.Linear"):
+    with pytest.raises(ConfigError, match=r"needs the inputs of the last layer, which must be an nn\.Linear"):
         select(world.stream.tasks[0], Memory.empty(), state, world)
 
 

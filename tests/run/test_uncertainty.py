@@ -141,9 +141,12 @@ def test_the_command_and_its_mistakes(run: Path, tmp_path: Path) -> None:
     for extra, message in (
         (["--examples", "3"], "--examples needs --posterior"),
         (["--samples", "3"], "--samples needs --posterior"),
-        (["--posterior", "monte_carlo", "--samples", "0"], "--samples 0: at least 1"),
+        (["--posterior", "monte_carlo", "--samples", "0"], "--samples 0; allowed: at least 1"),
         (["--posterior", "probit", "--samples", "9"], "--samples with --posterior probit has no effect"),
-        (["--posterior", "probit", "--prior-precision", "-1"], "--prior-precision -1: a finite number above 0"),
+        (
+            ["--posterior", "probit", "--prior-precision", "-1"],
+            "--prior-precision -1; allowed: a finite number above 0",
+        ),
         (["--posterior", "probit", "--weights", "x"], "--weights with --posterior"),
     ):
         wrong = CliRunner().invoke(app, ["evaluate", str(run), *extra])

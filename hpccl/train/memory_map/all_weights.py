@@ -65,7 +65,7 @@ def _measured(kind: Measured, groups: Sequence[Group], state: RunState, world: W
     try:
         estimator.check(state.engine.module)
     except CoverageError as error:  # its advice is about the configuration of a new run
-        raise CoverageError(f"--posterior {kind}: {error}; here: take --posterior diagonal or last_layer") from error
+        raise CoverageError(f"--posterior {kind}: {error}; or use --posterior diagonal or last_layer") from error
     precision = estimator.estimate(state.engine.module, _Passes(groups, world), world.comm)
     share = sum(group.total for group in groups) / max(1, sum(len(group.measured) for group in groups))
     return precision.times(share)
@@ -103,8 +103,8 @@ def _kept(state: RunState, world: World) -> Precision:
     """
     if state.mark.phase != "done":
         raise FolderError(
-            f"--posterior checkpoint: '{world.folder.path}' is in the midst of task {state.mark.task}, whose curvature "
-            "is not measured yet; name an earlier task with --task, or use --posterior kronecker"
+            f"--posterior checkpoint: '{world.folder.path}' has not finished task {state.mark.task}, whose curvature "
+            "is not measured yet; choose an earlier task with --task, or use --posterior kronecker"
         )
     return measured_past(state, world).precision
 
@@ -139,5 +139,5 @@ def _by_jacobians(group: Group, posterior: Posterior, state: RunState, world: Wo
         columns.append(perturbed(logits, labels, Variance.of(full)).columns())
         kept.append(sample)
     if not kept:
-        raise DataError(f"no image of task {group.task.index} that was to be in the map can be decoded")
+        raise DataError(f"none of the images of task {group.task.index} selected for the map can be decoded")
     return Found(np.concatenate(kept), joined(columns), {})

@@ -58,7 +58,7 @@ def map_memory(
     """
     if fraction is not None and posterior in ("last_layer", "checkpoint"):
         raise ConfigError(
-            f"--fraction {fraction:g}: --posterior {posterior} measures no curvature of all weights; leave it out, or "
+            f"--fraction {fraction:g}: --posterior {posterior} measures no curvature of all weights; omit it, or "
             "use --posterior kronecker, ekfac, diagonal or dense"
         )
     fraction = 1.0 if fraction is None else fraction
@@ -93,11 +93,11 @@ def map_memory(
 
 def _check(*, examples: int | None, fraction: float, prior_precision: float | None) -> None:
     if examples is not None and examples < 1:
-        raise ConfigError(f"--examples {examples}: at least 1")
+        raise ConfigError(f"--examples {examples}; allowed: at least 1")
     if not 0 < fraction <= 1:
-        raise ConfigError(f"--fraction {fraction:g}: above 0 and at most 1")
+        raise ConfigError(f"--fraction {fraction:g}; allowed: above 0 and at most 1")
     if prior_precision is not None and not (0 < prior_precision < float("inf")):
-        raise ConfigError(f"--prior-precision {prior_precision:g}: a finite number above 0")
+        raise ConfigError(f"--prior-precision {prior_precision:g}; allowed: a finite number above 0")
 
 
 def _groups(state: RunState, world: World, *, examples: int | None, fraction: float, posterior: Kind) -> list[Group]:

@@ -42,8 +42,8 @@ def by_last_layer(
         layer = last_layer(state.engine.module, world, state)
     except ConfigError as error:
         raise ConfigError(
-            "--posterior last_layer needs a network whose logits an nn.Linear makes, and "
-            f"{type(state.engine.module).__name__} is none; use --posterior kronecker or diagonal"
+            "--posterior last_layer needs a network whose last layer is an nn.Linear; "
+            f"{type(state.engine.module).__name__} has none; use --posterior kronecker or diagonal"
         ) from error
     with contextlib.ExitStack() as stack:
         _refuse_shared(groups)
@@ -62,8 +62,8 @@ def _refuse_shared(groups: Sequence[Group]) -> None:
     labels = [label for group in groups for label in group.task.classes]
     if len(labels) > len(set(labels)):
         raise ConfigError(
-            "--posterior last_layer measures every task's rows of the last layer alone, and tasks of this run share "
-            "some of their classes; use --posterior kronecker or diagonal"
+            "--posterior last_layer needs tasks without common classes, but tasks of this run share some; "
+            "use --posterior kronecker or diagonal"
         )
 
 
@@ -105,7 +105,7 @@ class _Spool:
                     kept.append(look.sample[look.valid])
             sample = np.concatenate(kept)
             if not len(sample):
-                raise DataError(f"no image of task {group.task.index} that was to be in the map can be decoded")
+                raise DataError(f"none of the images of task {group.task.index} selected for the map can be decoded")
             labels = np.searchsorted(classes, world.stream.labels("train")[sample])
             yield cls(classes, sample, labels, path, group.total / len(sample))
 
@@ -216,6 +216,6 @@ def _refuse_infinite(rows: npt.NDArray[np.floating[Any]], sample: Ints) -> None:
     bad = ~np.isfinite(rows).all(axis=1)
     if bad.any():
         raise DivergedError(
-            f"what the network makes of sample {int(sample[bad][0])} is not finite; it has diverged, or its pixels "
-            "are not finite"
+            f"the network's output for sample {int(sample[bad][0])} is not finite; the network has diverged, or the "
+            "pixels are not finite"
         )

@@ -412,9 +412,9 @@ def _shown_beside(config: RunConfig) -> Iterator[str]:
     """Yield notes on images of a step that are not in its batch."""
     topology = config.prior.topology
     if topology.nodes and topology.anchor:
-        yield f"not counted: the images of nodes, {topology.nodes} and more, that a step of a later task shows in all"
+        yield f"not counted: images of nodes (at least {topology.nodes} in all) that a step of a later task uses"
     if config.prior.fromp.weight > 0:
-        yield "not counted: kept examples that a step of a later task recalls beside its rows, and their kernels"
+        yield "not counted: kept examples that a step of a later task uses besides its batch, and their kernels"
 
 
 def _notes(case: _Case, rates: Rates | None, gigabytes_per_second: float | None) -> Iterator[str]:
@@ -423,7 +423,7 @@ def _notes(case: _Case, rates: Rates | None, gigabytes_per_second: float | None)
     if case.config.memory.kept:
         yield f"soft labels: a file of {size(case.soft_bytes)}, mapped once by all processes of a machine"
     if network.problem:
-        yield f"activations could not be told ({network.problem})"
+        yield f"activations could not be determined ({network.problem})"
     if curvature is not None and curvature.terms < curvature.most_terms:
         yield (
             f"curvature: {curvature.terms} terms a layer fit curvature.tasks; where no merge is within its tolerance, "
@@ -432,6 +432,6 @@ def _notes(case: _Case, rates: Rates | None, gigabytes_per_second: float | None)
     if case.config.data.progressive is not None:
         yield "of all steps, passes over smaller views are counted by their linear maps, convolutions and attention"
     if rates is not None and gigabytes_per_second is None:
-        yield "time on the wire is left out; give --bandwidth"
+        yield "not counted: time of communication; give --bandwidth to include it"
     if rates is not None:
         yield f"times are of {rates.rows} images on {rates.device}, {rates.threads} threads, if nothing overlaps"

@@ -64,7 +64,7 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path, damage: str) -> None:
 
 def test_a_checkpoint_reads_nothing_outside_of_its_run(tmp_path: Path) -> None:
     where = write_apart(tmp_path, "other/soft", VALUES)
-    with pytest.raises(CheckpointError, match="names a file outside of it"):
+    with pytest.raises(CheckpointError, match="refers to a file outside it"):
         read_apart(tmp_path / "run", Apart(f"../{where.path}"))
 
 
@@ -74,5 +74,5 @@ def test_a_tree_that_has_no_files_apart_names_none(tmp_path: Path) -> None:
     (tmp_path / "export" / "one").mkdir(parents=True)
     write_tree(tmp_path / "export" / "one", {"value": where}, header={})
     assert torch.equal(read_tree(tmp_path / "export" / "one", apart=tmp_path)[1]["value"], VALUES)
-    with pytest.raises(CheckpointError, match=r"names another file, 'other/soft"):
+    with pytest.raises(CheckpointError, match=r"it refers to another file, 'other/soft"):
         read_tree(tmp_path / "export" / "one")

@@ -150,11 +150,11 @@ def test_elements_that_nobody_wrote_are_counted(three: Path) -> None:
     content = json.loads(table.read_text())
     del content["tree"]["/w"]
     table.write_text(json.dumps(content))
-    assert "8 elements of '/w' are in no file" in error_of(three)
+    assert "8 elements of '/w' are missing from the files" in error_of(three)
     assert read(three)["w"].read(16, 24).tolist() == list(range(16, 24))  # the rest is there
 
 
 def test_a_tensor_that_nobody_wrote(tmp_path: Path) -> None:
     write(tmp_path, [{"w": Slab(torch.zeros(0), Span((3,), 0, 0))}])
-    with pytest.raises(CheckpointError, match="3 elements of '/w' are in no file"):
+    with pytest.raises(CheckpointError, match="3 elements of '/w' are missing from the files"):
         whole(read(tmp_path)["w"])

@@ -218,7 +218,7 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:
-    with pytest.raises(FolderError, match=r"File name too long \(the longest name that it allows has 255 bytes"):
+    with pytest.raises(FolderError, match=r"File name too long \(a file name has at most 255 bytes"):
         prepare(config(tmp_path / ("x" * 300)), [])
 
 

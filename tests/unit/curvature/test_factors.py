@@ -374,7 +374,7 @@ def test_short_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(factors, "InputMoment", full)
     model, pixels = build("mlp", 3)
-    with pytest.raises(CoverageError, match=r"no memory for the factors of layer '1' \(9 x 9 and 19 x 19"):
+    with pytest.raises(CoverageError, match=r"out of memory for the factors of layer '1' \(9 x 9 and 19 x 19"):
         measure(model, examples(pixels))
 
 

@@ -190,7 +190,9 @@ def test_networks_that_do_not_are_refused_before_anything_is_trained(
 ) -> None:
     model, shape = TimmModel(kind="timm", name=name, options=options), (3, options["img_size"], options["img_size"])
     refuse_sizes(model, image_shape=shape, num_classes=4, sides=(options["img_size"],))
-    with pytest.raises(ConfigError, match=rf"views of {side} pixels, which '{name}' does not take .*dynamic_img_size"):
+    with pytest.raises(
+        ConfigError, match=rf"images of {side} pixels, which '{name}' does not accept .*dynamic_img_size"
+    ):
         refuse_sizes(model, image_shape=shape, num_classes=4, sides=(options["img_size"], side))
 
 

@@ -76,5 +76,5 @@ def test_other_passes_are_as_ever() -> None:
 
 
 def test_a_network_that_cannot_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"engine\.recompute=true: .*model\.kind=cifarnet.* allowed with timm models"):
+    with pytest.raises(ConfigError, match=r"engine\.recompute=true: .*model\.kind=cifarnet.* allowed: timm models"):
         engine(recompute=True, model={"kind": "cifarnet"})

@@ -323,10 +323,10 @@ def test_a_typical_distance() -> None:
 def test_mistakes_are_told() -> None:
     kernel, settings = Kernel.of("rbf"), Settings(inducing=3)
     wrong: list[tuple[Any, str]] = [
-        (lambda: Kernel.of("rbf", lengthscale=0.0), "lengthscale=0.0 of a kernel"),
-        (lambda: Gaussian.of(-1.0), "noise=-1.0, a variance"),
-        (lambda: Settings(rate=0.0), r"rate=0.0 of a Gaussian process; allowed: above 0 and at most 1"),
-        (lambda: Settings(inducing=0), "inducing=0 of a Gaussian process; allowed: at least 1"),
+        (lambda: Kernel.of("rbf", lengthscale=0.0), "kernel: lengthscale=0.0"),
+        (lambda: Gaussian.of(-1.0), "noise variance: noise=-1.0"),
+        (lambda: Settings(rate=0.0), r"Gaussian process: rate=0.0; allowed: above 0 and at most 1"),
+        (lambda: Settings(inducing=0), "Gaussian process: inducing=0; allowed: at least 1"),
         (lambda: stream(begin(kernel, Softmax(1000)), X, X[:, 0].abs().long(), [[0]], Settings(inducing=1000)), "GiB"),
     ]
     for call, message in wrong:
@@ -341,7 +341,7 @@ def test_mistakes_are_told() -> None:
             lambda: stream(begin(kernel, Gaussian.of(1.0, 2)), X, Y, [[0]], settings),
             r"finite numbers \[n, 2\]",
         ),
-        (lambda: stream(begin(kernel, Gaussian.of(1.0)), X, Y, [[]], settings), "a task without examples"),
+        (lambda: stream(begin(kernel, Gaussian.of(1.0)), X, Y, [[]], settings), "Gaussian process has no examples"),
     ]
     for call, message in data:
         with pytest.raises(DataError, match=message):
@@ -428,7 +428,7 @@ def test_new_classes_have_had_no_say() -> None:
     more = stream(wide, x, torch.tensor([0, 0, 0, 3, 2]), [[3, 4]], Settings(inducing=5, memory=1))
     assert more.memory is not None
     assert more.memory.alpha.shape == (3, 4)
-    with pytest.raises(ConfigError, match="1 classes of a Gaussian process; allowed: at least as many as before"):
+    with pytest.raises(ConfigError, match="Gaussian process with 1 classes; allowed: at least as many as before"):
         state.widened(1)
 
 

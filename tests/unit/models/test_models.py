@@ -45,7 +45,7 @@ def test_too_small_images_say_what_is_allowed() -> None:
         ("vit_smal_patch16_224", "similar: vit_small_patch16_224, "),
         ("deit-small", "similar: deit_small_"),
         ("vit_small", "similar: vit_small_"),
-        ("qqq", r"timm.list_models\(\) has the names of all"),
+        ("qqq", r"timm.list_models\(\) lists all"),
     ],
 )
 def test_unknown_timm_model_suggests(wrong: str, advice: str) -> None:
@@ -65,20 +65,22 @@ def test_unknown_timm_model_suggests(wrong: str, advice: str) -> None:
     ],
 )
 def test_options_that_do_not_suit_are_named(name: str, options: dict[str, object], words: str) -> None:
-    with pytest.raises(ConfigError, match=rf"model\.options .*{next(iter(options))}.* does not suit '{name}': {words}"):
+    with pytest.raises(
+        ConfigError, match=rf"model\.options .*{next(iter(options))}.* is invalid for '{name}': {words}"
+    ):
         build_model(TimmModel(name=name, options=options), image_shape=(3, 32, 32), num_classes=10, seed=0)
 
 
 @pytest.mark.parametrize("key", ["num_classes", "in_chans", "pretrained"])
 def test_options_that_the_stream_gives_are_refused(key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"model\.options\.{key} = 7: .*leave it out"):
+    with pytest.raises(ConfigError, match=rf"model\.options\.{key} = 7: .*omit it"):
         build_model(TimmModel(name="resnet18", options={key: 7}), image_shape=(3, 32, 32), num_classes=10, seed=0)
 
 
 def test_a_network_for_images_of_another_size_says_what_to_set() -> None:
     vit = "vit_tiny_patch16_224"
     size: dict[str, Any] = {"image_shape": (3, 32, 32), "num_classes": 4, "sides": ()}
-    with pytest.raises(ConfigError, match=r"does not take the stream's images of 32x32 pixels .*\{img_size: 32\}"):
+    with pytest.raises(ConfigError, match=r"does not accept the stream's images of 32x32 pixels .*\{img_size: 32\}"):
         refuse_sizes(TimmModel(name=vit), **size)
     refuse_sizes(TimmModel(name=vit, options={"img_size": 32}), **size)
     refuse_sizes(TimmModel(name="resnet18"), **size)

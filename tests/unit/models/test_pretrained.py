@@ -118,10 +118,10 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"text\.pth' (cannot be read|is damaged)"):
             start_from(model, tmp_path / "text.pth")
     torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "more.pth")
-    with pytest.raises(DataError, match=r"holds more than weights.*save its weights alone"):
+    with pytest.raises(DataError, match=r"contains more than weights.*save only its weights"):
         start_from(model, tmp_path / "more.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(DataError, match="holds no weights by name"):
+    with pytest.raises(DataError, match="contains no named weights"):
         start_from(model, tmp_path / "list.pth")
-    with pytest.raises(ConfigError, match=r"unknown ending; allowed: .safetensors, .pth"):
+    with pytest.raises(ConfigError, match=r"unknown suffix;  allowed: .safetensors, .pth"):
         start_from(model, tmp_path / "weights.npz")

@@ -11,7 +11,9 @@ from tests.run.method import merged
 def test_a_class_alone_has_nothing_to_compete_with() -> None:
     config = merged({"stream": {"kind": "digits", "tasks": 10}})
     stream = open_stream(config.stream, config.data)
-    with pytest.raises(ConfigError, match=r"task 'digits\[1/10\]' has one class \(10 such tasks\).*train.head=seen"):
+    with pytest.raises(
+        ConfigError, match=r"task 'digits\[1/10\]' has a single class \(10 such tasks\).*train.head=seen"
+    ):
         check_memory(config, stream)
     check_memory(merged({"stream": {"kind": "digits", "tasks": 10}, "train": {"head": "seen"}}), stream)
 
@@ -20,7 +22,7 @@ def test_a_class_alone_has_nothing_to_compete_with() -> None:
     ("memory", "allowed", "problem"),
     [
         ({"total": 9}, {"total": 10}, r"memory\.total=9 is less than the 10 classes.*learned from memory alone"),
-        ({"size": 4}, {"size": 5}, r"memory\.size=4 keeps 4 examples of task .* less than its 5 classes"),
+        ({"size": 4}, {"size": 5}, r"memory\.size=4 keeps 4 examples of task .* fewer than its 5 classes"),
     ],
 )
 def test_what_is_learned_from_memory_alone_needs_every_class(

@@ -132,7 +132,7 @@ def test_what_is_left_to_the_diagonal_is_named(run: Run) -> None:
     assert shown.diagonal == ("1.weight", "1.bias")
     assert sum(layer.share for layer in shown.layers) == pytest.approx(1)
     text = CliRunner().invoke(app, ["curvature", "show", str(run("mixed")[0])]).output
-    assert "measured by the diagonal: 1.weight, 1.bias" in text
+    assert "diagonal curvature only:  1.weight, 1.bias" in text
 
 
 def test_spectra_only_where_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_what_cannot_be_shown(run: Run, tmp_path: Path) -> None:
     folder, _ = run("pair")
     with pytest.raises(FolderError, match="no checkpoint of task 3"):
         read_curvature(folder, task=3)
-    for weight, why in ((0.0, "weight=0, which keeps none of a quadratic"), (1.0, "no task had ended")):
+    for weight, why in ((0.0, "weight=0, which measures none"), (1.0, "no task had ended")):
         config = merged(TINY, {"prior": {"quadratic": {"weight": weight}}})
         state, world = make_world(config, tmp_path / str(weight))
         world.save(state, Mark.at(0, "fit", 1))

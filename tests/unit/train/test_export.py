@@ -121,7 +121,7 @@ def test_other_networks_are_loaded_by_hpccl(run: Run, name: str, tmp_path: Path)
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["architecture"] == f"hpccl.{name}"
     readme = (tmp_path / "out" / "README.md").read_text()
-    assert "is not one of timm's; hpccl builds it" in readme
+    assert "is not a timm model; load it with hpccl" in readme
     assert f'load_exported("{tmp_path / "out"}")' in readme
 
 
@@ -133,7 +133,7 @@ def test_the_readme_loads_the_network_and_explains_its_outputs(run: Run, tmp_pat
     import_timm()
     exec(readme.split("```python\n")[1].split("```")[0], names)
     assert not torch.equal(names["model"](pixels), state.engine.predict(pixels))  # of the first task
-    assert "| 0 | digits[1/5] | 0 to 1 |" in readme
+    assert "| 1 | digits[1/5] | 0 to 1 |" in readme
     assert "digits[2/5]" not in readme
     assert "The other 8 outputs were not trained" in readme
     assert "task-incremental" in readme
@@ -144,7 +144,7 @@ def test_images_that_tasks_change_are_told_of(run: Run, tmp_path: Path) -> None:
     folder, _, _ = run("permuted")
     export(folder, tmp_path / "out")
     readme = (tmp_path / "out" / "README.md").read_text()
-    assert "Every task but the first was learned, and tested, with its pixels in an order of its own" in readme
+    assert "Each task but the first was trained and tested with its own permutation of the pixels" in readme
     assert "(kind permuted, seed 0)" in readme
 
 
@@ -175,7 +175,7 @@ def test_others_may_read_what_the_umask_lets_them(run: Run, tmp_path: Path) -> N
 
 def test_every_task_has_a_network_of_its_own(run: Run, tmp_path: Path) -> None:
     folder, state, pixels = run("separate")
-    with pytest.raises(ConfigError, match=r"network of its own.*--task N, 0 to 1"):
+    with pytest.raises(ConfigError, match=r"separate network for each task.*--task N, 0 to 1"):
         export(folder, tmp_path / "out")
     export(folder, tmp_path / "out", task=1)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_what_is_there_is_not_overwritten(run: Run, tmp_path: Path) -> None:
     export(folder, out, force=True)
     assert (out / "model.safetensors").read_bytes() != first
     (out / "thesis.tex").write_text("years")
-    with pytest.raises(FolderError, match=r"holds more than an export \(thesis.tex\)"):
+    with pytest.raises(FolderError, match=r"files that are not part of an export \(thesis.tex\)"):
         export(folder, out, force=True)
     assert (out / "thesis.tex").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
@@ -209,10 +209,12 @@ def test_files_of_another_library_are_not_replaced(run: Run, tmp_path: Path) -> 
     out.mkdir()
     (out / "config.json").write_text('{"architecture": "resnet18"}')
     (out / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(FolderError, match=r"no config.json of an export by hpccl, so --force does not replace it"):
+    with pytest.raises(
+        FolderError, match=r"is not an export by hpccl \(no matching config.json\), so --force does not replace it"
+    ):
         export(folder, out, force=True)
     assert (out / "model.safetensors").read_bytes() == b"weights"
-    with pytest.raises(FolderError, match="is one of the networks that are merged"):
+    with pytest.raises(FolderError, match="is one of the networks to merge"):
         merge([folder], folder, method="average", force=True)
 
 
@@ -226,7 +228,7 @@ def test_what_cannot_be_exported_is_told(run: Run, tmp_path: Path) -> None:
     (tmp_path / "begun" / "config.yaml").write_text((folder / "config.yaml").read_text())
     with pytest.raises(FolderError, match="has not finished a task yet"):
         export(tmp_path / "begun", tmp_path / "out")
-    with pytest.raises(DataError, match="no folder of `hpccl export`"):
+    with pytest.raises(DataError, match="is not an export by hpccl"):
         load_exported(tmp_path / "begun")
     (tmp_path / "file").write_text("")
     with pytest.raises(FolderError, match="cannot be written: Not a directory"):

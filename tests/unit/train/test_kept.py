@@ -118,7 +118,7 @@ def digest(state: Any) -> str:
 def test_a_memory_too_small_to_hold_anything_out(tmp_path: Path) -> None:
     _, world = make_world(merged(BIC), tmp_path)
     check_memory(world.config, world.stream)
-    with pytest.raises(ConfigError, match=r"prior.correct.share=0.1 of memory.total=60 leaves no example"):
+    with pytest.raises(ConfigError, match=r"prior.correct.share=0.1 with memory.total=60 leaves some of the"):
         check_memory(merged(BIC, {"memory": {"total": 60}}), world.stream)
 
 

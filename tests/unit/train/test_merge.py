@@ -156,7 +156,7 @@ def test_the_merged_network_knows_both_tasks_and_can_be_evaluated(trained: Train
     result = CliRunner().invoke(app, command)
     assert json.loads(result.output)["tasks"] == found["tasks"]
     (tmp_path / "notes.md").write_text("")
-    with pytest.raises(DataError, match=r"--weights '.*notes\.md' is no folder and no \.safetensors file"):
+    with pytest.raises(DataError, match=r"--weights '.*notes\.md' is neither a folder nor a \.safetensors file"):
         evaluate_run(base, weights=tmp_path / "notes.md")
     with pytest.raises(ConfigError, match=r"is of another network: .* differ in name or shape"):
         evaluate_run(trained("none", 0, model={"kind": "mlp", "hidden": [12]}), weights=tmp_path / "merged")
@@ -231,12 +231,12 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
     wide = trained("none", 0, model={"kind": "mlp", "hidden": [12]})
     export(run, tmp_path / "plain")
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"models": [run, wide]}, r"'1.weight' is 12x64 there and 3x64 here \(3 of 4 weights differ\)"),
+        ({"models": [run, wide]}, r"'1.weight' is 12x64 and 3x64 \(3 of 4 weights differ\)"),
         ({"models": [run], "weights": [1, 2]}, "2 numbers for 1 networks"),
-        ({"models": [run], "base": run}, "--method average has no --base"),
-        ({"models": [run], "method": "matching"}, "give it with --base"),
-        ({"models": [run], "weights": [-1]}, "averages: weights above 0"),
-        ({"models": [run], "prior_precision": 0.0}, "--prior-precision 0.0: a finite number above 0"),
+        ({"models": [run], "base": run}, "--method average takes no --base"),
+        ({"models": [run], "method": "matching"}, "--method matching needs --base"),
+        ({"models": [run], "weights": [-1]}, "--method average; allowed: numbers above 0"),
+        ({"models": [run], "prior_precision": 0.0}, "--prior-precision 0.0; allowed: a finite number above 0"),
         ({"models": []}, "nothing to merge"),
     ]
     for arguments, message in wrong:
@@ -245,7 +245,7 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
     turned = trained("none", 0, stream={"kind": "digits", "tasks": 5, "order": "random"})
     with pytest.raises(ConfigError, match=r"the classes differ .number 0 is "):
         merge([run, turned], tmp_path / "out", method="average")
-    with pytest.raises(FolderError, match=r"is not a run folder, .* nor an export, which has a config\.json"):
+    with pytest.raises(FolderError, match=r"is neither a run folder .* nor an export \(it has no config\.json\)"):
         merge([tmp_path], tmp_path / "out", method="average")
     (tmp_path / "torn.safetensors").write_bytes(b"half")
     with pytest.raises(DataError, match="cannot be read"):
@@ -254,7 +254,7 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
     with pytest.raises(FolderError, match="exists"):
         merge([run], tmp_path / "plain", method="average")
     for base in (tmp_path / "plain", tmp_path / "plain" / "model.safetensors"):
-        with pytest.raises(FolderError, match="is one of the networks that are merged"):
+        with pytest.raises(FolderError, match="is one of the networks to merge"):
             merge([run], tmp_path / "plain", method="arithmetic", base=base, force=True)
     evaluate_run(run, weights=tmp_path / "plain")
     with pytest.raises(ConfigError, match=r"has other classes than the run, .*number 0 is"):
@@ -263,7 +263,7 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
 
 def test_an_importance_weighs_no_networks(trained: Trained, tmp_path: Path) -> None:
     run = trained("si", 0)
-    with pytest.raises(ConfigError, match="has no curvature, which --method fisher weighs networks by"):
+    with pytest.raises(ConfigError, match="has no curvature, which --method fisher needs"):
         merge([run], tmp_path / "out", method="fisher")
     with pytest.raises(ConfigError, match=r"curvature\.kind=si, an importance"):
         export(run, tmp_path / "out", curvature=True)

@@ -355,7 +355,7 @@ def test_steps_are_those_of_a_run(changes: dict[str, Any]) -> None:
 def test_what_is_recalled_beside_rows_is_not_counted() -> None:
     config = merged({"memory": {"size": 20}, "prior": {"fromp": {"weight": 1.0}}})
     plan = make_plan(config, nodes=1, nproc=1, measured=False)
-    assert any("kept examples that a step of a later task recalls" in note for note in plan.notes)
+    assert any("kept examples that a step of a later task uses besides" in note for note in plan.notes)
 
 
 def test_more_ranks_hold_less_curvature() -> None:
