@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,7 +32,8 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunCo
     meet_alone(comm)
     settings = _settings(config, sum(value.numel() for value in model.parameters()))
     _refuse_unknown(deepspeed, settings, config)
-    with _named_device(comm.device), warnings.catch_warnings():
+    _name_device(comm.device)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's own use of deprecated calls
         try:
             engine, *_ = deepspeed.initialize(
@@ -44,18 +44,15 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunCo
     return engine
 
 
-@contextlib.contextmanager
-def _named_device(device: torch.device) -> Iterator[None]:
-    """Set LOCAL_RANK, by which DeepSpeed picks its GPU, to the device's index: they differ if one GPU is visible."""
-    former = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = (former or "0") if device.type == "cpu" else str(device.index)
-    try:
-        yield
-    finally:
-        if former is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = former
+def _name_device(device: torch.device) -> None:
+    """Set LOCAL_RANK for good: DeepSpeed uses the GPU of that number, at its start and later.
+
+    It is another number than the scheduler's where a process sees only its own GPU.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("LOCAL_RANK", "0")
+    else:
+        os.environ["LOCAL_RANK"] = str(device.index)
 
 
 def _import() -> Any:

@@ -164,7 +164,7 @@ def test_what_may_not_go(shards: Path, tmp_path: Path) -> None:
         go_on(config)
     shutil.move(tmp_path / "kept", shards / "one" / "test")
     shutil.rmtree(shards / "one" / "train")
-    with pytest.raises(DataError, match=r"log.reconstruction > 0 needs all earlier examples:  set it to 0"):
+    with pytest.raises(DataError, match=r"log.reconstruction > 0 needs all earlier examples: set it to 0"):
         go_on(config_of(shards, tmp_path / "run", "log.reconstruction=0.5"))
     with pytest.raises(DataError, match=r"'.*one' has no split 'train'"):  # memory.keep=reference asks for all
         go_on(config_of(shards, tmp_path / "run", "memory.keep=reference"))

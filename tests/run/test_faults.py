@@ -70,7 +70,7 @@ def test_a_quadratic_that_is_too_stiff_is_named(tmp_path: Path) -> None:
     assert "of task 1 ('digits[2/5]')" in output
     assert "lower prior.quadratic.weight (1e+30; steps overshoot" in output
     assert (
-        f"in another folder=... (or name=...), as the settings of this run are fixed;  train.first_task_from={folder}"
+        f"in another folder=... (or name=...), as the settings of this run are fixed; train.first_task_from={folder}"
         in output
     )
     mild = ("prior.quadratic.weight=1", *stiff[1:], f"train.first_task_from={folder}")
@@ -79,7 +79,7 @@ def test_a_quadratic_that_is_too_stiff_is_named(tmp_path: Path) -> None:
 
 
 def test_a_first_task_that_is_nowhere(tmp_path: Path) -> None:
-    for source, problem in ((tmp_path / "nowhere", "there is no such folder"), (tmp_path, "it has no config.yaml")):
+    for source, problem in ((tmp_path / "nowhere", "it does not exist"), (tmp_path, "it has no config.yaml")):
         code, output = finish(start(tmp_path / "run", f"train.first_task_from={source}"))
         assert code == 2
         assert f"train.first_task_from='{source}' is not a run folder: {problem}; give the folder of a run" in output
@@ -90,7 +90,7 @@ def test_memory_that_runs_out(tmp_path: Path) -> None:
     code, output = finish(start(folder, "model.hidden=[1000000000000]"))
     assert code == 1
     assert output.count("error: out of memory on rank 0 of 1 (") == 1, output
-    assert "a lower curvature.batch_size (256)" in output
+    assert "a lower curvature.batch_size (now 256)" in output
     assert "in another folder=..., a higher train.accumulate (now 1), a lower train.batch_size (now 32)" in output
     assert "Traceback" not in output
     assert events(folder, "error")[-1]["kind"] == "CapacityError"

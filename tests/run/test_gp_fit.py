@@ -78,7 +78,7 @@ def test_the_process_remembers_what_its_network_forgot(run: Path, tmp_path: Path
 
 
 def test_arguments_that_are_out_of_range(run: Path) -> None:
-    with pytest.raises(ConfigError, match="inducing=0 of a Gaussian process"):
+    with pytest.raises(ConfigError, match="Gaussian process: inducing=0"):
         fit_gp(run, settings=Settings(inducing=0))
     for lengthscale in (-1.0, 0.0):
         with pytest.raises(ConfigError, match=rf"kernel: lengthscale={lengthscale}"):

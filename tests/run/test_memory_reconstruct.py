@@ -146,7 +146,7 @@ def test_what_cannot_be_done_says_why(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="is not a run folder"):
         reconstruct_memory(tmp_path)
     with pytest.raises(
-        FolderError, match=r"no checkpoint both at the end of task 4 and later;  --task may be 0, 1, 2, 3 "
+        FolderError, match=r"no checkpoint both at the end of task 4 and later; --task may be 0, 1, 2, 3 "
     ):
         reconstruct_memory(run, task=4)
     with pytest.raises(ConfigError, match="--selectors 'best': give names separated by commas; allowed: uniform, gini"):

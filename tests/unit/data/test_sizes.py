@@ -206,9 +206,9 @@ def test_a_run_asks_its_network_first(shards: Path, tmp_path: Path) -> None:
             f"folder={tmp_path / 'run'}",
         ],
     )
-    with pytest.raises(ConfigError, match="'mixer_s32_224' does not take"):
+    with pytest.raises(ConfigError, match="'mixer_s32_224' does not accept"):
         run(config, Comm.solo(), Stop(), quiet=True)
-    with pytest.raises(ConfigError, match="'mixer_s32_224' does not take"):
+    with pytest.raises(ConfigError, match="'mixer_s32_224' does not accept"):
         make_plan(config, nodes=1, nproc=1, measured=False)
 
 

@@ -84,7 +84,7 @@ def test_a_network_for_images_of_another_size_says_what_to_set() -> None:
         refuse_sizes(TimmModel(name=vit), **size)
     refuse_sizes(TimmModel(name=vit, options={"img_size": 32}), **size)
     refuse_sizes(TimmModel(name="resnet18"), **size)
-    with pytest.raises(ConfigError, match=r"options {'drop_rate': 'much'} does not take .*could not convert string"):
+    with pytest.raises(ConfigError, match=r"options {'drop_rate': 'much'} does not accept .*could not convert string"):
         refuse_sizes(TimmModel(name="resnet18", options={"drop_rate": "much"}), **size)
 
 

@@ -123,5 +123,5 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(DataError, match="contains no named weights"):
         start_from(model, tmp_path / "list.pth")
-    with pytest.raises(ConfigError, match=r"unknown suffix;  allowed: .safetensors, .pth"):
+    with pytest.raises(ConfigError, match=r"unknown suffix; allowed: .safetensors, .pth"):
         start_from(model, tmp_path / "weights.npz")

@@ -132,7 +132,7 @@ def test_what_is_left_to_the_diagonal_is_named(run: Run) -> None:
     assert shown.diagonal == ("1.weight", "1.bias")
     assert sum(layer.share for layer in shown.layers) == pytest.approx(1)
     text = CliRunner().invoke(app, ["curvature", "show", str(run("mixed")[0])]).output
-    assert "diagonal curvature only:  1.weight, 1.bias" in text
+    assert "diagonal curvature only: 1.weight, 1.bias" in text
 
 
 def test_spectra_only_where_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,7 +318,7 @@ def test_a_plan_adds_up() -> None:
     assert found["weights", "always"] == found["old weights", "always"] == found["teacher", "training"] == weights
     assert found["averaged weights", "training"] == found["pull to each task's weights", "always"] == weights
     assert found["optimizer", "always"] == 2 * weights
-    assert found["memory", "always"] == 20 * 5 * 37
+    assert found["memory", "always"] == 20 * 5 * 45
     assert "soft labels: a file of 800 B, mapped once by all processes of a machine" in plan.notes
     assert plan.peak("training") == sum(
         each.num_bytes for each in plan.held if each.when != "measuring" and each.name != "memory"
@@ -382,9 +382,9 @@ def test_the_command_speaks_and_prints_json(tmp_path: Path, monkeypatch: pytest.
     arguments = ["plan", "model.hidden=[4]", "memory.size=5", "--nodes", "3", "--nproc", "2", "--no-measure"]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
+    found = json.loads(result.stdout)
     assert (found["sums"]["ranks"], found["sums"]["step_seconds"], found["spent"]) == (6, None, [])
-    assert len(json.loads(CliRunner().invoke(app, [*arguments, "--json", "seed=1,2"]).output)) == 2
+    assert len(json.loads(CliRunner().invoke(app, [*arguments, "--json", "seed=1,2"]).stdout)) == 2
     text = CliRunner().invoke(app, arguments).output
     assert "3 x 2 processes, engine ddp" in text
     assert "average gradients" in text
