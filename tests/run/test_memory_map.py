@@ -116,9 +116,9 @@ def test_a_class_is_missed(found: MemoryMap) -> None:
 
 @pytest.mark.parametrize(
     ("posterior", "fraction"),
-    [("kronecker", 0.5), ("ekfac", 0.5), ("diagonal", 0.5), ("dense", 0.05), ("checkpoint", 1)],
+    [("kronecker", 0.5), ("ekfac", 0.5), ("diagonal", 0.5), ("dense", 0.05), ("checkpoint", None)],
 )
-def test_all_weights(run: Path, found: MemoryMap, posterior: Any, fraction: float) -> None:
+def test_all_weights(run: Path, found: MemoryMap, posterior: Any, fraction: float | None) -> None:
     few = map_memory(run, posterior=posterior, examples=60, fraction=fraction)
     assert len(few.table["sample"]) == 60
     here = np.isin(found.table["sample"], few.table["sample"])
