@@ -242,7 +242,10 @@ RESTORED: dict[str, dict[str, Any]] = {
         "prior": {"normal": {"precision": 1e-3}, "quadratic": {"weight": 0.0}, "replay": 0.0},
         "optim": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.0},
     },
-    "a functional prior": {"prior": {"fromp": {"weight": 1.0}, "quadratic": {"weight": 0.0}, "replay": 0.0}},
+    "a functional prior": {
+        "prior": {"fromp": {"weight": 1.0}, "quadratic": {"weight": 0.0}, "replay": 0.0},
+        "log": {"reconstruction": 0.0},
+    },
 }
 
 

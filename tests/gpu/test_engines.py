@@ -96,7 +96,7 @@ def test_recomputing_changes_nothing(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", OFFLOAD)
 def test_shards_in_host_memory_meet_what_was_read_from_a_checkpoint(tmp_path: Path, name: str, what: str) -> None:
     """Which is on the device."""
-    changes = {**RESTORED[what], "engine": OFFLOAD[name], "log": {"every": 1, "reconstruction": 0.1}}
+    changes = {"log": {"every": 1, "reconstruction": 0.1}, **RESTORED[what], "engine": OFFLOAD[name]}
     folder = str(tmp_path / "run")
     (stopped,) = run_on_devices(half, 1, tmp_path / "half", folder, changes)
     (ended,) = run_on_devices(consolidated, 1, tmp_path / "rest", folder, changes)
