@@ -33,6 +33,7 @@ __all__ = ["end", "fail_step", "in_step", "refuse_standstill", "run_step"]
 _HIGHEST = 200  # added to exit codes of failures, to exceed those of killed ranks
 _OUTPUTS = (1, 2)  # file descriptors, so that output of libraries and children is redirected too
 _STARTS = "starts.jsonl"  # in the folder of logs; the starts of SLURM jobs
+_OTHERS = 5.0  # seconds by which tasks of a step may start later than others
 _STANDSTILLS = 5  # starts of a job from the same checkpoint; the next one is refused
 _runs = itertools.count()  # counts the runs of a sweep in this process; the same on all ranks
 
@@ -122,6 +123,8 @@ def end(code: int) -> NoReturn:
     """End this process without the interpreter's teardown, in which communication threads may abort."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends it when another task has failed; keep our exit code
     flush()
+    if code == WRONG_CONFIG and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        time.sleep(_OTHERS)  # the other tasks find the same mistake; ended while they start, their 143 would hide it
     os._exit(code + _HIGHEST if code in (FAILED, WRONG_CONFIG) else code)
 
 
