@@ -137,7 +137,6 @@ class Rows:
     kind: Tensor | None = None
     features: FeatureRows | None = None
 
-    @property
     def image_weights(self) -> Tensor:
         """[n] the sum of the weights of an image's rows."""
         return self.weight.new_zeros(len(self.pixels)).index_add_(0, self.image, self.weight)

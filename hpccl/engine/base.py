@@ -48,7 +48,7 @@ class BaseEngine(ABC):
         self._config, self._train, self._optim = config.engine, config.train, config.optim
         self._seed, self._num_train = config.seed, 1
         self._squares = Squares(comm)
-        self._image_weights: Tensor | None = None
+        self._image_weights: Callable[[], Tensor] | None = None
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self._hooks = Hooks()
         self._average: dict[str, Tensor] | None = None
@@ -370,14 +370,14 @@ class BaseEngine(ABC):
         if tensors:
             torch._foreach_copy_(tensors, values)
 
-    def weigh(self, counts: Tensor) -> None:
+    def weigh(self, weights: Callable[[], Tensor]) -> None:
         """See the protocol."""
-        self._image_weights = counts
+        self._image_weights = weights  # computed only if asked for, in every layer of VOGN
 
     @property
     def image_weights(self) -> Tensor | None:
         """See the protocol."""
-        return self._image_weights
+        return None if self._image_weights is None else self._image_weights()
 
     def add_squares(self, squares: Mapping[str, Tensor]) -> None:
         """See the protocol; of spread parameters, only this rank's elements are kept."""

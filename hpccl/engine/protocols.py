@@ -87,12 +87,15 @@ class Engine(Protocol):
         num_rows: examples of the step over all ranks
         """
 
-    def weigh(self, counts: Tensor) -> None:
-        """Weights [n] in the loss of the images of the next forward and backward pass, which VOGN's squares need."""
+    def weigh(self, weights: Callable[[], Tensor]) -> None:
+        """Set the weights [n] in the loss of the images of the next forward and backward pass, for VOGN's squares.
+
+        weights: called only where squares are wanted
+        """
 
     @property
     def image_weights(self) -> Tensor | None:
-        """[n] as `weigh` told them; None: 1 each."""
+        """The weights [n] that `weigh` set; None: 1 each."""
 
     def add_squares(self, squares: Weights) -> None:
         """Add the sums, over this rank's examples, of squared gradients of a layer's parameters, for VOGN.

@@ -173,7 +173,7 @@ def _replayed(before: Memory, memory: Memory, world: World) -> Memory:
         if np.array_equal(sample, before.sample[before.task == task].numpy()):
             continue
         learned = world.stream.tasks[task]
-        num_train = len(learned.samples("train")) - len(held_out(config, world.stream, learned))
+        num_train = num_learned(config, world.stream, learned)
         keep, words = config.prior.num_replayed(len(sample), num_train), (config.seed, _REPLAY, task)
         chosen_ones = choose(label, sample, keep=keep, balanced=config.memory.balanced, words=words)
         replay[own] = torch.from_numpy(np.isin(np.arange(len(sample)), chosen_ones))

@@ -268,7 +268,7 @@ def test_squares_are_linear_in_the_weight_of_an_image() -> None:
     counts = torch.tensor([0.5, 3.0, 1.0, 0.0, 2.0, 1.9])
     found: dict[str, Tensor] = {}
     stop = watch_squares(net, found.update, lambda: made.image_weights)
-    made.weigh(counts)
+    made.weigh(lambda: counts)
     made.backward((made.forward(pixels, noise).logsumexp(1) * counts).sum())
     assert made.image_weights is None, "the next pass has other images"
     stop()
