@@ -22,8 +22,9 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 256  # rows per step, over all ranks, including memory
     head: Literal["own", "seen"] = "own"  # which classes compete: those of a row's own task, or all seen so far
     # which classes compete with head=seen. seen: all seen so far; task: in rows of a task's own images only the task's
-    # classes, so that new images do not push old classes down (ER-ACE; LwF of PyCIL); all: in rows with true labels
-    # also future classes, which learn that they have not come yet (Mammoth; the code of DER's authors)
+    # classes, so that new images do not push old classes down (ER-ACE; LwF of PyCIL), except for images that memory
+    # will keep; all: in rows with true labels also future classes, which learn that they have not come yet (Mammoth;
+    # the code of DER's authors)
     competing: Literal["seen", "task", "all"] = "seen"
     # loss of true labels: of a softmax over the competing classes, or of a sigmoid for each of them, summed (iCaRL)
     loss: Literal["cross_entropy", "sigmoid"] = "cross_entropy"

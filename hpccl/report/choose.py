@@ -127,7 +127,7 @@ def _all_compete(identity: Flat) -> bool:
 
 def _accuracy(identity: Flat, run: RunReport) -> float:
     """Return the accuracy by which a run is compared, a share."""
-    found = run.union_accuracy[-1] if _all_compete(identity) and run.union_accuracy else run.average_accuracy
+    found = run.final_union_accuracy if _all_compete(identity) else run.average_accuracy
     if found is None:
         raise ConfigError(f"run '{run.name}' has no accuracy of all classes after the last task; leave it out")
     return found

@@ -47,6 +47,7 @@ __all__ = [
 FIGURES: dict[str, str] = {
     "average_accuracy": "average accuracy",
     "average_accuracy_class_incremental": "class-incremental",
+    "final_union_accuracy": "class-incremental, pooled",
     "forgetting": "forgetting",
     "bwt": "BWT",
     "learning_accuracy": "learning accuracy",
@@ -60,16 +61,20 @@ LIKELIHOOD: dict[str, str] = {
 }
 # Where more than 5 classes compete: the share of images whose class is among the 5 likeliest.
 TOP5: dict[str, str] = {"top5": "top-5", "top5_class_incremental": "class-incremental top-5"}
-_RUN_HEADER = ["run", "method", "status", "seed", "tasks", *FIGURES.values(), "time"]
 _NOTE = (
     "Accuracies in percent, forgetting and BWT in percentage points, all of the network after the last task; "
-    "task-incremental unless said otherwise. Time is wall time, with resumes and without pauses."
+    "task-incremental unless said otherwise, and means over tasks. Time is wall time, with resumes and without pauses."
+)
+_POOLED_NOTE = (
+    "Pooled: of all test images of all tasks together, so that a task counts by how many it has; "
+    "in the column before, each task counts the same."
 )
 
 # MEMORY_SIZES have a column of their own. IGNORED keys change a run's cost or random path, but not what is compared.
 MEMORY_SIZES = ("memory.size", "memory.total", "memory.fraction")
 IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
 
+_NEARLY = 0.005  # of two accuracies
 _MANY = 2  # settings above which a group shows only those in which it differs from the first group
 
 
@@ -130,6 +135,13 @@ class Comparison:
         """Return the runs that count in a group."""
         return [self.runs[position] for position in group.members]
 
+    @property
+    def figures(self) -> dict[str, str]:
+        """The FIGURES that its tables show: pooled accuracy only where it is not nearly the mean over tasks."""
+        pairs = [(run.final_union_accuracy, run.average_accuracy_class_incremental) for run in self.runs]
+        pooled = any(a is not None and b is not None and abs(a - b) >= _NEARLY for a, b in pairs)
+        return {key: heading for key, heading in FIGURES.items() if pooled or key != "final_union_accuracy"}
+
     def finished(self, group: Group) -> bool:
         """Whether all its runs are complete: others do not compete, because accuracies after few tasks are high."""
         return all(run.complete for run in self.members(group))
@@ -170,6 +182,7 @@ def _run_dict(run: RunReport) -> dict[str, Any]:
     )
     last = run.tasks_learned - 1
     return {key: getattr(run, key) for key in keys} | {
+        "performance_drop": run.performance_drop,
         "training_seconds": _training_seconds(run),
         "images_trained": _images_trained(run),
         "images_per_second": run.images_per_second,
@@ -297,7 +310,7 @@ def _group(method: str, settings: str, runs: Mapping[int, RunReport]) -> dict[st
 
 
 def _statistics(runs: Sequence[RunReport]) -> dict[str, Statistic]:
-    keys = (*FIGURES, *LIKELIHOOD, *TOP5, "wall_seconds")
+    keys = (*FIGURES, "performance_drop", *LIKELIHOOD, *TOP5, "wall_seconds")
     found = {key: statistic([getattr(run, key) for run in runs]) for key in keys}
     return found | {
         "training_seconds": statistic([_training_seconds(run) for run in runs]),
@@ -352,7 +365,8 @@ def group_table(comparison: Comparison) -> TextTable:
 
 def run_table(comparison: Comparison) -> TextTable:
     """Return a table with one row per run."""
-    return TextTable("Runs", _RUN_HEADER, _run_rows(comparison), left=3)
+    header = ["run", "method", "status", "seed", "tasks", *comparison.figures.values(), "time"]
+    return TextTable("Runs", header, _run_rows(comparison), left=3)
 
 
 def group_header(comparison: Comparison) -> list[str]:
@@ -373,7 +387,7 @@ def _in_full(group: Group) -> str:
 
 def _header(comparison: Comparison) -> list[str]:
     header = [*group_header(comparison), "seeds"]
-    for key, heading in FIGURES.items():
+    for key, heading in comparison.figures.items():
         header += [heading, *([f"{heading}, published"] if _has_published(comparison, key) else [])]
     return [*header, "time"]
 
@@ -384,7 +398,7 @@ def _rows(comparison: Comparison) -> list[list[str]]:
 
 def _row(comparison: Comparison, group: Group) -> list[str]:
     row = [*group_cells(comparison, group, settings=_in_full(group)), str(len(group.seeds))]
-    for key in FIGURES:
+    for key in comparison.figures:
         statistic = group.statistics[key]
         row.append(spread(statistic.mean, statistic.std))
         if _has_published(comparison, key):
@@ -402,7 +416,7 @@ def _has_published(comparison: Comparison, key: str) -> bool:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    notes = [_NOTE]
+    notes = [_NOTE, *([_POOLED_NOTE] if "final_union_accuracy" in comparison.figures else [])]
     held = [run.name for run in comparison.runs if run.validation is not None]
     notes += (
         [f"Not on test images but on held-out training images (data.validation): {', '.join(held)}."] if held else []
@@ -425,7 +439,7 @@ def _run_rows(comparison: Comparison) -> list[list[str]]:
             run.status,
             str(run.seed),
             f"{run.tasks_learned}/{run.num_tasks}",
-            *((signed if key == "bwt" else percent)(getattr(run, key)) for key in FIGURES),
+            *((signed if key == "bwt" else percent)(getattr(run, key)) for key in comparison.figures),
             time_span(run.wall_seconds),
         ]
         for run in comparison.runs

@@ -75,21 +75,25 @@ def _caption(comparison: Comparison, name: str) -> str:
 
 
 def _render_csv(comparison: Comparison) -> str:
-    """Return one line per group, in full precision, with shares in [0, 1] and seconds."""
+    """Return one line per group, in full precision, with shares in [0, 1] and seconds.
+
+    Figures of a group that is not `finished` are after the fewest `tasks_learned` of its runs, and not to be compared.
+    """
     buffer = io.StringIO()
     names = [f"{key}_{part}" for key in comparison.groups[0].statistics for part in ("mean", "std")]
     published = [f"published_{key}_{part}" for key in PUBLISHED for part in ("mean", "std")]
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "memory_size", "memory", "settings", "num_seeds", "seeds", *names, *published])
+    about = ["method", "memory_size", "memory", "settings", "num_seeds", "seeds", "finished", "tasks_learned"]
+    writer.writerow([*about, *names, *published])
     for group in comparison.groups:
         values = [value for found in group.statistics.values() for value in (found.mean, found.std)]
         beside = [
             value for key in PUBLISHED for value in (group.published.figures[key] if group.published else ("", ""))
         ]
         seeds = " ".join(map(str, group.seeds))
-        writer.writerow(
-            [group.method, group.memory_size, group.memory, group.settings, len(group.seeds), seeds, *values, *beside]
-        )
+        told = [group.method, group.memory_size, group.memory, group.settings, len(group.seeds), seeds]
+        learned = min(run.tasks_learned for run in comparison.members(group))
+        writer.writerow([*told, str(comparison.finished(group)).lower(), learned, *values, *beside])
     return buffer.getvalue()
 
 

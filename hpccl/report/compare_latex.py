@@ -26,6 +26,7 @@ _REFERENCES = frozenset({"joint", "separate", "cumulative"})
 _LOWER_IS_BETTER = frozenset({"forgetting", *LIKELIHOOD})
 _HEADINGS = {
     "average_accuracy_class_incremental": "Class-incremental accuracy",
+    "final_union_accuracy": "Class-incremental accuracy on the test images of all tasks together",
     "bwt": "BWT",
     "top5": "Top-5 accuracy",
     "top5_class_incremental": "Class-incremental top-5 accuracy",
@@ -50,7 +51,7 @@ def render_latex(comparison: Comparison) -> str:
     head = r"% Needs \usepackage{booktabs}."
     made = [
         _table(comparison, key)
-        for key in (*FIGURES, *TOP5, *LIKELIHOOD)
+        for key in (*comparison.figures, *TOP5, *LIKELIHOOD)
         if any(_known(group.statistics[key]) for group in comparison.groups)
     ]
     return "\n\n".join([head, *made]) + "\n"

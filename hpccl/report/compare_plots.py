@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -20,9 +21,10 @@ __all__ = ["AGAINST_MEMORY", "figures"]
 Curve: TypeAlias = tuple[str | None, str, "Points", bool]  # label, method, points, whether they are published
 Points: TypeAlias = list[tuple[int, float, float | None]]  # examples per task, mean, standard deviation
 
-# One colour and marker per method in every plot of every comparison.
+# One colour and marker per method in every plot of every comparison, and one colour and dashes per horizontal line.
 _COLOURS = (*COLOURS, "#999933", "#8b5cf6", INK, "#8a8a8a", "#882255")
 _MARKERS = "os^vDP<>Xd*"
+_DASHES = ("-", "-.", ":")  # "--" is for published values
 _METHODS = (
     "finetune",
     "fr",
@@ -35,6 +37,26 @@ _METHODS = (
     "joint",
     "separate",
     "ewc+both",
+    "bic",
+    "cumulative",
+    "der",
+    "der++",
+    "er",
+    "er_ace",
+    "feature_extraction",
+    "finetune_head",
+    "fromp",
+    "gdumb",
+    "icarl",
+    "kpriors",
+    "lwf",
+    "lwf.mc",
+    "mas",
+    "mas_local",
+    "online_ewc",
+    "prototypes",
+    "si",
+    "topic",
 )
 AGAINST_MEMORY = {
     "accuracy": ("average_accuracy", "average accuracy / %"),
@@ -56,7 +78,7 @@ def figures(comparison: Comparison) -> dict[str, Figure | None]:
 
 
 def _configurations(comparison: Comparison) -> Figure | None:
-    """Plot bars of average accuracy in both settings, and of published values."""
+    """Plot bars of average accuracy in both settings, and of published values; unfinished runs say so."""
     series: dict[str, list[tuple[float | None, float | None]]] = {
         FIGURES[key]: [(group.statistics[key].mean, group.statistics[key].std) for group in comparison.groups]
         for key in ("average_accuracy", "average_accuracy_class_incremental")
@@ -66,13 +88,25 @@ def _configurations(comparison: Comparison) -> Figure | None:
             group.published.figures["average_accuracy"] if group.published else (None, None)
             for group in comparison.groups
         ]
-    return bars([group.label for group in comparison.groups], series)
+    labels = [group.label + " (not finished)" * (not comparison.finished(group)) for group in comparison.groups]
+    return bars(labels, series)
 
 
 def _style(method: str) -> dict[str, Any]:
-    """Return a method's colour and marker; for methods not in _METHODS, a hash of the name decides."""
-    place = _METHODS.index(method) if method in _METHODS else sum(method.encode()) % len(_COLOURS)
-    return {"color": _COLOURS[place], "marker": _MARKERS[place]}
+    """Return a method's colour and marker."""
+    place, count = _place(method), len(_COLOURS)
+    return {"color": _COLOURS[place % count], "marker": _MARKERS[(place + place // count) % count]}
+
+
+def _dashes(method: str) -> str:
+    """Return the dashes of a method's horizontal line."""
+    return _DASHES[_place(method) // len(_COLOURS) % len(_DASHES)]
+
+
+def _place(method: str) -> int:
+    """Return the number of a method's style; for methods not in _METHODS, a hash of the name decides."""
+    known, styles = len(_METHODS), len(_COLOURS) ** 2
+    return _METHODS.index(method) if method in _METHODS else known + zlib.crc32(method.encode()) % (styles - known)
 
 
 # ---------------------------------------------------------------- against memory
@@ -104,11 +138,11 @@ def _against_memory(comparison: Comparison, key: str, y: str) -> Figure | None:
 
 
 def _own(comparison: Comparison, key: str) -> dict[tuple[str, str], Points]:
-    """Return points by name and method, sorted by size; a method with no size per task has size 0 alone."""
+    """Return finished points by name and method, by size; a method with no size per task has size 0 alone."""
     found: dict[tuple[str, str], Points] = {}
     for group in comparison.groups:
         statistic = group.statistics[key]
-        if statistic.mean is not None:
+        if statistic.mean is not None and comparison.finished(group):
             points = found.setdefault((group.series, group.method), [])
             points.append((group.memory_size, statistic.mean, statistic.std))
     return {name: sorted(points) for name, points in found.items()}
@@ -131,7 +165,7 @@ def _level(axes: Axes, own: Mapping[tuple[str, str], Points], published: Mapping
         for size, mean, std in points:
             if not size:
                 colour = _style(method)["color"]
-                axes.axhline(100 * mean, color=colour, lw=1.2, label=name)
+                axes.axhline(100 * mean, color=colour, ls=_dashes(method), lw=1.2, label=name)
                 if std is not None:
                     axes.axhspan(100 * (mean - std), 100 * (mean + std), color=colour, alpha=0.12, lw=0)
     for method, points in published.items():
@@ -180,12 +214,12 @@ def _reconstruction(comparison: Comparison) -> Figure | None:
 
 
 def _dots(comparison: Comparison, figure: str) -> dict[str, list[tuple[float, float]]]:
-    """Return by method (mean over tasks, final accuracy) of each run that counts."""
+    """Return by method (mean over tasks, final accuracy) of each finished run."""
     found: dict[str, list[tuple[float, float]]] = {}
     for group in comparison.groups:
         for run in comparison.members(group):
             x, y = mean_reconstruction(run, figure), run.average_accuracy
-            if x is not None and y is not None:
+            if x is not None and y is not None and run.complete:
                 found.setdefault(group.method, []).append((x, 100 * y))
     return found
 

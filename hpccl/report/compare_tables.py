@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 
 from hpccl.report.compare import (
-    FIGURES,
     LIKELIHOOD,
     TOP5,
     Comparison,
@@ -49,7 +48,7 @@ _CALIBRATION: dict[str, tuple[float, int]] = {
     "nll_class_incremental": (1, 3),
     "ece_class_incremental": (100, 1),
 }
-_PAIRED = ("average_accuracy", "average_accuracy_class_incremental", "forgetting", "learning_accuracy")
+_NOT_PAIRED = frozenset({"bwt"})  # much the same as forgetting
 _PAIRED_NOTE = (
     "in percentage points: mean ± standard error over the seeds that both have. "
     "Better: with how many of them the average accuracy is higher."
@@ -97,19 +96,20 @@ def paired(comparison: Comparison) -> TextTable:
     What a seed decides for both, such as the first task, cancels, so that differences vary less than the groups do.
     """
     first, *others = comparison.groups
-    header = [*group_header(comparison), "shared seeds", *(FIGURES[key] for key in _PAIRED), "better"]
-    rows = [row for group in others if (row := _paired_row(comparison, first, group))]
+    figures = {key: heading for key, heading in comparison.figures.items() if key not in _NOT_PAIRED}
+    header = [*group_header(comparison), "shared seeds", *figures.values(), "better"]
+    rows = [row for group in others if (row := _paired_row(comparison, first, group, tuple(figures)))]
     notes = [f"Less {first.label}, {_PAIRED_NOTE}"]
     title = "Differences from the first, seed by seed"
     return TextTable(title, header, rows, len(group_header(comparison)), notes)
 
 
-def _paired_row(comparison: Comparison, first: Group, group: Group) -> list[str]:
+def _paired_row(comparison: Comparison, first: Group, group: Group, figures: Sequence[str]) -> list[str]:
     ours, theirs = ({run.seed: run for run in comparison.members(each)} for each in (group, first))
     seeds = [seed for seed in ours if seed in theirs]
     if len(seeds) < 2 or not (comparison.finished(first) and comparison.finished(group)):
         return []
-    cells = [_mean_and_error([_less(ours[seed], theirs[seed], key) for seed in seeds]) for key in _PAIRED]
+    cells = [_mean_and_error([_less(ours[seed], theirs[seed], key) for seed in seeds]) for key in figures]
     higher = sum((_less(ours[seed], theirs[seed], "average_accuracy") or 0.0) > 0 for seed in seeds)
     return [*group_cells(comparison, group), str(len(seeds)), *cells, f"{higher} of {len(seeds)}"]
 
@@ -167,7 +167,8 @@ def calibration(comparison: Comparison) -> TextTable:
     Top-5 accuracies have a column where one was measured.
     """
     figures = [key for key in _CALIBRATION if key not in TOP5 or _has(comparison, key)]
-    header = [*group_header(comparison), "seeds", *({**FIGURES, **TOP5, **LIKELIHOOD}[key] for key in figures)]
+    headings = {**comparison.figures, **TOP5, **LIKELIHOOD}
+    header = [*group_header(comparison), "seeds", *(headings[key] for key in figures)]
     rows = [
         [*group_cells(comparison, group), str(len(group.seeds)), *_calibration_cells(group, figures)]
         for group in comparison.groups

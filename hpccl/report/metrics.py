@@ -31,6 +31,7 @@ __all__ = [
     "expected_calibration_error",
     "forgetting",
     "forward_transfer",
+    "last_of_curve",
     "last_task",
     "learning_accuracy",
     "matrix",
@@ -139,6 +140,12 @@ def union_accuracy(a: Floats, sizes: Floats) -> Floats:
     n = np.where(seen, sizes, 0.0)  # unseen tasks may not have been measured
     found: Floats = (n * np.where(seen, a, 0.0)).sum(axis=1) / n.sum(axis=1)
     return found
+
+
+def last_of_curve(curve: Floats) -> float:
+    """Return A_k, after the last task learned; NaN before the first."""
+    learned = _learned(curve)
+    return float(curve[learned - 1]) if learned else float("nan")
 
 
 def average_of_curve(curve: Floats, *, include_first: bool = True) -> float:

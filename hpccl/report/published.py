@@ -84,7 +84,7 @@ def _last_task(row: Row) -> int:
 
 def _read(path: Path) -> list[Row]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
             rows: list[Row] = list(reader)
             columns = reader.fieldnames or ()

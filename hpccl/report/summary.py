@@ -44,7 +44,8 @@ class RunReport:
     task-incremental (only a task's own classes compete), `_class_incremental` lets all seen classes compete.
     `average_accuracy`, `nll` and `ece` are means over the tasks learned so far, by the network after the last of them.
     `union_accuracy` is, after each task, the accuracy among all seen classes on all their test examples pooled;
-    `average_union_accuracy` is its mean, `_later` without the first task, `performance_drop` first minus last value.
+    `final_union_accuracy` is its last value, `average_union_accuracy` its mean, `_later` without the first task,
+    `performance_drop` its first minus its last value.
     `calibration`: by setting, [3, 15] counts, sums of confidence and numbers of correct predictions per confidence bin,
     of the last network on the tasks it has learned; empty if every task has its own network.
     `message`: why the run ended; for a run that is done, which evaluations its events lack.
@@ -64,6 +65,7 @@ class RunReport:
     average_accuracy_class_incremental: float | None
     average_incremental_accuracy: float | None
     average_incremental_accuracy_class_incremental: float | None
+    final_union_accuracy: float | None
     average_union_accuracy: float | None
     average_union_accuracy_later: float | None
     performance_drop: float | None
@@ -231,6 +233,7 @@ def _accuracies(events: Sequence[Event], num_announced: int) -> dict[str, Any]:
         "accuracy_matrix": _rows(own),
         "accuracy_matrix_class_incremental": _rows(seen),
         "union_accuracy": [_known(value) for value in union],
+        "final_union_accuracy": _known(metrics.last_of_curve(union)),
         "average_union_accuracy": _known(metrics.average_of_curve(union)),
         "average_union_accuracy_later": _known(metrics.average_of_curve(union, include_first=False)),
         "performance_drop": _known(metrics.performance_drop(union)),

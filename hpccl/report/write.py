@@ -130,7 +130,7 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
     return [
         (f"{percent(report.average_accuracy)} %", "average accuracy"),
         (f"{percent(report.average_accuracy_class_incremental)} %", "average accuracy, class-incremental"),
-        (f"{percent(_last(report.union_accuracy))} %", "class-incremental, all test images"),
+        (f"{percent(report.final_union_accuracy)} %", "class-incremental, all test images"),
         (f"{percent(report.average_union_accuracy)} %", "its mean over tasks"),
         (percent(report.performance_drop), "its drop, first to last, points"),
         (percent(report.forgetting), "forgetting, points"),
@@ -145,10 +145,6 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
         (time_span(report.wall_seconds), f"wall time, {report.segments} start{'s' * (report.segments != 1)}"),
         (size(report.memory_bytes), "memory"),
     ]
-
-
-def _last(values: Sequence[float | None]) -> float | None:
-    return next((value for value in reversed(values) if value is not None), None)
 
 
 def _on_validation(share: float) -> str:

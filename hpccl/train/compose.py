@@ -20,7 +20,7 @@ from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, 
 from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory, scattered, spread
 from hpccl.train.distill import Distilled
-from hpccl.train.kept import held_out, kept_of_tasks, num_learned
+from hpccl.train.kept import held_out, kept_at_end, kept_of_tasks, num_learned
 from hpccl.train.removal import less, removed_samples, removed_slots
 from hpccl.train.topology import Topology
 
@@ -171,6 +171,7 @@ class Composer:
     teacher: the frozen old model (pixels to logits), where its logits are of the student's view; or None
     epochs: of the task
     distilled: settings and recorded logits of distillation, or None
+    alone: [N] bool, training examples for which as new images only their task's classes compete, or None
     removed: [M] bool, memory examples that are to be forgotten, or None
     topology: losses on features from a net of nodes (TOPIC), or None
     """
@@ -187,6 +188,7 @@ class Composer:
     device: torch.device
     epochs: int
     distilled: Distilled | None = None
+    alone: Tensor | None = None
     removed: Tensor | None = None
     topology: Topology | None = None
 
@@ -223,6 +225,7 @@ class Composer:
             device=device,
             epochs=task_epochs(config, task.index),
             distilled=distilled,
+            alone=_alone(config, stream, task, memory),
             removed=removed,
         )
 
@@ -261,7 +264,7 @@ class Composer:
         slot = torch.from_numpy(part.batch.slot[part.rows])
         sample = torch.from_numpy(self.request(part).sample[: len(slot)])
         from_memory = slot >= 0
-        alone = ~from_memory if self.config.train.competing == "task" else None
+        alone = None if self.alone is None else ~from_memory & self.alone[sample]
         target, head = self.hard_targets(sample, alone)
         weight = torch.full((len(slot),), part.batch.weight_new)
         term = torch.full((len(slot),), NEW)
@@ -393,6 +396,20 @@ class Composer:
         target, known = spread(logits, columns, temperature=temperature, num_classes=num_classes)
         later = self.config.train.head == "seen" and self.config.prior.classes == "seen"
         return target, known | self.heads[-1] if later else known
+
+
+def _alone(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> Tensor | None:
+    """Return for which training examples [N] only their task's classes compete as long as they are new (ER-ACE).
+
+    Those that memory will keep compete among all classes already, as those in a buffer that is filled as the stream
+    passes: rows of memory would know the new classes as wrong answers alone, and push their logits down.
+    """
+    if config.train.competing != "task":
+        return None
+    alone = torch.ones(len(stream.labels("train")), dtype=torch.bool)
+    if config.memory.kept:
+        alone[torch.from_numpy(kept_at_end(config, stream, task, memory.sample.numpy()))] = False
+    return alone
 
 
 def _with(

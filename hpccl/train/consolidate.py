@@ -20,7 +20,14 @@ from hpccl.memory.store import Memory
 from hpccl.prior.prior import Prior
 from hpccl.train.copies import keep_images
 from hpccl.train.end_of_task import class_means, correction
-from hpccl.train.kept import admitted_greedily, held_out, kept_of_tasks, num_learned
+from hpccl.train.kept import (
+    admitted_greedily,
+    held_out,
+    kept_of_tasks,
+    num_learned,
+    reservoir,
+    selection_words,
+)
 from hpccl.train.measure import functional, measure
 from hpccl.train.pictures import keep_pictures
 from hpccl.train.selection import chosen
@@ -32,8 +39,8 @@ __all__ = ["admit_first", "consolidate", "select"]
 
 Ints = npt.NDArray[np.int64]
 
-# Purposes of hashes (numbers differ from those in hpccl.data.order).
-_SELECT, _REPLAY = 101, 102
+# Purpose of hashes (its number differs from those in hpccl.data.order).
+_REPLAY = 102
 
 
 def consolidate(task: Task, state: RunState, world: World) -> None:
@@ -93,14 +100,14 @@ def select(task: Task, memory: Memory, state: RunState, world: World) -> Memory:
 def _selected(task: Task, samples: Ints, memory: Memory, state: RunState, world: World) -> Memory:
     """Admit what the selector keeps of the task's samples, then reduce the memory to the budget."""
     config = world.config
-    reservoir = config.memory.total > 0 and config.memory.selector.kind == "reservoir"
+    drained = config.memory.total > 0 and config.memory.selector.kind == "reservoir"
     share = kept_of_tasks(config, world.stream, task.index + 1)
     given = Candidates(
         samples=samples,
         labels=world.stream.labels("train")[samples],
-        keep=kept_of(config.memory, len(samples)) if reservoir else share[-1],
+        keep=kept_of(config.memory, len(samples)) if drained else share[-1],
         balanced=config.memory.balanced,
-        words=(config.seed, _SELECT) if reservoir else (config.seed, _SELECT, task.index),
+        words=selection_words(config, None if drained else task.index),
     )
     choice = chosen(task, given, state, world)
     admitted = memory.admit(
@@ -112,7 +119,7 @@ def _selected(task: Task, samples: Ints, memory: Memory, state: RunState, world:
         rank=torch.from_numpy(choice.rank),
         priority=torch.from_numpy(choice.priority),
     )
-    if reservoir:
+    if drained:
         return _drained(admitted, world)
     left = admitted.shrunk(share)
     return _drawn_anew(admitted, left, world) if getattr(config.memory.selector, "sampled", False) else left
@@ -134,7 +141,7 @@ def _drawn_anew(before: Memory, left: Memory, world: World) -> Memory:
             group if config.memory.balanced else np.zeros_like(group),
             kept[own].numpy(),
             of=num_learned(config, world.stream, task),
-            words=(config.seed, _SELECT, task.index),
+            words=selection_words(config, task.index),
         )
         weight[left.task == task.index] = torch.from_numpy(found).float()[kept[own]]
     return replace(left, weight=weight)
@@ -155,11 +162,8 @@ def _balanced(task: Task, memory: Memory, world: World) -> Memory:
 
 
 def _drained(memory: Memory, world: World) -> Memory:
-    """Keep the examples of all tasks with the smallest hashes, up to the budget (reservoir by keys; Vitter 1985)."""
-    config = world.config
-    keep = min(config.memory.total, len(memory))
-    label, sample = memory.label.numpy(), memory.sample.numpy()
-    kept = choose(label, sample, keep=keep, balanced=config.memory.balanced, words=(config.seed, _SELECT))
+    """Keep what is left in the reservoir of the examples of all tasks."""
+    kept = reservoir(world.config, memory.label.numpy(), memory.sample.numpy())
     return memory.only(torch.from_numpy(np.isin(np.arange(len(memory)), kept)))
 
 

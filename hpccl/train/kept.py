@@ -10,14 +10,24 @@ from hpccl.config.run import RunConfig
 from hpccl.data.order import mix, permutation
 from hpccl.data.protocols import Listed, Task, training_samples
 from hpccl.memory.balance import greedy_balance
-from hpccl.memory.budget import per_class, quotas, split_quotas
+from hpccl.memory.budget import kept_of, per_class, quotas, split_quotas
 from hpccl.memory.select import choose
 
-__all__ = ["admitted_greedily", "held_out", "kept_of_tasks", "num_learned", "validation"]
+__all__ = [
+    "admitted_greedily",
+    "held_out",
+    "kept_at_end",
+    "kept_of_tasks",
+    "num_learned",
+    "reservoir",
+    "selection_words",
+    "validation",
+]
 
 Ints = npt.NDArray[np.int64]
 
 # Purposes of hashes (numbers differ from those in hpccl.data.order and consolidate).
+_SELECT = 101
 _HELD, _ARRIVAL, _EVICTION = 105, 106, 107
 
 
@@ -75,6 +85,46 @@ def _first_of_each_class(config: RunConfig, stream: Listed, task: Task, before: 
         keep = min(number, len(own) // 2)  # at least half of a class is trained on
         found.append(own[choose(label + 0 * own, own, keep=keep, balanced=False, words=(config.seed, _HELD))])
     return np.sort(np.concatenate(found))
+
+
+def kept_at_end(config: RunConfig, stream: Listed, task: Task, memory: Ints) -> Ints:
+    """Return the samples of a task that memory will keep when the task ends.
+
+    Where scores of the network decide that, as many are drawn uniformly instead.
+
+    Args:
+        config: of the run.
+        stream: with the task.
+        task: that is about to be learned.
+        memory: samples of earlier tasks in memory.
+    """
+    samples = np.setdiff1d(training_samples(task), held_out(config, stream, task))
+    if isinstance(config.memory.selector, GreedySelector):
+        kept = admitted_greedily(config, stream, task, memory)
+    elif config.memory.total > 0 and config.memory.selector.kind == "reservoir":
+        own = _drawn(config, stream, samples, kept_of(config.memory, len(samples)), selection_words(config))
+        both = np.concatenate([memory, own])
+        kept = both[reservoir(config, stream.labels("train")[both], both)]
+    else:
+        share = kept_of_tasks(config, stream, task.index + 1)[-1]
+        kept = _drawn(config, stream, samples, share, selection_words(config, task.index))
+    return np.intersect1d(kept, samples)
+
+
+def _drawn(config: RunConfig, stream: Listed, samples: Ints, keep: int, words: tuple[int, ...]) -> Ints:
+    labels = stream.labels("train")[samples]
+    return samples[choose(labels, samples, keep=keep, balanced=config.memory.balanced, words=words)]
+
+
+def reservoir(config: RunConfig, labels: Ints, samples: Ints) -> Ints:
+    """Return the positions of the examples of all tasks with the smallest hashes, up to the budget (Vitter 1985)."""
+    keep = min(config.memory.total, len(samples))
+    return choose(labels, samples, keep=keep, balanced=config.memory.balanced, words=selection_words(config))
+
+
+def selection_words(config: RunConfig, task: int | None = None) -> tuple[int, ...]:
+    """Return the seed of the hashes by which a task's examples are chosen, or those of all tasks (a reservoir)."""
+    return (config.seed, _SELECT) if task is None else (config.seed, _SELECT, task)
 
 
 def admitted_greedily(config: RunConfig, stream: Listed, task: Task, memory: Ints) -> Ints:

@@ -126,6 +126,15 @@ def test_stopped_and_continued_to_the_same_weights(
     assert report.average_accuracy > 0.5
 
 
+def test_er_ace_tells_new_classes_from_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of the task just learned, which memory does not hold: rows of memory alone would push them down."""
+    monkeypatch.setattr(hpccl.report.write, "report_run", lambda folder: None)
+    finished(config_of("er_ace", tmp_path / "run", "stream.tasks=2", "train.epochs=8"))
+    (old, new) = events(tmp_path / "run", "evaluate")[-1]["results"]
+    assert old["class_incremental"]["accuracy"] > 0.6
+    assert new["class_incremental"]["accuracy"] > 0.4
+
+
 class StopWhenAsked(Stop):
     """Wants to stop as soon as a pass over images asks, in the task that is given."""
 

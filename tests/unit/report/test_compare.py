@@ -113,6 +113,38 @@ def test_groups_say_how_much_memory_they_have_in_words(tmp_path: Path, published
     assert "method & 12.5 \\% of each task & 60 in all & 90 in all & $m = 20$" in render_latex(found)
 
 
+def test_tasks_of_different_size_have_a_pooled_accuracy(seeds: list[Path], tmp_path: Path) -> None:
+    """Where each task has as many test images, it is the mean over tasks, and no column repeats that."""
+    assert "pooled" not in printed(compare_runs(seeds), 300)
+    unequal = []
+    for number, folder in enumerate(seeds):
+        lines = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+        for result in (result for event in lines if event["event"] == "evaluate" for result in event["results"]):
+            result["num"] = 800 if result["task"] == 0 else 100
+        copied = write(tmp_path / f"unequal-{number}", seed=number)
+        (copied / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        unequal.append(copied)
+    found = compare_runs(unequal)
+    (group,) = found.groups
+    expected = [(8 * 0.25 + 0.5 + 0.875) / 10 + shift for shift in (0.0, 0.03125)]
+    pooled = group.statistics["final_union_accuracy"]
+    assert pooled.mean == pytest.approx(sum(expected) / 2)
+    assert group.statistics["average_accuracy_class_incremental"].mean == pytest.approx(1.625 / 3 + 0.03125 / 2)
+    assert "class-incremental, pooled" in group_table(found).markdown()
+    assert "Pooled: of all test images" in printed(found, 300)
+    assert "on the test images of all tasks together" in render_latex(found)
+    assert found.to_dict()["runs"][0]["final_union_accuracy"] == pytest.approx(expected[0])
+    assert found.to_dict()["runs"][0]["performance_drop"] == pytest.approx(0.875 - expected[0])
+
+
+def test_published_values_may_come_from_a_spreadsheet(seeds: list[Path], published: Path) -> None:
+    """Which writes a byte order mark before the first heading."""
+    published.write_text(PUBLISHED, encoding="utf-8-sig")
+    (group,) = compare_runs(seeds, published=published, dataset="Toy").groups
+    assert group.published is not None
+    assert group.published.figures["average_accuracy"][0] == 0.715
+
+
 def test_one_run_has_no_deviation_and_counts_once(seeds: list[Path]) -> None:
     (group,) = compare_runs([seeds[0], seeds[0]]).groups
     assert group.statistics["average_accuracy"].std is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -12,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
+from hpccl.config.load import load
 from hpccl.config.optim import TimmOptim
 from hpccl.config.train import TrainConfig
 from hpccl.report.compare import Comparison, compare_runs
@@ -125,11 +128,37 @@ def test_bars_by_configuration(comparison: Comparison) -> None:
 
 
 def test_methods_can_be_told_apart() -> None:
-    from hpccl.report.compare_plots import _METHODS, _style
+    from hpccl.report.compare_plots import _dashes, _style
 
-    styles = [_style(method) for method in _METHODS]
-    assert len({style["color"] for style in styles}) == len({style["marker"] for style in styles}) == len(_METHODS)
+    files = Path(__file__).parents[3] / "configs" / "method"
+    methods = sorted({load([file], []).method for file in files.glob("*.yaml")} | {"cumulative"})
+    assert len(methods) > 20
+    marked = [tuple(_style(method).values()) for method in methods]
+    level = [(_style(method)["color"], _dashes(method)) for method in methods]
+    assert len(set(marked)) == len(set(level)) == len(methods)
     assert _style("something new") == _style("something new")
+    assert tuple(_style("something new").values()) not in marked
+
+
+def test_unfinished_runs_are_not_drawn_as_final(tmp_path: Path) -> None:
+    """Accuracies after few tasks are high: in a curve over sizes of memory they would be a false peak."""
+    runs = [write(tmp_path / f"m{size}", size=size, cosines=[0.5, 0.5]) for size in (10, 20, 40)]
+    events = [json.loads(line) for line in (runs[1] / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    early = [event for event in events if event["event"] != "done" and event.get("task") != 2]
+    (runs[1] / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in early), encoding="utf-8")
+    found = compare_runs(runs)
+    (axes,) = drawn(found, "accuracy").axes
+    (curve,) = curves(axes).values()
+    assert curve[0] == [10.0, 40.0]
+    dots = drawn(found, "reconstruction").axes[0].collections[0].get_offsets()
+    assert len(np.asarray(dots)) == 2
+    labels = [text.get_text() for text in drawn(found, "configurations").axes[0].get_yticklabels()]
+    labels += [text.get_text() for text in drawn(found, "configurations").axes[0].get_xticklabels()]
+    assert sum("(not finished)" in label for label in labels) == 1
+    write_comparison(found, tmp_path / "out")
+    with (tmp_path / "out" / "comparison.csv").open(encoding="utf-8") as file:
+        rows = {row["memory_size"]: (row["finished"], row["tasks_learned"]) for row in csv.DictReader(file)}
+    assert rows == {"10": ("true", "3"), "20": ("false", "2"), "40": ("true", "3")}
 
 
 def test_nothing_to_show_is_left_out_and_removed(comparison: Comparison, tmp_path: Path) -> None:
