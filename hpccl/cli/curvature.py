@@ -33,7 +33,7 @@ def show_curvature(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
     """Print a run's curvature layer by layer: its size, spectrum, cost and accuracy."""
-    from hpccl.train.curvature_show import read_curvature, render
+    from hpccl.tools.curvature_show import read_curvature, render
 
     shown = read_curvature(run, task=task, spectra=spectra)
     if as_json:

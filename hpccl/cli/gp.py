@@ -40,8 +40,8 @@ def fit_gp(
 ) -> None:
     """Learn the tasks of a run with a Gaussian process on its network's features, keeping a few examples of each."""
     from hpccl.gp.stream import Settings
-    from hpccl.train.gp_fit import fit_gp as find
-    from hpccl.train.gp_fit import markdown, refuse_out, write_gp
+    from hpccl.tools.gp_fit import fit_gp as find
+    from hpccl.tools.gp_fit import markdown, refuse_out, write_gp
 
     refuse_out(out or run / "gp")
     settings = Settings(inducing=inducing, steps=steps, rate=rate, memory=keep, tune=tune)

@@ -41,7 +41,7 @@ def map_memory(
 ) -> None:
     """Write the memory map of a run: how much its network depends on each example and class."""
     from hpccl.report.memory_map import summary, write_memory_map
-    from hpccl.train.memory_map.build import map_memory as find
+    from hpccl.tools.memory_map.build import map_memory as find
 
     out = out or run / "memory_map"
     refuse_unwritable(out, "--out FOLDER")
@@ -86,7 +86,7 @@ def reconstruct_memory(
     """Measure how well each selector's memory reconstructs the gradient of past tasks on the path to the next task."""
     from hpccl.config.memory import SELECTORS
     from hpccl.report.reconstruction import markdown, write_reconstruction
-    from hpccl.train.memory_reconstruct import reconstruct_memory as find
+    from hpccl.tools.memory_reconstruct import reconstruct_memory as find
 
     out = out or run / "reconstruction"
     refuse_unwritable(out, "--out FOLDER")

@@ -48,7 +48,7 @@ def evaluate(
 ) -> None:
     """Test a run's checkpoint on all tasks and print the figures as JSON; with --posterior, also how certain it is."""
     if posterior is None:
-        from hpccl.train.evaluate_run import evaluate_run
+        from hpccl.tools.evaluate_run import evaluate_run
 
         given = {"--samples": samples, "--examples": examples, "--prior-precision": prior_precision, "--out": out}
         lost = [name for name, value in given.items() if value is not None]
@@ -57,7 +57,7 @@ def evaluate(
         typer.echo(json.dumps(evaluate_run(run, task=task, weights=weights), indent=2))
         return
     from hpccl.report.uncertainty import markdown, summary, write_uncertainty
-    from hpccl.train.uncertainty import evaluate_posterior
+    from hpccl.tools.uncertainty import evaluate_posterior
 
     if weights is not None:
         raise ConfigError(
@@ -180,7 +180,7 @@ def export(
 ) -> None:
     """Write a run's network for timm and others: model.safetensors, config.json and README.md."""
     from hpccl.report.text import size, whole
-    from hpccl.train.export import export as write
+    from hpccl.tools.export import export as write
 
     done = write(run, out, task=task, curvature=with_curvature, force=force)
     typer.echo(f"{done.folder}: {done.checkpoint}, {whole(done.num_weights)} weights, {size(done.num_bytes)}")
@@ -211,7 +211,7 @@ def merge(
 ) -> None:
     """Merge networks that started from the same weights into one, without data."""
     from hpccl.report.text import percent, whole
-    from hpccl.train.merge import merge as write
+    from hpccl.tools.merge import merge as write
 
     scales = None if weights is None else _real_numbers("--weights", weights)
     done = write(models, out, base=base, weights=scales, method=method, prior_precision=prior_precision, force=force)

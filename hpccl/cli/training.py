@@ -105,7 +105,7 @@ def adapt(
 def _refuse_folders(runs: Sequence[RunConfig], reference: RunConfig | None) -> None:
     """Check, before training, that folders are free and that a given reference is one for this adaptation."""
     from hpccl.cluster.prepare import refuse_another
-    from hpccl.train.adapt_compare import check_reference
+    from hpccl.tools.adapt_compare import check_reference
 
     if not in_step():  # there, one task may take over a folder while others check it
         for config in runs:
@@ -116,7 +116,7 @@ def _refuse_folders(runs: Sequence[RunConfig], reference: RunConfig | None) -> N
 
 def _compare(out: Path, reference: RunConfig | None) -> None:
     from hpccl.report.adaptation import markdown, write_adaptation
-    from hpccl.train.adapt_compare import compare_adaptation
+    from hpccl.tools.adapt_compare import compare_adaptation
 
     found = compare_adaptation(out, reference)
     page = write_adaptation(found, out)
@@ -186,8 +186,8 @@ def plan(
 ) -> None:
     """Predict a run's memory, communication and time on any number of processes, without training."""
     configs = configs_of(arguments)
-    from hpccl.train.plan.build import make_plan
-    from hpccl.train.plan.show import render
+    from hpccl.tools.plan.build import make_plan
+    from hpccl.tools.plan.show import render
 
     if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth > 0):
         raise ConfigError(f"--bandwidth is {bandwidth:g}; allowed: a finite number of gigabytes per second above 0")

@@ -47,7 +47,7 @@ class Uncertainty:
     chosen: whether the prior precision is the one of largest evidence
     effective_parameters: how many of num_weights the data determine
     head: the classes that competed in the run's training, own or seen
-    table: see train.uncertainty.predictions
+    table: see tools.uncertainty.predictions
     pictures: by sample, uint8 [h, w, 1 or 3]
     """
 

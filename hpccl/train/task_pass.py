@@ -21,7 +21,7 @@ __all__ = ["TaskPass"]
 
 Ints = npt.NDArray[np.int64]
 
-_GROUP = 127  # purpose of a hash (differs from those in hpccl.data.order and hpccl.train)
+_GROUP = 127  # purpose of a hash (differs from those in hpccl.data.order, hpccl.train and hpccl.tools)
 
 
 @dataclass(frozen=True)

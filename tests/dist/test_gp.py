@@ -14,7 +14,7 @@ from hpccl.errors import DataError
 from hpccl.gp.kernel import Kernel
 from hpccl.gp.likelihood import Gaussian, Softmax
 from hpccl.gp.stream import Settings, begin, learn, typical_distance
-from hpccl.train.gp_fit import fit_features
+from hpccl.tools.gp_fit import fit_features
 from tests.dist.world import run_in_world
 from tests.run.method import make_world, merged
 

@@ -12,9 +12,9 @@ import torch
 from hpccl.checkpoint.store import Mark
 from hpccl.config.load import dump
 from hpccl.dist.comm import Comm
+from hpccl.tools.merge import merge
+from hpccl.tools.uncertainty import posterior_of, predictions
 from hpccl.train.consolidate import consolidate
-from hpccl.train.merge import merge
-from hpccl.train.uncertainty import posterior_of, predictions
 from tests.dist.world import run_in_world
 from tests.run.method import make_world, merged
 

@@ -16,7 +16,7 @@ from hpccl.curvature.online import watch_squares
 from hpccl.curvature.protocols import Precision
 from hpccl.dist.comm import Comm
 from hpccl.engine.moments import local
-from hpccl.train.plan.build import make_plan
+from hpccl.tools.plan.build import make_plan
 from tests.dist.world import Result, run_in_world
 from tests.run.method import learn, make_world, merged
 

@@ -34,21 +34,21 @@ from hpccl.prior.prior import Prior
 from hpccl.report.adaptation import Adaptation, write_adaptation
 from hpccl.report.events import latest, read_events
 from hpccl.report.summary import summarise
+from hpccl.tools.adapt_compare import check_reference, compare_adaptation
+from hpccl.tools.evaluate_run import reopened
+from hpccl.tools.export import export
+from hpccl.tools.memory_map.build import map_memory
+from hpccl.tools.merge import merge
+from hpccl.tools.uncertainty import evaluate_posterior
 from hpccl.train.adapt import adaptation_task, begin_adapting, check_adaptation
-from hpccl.train.adapt_compare import check_reference, compare_adaptation
 from hpccl.train.compose import Composer, _remaining, plan_task, split
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate import evaluate_all
-from hpccl.train.evaluate_run import reopened
-from hpccl.train.export import export
 from hpccl.train.fit import fit
 from hpccl.train.loss import weighted_nats
-from hpccl.train.memory_map.build import map_memory
-from hpccl.train.merge import merge
 from hpccl.train.run import run
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
-from hpccl.train.uncertainty import evaluate_posterior
 from tests.dist.world import Result, run_in_world
 from tests.run.command import ROOT, hpccl, kill_tree, wait_for_steps
 from tests.run.method import AfterEvent, make_world, merged

@@ -23,7 +23,7 @@ from hpccl.data.stream import ImageStream
 from hpccl.dist.comm import Comm
 from hpccl.errors import ConfigError, DataError
 from hpccl.folder import RunFolder
-from hpccl.train.evaluate_run import evaluate_run, reopened
+from hpccl.tools.evaluate_run import evaluate_run, reopened
 from hpccl.train.run import run
 from tests.run.command import finish, kill_tree, start
 from tests.run.method import After, go_on, weights

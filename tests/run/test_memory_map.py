@@ -22,12 +22,12 @@ from hpccl.dist.spread import wholes
 from hpccl.errors import ConfigError, CoverageError, FolderError
 from hpccl.optim.posterior import _unlearned_ivon, curvature_key, variance
 from hpccl.report.memory_map import MemoryMap, summary, write_memory_map
-from hpccl.train.evaluate_run import evaluate_run, reopened
-from hpccl.train.memory_map.all_weights import by_all_weights
-from hpccl.train.memory_map.build import map_memory
-from hpccl.train.memory_map.found import Group
+from hpccl.tools.evaluate_run import evaluate_run, reopened
+from hpccl.tools.memory_map.all_weights import by_all_weights
+from hpccl.tools.memory_map.build import map_memory
+from hpccl.tools.memory_map.found import Group
+from hpccl.tools.uncertainty import evaluate_posterior
 from hpccl.train.score import looks
-from hpccl.train.uncertainty import evaluate_posterior
 from tests.run.command import events, finish, start, trained
 from tests.run.method import learn, make_world, merged
 
@@ -229,7 +229,7 @@ def test_two_processes_give_the_same_map(found: MemoryMap, tmp_path: Path) -> No
 def test_classes_in_turn_lose_what_all_at_once_lose(
     run: Path, found: MemoryMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpccl.train.memory_map.last_layer._GRADIENTS", 3 * 5 * 17)  # of 5 classes, three and two
+    monkeypatch.setattr("hpccl.tools.memory_map.last_layer._GRADIENTS", 3 * 5 * 17)  # of 5 classes, three and two
     assert summary(map_memory(run)) == summary(found)
 
 

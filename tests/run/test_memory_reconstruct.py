@@ -14,8 +14,8 @@ from hpccl.cli import app
 from hpccl.config.load import dump
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.reconstruction import FIGURES, Reconstruction, markdown
+from hpccl.tools.memory_reconstruct import OWN, reconstruct_memory
 from hpccl.train.fit import fit
-from hpccl.train.memory_reconstruct import OWN, reconstruct_memory
 from tests.run.command import events, trained
 from tests.run.method import learn, make_world, merged
 

@@ -18,7 +18,7 @@ from hpccl.dist.comm import Comm
 from hpccl.errors import DataError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.events import read_events
-from hpccl.train.export import export
+from hpccl.tools.export import export
 from hpccl.train.run import run
 from hpccl.train.stop import Stop
 from tests.run.method import merged

@@ -13,8 +13,8 @@ from hpccl.dist.comm import Comm
 from hpccl.errors import ConfigError
 from hpccl.folder import RunFolder
 from hpccl.report.summary import summarise
-from hpccl.train.evaluate_run import evaluate_run
-from hpccl.train.export import export
+from hpccl.tools.evaluate_run import evaluate_run
+from hpccl.tools.export import export
 from hpccl.train.run import run
 from hpccl.train.stop import Stop
 from tests.run.command import events

@@ -15,12 +15,12 @@ from hpccl.config.run import RunConfig
 from hpccl.data.rows import Request
 from hpccl.errors import ConfigError
 from hpccl.report.summary import summarise
+from hpccl.tools.evaluate_run import evaluate_run
+from hpccl.tools.export import export
+from hpccl.tools.memory_map.build import map_memory
 from hpccl.train.compose import Composer
 from hpccl.train.distill import old_heads
 from hpccl.train.evaluate import evaluate_all
-from hpccl.train.evaluate_run import evaluate_run
-from hpccl.train.export import export
-from hpccl.train.memory_map.build import map_memory
 from hpccl.train.state import World
 from tests.run.command import events
 from tests.run.method import learn, make_world

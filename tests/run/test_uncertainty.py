@@ -18,8 +18,8 @@ from hpccl.curvature.predictive import probabilities
 from hpccl.data.rows import Request
 from hpccl.errors import ConfigError, FolderError
 from hpccl.report.uncertainty import Uncertainty, summary, write_uncertainty
-from hpccl.train.evaluate_run import evaluate_run, reopened
-from hpccl.train.uncertainty import evaluate_posterior, posterior_of
+from hpccl.tools.evaluate_run import evaluate_run, reopened
+from hpccl.tools.uncertainty import evaluate_posterior, posterior_of
 from tests.run.method import learn, make_world, merged
 
 

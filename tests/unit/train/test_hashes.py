@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 # Handed on by a name of its own before it is hashed with a seed.
-OTHERS = {("hpccl.train.memory_map.build", "_SUBSAMPLE"), ("hpccl.train.memory_map.build", "_CURVATURE")}
+OTHERS = {("hpccl.tools.memory_map.build", "_SUBSAMPLE"), ("hpccl.tools.memory_map.build", "_CURVATURE")}
 
 
 def after_a_seed(source: str) -> Iterator[str]:

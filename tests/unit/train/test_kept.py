@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from hpccl.errors import ConfigError
+from hpccl.tools.plan.build import make_plan
 from hpccl.train.checks import check_memory
 from hpccl.train.compose import Composer, new_samples, plan_task, planned_steps
 from hpccl.train.consolidate import admit_first
 from hpccl.train.end_of_task import correction
 from hpccl.train.kept import held_out, kept_of_tasks, validation
-from hpccl.train.plan.build import make_plan
 from hpccl.train.run import weights_sha256
 from hpccl.train.state import World
 from tests.run.method import learn, make_world, merged

@@ -16,11 +16,11 @@ from hpccl.data.order import subset
 from hpccl.data.protocols import training_samples
 from hpccl.errors import ConfigError
 from hpccl.report.memory_map import MemoryMap, worth_showing
-from hpccl.train.evaluate_run import reopened
-from hpccl.train.memory_map.all_weights import Whole, by_all_weights
-from hpccl.train.memory_map.found import Group
-from hpccl.train.memory_map.last_layer import by_last_layer
-from hpccl.train.memory_map.tables import classes_of, memory_over_tasks, pictures, table_of, tasks_of
+from hpccl.tools.evaluate_run import reopened
+from hpccl.tools.memory_map.all_weights import Whole, by_all_weights
+from hpccl.tools.memory_map.found import Group
+from hpccl.tools.memory_map.last_layer import by_last_layer
+from hpccl.tools.memory_map.tables import classes_of, memory_over_tasks, pictures, table_of, tasks_of
 from hpccl.train.state import RunState, World
 
 __all__ = ["Kind", "map_memory"]

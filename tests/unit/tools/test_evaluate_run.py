@@ -12,8 +12,8 @@ from hpccl.checkpoint.store import Mark, load, open_shards
 from hpccl.config.load import dump
 from hpccl.errors import CheckpointError
 from hpccl.folder import RunFolder
+from hpccl.tools.evaluate_run import evaluate_run, find_checkpoint, with_newest
 from hpccl.train.evaluate import evaluate_all
-from hpccl.train.evaluate_run import evaluate_run, find_checkpoint, with_newest
 from hpccl.train.run import fresh_state
 from tests.run.method import learn, make_world, merged
 

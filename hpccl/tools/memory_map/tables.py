@@ -13,8 +13,8 @@ from hpccl.checkpoint.store import load, marks
 from hpccl.data.protocols import task_numbers
 from hpccl.errors import DataError
 from hpccl.memory.store import Memory
+from hpccl.tools.memory_map.found import Found
 from hpccl.train.evaluate import evaluate_all
-from hpccl.train.memory_map.found import Found
 from hpccl.train.pictures import thumbnail
 from hpccl.train.state import RunState, World
 

@@ -24,8 +24,8 @@ from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.adaptation import Adaptation, Cost, Network
 from hpccl.report.events import phase_parts, read_events
+from hpccl.tools.evaluate_run import reopened
 from hpccl.train.copies import open_for
-from hpccl.train.evaluate_run import reopened
 from hpccl.train.passes import shared_images, with_mirror_images
 from hpccl.train.state import RunState, World
 

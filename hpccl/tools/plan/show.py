@@ -9,7 +9,7 @@ from rich.text import Text
 
 from hpccl.report.progress import duration
 from hpccl.report.text import percent, size, whole
-from hpccl.train.plan.build import Plan
+from hpccl.tools.plan.build import Plan
 
 __all__ = ["render"]
 

@@ -23,7 +23,7 @@ from hpccl.dist.spread import Stored, whole
 from hpccl.errors import CheckpointError, ConfigError, DataError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.models.exported import CONFIG, WEIGHTS
-from hpccl.train.export import CURVATURE, described, find_finished, layer_key, refuse_other_logits
+from hpccl.tools.export import CURVATURE, described, find_finished, layer_key, refuse_other_logits
 
 __all__ = ["Curvature", "Source", "groups_of", "open_source", "open_weights", "refuse_other"]
 

@@ -27,8 +27,8 @@ from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.prior.quadratic import Quadratic
 from hpccl.report.uncertainty import Uncertainty, worth_showing
-from hpccl.train.evaluate_run import reopened
-from hpccl.train.export import find_finished, no_curvature, refuse_other_curvature, refuse_other_logits
+from hpccl.tools.evaluate_run import reopened
+from hpccl.tools.export import find_finished, no_curvature, refuse_other_curvature, refuse_other_logits
 from hpccl.train.passes import shared_images, with_mirror_images
 from hpccl.train.pictures import thumbnail
 from hpccl.train.state import RunState, World

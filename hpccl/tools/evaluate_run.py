@@ -19,10 +19,10 @@ from hpccl.errors import CheckpointError, ConfigError, DataError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
+from hpccl.tools.export import refuse_other_logits
+from hpccl.tools.merge_sources import difference, open_weights
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate import evaluate_all
-from hpccl.train.export import refuse_other_logits
-from hpccl.train.merge_sources import difference, open_weights
 from hpccl.train.run import fresh_state
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop

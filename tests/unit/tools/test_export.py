@@ -25,9 +25,9 @@ from hpccl.data.build import open_stream, outline
 from hpccl.data.rows import Request
 from hpccl.errors import CheckpointError, ConfigError, DataError, FolderError
 from hpccl.models.exported import load_exported
-from hpccl.train.export import export
+from hpccl.tools.export import export
+from hpccl.tools.merge import merge
 from hpccl.train.fit import fit
-from hpccl.train.merge import merge
 from hpccl.train.state import RunState
 from tests.run.method import make_world, merged
 

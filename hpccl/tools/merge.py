@@ -25,8 +25,8 @@ from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.folder import replacing_folder
 from hpccl.models.build import skeleton
 from hpccl.models.exported import CONFIG, WEIGHTS
-from hpccl.train.export import README, refuse_what_is_there, write_text
-from hpccl.train.merge_sources import Curvature, Source, groups_of, open_source, open_weights, refuse_other
+from hpccl.tools.export import README, refuse_what_is_there, write_text
+from hpccl.tools.merge_sources import Curvature, Source, groups_of, open_source, open_weights, refuse_other
 
 __all__ = ["Merged", "Method", "merge"]
 

@@ -36,11 +36,11 @@ from hpccl.engine.deepspeed_start import _settings
 from hpccl.errors import ConfigError, CoverageError, DataError
 from hpccl.models.build import build_model
 from hpccl.models.dropout import set_noise
+from hpccl.tools.plan.build import make_plan
+from hpccl.tools.plan.curvature import listed_terms, pair_bytes, plan_curvature, sent_numbers
+from hpccl.tools.plan.network import look, moments
+from hpccl.tools.plan.spread import Spread, elements, held, sent
 from hpccl.train.compose import planned_steps
-from hpccl.train.plan.build import make_plan
-from hpccl.train.plan.curvature import listed_terms, pair_bytes, plan_curvature, sent_numbers
-from hpccl.train.plan.network import look, moments
-from hpccl.train.plan.spread import Spread, elements, held, sent
 from tests.run.method import merged
 
 SHAPES = [(64, 3, 7, 7), (10, 64), (10,)]
@@ -425,7 +425,7 @@ def test_a_layer_that_is_called_twice_is_not_factored() -> None:
 
     from collections import Counter
 
-    from hpccl.train.plan.network import _counting, _layouts
+    from hpccl.tools.plan.network import _counting, _layouts
 
     model, calls = Twice(), Counter[str]()
     with _counting(model, calls):

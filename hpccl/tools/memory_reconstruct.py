@@ -34,8 +34,8 @@ from hpccl.memory.store import Memory
 from hpccl.prior.prior import Prior
 from hpccl.prior.reconstruct import compare_gradients
 from hpccl.report.reconstruction import Reconstruction
+from hpccl.tools.evaluate_run import find_checkpoint, reopened
 from hpccl.train.consolidate import select
-from hpccl.train.evaluate_run import find_checkpoint, reopened
 from hpccl.train.measure import measure
 from hpccl.train.reconstruction import prior_gradients, true_gradient
 from hpccl.train.soft_labels import relabel

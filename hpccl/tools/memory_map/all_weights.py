@@ -25,12 +25,12 @@ from hpccl.curvature.protocols import Examples, Precision
 from hpccl.dist.spread import wholes
 from hpccl.errors import CoverageError, DataError, FolderError
 from hpccl.memory.perturbation import Variance, perturbed
-from hpccl.train.memory_map.found import Found, Group, joined
+from hpccl.tools.memory_map.found import Found, Group, joined
+from hpccl.tools.uncertainty import measured_past
 from hpccl.train.passes import shared_images
 from hpccl.train.score import competing
 from hpccl.train.state import RunState, World
 from hpccl.train.task_pass import TaskPass
-from hpccl.train.uncertainty import measured_past
 from hpccl.train.variance import only_classes, refuse_large_jacobians
 
 __all__ = ["Whole", "by_all_weights"]

@@ -24,7 +24,7 @@ from hpccl.errors import CheckpointError, FolderError
 from hpccl.kron.eigen import Eigen
 from hpccl.kron.merge import refit
 from hpccl.kron.pair import Pair
-from hpccl.train.curvature_show import read_curvature
+from hpccl.tools.curvature_show import read_curvature
 from tests.run.method import learn, make_world, merged
 
 TINY = {"train": {"epochs": 1}, "model": {"kind": "mlp", "hidden": [6]}}
@@ -138,7 +138,7 @@ def test_what_is_left_to_the_diagonal_is_named(run: Run) -> None:
 def test_spectra_only_where_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = run("pair")
     assert all(layer.largest is None and layer.rank_a is None for layer in read_curvature(folder, spectra=False).layers)
-    monkeypatch.setattr("hpccl.train.curvature_show.FAST", 10)
+    monkeypatch.setattr("hpccl.tools.curvature_show.FAST", 10)
     assert [layer.largest is None for layer in read_curvature(folder).layers] == [True, False]
     assert [layer.largest is None for layer in read_curvature(folder, spectra=True).layers] == [False, False]
     assert "–: not computed; --spectra" in CliRunner().invoke(app, ["curvature", "show", str(folder)]).output

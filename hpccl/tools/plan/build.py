@@ -16,13 +16,13 @@ from hpccl.data.outline import Outline
 from hpccl.dist.mesh import pick_device
 from hpccl.models.build import refuse_sizes
 from hpccl.report.text import size
+from hpccl.tools.plan.curvature import CurvaturePlan, plan_curvature
+from hpccl.tools.plan.measure import Rates, measure
+from hpccl.tools.plan.network import Network, forward_flops, look, moments
+from hpccl.tools.plan.spread import FLOAT, Spread, all_reduce, elements, held, rows, sent
 from hpccl.train.checks import check_memory
 from hpccl.train.compose import num_new, planned
 from hpccl.train.kept import kept_of_tasks, num_learned
-from hpccl.train.plan.curvature import CurvaturePlan, plan_curvature
-from hpccl.train.plan.measure import Rates, measure
-from hpccl.train.plan.network import Network, forward_flops, look, moments
-from hpccl.train.plan.spread import FLOAT, Spread, all_reduce, elements, held, rows, sent
 
 __all__ = ["Held", "Plan", "Sent", "Spent", "Views", "make_plan"]
 

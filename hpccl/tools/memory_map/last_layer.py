@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hpccl.errors import ConfigError, DataError, DivergedError
 from hpccl.memory.perturbation import best_prior_precision, perturbed, top_layer_variance
 from hpccl.memory.score import TopLayer, output_curvature
-from hpccl.train.memory_map.found import Found, Group, joined
+from hpccl.tools.memory_map.found import Found, Group, joined
 from hpccl.train.score import competing, last_layer, looks
 from hpccl.train.state import RunState, World
 

@@ -36,8 +36,8 @@ from hpccl.kron.eigen import Eigen, symmetric_eigh
 from hpccl.kron.factor import Dense, Factor, LowRank
 from hpccl.kron.pair import Pair
 from hpccl.report.text import fixed, percent, size, whole
-from hpccl.train.evaluate_run import find_checkpoint
-from hpccl.train.export import no_curvature
+from hpccl.tools.evaluate_run import find_checkpoint
+from hpccl.tools.export import no_curvature
 
 __all__ = ["Layer", "Shown", "read_curvature", "render"]
 

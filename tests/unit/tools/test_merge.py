@@ -23,11 +23,11 @@ from hpccl.compat import import_timm
 from hpccl.config.load import dump
 from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.models.exported import load_exported
+from hpccl.tools.evaluate_run import evaluate_run
+from hpccl.tools.export import export
+from hpccl.tools.merge import merge
 from hpccl.train.consolidate import consolidate
-from hpccl.train.evaluate_run import evaluate_run
-from hpccl.train.export import export
 from hpccl.train.fit import fit
-from hpccl.train.merge import merge
 from tests.run.method import make_world, merged
 
 Trained = Callable[..., Path]
@@ -289,7 +289,7 @@ def test_the_command(trained: Trained, tmp_path: Path) -> None:
 _PEAK = """
 import resource, sys
 from pathlib import Path
-from hpccl.train.merge import merge
+from hpccl.tools.merge import merge
 import scipy.sparse.linalg
 folder = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -29,7 +29,7 @@ from hpccl.curvature.kronecker import layout_parts
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
 from hpccl.kron.pack import packed_size
-from hpccl.train.plan.spread import FLOAT, Spread, all_reduce, rows
+from hpccl.tools.plan.spread import FLOAT, Spread, all_reduce, rows
 
 __all__ = ["CurvaturePlan", "plan_curvature"]
 

@@ -27,8 +27,8 @@ from hpccl.gp.stream import Settings, State, begin, learn, typical_distance
 from hpccl.report.metrics import accuracy, expected_calibration_error, negative_log_likelihood
 from hpccl.report.text import fixed, markdown_table, percent, whole
 from hpccl.report.write import write_json, write_text
-from hpccl.train.evaluate_run import reopened
-from hpccl.train.export import find_finished
+from hpccl.tools.evaluate_run import reopened
+from hpccl.tools.export import find_finished
 from hpccl.train.score import last_layer, looks
 from hpccl.train.state import RunState, World
 
