@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
@@ -17,20 +17,11 @@ from hpccl.report import plots
 from hpccl.report.events import Event, number, read_events
 from hpccl.report.pictures import memory_grids
 from hpccl.report.summary import PhaseCost, RunReport, phase_totals, read_config, summarise_events
-from hpccl.report.text import fixed, markdown_table, percent, signed, size, time_span, whole
+from hpccl.report.text import TextTable, fixed, markdown_table, percent, signed, size, time_span, whole
 
 __all__ = ["page", "render_html", "render_markdown", "report_if_writable", "report_run", "write_json", "write_text"]
 
-Rows: TypeAlias = list[list[str]]
-
 _NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
-_PHASES = ["task", "phase", "time", "images", "images/s", "peak memory"]
-_TASKS = ["task", "name", "classes", "training images", "test images"]
-_MEMORY = ["after task", "examples", "all bytes", "of soft labels", "soft label agrees with the true one"]
-_CURVATURE = ["task", "kind", "trace", "examples", "parameters", "size", "of one rank", "terms", "error"]
-_RECONSTRUCTION = ["after task", "term", "cosine", "relative error", "norm", "true norm"]
-_CHECKPOINTS = ["task", "saved", "last size", "time"]
-_SKIPPED = ["split", "sample", "name", "reason"]
 
 
 def report_run(folder: Path) -> dict[str, Any]:
@@ -151,8 +142,22 @@ def _on_validation(share: float) -> str:
     return f"Not on test images: measured on {100 * share:g} % of the training images, held out of training."
 
 
-def _task_rows(report: RunReport) -> Rows:
-    return [
+def _tables(report: RunReport) -> dict[str, TextTable]:
+    """Return the tables of both formats by name, those without rows included."""
+    return {
+        "tasks": _tasks(report),
+        "reconstruction": _reconstruction(report),
+        "memory": _memory(report),
+        "curvature": _curvature(report),
+        "phases": _phases(report.phases),
+        "cost": _cost(phase_totals(report.phases)),
+        "checkpoints": _checkpoints(report),
+        "skipped": _skipped(report),
+    }
+
+
+def _tasks(report: RunReport) -> TextTable:
+    rows = [
         [
             str(task["task"] + 1),
             str(task.get("name", "")),
@@ -162,12 +167,17 @@ def _task_rows(report: RunReport) -> Rows:
         ]
         for task in report.tasks
     ]
+    return TextTable("Tasks", ["task", "name", "classes", "training images", "test images"], rows, left=2)
 
 
-def _phase_rows(phases: Sequence[PhaseCost]) -> Rows:
-    return [
+def _phases(phases: Sequence[PhaseCost]) -> TextTable:
+    rows = [[str(phase.task + 1), *row] for phase, row in zip(phases, _cost(phases).rows, strict=True)]
+    return TextTable("By task", ["task", *_cost([]).header], rows, left=2)
+
+
+def _cost(phases: Sequence[PhaseCost]) -> TextTable:
+    rows = [
         [
-            str(phase.task + 1),
             phase.phase,
             time_span(phase.seconds),
             whole(phase.images or None),
@@ -176,10 +186,11 @@ def _phase_rows(phases: Sequence[PhaseCost]) -> Rows:
         ]
         for phase in phases
     ]
+    return TextTable("Cost", ["phase", "time", "images", "images/s", "peak memory"], rows)
 
 
-def _memory_rows(report: RunReport) -> Rows:
-    return [
+def _memory(report: RunReport) -> TextTable:
+    rows = [
         [
             str(memory["task"] + 1),
             whole(sum(memory.get("per_task") or [])),
@@ -189,10 +200,12 @@ def _memory_rows(report: RunReport) -> Rows:
         ]
         for memory in report.memory
     ]
+    header = ["after task", "examples", "all bytes", "of soft labels", "soft label agrees with the true one"]
+    return TextTable("Memory", header, rows)
 
 
-def _curvature_rows(report: RunReport) -> Rows:
-    return [
+def _curvature(report: RunReport) -> TextTable:
+    rows = [
         [
             str(found["task"] + 1),
             str(found.get("kind", "")),
@@ -206,10 +219,12 @@ def _curvature_rows(report: RunReport) -> Rows:
         ]
         for found in report.curvature
     ]
+    header = ["task", "kind", "trace", "examples", "parameters", "size", "of one rank", "terms", "error"]
+    return TextTable("Curvature", header, rows, left=2)
 
 
-def _reconstruction_rows(report: RunReport) -> Rows:
-    return [
+def _reconstruction(report: RunReport) -> TextTable:
+    rows = [
         [
             str(measured["task"] + 1),
             term,
@@ -222,13 +237,15 @@ def _reconstruction_rows(report: RunReport) -> Rows:
         for term, errors in measured["terms"].items()
         if errors is not None
     ]
+    header = ["after task", "term", "cosine", "relative error", "norm", "true norm"]
+    return TextTable("Gradient-reconstruction error", header, rows, left=2)
 
 
-def _checkpoint_rows(report: RunReport) -> Rows:
+def _checkpoints(report: RunReport) -> TextTable:
     by_task: dict[int, list[Mapping[str, Any]]] = {}
     for checkpoint in report.checkpoints:
         by_task.setdefault(checkpoint["task"], []).append(checkpoint)
-    return [
+    rows = [
         [
             str(task + 1),
             str(len(saved)),
@@ -237,10 +254,13 @@ def _checkpoint_rows(report: RunReport) -> Rows:
         ]
         for task, saved in by_task.items()
     ]
+    return TextTable("Checkpoints", ["task", "saved", "last size", "time"], rows)
 
 
-def _skipped_rows(report: RunReport) -> Rows:
-    return [[str(skipped.get(key, "")) for key in _SKIPPED] for skipped in report.skipped_examples]
+def _skipped(report: RunReport) -> TextTable:
+    header = ["split", "sample", "name", "reason"]
+    rows = [[str(skipped.get(key, "")) for key in header] for skipped in report.skipped_examples]
+    return TextTable(f"Skipped images: {report.skipped}", header, rows, left=4)
 
 
 def _origin(report: RunReport) -> list[tuple[str, str]]:
@@ -270,29 +290,22 @@ def render_markdown(report: RunReport) -> str:
     sections += [f"> {_on_validation(report.validation)}\n"] if report.validation else []
     sections += [f"> {report.message}\n"] if report.message else []
     sections += [markdown_table(["figure", "value"], [[label, value] for value, label in _figures(report)])]
-    tables = [
-        ("Accuracy, task-incremental", *_matrix_table(report.accuracy_matrix), 1),
-        ("Accuracy, class-incremental", *_matrix_table(report.accuracy_matrix_class_incremental), 1),
-        ("Tasks", _TASKS, _task_rows(report), 2),
-        ("Gradient-reconstruction error", _RECONSTRUCTION, _reconstruction_rows(report), 2),
-        ("Memory", _MEMORY, _memory_rows(report), 1),
-        ("Curvature", _CURVATURE, _curvature_rows(report), 2),
-        ("Cost", _PHASES[1:], [row[1:] for row in _phase_rows(phase_totals(report.phases))], 1),
-        ("Checkpoints", _CHECKPOINTS, _checkpoint_rows(report), 1),
-        (f"Skipped images: {report.skipped}", _SKIPPED, _skipped_rows(report), 4),
+    tables = _tables(report)
+    del tables["phases"]
+    matrices = [
+        _matrix_table("Accuracy, task-incremental", report.accuracy_matrix),
+        _matrix_table("Accuracy, class-incremental", report.accuracy_matrix_class_incremental),
     ]
-    sections += [
-        f"## {title}\n\n{markdown_table(header, rows, left=left)}" for title, header, rows, left in tables if rows
-    ]
+    sections += [f"## {table.title}\n\n{table.markdown()}" for table in (*matrices, *tables.values()) if table.rows]
     sections += ["## Where this comes from\n\n" + "".join(f"- {name}: {value}\n" for name, value in _origin(report))]
     return "\n".join(sections)
 
 
-def _matrix_table(rows: Sequence[Sequence[float | None]]) -> tuple[list[str], Rows]:
-    """Return header and rows in percent, without rows that were not measured."""
+def _matrix_table(title: str, rows: Sequence[Sequence[float | None]]) -> TextTable:
+    """Return a table in percent, without rows that were not measured."""
     header = ["after task", *(str(task + 1) for task in range(len(rows)))]
     measured = [(task, row) for task, row in enumerate(rows) if any(value is not None for value in row)]
-    return header, [[str(task + 1), *(percent(value) for value in row)] for task, row in measured]
+    return TextTable(title, header, [[str(task + 1), *(percent(value) for value in row)] for task, row in measured])
 
 
 # ---------------------------------------------------------------- HTML
@@ -306,7 +319,6 @@ def render_html(report: RunReport, events: Sequence[Mapping[str, Any]], folder: 
         events: for the loss curves.
         folder: of the run, for the configuration and the pictures of the memory.
     """
-    phases = _phase_rows(report.phases)
     return page(
         "run.html.j2",
         report=report,
@@ -319,22 +331,8 @@ def render_html(report: RunReport, events: Sequence[Mapping[str, Any]], folder: 
         calibration_plot=plots.calibration(report.calibration, "accuracy by confidence, in both settings"),
         loss_plot=plots.loss_curves(events, "loss and its terms over steps"),
         reconstruction_plot=plots.reconstruction(report.reconstruction, "gradient-reconstruction error over tasks"),
-        task_header=_TASKS,
-        task_rows=_task_rows(report),
-        reconstruction_header=_RECONSTRUCTION,
-        reconstruction_rows=_reconstruction_rows(report),
-        memory_header=_MEMORY,
-        memory_rows=_memory_rows(report),
+        tables=_tables(report),
         grids=_grids(report, folder),
-        curvature_header=_CURVATURE,
-        curvature_rows=_curvature_rows(report),
-        phase_header=_PHASES,
-        phase_rows=phases,
-        total_rows=[row[1:] for row in _phase_rows(phase_totals(report.phases))],
-        checkpoint_header=_CHECKPOINTS,
-        checkpoint_rows=_checkpoint_rows(report),
-        skipped_header=_SKIPPED,
-        skipped_rows=_skipped_rows(report),
         origin=_origin(report),
         config_text=_config_text(folder),
     )
