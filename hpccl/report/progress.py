@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self, TextIO
 
@@ -17,7 +18,7 @@ from rich.table import Column
 
 from hpccl.output import discard, say
 
-__all__ = ["LiveDisplay", "PlainDisplay", "Progress", "QuietDisplay", "duration", "make_progress"]
+__all__ = ["LiveDisplay", "PlainDisplay", "Progress", "QuietDisplay", "Reading", "duration", "make_progress"]
 
 
 def duration(seconds: float | None) -> str:
@@ -33,21 +34,30 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How far a phase is.
+
+    step: steps done; epoch: epochs done
+    terms: nats per training example by name, one of which may be `loss`
+    images_per_second: since the last reading; eta_seconds: time left
+    """
+
+    step: int
+    epoch: float
+    terms: Mapping[str, float]
+    images_per_second: float
+    eta_seconds: float
+
+
 class Progress(Protocol):
     """A display of a run's progress. A context manager; every method is cheap enough to be called at every step."""
 
     def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
         """Begin a phase of a task, or continue it at step `start` after a resume."""
 
-    def update(
-        self,
-        step: int,
-        epoch: float | None = None,
-        terms: Mapping[str, float] | None = None,
-        images_per_second: float | None = None,
-        eta_seconds: float | None = None,
-    ) -> None:
-        """Show that `step` steps of the phase are done. Terms are nats per training example; one may be `loss`."""
+    def update(self, reading: Reading) -> None:
+        """Show how far the phase is."""
 
     def message(self, text: str) -> None:
         """Print a line that stays."""
@@ -83,14 +93,7 @@ class QuietDisplay:
     def begin(self, task_name: str, phase: str, total_steps: int, start: int = 0) -> None:
         """See Progress."""
 
-    def update(
-        self,
-        step: int,
-        epoch: float | None = None,
-        terms: Mapping[str, float] | None = None,
-        images_per_second: float | None = None,
-        eta_seconds: float | None = None,
-    ) -> None:
+    def update(self, reading: Reading) -> None:
         """See Progress."""
 
     def message(self, text: str) -> None:
@@ -125,24 +128,15 @@ class PlainDisplay:
         self._last = self._clock()
         self._print(f"{self._place} step={start}/{total_steps}")
 
-    def update(
-        self,
-        step: int,
-        epoch: float | None = None,
-        terms: Mapping[str, float] | None = None,
-        images_per_second: float | None = None,
-        eta_seconds: float | None = None,
-    ) -> None:
+    def update(self, reading: Reading) -> None:
         """See Progress."""
         now = self._clock()
-        if now - self._last < self._interval and step < self._total:
+        if now - self._last < self._interval and reading.step < self._total:
             return
         self._last = now
-        parts = [f"{self._place} step={step}/{self._total}"]
-        parts += [] if epoch is None else [f"epoch={epoch:.2f}"]
-        parts += [f"{name}={value:.4g}" for name, value in (terms or {}).items()]
-        parts += [] if images_per_second is None else [f"images_per_second={images_per_second:.0f}"]
-        parts += [] if eta_seconds is None else [f"eta={duration(eta_seconds)}"]
+        parts = [f"{self._place} step={reading.step}/{self._total} epoch={reading.epoch:.2f}"]
+        parts += [f"{name}={value:.4g}" for name, value in reading.terms.items()]
+        parts += [f"images_per_second={reading.images_per_second:.0f} eta={duration(reading.eta_seconds)}"]
         self._print(" ".join(parts))
 
     def message(self, text: str) -> None:
@@ -197,25 +191,17 @@ class LiveDisplay:
         self._total, self._last = total_steps, -float("inf")
         self._bar = self._progress.add_task(name, total=total_steps or None, completed=start, detail="")
 
-    def update(
-        self,
-        step: int,
-        epoch: float | None = None,
-        terms: Mapping[str, float] | None = None,
-        images_per_second: float | None = None,
-        eta_seconds: float | None = None,
-    ) -> None:
+    def update(self, reading: Reading) -> None:
         """See Progress."""
         now = self._clock()
-        if self._bar is None or (now - self._last < self._REDRAW and step < self._total):
+        if self._bar is None or (now - self._last < self._REDRAW and reading.step < self._total):
             return
         self._last = now
         # The most important comes first: a narrow terminal cuts off the end.
-        parts = [] if eta_seconds is None else [f"{duration(eta_seconds)} left"]
-        parts += [] if epoch is None else [f"epoch {epoch:.2f}"]
-        parts += [] if images_per_second is None else [f"{images_per_second:,.0f} images/s"]
-        parts += [f"{escape(name)} {value:.3f}" for name, value in (terms or {}).items()]
-        self._progress.update(self._bar, completed=step, detail="  ".join(parts))
+        parts = [f"{duration(reading.eta_seconds)} left", f"epoch {reading.epoch:.2f}"]
+        parts += [f"{reading.images_per_second:,.0f} images/s"]
+        parts += [f"{escape(name)} {value:.3f}" for name, value in reading.terms.items()]
+        self._progress.update(self._bar, completed=reading.step, detail="  ".join(parts))
 
     def message(self, text: str) -> None:
         """See Progress."""

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from hpccl.report.progress import LiveDisplay, PlainDisplay, Progress, QuietDisplay, make_progress
+from hpccl.report.progress import LiveDisplay, PlainDisplay, Progress, QuietDisplay, Reading, make_progress
 
 
 class Terminal(io.StringIO):
@@ -28,7 +28,7 @@ def run(progress: Progress, steps: int) -> None:
     with progress:
         progress.begin("digits [0]", "fit", steps, 0)
         for step in range(1, steps + 1):
-            progress.update(step, step / 10, {"loss": 0.5, "new": 0.25}, 1234.5, 75.0)
+            progress.update(Reading(step, step / 10, {"loss": 0.5, "new": 0.25}, 1234.5, 75.0))
         progress.message("task 1 of 2 is learned [ok]")
 
 
@@ -49,7 +49,7 @@ def test_plain_lines_come_now_and_then_and_at_the_end() -> None:
     display.begin("my task", "fit", 100, 20)
     for step in range(21, 101):
         clock.now += 0.25
-        display.update(step, step / 50, {"loss": 1.25}, 400.0, (100 - step) / 4)
+        display.update(Reading(step, step / 50, {"loss": 1.25}, 400.0, (100 - step) / 4))
     lines = stream.getvalue().splitlines()
     assert lines == [
         "task=my_task phase=fit step=20/100",
@@ -81,7 +81,7 @@ def test_a_phase_follows_another() -> None:
     with make_progress(stream=stream) as progress:
         progress.begin("a", "fit", 10)
         progress.begin("a", "evaluate", 0)
-        progress.update(1)
+        progress.update(Reading(1, 0.5, {}, 100.0, 10.0))
     assert "evaluate" in stream.getvalue()
 
 
@@ -91,5 +91,5 @@ def test_few_updates_are_shown(stream: io.StringIO) -> None:
     with make_progress(stream=stream) as progress:
         progress.begin("a", "fit", 10**9)
         for step in range(20_000):
-            progress.update(step, 0.1, {"loss": 0.5}, 100.0, 10.0)
+            progress.update(Reading(step, 0.1, {"loss": 0.5}, 100.0, 10.0))
     assert stream.getvalue().count("loss") < 1000
