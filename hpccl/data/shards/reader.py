@@ -254,7 +254,7 @@ class _Files:
                 return _Descriptor(str(self.cache.shard(self.place, entry)))
         raise DataError(
             f"'{entry.file}' was deleted {_SNATCHED} times before it could be opened: data.shard_gib is too small for "
-            "the shards that all processes of this machine read at a time; raise it, or set data.shuffle_window"
+            "the shards that all processes of this machine read at a time; raise it to what the shards of a task take"
         )
 
     def index(self, manifest: Manifest) -> bytes:
