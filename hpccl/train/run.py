@@ -231,13 +231,14 @@ def _refuse_lost(world: World) -> None:
 
 
 def _with_copies(state: RunState, world: World) -> World:
-    """With memory.keep=copy, drop unneeded copies, reopen the stream on the others, and check that no image is missing.
+    """With memory.keep=copy, drop copies that a finished task left unneeded, reopen the stream, and check all images.
 
     Collective.
     """
     if world.config.memory.keep == "reference":
         return world
-    drop_images(state.prior.memory, world)
+    if state.mark.phase == "done":  # earlier, memory may be chosen but not copied yet: older copies are all there is
+        drop_images(state.prior.memory, world)
     world = reopened_stream(world)
     check_images(_first_task(world.config, world.stream, state.mark), state, world)
     return world

@@ -25,6 +25,7 @@ from hpccl.errors import ConfigError, DataError
 from hpccl.folder import RunFolder
 from hpccl.train.evaluate_run import evaluate_run, reopened
 from hpccl.train.run import run
+from hpccl.train.stop import Stop
 from tests.run.command import finish, kill_tree, start
 from tests.run.method import After, go_on, weights
 from tests.unit.data.tiny_images import tiny_set, write_folder
@@ -100,6 +101,30 @@ def test_first_shards_go_and_the_run_ends_the_same(shards: Path, tmp_path: Path,
     assert weights(tmp_path / "run") == expected
     assert verify(tmp_path / "run" / "memory" / "shards") == []
     assert evaluate_run(tmp_path / "run")["tasks"]
+
+
+class InTask(Stop):
+    """Stops a run once it has saved a state of task 1's training."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.checkpoints = folder / "checkpoints"
+
+    def requested(self, comm: Comm) -> bool:
+        if list(self.checkpoints.glob("task-001-fit*")):
+            self.request("preempted")
+        return super().requested(comm)
+
+
+def test_stopped_in_a_task_whose_memory_is_chosen_before_it(shards: Path, tmp_path: Path) -> None:
+    """While it trains, GDumb has less of earlier tasks than was copied; these copies are all that is left of them."""
+    expected = whole(shards, tmp_path, *GDUMB)
+    config = config_of(shards, tmp_path / "run", *GDUMB)
+    assert go_on(config, 1) == "stopped"
+    shutil.rmtree(shards / "one" / "train")
+    assert run(config, Comm.solo(), InTask(tmp_path / "run"), quiet=True) == "stopped"
+    assert go_on(config) == "done"
+    assert weights(tmp_path / "run") == expected
 
 
 def test_copies_are_the_images_of_the_memory_as_stored(shards: Path, tmp_path: Path) -> None:
