@@ -23,6 +23,7 @@ from hpccl.data.stream import ImageStream
 from hpccl.dist.comm import Comm
 from hpccl.errors import ConfigError, DataError
 from hpccl.folder import RunFolder
+from hpccl.train.copies import copies_advised, open_for
 from hpccl.train.evaluate_run import evaluate_run, reopened
 from hpccl.train.run import run
 from hpccl.train.stop import Stop
@@ -249,6 +250,20 @@ def test_shards_go_while_the_run_goes_on(shards: Path, tmp_path: Path) -> None:
     assert run(config, Comm.solo(), Removes(tmp_path / "run", 1), quiet=True) == "done"
     assert not (shards / "one" / "train").exists()
     assert weights(tmp_path / "run") == expected
+
+
+def test_copies_are_advised_where_memory_would_be_downloaded_again(shards: Path, tmp_path: Path) -> None:
+    small = ("data.shard_gib=1e-5", "memory.keep=reference")
+    config = config_of(shards, tmp_path / "run", *small, "data.storage=encoded", url=True)
+    stream = open_for(config, RunFolder(tmp_path / "run"))
+    assert stream.fetched == sum(file.stat().st_size for file in shards.glob("*/train/*.tar")) > 1e-5 * 2**30
+    advice = copies_advised(config, stream)
+    assert advice is not None
+    assert "set memory.keep=copy" in advice
+    for more in (("memory.keep=copy",), ("data.shard_gib=1",), ("memory.size=0", "prior.replay=0")):
+        assert copies_advised(config_of(shards, tmp_path / "run", *small, *more, url=True), stream) is None
+    for other in (config_of(shards, tmp_path / "run", *small), load([], ["memory.size=10"])):
+        assert open_for(other, RunFolder(tmp_path / "run")).fetched == 0
 
 
 def test_digits_cannot_be_copied() -> None:
