@@ -124,7 +124,7 @@ class ImageStream:
 
     @property
     def fetched(self) -> int:
-        """Bytes of the training shards that are fetched from URLs whenever they are read; 0 if they are decoded once."""
+        """Bytes of training shards that are fetched from URLs whenever they are read; 0 if images are decoded once."""
         if isinstance(self.source, DecodedImages):
             return 0
         return sum(entry.bytes for shards in self.shards if shards.remote for entry in shards.manifest.shards)

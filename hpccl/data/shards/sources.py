@@ -3,7 +3,7 @@
 Nothing is extracted: a scan finds file and position of each image's bytes, and any process can read them from there.
 Every image has a path within the source, in which an inner tar counts as a folder:
 
-    [wrapper/][train|test|val/]class/.../image.jpg
+    [wrapper/...][train|test|val/]class/.../image.jpg
 
 If a file gives the labels, folders are ignored.
 """
@@ -29,6 +29,9 @@ from hpccl.errors import DataError
 __all__ = ["SPLITS", "Listing", "Member", "SourceReader", "scan"]
 
 SPLITS = ("train", "test", "val")
+
+# Folders of these names are splits, whatever their case, and never all classes of a source.
+_LIKE_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 _IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm)$", re.IGNORECASE)
 _TAR = re.compile(r"\.tar$", re.IGNORECASE)
@@ -303,12 +306,12 @@ def _pread(file: BinaryIO, offset: int, length: int) -> bytes:
 
 def _arrange(members: list[Member], source: Path) -> Listing:
     paths = [tuple(member.name.split("/")) for member in members]
-    top = {path[0] for path in paths}
-    if len(top) == 1 and not top <= set(SPLITS) and all(len(path) >= 3 for path in paths):
-        paths = [path[1:] for path in paths]  # the folder that was packed
+    while len(top := {path[0] for path in paths}) == 1 and not top <= set(SPLITS) and min(map(len, paths)) >= 3:
+        paths = [path[1:] for path in paths]  # the folder that was packed, and those around it
     has_splits = _has_splits(paths)
     if not has_splits:
         _refuse_half_splits(paths, source)
+        _refuse_hidden_splits(paths, source)
     listing: Listing = {}
     for path, member in zip(paths, members, strict=True):
         if len(path) < 2 + has_splits:
@@ -359,6 +362,18 @@ def _refuse_half_splits(paths: Sequence[tuple[str, ...]], source: Path) -> None:
             f"'{others[0]}' lies beside '{splits[0]}' in '{source}', which contains class folders: the top "
             f"folders must all be splits ({', '.join(SPLITS)}) or all be classes; rename '{others[0]}' or take it out"
         )
+
+
+def _refuse_hidden_splits(paths: Sequence[tuple[str, ...]], source: Path) -> None:
+    """Refuse folders that are splits by their names but would be taken for classes, or for folders within classes."""
+    for depth in range(min(map(len, paths)) - 1):
+        names = sorted({path[depth] for path in paths})
+        if {name.lower() for name in names} <= _LIKE_SPLITS:
+            raise DataError(
+                f"all images of '{source}' lie in folders called {', '.join(names)}, which are splits, not classes: "
+                f"the top folders must be called {', '.join(SPLITS)} and contain class folders; rename or move them, "
+                "or build each split from its own folder (--split NAME; without class folders, --labels FILE)"
+            )
 
 
 def _has_splits(paths: Iterable[tuple[str, ...]]) -> bool:

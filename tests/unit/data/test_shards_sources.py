@@ -57,6 +57,30 @@ def test_a_packed_outer_folder_and_junk_are_ignored(tmp_path: Path) -> None:
     assert contents(source, scan(source)) == expected(files)
 
 
+def test_splits_are_found_below_several_outer_folders(tmp_path: Path) -> None:
+    """As in Kaggle's archive of ImageNet."""
+    files = tiny_set(splits=("train", "val"))
+    packed = {f"ILSVRC/Data/CLS-LOC/{path}": data for path, data in files.items()}
+    for source in (write_zip(tmp_path / "set.zip", packed), write_folder(tmp_path / "set", packed)):
+        assert contents(source, scan(source)) == expected(files)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["Train/{0}/a.png", "Test/{0}/a.png"], "Test, Train"),
+        (["a/b/training/{0}/a.png", "a/b/validation/{0}/a.png"], "training, validation"),
+        (["ILSVRC/Data/train/{0}/a.png", "ILSVRC/Data/val/{0}.png"], "train, val"),
+        (["{0}/train/a.png", "{0}/test/a.png"], "test, train"),
+        (["cifar/train/{0}/a.png", "mnist/train/{0}/a.png"], "train"),
+    ],
+)
+def test_splits_are_not_taken_for_classes(tmp_path: Path, names: list[str], found: str) -> None:
+    files = {name.format(label): b"x" for name in names for label in ("cat", "dog")}
+    with pytest.raises(DataError, match=rf"lie in folders called {found}, which are splits, not classes"):
+        scan(write_folder(tmp_path / "set", files))
+
+
 def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
     files = {path.replace("class_0", "train"): data for path, data in tiny_set(splits=("",)).items()}
     assert set(scan(write_folder(tmp_path / "set", files))[""]) == {"train", "class_1", "class_2"}
