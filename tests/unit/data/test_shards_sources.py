@@ -32,6 +32,20 @@ def expected(files: dict[str, bytes]) -> dict[str, dict[str, list[bytes]]]:
     return result
 
 
+def test_files_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    """By suffix, in class folders; text beside images is no image that somebody may miss."""
+    files = {f"{label}/{number}.{kind}": b"x" for label in "ab" for number, kind in enumerate(("jpg", "avif", "XML"))}
+    files |= {"a/4.JP2": b"x", "b/name": b"x", "licence.pdf": b"x", "a/._4.avif": b"x"}
+    (tmp_path / "set.tar").write_bytes(tar_bytes(files))
+    (tmp_path / "tars.tar").write_bytes(tar_bytes(per_class_tars({k: v for k, v in files.items() if "/" in k})))
+    folder = write_folder(tmp_path / "set", files)
+    (folder / "a" / "gone").symlink_to("nowhere")
+    for source in (folder, write_zip(tmp_path / "set.zip", files), tmp_path / "set.tar", tmp_path / "tars.tar"):
+        notes: list[str] = []
+        assert {name: len(members) for name, members in scan(source, note=notes.append)[""].items()} == {"a": 1, "b": 1}
+        assert notes == ["4 files were left out: .avif (2), .jp2 (1), no extension (1)"]
+
+
 @pytest.mark.parametrize("splits", [("",), ("train", "val", "test")])
 def test_every_kind_of_source_gives_the_same_images(tmp_path: Path, splits: tuple[str, ...]) -> None:
     files = tiny_set(splits=splits)
