@@ -107,9 +107,8 @@ def scan(source: Path, labels: Labels | None = None, *, note: Callable[[str], No
 
 def _left_out(names: list[str]) -> str:
     kinds = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in names)
-    listed = ", ".join(
-        f"{kind} ({count})" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-    )
+    often = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
+    listed = ", ".join(f"{kind} ({kinds[kind]})" for kind in often)
     return f"{len(names)} {'file was' if len(names) == 1 else 'files were'} left out: {listed}"
 
 
