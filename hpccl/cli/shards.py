@@ -75,6 +75,7 @@ def build_shards(
         labels=None if labels is None else read_labels(labels, synsets),
         checksum=checksum,
         progress=show,
+        note=lambda text: say(f"note: {text}"),
     )
     for name, manifest in manifests.items():
         typer.echo(

@@ -90,7 +90,9 @@ class DataConfig(Section):
     # seconds that a step waits for a decoding process before the run ends; no limit if shards are at URLs, whose
     # downloads may take long
     timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
-    shuffle_window: NonNegativeInt = 0  # shuffle within this many shards at a time; 0: over all (random reads)
+    # shuffle within windows of as many images as this many shards have: runs of 32 neighbours, drawn from all shards;
+    # 0: shuffle all images of an epoch
+    shuffle_window: NonNegativeInt = 0
     bad_images: Literal["stop", "skip"] = "stop"  # what to do about an undecodable image; the report counts skips
 
     def sides(self) -> tuple[int, ...]:

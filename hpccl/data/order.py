@@ -21,6 +21,9 @@ Words = npt.NDArray[np.uint64]
 _ALL = (1 << 64) - 1
 _ZERO = np.uint64(0)
 
+# Consecutive images of a shard that a window takes together: a few MB, and few enough for many runs of every class.
+_RUN = 32
+
 # The purposes of hashes, which keep the streams of random numbers apart.
 _ORDER_NEW, _ORDER_MEMORY, _ORDER_UNION, _VIEW, _NOISE, _MIX = range(1, 7)
 
@@ -98,8 +101,9 @@ class BatchPlan:
     share is None for natural mixing (shuffle the union of new data and memory, every example once an epoch) or the
     share of memory rows in every step (stratified: new data once an epoch, memory in a cycle of its own).
     An epoch is cut into equal batches of at most `batch_size` rows.
-    groups: [num_new] shard number; with `window` > 0, examples are shuffled within that many shards at a time, so that
-    a reader touches few files at once.
+    groups: [num_new] shard number. With `window` > 0, examples are shuffled within windows of about as many examples as
+    that many shards have. A window consists of short runs of neighbours, drawn from all shards, because a shard has one
+    class: reads lie close together, and windows differ little in their classes.
     """
 
     num_new: int
@@ -198,10 +202,21 @@ def _new_order(plan: BatchPlan, epoch: int) -> Ints:
     shuffled = permutation(plan.num_new, plan.seed, _ORDER_NEW, plan.task, epoch)
     if not plan.window or plan.groups is None:
         return shuffled
-    group = np.unique(plan.groups, return_inverse=True)[1]
-    rank_of_group = np.argsort(permutation(int(group.max()) + 1, plan.seed, _ORDER_NEW, plan.task, epoch, 1))
-    window = rank_of_group[group] // plan.window
+    run = _runs(plan.groups)
+    num_runs, num_shards = int(run[-1]) + 1, len(np.unique(plan.groups))
+    # Of equal size: a small last window would end every epoch on few classes.
+    num_windows = -(-num_shards // plan.window)
+    rank_of_run = np.argsort(permutation(num_runs, plan.seed, _ORDER_NEW, plan.task, epoch, 1))
+    window = rank_of_run[run] * num_windows // num_runs
     return shuffled[np.argsort(window[shuffled], kind="stable")]
+
+
+def _runs(groups: Ints) -> Ints:
+    """Number the runs: at most _RUN neighbours of one group each."""
+    position = np.arange(len(groups))
+    first = np.r_[True, groups[1:] != groups[:-1]]
+    place = position - np.maximum.accumulate(np.where(first, position, 0))
+    return np.cumsum(place % _RUN == 0) - 1
 
 
 @lru_cache(maxsize=2)

@@ -116,6 +116,10 @@ class Stream(Listed, Protocol):
         decoding process that died.
         """
 
+    @property
+    def fetched(self) -> int:
+        """Bytes of training shards that are fetched from URLs whenever they are read."""
+
     def skipped(self) -> list[tuple[Split, int, str, str]]:
         """Images skipped so far in this process: (split, sample, name, reason); only with data.bad_images=skip."""
 

@@ -9,7 +9,6 @@ for few-shot sessions.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from hpccl.data.layout import ClassTask, Index, Layout, numbered, tested_on, validation_share
 from hpccl.data.order import mix
+from hpccl.data.shards.sources import sample_key
 from hpccl.errors import ConfigError, DataError
 
 __all__ = ["blurred", "drawn_shots", "listed_shots", "repeated"]
@@ -149,7 +149,7 @@ def listed_shots(layout: Layout, folder: Path, names: Names, *, shots: int, vali
     index = layout.index["train"]
     found: dict[str, list[int]] = defaultdict(list)
     for position, name in enumerate(names(index.local)):
-        found[_key(name)].append(position)
+        found[_number(PurePosixPath(name).name)].append(position)
     kept = np.zeros(len(index), dtype=bool)
     for task in layout.tasks:
         path = folder / f"session_{task.index + 1}.txt"
@@ -189,17 +189,15 @@ def _entries(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _key(name: str) -> str:
-    """Return a name without folders and extension, and a number without leading zeros."""
-    last = PurePosixPath(name.replace("\\", "/")).name
-    stem = re.sub(r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm)$", "", last, flags=re.IGNORECASE)
-    return str(int(stem)) if stem.isdecimal() else stem
+def _number(key: str) -> str:
+    """Return a number without leading zeros, and any other key as it is."""
+    return str(int(key)) if key.isdecimal() else key
 
 
 def _position(entry: str, found: dict[str, list[int]], task: ClassTask, layout: Layout, path: Path) -> int:
     """Return the one training sample that an entry names."""
     index = layout.index["train"]
-    places = found.get(_key(entry), [])
+    places = found.get(_number(sample_key(entry)), [])
     if len(places) > 1:  # the same name in several classes, distinguished by the folder
         folder = PurePosixPath(entry.replace("\\", "/")).parent.name
         places = [place for place in places if layout.class_names[index.label[place]] == folder]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hpccl.data.decoded import DecodedImages
 from hpccl.data.layout import ClassTask, Layout
 from hpccl.data.protocols import Split
 from hpccl.data.rows import Images, Request
@@ -120,6 +121,13 @@ class ImageStream:
             if len(gone):
                 return f"{len(gone)} images, such as '{shards.name(int(gone[0]))}', are gone: {shards.trouble}"
         return None
+
+    @property
+    def fetched(self) -> int:
+        """Bytes of training shards that are fetched from URLs whenever they are read; 0 if images are decoded once."""
+        if isinstance(self.source, DecodedImages):
+            return 0
+        return sum(entry.bytes for shards in self.shards if shards.remote for entry in shards.manifest.shards)
 
     def skipped(self) -> list[tuple[Split, int, str, str]]:
         """(split, sample, name, reason) of the undecodable images known so far, each once, in a stable order."""

@@ -20,7 +20,7 @@ from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, 
 from hpccl.dist.comm import Comm
 from hpccl.memory.store import Memory, scattered, spread
 from hpccl.train.distill import Distilled
-from hpccl.train.kept import held_out, kept_at_end, kept_of_tasks, num_learned
+from hpccl.train.kept import held_out, kept_after_each, kept_at_end, kept_of_tasks, num_learned
 from hpccl.train.removal import less, removed_samples, removed_slots
 from hpccl.train.topology import Topology
 
@@ -49,11 +49,13 @@ def plan_task(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> 
 
 def planned(config: RunConfig, stream: Listed) -> list[BatchPlan]:
     """Plan the steps of every task that a run will train, before it starts; not for adaptations, whose tasks differ."""
+    kept = [sum(counts) for counts in kept_after_each(config, stream, len(stream.tasks))]
+    alone = config.train.data == "memory"
+    apart = alone or config.prior.fromp.weight > 0  # memory has no rows in a step
     plans = []
     for task in stream.tasks[-1:] if config.train.only_last else stream.tasks:
-        apart = config.train.data == "memory" or config.prior.fromp.weight > 0  # not rows of a step
-        kept = 0 if apart else sum(kept_of_tasks(config, stream, task.index))
-        plans.append(_plan(config, task, num_new(config, stream, task), kept))
+        new = kept[task.index + 1] if alone else num_new(config, stream, task)
+        plans.append(_plan(config, task, new, 0 if apart else kept[task.index]))
     return plans
 
 

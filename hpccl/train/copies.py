@@ -17,7 +17,16 @@ from hpccl.folder import RunFolder
 from hpccl.memory.store import Memory
 from hpccl.train.state import RunState, World
 
-__all__ = ["added_data", "check_images", "copies_of", "drop_images", "keep_images", "open_for", "reopened_stream"]
+__all__ = [
+    "added_data",
+    "check_images",
+    "copies_advised",
+    "copies_of",
+    "drop_images",
+    "keep_images",
+    "open_for",
+    "reopened_stream",
+]
 
 
 def copies_of(config: RunConfig, folder: RunFolder) -> Path | None:
@@ -44,6 +53,19 @@ def open_for(config: RunConfig, folder: RunFolder) -> Stream:
 def reopened_stream(world: World) -> World:
     """Return the world with its stream reopened, so that it reads recent copies, as in a resumed run."""
     return replace(world, stream=open_for(world.config, world.folder))
+
+
+def copies_advised(config: RunConfig, stream: Stream) -> str | None:
+    """Advise memory.keep=copy if memory is read from shards that would be downloaded again and again; else None."""
+    if config.memory.keep == "copy" or not config.memory.kept or len(stream.tasks) == 1:
+        return None
+    if stream.fetched <= config.data.shard_gib * 2**30:
+        return None
+    return (
+        f"the training shards at URLs have {stream.fetched / 2**30:.1f} GiB, more than data.shard_gib="
+        f"{config.data.shard_gib:g}: memory is read from all of them, which downloads shards again and again; "
+        "set memory.keep=copy, or raise data.shard_gib"
+    )
 
 
 def keep_images(task: Task, memory: Memory, world: World) -> None:

@@ -16,6 +16,7 @@ from hpccl.memory.select import choose
 __all__ = [
     "admitted_greedily",
     "held_out",
+    "kept_after_each",
     "kept_at_end",
     "kept_of_tasks",
     "num_learned",
@@ -34,11 +35,7 @@ _HELD, _ARRIVAL, _EVICTION = 105, 106, 107
 def kept_of_tasks(config: RunConfig, stream: Listed, tasks: int) -> list[int]:
     """Return how many examples of each of the first `tasks` tasks memory has once all of these are learned."""
     if isinstance(config.memory.selector, GreedySelector):
-        sample = np.zeros(0, dtype=np.int64)
-        for task in stream.tasks[:tasks]:
-            sample = admitted_greedily(config, stream, task, sample)
-        ends = [task.samples("train").stop for task in stream.tasks[:tasks]]
-        return np.diff(np.searchsorted(np.sort(sample), [0, *ends])).tolist() if tasks else []
+        return kept_after_each(config, stream, tasks)[-1]
     sizes = [len(task.samples("train")) for task in stream.tasks[:tasks]]
     classes = [len(task.classes) for task in stream.tasks[:tasks]]
     if config.prior.correct.share == 0:
@@ -49,6 +46,19 @@ def kept_of_tasks(config: RunConfig, stream: Listed, tasks: int) -> list[int]:
         sizes=[num_learned(config, stream, task) for task in stream.tasks[:tasks]],
         classes=classes,
     )
+
+
+def kept_after_each(config: RunConfig, stream: Listed, tasks: int) -> list[list[int]]:
+    """Return `kept_of_tasks` for 0, 1, ..., `tasks` tasks; GDumb's sampler goes through the stream once for all."""
+    if not isinstance(config.memory.selector, GreedySelector):
+        return [kept_of_tasks(config, stream, count) for count in range(tasks + 1)]
+    sample, ends = np.zeros(0, dtype=np.int64), [0]
+    kept: list[list[int]] = [[]]
+    for task in stream.tasks[:tasks]:
+        sample = admitted_greedily(config, stream, task, sample)
+        ends.append(task.samples("train").stop)
+        kept.append(np.diff(np.searchsorted(np.sort(sample), ends)).tolist())
+    return kept
 
 
 def held_out(config: RunConfig, stream: Listed, task: Task) -> Ints:

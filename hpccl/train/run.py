@@ -38,7 +38,7 @@ from hpccl.train.adapt import adaptation_steps, adaptation_task, begin_adapting,
 from hpccl.train.checks import check_memory, check_sizes
 from hpccl.train.compose import planned_steps
 from hpccl.train.consolidate import admit_first, consolidate
-from hpccl.train.copies import check_images, drop_images, open_for, reopened_stream
+from hpccl.train.copies import check_images, copies_advised, drop_images, open_for, reopened_stream
 from hpccl.train.evaluate import evaluate, evaluate_all
 from hpccl.train.first_task import adopt_first_task, find_first_task
 from hpccl.train.fit import fit
@@ -231,13 +231,14 @@ def _refuse_lost(world: World) -> None:
 
 
 def _with_copies(state: RunState, world: World) -> World:
-    """With memory.keep=copy, drop unneeded copies, reopen the stream on the others, and check that no image is missing.
+    """With memory.keep=copy, drop copies that a finished task left unneeded, reopen the stream, and check all images.
 
     Collective.
     """
     if world.config.memory.keep == "reference":
         return world
-    drop_images(state.prior.memory, world)
+    if state.mark.phase == "done":  # earlier, memory may be chosen but not copied yet: older copies are all there is
+        drop_images(state.prior.memory, world)
     world = reopened_stream(world)
     check_images(_first_task(world.config, world.stream, state.mark), state, world)
     return world
@@ -337,6 +338,8 @@ def _introduce(world: World, command: Sequence[str], found: Mark | None, state: 
         steps = planned_steps(config, stream)
     if found is not None:
         world.progress.message(f"continuing from {found.name}")
+    if (advice := copies_advised(config, stream)) is not None:
+        world.progress.message(f"note: {advice}")
     if not world.comm.leader:  # git reads the disk, which may be slow: on one rank only
         return
     gpu = torch.cuda.get_device_name() if world.comm.device.type == "cuda" else None

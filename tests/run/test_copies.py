@@ -24,7 +24,9 @@ from hpccl.dist.comm import Comm
 from hpccl.errors import ConfigError, DataError
 from hpccl.folder import RunFolder
 from hpccl.tools.evaluate_run import evaluate_run, reopened
+from hpccl.train.copies import copies_advised, open_for
 from hpccl.train.run import run
+from hpccl.train.stop import Stop
 from tests.run.command import finish, kill_tree, start
 from tests.run.method import After, go_on, weights
 from tests.unit.data.tiny_images import tiny_set, write_folder
@@ -100,6 +102,30 @@ def test_first_shards_go_and_the_run_ends_the_same(shards: Path, tmp_path: Path,
     assert weights(tmp_path / "run") == expected
     assert verify(tmp_path / "run" / "memory" / "shards") == []
     assert evaluate_run(tmp_path / "run")["tasks"]
+
+
+class InTask(Stop):
+    """Stops a run once it has saved a state of task 1's training."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.checkpoints = folder / "checkpoints"
+
+    def requested(self, comm: Comm) -> bool:
+        if list(self.checkpoints.glob("task-001-fit*")):
+            self.request("preempted")
+        return super().requested(comm)
+
+
+def test_stopped_in_a_task_whose_memory_is_chosen_before_it(shards: Path, tmp_path: Path) -> None:
+    """While it trains, GDumb has less of earlier tasks than was copied; these copies are all that is left of them."""
+    expected = whole(shards, tmp_path, *GDUMB)
+    config = config_of(shards, tmp_path / "run", *GDUMB)
+    assert go_on(config, 1) == "stopped"
+    shutil.rmtree(shards / "one" / "train")
+    assert run(config, Comm.solo(), InTask(tmp_path / "run"), quiet=True) == "stopped"
+    assert go_on(config) == "done"
+    assert weights(tmp_path / "run") == expected
 
 
 def test_copies_are_the_images_of_the_memory_as_stored(shards: Path, tmp_path: Path) -> None:
@@ -224,6 +250,20 @@ def test_shards_go_while_the_run_goes_on(shards: Path, tmp_path: Path) -> None:
     assert run(config, Comm.solo(), Removes(tmp_path / "run", 1), quiet=True) == "done"
     assert not (shards / "one" / "train").exists()
     assert weights(tmp_path / "run") == expected
+
+
+def test_copies_are_advised_where_memory_would_be_downloaded_again(shards: Path, tmp_path: Path) -> None:
+    small = ("data.shard_gib=1e-5", "memory.keep=reference")
+    config = config_of(shards, tmp_path / "run", *small, "data.storage=encoded", url=True)
+    stream = open_for(config, RunFolder(tmp_path / "run"))
+    assert stream.fetched == sum(file.stat().st_size for file in shards.glob("*/train/*.tar")) > 1e-5 * 2**30
+    advice = copies_advised(config, stream)
+    assert advice is not None
+    assert "set memory.keep=copy" in advice
+    for more in (("memory.keep=copy",), ("data.shard_gib=1",), ("memory.size=0", "prior.replay=0")):
+        assert copies_advised(config_of(shards, tmp_path / "run", *small, *more, url=True), stream) is None
+    for other in (config_of(shards, tmp_path / "run", *small), load([], ["memory.size=10"])):
+        assert open_for(other, RunFolder(tmp_path / "run")).fetched == 0
 
 
 def test_digits_cannot_be_copied() -> None:

@@ -274,10 +274,12 @@ def test_shards_are_built_and_verified(tmp_path: Path) -> None:
                 Image.fromarray(pixels).save(source / split / name / f"{number}.png")
     (source / "test" / "bird").mkdir()
     Image.new("RGB", (8, 8)).save(source / "test" / "bird" / "0.png")
+    (source / "test" / "bird" / "1.avif").touch()
     done = command("shards", "build", "source", "out", "--lossless", "--workers", "1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "out/train: 6 images of 3 classes in 2 shards, 0 skipped" in done.stdout
     assert "note: split 'train' has no images of bird, which another split has\n" in done.stderr
+    assert "note: 1 file was left out: .avif (1)\n" in done.stderr
 
     assert command("shards", "verify", "out", folder=tmp_path).returncode == 0
     shard = next((tmp_path / "out" / "train").glob("*.tar"))

@@ -23,7 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hpccl.data.shards.checksum import check_source
@@ -41,7 +41,7 @@ from hpccl.data.shards.manifest import (
     SkippedImage,
     splits,
 )
-from hpccl.data.shards.sources import SPLITS, Listing, Member, SourceReader, scan
+from hpccl.data.shards.sources import SPLITS, Listing, Member, SourceReader, sample_key, scan
 from hpccl.data.shards.write import ShardWriter
 from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.folder import explain_os_error, replacing
@@ -50,7 +50,6 @@ __all__ = ["Progress", "build"]
 
 BadImages = Literal["stop", "skip"]
 
-_MAX_KEY = 80  # characters; a plain tar header holds names of 100 bytes
 _PLAN = "plan.json"
 
 
@@ -74,6 +73,7 @@ def build(
     labels: Labels | None = None,
     checksum: str | None = None,
     progress: Callable[[Progress], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Manifest]:
     """Write `out/<split>/` for every split of the source.
 
@@ -88,6 +88,7 @@ def build(
         labels: classes of the images, for a source without class folders.
         checksum: of the source, such as `sha256:<hexadecimal>`; it is read once before anything is written.
         progress: called after every shard.
+        note: called with what a user should know of the source, such as files that were left out.
 
     Returns:
         The manifest of every split.
@@ -105,7 +106,7 @@ def build(
         )
     if checksum is not None:
         check_source(source, checksum, out)
-    listing = _choose(scan(source, labels), split, source)
+    listing = _choose(scan(source, labels, note=note), split, source)
     classes = tuple(sorted({name for by_class in listing.values() for name in by_class}))
     plans = [
         _Plan(source, out / name, encoding, samples_per_shard, bad_images, classes, by_class)
@@ -318,13 +319,12 @@ class _Plan:
 
 
 def _sample_keys(members: list[Member]) -> list[str]:
-    """Return a unique key for each image of a class: its file name without characters that break webdataset or tar."""
+    """Return a unique key for each image of a class."""
     taken: set[str] = set()
     next_number: dict[str, int] = {}
     keys = []
     for member in members:
-        stem = re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(member.name).stem)[:_MAX_KEY]
-        key = stem
+        key = stem = sample_key(member.name)
         while key in taken:
             next_number[stem] = next_number.get(stem, 1) + 1
             key = f"{stem}-{next_number[stem]}"

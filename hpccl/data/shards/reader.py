@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -22,7 +23,7 @@ __all__ = ["Copies", "ShardSet", "missing_files"]
 Ints = npt.NDArray[np.int64]
 
 _SNATCHED = 5  # times a fetched shard may be deleted before it is opened
-_MAX_OPEN = 128  # open files of all splits, parts and copies together; a process may usually have 1024
+_FILES = 4096  # open files that a process asks for, if it may have so many; half are for shards (ImageNet has 2000)
 _CHUNK = 1 << 20  # bytes that are hashed at a time
 
 
@@ -254,7 +255,7 @@ class _Files:
                 return _Descriptor(str(self.cache.shard(self.place, entry)))
         raise DataError(
             f"'{entry.file}' was deleted {_SNATCHED} times before it could be opened: data.shard_gib is too small for "
-            "the shards that all processes of this machine read at a time; raise it, or set data.shuffle_window"
+            "the shards that all processes of this machine read at a time; raise it to what the shards of a task take"
         )
 
     def index(self, manifest: Manifest) -> bytes:
@@ -318,9 +319,24 @@ class _Files:
         return DataError(f"shard '{shard}' cannot be read ({error.strerror}): see `hpccl shards verify`")
 
 
+def _most_files() -> int:
+    """Return how many open files this process may ask for."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+
+
+def _allow_files(count: int) -> None:
+    """Raise the soft limit of open files, usually 1024, to `count`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
+# Files of all splits, parts and copies together, because memory's rows are read from the shards of all past classes.
 # lru_cache needs no lock of our own, which a fork could leave taken; an evicted file closes after its last reader.
-@lru_cache(maxsize=_MAX_OPEN)
+@lru_cache(maxsize=_most_files() // 2)
 def _opened(files: _Files, number: int) -> _Descriptor:
+    _allow_files(_most_files())
     return files.open(number)
 
 

@@ -3,7 +3,7 @@
 Nothing is extracted: a scan finds file and position of each image's bytes, and any process can read them from there.
 Every image has a path within the source, in which an inner tar counts as a folder:
 
-    [wrapper/][train|test|val/]class/.../image.jpg
+    [wrapper/...][train|test|val/]class/.../image.jpg
 
 If a file gives the labels, folders are ignored.
 """
@@ -18,7 +18,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -26,11 +26,17 @@ from typing import BinaryIO, NamedTuple
 from hpccl.data.shards.labels import Labels
 from hpccl.errors import DataError
 
-__all__ = ["SPLITS", "Listing", "Member", "SourceReader", "scan"]
+__all__ = ["SPLITS", "Listing", "Member", "SourceReader", "sample_key", "scan"]
 
 SPLITS = ("train", "test", "val")
 
-_IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm)$", re.IGNORECASE)
+# Folders of these names are splits, whatever their case, and never all classes of a source.
+_LIKE_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+
+_IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|p[bgnp]m)$", re.IGNORECASE)
+_COMPANION = re.compile(r"\.(txt|xml|json|csv|mat|md)$", re.IGNORECASE)  # files that lie beside images, and are none
+_LOOKED_FOR = ".jpg .jpe .jfif .png .webp .gif .bmp .tif .ppm .pgm .pbm .pnm"
+_MAX_KEY = 80  # characters; a plain tar header holds names of 100 bytes
 _TAR = re.compile(r"\.tar$", re.IGNORECASE)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _READ = 1 << 20  # bytes at a time
@@ -58,12 +64,19 @@ class Member(NamedTuple):
 Listing = dict[str, dict[str, list[Member]]]
 
 
-def scan(source: Path, labels: Labels | None = None) -> Listing:
+def sample_key(path: str) -> str:
+    """Return an image's file name without folders, extension and characters that break webdataset or tar."""
+    name = PurePosixPath(path.replace("\\", "/")).name
+    return re.sub(r"[^A-Za-z0-9_-]", "_", _IMAGE.sub("", name))[:_MAX_KEY]
+
+
+def scan(source: Path, labels: Labels | None = None, *, note: Callable[[str], None] | None = None) -> Listing:
     """Find all images.
 
     Args:
         source: folder or archive.
         labels: classes of the images, used instead of folders.
+        note: told of files that were left out, if there are any.
 
     Raises:
         DataError: no such source, nothing usable in it, a class folder without images, a member whose path leads out
@@ -72,11 +85,16 @@ def scan(source: Path, labels: Labels | None = None) -> Listing:
     if not source.exists():
         raise DataError(f"source '{source}' does not exist: give a folder, a zip or a tar of images")
     try:
-        members = [member for member in _members(source) if not _is_junk(member.name)]
+        files = [member for member in _members(source) if not _is_junk(member.name)]
     except OSError as error:
         raise DataError(f"source '{source}' cannot be read: {error}") from error
+    members = [member for member in files if _IMAGE.search(member.name)]
     if not members:
-        raise DataError(f"no images in '{source}': looked for .jpg .png .webp .gif .bmp .tif .ppm in class folders")
+        raise DataError(f"no images in '{source}': looked for {_LOOKED_FOR} in class folders")
+    # Beside class folders, other files are no images that somebody may miss.
+    others = [file.name for file in files if not _IMAGE.search(file.name) and (labels is not None or "/" in file.name)]
+    if others and note is not None:
+        note(_left_out(others))
     name, times = Counter(member.name for member in members).most_common(1)[0]
     if times > 1:
         raise DataError(f"'{name}' is in '{source}' {times} times: remove all but one")
@@ -85,6 +103,13 @@ def scan(source: Path, labels: Labels | None = None) -> Listing:
     listing = _arrange(sorted(members), source)
     _refuse_empty_classes(listing, source)
     return listing
+
+
+def _left_out(names: list[str]) -> str:
+    kinds = Counter(PurePosixPath(name).suffix.lower() or "no extension" for name in names)
+    often = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
+    listed = ", ".join(f"{kind} ({kinds[kind]})" for kind in often)
+    return f"{len(names)} {'file was' if len(names) == 1 else 'files were'} left out: {listed}"
 
 
 class SourceReader:
@@ -131,6 +156,7 @@ class SourceReader:
 
 
 def _members(source: Path) -> Iterator[Member]:
+    """Yield images, and other files but for companions without their places."""
     if source.is_dir():
         return _scan_folder(source)
     with source.open("rb") as file:
@@ -152,11 +178,13 @@ def _scan_folder(source: Path) -> Iterator[Member]:
             yield Member(path, path, 0, size, size)
         elif _TAR.search(path):
             tars.append((path, size))
+        else:
+            yield _other(path)
     yield from _scan_inner_tars(source, [(path, path, 0, size) for path, size in tars])
 
 
 def _walk(source: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
-    """Yield (path, bytes) of all image and tar files, following links without cycles."""
+    """Yield (path, bytes) of all files but companions, following links without cycles."""
     status = os.stat(source / inside)
     if (status.st_dev, status.st_ino) in seen:
         return
@@ -172,6 +200,8 @@ def _walk(source: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator[tup
                 status = entry.stat()
                 if stat.S_ISREG(status.st_mode):
                     yield path, status.st_size
+            elif not _COMPANION.search(entry.name) and entry.is_file():
+                yield path, 0
 
 
 def _scan_zip(source: Path) -> Iterator[Member]:
@@ -182,7 +212,10 @@ def _scan_zip(source: Path) -> Iterator[Member]:
         raise DataError(f"'{source}' is a damaged zip ({error}): fetch it again") from error
     for entry in entries:
         name = _safe(entry.filename, source)
-        if entry.is_dir() or not _IMAGE.search(name):
+        if entry.is_dir() or _COMPANION.search(name):
+            continue
+        if not _IMAGE.search(name):
+            yield _other(name)
             continue
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DataError(f"'{name}' in '{source}' is encrypted or compressed by an unusual method: zip it anew")
@@ -197,6 +230,8 @@ def _scan_tar(source: Path) -> Iterator[Member]:
     for name, offset, size in found:
         if _IMAGE.search(name):
             yield Member(name, "", offset, size, size)
+        elif not _TAR.search(name):
+            yield _other(name)
     yield from _scan_inner_tars(source, inner)
 
 
@@ -208,7 +243,10 @@ def _scan_inner_tars(source: Path, tars: list[tuple[str, str, int, int]]) -> Ite
         folder = _TAR.sub("", name)
         path = source / file if file else source
         entries = _tar_entries(path, source, offset, offset + size)
-        return [Member(f"{folder}/{inner}", file, at, n, n) for inner, at, n in entries if _IMAGE.search(inner)]
+        return [
+            Member(f"{folder}/{inner}", file, at, n, n) if _IMAGE.search(inner) else _other(f"{folder}/{inner}")
+            for inner, at, n in entries
+        ]
 
     # Listing a tar takes one small read per image, which waits for the disk rather than for Python.
     with ThreadPoolExecutor(max_workers=16) as threads:
@@ -217,7 +255,7 @@ def _scan_inner_tars(source: Path, tars: list[tuple[str, str, int, int]]) -> Ite
 
 
 def _tar_entries(path: Path, source: Path, start: int, end: int) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, first byte in the file, bytes) of the images and tars in the tar at [start, end)."""
+    """Yield (name, first byte in the file, bytes) of the files but companions in the tar at [start, end)."""
     last = ""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
@@ -229,9 +267,10 @@ def _tar_entries(path: Path, source: Path, start: int, end: int) -> Iterator[tup
                 if entry.offset >= end:
                     break
                 name = last = _safe(entry.name, source)
-                if entry.isdir() or not (_IMAGE.search(name) or _TAR.search(name)):
+                if entry.isdir() or _COMPANION.search(name):
                     continue
-                _check_tar_entry(entry, name, source, end)
+                if _IMAGE.search(name) or _TAR.search(name):
+                    _check_tar_entry(entry, name, source, end)
                 yield name, entry.offset_data, entry.size
             _check_tar_end(file, archive.offset if entry is None else end, end, source, last)
         except tarfile.TarError as error:
@@ -260,6 +299,11 @@ def _check_tar_entry(entry: tarfile.TarInfo, name: str, source: Path, end: int) 
         )
     if entry.offset_data + entry.size > end:
         raise DataError(f"'{source}' is truncated within '{name}': fetch it again")
+
+
+def _other(name: str) -> Member:
+    """Return a file that is no image and will not be read."""
+    return Member(name, "", 0, 0, 0)
 
 
 def _safe(name: str, source: Path) -> str:
@@ -303,12 +347,12 @@ def _pread(file: BinaryIO, offset: int, length: int) -> bytes:
 
 def _arrange(members: list[Member], source: Path) -> Listing:
     paths = [tuple(member.name.split("/")) for member in members]
-    top = {path[0] for path in paths}
-    if len(top) == 1 and not top <= set(SPLITS) and all(len(path) >= 3 for path in paths):
-        paths = [path[1:] for path in paths]  # the folder that was packed
+    while len(top := {path[0] for path in paths}) == 1 and not top <= set(SPLITS) and min(map(len, paths)) >= 3:
+        paths = [path[1:] for path in paths]  # the folder that was packed, and those around it
     has_splits = _has_splits(paths)
     if not has_splits:
         _refuse_half_splits(paths, source)
+        _refuse_hidden_splits(paths, source)
     listing: Listing = {}
     for path, member in zip(paths, members, strict=True):
         if len(path) < 2 + has_splits:
@@ -339,7 +383,7 @@ def _refuse_empty_classes(listing: Listing, source: Path) -> None:
         if empty:
             raise DataError(
                 f"class folder '{beside / empty[0]}' has no images ({len(empty)} of {len(folders)} such folders): "
-                "looked for .jpg .png .webp .gif .bmp .tif .ppm; put its images there, or remove it"
+                f"looked for {_LOOKED_FOR}; put its images there, or remove it"
             )
 
 
@@ -359,6 +403,18 @@ def _refuse_half_splits(paths: Sequence[tuple[str, ...]], source: Path) -> None:
             f"'{others[0]}' lies beside '{splits[0]}' in '{source}', which contains class folders: the top "
             f"folders must all be splits ({', '.join(SPLITS)}) or all be classes; rename '{others[0]}' or take it out"
         )
+
+
+def _refuse_hidden_splits(paths: Sequence[tuple[str, ...]], source: Path) -> None:
+    """Refuse folders that are splits by their names but would be taken for classes, or for folders within classes."""
+    for depth in range(min(map(len, paths)) - 1):
+        names = sorted({path[depth] for path in paths})
+        if {name.lower() for name in names} <= _LIKE_SPLITS:
+            raise DataError(
+                f"all images of '{source}' lie in folders called {', '.join(names)}, which are splits, not classes: "
+                f"the top folders must be called {', '.join(SPLITS)} and contain class folders; rename or move them, "
+                "or build each split from its own folder (--split NAME; without class folders, --labels FILE)"
+            )
 
 
 def _has_splits(paths: Iterable[tuple[str, ...]]) -> bool:

@@ -53,11 +53,37 @@ def test_natural_visits_every_example_once_an_epoch(window: int, groups: np.ndar
         assert {(batch.weight_new, batch.weight_memory) for batch in batches} == {(1.0, 1.0)}
 
 
-def test_window_touches_few_shards_at_a_time() -> None:
-    groups = np.repeat(np.arange(10), 10)
-    windowed = plan(num_memory=0, batch_size=20, window=2, groups=groups)
-    for step in range(5):
-        assert len(np.unique(groups[windowed.batch(step).new])) == 2
+def test_batches_of_a_window_have_the_classes_of_the_task() -> None:
+    """A shard has one class, so a window of whole shards would be a window of few classes."""
+    shards = np.repeat(np.arange(50), 640)
+    windowed, free = (
+        plan(num_new=32000, num_memory=0, batch_size=200, epochs=1, window=window, groups=shards) for window in (10, 0)
+    )
+    found, expected = (
+        [len(np.unique(shards[each.batch(step).new])) for step in range(each.num_steps)] for each in (windowed, free)
+    )
+    assert min(found) > 0.8 * min(expected)
+    assert np.mean(found) > 0.9 * np.mean(expected)
+
+
+def test_window_touches_few_runs_of_neighbours() -> None:
+    """Five windows of ten steps: each reads its own fifth of the pieces of 32 neighbours, wholly."""
+    shards = np.repeat(np.arange(50), 640)
+    windowed = plan(num_new=32000, num_memory=0, batch_size=640, window=10, groups=shards)
+    for first in range(0, windowed.num_steps, 10):
+        order = np.concatenate([windowed.batch(first + step).new for step in range(10)])
+        pieces, counts = np.unique(order // 32, return_counts=True)
+        assert len(pieces) == 200
+        assert (counts == 32).all()
+        assert len(np.unique(order[:32] // 32)) > 20  # within a window, images are shuffled
+
+
+def test_a_run_ends_with_its_shard() -> None:
+    shards = np.repeat([4, 7, 9], [20, 3, 32])
+    windowed = plan(num_new=55, num_memory=0, batch_size=1, window=1, groups=shards)
+    order = np.concatenate([windowed.batch(step).new for step in range(55)])
+    assert np.array_equal(np.sort(order), np.arange(55))
+    assert np.count_nonzero(np.diff(shards[order])) == 2  # three runs, each a window of its own
 
 
 def test_stratified_has_fixed_quotas_and_visits_new_data_once() -> None:

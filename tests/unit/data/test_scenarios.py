@@ -15,6 +15,7 @@ from hpccl.data.protocols import Split
 from hpccl.data.rows import Request
 from hpccl.data.scenarios import blurred, drawn_shots, listed_shots, repeated
 from hpccl.data.shards.build import build
+from hpccl.data.shards.reader import ShardSet
 from hpccl.data.stream import ImageStream
 from hpccl.errors import ConfigError, DataError
 from tests.unit.data.tiny_images import hash_of, image_bytes, pixels, write_folder
@@ -235,6 +236,20 @@ def test_the_same_name_in_two_classes_is_told_apart_by_the_folder(tmp_path: Path
     lists(tmp_path, session_2="images/d/1.jpg\n", session_3="images/e/1.jpg\n")
     layout = listed_shots(sessions(), tmp_path, lambda local: [f"c/{number // 5}" for number in local], shots=1)
     assert (stored(layout, 1), stored(layout, 2)) == ({(0, 8)}, {(0, 9)})
+
+
+@pytest.mark.parametrize("name", ["img.001.jpg", "photo (1).PNG", "a b[2].jfif", "猫1.webp", "long" * 50 + ".png"])
+def test_an_image_may_be_listed_by_the_name_that_it_had(tmp_path: Path, name: str) -> None:
+    """Shards have it without the characters that break a tar."""
+    source = write_folder(tmp_path / "source", {f"c/{name}": image_bytes(pixels(0), "png")})
+    build(source, tmp_path / "shards")
+    (stored_as,) = ShardSet.open(tmp_path / "shards", "train").names(np.arange(1))
+    lists(tmp_path, session_2=f"d/{name}\n", session_3="4\n")
+
+    def names(local: np.ndarray) -> list[str]:
+        return [stored_as if number == 3 else f"c/{number}" for number in local]
+
+    assert stored(listed_shots(sessions(), tmp_path, names, shots=1), 1) == {(0, 3)}
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,19 @@ def test_difficult_names_become_unique_keys(tmp_path: Path) -> None:
     assert len(plain_webdataset(tmp_path / "out" / "train", manifest)) == len(files)
 
 
+def test_rare_extensions_are_images_too(tmp_path: Path) -> None:
+    kinds = {"jfif": "jpeg", "jpe": "jpeg", "pnm": "ppm", "pgm": "ppm"}
+    array = pixels(0)
+    files = {f"cat/{suffix}.{suffix.upper()}": image_bytes(array, kind) for suffix, kind in kinds.items()}
+    files["cat/pbm.pbm"] = b"P4 8 2 \xff\x00"
+    build(write_folder(tmp_path / "set", files), tmp_path / "out")
+    data = ShardSet.open(tmp_path / "out", "train")
+    found = {data.name(sample).split("/")[1]: decode(data.read(sample), "x") for sample in range(len(data))}
+    assert {key: image.shape for key, image in found.items()} == {**dict.fromkeys(kinds, array.shape), "pbm": (2, 8, 3)}
+    assert found["pbm"][0].max() == 0
+    assert found["pbm"][1].min() == 255
+
+
 def test_many_processes_and_kill_9_change_no_byte(tmp_path: Path) -> None:
     files = tiny_set(images=120, classes=5)
     source = write_zip(tmp_path / "set.zip", files)

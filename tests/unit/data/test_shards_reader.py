@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import tarfile
 import threading
 from collections.abc import Callable
@@ -65,6 +66,18 @@ def test_offsets_are_those_of_the_tar(shards: Path) -> None:
 
 def few_open(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(reader, "_opened", lru_cache(maxsize=number)(reader._opened.__wrapped__))
+
+
+@pytest.mark.parametrize(("soft", "hard", "asked"), [(1024, 1 << 20, 4096), (1024, -1, 4096), (256, 300, 300)])
+def test_limit_of_open_files_is_raised_as_far_as_allowed(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, asked: int
+) -> None:
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    for _ in range(2):
+        reader._allow_files(reader._most_files())
+    assert limits == [(soft, hard), (asked, hard)]
 
 
 def test_few_files_are_open_however_many_splits_are_read(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

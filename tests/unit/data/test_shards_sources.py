@@ -32,6 +32,20 @@ def expected(files: dict[str, bytes]) -> dict[str, dict[str, list[bytes]]]:
     return result
 
 
+def test_files_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    """By suffix, in class folders; text beside images is no image that somebody may miss."""
+    files = {f"{label}/{number}.{kind}": b"x" for label in "ab" for number, kind in enumerate(("jpg", "avif", "XML"))}
+    files |= {"a/4.JP2": b"x", "b/name": b"x", "licence.pdf": b"x", "a/._4.avif": b"x"}
+    (tmp_path / "set.tar").write_bytes(tar_bytes(files))
+    (tmp_path / "tars.tar").write_bytes(tar_bytes(per_class_tars({k: v for k, v in files.items() if "/" in k})))
+    folder = write_folder(tmp_path / "set", files)
+    (folder / "a" / "gone").symlink_to("nowhere")
+    for source in (folder, write_zip(tmp_path / "set.zip", files), tmp_path / "set.tar", tmp_path / "tars.tar"):
+        notes: list[str] = []
+        assert {name: len(members) for name, members in scan(source, note=notes.append)[""].items()} == {"a": 1, "b": 1}
+        assert notes == ["4 files were left out: .avif (2), .jp2 (1), no extension (1)"]
+
+
 @pytest.mark.parametrize("splits", [("",), ("train", "val", "test")])
 def test_every_kind_of_source_gives_the_same_images(tmp_path: Path, splits: tuple[str, ...]) -> None:
     files = tiny_set(splits=splits)
@@ -55,6 +69,30 @@ def test_a_packed_outer_folder_and_junk_are_ignored(tmp_path: Path) -> None:
     junk = {"__MACOSX/my_set/train/class_0/._img.png": b"x", "my_set/.hidden/a.png": b"x", "my_set/README.txt": b"x"}
     source = write_zip(tmp_path / "set.zip", {**packed, **junk})
     assert contents(source, scan(source)) == expected(files)
+
+
+def test_splits_are_found_below_several_outer_folders(tmp_path: Path) -> None:
+    """As in Kaggle's archive of ImageNet."""
+    files = tiny_set(splits=("train", "val"))
+    packed = {f"ILSVRC/Data/CLS-LOC/{path}": data for path, data in files.items()}
+    for source in (write_zip(tmp_path / "set.zip", packed), write_folder(tmp_path / "set", packed)):
+        assert contents(source, scan(source)) == expected(files)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["Train/{0}/a.png", "Test/{0}/a.png"], "Test, Train"),
+        (["a/b/training/{0}/a.png", "a/b/validation/{0}/a.png"], "training, validation"),
+        (["ILSVRC/Data/train/{0}/a.png", "ILSVRC/Data/val/{0}.png"], "train, val"),
+        (["{0}/train/a.png", "{0}/test/a.png"], "test, train"),
+        (["cifar/train/{0}/a.png", "mnist/train/{0}/a.png"], "train"),
+    ],
+)
+def test_splits_are_not_taken_for_classes(tmp_path: Path, names: list[str], found: str) -> None:
+    files = {name.format(label): b"x" for name in names for label in ("cat", "dog")}
+    with pytest.raises(DataError, match=rf"lie in folders called {found}, which are splits, not classes"):
+        scan(write_folder(tmp_path / "set", files))
 
 
 def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hpccl.errors import ConfigError
+from hpccl.memory.balance import greedy_balance
 from hpccl.tools.plan.build import make_plan
+from hpccl.train import kept
 from hpccl.train.checks import check_memory
 from hpccl.train.compose import Composer, new_samples, plan_task, planned_steps
 from hpccl.train.consolidate import admit_first
@@ -138,6 +140,19 @@ def test_a_memory_that_is_all_that_is_learned_from(tmp_path: Path, budget: dict[
         samples = new_samples(world.config, world.stream, task, memory)
         assert sorted(samples.tolist()) == sorted(memory.sample.tolist())
     assert len(state.prior.memory) <= (budget["total"] or 1000)
+
+
+def test_gdumb_is_planned_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, world = make_world(merged(GDUMB), tmp_path)
+    calls: list[int] = []
+
+    def counted(before: Any, arriving: Any, **options: Any) -> Any:
+        calls.append(len(arriving))
+        return greedy_balance(before, arriving, **options)
+
+    monkeypatch.setattr(kept, "greedy_balance", counted)
+    assert len(steps_of(world)) == 5
+    assert calls == [len(task.samples("train")) for task in world.stream.tasks]
 
 
 @pytest.mark.parametrize("method", [BIC, GDUMB, {"train": {"head_epochs": 2}}], ids=["bic", "gdumb", "head epochs"])
