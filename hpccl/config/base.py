@@ -6,7 +6,7 @@ Units: weights multiply nats; sizes are numbers of examples; lengths are optimis
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
@@ -84,3 +84,4 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
     )
+    lasting: ClassVar[frozenset[str]] = frozenset()  # keys that stay when another kind is chosen; others are dropped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,8 +15,9 @@ BUCKET = 50_000_000  # ZeRO: largest number of elements of gradients in transit,
 
 
 class AnyEngine(Section):
-    """Keys of every engine."""
+    """Keys of every engine; they stay when another one is chosen, on which a run may go on."""
 
+    lasting: ClassVar[frozenset[str]] = frozenset({"device", "precision", "channels_last", "recompute"})
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if available
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
     channels_last: bool = False  # memory layout of images (ddp: also of convolutions); often faster with bf16

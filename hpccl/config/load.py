@@ -254,11 +254,10 @@ def _merge(old: Node | None, new: Node, held: Choice | None, mistakes: list[str]
     if not isinstance(new, Table):
         return new
     below = old if isinstance(old, Table) else Table({}, new.source)
-    kind = _kind(new) or _kind(below)
-    if held and _kind(new) and _kind(new) != (_kind(below) or held.default):
-        below = Table({}, new.source)  # another kind drops the keys of the old one
-    section = held.pick(kind) if held else None
+    section = held.pick(_kind(new) or _kind(below)) if held else None
     entries = dict(below.entries)
+    if held and _kind(new) and _kind(new) != (_kind(below) or held.default):  # another kind drops the old one's keys
+        entries = {key: node for key, node in entries.items() if section and key in section.lasting}
     for key, value in new.entries.items():
         entries[key] = _merge(entries.get(key), value, choice(section, key) if section else None, mistakes)
     return Table(entries, new.source)

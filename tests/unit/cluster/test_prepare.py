@@ -51,6 +51,15 @@ def test_the_same_run_is_taken_up_again_and_machinery_may_change(tmp_path: Path)
     assert load([folder.config], []) == changed
 
 
+def test_a_run_goes_on_on_another_engine_in_its_precision(tmp_path: Path) -> None:
+    configs, folder = Path(__file__).parents[3] / "configs", [f"folder={tmp_path}"]
+    files = [configs / "imagenet_10x100.yaml", configs / "method" / "ewc.yaml"]
+    prepare(load(files, folder), [])
+    (tmp_path / "checkpoints" / "task-000-fit-00000005").mkdir()
+    other = load([*files, configs / "engine" / "fsdp2.yaml"], folder)
+    assert load([prepare(other, []).config], []) == other
+
+
 def test_a_run_that_is_trained_keeps_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its job reads the file again whenever it is queued again."""
     folder = prepare(config(tmp_path, "engine.kind=fsdp2", "checkpoint.every=50"), [])

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpccl.config.engine import AnyEngine, DeepspeedEngine, Fsdp2Engine
 from hpccl.config.load import dump, is_override, load, load_recorded, sweep
 from hpccl.config.memory import ScoreSelector
 from hpccl.config.model import MlpModel, PaperModel, TimmModel
@@ -17,6 +18,9 @@ from hpccl.config.stream import ShardStream
 from hpccl.errors import ConfigError
 
 NEEDS_MEMORY = "needs a memory; set memory.size to the examples kept of each task, or memory.total"
+
+
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def write(folder: Path, text: str, name: str = "a.yaml") -> Path:
@@ -86,6 +90,19 @@ def test_a_mapping_whose_kind_changes_starts_afresh(tmp_path: Path) -> None:
     assert load([path], []).model == PaperModel(kind="cifarnet", dropout=False)
     assert load([path], ["model.kind=vgg_small"]).model == PaperModel(kind="vgg_small")
     assert load([path], ["model.kind=cifarnet"]).model == PaperModel(kind="cifarnet", dropout=False)
+
+
+@pytest.mark.parametrize("engine", sorted((CONFIGS / "engine").glob("*.yaml")), ids=lambda path: path.stem)
+def test_another_engine_computes_the_same(engine: Path) -> None:
+    chosen = load([CONFIGS / "imagenet_10x100.yaml", engine], []).engine
+    assert (chosen.precision, chosen.channels_last) == ("bf16", True)
+
+
+def test_keys_that_stay_are_those_of_every_engine(tmp_path: Path) -> None:
+    assert AnyEngine.lasting == set(AnyEngine.model_fields)
+    path = write(tmp_path, "engine: {compile: true, precision: bf16, recompute: true}\n")
+    assert load([path], ["engine.kind=fsdp2"]).engine == Fsdp2Engine(precision="bf16", recompute=True)
+    assert load([path], ["engine=deepspeed"]).engine == DeepspeedEngine(precision="bf16", recompute=True)
 
 
 def test_the_default_kind_is_a_kind(tmp_path: Path) -> None:
