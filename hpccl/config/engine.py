@@ -18,7 +18,8 @@ class AnyEngine(Section):
     """Keys of every engine; they stay when another one is chosen, on which a run may go on."""
 
     lasting: ClassVar[frozenset[str]] = frozenset({"device", "precision", "channels_last", "recompute"})
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if available
+    # auto: cuda if available, else cpu (in a SLURM job with GPUs: an error)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
     channels_last: bool = False  # memory layout of images (ddp: also of convolutions); often faster with bf16
     recompute: bool = False  # activation checkpointing of timm models: less memory, one more forward pass

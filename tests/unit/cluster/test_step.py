@@ -96,6 +96,32 @@ def test_what_ended_the_last_start_is_said_when_the_next_one_is_refused(tmp_path
     assert "cluster.time" not in told["message"]
 
 
+def test_a_job_with_gpus_does_not_train_on_cpus_in_silence(tmp_path: Path) -> None:
+    gpus = {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}
+    process = start(tmp_path / "run", "engine.device=auto", **gpus)
+    process.communicate(timeout=120)
+    assert process.returncode == 75, "the next node may have them"
+    log = (tmp_path / "run/logs/rank-0.txt").read_text()
+    assert "SLURM gave this job GPUs (SLURM_GPUS_ON_NODE=4) but torch sees no CUDA device" in log
+    assert "or set engine.device=cpu" in log
+    process = start(tmp_path / "run", "engine.device=cpu", "memory.size=100000", **gpus)
+    process.communicate(timeout=120)
+    assert process.returncode == 202, "it began"
+
+
+def test_the_network_of_cpus_is_not_that_of_a_job_with_gpus() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hpccl.cluster.network_check"],
+        env={**os.environ, **JOB, "SLURM_JOB_GPUS": "0,1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "SLURM gave this job GPUs (SLURM_JOB_GPUS=0,1)" in done.stderr
+
+
 def test_blocked_signals_are_heard_and_stay_blocked_for_children() -> None:
     stop = Stop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
