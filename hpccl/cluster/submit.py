@@ -25,7 +25,7 @@ from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
 from hpccl.config.stream import FewShotScenario, PermutedScenario, RotatedScenario, ShardStream
 from hpccl.errors import ConfigError, DataError, FolderError, WorldError
-from hpccl.folder import RunFolder
+from hpccl.folder import RunFolder, expanded
 from hpccl.report.events import read_events
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _check_files(config: RunConfig) -> None:
     if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
         raise DataError(f"model.checkpoint '{checkpoint}' is not a file")
     other = config.train.first_task_from
-    if other is not None and not RunFolder(Path(other)).config.is_file():
+    if other is not None and not RunFolder(expanded("train.first_task_from", other)).config.is_file():
         raise ConfigError(f"train.first_task_from = '{other}' is not a run folder; submit or train that run first")
 
 
