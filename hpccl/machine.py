@@ -22,6 +22,7 @@ __all__ = [
     "slurm_job",
     "usable_cores",
     "versions",
+    "visible_gpus",
 ]
 
 _PACKAGES = ("hpccl", "torch", "timm", "webdataset", "numpy", "pydantic", "safetensors", "deepspeed", "submitit")
@@ -99,6 +100,14 @@ def slurm_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
         return None
     names = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
     return next((f"{name}={environ[name]}" for name in names if environ.get(name)), None)
+
+
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the NVIDIA GPUs that CUDA_VISIBLE_DEVICES lists, or all of this machine where it is not set."""
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [name.strip() for name in listed.split(",") if name.strip()]
+    return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def commit() -> str:

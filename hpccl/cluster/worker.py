@@ -141,17 +141,17 @@ def _hearing(blocked: Set[int], stop: Stop) -> Iterator[None]:
 # ---------------------------------------------------------------- one rank of several
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the system kill this process when the launcher dies, so that no rank is left behind (Linux only).
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the system send this process a signal when its parent dies, so that it is not left behind (Linux only).
 
-    By SIGKILL: the launcher may be started again at once, and two runs must not write in one folder.
+    A rank gets SIGKILL: its launcher may be started again at once, and two runs must not write in one folder.
     """
     if not sys.platform.startswith("linux"):
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # the launcher died before the call above
-        os.kill(os.getpid(), signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, number)
+    if os.getppid() != parent:  # the parent died before the call above
+        os.kill(os.getpid(), number)
 
 
 _LONGEST = 8000  # characters of an error; a pipe holds more than that, encoded
