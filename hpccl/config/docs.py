@@ -29,7 +29,8 @@ hpccl train configs/quickstart.yaml configs/method/ewc+fr.yaml train.epochs=3 se
 ```
 
 - `key=a,b` is a sweep: one run for each value (with several sweeps: for each combination), one after the other, in
-  `runs/<name>/<key=value>`. `key=[a,b]` is one list.
+  `runs/<name>/<key=value>`. `key=[a,b]` is one list. `cluster.partition`, `constraint`, `exclude` and `extra.*` are
+  never a sweep: SLURM's own lists have commas.
 - Files are YAML 1.2: `no` is text, `12:30:00` is text, `1e-3` is a number. Anchors, tags and includes are refused.
 - If the `kind` of a mapping changes, its other keys are dropped: `model.kind=timm` drops the keys of `model.kind=mlp`.
   Only those that every engine has (`engine.device`, `precision`, `channels_last`, `recompute`) stay when `engine.kind`

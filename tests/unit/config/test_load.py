@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hpccl.config.engine import AnyEngine, DeepspeedEngine, Fsdp2Engine
 from hpccl.config.load import dump, is_override, load, load_recorded, sweep
+from hpccl.config.machine import SlurmCluster
 from hpccl.config.memory import ScoreSelector
 from hpccl.config.model import MlpModel, PaperModel, TimmModel
 from hpccl.config.optim import TimmOptim
@@ -127,6 +128,16 @@ def test_values_of_arguments_are_yaml() -> None:
     assert config.optim.options == {"betas": [0.9, 0.99]}
 
 
+def test_lists_of_slurm_are_one_value() -> None:
+    words = ["cluster.exclude=n1,n2", "cluster.partition=gpu,long", "cluster.constraint=a100,ib"]
+    (config,) = sweep([], ["cluster.kind=slurm", *words, "cluster.extra.mail-type=FAIL,END", "folder=runs/a"])
+    assert config == load([], ["cluster.kind=slurm", *words, "cluster.extra.mail-type=FAIL,END", "folder=runs/a"])
+    assert isinstance(config.cluster, SlurmCluster)
+    assert (config.cluster.exclude, config.cluster.partition) == ("n1,n2", "gpu,long")
+    assert config.cluster.extra == {"mail-type": "FAIL,END"}
+    assert config.path == "runs/a"
+
+
 def test_an_item_of_a_list_can_be_changed(tmp_path: Path) -> None:
     path = write(tmp_path, "stream: {kind: shards, parts: [{path: a}, {path: b, tasks: 5}]}\n")
     stream = load([path], ["stream.parts.1.path=/elsewhere"]).stream
@@ -140,6 +151,7 @@ def test_an_item_of_a_list_can_be_changed(tmp_path: Path) -> None:
 def test_arguments_and_files_are_told_apart() -> None:
     assert is_override("train.epochs=3")
     assert is_override("folder=a=b.yaml")
+    assert is_override("cluster.extra.mail-type=FAIL")
     assert not is_override("./a=b.yaml")
     assert not is_override("configs/a.yaml")
 
