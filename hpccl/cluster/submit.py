@@ -253,10 +253,10 @@ def _check_site(clusters: Sequence[SlurmCluster]) -> None:
 
 
 def _partitions() -> set[str]:
-    """Return the names of the partitions; empty if SLURM does not answer."""
+    """Return the names of the partitions, also of hidden ones; empty if SLURM does not answer."""
     try:
         done = subprocess.run(
-            ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=10, check=True
+            ["sinfo", "--all", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return set()

@@ -67,7 +67,11 @@ Word = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f]+$", json_schema_extra={"
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Memory = Annotated[
     str,
-    Field(pattern=r"^[1-9][0-9]*[KMGT]?$", json_schema_extra={"words": "a size such as 64G, in quotes if a number"}),
+    BeforeValidator(lambda value: "0" if type(value) is int and value == 0 else value),
+    Field(
+        pattern=r"^(0|[1-9][0-9]*[KMGT]?)$",
+        json_schema_extra={"words": "0, or a size such as 64G (in quotes if a number)"},
+    ),
 ]
 TimeLimit = Annotated[
     str,

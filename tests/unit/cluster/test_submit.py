@@ -40,6 +40,18 @@ def test_files_are_looked_for_before_a_job_waits_for_hours(tmp_path: Path) -> No
         check([load([], [f"train.first_task_from={tmp_path}/other"])])
 
 
+def test_hidden_partitions_are_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sbatch", "srun", "scontrol", "squeue"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / "sinfo").write_text('#!/bin/sh\necho long; case "$*" in *--all*) echo hidden; esac\n')
+    for path in tmp_path.iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    check([load([], ["cluster.kind=slurm", "cluster.partition=hidden,long"])])
+    with pytest.raises(ConfigError, match=r"cluster.partition = other: no such partition; there are: hidden, long"):
+        check([load([], ["cluster.kind=slurm", "cluster.partition=other"])])
+
+
 def test_a_dependency_is_for_slurm() -> None:
     with pytest.raises(ConfigError, match="dependency"):
         check([load([], [])], "afterok:12")
