@@ -21,11 +21,13 @@ from hpccl.cluster.prepare import prepare, refuse_another
 from hpccl.cluster.queue import states
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.slurm import parameters, python_command, seconds
+from hpccl.config.engine import Fsdp2Engine, shards_of
 from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
 from hpccl.config.stream import FewShotScenario, PermutedScenario, RotatedScenario, ShardStream
 from hpccl.errors import ConfigError, DataError, FolderError, WorldError
 from hpccl.folder import RunFolder, expanded
+from hpccl.output import say
 from hpccl.report.events import read_events
 
 if TYPE_CHECKING:
@@ -185,6 +187,24 @@ def _check_words(configs: Sequence[RunConfig]) -> None:
                 f"cluster.time = {cluster.time}: a run saves {cluster.save} s before the limit (cluster.save) and "
                 f"needs about {_START_UP} s to start; allowed: more than {least} s, or set cluster.save lower"
             )
+    _check_shards(configs)
+
+
+def _check_shards(configs: Sequence[RunConfig]) -> None:
+    """Raise ConfigError if shard_size does not divide a job's ranks; print a note if a copy is spread over nodes."""
+    notes: list[str] = []
+    for config in configs:
+        engine, cluster = config.engine, config.cluster
+        if not isinstance(engine, Fsdp2Engine) or not isinstance(cluster, SlurmCluster) or engine.shard_size is None:
+            continue
+        shards_of(engine.shard_size, cluster.nodes * cluster.nproc)
+        if cluster.nproc % engine.shard_size:
+            notes.append(
+                f"note: engine.shard_size={engine.shard_size}, but a node has {cluster.nproc} ranks: those that share "
+                "a copy of the weights are on several nodes"
+            )
+    for note in dict.fromkeys(notes):
+        say(note)
 
 
 def _check_files(config: RunConfig) -> None:
