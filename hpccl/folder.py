@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpccl.errors import FolderError
+from hpccl.errors import ConfigError, FolderError
 
 __all__ = [
     "RunFolder",
+    "expanded",
     "explain_os_error",
     "locked",
     "put_in_place",
@@ -150,6 +151,19 @@ def refuse_unwritable(folder: Path, option: str) -> None:
             pass
     except OSError as error:
         raise FolderError(f"'{folder}' cannot be written: {explain_os_error(error, other=option)}") from error
+
+
+def expanded(key: str, text: str) -> Path:
+    """Return the path that setting `key` names, with the home folder for `~`.
+
+    Raises:
+        ConfigError: it has a `$`, and nothing of that name exists.
+    """
+    if "$" in text and not os.path.exists(text):
+        raise ConfigError(
+            f"{key} = '{text}': environment variables are not expanded in a configuration; write them out"
+        )
+    return Path(text).expanduser()
 
 
 def explain_os_error(error: OSError, *, other: str = "another folder") -> str:

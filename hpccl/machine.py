@@ -12,7 +12,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SlurmJob", "ask_git", "commit", "machine", "out_of_memory", "slurm_job", "usable_cores", "versions"]
+__all__ = [
+    "SlurmJob",
+    "ask_git",
+    "commit",
+    "machine",
+    "out_of_memory",
+    "slurm_gpus",
+    "slurm_job",
+    "usable_cores",
+    "versions",
+    "visible_gpus",
+]
 
 _PACKAGES = ("hpccl", "torch", "timm", "webdataset", "numpy", "pydantic", "safetensors", "deepspeed", "submitit")
 
@@ -78,6 +89,25 @@ def slurm_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     name = f"{array}_{task}" if array and task else environ["SLURM_JOB_ID"]
     return SlurmJob(name, int(environ.get("SLURM_RESTART_COUNT") or "0"))
+
+
+def slurm_gpus(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the variable that tells a SLURM step of its GPUs, as `NAME=value`; None outside of one or without GPUs.
+
+    SLURM_GPUS_ON_NODE is a number, which some sites set to 0; the others, of older versions too, are lists of GPUs.
+    """
+    if "SLURM_STEP_ID" not in environ or environ.get("SLURM_GPUS_ON_NODE") == "0":
+        return None
+    names = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
+    return next((f"{name}={environ[name]}" for name in names if environ.get(name)), None)
+
+
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the NVIDIA GPUs that CUDA_VISIBLE_DEVICES lists, or all of this machine where it is not set."""
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [name.strip() for name in listed.split(",") if name.strip()]
+    return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def commit() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import shlex
 import signal
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, FAILED, INTERRUPTED, STOPPED, tell
+from hpccl.cluster.worker import die_with_parent
 from hpccl.config.load import is_override, sweep
 from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError, HpcclError
-from hpccl.machine import usable_cores
+from hpccl.machine import usable_cores, visible_gpus
 from hpccl.output import discard
 
 if TYPE_CHECKING:
@@ -220,12 +222,17 @@ def _cluster(steps: Sequence[Step], more: Sequence[str]) -> SlurmCluster:
 
 @dataclass
 class _Local:
-    """Runs at most `limit` commands at the same time; steps that wait for a failed one are not run."""
+    """Runs at most `limit` commands at the same time; steps that wait for a failed one are not run.
+
+    gpus: those of this machine; trainings of one process that run at the same time share them out
+    """
 
     folder: Path
     steps: Sequence[Step]
     limit: int
+    gpus: Sequence[str] = field(default_factory=visible_gpus)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    given: dict[str, str] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)
 
@@ -264,15 +271,25 @@ class _Local:
         print(f"{_shown(step)}{where}", flush=True)
         threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.limit))} if self.limit > 1 else {}
         command = [sys.executable, "-m", "hpccl.cli", *step.arguments]
+        orphaned = functools.partial(die_with_parent, os.getpid(), signal.SIGTERM)  # it saves, and frees its folder
         with output or contextlib.nullcontext():
             return subprocess.Popen(
                 command,
-                env={**threads, **os.environ},
+                env={**threads, **os.environ, **self._own_gpu(step)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=orphaned,  # noqa: PLW1509 - this process has no threads
             )
+
+    def _own_gpu(self, step: Step) -> dict[str, str]:
+        """Return the variable that shows a training of one process the GPU that the fewest others use."""
+        if self.limit == 1 or len(self.gpus) < 2 or not _is_one_process(step):
+            return {}
+        used = [self.given[name] for name in self.running if name in self.given]
+        self.given[step.name] = min(self.gpus, key=used.count)
+        return {"CUDA_VISIBLE_DEVICES": self.given[step.name]}
 
     def _collect(self) -> None:
         for name, process in list(self.running.items()):
@@ -286,20 +303,31 @@ class _Local:
 
     @contextlib.contextmanager
     def _passing_on(self) -> Iterator[None]:
-        """Pass signals on to all running commands, which save and stop."""
+        """Pass signals on to all running commands, which save and stop; they do so, too, when the terminal is gone."""
 
         def pass_on(number: int, _frame: object) -> None:
             self.asked.append(number)
             for process in self.running.values():
                 if process.poll() is None:
-                    process.send_signal(number)
+                    process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-        former = {number: signal.signal(number, pass_on) for number in ASKED_TO_STOP}
+        hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]  # nohup ignores it
+        former = {number: signal.signal(number, pass_on) for number in (*ASKED_TO_STOP, *hung_up)}
         try:
             yield
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+
+
+def _is_one_process(step: Step) -> bool:
+    """Whether a step is a training in one process."""
+    if step.arguments[0] != "train":
+        return False
+    try:
+        return all(config.cluster.nproc == 1 for config in _configs(step.arguments[1:]))
+    except ConfigError:  # the command itself will say so
+        return False
 
 
 def _worst(codes: Mapping[str, int]) -> int:

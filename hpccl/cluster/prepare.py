@@ -19,7 +19,7 @@ from hpccl.config.differences import differences, flat
 from hpccl.config.load import dump, load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
-from hpccl.folder import RunFolder, explain_os_error, replacing
+from hpccl.folder import RunFolder, expanded, explain_os_error, replacing
 from hpccl.machine import ask_git, commit, machine
 from hpccl.report.events import Event, read_events
 
@@ -38,10 +38,11 @@ def prepare(config: RunConfig, argv: Sequence[str]) -> RunFolder:
     another run that ended before it learned anything is taken over, with a message.
 
     Raises:
+        ConfigError: the folder's name has an environment variable.
         FolderError: the folder holds another run, or another process trains in it, or it cannot be written.
     """
-    folder = RunFolder(Path(config.path))
     before = refuse_another(config)
+    folder = RunFolder(Path(config.path))
     folder.create()
     if before is None and folder.config.exists():
         _take_over(folder, config)
@@ -64,9 +65,10 @@ def refuse_another(config: RunConfig) -> RunConfig | None:
     A folder is free if it holds no run, or one that may be taken over (see `_unused`).
 
     Raises:
+        ConfigError: the folder's name has an environment variable, which would become a folder of that name.
         FolderError: the folder holds another run, or cannot be read.
     """
-    folder = RunFolder(Path(config.path))
+    folder = RunFolder(expanded("folder", config.path))
     before = _earlier(folder, config)
     if before is None:
         _refuse_unnamed(folder, config)

@@ -58,7 +58,10 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
     # Before any thread or process starts, as they inherit the mask: SLURM signals all processes of a step.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     signal.signal(signal.SIGCONT, signal.SIG_IGN)  # SLURM sends it before each SIGTERM, and submitit would print a line
-    named = _named(next(_runs))
+    number = next(_runs)
+    if number > 0:  # the previous run of the sweep left it ignored
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    named = _named(number)
     former = {name: os.environ.get(name) for name in named}
     os.environ.update(named)
     rank = int(os.environ.get("RANK", "0"))
@@ -85,7 +88,8 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
                 refuse_standstill(folder, job)
             from hpccl.cluster import worker
 
-            return worker.main(config, argv, report=report)
+            # srun sends SIGTERM when another rank has ended: until this process ends, too, keep its exit code.
+            return worker.main(config, argv, report=report, deaf_afterwards=True)
     except HpcclError as error:
         return report(error)
     except Exception as error:  # noqa: BLE001 - the end of the process: any error is reported, and not retried
@@ -121,7 +125,7 @@ def fail_step(folder: RunFolder, error: HpcclError) -> int:
 
 def end(code: int) -> NoReturn:
     """End this process without the interpreter's teardown, in which communication threads may abort."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends it when another task has failed; keep our exit code
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as after a run, also where none began
     flush()
     if code == WRONG_CONFIG and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         time.sleep(_OTHERS)  # the other tasks find the same mistake; ended while they start, their 143 would hide it

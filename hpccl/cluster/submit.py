@@ -21,11 +21,13 @@ from hpccl.cluster.prepare import prepare, refuse_another
 from hpccl.cluster.queue import states
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.slurm import parameters, python_command, seconds
+from hpccl.config.engine import Fsdp2Engine, shards_of
 from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
 from hpccl.config.stream import FewShotScenario, PermutedScenario, RotatedScenario, ShardStream
 from hpccl.errors import ConfigError, DataError, FolderError, WorldError
-from hpccl.folder import RunFolder
+from hpccl.folder import RunFolder, expanded
+from hpccl.output import say
 from hpccl.report.events import read_events
 
 if TYPE_CHECKING:
@@ -185,6 +187,24 @@ def _check_words(configs: Sequence[RunConfig]) -> None:
                 f"cluster.time = {cluster.time}: a run saves {cluster.save} s before the limit (cluster.save) and "
                 f"needs about {_START_UP} s to start; allowed: more than {least} s, or set cluster.save lower"
             )
+    _check_shards(configs)
+
+
+def _check_shards(configs: Sequence[RunConfig]) -> None:
+    """Raise ConfigError if shard_size does not divide a job's ranks; print a note if a copy is spread over nodes."""
+    notes: list[str] = []
+    for config in configs:
+        engine, cluster = config.engine, config.cluster
+        if not isinstance(engine, Fsdp2Engine) or not isinstance(cluster, SlurmCluster) or engine.shard_size is None:
+            continue
+        shards_of(engine.shard_size, cluster.nodes * cluster.nproc)
+        if cluster.nproc % engine.shard_size:
+            notes.append(
+                f"note: engine.shard_size={engine.shard_size}, but a node has {cluster.nproc} ranks: those that share "
+                "a copy of the weights are on several nodes"
+            )
+    for note in dict.fromkeys(notes):
+        say(note)
 
 
 def _check_files(config: RunConfig) -> None:
@@ -204,7 +224,7 @@ def _check_files(config: RunConfig) -> None:
     if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
         raise DataError(f"model.checkpoint '{checkpoint}' is not a file")
     other = config.train.first_task_from
-    if other is not None and not RunFolder(Path(other)).config.is_file():
+    if other is not None and not RunFolder(expanded("train.first_task_from", other)).config.is_file():
         raise ConfigError(f"train.first_task_from = '{other}' is not a run folder; submit or train that run first")
 
 
@@ -253,10 +273,10 @@ def _check_site(clusters: Sequence[SlurmCluster]) -> None:
 
 
 def _partitions() -> set[str]:
-    """Return the names of the partitions; empty if SLURM does not answer."""
+    """Return the names of the partitions, also of hidden ones; empty if SLURM does not answer."""
     try:
         done = subprocess.run(
-            ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=10, check=True
+            ["sinfo", "--all", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return set()

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["die_with_parent", "main"]
 
 
-def main(config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError], int] = tell) -> int:
+def main(
+    config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError], int] = tell, deaf_afterwards: bool = False
+) -> int:
     """Train in this process as the rank that the environment gives (alone, if it gives none).
 
     SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 save and stop; a second SIGINT stops at once.
@@ -44,6 +46,7 @@ def main(config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError
         config: the run.
         argv: the command, for the record.
         report: reports an error that a user can fix; returns the exit code.
+        deaf_afterwards: leave SIGTERM ignored, so that nothing but the exit code tells how the run ended.
 
     Returns:
         0 done, 1 failed, 2 wrong configuration, 75 stopped and saved, 130 interrupted at once.
@@ -52,7 +55,7 @@ def main(config: RunConfig, argv: Sequence[str], *, report: Callable[[HpcclError
 
     stop = Stop()
     try:
-        with _listening(stop):
+        with _listening(stop, deaf_afterwards=deaf_afterwards):
             return _train(config, argv, stop, report)
     except HpcclError as error:  # before the process group was joined
         return report(error)
@@ -90,8 +93,8 @@ def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[
 
 
 @contextlib.contextmanager
-def _listening(stop: Stop) -> Iterator[None]:
-    """Pass signals on to `stop`; restore the former handlers at the end."""
+def _listening(stop: Stop, *, deaf_afterwards: bool = False) -> Iterator[None]:
+    """Pass signals on to `stop`; restore the former handlers at the end, or ignore SIGTERM from there on."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.reason is not None:
@@ -99,6 +102,8 @@ def _listening(stop: Stop) -> Iterator[None]:
         stop.on_signal(number, frame)
 
     former = {number: signal.signal(number, ask) for number in ASKED_TO_STOP}
+    if deaf_afterwards:
+        former[signal.SIGTERM] = signal.SIG_IGN
     try:
         with _hearing(signal.pthread_sigmask(signal.SIG_BLOCK, ()).intersection(ASKED_TO_STOP), stop):
             yield
@@ -136,17 +141,17 @@ def _hearing(blocked: Set[int], stop: Stop) -> Iterator[None]:
 # ---------------------------------------------------------------- one rank of several
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the system kill this process when the launcher dies, so that no rank is left behind (Linux only).
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the system send this process a signal when its parent dies, so that it is not left behind (Linux only).
 
-    By SIGKILL: the launcher may be started again at once, and two runs must not write in one folder.
+    A rank gets SIGKILL: its launcher may be started again at once, and two runs must not write in one folder.
     """
     if not sys.platform.startswith("linux"):
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # the launcher died before the call above
-        os.kill(os.getpid(), signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, number)
+    if os.getppid() != parent:  # the parent died before the call above
+        os.kill(os.getpid(), number)
 
 
 _LONGEST = 8000  # characters of an error; a pipe holds more than that, encoded

@@ -6,7 +6,7 @@ Units: weights multiply nats; sizes are numbers of examples; lengths are optimis
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
@@ -67,7 +67,11 @@ Word = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f]+$", json_schema_extra={"
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Memory = Annotated[
     str,
-    Field(pattern=r"^[1-9][0-9]*[KMGT]?$", json_schema_extra={"words": "a size such as 64G, in quotes if a number"}),
+    BeforeValidator(lambda value: "0" if type(value) is int and value == 0 else value),
+    Field(
+        pattern=r"^(0|[1-9][0-9]*[KMGT]?)$",
+        json_schema_extra={"words": "0, or a size such as 64G (in quotes if a number)"},
+    ),
 ]
 TimeLimit = Annotated[
     str,
@@ -84,3 +88,4 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
     )
+    lasting: ClassVar[frozenset[str]] = frozenset()  # keys that stay when another kind is chosen; others are dropped

@@ -29,10 +29,12 @@ hpccl train configs/quickstart.yaml configs/method/ewc+fr.yaml train.epochs=3 se
 ```
 
 - `key=a,b` is a sweep: one run for each value (with several sweeps: for each combination), one after the other, in
-  `runs/<name>/<key=value>`. `key=[a,b]` is one list.
+  `runs/<name>/<key=value>`. `key=[a,b]` is one list. `cluster.partition`, `constraint`, `exclude` and `extra.*` are
+  never a sweep: SLURM's own lists have commas.
 - Files are YAML 1.2: `no` is text, `12:30:00` is text, `1e-3` is a number. Anchors, tags and includes are refused.
 - If the `kind` of a mapping changes, its other keys are dropped: `model.kind=timm` drops the keys of `model.kind=mlp`.
-  If no kind is given, the one marked *default* is used.
+  Only those that every engine has (`engine.device`, `precision`, `channels_last`, `recompute`) stay when `engine.kind`
+  changes. If no kind is given, the one marked *default* is used.
 - `stream.parts.0.path=...` changes one item of a list.
 - A key with one value for each task also accepts a single value; the last value of a list is repeated.
 - `hpccl check FILES... key=value` prints the resulting configuration, or every mistake in it; it runs nothing.

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from hpccl.config.base import PositiveInt, Section
+from hpccl.errors import ConfigError
 
-__all__ = ["BUCKET", "AnyEngine", "DdpEngine", "DeepspeedEngine", "EngineConfig", "Fsdp2Engine"]
+__all__ = ["BUCKET", "AnyEngine", "DdpEngine", "DeepspeedEngine", "EngineConfig", "Fsdp2Engine", "shards_of"]
 
 
 BUCKET = 50_000_000  # ZeRO: largest number of elements of gradients in transit, and of gathered weights
 
 
 class AnyEngine(Section):
-    """Keys of every engine."""
+    """Keys of every engine; they stay when another one is chosen, on which a run may go on."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if available
+    lasting: ClassVar[frozenset[str]] = frozenset({"device", "precision", "channels_last", "recompute"})
+    # auto: cuda if available, else cpu (in a SLURM job with GPUs: an error)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
     channels_last: bool = False  # memory layout of images (ddp: also of convolutions); often faster with bf16
     recompute: bool = False  # activation checkpointing of timm models: less memory, one more forward pass
@@ -52,3 +55,19 @@ class DeepspeedEngine(AnyEngine):
 
 
 EngineConfig = Annotated[DdpEngine | Fsdp2Engine | DeepspeedEngine, Field(discriminator="kind")]
+
+
+def shards_of(shard_size: int | None, ranks: int) -> int:
+    """Return how many of `ranks` share one copy of the weights.
+
+    Raises:
+        ConfigError: engine.shard_size does not divide the ranks.
+    """
+    size = shard_size or ranks
+    if ranks % size:
+        allowed = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
+        raise ConfigError(
+            f"engine.shard_size={size} does not divide the {ranks} ranks of this run; allowed: {allowed} (ranks that "
+            "share one copy of the weights, such as those of a node), or null for all"
+        )
+    return size

@@ -26,7 +26,8 @@ from hpccl.errors import ConfigError
 
 __all__ = ["dump", "is_override", "load", "load_recorded", "points", "sweep"]
 
-_OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+_OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[\w-]+)*)=(.*)", re.DOTALL)
+_SLURM_LISTS = re.compile(r"cluster\.(partition|constraint|exclude|extra\..*)")  # a comma is SLURM's, and no sweep's
 _LONGEST = 200  # bytes of a folder's name; file systems allow 255
 _DEEPEST = 20  # dots in a key; sections are nested far less deeply
 _ROOT = Choice({"": RunConfig}, "", tagged=False)
@@ -43,7 +44,7 @@ def load(files: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: one line per mistake: key, value, what is allowed, and its source (file and line, or argument).
     """
-    axes = [(key, text) for key, text in _split(overrides) if len(_alternatives(text)) > 1]
+    axes = [(key, text) for key, text in _split(overrides) if len(_alternatives(key, text)) > 1]
     if axes:
         lines = [
             f"{key}={text} is a sweep, but one run is expected here (a list is written [{text}])" for key, text in axes
@@ -100,7 +101,7 @@ def points(overrides: Sequence[str]) -> list[dict[str, str]]:
     Raises:
         ConfigError: an argument is not `key=value`, or a value is given twice.
     """
-    axes = {key: _alternatives(text) for key, text in _split(overrides)}
+    axes = {key: _alternatives(key, text) for key, text in _split(overrides)}
     axes = {key: values for key, values in axes.items() if len(values) > 1}
     repeated = [key for key, values in axes.items() if len(set(values)) < len(values)]
     if repeated:
@@ -168,8 +169,10 @@ def _split(overrides: Sequence[str]) -> list[tuple[str, str]]:
     return list({match[1]: match[2] for _, match in matches if match}.items())
 
 
-def _alternatives(text: str) -> list[str]:
-    """`a,b` split at commas outside brackets and quotes."""
+def _alternatives(key: str, text: str) -> list[str]:
+    """`a,b` split at commas outside brackets and quotes; the whole text for keys whose values are SLURM's lists."""
+    if _SLURM_LISTS.fullmatch(key):
+        return [text]
     parts, depth, quote, start = [], 0, "", 0
     before = ","  # the last character that is not a space: a quote opens only at the start of a value
     for at, char in enumerate(text):
@@ -254,11 +257,10 @@ def _merge(old: Node | None, new: Node, held: Choice | None, mistakes: list[str]
     if not isinstance(new, Table):
         return new
     below = old if isinstance(old, Table) else Table({}, new.source)
-    kind = _kind(new) or _kind(below)
-    if held and _kind(new) and _kind(new) != (_kind(below) or held.default):
-        below = Table({}, new.source)  # another kind drops the keys of the old one
-    section = held.pick(kind) if held else None
+    section = held.pick(_kind(new) or _kind(below)) if held else None
     entries = dict(below.entries)
+    if held and _kind(new) and _kind(new) != (_kind(below) or held.default):  # another kind drops the old one's keys
+        entries = {key: node for key, node in entries.items() if section and key in section.lasting}
     for key, value in new.entries.items():
         entries[key] = _merge(entries.get(key), value, choice(section, key) if section else None, mistakes)
     return Table(entries, new.source)

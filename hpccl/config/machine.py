@@ -92,7 +92,7 @@ class SlurmCluster(AnyCluster):
     gpus: NonNegativeInt = 0  # GPUs per node; one process each
     tasks: PositiveInt | None = None  # processes per node; null: one per GPU, or one without GPUs
     cpus: PositiveInt = 1  # cores per process
-    mem: Memory | None = None  # memory per node; null: the cluster's default
+    mem: Memory | None = None  # memory per node; 0: all of it; null: the cluster's default
     time: TimeLimit = "1:00:00"  # time limit: h:mm:ss, d-hh:mm:ss or minutes
     partition: Word | None = None  # partition; null: the cluster's default
     account: Word | None = None  # account to charge

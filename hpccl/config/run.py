@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -41,7 +42,7 @@ class RunConfig(Section):
 
     # name in reports and of the run folder; if no file sets it: the names of the files, joined by '-'
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$")
-    folder: Line | None = None  # run folder; null: `runs/<name>`
+    folder: Line | None = None  # run folder, ~ is the home folder; null: `runs/<name>`
     seed: Seed = 0  # seed of all randomness except that of the stream and of data.validation
     stream: StreamConfig = DigitsStream()  # data sets, and how they are split into tasks
     data: DataConfig = DataConfig()  # how images are read, resized and augmented
@@ -67,8 +68,8 @@ class RunConfig(Section):
 
     @property
     def path(self) -> str:
-        """The run folder."""
-        return self.folder if self.folder is not None else f"runs/{self.name}"
+        """The run folder; `~` is the home folder of who runs it."""
+        return os.path.expanduser(self.folder) if self.folder is not None else f"runs/{self.name}"
 
     @property
     def method(self) -> str:

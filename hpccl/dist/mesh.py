@@ -12,6 +12,7 @@ from hpccl.dist.allocator import keep_freed_memory
 from hpccl.dist.comm import Comm
 from hpccl.dist.lost import straggler, waited_in_vain
 from hpccl.errors import WorldError
+from hpccl.machine import slurm_gpus
 
 __all__ = ["join", "leave", "meet_alone", "pick_device"]
 
@@ -20,8 +21,15 @@ def pick_device(wanted: str) -> torch.device:
     """Return the device of this process and set it up; `auto` is this rank's CUDA device if there is one.
 
     Raises:
-        WorldError: `cuda` is wanted and there is none, or there are more processes than devices.
+        WorldError: `cuda` is wanted, or SLURM gave this step GPUs, and there is none; or there are more processes than
+            devices.
     """
+    given = slurm_gpus() if wanted == "auto" and not torch.cuda.is_available() else None
+    if given is not None:
+        raise WorldError(
+            f"SLURM gave this job GPUs ({given}) but torch sees no CUDA device; check the node's driver and that torch "
+            "is a build for CUDA (`hpccl doctor` there), or set engine.device=cpu"
+        )
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         keep_freed_memory()
         return torch.device("cpu")

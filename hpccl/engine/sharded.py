@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from hpccl.config.engine import shards_of
 from hpccl.dist.comm import Comm
 from hpccl.dist.mesh import meet_alone
 from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, streamed, whole
@@ -82,14 +83,7 @@ class Mesh:
         Raises:
             ConfigError: `shard_size` does not divide the number of ranks.
         """
-        size = shard_size or comm.size
-        if size > comm.size or comm.size % size:
-            allowed = [number for number in range(1, comm.size + 1) if comm.size % number == 0]
-            raise ConfigError(
-                f"engine.shard_size={size} does not divide the {comm.size} ranks of this run; allowed: "
-                f"{', '.join(map(str, allowed))} (ranks that share one copy of the weights, such as those of a node), "
-                "or null for all"
-            )
+        size = shards_of(shard_size, comm.size)
         from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
         meet_alone(comm)

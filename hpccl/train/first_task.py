@@ -10,7 +10,7 @@ from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.data.protocols import Task
 from hpccl.errors import ConfigError, FolderError
-from hpccl.folder import RunFolder
+from hpccl.folder import RunFolder, expanded
 from hpccl.train.state import RunState, World
 
 __all__ = ["adopt_first_task", "find_first_task", "first_task_identity"]
@@ -45,7 +45,7 @@ def find_first_task(config: RunConfig, source: str) -> tuple[Path, Mark]:
         ConfigError: it is no run, or learned its first task otherwise.
         FolderError: it has not ended its first task.
     """
-    other = RunFolder(Path(source))
+    other = RunFolder(expanded("train.first_task_from", source))
     if not other.config.is_file():
         problem = "it has no config.yaml" if other.path.is_dir() else "it does not exist"
         raise ConfigError(

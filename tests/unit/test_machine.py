@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from hpccl.machine import ask_git, commit, usable_cores
+from hpccl.machine import ask_git, commit, usable_cores, visible_gpus
 
 
 def test_usable_cores_are_at_least_one_and_at_most_all() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+def test_gpus_that_are_listed_are_all_that_there_are() -> None:
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3, GPU-8f"}) == ["3", "GPU-8f"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
 
 
 def test_a_slow_or_absent_git_costs_the_commit_and_not_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -37,8 +37,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, assert_never
 
-from hpccl.config.engine import BUCKET, DdpEngine, DeepspeedEngine, EngineConfig, Fsdp2Engine
-from hpccl.errors import ConfigError
+from hpccl.config.engine import BUCKET, DdpEngine, DeepspeedEngine, EngineConfig, Fsdp2Engine, shards_of
 
 __all__ = ["Spread", "all_reduce", "elements", "held", "rows", "sent"]
 
@@ -87,12 +86,7 @@ class Spread:
             case DdpEngine():
                 return cls("ddp", ranks, ranks)
             case Fsdp2Engine():
-                offload, shards = engine.offload, engine.shard_size or ranks
-                if shards > ranks or ranks % shards:
-                    raise ConfigError(
-                        f"engine.shard_size={shards} does not divide the {ranks} ranks; allowed: "
-                        f"{', '.join(str(size) for size in range(1, ranks + 1) if ranks % size == 0)}"
-                    )
+                offload, shards = engine.offload, shards_of(engine.shard_size, ranks)
                 return cls(
                     "fsdp2", ranks, shards, reshard=engine.reshard, state_on_host=offload, weights_on_host=offload
                 )

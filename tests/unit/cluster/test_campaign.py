@@ -78,21 +78,33 @@ def test_campaigns_that_cannot_be(steps: tuple[Step, ...], message: str) -> None
         Campaign(Path("runs"), steps)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-def test_an_interrupted_campaign_saves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    script = tmp_path / "campaign.py"
+def two_trainings(folder: Path) -> Path:
+    """A campaign of two trainings, `a` and `b`, as a script."""
+    script = folder / "campaign.py"
     script.write_text(
         "import sys; from pathlib import Path; from hpccl.cluster.campaign import *\n"
         f"small = {(*SMALL, 'checkpoint.every=1000')}\n"
-        f"steps = (Step('a', ('train', *small, 'folder={tmp_path}/a')), Step('b', ('train', *small, "
-        f"'folder={tmp_path}/b'), ('a',)))\n"
-        f"sys.exit(carry_out(Campaign(Path('{tmp_path}'), steps), options(None).parse_args()))\n"
+        f"steps = (Step('a', ('train', *small, 'folder={folder}/a')), Step('b', ('train', *small, "
+        f"'folder={folder}/b'), ('a',)))\n"
+        f"sys.exit(carry_out(Campaign(Path('{folder}'), steps), options(None).parse_args()))\n"
     )
-    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    return script
+
+
+def wait_for(folder: Path, event: str, times: int) -> None:
     until = time.monotonic() + 100
-    while len(events(tmp_path / "a", "step")) < 5:
+    while len(events(folder, event)) < times:
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
+def test_an_interrupted_campaign_saves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    script = two_trainings(tmp_path)
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "a", "step", 5)
     os.kill(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75
@@ -101,6 +113,28 @@ def test_an_interrupted_campaign_saves_and_goes_on(tmp_path: Path, number: signa
     assert subprocess.run([sys.executable, str(script)], check=False, timeout=200).returncode == 0
     assert events(tmp_path / "a", "run")[-1]["resumed"] is not None
     assert events(tmp_path / "b", "done")
+
+
+def test_a_campaign_that_is_killed_leaves_no_run_behind(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, str(two_trainings(tmp_path))])
+    wait_for(tmp_path / "a", "step", 5)
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "a", "stop", 1)
+    assert events(tmp_path / "a", "stop")[-1]["reason"] == "signal SIGTERM"
+
+
+def test_commands_at_the_same_time_have_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    steps = (
+        training("a", tmp_path, "memory.size=100000"),
+        training("b", tmp_path, "memory.size=100000"),
+        training("both", tmp_path, "memory.size=100000", "cluster.nproc=2"),
+    )
+    carry_out(Campaign(tmp_path, steps), chosen("--jobs", "3"))
+    shown = [(tmp_path / step.name / "env.txt").read_text() for step in steps]
+    lines = [line for text in shown for line in text.splitlines() if line.startswith("CUDA_VISIBLE_DEVICES=")]
+    assert [line.partition("=")[2] for line in lines] == ["2", "5", "2,5"]
 
 
 def test_what_waits_for_a_part_of_an_older_array_does_not_wait_for_the_task_that_failed() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hpccl.cluster.environment import first_host, from_slurm
-from hpccl.machine import SlurmJob, slurm_job
+from hpccl.machine import SlurmJob, slurm_gpus, slurm_job
 
 # As SLURM 22.05 sets them for rank 3 of `srun -N2 -n4` in the second start of a job.
 STEP = {
@@ -74,3 +74,12 @@ def test_the_job_of_a_process() -> None:
     assert slurm_job({}) is None
     assert slurm_job(STEP) == SlurmJob("41", 1)
     assert slurm_job({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == SlurmJob("7_2", 0)
+
+
+def test_a_step_knows_its_gpus() -> None:
+    assert slurm_gpus(STEP) is None
+    assert slurm_gpus({"SLURM_JOB_GPUS": "0"}) is None, "not in a step"
+    assert slurm_gpus({**STEP, "SLURM_JOB_GPUS": "0"}) == "SLURM_JOB_GPUS=0"
+    assert slurm_gpus({**STEP, "SLURM_GPUS_ON_NODE": "2", "SLURM_STEP_GPUS": "0,1"}) == "SLURM_GPUS_ON_NODE=2"
+    for none in ({"SLURM_GPUS_ON_NODE": "0"}, {"SLURM_STEP_GPUS": ""}):
+        assert slurm_gpus({**STEP, **none}) is None

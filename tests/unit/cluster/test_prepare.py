@@ -13,10 +13,12 @@ import pytest
 from hpccl.cluster.lock import holding
 from hpccl.cluster.prepare import prepare, refuse_any_other
 from hpccl.cluster.records import JobRecord, write_record
+from hpccl.cluster.submit import check
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
-from hpccl.errors import FolderError
+from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import RunFolder
+from hpccl.train.first_task import find_first_task
 
 
 def config(folder: Path, *overrides: str) -> RunConfig:
@@ -34,6 +36,22 @@ def test_the_folder_describes_the_run(tmp_path: Path) -> None:
     assert "torch==" in text
 
 
+def test_the_home_folder_is_meant_and_variables_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    wanted = config(Path("~/runs/a"))
+    assert prepare(wanted, []).path == tmp_path / "home/runs/a"
+    assert load([tmp_path / "home/runs/a/config.yaml"], []) == wanted, "unexpanded"
+    from_home = load([], ["train.first_task_from=~/runs/a"])
+    assert from_home.train.first_task_from == "~/runs/a"
+    check([from_home])
+    with pytest.raises(ConfigError, match=r"folder = '\$HOME/b': environment variables are not expanded"):
+        prepare(config(Path("$HOME/b")), [])
+    with pytest.raises(ConfigError, match=r"first_task_from = '\$HOME/b': environment variables are not expanded"):
+        find_first_task(from_home, "$HOME/b")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_secrets_in_the_environment_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "hush")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -49,6 +67,15 @@ def test_the_same_run_is_taken_up_again_and_machinery_may_change(tmp_path: Path)
     prepare(changed, ["second"])
     assert (folder.env.read_text(), folder.code.stat().st_mtime_ns) == before
     assert load([folder.config], []) == changed
+
+
+def test_a_run_goes_on_on_another_engine_in_its_precision(tmp_path: Path) -> None:
+    configs, folder = Path(__file__).parents[3] / "configs", [f"folder={tmp_path}"]
+    files = [configs / "imagenet_10x100.yaml", configs / "method" / "ewc.yaml"]
+    prepare(load(files, folder), [])
+    (tmp_path / "checkpoints" / "task-000-fit-00000005").mkdir()
+    other = load([*files, configs / "engine" / "fsdp2.yaml"], folder)
+    assert load([prepare(other, []).config], []) == other
 
 
 def test_a_run_that_is_trained_keeps_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

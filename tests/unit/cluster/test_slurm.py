@@ -91,6 +91,13 @@ def test_every_key_reaches_the_script() -> None:
     assert {"--kill-on-bad-exit=1", "--gpu-bind=none", "--block-signal=USR2"} <= set(shlex.split(step))
 
 
+def test_all_memory_of_a_node() -> None:
+    assert "#SBATCH --mem=0" in one("cluster.mem=0").splitlines()
+    assert cluster("cluster.mem='0'").mem == "0"
+    with pytest.raises(ConfigError, match=r"expected 0, or a size such as 64G \(in quotes if a number\)"):
+        cluster("cluster.mem=false")
+
+
 def test_the_script_is_bash_and_ends_with_the_code_of_the_step(tmp_path: Path) -> None:
     text = one()
     path = tmp_path / "job.sh"

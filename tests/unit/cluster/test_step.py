@@ -22,9 +22,10 @@ from tests.run.command import SMALL, events
 JOB = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_RESTART_COUNT": "0"}
 
 
-def start(folder: Path, *settings: str, **environ: str) -> subprocess.Popen[str]:
-    """A task of a step of one, as a job of hpccl starts it, but without SLURM."""
+def start(folder: Path, *settings: str, first: str = "pass", **environ: str) -> subprocess.Popen[str]:
+    """A task of a step of one, as a job of hpccl starts it, but without SLURM; `first`: Python to run before it."""
     code = (
+        f"{first};"
         "from pathlib import Path; from hpccl.cluster.job import TrainJob; from hpccl.cluster.prepare import prepare;"
         "from hpccl.config.load import load; import sys;"
         f"prepare(load([], sys.argv[1:]), ['test']); TrainJob({str(folder)!r}, ('test',))()"
@@ -48,6 +49,27 @@ def test_a_signal_that_came_while_python_started_is_kept(tmp_path: Path) -> None
     assert events(tmp_path / "run", "stop")[-1]["reason"] == "signal SIGUSR2"
     assert "continuing" not in output, "what a rank prints is in its own log"
     assert "-- job 7, restart 0, rank 0" in (tmp_path / "run/logs/rank-0.txt").read_text()
+
+
+def test_a_rank_that_has_saved_says_so_though_srun_ends_it(tmp_path: Path) -> None:
+    """The first rank that ends has srun send SIGTERM to the others, some of which are closing their logs."""
+    slowed = (
+        "import pathlib, time; from hpccl.cluster import step; redirect = step._redirect;"
+        f"step._redirect = lambda to: (pathlib.Path({str(tmp_path)!r}, str(to)).touch(), time.sleep(2), redirect(to))"
+    )
+    process = start(tmp_path / "run", first=slowed)
+    until = time.monotonic() + 100
+    while not events(tmp_path / "run", "step"):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    before = len(list(tmp_path.iterdir()))
+    process.send_signal(signal.SIGUSR2)
+    while len(list(tmp_path.iterdir())) == before:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
 
 
 def test_an_error_of_the_users_has_a_code_above_all_others_and_is_written_down(tmp_path: Path) -> None:
@@ -94,6 +116,32 @@ def test_what_ended_the_last_start_is_said_when_the_next_one_is_refused(tmp_path
     assert told["kind"] == "FolderError"
     assert "the last one ended with: engine.device is 'cuda' but torch sees no CUDA device" in told["message"]
     assert "cluster.time" not in told["message"]
+
+
+def test_a_job_with_gpus_does_not_train_on_cpus_in_silence(tmp_path: Path) -> None:
+    gpus = {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}
+    process = start(tmp_path / "run", "engine.device=auto", **gpus)
+    process.communicate(timeout=120)
+    assert process.returncode == 75, "the next node may have them"
+    log = (tmp_path / "run/logs/rank-0.txt").read_text()
+    assert "SLURM gave this job GPUs (SLURM_GPUS_ON_NODE=4) but torch sees no CUDA device" in log
+    assert "or set engine.device=cpu" in log
+    process = start(tmp_path / "run", "engine.device=cpu", "memory.size=100000", **gpus)
+    process.communicate(timeout=120)
+    assert process.returncode == 202, "it began"
+
+
+def test_the_network_of_cpus_is_not_that_of_a_job_with_gpus() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hpccl.cluster.network_check"],
+        env={**os.environ, **JOB, "SLURM_JOB_GPUS": "0,1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "SLURM gave this job GPUs (SLURM_JOB_GPUS=0,1)" in done.stderr
 
 
 def test_blocked_signals_are_heard_and_stay_blocked_for_children() -> None:

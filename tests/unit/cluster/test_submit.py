@@ -11,7 +11,7 @@ import pytest
 from hpccl.cli.jobs import _together
 from hpccl.cluster.prepare import prepare
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
-from hpccl.cluster.submit import check, submit
+from hpccl.cluster.submit import check, script, submit
 from hpccl.config.load import load, sweep
 from hpccl.errors import ConfigError, DataError, FolderError, WorldError
 from hpccl.folder import RunFolder
@@ -38,6 +38,34 @@ def test_files_are_looked_for_before_a_job_waits_for_hours(tmp_path: Path) -> No
         check([load([], [f"model.checkpoint={tmp_path}/w.pth"])])
     with pytest.raises(ConfigError, match=r"train.first_task_from = '.*' is not a run folder"):
         check([load([], [f"train.first_task_from={tmp_path}/other"])])
+
+
+def test_hidden_partitions_are_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sbatch", "srun", "scontrol", "squeue"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / "sinfo").write_text('#!/bin/sh\necho long; case "$*" in *--all*) echo hidden; esac\n')
+    for path in tmp_path.iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    check([load([], ["cluster.kind=slurm", "cluster.partition=hidden,long"])])
+    with pytest.raises(ConfigError, match=r"cluster.partition = other: no such partition; there are: hidden, long"):
+        check([load([], ["cluster.kind=slurm", "cluster.partition=other"])])
+
+
+def test_shards_are_divided_before_a_job_waits_for_hours(capfd: pytest.CaptureFixture[str]) -> None:
+    job = ["cluster.kind=slurm", "cluster.nodes=2", "cluster.gpus=4", "engine.kind=fsdp2"]
+    list(script([load([], [*job, "engine.shard_size=4"]), load([], job)]))
+    assert "note" not in capfd.readouterr().err
+    list(script(sweep([], [*job, "engine.shard_size=8", "seed=0,1"])))
+    assert capfd.readouterr().err.count("note: engine.shard_size=8, but a node has 4 ranks") == 1
+    with pytest.raises(ConfigError, match=r"engine.shard_size=3 does not divide the 8 ranks .* allowed: 1, 2, 4, 8 "):
+        list(script([load([], [*job, "engine.shard_size=3"])]))
+
+
+def test_the_shipped_engines_fit_the_shipped_cluster() -> None:
+    configs = Path(__file__).parents[3] / "configs"
+    for engine in sorted((configs / "engine").glob("*.yaml")):
+        list(script([load([engine, configs / "cluster" / "slurm_gpu.yaml"], [])]))
 
 
 def test_a_dependency_is_for_slurm() -> None:

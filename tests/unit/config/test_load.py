@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpccl.config.engine import AnyEngine, DeepspeedEngine, Fsdp2Engine
 from hpccl.config.load import dump, is_override, load, load_recorded, sweep
+from hpccl.config.machine import SlurmCluster
 from hpccl.config.memory import ScoreSelector
 from hpccl.config.model import MlpModel, PaperModel, TimmModel
 from hpccl.config.optim import TimmOptim
@@ -17,6 +19,9 @@ from hpccl.config.stream import ShardStream
 from hpccl.errors import ConfigError
 
 NEEDS_MEMORY = "needs a memory; set memory.size to the examples kept of each task, or memory.total"
+
+
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def write(folder: Path, text: str, name: str = "a.yaml") -> Path:
@@ -88,6 +93,19 @@ def test_a_mapping_whose_kind_changes_starts_afresh(tmp_path: Path) -> None:
     assert load([path], ["model.kind=cifarnet"]).model == PaperModel(kind="cifarnet", dropout=False)
 
 
+@pytest.mark.parametrize("engine", sorted((CONFIGS / "engine").glob("*.yaml")), ids=lambda path: path.stem)
+def test_another_engine_computes_the_same(engine: Path) -> None:
+    chosen = load([CONFIGS / "imagenet_10x100.yaml", engine], []).engine
+    assert (chosen.precision, chosen.channels_last) == ("bf16", True)
+
+
+def test_keys_that_stay_are_those_of_every_engine(tmp_path: Path) -> None:
+    assert AnyEngine.lasting == set(AnyEngine.model_fields)
+    path = write(tmp_path, "engine: {compile: true, precision: bf16, recompute: true}\n")
+    assert load([path], ["engine.kind=fsdp2"]).engine == Fsdp2Engine(precision="bf16", recompute=True)
+    assert load([path], ["engine=deepspeed"]).engine == DeepspeedEngine(precision="bf16", recompute=True)
+
+
 def test_the_default_kind_is_a_kind(tmp_path: Path) -> None:
     path = write(tmp_path, "model: {hidden: [3]}\n")
     assert load([path], []).model == MlpModel(hidden=(3,))
@@ -110,6 +128,16 @@ def test_values_of_arguments_are_yaml() -> None:
     assert config.optim.options == {"betas": [0.9, 0.99]}
 
 
+def test_lists_of_slurm_are_one_value() -> None:
+    words = ["cluster.exclude=n1,n2", "cluster.partition=gpu,long", "cluster.constraint=a100,ib"]
+    (config,) = sweep([], ["cluster.kind=slurm", *words, "cluster.extra.mail-type=FAIL,END", "folder=runs/a"])
+    assert config == load([], ["cluster.kind=slurm", *words, "cluster.extra.mail-type=FAIL,END", "folder=runs/a"])
+    assert isinstance(config.cluster, SlurmCluster)
+    assert (config.cluster.exclude, config.cluster.partition) == ("n1,n2", "gpu,long")
+    assert config.cluster.extra == {"mail-type": "FAIL,END"}
+    assert config.path == "runs/a"
+
+
 def test_an_item_of_a_list_can_be_changed(tmp_path: Path) -> None:
     path = write(tmp_path, "stream: {kind: shards, parts: [{path: a}, {path: b, tasks: 5}]}\n")
     stream = load([path], ["stream.parts.1.path=/elsewhere"]).stream
@@ -123,6 +151,7 @@ def test_an_item_of_a_list_can_be_changed(tmp_path: Path) -> None:
 def test_arguments_and_files_are_told_apart() -> None:
     assert is_override("train.epochs=3")
     assert is_override("folder=a=b.yaml")
+    assert is_override("cluster.extra.mail-type=FAIL")
     assert not is_override("./a=b.yaml")
     assert not is_override("configs/a.yaml")
 

@@ -81,7 +81,9 @@ def test_copies_in_shards() -> None:
     found = sent(NUM, 0, spread, accumulate=1)
     assert found["gather weights"] == pytest.approx(2 * 3 / 4 * 4 * NUM)
     assert found["average gradients"] == pytest.approx(3 / 4 * 4 * NUM + 2 * 1 / 2 * NUM)
-    with pytest.raises(ConfigError, match=r"engine.shard_size=3 does not divide the 8 ranks; allowed: 1, 2, 4, 8"):
+    with pytest.raises(
+        ConfigError, match=r"engine.shard_size=3 does not divide the 8 ranks of this run; allowed: 1, 2, 4, 8 "
+    ):
         Spread.of(Fsdp2Engine(shard_size=3), 8)
 
 
