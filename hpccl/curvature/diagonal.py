@@ -240,7 +240,7 @@ class DiagonalEstimator:
         return max(1, min(len(examples), budget // max(1, held))), group
 
     def _squares(self, model: nn.Module, coverage: Coverage, part: Examples) -> Mapping[str, Tensor]:
-        rows = widen(model, coverage.widened, len(part)) if is_spread(model) else {}
+        rows = widen(model, coverage.widened, len(part))
         found = self._sweep.forward(model, coverage.layers, part, widened=rows)
         columns = found.columns
         power: Power = 1 if self.fisher == "outputs" else 2
@@ -249,7 +249,7 @@ class DiagonalEstimator:
         else:
             _, group = self._part(coverage, part)
             by_layer = layer_squares(
-                model, coverage.layers, found.calls, found.logits, columns, group=group, power=power
+                model, coverage.layers, found.calls, found.logits, columns, rows=rows, group=group, power=power
             )
         mapped = [name for name in coverage.mapped if name not in rows]
         by_model = mapped_squares(model, mapped, part.pixels, columns, graph_bytes=coverage.graph_bytes, power=power)

@@ -13,7 +13,7 @@ all images; the sum over ranks is the kernel, whatever their number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from hpccl.curvature.jacobians import logit_jacobians, maps
 from hpccl.curvature.posterior import Posterior
 from hpccl.curvature.protocols import Weights
 from hpccl.curvature.spectrum import Spectrum
+from hpccl.dist.grouping import filled
 from hpccl.errors import DivergedError
 
 __all__ = ["probability_kernel"]
@@ -46,8 +47,8 @@ class _Probabilities(nn.Module):
 def probability_kernel(posterior: Posterior, model: nn.Module, pixels: Tensor, head: Sequence[int]) -> Tensor:
     """Return the kernel [K, n, n] in float64, on the images' device; collective.
 
-    Exact for the posterior's spectra. It holds the Jacobian of one layer for all n images and one class, and computes K
-    Jacobians per image: keep n small.
+    Exact for the posterior's spectra. It takes as many layers at a time as fit, at least one with the Jacobian of all n
+    images and one class, and computes K Jacobians per image each time: keep n small.
 
     Args:
         posterior: of the weights; the model is linearised at its mean, which has all tensors that the model needs.
@@ -60,14 +61,18 @@ def probability_kernel(posterior: Posterior, model: nn.Module, pixels: Tensor, h
     """
     weights = {f"model.{name}": value.to(pixels.device) for name, value in posterior.mean.items()}
     total = torch.zeros(len(head), len(pixels), len(pixels), dtype=torch.float64, device=pixels.device)
+    every = [f"model.{name}" for spectrum in posterior.spectra for name in spectrum.names]
+    row = len(pixels) * pixels.element_size()  # bytes of one class and weight
+    budget = _BUDGET[pixels.device.type]
     with measuring(model, pixels.device):
-        for spectrum in posterior.spectra:
-            size = spectrum.values.numel() * pixels.element_size()
-            together = max(1, _BUDGET[pixels.device.type] // max(1, size * len(pixels)))
+        mapped = bool(every) and maps(_Probabilities(model, head, [0]), weights, every, pixels)
+        for group in filled(posterior.spectra, lambda each: len(head) * row * each.values.numel(), budget):
+            size = row * sum(spectrum.values.numel() for spectrum in group)
+            together = max(1, budget // max(1, size))
             for chosen in torch.arange(len(head)).split(together):
                 some = _Probabilities(model, head, chosen.tolist())
-                half = _half(posterior, spectrum, some, weights, pixels)
-                total[chosen.to(total.device)] += (half @ half.mT).double()
+                for half in _halves(posterior, group, some, weights, pixels, mapped=mapped):
+                    total[chosen.to(total.device)] += (half @ half.mT).double()
     posterior.comm.sum_([total])
     if not bool(total.isfinite().all()):
         raise DivergedError(
@@ -77,17 +82,30 @@ def probability_kernel(posterior: Posterior, model: nn.Module, pixels: Tensor, h
     return total
 
 
-def _half(posterior: Posterior, spectrum: Spectrum, model: _Probabilities, weights: Weights, pixels: Tensor) -> Tensor:
-    """Return [classes, n, values]: rows of J Q (s values + delta)^-1/2."""
-    names = [f"model.{name}" for name in spectrum.names]
-    scale = (posterior.scale * spectrum.values + posterior.prior_precision).rsqrt()
-    mapped = maps(model, weights, names, pixels)
-    classes = len(model.chosen)
-    size = max(1, _BUDGET[pixels.device.type] // (4 * classes * scale.numel() * pixels.element_size()))
-    found = []
+def _halves(
+    posterior: Posterior,
+    group: Sequence[Spectrum],
+    model: _Probabilities,
+    weights: Weights,
+    pixels: Tensor,
+    *,
+    mapped: bool,
+) -> Iterator[Tensor]:
+    """Yield [classes, n, values] of each spectrum: rows of J Q (s values + delta)^-1/2.
+
+    mapped: see `logit_jacobians`
+    """
+    names = [f"model.{name}" for spectrum in group for name in spectrum.names]
+    classes, numel = len(model.chosen), sum(spectrum.values.numel() for spectrum in group)
+    size = max(1, _BUDGET[pixels.device.type] // (4 * classes * numel * pixels.element_size()))
+    found: list[list[Tensor]] = [[] for _ in group]
     for images in pixels.split(size):
         rows = logit_jacobians(model, weights, names, images, mapped=mapped)
-        own = {name.removeprefix("model."): value.flatten(0, 1) for name, value in rows.items()}
-        coefficients = spectrum.coefficients(own) * scale
-        found.append(coefficients.flatten(1).unflatten(0, (len(images), classes)).transpose(0, 1))
-    return torch.cat(found, dim=1)
+        for spectrum, parts in zip(group, found, strict=True):
+            own = {name: rows.pop(f"model.{name}").flatten(0, 1) for name in spectrum.names}
+            coefficients = (
+                spectrum.coefficients(own) * (posterior.scale * spectrum.values + posterior.prior_precision).rsqrt()
+            )
+            parts.append(coefficients.flatten(1).unflatten(0, (len(images), classes)).transpose(0, 1))
+    while found:
+        yield torch.cat(found.pop(0), dim=1)

@@ -26,6 +26,7 @@ from hpccl.curvature.kronecker import Kronecker, layout_parts
 from hpccl.curvature.protocols import Examples
 from hpccl.curvature.sweep import all_or_none
 from hpccl.dist.comm import Comm
+from hpccl.dist.grouping import filled
 from hpccl.kron.eigen import Eigen
 from hpccl.kron.factor import Dense
 from hpccl.kron.pack import pack, packed_size, unpack
@@ -160,20 +161,8 @@ def _spread(measured: Measured, placed: Placed, comm: Comm) -> list[Block]:
 
 def _messages(placed: Placed, rank: int) -> Iterator[list[tuple[Layout, Part]]]:
     """Yield the layers and parts that go to a rank, grouped into messages."""
-    message: list[tuple[Layout, Part]] = []
-    filled = 0
-    for layout, ranks in placed:
-        for owner, part in ranks:
-            if owner != rank:
-                continue
-            size = _size(layout, part)
-            if message and filled + size > _MESSAGE:
-                yield message
-                message, filled = [], 0
-            message.append((layout, part))
-            filled += size
-    if message:
-        yield message
+    own = [(layout, part) for layout, ranks in placed for owner, part in ranks if owner == rank]
+    return filled(own, lambda each: _size(*each), _MESSAGE)
 
 
 def _packed(measured: Measured, layout: Layout, part: Part) -> Tensor:

@@ -389,12 +389,12 @@ def _any_layer(
     return total
 
 
-def pieces(n: int, c: int, size: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
+def pieces(n: int, c: int, size: int, like: Tensor, *, gpu_bytes: int = 1 << 28) -> Iterator[tuple[slice, slice]]:
     """Yield slices of examples and columns whose temporaries, [m, c', size] of `like`'s dtype, are small enough.
 
-    Small enough to stay in a CPU's cache, or just large enough to keep a GPU busy.
+    Small enough to stay in a CPU's cache, or just large enough to keep a GPU busy; for one layer by default.
     """
-    budget = 1 << 23 if like.device.type == "cpu" else 1 << 28
+    budget = 1 << 23 if like.device.type == "cpu" else gpu_bytes
     fits = max(1, budget // (like.element_size() * max(size, 1)))
     columns = min(max(c, 1), fits)
     examples = max(1, fits // columns)

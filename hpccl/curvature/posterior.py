@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -39,6 +39,7 @@ from hpccl.curvature.protocols import Precision, Weights
 from hpccl.curvature.spectrum import Spectrum, covered, gathered, spectra
 from hpccl.curvature.sweep import listed
 from hpccl.dist.comm import Comm
+from hpccl.dist.grouping import filled
 from hpccl.errors import ConfigError, CoverageError, DivergedError
 
 __all__ = ["Posterior", "gathered"]
@@ -221,7 +222,8 @@ class Posterior:
             total = torch.zeros(len(pixels), num_classes, num_classes, dtype=like.dtype, device=like.device)
             if len(pixels):
                 held = footprint(model, pixels[:2])
-                for group in self._groups(num_classes * like.element_size(), like.device):
+                row = num_classes * like.element_size()  # bytes of a weight in an image's Jacobian
+                for group in filled(self.spectra, lambda each: row * each.values.numel(), _budget(like.device) // 4):
                     self._add_variance(total, group, model, weights, pixels=pixels, held=held)
         self.comm.sum_([total])
         bad = ~total.flatten(1).isfinite().all(1)
@@ -292,20 +294,6 @@ class Posterior:
         theirs = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         _refuse_absent(self.shapes, theirs, "the model")
         return {name: value.to(theirs[name]) for name, value in self.mean.items() if name in theirs}
-
-    def _groups(self, row_bytes: int, device: torch.device) -> Iterator[list[Spectrum]]:
-        """Yield this rank's spectra in groups whose Jacobian for one image fits in a quarter of the budget."""
-        group: list[Spectrum] = []
-        filled = 0
-        for spectrum in self.spectra:
-            size = row_bytes * spectrum.values.numel()
-            if group and filled + size > _budget(device) // 4:
-                yield group
-                group, filled = [], 0
-            group.append(spectrum)
-            filled += size
-        if group:
-            yield group
 
     def _add_variance(
         self, total: Tensor, group: list[Spectrum], model: nn.Module, weights: Weights, *, pixels: Tensor, held: int

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpccl.curvature.capture import Call
@@ -19,6 +20,8 @@ from hpccl.curvature.layers import Power, pieces, raised, squares
 from hpccl.engine.sharded import computes_on, is_spread, whole_parameters
 
 __all__ = ["Layers", "layer_gradients", "layer_squares", "looped_squares", "mapped_squares", "stream_gradients"]
+
+_MAPPED = 1 << 31  # bytes of the passes through the whole model that a GPU makes at a time
 
 Layers = Mapping[str, Mapping[str, str]]  # module -> local name -> full name
 
@@ -30,10 +33,11 @@ def layer_squares(
     logits: Tensor,
     columns: Tensor,
     *,
+    rows: Mapping[str, Tensor] = MappingProxyType({}),
     group: int,
     power: Power = 2,
 ) -> dict[str, Tensor]:
-    """Return squares by full name, for the parameters of hooked layers.
+    """Return squares by full name, for the parameters of hooked layers and those of `rows`.
 
     Args:
         model: the model.
@@ -41,25 +45,40 @@ def layer_squares(
         calls: calls of the forward pass that made `logits`.
         columns: [c, n, C].
         logits: [n, C], with their graph.
+        rows: parameters with one row per example, see `coverage.widen`.
         group: columns pulled back at a time; bounds memory.
         power: 2 for squares, 1 for absolute values.
     """
     total: dict[str, Tensor] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        total[name] = total[name] + value if name in total else value
+
     for some in columns.split(group):
-        for name, grad in layer_gradients(layers, calls, logits, some):
+        for name, grad in layer_gradients(layers, calls, logits, some, rows):
+            if name in rows:
+                add(name, raised(grad, power).sum((0, 1))[None])
+                continue
             call, names = calls[name][0], layers[name]
             found = squares(model.get_submodule(name), call.inputs, grad, names, len(logits), power=power)
             for local, value in found.items():
-                full = names[local]
-                total[full] = total[full] + value if full in total else value
+                add(names[local], value)
     return total
 
 
 def layer_gradients(
-    layers: Layers, calls: Mapping[str, list[Call]], logits: Tensor, columns: Tensor
+    layers: Layers,
+    calls: Mapping[str, list[Call]],
+    logits: Tensor,
+    columns: Tensor,
+    rows: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each layer's output gradients [n*f, c, ...], from the last layer to the first, freeing them on the way."""
+    """Yield each layer's output gradients [n*f, c, ...], from the last layer to the first, freeing them on the way.
+
+    Those of `rows` [n, ...], which are [n, c, ...], come first.
+    """
     edges = {name: edge for name in layers if (edge := calls[name][0].edge) is not None}
+    edges |= {name: get_gradient_edge(value) for name, value in rows.items()}
     by_column = [_pulled(logits, list(edges.values()), column) for column in columns]
     for position in reversed(range(len(edges))):
         name = list(edges)[position]
@@ -136,7 +155,7 @@ def mapped_squares(
     size = sum(value.numel() for value in own.values()) + graph_bytes // pixels.element_size()
     by_example = columns.transpose(0, 1)
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be mapped
-        for some, group in pieces(len(pixels), len(columns), size, pixels):
+        for some, group in pieces(len(pixels), len(columns), size, pixels, gpu_bytes=_MAPPED):
             for name, value in torch.vmap(one)(pixels[some], by_example[some, group]).items():
                 total[name] += raised(value, power).sum((0, 1))
     return total

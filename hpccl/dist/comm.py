@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hpccl.dist.grouping import filled
 
 __all__ = ["Comm"]
 
@@ -141,14 +144,6 @@ class Comm:
         ]
 
 
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    buckets: list[list[Tensor]] = []
-    filled = 0
-    for tensor in tensors:
-        same = buckets and buckets[-1][0].dtype == tensor.dtype and filled + tensor.numel() <= _BUCKET
-        if not same:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(tensor)
-        filled += tensor.numel()
-    return buckets
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    for _, alike in groupby(tensors, lambda tensor: tensor.dtype):
+        yield from filled(alike, Tensor.numel, _BUCKET)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hpccl.dist.comm import Comm
+from hpccl.dist.grouping import filled
 
 __all__ = [
     "Leaf",
@@ -167,17 +168,9 @@ def fetch(leaves: Leaves, names: Collection[str], comm: Comm) -> dict[str, Tenso
 
 
 def _messages(leaves: Leaves) -> Iterator[list[str]]:
-    names: list[str] = []
-    filled = 0
-    for name, leaf in leaves.items():
-        size = math.prod(leaf.shape) if isinstance(leaf, Slab) else 0
-        if names and filled + size > _TOGETHER:
-            yield names
-            names, filled = [], 0
-        names.append(name)
-        filled += size
-    if names:
-        yield names
+    return filled(
+        leaves, lambda name: math.prod(leaves[name].shape) if isinstance(leaves[name], Slab) else 0, _TOGETHER
+    )
 
 
 def _gathered(slabs: Mapping[str, Slab], comm: Comm) -> dict[str, Tensor]:

@@ -418,7 +418,8 @@ class BaseEngine(ABC):
 
         def call(gradient: Tensor) -> Tensor:
             if self._last:
-                gradient = self._hooks.call(name, gradient, self._whole_now)
+                # A pull costs products with the layer's curvature, which would be cleared at once.
+                gradient = self._hooks.call(name, gradient, self._whole_now, idle=name in self._held.whole)
             return self._held.clear(name, gradient)
 
         return call

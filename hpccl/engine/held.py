@@ -21,10 +21,12 @@ class Held:
 
     Attributes:
         masks: by parameter, on the device of passes.
+        whole: the parameters of which no element learns.
     """
 
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}
+        self.whole: frozenset[str] = frozenset()
         self._own: dict[str, tuple[Tensor, Tensor]] = {}  # mask and values of this rank's elements
         self._norms: list[nn.Module] = []
 
@@ -33,6 +35,7 @@ class Held:
     ) -> None:
         """Hold masked elements at their values in `own`, this rank's elements by parameter; release all others."""
         self.masks = {name: mask.to(device) for name, mask in held.items()}
+        self.whole = frozenset(name for name, mask in held.items() if bool(mask.all()))
         self._own = {name: (_part(mask, own[name], spans.get(name)), own[name].clone()) for name, mask in held.items()}
 
     def take_norms(self, model: nn.Module, names: frozenset[str]) -> None:

@@ -48,12 +48,18 @@ class Hooks:
         if self._wanted is not None:
             self.far = fetch(weights(), self._wanted, comm)
 
-    def call(self, name: str, gradient: Tensor, weights: Callable[[str], Tensor]) -> Tensor:
-        """Return a parameter's gradient after its hooks; weights: from a name to whole weights."""
+    def call(self, name: str, gradient: Tensor, weights: Callable[[str], Tensor], *, idle: bool = False) -> Tensor:
+        """Return a parameter's gradient after its hooks.
+
+        weights: from a name to whole weights
+        idle: the gradient is not used, so that its hooks are only known to be reached
+        """
         hook = self._hooks.get(name)
         if hook is None:
             return gradient
         self._called.add(name)
+        if idle:
+            return gradient
         return hook.call(gradient, {needed: weights(needed) for needed in hook.needs})
 
     def silent(self) -> set[str]:

@@ -15,12 +15,14 @@ Source: Chang et al. 2023, "Memory-based dual Gaussian processes for sequential 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from hpccl.dist.comm import Comm
 from hpccl.errors import DivergedError
@@ -29,7 +31,8 @@ from hpccl.gp.likelihood import Sites
 
 __all__ = ["DualPosterior", "Duals", "contribution", "own_contribution"]
 
-_ROWS = 4096  # examples at a time
+_ROWS = 4096  # most examples at a time
+_TOGETHER = 1 << 25  # most numbers [C, m, rows] at a time
 
 
 @final
@@ -94,13 +97,19 @@ class DualPosterior:
         prior, _ = _cholesky(self.gram()[None], "K")
         both, _ = _cholesky(self.gram() + self.duals.second, "K + Lambda2")
         solved = torch.cholesky_solve(self.duals.first[..., None], both)
-        means, variances = [], []
-        for rows in x.split(_ROWS) if len(x) else ():
+
+        def marginals(rows: Tensor) -> tuple[Tensor, Tensor]:
             cross = self.kernel(self.inducing, rows)  # [m, n]
-            means.append((cross.T @ solved)[..., 0].T)
             known = torch.linalg.solve_triangular(prior[0], cross, upper=False).square().sum(0)
             left = torch.linalg.solve_triangular(both, cross.expand(len(both), -1, -1), upper=False).square().sum(1)
-            variances.append((self.kernel.diagonal(rows) - known + left).T.clamp_min(0))
+            return (cross.T @ solved)[..., 0].T, (self.kernel.diagonal(rows) - known + left).T.clamp_min(0)
+
+        means, variances = [], []
+        for part in _parts(len(x), len(both), len(self.inducing)):
+            # Recomputed in the backward pass: a graph of all rows would hold C m numbers of each, several times.
+            mean, variance = checkpoint(marginals, x[part], use_reentrant=False, preserve_rng_state=False)
+            means.append(mean)
+            variances.append(variance)
         empty = self.inducing.new_zeros(0, len(self.duals.first), dtype=torch.float64)
         return torch.cat([empty, *means]), torch.cat([empty, *variances])
 
@@ -140,12 +149,22 @@ def own_contribution(kernel: Kernel, inducing: Tensor, x: Tensor, sites: Sites) 
     """Return the duals of this rank's examples alone; differentiable by the kernel and the sites."""
     alpha, beta = sites
     total = Duals.zeros(alpha.shape[1], len(inducing), inducing.device)
-    for start in range(0, len(x), _ROWS):
-        part = slice(start, start + _ROWS)
-        cross = kernel(inducing, x[part])  # [m, n]
-        second = torch.stack([cross * weight @ cross.T for weight in beta[part].T])
-        total = total.plus(Duals((cross @ alpha[part]).T, second))
+
+    def sums(rows: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        cross = kernel(inducing, rows)  # [m, n]
+        return (cross @ alpha).T, torch.stack([cross * weight @ cross.T for weight in beta.T])
+
+    for part in _parts(len(x), alpha.shape[1], len(inducing)):
+        # Recomputed in the backward pass, as in `predict`.
+        some = checkpoint(sums, x[part], alpha[part], beta[part], use_reentrant=False, preserve_rng_state=False)
+        total = total.plus(Duals(*some))
     return total
+
+
+def _parts(number: int, num_latent: int, size: int) -> Iterator[slice]:
+    """Yield slices of the examples for which numbers [C, m, rows] fit into memory several times."""
+    rows = min(_ROWS, max(64, _TOGETHER // max(1, num_latent * size)))
+    return (slice(start, start + rows) for start in range(0, number, rows))
 
 
 def gram(kernel: Kernel, inducing: Tensor, jitter: float) -> Tensor:

@@ -24,6 +24,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from hpccl.dist.grouping import filled
+
 __all__ = ["Draw", "Norm", "Perturbing", "Sampling", "in_cache"]
 
 # (tensor, number of the draw) -> numbers of N(0, 1) in the tensor's shape and memory layout
@@ -75,7 +77,8 @@ class Perturbing(torch.optim.Optimizer):
         assert closure is None, "the passes of a step are the engine's"
         for settings in self.param_groups:
             held = [tensor for tensor in settings["params"] if tensor.grad is not None]
-            for tensors in _together(held):
+            # In groups, so that temporaries stay small.
+            for tensors in filled(held, Tensor.numel, _TOGETHER):
                 self.update(tensors, [tensor.grad for tensor in tensors if tensor.grad is not None], settings)
 
     def kept(self, tensors: Sequence[Tensor], name: str, first: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -154,20 +157,6 @@ class Sampling(Perturbing):
     def _multiplied(self, tensor: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
         """Return displacements times the gradient, computed in place of the displacements."""
         return tuple(part.mul_(gradient) for part in self._displacements.pop(tensor))
-
-
-def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors in groups to update in one call each, so that temporaries stay small."""
-    group: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if group and size + tensor.numel() > _TOGETHER:
-            yield group
-            group, size = [], 0
-        group.append(tensor)
-        size += tensor.numel()
-    if group:
-        yield group
 
 
 def in_cache(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:

@@ -103,6 +103,20 @@ def test_what_vmap_refuses_goes_example_by_example() -> None:
     assert_equal(estimate(model, data).values, true_diagonal(model, data, "ggn"), rtol=1e-4)
 
 
+def test_free_parameters_of_a_vit_share_the_pass_of_its_layers() -> None:
+    model, pixels = build("vit", 5)
+    data = examples(pixels, weight=torch.tensor([1.0, 0.5, 2.0, 1.0, 0.25]))
+    with measuring(model, torch.device("cpu")):
+        coverage = plan(model, pixels)
+    assert set(coverage.widened) == set(coverage.mapped) == {"cls_token", "pos_embed"}
+    passes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda module, arguments: passes.append(len(arguments[0])))
+    found = DiagonalEstimator("ggn", known=coverage).estimate(model, [data], Comm.solo())
+    hook.remove()
+    assert passes == [5]
+    assert_equal(found.values, true_diagonal(model, data, "ggn"))
+
+
 def test_channels_last_changes_nothing() -> None:
     model, pixels = build("convs", 4)
     plain = estimate(model, examples(pixels))

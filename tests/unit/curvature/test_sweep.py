@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from hpccl.curvature import coverage
+from hpccl.curvature import coverage, pullback
 from hpccl.curvature.capture import captured, measuring
 from hpccl.curvature.coverage import plan
-from hpccl.curvature.layers import acts_as_known
-from hpccl.curvature.pullback import stream_gradients
+from hpccl.curvature.layers import acts_as_known, pieces
+from hpccl.curvature.pullback import mapped_squares, stream_gradients
 from hpccl.curvature.sweep import Sweep, fastest_layout, fit_examples, in_parts, listed
 from hpccl.errors import DataError
 from tests.unit.curvature.oracle import NUM_CLASSES, StandardConv, build, examples
@@ -137,6 +140,23 @@ def test_free_parameters_of_a_vit_need_no_pass_of_their_own() -> None:
     model, pixels = build("swin", 4)
     with measuring(model, CPU):
         assert plan(model, pixels).widened == ()
+
+
+@pytest.mark.parametrize(("device", "least", "most"), [("cpu", 1, 1), ("meta", 16, 32)])
+def test_a_gpu_maps_many_images_at_a_time(device: str, least: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as its passes over the layers hold, here of a ConvNeXt-T at 224 px; `meta` stands for a GPU."""
+    lengths: list[int] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Iterator[tuple[slice, slice]]:
+        for some, group in pieces(*arguments, **options):
+            lengths.append(some.stop - some.start)
+            yield some, group
+
+    monkeypatch.setattr(pullback, "pieces", recorded)
+    model = nn.Linear(3, NUM_CLASSES, device=device)
+    pixels, columns = torch.zeros(32, 3, device=device), torch.zeros(1, 32, NUM_CLASSES, device=device)
+    mapped_squares(model, ["weight"], pixels, columns, graph_bytes=118_000_000)
+    assert least <= lengths[0] <= most
 
 
 def test_subclasses_are_judged_by_what_they_compute() -> None:

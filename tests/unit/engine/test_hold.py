@@ -1,5 +1,6 @@
 """What is held stays to the last bit, has no gradient, and leaves the rest as if it were not there."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
 from hpccl.engine.ddp import DdpEngine
-from hpccl.engine.protocols import GradientHook
+from hpccl.engine.protocols import GradientHook, Weights
 
 
 def engine(optim: dict[str, Any]) -> DdpEngine:
@@ -89,3 +90,23 @@ def test_a_prior_does_not_move_what_is_held() -> None:
     steps(made, 1)
     remove()
     assert torch.equal(wholes(made.gather())["0.weight"], before)
+
+
+def test_no_pull_is_computed_on_what_is_held_whole() -> None:
+    made, called = engine({"name": "sgd"}), Counter[str]()
+
+    def pull(name: str) -> tuple[str, GradientHook]:
+        def call(gradient: torch.Tensor, weights: Weights) -> torch.Tensor:
+            called[name] += 1
+            return gradient + 1.0
+
+        return name, GradientHook((name,), call)
+
+    remove = made.on_gradient([pull("0.weight"), pull("4.weight")])
+    made.hold(HELD, frozenset({"1"}))
+    steps(made, 2)  # which would tell of a hook that is not reached
+    assert called == {"4.weight": 2}  # some of its rows learn
+    made.hold({}, frozenset())
+    steps(made, 1)
+    remove()
+    assert called == {"4.weight": 3, "0.weight": 1}

@@ -208,6 +208,43 @@ def test_the_graph_of_the_evidence_does_not_hold_all_points(monkeypatch: pytest.
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("what", ["bound", "duals"])
+def test_the_graph_of_the_rows_does_not_hold_their_kernel(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take several times n C m numbers: terabytes for ImageNet's images, classes and 100 inducing inputs."""
+    classes, size = 5, 20
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 2, generator=generator, dtype=torch.float64)
+    y, inducing = torch.arange(600) % classes, x[:size]
+    sites = torch.rand(2, 600, classes, generator=generator, dtype=torch.float64).unbind()
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    kernel = Kernel("rbf", scale, torch.tensor(1.0, dtype=torch.float64))
+
+    def value(count: int) -> Tensor:
+        if what == "duals":
+            return own_contribution(kernel, inducing, x[:count], (sites[0][:count], sites[1][:count])).second.sum()
+        posterior = DualPosterior(kernel, inducing, Duals.zeros(classes, size), jitter=1e-3)
+        return bound(posterior, Softmax(classes), x[:count], y[:count], SOLO)
+
+    (whole,) = torch.autograd.grad(value(600), scale)
+    monkeypatch.setattr("hpccl.gp.posterior._TOGETHER", classes * size * 64)
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def holds(count: int) -> int:
+        held.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found = value(count)
+        (slope,) = torch.autograd.grad(found, scale)
+        if count == 600:
+            torch.testing.assert_close(slope, whole)
+        return sum(held.values())
+
+    assert holds(600) - holds(200) < 400 * 8 * classes * size / 3
+
+
 def optimum(kernel: Kernel, likelihood: Likelihood, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance at x of the q(f) = N(m, L L') with the largest bound, by plain optimisation."""
     prior = kernel(x, x) + 1e-9 * torch.eye(len(x), dtype=torch.float64)

@@ -1,13 +1,16 @@
 """FROMP: golden numbers, the kernel against the dense one, one backward pass against Jacobians."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hpccl.config.curvature import DenseCurvature, DiagonalCurvature, KroneckerCurvature, PassCurvature
+from hpccl.curvature import kernel as curvature_kernel
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.kernel import probability_kernel
 from hpccl.curvature.posterior import Posterior
@@ -166,6 +169,41 @@ def test_the_kernel_is_the_dense_one(config: PassCurvature) -> None:
     expected = torch.einsum("icw,wv,jcv->cij", jacobian, covariance, jacobian)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("budget", "passes"), [(1 << 28, 1), (8 * 4 * 3 * 40, 21)])
+def test_layers_share_the_passes_of_their_jacobians(budget: int, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A diagonal has a spectrum for every parameter; whether torch maps the network is asked once.
+
+    With room for 40 weights: parameters of 36 and 4, of 4 and 4, of 144 (class by class), and of 4, 4, 4, 20 and 5.
+    """
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4)]
+    model = nn.Sequential(*layers, nn.Tanh(), nn.Linear(4, 5)).double().eval()
+    pixels, head, delta = torch.randn(4, 1, 5, 5, dtype=torch.float64), [0, 2, 3], 0.3
+    values = {name: torch.rand(parameter.shape).double() for name, parameter in model.named_parameters()}
+    spectra = tuple(DiagonalSpectrum(name, value) for name, value in values.items())
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    mean = {name: value.detach() for name, value in model.state_dict().items()}
+    asked = Counter[str]()
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(curvature_kernel, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            asked[name] += 1
+            return original(*arguments, **options)
+
+        return call
+
+    for name in ("logit_jacobians", "maps"):
+        monkeypatch.setattr(curvature_kernel, name, counted(name))
+    monkeypatch.setitem(curvature_kernel._BUDGET, "cpu", budget)
+    found = probability_kernel(Posterior(mean, shapes, spectra, 1.0, delta, SOLO), model, pixels, head)
+    assert asked == {"maps": 1, "logit_jacobians": passes}
+    jacobian = flat_jacobian(model, pixels, head)
+    variance = 1 / (torch.cat([value.flatten() for value in values.values()]) + delta)
+    torch.testing.assert_close(found, torch.einsum("icw,w,jcw->cij", jacobian, variance, jacobian), rtol=1e-9, atol=0)
 
 
 def test_one_backward_pass_is_the_sum_over_jacobians() -> None:
