@@ -1,11 +1,44 @@
 """Learning rates are functions of the step; the optimiser comes from timm's factory."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
 
+from hpccl.compat import import_timm
 from hpccl.config.optim import TimmOptim
+from hpccl.config.run import RunConfig
 from hpccl.engine.optim import build_optimizer, learning_rate
 from hpccl.errors import ConfigError
+
+
+def names() -> Iterator[str]:
+    """All optimisers of timm that a run may have and that need neither CUDA nor another package."""
+    import_timm()
+    from timm.optim import list_optimizers
+
+    for name in list_optimizers(exclude_filters=["bnb*", "fused*"]):
+        try:
+            RunConfig.model_validate({"optim": {"name": name}})
+        except ValidationError:
+            continue
+        yield str(name)
+
+
+def trained(name: str, seed: int) -> Tensor:
+    """Weights after some steps whose random numbers, but not gradients, depend on the seed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(32, 20))
+    optimizer = build_optimizer(TimmOptim(name=name, lr=(1e-2,)), model)
+    gradients = torch.Generator().manual_seed(0)
+    for step in range(4):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=gradients)
+        torch.manual_seed(1000 * seed + step)
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
 def rates(config: TimmOptim, task: int = 0, num_steps: int = 100) -> list[float]:
@@ -47,3 +80,12 @@ def test_wrong_optimiser_is_a_clear_error(changes: dict[str, object]) -> None:
         ConfigError, match=r"optim.name '(adamwv' was refused: .*similar: adamw,|sgd' with options .* was refused)"
     ):
         build_optimizer(TimmOptim(**changes), torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_no_optimiser_draws_random_numbers() -> None:
+    """Every process has a seed of its own, but all have to take the same step. Of new ones, `_UNFIT` has to know."""
+    found = list(names())
+    assert {"adamw", "lamb", "muon", "novograd"} <= set(found)
+    assert not {"kron", "adahessian"} & set(found)
+    for name in found:
+        assert torch.equal(trained(name, 0), trained(name, 1)), name
