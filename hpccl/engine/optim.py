@@ -58,7 +58,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
 def _from_timm(config: TimmOptim, model: nn.Module) -> torch.optim.Optimizer:
     """Build timm's optimiser of that name; biases and normalisation have no weight decay."""
     import_timm()
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import Lookahead, create_optimizer_v2, list_optimizers
 
     options: dict[str, Any] = dict(config.options)
     if config.name.lower() in _FUSED:
@@ -79,4 +79,6 @@ def _from_timm(config: TimmOptim, model: nn.Module) -> torch.optim.Optimizer:
         unknown = config.name.lower() not in known
         advice = f"; similar: {near}; `timm.optim.list_optimizers()` lists all" if unknown else ""
         raise ConfigError(f"optim.name '{config.name}'{with_options} was refused: {error}{advice}") from error
+    if isinstance(optimizer, Lookahead):
+        optimizer.state = optimizer._base_optimizer.state  # all of its state is there; its own would stay empty
     return optimizer

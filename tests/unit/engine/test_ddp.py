@@ -127,7 +127,9 @@ def test_reset_and_frozen_copy() -> None:
     assert torch.equal(made.predict(pixels), expected)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb"])
+@pytest.mark.parametrize(
+    "name", ["adam", "adamw", "sgd", "lamb", "lookahead_adamw", "adafactorbv", "novograd", "nadam", "laprop"]
+)
 def test_state_from_a_file_continues_bit_for_bit_in_channels_last(name: str, tmp_path: Path) -> None:
     """Files hold contiguous tensors; a moment in another memory order would be paired with the wrong weight."""
     config = RunConfig.model_validate(
@@ -144,7 +146,7 @@ def test_state_from_a_file_continues_bit_for_bit_in_channels_last(name: str, tmp
         made.start(num_steps=10, task=0)
         engines.append(made)
     one, two = engines
-    for seed in range(5):
+    for seed in range(8):
         pixels = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
         if seed == 2:
             write_tree(tmp_path, one.state_dict(), header={})

@@ -1,6 +1,8 @@
 """Learning rates are functions of the step; the optimiser comes from timm's factory."""
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from hpccl.compat import import_timm
 from hpccl.config.optim import TimmOptim
 from hpccl.config.run import RunConfig
-from hpccl.engine.optim import build_optimizer, learning_rate
+from hpccl.engine.moments import load_state, state_of
+from hpccl.engine.optim import _FUSED, build_optimizer, learning_rate
 from hpccl.errors import ConfigError
 
 
@@ -89,3 +92,43 @@ def test_no_optimiser_draws_random_numbers() -> None:
     assert not {"kron", "adahessian"} & set(found)
     for name in found:
         assert torch.equal(trained(name, 0), trained(name, 1)), name
+
+
+def on_meta(name: str) -> tuple[torch.optim.Optimizer, dict[Tensor, str]]:
+    """An optimiser of parameters that are not in host memory, and their names."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(32, 20)).to("meta")
+    options: dict[str, Any] = {"fused": False} if name in _FUSED else {}
+    optimizer = build_optimizer(TimmOptim(name=name, options=options), model)
+    return optimizer, {parameter: key for key, parameter in model.named_parameters()}
+
+
+def from_file(node: Any) -> Any:
+    """The same as read from a checkpoint, with all tensors in host memory."""
+    if isinstance(node, dict):
+        return {key: from_file(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [from_file(value) for value in node]
+    assert isinstance(node, Tensor | bool | int | float | None), "is written and restored"
+    return torch.zeros(node.shape, dtype=node.dtype) if isinstance(node, Tensor) else node
+
+
+def test_restored_state_is_on_the_devices_where_each_optimiser_made_it() -> None:
+    for name in names():
+        one, its_names = on_meta(name)
+        for parameter in its_names:
+            parameter.grad = torch.ones_like(parameter)
+        with contextlib.suppress(RuntimeError):  # some read a number, which a tensor without data does not have
+            one.step()
+        two, other_names = on_meta(name)
+        load_state(two, other_names, {}, from_file(state_of(one, its_names, {})))
+        assert len(two.state) == len(one.state) > 0, name
+        made, restored = (
+            {
+                (number, key): value.device
+                for number, entries in enumerate((*optimizer.state.values(), *optimizer.param_groups))
+                for key, value in entries.items()
+                if isinstance(value, Tensor)
+            }
+            for optimizer in (one, two)
+        )
+        assert restored == made, name
