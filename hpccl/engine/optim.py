@@ -15,7 +15,7 @@ from hpccl.config.optim import AnyOptim, OptimConfig, TimmOptim
 from hpccl.errors import ConfigError
 from hpccl.optim.build import build_perturbing
 
-__all__ = ["averaging", "build_optimizer", "learning_rate"]
+__all__ = ["averaging", "build_optimizer", "learning_rate", "tell_peak"]
 
 # torch's own optimisers that have a fused kernel on every device we run on.
 _FUSED = {"adam", "adamw", "sgd", "momentum"}
@@ -53,6 +53,14 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         ConfigError: timm or the optimiser refuses the name or an option.
     """
     return _from_timm(config, model) if isinstance(config, TimmOptim) else build_perturbing(config, model)
+
+
+def tell_peak(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Tell an optimiser a task's largest learning rate: some of timm's decay weights by rate^2 / largest rate."""
+    optimizer.defaults["lr"] = rate  # older versions of timm look there
+    for group in optimizer.param_groups:
+        if "max_lr_snapshot" in group:
+            group["max_lr_snapshot"] = rate
 
 
 def _from_timm(config: TimmOptim, model: nn.Module) -> torch.optim.Optimizer:

@@ -85,6 +85,20 @@ def test_hook_fires_once_a_step_on_the_last_micro_batch() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", ["sgdc", "lookahead_sgdc"])
+def test_corrected_weight_decay_is_relative_to_the_largest_rate_of_the_task(name: str) -> None:
+    """It is weight_decay * rate^2 / largest rate, with a rate for each task."""
+    optim = {"name": name, "lr": [1.0, 0.1], "weight_decay": 0.5, "schedule": "constant"}
+    made = engine(optim=optim, stream={"kind": "digits", "tasks": 2})
+    made.start(num_steps=10, task=1)
+    made.load_state_dict(copy.deepcopy(made.state_dict()))
+    parameters = dict(made.module.named_parameters())
+    before = parameters["1.weight"].detach().clone()
+    made.backward(loss(made, *batch()) * 0)
+    made.step()
+    torch.testing.assert_close(parameters["1.weight"].detach(), before * (1 - 0.1 * 0.5))
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     made = engine()
     before = weights(made)
