@@ -500,12 +500,12 @@ class BaseEngine(ABC):
         for name, value in values.items():
             own[name].copy_(value)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, ended: bool = False) -> dict[str, Any]:
         """See the protocol; also the path integral and the position in the schedule."""
-        average, credit, begun = self._average, self._credited(), self._begun
+        average, credit, begun = self._average, {} if ended else self._credited(), {} if ended else self._begun
         return {
             "weights": self.gather(),
-            "optimizer": self._optimizer_state(),
+            "optimizer": None if ended else self._optimizer_state(),
             "average": None if average is None else {name: self._leaf(name, value) for name, value in average.items()},
             "credit": {name: self._leaf(name, value) for name, value in credit.items()},
             "begun": {name: self._leaf(name, value) for name, value in begun.items()},
