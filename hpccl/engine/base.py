@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hpccl.config.base import per_task
 from hpccl.config.run import RunConfig
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaf, Leaves, Slab, Span, Stored, elements, streamed, whole
@@ -24,7 +25,7 @@ from hpccl.engine.held import Held
 from hpccl.engine.hooks import Hooks
 from hpccl.engine.modes import recomputing, refuse_recompute, without_statistics
 from hpccl.engine.moments import local
-from hpccl.engine.optim import averaging, learning_rate
+from hpccl.engine.optim import averaging, learning_rate, tell_peak
 from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.engine.squares import Squares
 from hpccl.engine.trial import drawing, held_within
@@ -115,6 +116,8 @@ class BaseEngine(ABC):
     def start(self, *, num_steps: int, task: int, num_train: int = 1) -> None:
         """See the protocol."""
         self._restart()
+        assert self._optimizer is not None
+        tell_peak(self._optimizer, per_task(self._optim.lr, task))
         self._task, self._step, self._num_steps, self._num_train = task, 0, num_steps, num_train
         if (perturbing := self._perturbing) is not None:
             perturbing.begin(num_train=num_train, task=task)
@@ -498,12 +501,12 @@ class BaseEngine(ABC):
         for name, value in values.items():
             own[name].copy_(value)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, ended: bool = False) -> dict[str, Any]:
         """See the protocol; also the path integral and the position in the schedule."""
-        average, credit, begun = self._average, self._credited(), self._begun
+        average, credit, begun = self._average, {} if ended else self._credited(), {} if ended else self._begun
         return {
             "weights": self.gather(),
-            "optimizer": self._optimizer_state(),
+            "optimizer": None if ended else self._optimizer_state(),
             "average": None if average is None else {name: self._leaf(name, value) for name, value in average.items()},
             "credit": {name: self._leaf(name, value) for name, value in credit.items()},
             "begun": {name: self._leaf(name, value) for name, value in begun.items()},

@@ -23,7 +23,7 @@ from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves, Slab, Span, Stored, elements, streamed
 from hpccl.engine.base import BaseEngine
 from hpccl.engine.deepspeed_start import initialize
-from hpccl.engine.moments import group_numbers, load_state, state_of
+from hpccl.engine.moments import device_of, group_numbers, load_state, state_of
 from hpccl.engine.optim import build_optimizer
 from hpccl.engine.protocols import Weights, trainable
 from hpccl.engine.sharded import Mesh, load_spread, skeleton, spans_of, spread_copy, whole_copy
@@ -385,11 +385,13 @@ class DeepspeedEngine(BaseEngine):
         for group, numbers in zip(self._inner.param_groups, state["groups"], strict=True):
             group.update(numbers)
         moments = state["moments"]
-        beside = any(group.get("fused") or group.get("capturable") for group in self._inner.param_groups)
+        settings = self._inner.param_groups[0]
         for flat, places in self._buckets():
             keys = moments.get(next(iter(places), ""), {})
             if keys:
-                self._inner.state[flat] = {key: _filled(flat, places, moments, key, beside=beside) for key in keys}
+                self._inner.state[flat] = {
+                    key: _filled(flat, places, moments, key, device_of(key, settings, flat)) for key in keys
+                }
 
 
 def _filled(
@@ -397,15 +399,14 @@ def _filled(
     places: Mapping[str, tuple[Span, int]],
     moments: Mapping[str, Mapping[str, Any]],
     key: str,
-    *,
-    beside: bool,
+    device: torch.device,
 ) -> Any:
-    """Assemble one entry of the optimiser's state of `flat` from its parameters'; beside: see engine.moments."""
+    """Assemble one entry of the optimiser's state of `flat` from its parameters'; device: that of a number."""
     made: Tensor | None = None
     for name, (span, first) in places.items():
         value = moments[name][key]
         if not isinstance(value, (Tensor, Slab, Stored)) or tuple(value.shape) != span.shape:
-            return value.to(flat.device, copy=True) if beside and isinstance(value, Tensor) else _own(value)
+            return value.to(device, copy=True) if isinstance(value, Tensor) else value
         part = elements(value, span.start, span.stop)
         if made is None:
             made = torch.zeros(flat.shape, dtype=part.dtype, device=flat.device)

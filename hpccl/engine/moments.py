@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from hpccl.dist.spread import Slab, Span, Stored, elements, whole
 
-__all__ = ["group_numbers", "load_state", "local", "state_of"]
+__all__ = ["device_of", "group_numbers", "load_state", "local", "state_of"]
+
+# Numbers of torch's and timm's optimisers that they keep in host memory, unless they are fused or capturable.
+_IN_HOST_MEMORY = {"step", "mu_product", "exp_avg_lr_1", "exp_avg_lr_2"}
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -52,33 +55,32 @@ def load_state(
 ) -> None:
     """Restore what `state_of` returned, from whole or stored tensors."""
     for group, numbers in zip(optimizer.param_groups, state["groups"], strict=True):
-        group.update(
-            {key: value.to(_device(group)) if isinstance(value, Tensor) else value for key, value in numbers.items()}
-        )
-        beside = bool(group.get("fused") or group.get("capturable"))
+        group.update(numbers)
+        for key, value in numbers.items():
+            if isinstance(value, Tensor):
+                group[key] = value.to(device_of(key, group, group["params"][0]))
         for parameter in group["params"]:
             name = names[parameter]
             if name in state["moments"]:
-                load = _loader(parameter, spans.get(name), beside=beside)
-                optimizer.state[parameter] = {key: load(value) for key, value in state["moments"][name].items()}
+                optimizer.state[parameter] = {
+                    key: _loaded(value, parameter, spans.get(name), device_of(key, group, parameter))
+                    for key, value in state["moments"][name].items()
+                }
 
 
-def _loader(parameter: Tensor, span: Span | None, *, beside: bool) -> Callable[[Any], Any]:
-    """Return a function that loads one entry; beside: numbers such as step counts live on the parameter's device."""
-
-    def load(value: Any) -> Any:
-        if not isinstance(value, (Tensor, Slab, Stored)):
-            return value
-        if tuple(value.shape) != (parameter.shape if span is None else span.shape):
-            assert not isinstance(value, Slab), "only what is shaped like a parameter is spread"
-            return whole(value).to(parameter.device if beside else "cpu", copy=True)
-        part = whole(value) if span is None else elements(value, span.start, span.stop)  # type: ignore[arg-type]
-        # In the parameter's memory layout: fused kernels pair a moment with its weight by address, not by index.
-        return torch.empty_like(parameter, dtype=part.dtype, requires_grad=False).copy_(part.view(parameter.shape))
-
-    return load
+def device_of(key: str, group: Mapping[str, Any], parameter: Tensor) -> torch.device:
+    """Return where an optimiser expects an entry of its state that is not shaped like its parameter."""
+    hosted = key in _IN_HOST_MEMORY and not (group.get("fused") or group.get("capturable"))
+    return torch.device("cpu") if hosted else parameter.device
 
 
-def _device(group: Mapping[str, Any]) -> torch.device:
-    parameter: Tensor = group["params"][0]
-    return parameter.device
+def _loaded(value: Any, parameter: Tensor, span: Span | None, device: torch.device) -> Any:
+    """Return one entry; device: where it belongs if it is not shaped like its parameter."""
+    if not isinstance(value, (Tensor, Slab, Stored)):
+        return value
+    if tuple(value.shape) != (parameter.shape if span is None else span.shape):
+        assert not isinstance(value, Slab), "only what is shaped like a parameter is spread"
+        return whole(value).to(device, copy=True)
+    part = whole(value) if span is None else elements(value, span.start, span.stop)  # type: ignore[arg-type]
+    # In the parameter's memory layout: fused kernels pair a moment with its weight by address, not by index.
+    return torch.empty_like(parameter, dtype=part.dtype, requires_grad=False).copy_(part.view(parameter.shape))

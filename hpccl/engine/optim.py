@@ -15,7 +15,7 @@ from hpccl.config.optim import AnyOptim, OptimConfig, TimmOptim
 from hpccl.errors import ConfigError
 from hpccl.optim.build import build_perturbing
 
-__all__ = ["averaging", "build_optimizer", "learning_rate"]
+__all__ = ["averaging", "build_optimizer", "learning_rate", "tell_peak"]
 
 # torch's own optimisers that have a fused kernel on every device we run on.
 _FUSED = {"adam", "adamw", "sgd", "momentum"}
@@ -55,10 +55,18 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     return _from_timm(config, model) if isinstance(config, TimmOptim) else build_perturbing(config, model)
 
 
+def tell_peak(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Tell an optimiser a task's largest learning rate: some of timm's decay weights by rate^2 / largest rate."""
+    optimizer.defaults["lr"] = rate  # older versions of timm look there
+    for group in optimizer.param_groups:
+        if "max_lr_snapshot" in group:
+            group["max_lr_snapshot"] = rate
+
+
 def _from_timm(config: TimmOptim, model: nn.Module) -> torch.optim.Optimizer:
     """Build timm's optimiser of that name; biases and normalisation have no weight decay."""
     import_timm()
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import Lookahead, create_optimizer_v2, list_optimizers
 
     options: dict[str, Any] = dict(config.options)
     if config.name.lower() in _FUSED:
@@ -79,4 +87,6 @@ def _from_timm(config: TimmOptim, model: nn.Module) -> torch.optim.Optimizer:
         unknown = config.name.lower() not in known
         advice = f"; similar: {near}; `timm.optim.list_optimizers()` lists all" if unknown else ""
         raise ConfigError(f"optim.name '{config.name}'{with_options} was refused: {error}{advice}") from error
+    if isinstance(optimizer, Lookahead):
+        optimizer.state = optimizer._base_optimizer.state  # all of its state is there; its own would stay empty
     return optimizer

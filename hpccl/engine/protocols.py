@@ -174,8 +174,11 @@ class Engine(Protocol):
     def put(self, weights: Mapping[str, Tensor | Slab | Stored]) -> None:
         """Replace parameters and buffers by name."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return weights, optimiser, averages: nested dicts and lists of tensors and JSON values. Collective."""
+    def state_dict(self, *, ended: bool = False) -> dict[str, Any]:
+        """Return weights, optimiser, averages: nested dicts and lists of tensors and JSON values. Collective.
+
+        ended: the task is done; without what the next one begins anew, such as the optimiser's state
+        """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, under any engine and on any number of ranks."""

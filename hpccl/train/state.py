@@ -51,7 +51,8 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the nested dict that a checkpoint saves."""
-        return {"engine": self.engine.state_dict(), "prior": self.prior.state_dict(), "results": self.results}
+        engine = self.engine.state_dict(ended=self.mark.phase == "done")
+        return {"engine": engine, "prior": self.prior.state_dict(), "results": self.results}
 
     def load_state_dict(self, state: dict[str, Any], mark: Mark, shards: Shards, comm: Comm) -> None:
         """Restore a state_dict that was saved at `mark`; `shards` reads the parts of all ranks, however many saved."""

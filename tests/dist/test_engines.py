@@ -141,10 +141,10 @@ def test_a_normal_prior_where_ranks_have_parts_of_rows(tmp_path: Path) -> None:
         agree(found, expected, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["zero-0", "zero-1"])
-def test_every_task_has_an_optimiser_of_its_own(tmp_path: Path, name: str) -> None:
-    """Adan counts its steps in the groups of parameters, from its first step on."""
-    adan = {"optim": {"name": "adan", "lr": 1e-3, "schedule": "constant", "options": {"eps": 1e-3}}}
+@pytest.mark.parametrize(("name", "optimiser"), [("zero-0", "adan"), ("zero-1", "adan"), ("zero-0", "lookahead_adan")])
+def test_every_task_has_an_optimiser_of_its_own(tmp_path: Path, name: str, optimiser: str) -> None:
+    """Adan counts its steps in the groups of parameters, from its first step on; Lookahead's state is in another."""
+    adan = {"optim": {"name": optimiser, "lr": 1e-3, "schedule": "constant", "options": {"eps": 1e-3}}}
     expected = run_in_world(two_tasks, 2, tmp_path / "ddp", str(tmp_path), {**adan, "engine": DDP})[0]
     for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {**adan, "engine": ENGINES[name]}):
         agree(found, expected, 1e-6)

@@ -136,6 +136,31 @@ def test_what_was_loaded_continues_to_the_last_bit(tmp_path: Path, curvature: di
     assert digest(other) == digest(state)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"epochs": 1, "ema": 0.9}},
+        {"curvature": {"kind": "si"}},
+        {"curvature": {"kind": "optimizer"}, "optim": {"kind": "ivon", "curvature_decay": 0.999}},
+    ],
+    ids=["ema", "si", "optimizer"],
+)
+def test_a_task_that_is_done_leaves_no_optimiser_behind(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The next one begins with a new optimiser and, with SI, with a new path."""
+    common = {"stream": {"kind": "digits", "tasks": 2}, "prior": {"quadratic": {"weight": 1.0}}, "memory": {"size": 0}}
+    whole, cut = (merged(common, changes, {"folder": str(tmp_path / name)}) for name in ("whole", "cut"))
+    assert go_on(whole) == "done"
+    assert go_on(cut, 1) == "stopped"
+    assert go_on(cut) == "done"
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    kept = {mark: load(checkpoints, mark)["engine"] for mark in marks(checkpoints)}
+    assert {(mark.task, mark.phase) for mark in kept} == {(0, "fitted"), (0, "done"), (1, "done")}
+    for mark, engine in kept.items():
+        held = [engine["optimizer"], engine["average"], engine["credit"], engine["begun"]]
+        assert any(held) == (mark.phase == "fitted"), mark
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["select", "curvature"])
 def test_kill_9_of_two_processes_while_curvature_is_measured_and_after(

@@ -24,6 +24,14 @@ _ELEMENTWISE = {
     *("adopt", "adoptw", "laprop", "lion", "rmsprop", "rmsproptf", "adadelta"),
 }
 
+# Optimisers that no engine can run. Kron draws from torch's generator, which differs from process to process, and from
+# one of its own, which is not saved.
+_DRAWS = "draws random numbers in its step, so that every process would train another network; use another optimiser"
+_UNFIT = {
+    **dict.fromkeys(("kron", "kronw", "kronc"), _DRAWS),
+    "adahessian": "needs second derivatives, which no engine computes; use another optimiser, or optim.kind=ivon",
+}
+
 _WITHOUT_MOMENTUM = {"adam", "adamw", "adamax", "nadam", "nadamw", "radam", "adabelief", "adan", "lion", "lamb"}
 
 
@@ -46,6 +54,13 @@ def _schedule(config: RunConfig) -> Iterator[Clash]:
     if isinstance(curvature, Measured) and curvature.samples != 1 and curvature.fisher != "mc":
         keys = ("curvature.samples", "curvature.fisher")
         yield Clash(keys, "labels are drawn only with curvature.fisher=mc; set that, or leave it 1")
+
+
+def _unfit(config: RunConfig) -> Iterator[Clash]:
+    if isinstance(config.optim, TimmOptim):
+        name = config.optim.name.lower().split("_")[-1]  # after timm's prefix `lookahead_`
+        if name in _UNFIT:
+            yield Clash(("optim.name",), _UNFIT[name])
 
 
 def _clipped(config: RunConfig) -> Iterator[Clash]:
@@ -109,6 +124,7 @@ def _per_example(config: RunConfig) -> Iterator[Clash]:
 
 RULES = (
     _schedule,
+    _unfit,
     _clipped,
     _lengths,
     _shards,

@@ -85,6 +85,20 @@ def test_hook_fires_once_a_step_on_the_last_micro_batch() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", ["sgdc", "lookahead_sgdc"])
+def test_corrected_weight_decay_is_relative_to_the_largest_rate_of_the_task(name: str) -> None:
+    """It is weight_decay * rate^2 / largest rate, with a rate for each task."""
+    optim = {"name": name, "lr": [1.0, 0.1], "weight_decay": 0.5, "schedule": "constant"}
+    made = engine(optim=optim, stream={"kind": "digits", "tasks": 2})
+    made.start(num_steps=10, task=1)
+    made.load_state_dict(copy.deepcopy(made.state_dict()))
+    parameters = dict(made.module.named_parameters())
+    before = parameters["1.weight"].detach().clone()
+    made.backward(loss(made, *batch()) * 0)
+    made.step()
+    torch.testing.assert_close(parameters["1.weight"].detach(), before * (1 - 0.1 * 0.5))
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     made = engine()
     before = weights(made)
@@ -127,7 +141,9 @@ def test_reset_and_frozen_copy() -> None:
     assert torch.equal(made.predict(pixels), expected)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb"])
+@pytest.mark.parametrize(
+    "name", ["adam", "adamw", "sgd", "lamb", "lookahead_adamw", "adafactorbv", "novograd", "nadam", "laprop"]
+)
 def test_state_from_a_file_continues_bit_for_bit_in_channels_last(name: str, tmp_path: Path) -> None:
     """Files hold contiguous tensors; a moment in another memory order would be paired with the wrong weight."""
     config = RunConfig.model_validate(
@@ -144,7 +160,7 @@ def test_state_from_a_file_continues_bit_for_bit_in_channels_last(name: str, tmp
         made.start(num_steps=10, task=0)
         engines.append(made)
     one, two = engines
-    for seed in range(5):
+    for seed in range(8):
         pixels = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
         if seed == 2:
             write_tree(tmp_path, one.state_dict(), header={})
