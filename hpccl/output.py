@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from hpccl.errors import FolderError
 from hpccl.folder import explain_os_error
@@ -66,7 +66,7 @@ def flush() -> None:
             discard(stream)
 
 
-def discard(stream: TextIO) -> None:
+def discard(stream: IO[str]) -> None:
     """Redirect a stream to /dev/null: at exit the interpreter would try to write again and change the exit code."""
     with contextlib.suppress(OSError):  # a stream without a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

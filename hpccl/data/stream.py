@@ -127,7 +127,13 @@ class ImageStream:
         """Bytes of training shards that are fetched from URLs whenever they are read; 0 if images are decoded once."""
         if isinstance(self.source, DecodedImages):
             return 0
-        return sum(entry.bytes for shards in self.shards if shards.remote for entry in shards.manifest.shards)
+        index = self.layout.index["train"]
+        found: dict[tuple[str, int], int] = {}
+        for number, shards in enumerate(self.shards):
+            if shards.remote:
+                read = np.unique(shards.shard_of[index.local[index.part == number]])
+                found |= {(shards.path, each): shards.manifest.shards[each].bytes for each in read.tolist()}
+        return sum(found.values())
 
     def skipped(self) -> list[tuple[Split, int, str, str]]:
         """(split, sample, name, reason) of the undecodable images known so far, each once, in a stable order."""

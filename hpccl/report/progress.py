@@ -163,7 +163,10 @@ def _word(text: str) -> str:
 
 
 class LiveDisplay:
-    """A bar with task, phase, epoch, loss terms, images/s and time left; redrawn at most ten times a second."""
+    """A bar with task, phase, epoch, loss terms, images/s and time left; redrawn at most ten times a second.
+
+    If the terminal is closed, training goes on without it.
+    """
 
     _REDRAW = 0.1
 
@@ -209,10 +212,14 @@ class LiveDisplay:
             self._progress.console.print(text, markup=False, highlight=False)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        with contextlib.suppress(OSError):
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        try:
+            self._progress.stop()
+        except OSError:  # the terminal was closed
+            discard(self._progress.console.file)

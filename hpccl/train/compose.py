@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpccl.config.adaptation import RemoveData
+from hpccl.config.adaptation import AnyAdaptation, RemoveData
 from hpccl.config.base import per_task
 from hpccl.config.run import RunConfig
 from hpccl.data.order import Batch, BatchPlan, mix
@@ -409,7 +409,7 @@ def _alone(config: RunConfig, stream: Stream, task: Task, memory: Memory) -> Ten
     if config.train.competing != "task":
         return None
     alone = torch.ones(len(stream.labels("train")), dtype=torch.bool)
-    if config.memory.kept:
+    if config.memory.kept and not isinstance(config.adapt, AnyAdaptation):  # which keeps no further examples
         alone[torch.from_numpy(kept_at_end(config, stream, task, memory.sample.numpy()))] = False
     return alone
 

@@ -12,6 +12,7 @@ from hpccl.config.run import RunConfig
 from hpccl.data.build import open_stream
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.shards.copies import copied_name, drop_copies
+from hpccl.data.shards.reader import close_files
 from hpccl.errors import DataError, HpcclError, WorldError
 from hpccl.folder import RunFolder
 from hpccl.memory.store import Memory
@@ -52,6 +53,7 @@ def open_for(config: RunConfig, folder: RunFolder) -> Stream:
 
 def reopened_stream(world: World) -> World:
     """Return the world with its stream reopened, so that it reads recent copies, as in a resumed run."""
+    close_files()
     return replace(world, stream=open_for(world.config, world.folder))
 
 

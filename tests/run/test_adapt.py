@@ -131,6 +131,15 @@ def shards(images: Path, cache: Path) -> dict[str, Any]:
     }
 
 
+def test_a_run_whose_new_images_compete_in_their_task_alone_can_be_adapted(tmp_path: Path) -> None:
+    """An adaptation keeps no further examples, which would compete among all classes."""
+    few = {"stream": {"tasks": 2}, "train": {"epochs": 2, "competing": "task"}, "memory": {"fraction": 0.0, "size": 20}}
+    run_folder = source(tmp_path / "run", few)
+    settings = ("train.epochs=2",)
+    config = adapted_config(run_folder, tmp_path / "out", task=0, change=PRECISION, model=None, settings=settings)
+    assert learn(config) == "done"
+
+
 # ---------------------------------------------------------------- close to retraining
 
 

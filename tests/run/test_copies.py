@@ -16,6 +16,7 @@ from hpccl.cluster.submit import check
 from hpccl.config.adapt import adapted_config
 from hpccl.config.load import load
 from hpccl.config.run import RunConfig
+from hpccl.config.stream import ShardStream
 from hpccl.data.shards.build import build
 from hpccl.data.shards.reader import ShardSet
 from hpccl.data.shards.verify import verify
@@ -257,6 +258,9 @@ def test_copies_are_advised_where_memory_would_be_downloaded_again(shards: Path,
     config = config_of(shards, tmp_path / "run", *small, "data.storage=encoded", url=True)
     stream = open_for(config, RunFolder(tmp_path / "run"))
     assert stream.fetched == sum(file.stat().st_size for file in shards.glob("*/train/*.tar")) > 1e-5 * 2**30
+    assert isinstance(config.stream, ShardStream)
+    half = config.stream.model_copy(update={"parts": [config.stream.parts[0]]})
+    assert 0 < open_for(config.model_copy(update={"stream": half}), RunFolder(tmp_path)).fetched < stream.fetched
     advice = copies_advised(config, stream)
     assert advice is not None
     assert "set memory.keep=copy" in advice

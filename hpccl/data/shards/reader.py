@@ -18,12 +18,13 @@ from hpccl.data.shards.manifest import INDEX, Index, Manifest, ShardEntry, refus
 from hpccl.data.shards.remote import ShardCache, is_url
 from hpccl.errors import DataError
 
-__all__ = ["Copies", "ShardSet", "missing_files"]
+__all__ = ["Copies", "ShardSet", "close_files", "missing_files"]
 
 Ints = npt.NDArray[np.int64]
 
 _SNATCHED = 5  # times a fetched shard may be deleted before it is opened
 _FILES = 4096  # open files that a process asks for, if it may have so many; half are for shards (ImageNet has 2000)
+_FETCHED = 32  # fetched shards that a process keeps open: a deleted one takes up disk space until it is closed
 _CHUNK = 1 << 20  # bytes that are hashed at a time
 
 
@@ -332,12 +333,27 @@ def _allow_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
+def _opened(files: _Files, number: int) -> _Descriptor:
+    return _lasting(files, number) if files.cache is None else _fetched(files, number)
+
+
 # Files of all splits, parts and copies together, because memory's rows are read from the shards of all past classes.
 # lru_cache needs no lock of our own, which a fork could leave taken; an evicted file closes after its last reader.
 @lru_cache(maxsize=_most_files() // 2)
-def _opened(files: _Files, number: int) -> _Descriptor:
+def _lasting(files: _Files, number: int) -> _Descriptor:
     _allow_files(_most_files())
     return files.open(number)
+
+
+@lru_cache(maxsize=_FETCHED)
+def _fetched(files: _Files, number: int) -> _Descriptor:
+    return files.open(number)
+
+
+def close_files() -> None:
+    """Close this process's files, so that those that were deleted no longer take up disk space."""
+    _lasting.cache_clear()
+    _fetched.cache_clear()
 
 
 def missing_files(folder: Path, manifest: Manifest) -> dict[int, str]:

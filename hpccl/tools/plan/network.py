@@ -117,7 +117,7 @@ def look(config: RunConfig, *, image_shape: tuple[int, int, int], num_classes: i
 
 
 def moments(config: RunConfig) -> float:
-    """Return how many numbers the optimiser keeps of each weight, counted on a matrix after a step.
+    """Return how many numbers the optimiser keeps of each weight, counted on a matrix after its first steps.
 
     Raises:
         ConfigError: the optimiser is unknown or refuses an option.
@@ -125,7 +125,8 @@ def moments(config: RunConfig) -> float:
     layer = nn.Linear(_SIDE, _SIDE, bias=False)
     optimizer = build_optimizer(config.optim, layer)
     layer.weight.grad = torch.full_like(layer.weight, 1e-3)
-    optimizer.step()
+    for _ in range(optimizer.param_groups[0].get("lookahead_k", 1)):  # with the last of which slow weights begin
+        optimizer.step()
     kept = optimizer.state[layer.weight].values()
     return sum(value.numel() for value in kept if isinstance(value, Tensor) and value.numel() > 1) / _SIDE**2
 

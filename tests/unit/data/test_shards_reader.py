@@ -65,7 +65,7 @@ def test_offsets_are_those_of_the_tar(shards: Path) -> None:
 
 
 def few_open(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(reader, "_opened", lru_cache(maxsize=number)(reader._opened.__wrapped__))
+    monkeypatch.setattr(reader, "_lasting", lru_cache(maxsize=number)(reader._lasting.__wrapped__))
 
 
 @pytest.mark.parametrize(("soft", "hard", "asked"), [(1024, 1 << 20, 4096), (1024, -1, 4096), (256, 300, 300)])

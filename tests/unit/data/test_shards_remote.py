@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -150,13 +151,27 @@ def test_the_cache_stays_bounded_and_forgets_what_was_not_used(shards: Path, tmp
     assert len(sizes) > 4
     for turn in range(2):
         for sample in first:
-            reader._opened.cache_clear()
+            reader.close_files()
             assert data.read(sample) == plain.read(sample), turn
             assert data.read(first[0]) == plain.read(first[0])
             assert sum(path.stat().st_size for path in kept(tmp_path)) <= bound
     fetched = [name for name in Flaky.opened if name.endswith(".tar")]
     assert fetched.count("c0000-000.tar") == 1  # used all the time
     assert len(fetched) > len(sizes)
+
+
+def test_deleted_shards_do_not_stay_open(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open file takes up disk space, which max_bytes is to bound, however often it was deleted."""
+    monkeypatch.setattr(reader, "_fetched", lru_cache(maxsize=2)(reader._fetched.__wrapped__))
+    largest = max(shard.bytes for shard in ShardSet.open(shards, "train").manifest.shards)
+    data = ShardSet.open(f"flaky://{shards}", "train", cache_in(tmp_path, max_bytes=2 * largest))
+    for number in range(len(data.manifest.shards)):
+        data.read(int(np.flatnonzero(data.shard_of == number)[0]))
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert len([link for link in links if link.startswith(str(tmp_path))]) <= 2
+    reader.close_files()
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [link for link in links if link.startswith(str(tmp_path)) and link.endswith("(deleted)")]
 
 
 def fetch(cache: ShardCache, source: Path, barrier: Any) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -74,6 +75,20 @@ def test_a_terminal_shows_everything_and_messages_stay(monkeypatch: pytest.Monke
     for part in ("digits [0]", "fit", "30/30", "epoch 3.00", "loss 0.500", "new 0.250", "1,234 images/s", "1:15 left"):
         assert part in shown, part
     assert "task 1 of 2 is learned [ok]" in shown
+
+
+def test_a_terminal_may_be_closed() -> None:
+    """As it is when a connection breaks: what is shown is lost, nothing else."""
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        display = make_progress(stream=terminal)
+        assert isinstance(display, LiveDisplay)
+        with display:
+            display.begin("a", "fit", 10)
+            os.close(master)
+            display.update(Reading(10, 1.0, {}, 100.0, 0.0))
+            display.message("task 1 of 2 is learned")
+        terminal.write("into nothing")
 
 
 def test_a_phase_follows_another() -> None:

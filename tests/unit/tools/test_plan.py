@@ -295,7 +295,13 @@ def test_layers_are_those_that_a_run_would_factor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("optim", "kept"), [({"name": "sgd"}, 1), ({"name": "adamw"}, 2), ({"name": "momentum", "momentum": 0.0}, 0)]
+    ("optim", "kept"),
+    [
+        ({"name": "sgd"}, 1),
+        ({"name": "adamw"}, 2),
+        ({"name": "momentum", "momentum": 0.0}, 0),
+        ({"name": "lookahead_adamw"}, 3),
+    ],
 )
 def test_moments_are_counted(optim: dict[str, Any], kept: float) -> None:
     assert moments(merged({"optim": optim})) == kept
