@@ -90,7 +90,12 @@ def sweep(files: Sequence[Path], overrides: Sequence[str]) -> list[RunConfig]:
             continue
         configs.append(_in_own_folder(config, point))
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        advice = [
+            f"commas make a sweep; for one list write {key}=[{','.join(point[key] for point in runs)}]"
+            for key in runs[0]
+            if len(runs) > 1 and any(each.startswith(f"{key} = ") and "expected a list" in each for each in mistakes)
+        ]
+        raise ConfigError("\n".join([*mistakes, *advice]))
     _refuse_shared_folders(configs)
     return configs
 
@@ -106,7 +111,11 @@ def points(overrides: Sequence[str]) -> list[dict[str, str]]:
     repeated = [key for key, values in axes.items() if len(set(values)) < len(values)]
     if repeated:
         raise ConfigError(
-            "\n".join(f"{key}: a value is given twice in {','.join(axes[key])}; leave one out" for key in repeated)
+            "\n".join(
+                f"{key}: commas make a sweep, and a value is given twice in {','.join(axes[key])}; leave one out, or "
+                f"write {key}=[{','.join(axes[key])}] for one list"
+                for key in repeated
+            )
         )
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 

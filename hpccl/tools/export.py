@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hpccl.checkpoint.store import FORMAT, Mark, load, marks, open_shards
 from hpccl.checkpoint.streamed import write_tensors
 from hpccl.checkpoint.tree import write_tree
-from hpccl.config.adaptation import AnyAdaptation
+from hpccl.config.adaptation import AnyAdaptation, RemoveData
 from hpccl.config.curvature import MasCurvature, SiCurvature
 from hpccl.config.load import load_recorded
 from hpccl.config.model import ModelConfig, TimmModel
@@ -327,6 +327,7 @@ class _Content:
                 "num_classes": self.num_classes,
                 "head": self.config.train.head,
                 "tasks": [{"name": task.name, "classes": list(task.classes)} for task in self.learned],
+                "removed": self.removed,
                 "run": self.config.name,
                 "checkpoint": self.mark.name,
             },
@@ -413,10 +414,18 @@ class _Content:
             "such a task to be changed in the same way (`hpccl.data.changes`).\n"
         )
 
+    @property
+    def removed(self) -> list[str]:
+        """The classes that the network was made to forget."""
+        adapt, names = self.config.adapt, self.stream.layout.class_names
+        return [name for name in names if name in adapt.names] if isinstance(adapt, RemoveData) else []
+
     def _unlearned(self) -> str:
         learned = {number for task in self.learned for number in task.classes}
         others = self.num_classes - len(learned)
-        return "" if others == 0 else f"\nThe other {others} outputs were not trained; ignore them.\n"
+        told = "" if others == 0 else f"\nThe other {others} outputs were not trained; ignore them.\n"
+        gone = ", ".join(f"{self.stream.layout.class_names.index(name)} ({name})" for name in self.removed)
+        return told + (f"\nThe network was made to forget these outputs; ignore them: {gone}.\n" if gone else "")
 
 
 def _row(task: Task) -> str:

@@ -140,6 +140,15 @@ def test_a_run_whose_new_images_compete_in_their_task_alone_can_be_adapted(tmp_p
     assert learn(config) == "done"
 
 
+def test_an_export_names_the_classes_that_were_removed(digits: Path, tmp_path: Path) -> None:
+    settings = ("train.epochs=1",)
+    config = adapted_config(digits, tmp_path / "out", task=0, change=REMOVE, model=None, settings=settings)
+    assert learn(config) == "done"
+    export(tmp_path / "out", tmp_path / "export")
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["hpccl"]["removed"] == ["3"]
+    assert "made to forget these outputs; ignore them: 3 (3)." in (tmp_path / "export" / "README.md").read_text()
+
+
 # ---------------------------------------------------------------- close to retraining
 
 

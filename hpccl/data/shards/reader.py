@@ -70,8 +70,7 @@ class ShardSet:
         folder = path / split
         refuse_absent(path)
         if not folder.is_dir():
-            found = ", ".join(splits(path)) or "none"
-            raise DataError(f"'{path}' has no split '{split}' (found: {found}): see `hpccl shards build`")
+            raise DataError(f"'{path}' has no split '{split}' ({_instead(path, split)})")
         manifest = Manifest.load(folder)
         _check_files(folder, manifest, path)
         return cls._of(str(path), manifest, Index.load(folder, manifest), _Files(str(folder), manifest.shards))
@@ -354,6 +353,15 @@ def close_files() -> None:
     """Close this process's files, so that those that were deleted no longer take up disk space."""
     _lasting.cache_clear()
     _fetched.cache_clear()
+
+
+def _instead(path: Path, split: str) -> str:
+    """Return what to do where `path` lacks a split."""
+    found = splits(path)
+    build = f"build it with `hpccl shards build SOURCE {path} --split {split}`"
+    if not found:
+        return f"nor another; {build}"
+    return f"found: {', '.join(found)}; set stream.train_split and stream.test_split to the names of two, or {build}"
 
 
 def missing_files(folder: Path, manifest: Manifest) -> dict[int, str]:

@@ -380,6 +380,12 @@ def test_a_sweep_refuses_runs_that_would_share_a_folder() -> None:
         sweep([], ["data.cache=a b,a/b"])
 
 
+@pytest.mark.parametrize("text", ["0.5,0.5,0.5", "0.485,0.456,0.406"])
+def test_a_sweep_that_was_meant_as_a_list_says_how_to_write_one(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"commas make a sweep.* write data.mean=\[{text}\]"):
+        sweep([], [f"data.mean={text}"])
+
+
 def test_load_refuses_a_sweep() -> None:
     assert mistakes([], "seed=1,2") == ["seed=1,2 is a sweep, but one run is expected here (a list is written [1,2])"]
 

@@ -202,7 +202,9 @@ def test_a_folder_that_does_not_exist_is_told_from_one_without_a_split(
 
 
 def test_a_missing_split_and_unknown_formats_say_so(shards: Path) -> None:
-    with pytest.raises(DataError, match=r"no split 'val' \(found: test, train\)"):
+    with pytest.raises(
+        DataError, match=r"no split 'val' \(found: test, train; set stream.train_split and stream.test_split to"
+    ):
         ShardSet.open(shards, "val")
     path = shards / "train" / "manifest.json"
     document = json.loads(path.read_text())
