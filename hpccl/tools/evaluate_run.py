@@ -52,7 +52,7 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
             put_weights(state, world, weights)
         results = evaluate_all(state, world, last=mark.task)
     # Where every task has a network of its own, earlier ones were tested when their tasks ended.
-    if weights is None and world.config.method == "separate":
+    if weights is None and world.config.own_networks:
         results = state.results[: mark.task] + results[mark.task :]
     seen = results[: mark.task + 1]
     return {

@@ -35,7 +35,7 @@ def evaluate(task: Task, state: RunState, world: World) -> None:
         results = [_result(each, scores, task.index, world) for each in world.stream.tasks]
         phase.images = sum(result["num"] for result in results)
     calibration = {}
-    if _own_network(world):
+    if world.config.own_networks:
         # Every task has its own network: results of earlier networks stay.
         results = state.results[: task.index] + results[task.index :]
     else:
@@ -123,7 +123,7 @@ def _rows(task: Task, scores: Scores) -> Scores:
 
 def _result(task: Task, scores: Scores, last: int, world: World) -> dict[str, Any]:
     rows = _rows(task, scores)
-    competing = task.index <= last and not _own_network(world)
+    competing = task.index <= last and not world.config.own_networks
     seen = {label for other in world.stream.tasks[: last + 1] for label in other.classes}
     return {
         "task": task.index,
@@ -149,7 +149,3 @@ def _summary(columns: Scores, num_classes: int) -> dict[str, float]:
         "nll": float(nats.mean()),
         "ece": calibration_error(calibration_bins(confidence, right)),
     }
-
-
-def _own_network(world: World) -> bool:
-    return world.config.method == "separate"

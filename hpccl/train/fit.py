@@ -205,7 +205,7 @@ def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None
                 stack.callback(part.attach(engine, world.comm, num_train=plan.num_train))
         curvature = world.config.curvature
         of_task = isinstance(curvature, SiCurvature) and curvature.gradient == "task"
-        if quadratic is not None and world.config.follows and of_task:
+        if quadratic is not None and world.config.records_path and of_task:
             stack.callback(engine.follow(quadratic.pull_on(plan.num_train)))
         if isinstance(world.config.optim, VognOptim):
             stack.callback(watch_squares(engine.training_module, engine.add_squares, lambda: engine.image_weights))

@@ -178,7 +178,7 @@ def make_plan(
     rows = math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.accumulate)
     network = look(config, image_shape=stream.image_shape, num_classes=num_classes, rows=max(rows, 2))
     curvature = None
-    if config.measures:
+    if config.measures_curvature:
         curvature = plan_curvature(config.curvature, network.layouts, network.rest, spread, tasks=num_tasks)
     case = _Case(config, stream, spread, network, curvature)
     kept, rates = moments(config), None
