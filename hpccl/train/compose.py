@@ -205,6 +205,7 @@ class Composer:
         teacher: Callable[[Tensor], Tensor] | None,
         device: torch.device,
         distilled: Distilled | None = None,
+        topology: Topology | None = None,
     ) -> Composer:
         """Build the composer of one task."""
         num_classes = len(stream.class_names)
@@ -229,6 +230,7 @@ class Composer:
             distilled=distilled,
             alone=_alone(config, stream, task, memory),
             removed=removed,
+            topology=topology,
         )
 
     @property

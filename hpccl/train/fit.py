@@ -52,9 +52,15 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     distilled = Distilled.of(config, world.stream, task)
     teacher = _teacher(state, world, distilled)
     composer = Composer.build(
-        config, world.stream, task, memory, teacher=teacher, device=engine.device, distilled=distilled
+        config,
+        world.stream,
+        task,
+        memory,
+        teacher=teacher,
+        device=engine.device,
+        distilled=distilled,
+        topology=_topology(state, world),
     )
-    composer = replace(composer, topology=_topology(state, world))
     if distilled is not None and distilled.config.view == "recorded":
         composer = _recorded(task, composer, distilled, state, world)
     detach = _attach(state, world, plan)
@@ -87,8 +93,7 @@ def _steps(
         contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches,
         contextlib.closing(_recalled(task, plan, state, world)) as past,
     ):
-        layer = None if composer.topology is None else composer.topology.layer
-        return _run_steps(task, state, world, plan, batches=batches, past=past, layer=layer, save=save)
+        return _run_steps(task, state, world, plan, batches=batches, past=past, save=save)
 
 
 def _run_steps(
@@ -99,7 +104,6 @@ def _run_steps(
     *,
     batches: Batches,
     past: Iterator[Recalled | None],
-    layer: str | None,
     save: Callable[[int], None],
 ) -> int:
     first = state.mark.step
@@ -112,7 +116,7 @@ def _run_steps(
         parts, rows = next(batches)
         torch.manual_seed(int(mix(plan.seed, plan.task, step, world.comm.rank)) >> 1)
         num_rows = len(parts[0].batch)
-        stats = train_step(state.engine, rows, num_rows=num_rows, layer=layer, recalled=next(past))
+        stats = train_step(state.engine, rows, num_rows=num_rows, recalled=next(past))
         if not bool(torch.isfinite(stats.gradient_norm)):
             raise diagnose(Failure(task, step, parts, rows, stats.terms), state, world)
         done = step + 1

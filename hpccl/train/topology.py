@@ -156,7 +156,14 @@ class Topology:
         image, target, weight, kind, stiff, margin = joined
         weight = weight * valid.to(weight.device)[image]
         return FeatureRows(
-            image, target.float(), weight.float(), kind, stiff.float(), margin.float(), self.config.normalised
+            image=image,
+            target=target.float(),
+            weight=weight.float(),
+            kind=kind,
+            stiff=stiff.float(),
+            margin=margin.float(),
+            layer=self.layer,
+            normalised=self.config.normalised,
         )
 
     def _anchored(self, anchors: Ints, *, first: int) -> tuple[Tensor, ...]:
