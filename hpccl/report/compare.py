@@ -21,7 +21,7 @@ from hpccl.report.events import number, valid_json
 from hpccl.report.published import FIGURES as PUBLISHED
 from hpccl.report.published import Published, PublishedTable, read_published
 from hpccl.report.summary import RunReport
-from hpccl.report.text import TextTable, percent, signed, spread, time_span
+from hpccl.report.text import TextTable, percent, plus_minus, signed, time_span
 
 __all__ = [
     "FIGURES",
@@ -400,10 +400,10 @@ def _row(comparison: Comparison, group: Group) -> list[str]:
     row = [*group_cells(comparison, group, settings=_in_full(group)), str(len(group.seeds))]
     for key in comparison.figures:
         statistic = group.statistics[key]
-        row.append(spread(statistic.mean, statistic.std))
+        row.append(plus_minus(statistic.mean, statistic.std))
         if _has_published(comparison, key):
             mean, std = group.published.figures.get(key, (None, None)) if group.published else (None, None)
-            row.append(spread(mean, std))
+            row.append(plus_minus(mean, std))
     return [*row, time_span(group.statistics["wall_seconds"].mean)]
 
 

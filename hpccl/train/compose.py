@@ -18,7 +18,7 @@ from hpccl.data.order import Batch, BatchPlan, mix
 from hpccl.data.protocols import Listed, Stream, Task, heads_of, training_samples
 from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, SQUARED, Images, Request, Rows
 from hpccl.dist.comm import Comm
-from hpccl.memory.store import Memory, scattered, spread
+from hpccl.memory.store import Memory, scattered, soft_probabilities
 from hpccl.train.distill import Distilled
 from hpccl.train.kept import held_out, kept_after_each, kept_at_end, kept_of_tasks, num_learned
 from hpccl.train.removal import less, removed_samples, removed_slots
@@ -26,7 +26,7 @@ from hpccl.train.topology import Topology
 
 __all__ = [
     "Composer",
-    "Part",
+    "MicroBatch",
     "head_steps",
     "new_samples",
     "num_new",
@@ -120,8 +120,8 @@ def new_samples(config: RunConfig, stream: Stream, task: Task, memory: Memory) -
 
 
 @dataclass(frozen=True)
-class Part:
-    """One micro-batch of one rank.
+class MicroBatch:
+    """What one rank shows the network at a time, of one step's batch.
 
     rows: [p] positions in the step's batch
     company: how many of the last rows are fillers: rows of other parts, with weight 0 in this one
@@ -134,7 +134,7 @@ class Part:
     anchors: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
-def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> list[Part]:
+def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> list[MicroBatch]:
     """Split a batch into this rank's micro-batches: contiguous, sizes differing by at most one, no padding."""
     whole = comm.share(len(batch))
     shown = comm.share(anchors)
@@ -142,7 +142,7 @@ def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> lis
     for number in range(accumulate):
         rows, extra = (np.array(_cut(items, number, accumulate), dtype=np.int64) for items in (whole, shown))
         company = _company(rows, len(batch))
-        parts.append(Part(batch, np.concatenate([rows, company]), company=len(company), anchors=extra))
+        parts.append(MicroBatch(batch, np.concatenate([rows, company]), company=len(company), anchors=extra))
     return parts
 
 
@@ -238,7 +238,7 @@ class Composer:
         """Number of anchor images that every step shows in addition to its batch."""
         return 0 if self.topology is None else len(self.topology.anchors)
 
-    def request(self, part: Part) -> Request:
+    def request(self, part: MicroBatch) -> Request:
         """Request the images of a part: newly augmented views, or the evaluation view where a soft label is of that.
 
         With growing views (data.progressive) all have the epoch's size: a stored soft label is of the evaluation view
@@ -263,7 +263,7 @@ class Composer:
         grows, last = self.config.data.progressive, self.config.data.image_size
         return None if grows is None or last is None else grows.side(epoch, self.epochs, last)
 
-    def rows(self, part: Part, images: Images) -> Rows:
+    def rows(self, part: MicroBatch, images: Images) -> Rows:
         """Return the rows of a part, on the device: one for each image, then further rows of some of the images."""
         slot = torch.from_numpy(part.batch.slot[part.rows])
         sample = torch.from_numpy(self.request(part).sample[: len(slot)])
@@ -311,7 +311,7 @@ class Composer:
         plain = self.hard_kind == CROSS_ENTROPY and self.soft_kind == CROSS_ENTROPY
         return replace(rows, weight=weight, kind=None if plain else rows.kind).to(self.device)
 
-    def _noise(self, part: Part) -> Ints:
+    def _noise(self, part: MicroBatch) -> Ints:
         """Return the noise seeds [p + a] of the part's images; an anchor's depend on step and anchor, not on rank."""
         of_anchors = mix(part.batch.noise[0], part.anchors).astype(np.int64)
         return np.concatenate([part.batch.noise[part.rows], of_anchors])
@@ -330,7 +330,7 @@ class Composer:
         said[asked] = self.teacher(pixels[asked].to(self.device)).cpu()
         return said
 
-    def _with_distilled(self, rows: Rows, distilled: Distilled, part: Part, said: Tensor) -> Rows:
+    def _with_distilled(self, rows: Rows, distilled: Distilled, part: MicroBatch, said: Tensor) -> Rows:
         """Append one row for every old head and every image that is distilled."""
         slot = torch.from_numpy(part.batch.slot[part.rows])
         from_memory = slot >= 0
@@ -397,7 +397,7 @@ class Composer:
             logits = said.gather(1, columns.clamp(min=0))
         if self.soft_kind == SQUARED:
             return scattered(logits.float(), columns, num_classes=num_classes)
-        target, known = spread(logits, columns, temperature=temperature, num_classes=num_classes)
+        target, known = soft_probabilities(logits, columns, temperature=temperature, num_classes=num_classes)
         later = self.config.train.head == "seen" and self.config.prior.classes == "seen"
         return target, known | self.heads[-1] if later else known
 

@@ -20,7 +20,7 @@ from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
 from hpccl.prior.normal import NormalPrior
-from hpccl.train.compose import Composer, Part, head_steps, plan_task, split
+from hpccl.train.compose import Composer, MicroBatch, head_steps, plan_task, split
 from hpccl.train.distill import Distilled, record
 from hpccl.train.diverged import Failure, diagnose
 from hpccl.train.functional import Recalled, recalled, rows_memory
@@ -35,7 +35,7 @@ __all__ = ["fit"]
 # Steps between agreements of all ranks on stopping: few enough for any grace period, many enough to cost nothing.
 _POLL = 5
 
-Batches: TypeAlias = Generator[tuple[list[Part], list[Rows]], None, None]
+Batches: TypeAlias = Generator[tuple[list[MicroBatch], list[Rows]], None, None]
 
 
 def fit(task: Task, state: RunState, world: World) -> bool:
