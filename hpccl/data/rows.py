@@ -5,7 +5,7 @@ Shapes: n images, r rows, C classes of the whole stream.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -109,7 +109,7 @@ class FeatureRows:
         """The same rows on a device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return replace(self, **moved)
+        return FeatureRows(**moved, layer=self.layer, normalised=self.normalised)
 
 
 @dataclass(frozen=True)
