@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, assert_never
+from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
 from hpccl.train.kept import validation
 from hpccl.train.passes import shared_images
-from hpccl.train.score import last_layer
+from hpccl.train.score import input_of, last_layer
 from hpccl.train.state import RunState, World
 
 __all__ = ["class_means", "correction", "featuring"]
@@ -121,23 +121,15 @@ def featuring(state: RunState, world: World, *, asked_by: str | None = None) -> 
     Raises:
         ConfigError: the last layer is no nn.Linear.
     """
-    caught: list[Tensor] = []
-
-    def keep(_: Any, arguments: tuple[Any, ...]) -> None:
-        caught[:] = [arguments[0].detach()]
-
     asked_by = asked_by or f"evaluate.classifier={world.config.evaluate.classifier}"
     layer = last_layer(state.engine.module, world, state, asked_by=asked_by)
-    handle = layer.register_forward_pre_hook(keep)
+    with input_of(layer) as latest:
 
-    def features(pixels: Tensor) -> Tensor:
-        state.engine.predict(pixels)
-        return caught.pop().float()
+        def features(pixels: Tensor) -> Tensor:
+            state.engine.predict(pixels)
+            return latest()
 
-    try:
         yield features
-    finally:
-        handle.remove()
 
 
 def _seen(task: Task, world: World) -> Tensor:
