@@ -28,22 +28,22 @@ class TextTable:
         )
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def percent(value: float | None) -> str:
     """Format a share in [0, 1] in percent, without the percent sign.
 
     >>> percent(0.8231), percent(None)
     ('82.3', '–')
     """
-    return _ABSENT if value is None or math.isnan(value) else f"{100 * value:z.{digits}f}"
+    return _ABSENT if value is None or math.isnan(value) else f"{100 * value:z.1f}"
 
 
-def signed(value: float | None, digits: int = 1) -> str:
+def signed(value: float | None) -> str:
     """Format a difference of shares in percentage points, with its sign.
 
     >>> signed(-0.012), signed(0.5)
     ('−1.2', '+50.0')
     """
-    return _ABSENT if value is None else f"{100 * value:+z.{digits}f}".replace("-", "−")
+    return _ABSENT if value is None else f"{100 * value:+z.1f}".replace("-", "−")
 
 
 def plus_minus(mean: float | None, std: float | None, scale: float = 100.0, digits: int = 1) -> str:
