@@ -154,8 +154,7 @@ def find_checkpoint(folder: RunFolder, task: int | None) -> Mark:
     Raises:
         FolderError: the folder is no run, or has no such checkpoint.
     """
-    if not folder.config.is_file():
-        raise FolderError(f"'{folder.path}' is not a run folder (it has no config.yaml); give the folder of a run")
+    folder.require()
     found = [mark for mark in marks(folder.checkpoints) if task is None or mark.task == task]
     if not found:
         wanted = "no checkpoint yet" if task is None else f"no checkpoint of task {task}"

@@ -148,8 +148,7 @@ def find_finished(run: RunFolder, task: int | None) -> Mark:
     Raises:
         FolderError: the folder is no run, or has no such checkpoint.
     """
-    if not run.config.is_file():
-        raise FolderError(f"'{run.path}' is not a run folder (it has no config.yaml); give the folder of a run")
+    run.require()
     finished = {mark.task: mark for mark in marks(run.checkpoints) if mark.phase == "done"}
     if not finished:
         raise FolderError(f"'{run.path}' has not finished a task yet; continue it with `hpccl train` first")
