@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from hpccl.config.differences import ABSENT, Flat, flat
 from hpccl.errors import ConfigError
+from hpccl.output import console
 from hpccl.report.archive import Recorded, read_runs
 from hpccl.report.events import number, valid_json
 from hpccl.report.published import FIGURES as PUBLISHED
@@ -446,14 +446,14 @@ def _run_rows(comparison: Comparison) -> list[list[str]]:
     ]
 
 
-def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+def print_comparison(comparison: Comparison, target: Console | None = None) -> None:
     """Print the table and its notes.
 
     Args:
         comparison: what to print.
-        console: None for standard output, which is 200 columns wide unless it is a terminal.
+        target: None for standard output, which is 200 columns wide unless it is a terminal.
     """
-    target = console or Console(width=None if sys.stdout.isatty() else 200)
+    target = target or console()
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     left = _num_left(comparison)
     for position, heading in enumerate(_header(comparison)):
