@@ -17,7 +17,7 @@ from hpccl.memory.means import ClassMeans, normalised
 from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
 from hpccl.train.kept import validation
-from hpccl.train.passes import shared_images
+from hpccl.train.passes import answers, shared_images
 from hpccl.train.score import input_of, last_layer
 from hpccl.train.state import RunState, World
 
@@ -43,10 +43,9 @@ def correction(task: Task, state: RunState, world: World) -> Correction | None:
         phase.images = len(samples)
         found = [torch.zeros(0, num_classes)]
         usable = [torch.zeros(0, dtype=torch.bool)]
-        for seen in shared_images(samples, world, size=world.stream_batch):
-            number = len(seen.sample)
-            found.append(state.engine.predict(seen.pixels)[:number].cpu())
-            usable.append(seen.valid[:number])
+        for _, said, readable in answers(state.engine.predict, samples, world):
+            found.append(said.cpu())
+            usable.append(readable)
         logits, valid = world.comm.gather(torch.cat(found)), world.comm.gather(torch.cat(usable).long()) > 0
         labels = torch.from_numpy(world.stream.labels("train")[samples])
         fitted = Correction.fitted(

@@ -14,7 +14,7 @@ from hpccl.data.protocols import Task, heads_of, task_numbers
 from hpccl.report.metrics import calibration_bins, calibration_error
 from hpccl.train.end_of_task import featuring
 from hpccl.train.loss import row_nats
-from hpccl.train.passes import shared_images, with_mirror_images
+from hpccl.train.passes import answers, with_mirror_images
 from hpccl.train.state import RunState, World
 
 __all__ = ["evaluate", "evaluate_all"]
@@ -72,12 +72,10 @@ def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tu
     labels = torch.from_numpy(world.stream.labels("test"))
     with _classifier(state, world, last) as classifier:
         classify = with_mirror_images(classifier, world)
-        for seen in shared_images(np.arange(count), world, size=world.stream_batch, split="test"):
-            logits = classify(seen.pixels)
-            known = len(seen.sample)
-            shown = torch.where(seen.valid[:known], labels[torch.from_numpy(seen.sample)], -1)
-            tasks = torch.from_numpy(task_numbers(world.stream.tasks, "test", seen.sample))
-            yield logits[:known], shown.to(logits.device), tasks.to(logits.device)
+        for sample, logits, readable in answers(classify, np.arange(count), world, split="test"):
+            shown = torch.where(readable, labels[torch.from_numpy(sample)], -1)
+            tasks = torch.from_numpy(task_numbers(world.stream.tasks, "test", sample))
+            yield logits, shown.to(logits.device), tasks.to(logits.device)
 
 
 @contextlib.contextmanager
