@@ -34,7 +34,7 @@ from hpccl.prior.normal import NormalPrior
 from hpccl.prior.prior import Prior
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
-from hpccl.train.compose import Composer, Part, plan_task, split
+from hpccl.train.compose import Composer, MicroBatch, plan_task, split
 from hpccl.train.distill import Distilled
 from hpccl.train.state import World
 from hpccl.train.step import train_step
@@ -156,14 +156,14 @@ class Steps:
         said = torch.randn(len(composer.samples) + len(self.prior.memory), len(distilled.columns))
         return replace(composer, distilled=replace(distilled, recorded=said))
 
-    def _images(self, parts: list[Part]) -> list[Images]:
+    def _images(self, parts: list[MicroBatch]) -> list[Images]:
         """Return this rank's images of a step, the same for all steps of equal size (sizes differ by one row)."""
         sizes = tuple(len(part.rows) for part in parts)
         if self.loads or sizes not in self._loaded:
             self._loaded[sizes] = list(self.world.stream.load(self.composer.request(part) for part in parts))
         return self._loaded[sizes]
 
-    def _parts(self, step: int) -> list[Part]:
+    def _parts(self, step: int) -> list[MicroBatch]:
         return split(self.plan.batch(step), self.world.comm, accumulate=self.world.config.train.accumulate)
 
     def __call__(self) -> int:

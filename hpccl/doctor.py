@@ -45,14 +45,8 @@ class Check:
     required: bool = False  # hpccl cannot train while this is missing
 
 
-def diagnose(*, folder: Path | None = None, cache: Path | None = None, port: int = 0) -> list[Check]:
-    """Run all checks.
-
-    Args:
-        folder: where runs are written; None: the current folder.
-        cache: where decoded images are cached; None: the user's cache folder.
-        port: the port of the process group; 0: any free one.
-    """
+def diagnose() -> list[Check]:
+    """Run all checks."""
     return [
         check_python(),
         check_torch(),
@@ -64,10 +58,10 @@ def diagnose(*, folder: Path | None = None, cache: Path | None = None, port: int
         check_bf16(_cpu_flags()),
         check_memory(),
         check_shared_memory(),
-        check_disk("disk for runs", folder or Path.cwd()),
-        check_disk("disk for cache", cache or _user_cache()),
+        check_disk("disk for runs", Path.cwd()),
+        check_disk("disk for cache", _user_cache()),
         check_hostname(socket.gethostname()),
-        check_port(port),
+        check_port(0),
         check_slurm(),
         check_package("submitit", extra="slurm", purpose="to submit jobs to SLURM"),
         check_package("deepspeed", extra="deepspeed", purpose="for ZeRO"),

@@ -96,6 +96,15 @@ class RunFolder:
         """Return the path of report.json, report.md or report.html."""
         return self.path / f"report.{suffix}"
 
+    def require(self) -> None:
+        """Check that the folder is that of a run.
+
+        Raises:
+            FolderError: it is not.
+        """
+        if not self.config.is_file():
+            raise FolderError(f"'{self.path}' is not a run folder (it has no config.yaml); give the folder of a run")
+
     def create(self) -> None:
         """Make the folder and its subfolders, and check that it can be written.
 

@@ -9,12 +9,15 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from hpccl.errors import FolderError
 from hpccl.folder import explain_os_error
 
-__all__ = ["Told", "discard", "flush", "say"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Told", "console", "discard", "flush", "say"]
 
 
 class Told:
@@ -55,6 +58,13 @@ def say(line: str, stream: TextIO | None = None, *, end: str = "\n") -> None:
     """Print a line on a stream, by default standard error; it is lost if it cannot be written."""
     with contextlib.suppress(OSError):
         print(line, end=end, file=stream or sys.stderr, flush=True)
+
+
+def console(columns: int = 200) -> Console:
+    """Return standard output for tables: as wide as the terminal, or `columns` wide if it is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else columns)
 
 
 def flush() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hpccl.output import console
 
 __all__ = ["curvature"]
 
@@ -39,6 +40,4 @@ def show_curvature(
     if as_json:
         typer.echo(json.dumps(shown.as_dict(), indent=2))
         return
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 200).print(render(shown))
+    console().print(render(shown))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +11,7 @@ import typer
 from hpccl.cluster.outcome import DONE, FAILED
 from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import RunFolder, refuse_unwritable
+from hpccl.output import console
 
 __all__ = ["choose", "doctor", "evaluate", "export", "merge", "report"]
 
@@ -239,7 +239,5 @@ def doctor(*, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, 
     if as_json:
         typer.echo(json.dumps(as_dict(checks), indent=2))
     else:
-        from rich.console import Console
-
-        Console(width=None if sys.stdout.isatty() else 200).print(render(checks))
+        console().print(render(checks))
     raise typer.Exit(DONE if ready(checks) else FAILED)

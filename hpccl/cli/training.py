@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from hpccl.cluster.step import end, in_step
 from hpccl.config.adapt import SETTINGS, adapted_config, named, reference_config
 from hpccl.config.load import dump, is_override
 from hpccl.errors import ConfigError
+from hpccl.output import console
 
 if TYPE_CHECKING:
     from hpccl.config.run import RunConfig
@@ -205,7 +205,5 @@ def plan(
         found = [each.as_dict() for each in plans]
         typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2))
         return
-    from rich.console import Console
-
     for each in plans:
-        Console(width=None if sys.stdout.isatty() else 200).print(render(each))
+        console().print(render(each))

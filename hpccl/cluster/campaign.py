@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, FAILED, INTERRUPTED, STOPPED, tell
+from hpccl.cluster.signals import handled
 from hpccl.cluster.worker import die_with_parent
 from hpccl.config.load import is_override, sweep
 from hpccl.config.machine import SlurmCluster
@@ -312,12 +313,8 @@ class _Local:
                     process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
         hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]  # nohup ignores it
-        former = {number: signal.signal(number, pass_on) for number in (*ASKED_TO_STOP, *hung_up)}
-        try:
+        with handled((*ASKED_TO_STOP, *hung_up), pass_on):
             yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
 
 def _is_one_process(step: Step) -> bool:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from typing import IO
 from hpccl.cluster.environment import from_slurm
 from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, FAILED, INTERRUPTED, STOPPED, WRONG_CONFIG, tell
 from hpccl.cluster.prepare import prepare
+from hpccl.cluster.signals import handled
 from hpccl.cluster.step import in_step, refuse_standstill, run_step
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError, HpcclError, WorldError
@@ -277,13 +278,8 @@ def _passing_on(asked: _Asked, ranks: Sequence[_Rank]) -> Iterator[None]:
         for rank in ranks:
             rank.send(number)
 
-    handler: Callable[[int, FrameType | None], None] = pass_on
-    former = {number: signal.signal(number, handler) for number in ASKED_TO_STOP}
-    try:
+    with handled(ASKED_TO_STOP, pass_on):
         yield
-    finally:
-        for number, previous in former.items():
-            signal.signal(number, previous)
 
 
 def _watch(ranks: Sequence[_Rank], asked: _Asked, grace: float, lost: int) -> int:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpccl.cluster.status import RunStatus, State, read_statuses
+from hpccl.output import console
 from hpccl.report.progress import duration
 
 __all__ = ["render", "show", "watch"]
@@ -38,7 +39,7 @@ def show(folders: Sequence[Path], *, as_json: bool = False) -> list[RunStatus]:
     if as_json:
         print(json.dumps([status.as_dict() for status in found], indent=2), flush=True)
     else:
-        Console(width=None if sys.stdout.isatty() else 240).print(render(found))
+        console(columns=240).print(render(found))
     return found
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from hpccl.cluster.lock import holding
 from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, INTERRUPTED, STOPPED, code_of, tell
 from hpccl.cluster.prepare import refuse_any_other
+from hpccl.cluster.signals import handled
 from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import HpcclError
@@ -101,15 +102,11 @@ def _listening(stop: Stop, *, deaf_afterwards: bool = False) -> Iterator[None]:
             signal.default_int_handler(number, frame)
         stop.on_signal(number, frame)
 
-    former = {number: signal.signal(number, ask) for number in ASKED_TO_STOP}
-    if deaf_afterwards:
-        former[signal.SIGTERM] = signal.SIG_IGN
-    try:
+    with handled(ASKED_TO_STOP, ask) as afterwards:
+        if deaf_afterwards:
+            afterwards[signal.SIGTERM] = signal.SIG_IGN
         with _hearing(signal.pthread_sigmask(signal.SIG_BLOCK, ()).intersection(ASKED_TO_STOP), stop):
             yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

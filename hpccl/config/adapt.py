@@ -11,6 +11,7 @@ from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.load import load, load_recorded
 from hpccl.config.run import READING, RunConfig
 from hpccl.errors import ConfigError, FolderError
+from hpccl.folder import RunFolder
 
 __all__ = ["SETTINGS", "adapted_config", "named", "reference_config"]
 
@@ -88,8 +89,7 @@ def reference_config(
 
 
 def _source(run: Path) -> RunConfig:
-    if not (run / "config.yaml").is_file():
-        raise FolderError(f"'{run}' is not a run folder (it has no config.yaml); give the folder of a run")
+    RunFolder(run).require()
     source = load_recorded(run / "config.yaml")
     if isinstance(source.adapt, AnyAdaptation):
         raise FolderError(

@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 from hpccl.config.adaptation import AdaptConfig, AnyAdaptation, NoAdaptation
 from hpccl.config.base import Line, Section, Seed
 from hpccl.config.clash import ClashError
-from hpccl.config.curvature import CurvatureConfig, KroneckerCurvature, MasCurvature, SiCurvature
+from hpccl.config.curvature import CurvatureConfig, KroneckerCurvature, SiCurvature
 from hpccl.config.data import DataConfig
 from hpccl.config.engine import DdpEngine, EngineConfig
 from hpccl.config.machine import CheckpointConfig, ClusterConfig, LocalCluster, LogConfig
 from hpccl.config.memory import MemoryConfig
+from hpccl.config.method import method_name
 from hpccl.config.model import MlpModel, ModelConfig
 from hpccl.config.optim import OptimConfig, TimmOptim
 from hpccl.config.prior import PriorConfig
@@ -73,71 +74,22 @@ class RunConfig(Section):
 
     @property
     def method(self) -> str:
-        """The method's name in the literature: a reference, or the names of all terms for the past, joined by '+'."""
-        if isinstance(self.adapt, AnyAdaptation):
-            return "retrain" if self.adapt.retrain else f"adapt-{self.adapt.kind}"
-        if self.train.restart:
-            return {"seen": "joint", "task": "separate", "memory": "gdumb"}[self.train.data]
-        parts = [*self._quadratic(), *(["topic"] if self.prior.topology.nodes > 0 else [])]
-        parts += [*self._distilled(), *self._remembered()]
-        if parts:
-            return "+".join(parts)
-        return "cumulative" if self.train.data == "seen" else self._without_past()
-
-    def _quadratic(self) -> list[str]:
-        if self.prior.quadratic.weight == 0:
-            return []
-        name = "ewc"
-        if isinstance(self.curvature, MasCurvature):
-            name = "mas" if self.curvature.variant == "global" else "mas_local"
-        elif isinstance(self.curvature, SiCurvature):
-            name = "si"
-        return [f"online_{name}" if self.prior.quadratic.decay < 1 else name]
-
-    def _distilled(self) -> list[str]:
-        """Names of methods that distil the previous network."""
-        if self.prior.distill.weight == 0:
-            return ["bic"] if self.prior.correct.share > 0 else []
-        if self.train.loss == "sigmoid":
-            return ["icarl"] if self.evaluate.classifier == "nearest_mean" else ["lwf.mc"]
-        return ["bic"] if self.prior.correct.share > 0 else ["lwf"]
-
-    def _remembered(self) -> list[str]:
-        """Names of methods that keep examples; none for iCaRL and BiC, whose names imply a memory."""
-        prior, names = self.prior, self._distilled()
-        if not self.memory.kept or (not prior.some_soft and names in (["icarl"], ["bic"])):
-            return []
-        soft, replay = ["kpriors" if prior.normal.precision > 0 else "fr"], []
-        if prior.loss == "squared":
-            soft = ["der++" if prior.label_weight else "der"]
-        elif prior.fromp.weight > 0:
-            soft = ["fromp"]
-        soft = soft if prior.some_soft else []
-        if prior.mixes and soft == ["fr"]:
-            return ["both"]
-        if prior.some_true:
-            replay = [self._replayed()] if prior.scale_to_new and not soft else ["replay"]
-        return soft + replay
-
-    def _replayed(self) -> str:
-        return "er_ace" if self.train.competing == "task" else "er"
-
-    def _without_past(self) -> str:
-        if not self.train.frozen:
-            return "finetune"
-        if self.train.frozen == ("features",) and self.evaluate.classifier == "prototype":
-            return "prototypes"
-        named = {"features": "feature_extraction", "convolutions": "finetune_head"}
-        return named.get("+".join(self.train.frozen), "finetune+frozen")
+        """The method's name in the literature."""
+        return method_name(self)
 
     @property
-    def measures(self) -> bool:
+    def own_networks(self) -> bool:
+        """Whether every task has a network of its own: each starts from the initial weights and sees its task alone."""
+        return self.train.restart and self.train.data == "task" and not isinstance(self.adapt, AnyAdaptation)
+
+    @property
+    def measures_curvature(self) -> bool:
         """Whether curvature is measured when a task ends."""
         fromp = self.prior.fromp
         return self.prior.quadratic.weight > 0 or (fromp.weight > 0 and fromp.kernel == "posterior")
 
     @property
-    def follows(self) -> bool:
+    def records_path(self) -> bool:
         """Whether each weight's contribution to reducing the loss is summed over steps (SI); never in an adaptation."""
         si = isinstance(self.curvature, SiCurvature) and self.prior.quadratic.weight > 0
         return si and not isinstance(self.adapt, AnyAdaptation)

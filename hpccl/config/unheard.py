@@ -49,7 +49,7 @@ _SILENCES = (
     _Silence(
         "curvature",
         "",
-        lambda c: not c.measures and not c.follows,
+        lambda c: not c.measures_curvature and not c.records_path,
         "no term of training uses a curvature (prior.quadratic.weight is 0, and no posterior kernel of FROMP is used)",
     ),
     _Silence(

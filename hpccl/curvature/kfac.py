@@ -117,7 +117,7 @@ def _measured(
     measured = sweep.run(model, batches, comm)
     layouts = _layouts(model, measured)
     placed = layout_parts(layouts, comm, divisible=divisible)
-    blocks = tuple(_spread(measured, placed, comm))
+    blocks = tuple(_reduced(measured, placed, comm))
     count = float(measured.count)
     rest = summed_diagonal(model, measured.squares, count, comm)
     return Kronecker(blocks, rest, count, tasks, tuple(layouts), divisible), placed
@@ -140,7 +140,7 @@ def _layouts(model: nn.Module, measured: Measured) -> list[Layout]:
     return found
 
 
-def _spread(measured: Measured, placed: Placed, comm: Comm) -> list[Block]:
+def _reduced(measured: Measured, placed: Placed, comm: Comm) -> list[Block]:
     """Reduce all ranks' sums to this rank's blocks, freeing sums as they are sent; the count is summed in place."""
     comm.sum_([measured.count])
     waiting = Counter(layout.name for layout, ranks in placed for _ in ranks)

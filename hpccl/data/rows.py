@@ -92,6 +92,7 @@ class FeatureRows:
     kind:   [q] int64, ANCHOR, PULL or PUSH
     stiff:  [q, d] for ANCHOR, the cost of a squared difference; 0 elsewhere
     margin: [q] for PUSH, the distance that is enough; 0 elsewhere
+    layer:  name of the last layer, whose input they are
     normalised: whether features are compared at norm 1
     """
 
@@ -101,13 +102,14 @@ class FeatureRows:
     kind: Tensor
     stiff: Tensor
     margin: Tensor
+    layer: str
     normalised: bool = True
 
     def to(self, device: torch.device) -> FeatureRows:
         """The same rows on a device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return FeatureRows(**moved, normalised=self.normalised)
+        return FeatureRows(**moved, layer=self.layer, normalised=self.normalised)
 
 
 @dataclass(frozen=True)

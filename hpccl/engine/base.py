@@ -53,7 +53,7 @@ class BaseEngine(ABC):
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self._hooks = Hooks()
         self._average: dict[str, Tensor] | None = None
-        self._follows = config.follows
+        self._records_path = config.records_path
         self._credit: dict[str, Tensor] = {}
         self._begun: dict[str, Tensor] = {}
         self._pull: Callable[[str, Tensor], Tensor] | None = None
@@ -124,7 +124,7 @@ class BaseEngine(ABC):
         self._average = None
         if self._train.ema is not None:
             self._average = {name: value.detach().clone() for name, value in self._locals().items()}
-        if self._follows:
+        if self._records_path:
             self._begun = self._learned()
             self._credit = {name: torch.zeros_like(value) for name, value in self._begun.items()}
 
@@ -184,7 +184,7 @@ class BaseEngine(ABC):
     def step(self) -> Tensor:
         """See the protocol."""
         self._refuse_silent_hooks()
-        norm = self._followed() if self._follows else self._moved()
+        norm = self._followed() if self._records_path else self._moved()
         if (perturbing := self._perturbing) is not None:
             perturbing.forget()
         if self._average is not None and self._train.ema is not None and bool(torch.isfinite(norm)):
@@ -282,7 +282,7 @@ class BaseEngine(ABC):
 
     def path(self) -> tuple[Leaves, Leaves]:
         """See the protocol."""
-        assert self._follows, "no path was asked for"
+        assert self._records_path, "no path was asked for"
         credit = {name: self._leaf(name, value) for name, value in self._credited().items()}
         return credit, {name: self._leaf(name, value.clone()) for name, value in self._begun.items()}
 

@@ -21,9 +21,10 @@ __all__ = ["drawn_by_leverage", "pivots"]
 
 _GUMBEL = 126
 _ALIKE = 1e-12  # relative difference below which two variances are a tie: ranks may round differently
+_LEAST = 1e-8  # share of the largest prior variance that a candidate must have left to be chosen
 
 
-def pivots(kernel: Kernel, x: Tensor, number: Tensor, count: int, comm: Comm, *, least: float = 1e-8) -> Tensor:
+def pivots(kernel: Kernel, x: Tensor, number: Tensor, count: int, comm: Comm) -> Tensor:
     """Return the inducing inputs [m, d], m <= count, in order; collective.
 
     Args:
@@ -32,7 +33,6 @@ def pivots(kernel: Kernel, x: Tensor, number: Tensor, count: int, comm: Comm, *,
         number: [n] int64 number of each candidate, unique over ranks; decides ties.
         count: largest number of inducing inputs.
         comm: the ranks.
-        least: stop when no candidate has more than this share of the largest prior variance left.
     """
     x = x.double()
     left = kernel.diagonal(x).clone()
@@ -51,7 +51,7 @@ def pivots(kernel: Kernel, x: Tensor, number: Tensor, count: int, comm: Comm, *,
             own[0, 2:] = torch.cat([x[best], factor[best]])
         offers = comm.gather(own)
         offer = offers[_winner(offers[:, 0], offers[:, 1])]
-        if not float(offer[0]) > least * float(first):
+        if not float(offer[0]) > _LEAST * float(first):
             break
         row, past = offer[2 : 2 + x.shape[1]], offer[2 + x.shape[1] :]
         column = (kernel(x, row[None])[:, 0] - factor @ past) / offer[0].sqrt()

@@ -40,7 +40,6 @@ __all__ = [
     "merge_error",
     "nearest",
     "nearest_weights",
-    "pooled",
     "pooled_weights",
     "refit",
     "sum_norm",
@@ -89,13 +88,11 @@ def nearest(pairs: Sequence[Pair]) -> Pair:
     return combine(pairs, *nearest_weights(*gram(pairs)))
 
 
-def pooled(pairs: Sequence[Pair], counts: Sequence[float]) -> Pair:
-    """Sum B and average A with weights `counts`, the numbers of examples, as if measured on all of them at once."""
-    return combine(pairs, *pooled_weights(pairs, counts))
-
-
 def pooled_weights(pairs: Sequence[Pair], counts: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return (alpha, beta) of `pooled`, each [g, T]."""
+    """Return (alpha, beta), each [g, T], from which `combine` sums B and averages A, as if measured on all examples.
+
+    counts: numbers of examples
+    """
     first = pairs[0].a
     total = sum(counts)
     shares = [count / total if total > 0 else 1 / len(counts) for count in counts]

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from hpccl.memory.score import TopLayer
 
-__all__ = ["Perturbed", "Variance", "best_prior_precision", "deviation", "perturbed", "top_layer_variance"]
+__all__ = ["Perturbed", "Variance", "best_prior_precision", "perturbed", "top_layer_variance"]
 
 _MOST_CLASSES = 128  # the largest K for which K x K matrices are formed per example
 _LARGEST = 0.98  # bound on eigenvalues of Lambda v, which are < 1 if S includes the example; an approximate S may not
@@ -132,15 +132,6 @@ def perturbed(logits: Tensor, labels: Tensor, variance: Variance) -> Perturbed:
         left_out=nats(logits + moved),
         left_out_newton=newton,
     )
-
-
-def deviation(variance: Tensor, curvature: Tensor, error: Tensor) -> Tensor:
-    """Return v (I - Lambda v)^-1 e, for v [..., k, k], Lambda [..., k, k] and e [..., k].
-
-    For a group of examples, v is their joint covariance, also between examples, and Lambda is block diagonal.
-    """
-    values, basis = torch.linalg.eigh(variance)
-    return _newton(basis * values.clamp_min(0).sqrt()[..., None, :], curvature, error)
 
 
 def _newton(root: Tensor, curvature: Tensor, error: Tensor) -> Tensor:

@@ -117,10 +117,6 @@ class TopLayer:
         inside = inside / (self.outputs[:, None] * self.inputs[None, :] + self.prior_precision)
         return self.output_basis @ inside @ self.input_basis.T
 
-    def covariance(self, x: Tensor) -> Tensor:
-        """[n, K, K] covariance v of each example's logits, for inputs [n, d]."""
-        return (self.output_basis * self.spread(x)[:, None, :]) @ self.output_basis.T
-
 
 def leverage(logits: Tensor, x: Tensor, layer: TopLayer) -> Tensor:
     """[n] leverage, float64; its sum over all examples is roughly the number of weights that they determine."""

@@ -37,13 +37,13 @@ class Choice:
     """Chosen examples.
 
     sample: [m] int64, ascending
-    rank: [m] int64, place in the order of value: 0 is the last to be dropped
+    order: [m] int64, place in the order of value: 0 is the last to be dropped
     weight: [m] float64 >= 0, relative to a uniform choice of the same size
     priority: [m] float64 >= 0, with which each was drawn; 0 if the choice is not sampled
     """
 
     sample: Ints
-    rank: Ints
+    order: Ints
     weight: Floats
     priority: Floats
 
@@ -179,15 +179,15 @@ def in_order(
     by_class: `found.group` are positions in `given.classes`; the best example of every class comes first, then the
     second, ...; if classes are not balanced, a class's k-th example comes where its proportional share is k - 1/2.
     """
-    rank = found.place
+    order = found.place
     if by_class:
         tie = mix(*given.words, 1, given.classes[found.group])
         depth = found.place if given.balanced else (found.place + 0.5) / given.counts[found.group]
-        rank = np.empty(len(found), dtype=np.int64)
-        rank[np.lexsort((tie, depth))] = np.arange(len(found))
-    order = np.argsort(found.sample, kind="stable")
+        order = np.empty(len(found), dtype=np.int64)
+        order[np.lexsort((tie, depth))] = np.arange(len(found))
+    ascending = np.argsort(found.sample, kind="stable")
     priority = np.zeros(len(found)) if priority is None else priority
-    return Choice(found.sample[order], rank[order], weight[order], priority[order])
+    return Choice(found.sample[ascending], order[ascending], weight[ascending], priority[ascending])
 
 
 def class_quotas(counts: Ints, keep: int, *, tie_break: npt.NDArray[np.uint64]) -> Ints:

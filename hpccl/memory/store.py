@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hpccl.checkpoint.apart import Apart
 
-__all__ = ["DTYPES", "Memory", "head_columns", "scattered", "spread", "stored"]
+__all__ = ["DTYPES", "Memory", "head_columns", "scattered", "soft_probabilities", "stored"]
 
 _TOGETHER = 8192  # soft labels that are processed at a time
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,7 +33,7 @@ class Memory:
     soft:    [M, K] the old model's logits of the task's classes in `heads`; fp32, or less precise, see `stored`
     heads:   [T, K] int64, by task the class number of each soft logit, -1 where a head is narrower than K
     weight:  [M] fp32 >= 0, relative to a uniform choice of the same size, whose weights are 1
-    rank:    [M] int64, place in the order of value of its task's examples: the largest are dropped first
+    order:   [M] int64, place in the order of value of its task's examples: the largest are dropped first
     priority: [M] float64 >= 0, with which an example was drawn; 0 if the choice was not sampled
     file:    the file in the run folder that `soft` is mapped from; None: `soft` is in this process's memory
     """
@@ -45,7 +45,7 @@ class Memory:
     soft: Tensor
     heads: Tensor
     weight: Tensor
-    rank: Tensor
+    order: Tensor
     priority: Tensor
     file: Apart | None = None
 
@@ -82,12 +82,12 @@ class Memory:
         label: Tensor,
         replay: Tensor,
         weight: Tensor | None = None,
-        rank: Tensor | None = None,
+        order: Tensor | None = None,
         priority: Tensor | None = None,
     ) -> Memory:
         """Add the chosen examples of a task. The result has no soft labels: `mapped` attaches new ones.
 
-        weight: None for 1 each; rank: None for the order in which they are given; priority: None for 0 each.
+        weight: None for 1 each; order: None for that in which they are given; priority: None for 0 each.
         """
         heads = max(len(self.heads), task + 1)
         drawn = torch.zeros(len(sample)) if priority is None else priority
@@ -99,20 +99,20 @@ class Memory:
             soft=self.soft.new_zeros(len(self) + len(sample), 0),
             heads=torch.zeros(heads, 0, dtype=torch.int64),
             weight=torch.cat([self.weight, torch.ones(len(sample)) if weight is None else weight.float()]),
-            rank=torch.cat([self.rank, torch.arange(len(sample)) if rank is None else rank]),
+            order=torch.cat([self.order, torch.arange(len(sample)) if order is None else order]),
             priority=torch.cat([self.priority, drawn.double()]),
         )
 
     def shrunk(self, quotas: Sequence[int]) -> Memory:
-        """Keep `quotas[t]` examples of task t: those of the lowest rank.
+        """Keep `quotas[t]` examples of task t: the first in its order.
 
         Within a task and class, weights are scaled so that their mean stays the same.
         """
-        kept = self.rank < torch.tensor([*quotas, 0])[self.task]
+        kept = self.order < torch.tensor([*quotas, 0])[self.task]
         return self if bool(kept.all()) else self.only(kept)
 
     def only(self, kept: Tensor) -> Memory:
-        """Keep the examples where `kept` [M] is True; ranks are renumbered in the same order.
+        """Keep the examples where `kept` [M] is True; their places in the order are renumbered.
 
         Within a task and class, weights are scaled so that their mean stays the same.
         """
@@ -121,7 +121,7 @@ class Memory:
         scale = torch.where((after > 0) & (before != after), before / after.clamp_min(1e-30), 1.0)
         rows = {name: value[kept] for name, value in self.tensors().items() if name != "heads"}
         few = replace(self, **rows, file=None)
-        return replace(few, weight=few.weight * scale[group[kept]].float(), rank=_places(few.task, few.rank))
+        return replace(few, weight=few.weight * scale[group[kept]].float(), order=_places(few.task, few.order))
 
     def mapped(self, soft: Tensor, heads: Tensor, file: Apart) -> Memory:
         """Return the same examples with soft labels that are mapped from a file in the run folder."""
@@ -133,7 +133,9 @@ class Memory:
 
     def soft_targets(self, slots: Tensor, *, temperature: float, num_classes: int) -> tuple[Tensor, Tensor]:
         """Return (target [r, C] probabilities softmax(soft / T), head [r, C] bool) of the examples `slots` [r]."""
-        return spread(self.soft[slots], self.columns(slots), temperature=temperature, num_classes=num_classes)
+        return soft_probabilities(
+            self.soft[slots], self.columns(slots), temperature=temperature, num_classes=num_classes
+        )
 
     def agreement(self, tasks: int) -> list[float]:
         """Return the accuracy of the soft labels, for each past task that has examples in memory."""
@@ -151,24 +153,24 @@ class Memory:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, which only refers to a file of soft labels."""
-        if self.file is None:
-            return dict(self.tensors())
-        return {**self.tensors(), "soft": self.file, "file": self.file.path}
+        state: dict[str, Any] = self.tensors()
+        state["rank"] = state.pop("order")  # as checkpoints have always called it
+        return state if self.file is None else {**state, "soft": self.file, "file": self.file.path}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Memory:
-        """Restore a memory, also from checkpoints without priorities or without weights and ranks (uniform choices)."""
+        """Restore a memory, also from checkpoints without priorities or without weights and order (uniform choices)."""
         old = {"priority": torch.zeros(len(state["sample"]), dtype=torch.float64), **state}
         if "file" in state:
-            return cls(**{**old, "file": Apart(state["file"])})
+            old["file"] = Apart(state["file"])
         if "weight" in state:
-            return cls(**old)
+            return cls(order=old.pop("rank"), **old)
         columns, task, label = old.pop("columns"), old["task"], old["label"]  # [M, K], the same within a task
         heads = columns.new_full((int(task.max()) + 1 if len(task) else 0, columns.shape[1]), -1)
         heads[task] = columns
         _, group = torch.stack([task, label]).unique(dim=1, return_inverse=True)
         depth = _places(group, torch.arange(len(task)))  # the first of every class, then the second
-        return cls(**old, heads=heads, weight=torch.ones(len(task)), rank=_places(task, depth))
+        return cls(**old, heads=heads, weight=torch.ones(len(task)), order=_places(task, depth))
 
 
 def head_columns(heads: Sequence[Sequence[int]]) -> Tensor:
@@ -195,7 +197,7 @@ def stored(logits: Tensor, columns: Tensor, dtype: Literal["fp32", "fp16", "bf16
     return (logits - largest).masked_fill(~named, 0.0).to(DTYPES[dtype])
 
 
-def spread(soft: Tensor, columns: Tensor, *, temperature: float, num_classes: int) -> tuple[Tensor, Tensor]:
+def soft_probabilities(soft: Tensor, columns: Tensor, *, temperature: float, num_classes: int) -> tuple[Tensor, Tensor]:
     """Turn soft logits [r, K] of classes `columns` [r, K] into (probabilities [r, C], class mask [r, C] bool)."""
     probabilities = (soft.float() / temperature).masked_fill(columns < 0, -torch.inf).softmax(dim=1)
     return scattered(probabilities, columns, num_classes=num_classes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +15,13 @@ from rich.table import Table
 
 from hpccl.config.differences import ABSENT, Flat, flat
 from hpccl.errors import ConfigError
+from hpccl.output import console
 from hpccl.report.archive import Recorded, read_runs
 from hpccl.report.events import number, valid_json
 from hpccl.report.published import FIGURES as PUBLISHED
 from hpccl.report.published import Published, PublishedTable, read_published
 from hpccl.report.summary import RunReport
-from hpccl.report.text import TextTable, percent, signed, spread, time_span
+from hpccl.report.text import TextTable, percent, plus_minus, signed, time_span
 
 __all__ = [
     "FIGURES",
@@ -400,10 +400,10 @@ def _row(comparison: Comparison, group: Group) -> list[str]:
     row = [*group_cells(comparison, group, settings=_in_full(group)), str(len(group.seeds))]
     for key in comparison.figures:
         statistic = group.statistics[key]
-        row.append(spread(statistic.mean, statistic.std))
+        row.append(plus_minus(statistic.mean, statistic.std))
         if _has_published(comparison, key):
             mean, std = group.published.figures.get(key, (None, None)) if group.published else (None, None)
-            row.append(spread(mean, std))
+            row.append(plus_minus(mean, std))
     return [*row, time_span(group.statistics["wall_seconds"].mean)]
 
 
@@ -446,14 +446,14 @@ def _run_rows(comparison: Comparison) -> list[list[str]]:
     ]
 
 
-def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+def print_comparison(comparison: Comparison, target: Console | None = None) -> None:
     """Print the table and its notes.
 
     Args:
         comparison: what to print.
-        console: None for standard output, which is 200 columns wide unless it is a terminal.
+        target: None for standard output, which is 200 columns wide unless it is a terminal.
     """
-    target = console or Console(width=None if sys.stdout.isatty() else 200)
+    target = target or console()
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     left = _num_left(comparison)
     for position, heading in enumerate(_header(comparison)):

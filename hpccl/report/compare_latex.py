@@ -15,7 +15,7 @@ from typing import TypeAlias
 from hpccl.report.compare import FIGURES, LIKELIHOOD, TOP5, Comparison, Group, Statistic
 from hpccl.report.published import FIGURES as PUBLISHED
 from hpccl.report.published import Figure
-from hpccl.report.text import spread
+from hpccl.report.text import plus_minus
 
 __all__ = ["marks", "render_latex"]
 
@@ -157,7 +157,7 @@ def _published_cell(figure: Figure | None, key: str) -> str:
 
 
 def _number(mean: float | None, std: float | None, key: str) -> str:
-    text = spread(mean, std, scale=1, digits=3) if key in _NATS else spread(mean, std)
+    text = plus_minus(mean, std, scale=1, digits=3) if key in _NATS else plus_minus(mean, std)
     return text.replace("−", "-").replace("±", r"\pm")
 
 

@@ -20,7 +20,7 @@ from hpccl.report.compare import (
 from hpccl.report.events import number
 from hpccl.report.metrics import NUM_BINS
 from hpccl.report.summary import RunReport
-from hpccl.report.text import TextTable, fixed, spread, whole
+from hpccl.report.text import TextTable, fixed, plus_minus, whole
 
 __all__ = [
     "behind_best",
@@ -117,7 +117,7 @@ def _paired_row(comparison: Comparison, first: Group, group: Group, figures: Seq
 def _mean_and_error(differences: Sequence[float | None]) -> str:
     found = statistic(differences)
     error = None if found.std is None else found.std / math.sqrt(found.n)
-    return spread(found.mean, error, scale=100, digits=1)
+    return plus_minus(found.mean, error, scale=100, digits=1)
 
 
 def _less(run: RunReport, other: RunReport, figure: str) -> float | None:
@@ -151,7 +151,7 @@ def behind_best(comparison: Comparison) -> TextTable:
 def _behind(comparison: Comparison, series: Sequence[Group], best: Group) -> str:
     group = next((group for group in series if group.memory_size == best.memory_size), None)
     if group is None:
-        return spread(None, None)
+        return plus_minus(None, None)
     if group is best:
         return "best"
     ours, theirs = ({run.seed: run for run in comparison.members(each)} for each in (group, best))
@@ -184,7 +184,7 @@ def _has(comparison: Comparison, key: str) -> bool:
 
 def _calibration_cells(group: Group, figures: Sequence[str]) -> list[str]:
     found = [(group.statistics[key], *_CALIBRATION[key]) for key in figures]
-    return [spread(of.mean, of.std, scale=scale, digits=digits) for of, scale, digits in found]
+    return [plus_minus(of.mean, of.std, scale=scale, digits=digits) for of, scale, digits in found]
 
 
 def _distances_note(comparison: Comparison) -> list[str]:
@@ -210,19 +210,19 @@ def _cost_row(comparison: Comparison, group: Group, *, published: bool) -> list[
     row = [*group_cells(comparison, group), str(len(group.seeds))]
     row += [_minutes(group.statistics["wall_seconds"]), _minutes(group.statistics["training_seconds"])]
     if published:
-        row.append(spread(*(group.published.minutes if group.published else (None, None)), scale=1))
+        row.append(plus_minus(*(group.published.minutes if group.published else (None, None)), scale=1))
     rate = group.statistics["images_per_second"]
     trained = sorted({_tasks_trained(run) for run in comparison.members(group)})
     return [
         *row,
-        spread(rate.mean, rate.std, scale=1, digits=0),
+        plus_minus(rate.mean, rate.std, scale=1, digits=0),
         whole(group.statistics["images_trained"].mean),
         ", ".join(map(str, trained)),
     ]
 
 
 def _minutes(seconds: Statistic) -> str:
-    return spread(seconds.mean, seconds.std, scale=1 / 60)
+    return plus_minus(seconds.mean, seconds.std, scale=1 / 60)
 
 
 def _tasks_trained(run: RunReport) -> int:
@@ -241,9 +241,9 @@ def task_accuracy(comparison: Comparison) -> TextTable:
     for group in comparison.groups:
         cells, runs = group_cells(comparison, group), comparison.members(group)
         own = [statistic([_after_last(run, task) for run in runs]) for task in range(num_tasks)]
-        rows.append([*cells, *(["here"] if published else []), *(spread(one.mean, one.std) for one in own)])
+        rows.append([*cells, *(["here"] if published else []), *(plus_minus(one.mean, one.std) for one in own)])
         if group.published and group.published.tasks:
-            rows.append([*cells, "published", *(spread(*figure) for figure in group.published.tasks)])
+            rows.append([*cells, "published", *(plus_minus(*figure) for figure in group.published.tasks)])
     left = len(header)
     header += [f"t{task + 1}" for task in range(num_tasks)]
     return TextTable("Accuracy of each task after the last one", header, rows, left, [_TASK_NOTE])
@@ -286,7 +286,7 @@ def _term_cells(runs: Sequence[RunReport], tasks: Sequence[int], term: str, figu
     digits = 2 if figure == "cosine" else 3
     found = [statistic([_measured(run, task, term, figure) for run in runs]) for task in tasks]
     found.append(statistic([mean_reconstruction(run, figure, term) for run in runs]))
-    return [spread(one.mean, one.std, scale=1, digits=digits) for one in found]
+    return [plus_minus(one.mean, one.std, scale=1, digits=digits) for one in found]
 
 
 def _measured(run: RunReport, task: int, term: str, figure: str) -> float | None:

@@ -115,15 +115,15 @@ def write_memory_map(found: MemoryMap, out: Path) -> Path:
     return target
 
 
-def spread_out(x: npt.NDArray[Any], y: npt.NDArray[Any], count: int = _IN_SCATTER) -> Ints:
-    """Return at most `count` points that are spread over the plane by rank and value (farthest-first traversal)."""
+def spread_out(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Ints:
+    """Return at most _IN_SCATTER points that are spread over the plane by rank and value (farthest-first traversal)."""
     ranks = np.stack([np.argsort(np.argsort(each, kind="stable")) for each in (x, y)], axis=1) / max(1, len(x) - 1)
     # By value too, so that outliers are among them.
     scaled = np.stack([_unit(np.log(np.maximum(x, 1e-300))), _unit(y)], axis=1)
     points = np.concatenate([0.5 * ranks, scaled], axis=1)
     chosen = [int(np.argmax(points[:, 2] + points[:, 3]))]
     nearest = np.full(len(points), np.inf)
-    for _ in range(min(count, len(points)) - 1):
+    for _ in range(min(_IN_SCATTER, len(points)) - 1):
         nearest = np.minimum(nearest, np.square(points - points[chosen[-1]]).sum(axis=1))
         chosen.append(int(np.argmax(nearest)))
     return np.unique(np.array(chosen, dtype=np.int64))

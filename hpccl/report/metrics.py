@@ -72,12 +72,10 @@ def accuracy_matrix(evaluations: Sequence[Mapping[str, Any]], num_tasks: int, se
     return matrix(evaluations, num_tasks, setting=setting)
 
 
-def untrained(
-    evaluations: Sequence[Mapping[str, Any]], num_tasks: int, setting: Setting = "task_incremental"
-) -> Floats:
-    """[T] b, the accuracies before any training (row -1); NaN where not measured."""
+def untrained(evaluations: Sequence[Mapping[str, Any]], num_tasks: int) -> Floats:
+    """[T] b, the task-incremental accuracies before any training (row -1); NaN where not measured."""
     before = [event for event in evaluations if event["task"] == -1]
-    return _row(before[-1], num_tasks, setting, "accuracy") if before else np.full(num_tasks, np.nan)
+    return _row(before[-1], num_tasks, "task_incremental", "accuracy") if before else np.full(num_tasks, np.nan)
 
 
 def _row(event: Mapping[str, Any], num_tasks: int, setting: Setting, figure: str) -> Floats:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["TextTable", "fixed", "markdown_table", "percent", "signed", "size", "spread", "time_span", "whole"]
+__all__ = ["TextTable", "fixed", "markdown_table", "percent", "plus_minus", "signed", "size", "time_span", "whole"]
 
 _ABSENT = "–"
 
@@ -28,28 +28,28 @@ class TextTable:
         )
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def percent(value: float | None) -> str:
     """Format a share in [0, 1] in percent, without the percent sign.
 
     >>> percent(0.8231), percent(None)
     ('82.3', '–')
     """
-    return _ABSENT if value is None or math.isnan(value) else f"{100 * value:z.{digits}f}"
+    return _ABSENT if value is None or math.isnan(value) else f"{100 * value:z.1f}"
 
 
-def signed(value: float | None, digits: int = 1) -> str:
+def signed(value: float | None) -> str:
     """Format a difference of shares in percentage points, with its sign.
 
     >>> signed(-0.012), signed(0.5)
     ('−1.2', '+50.0')
     """
-    return _ABSENT if value is None else f"{100 * value:+z.{digits}f}".replace("-", "−")
+    return _ABSENT if value is None else f"{100 * value:+z.1f}".replace("-", "−")
 
 
-def spread(mean: float | None, std: float | None, scale: float = 100.0, digits: int = 1) -> str:
+def plus_minus(mean: float | None, std: float | None, scale: float = 100.0, digits: int = 1) -> str:
     """Format a mean and, if there is one, its standard deviation.
 
-    >>> spread(0.8, 0.011), spread(0.8, None), spread(-0.0004, None)
+    >>> plus_minus(0.8, 0.011), plus_minus(0.8, None), plus_minus(-0.0004, None)
     ('80.0 ± 1.1', '80.0', '0.0')
     """
     if mean is None:

@@ -26,7 +26,7 @@ from hpccl.report.adaptation import Adaptation, Cost, Network
 from hpccl.report.events import phase_parts, read_events
 from hpccl.tools.evaluate_run import reopened
 from hpccl.train.copies import open_for
-from hpccl.train.passes import shared_images, with_mirror_images
+from hpccl.train.passes import answers, with_mirror_images
 from hpccl.train.state import RunState, World
 
 __all__ = ["check_reference", "compare_adaptation"]
@@ -152,12 +152,11 @@ def _probabilities(state: RunState, world: World) -> tuple[Tensor, Tensor]:
     heads = heads_of(stream.tasks, len(stream.class_names)) | (world.config.train.head != "own")
     found, shown = [], []
     predict = with_mirror_images(state.engine.predict, world)
-    for seen in shared_images(np.arange(len(labels)), world, size=world.stream_batch, split="test"):
-        truth = labels[torch.from_numpy(seen.sample)]
-        own = heads[torch.from_numpy(task_numbers(stream.tasks, "test", seen.sample))]
-        logits = predict(seen.pixels).cpu().masked_fill(~own, -torch.inf)
-        found.append(logits.softmax(dim=1)[seen.valid])
-        shown.append(truth[seen.valid])
+    for sample, said, readable in answers(predict, np.arange(len(labels)), world, split="test"):
+        own = heads[torch.from_numpy(task_numbers(stream.tasks, "test", sample))]
+        logits = said.cpu().masked_fill(~own, -torch.inf)
+        found.append(logits.softmax(dim=1)[readable])
+        shown.append(labels[torch.from_numpy(sample)][readable])
     return torch.cat(found), torch.cat(shown)
 
 

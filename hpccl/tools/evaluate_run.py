@@ -52,7 +52,7 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
             put_weights(state, world, weights)
         results = evaluate_all(state, world, last=mark.task)
     # Where every task has a network of its own, earlier ones were tested when their tasks ended.
-    if weights is None and world.config.method == "separate":
+    if weights is None and world.config.own_networks:
         results = state.results[: mark.task] + results[mark.task :]
     seen = results[: mark.task + 1]
     return {
@@ -154,8 +154,7 @@ def find_checkpoint(folder: RunFolder, task: int | None) -> Mark:
     Raises:
         FolderError: the folder is no run, or has no such checkpoint.
     """
-    if not folder.config.is_file():
-        raise FolderError(f"'{folder.path}' is not a run folder (it has no config.yaml); give the folder of a run")
+    folder.require()
     found = [mark for mark in marks(folder.checkpoints) if task is None or mark.task == task]
     if not found:
         wanted = "no checkpoint yet" if task is None else f"no checkpoint of task {task}"

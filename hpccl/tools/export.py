@@ -84,7 +84,7 @@ def export(path: Path, out: Path, *, task: int | None = None, curvature: bool = 
     run = RunFolder(path)
     mark = find_finished(run, task)
     config = load_recorded(run.config)
-    if config.method == "separate" and task is None:
+    if config.own_networks and task is None:
         raise ConfigError(
             f"'{path}' trained a separate network for each task (method separate); "
             f"choose which to export with --task N, 0 to {mark.task}"
@@ -148,8 +148,7 @@ def find_finished(run: RunFolder, task: int | None) -> Mark:
     Raises:
         FolderError: the folder is no run, or has no such checkpoint.
     """
-    if not run.config.is_file():
-        raise FolderError(f"'{run.path}' is not a run folder (it has no config.yaml); give the folder of a run")
+    run.require()
     finished = {mark.task: mark for mark in marks(run.checkpoints) if mark.phase == "done"}
     if not finished:
         raise FolderError(f"'{run.path}' has not finished a task yet; continue it with `hpccl train` first")
@@ -294,7 +293,7 @@ class _Content:
     def learned(self) -> list[Task]:
         """The tasks whose classes this network was trained on."""
         tasks = self.stream.layout.tasks[: self.mark.task + 1]
-        return list(tasks[-1:] if self.config.method == "separate" else tasks)
+        return list(tasks[-1:] if self.config.own_networks else tasks)
 
     @property
     def model_args(self) -> dict[str, Any]:

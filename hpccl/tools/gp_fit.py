@@ -124,7 +124,7 @@ def fit_gp(
     """
     mark = find_finished(RunFolder(path), task)
     with reopened(path, task=mark.task) as (state, world):
-        if world.config.method == "separate":
+        if world.config.own_networks:
             raise ConfigError(
                 f"'{path}' trained a separate network for each task (method separate), so tasks share no features; "
                 "choose a run with a single network"

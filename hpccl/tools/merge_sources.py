@@ -143,7 +143,7 @@ def _run(path: Path) -> Source:
     mark = find_finished(run, None)
     settings = load_recorded(run.config)
     refuse_other_logits(settings, path)
-    if settings.method == "separate":
+    if settings.own_networks:
         raise ConfigError(
             f"'{path}' trained a separate network for each task (method separate); export one of them "
             f"(hpccl export {path} OUT --task N) and merge the export"

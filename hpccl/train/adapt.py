@@ -69,9 +69,9 @@ def last_mark(run: Path) -> Mark:
     Raises:
         FolderError: there is none.
     """
-    if not RunFolder(run).config.is_file():
-        raise FolderError(f"'{run}' is not a run folder (it has no config.yaml); give the folder of a run")
-    mark = latest(RunFolder(run).checkpoints)
+    folder = RunFolder(run)
+    folder.require()
+    mark = latest(folder.checkpoints)
     if mark is None or mark.phase != "done":
         where = "has no checkpoint yet" if mark is None else f"has only reached {mark.name}"
         raise FolderError(f"'{run}' {where}, but only a finished run can be adapted; continue the run to its end first")

@@ -18,7 +18,7 @@ from hpccl.data.order import Batch, BatchPlan, mix
 from hpccl.data.protocols import Listed, Stream, Task, heads_of, training_samples
 from hpccl.data.rows import CROSS_ENTROPY, DISTILL, NEW, REPLAY, SIGMOID, SOFT, SQUARED, Images, Request, Rows
 from hpccl.dist.comm import Comm
-from hpccl.memory.store import Memory, scattered, spread
+from hpccl.memory.store import Memory, scattered, soft_probabilities
 from hpccl.train.distill import Distilled
 from hpccl.train.kept import held_out, kept_after_each, kept_at_end, kept_of_tasks, num_learned
 from hpccl.train.removal import less, removed_samples, removed_slots
@@ -26,7 +26,7 @@ from hpccl.train.topology import Topology
 
 __all__ = [
     "Composer",
-    "Part",
+    "MicroBatch",
     "head_steps",
     "new_samples",
     "num_new",
@@ -120,8 +120,8 @@ def new_samples(config: RunConfig, stream: Stream, task: Task, memory: Memory) -
 
 
 @dataclass(frozen=True)
-class Part:
-    """One micro-batch of one rank.
+class MicroBatch:
+    """What one rank shows the network at a time, of one step's batch.
 
     rows: [p] positions in the step's batch
     company: how many of the last rows are fillers: rows of other parts, with weight 0 in this one
@@ -133,8 +133,23 @@ class Part:
     company: int = 0
     anchors: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
+    @property
+    def slot(self) -> Tensor:
+        """[p] place in memory of each row's example, -1 for new ones."""
+        return torch.from_numpy(self.batch.slot[self.rows])
 
-def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> list[Part]:
+    @property
+    def from_memory(self) -> Tensor:
+        """[p] bool."""
+        return self.slot >= 0
+
+    @property
+    def own(self) -> Tensor:
+        """[p] bool, False for fillers."""
+        return torch.arange(len(self.rows)) < len(self.rows) - self.company
+
+
+def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> list[MicroBatch]:
     """Split a batch into this rank's micro-batches: contiguous, sizes differing by at most one, no padding."""
     whole = comm.share(len(batch))
     shown = comm.share(anchors)
@@ -142,7 +157,7 @@ def split(batch: Batch, comm: Comm, *, accumulate: int, anchors: int = 0) -> lis
     for number in range(accumulate):
         rows, extra = (np.array(_cut(items, number, accumulate), dtype=np.int64) for items in (whole, shown))
         company = _company(rows, len(batch))
-        parts.append(Part(batch, np.concatenate([rows, company]), company=len(company), anchors=extra))
+        parts.append(MicroBatch(batch, np.concatenate([rows, company]), company=len(company), anchors=extra))
     return parts
 
 
@@ -205,6 +220,7 @@ class Composer:
         teacher: Callable[[Tensor], Tensor] | None,
         device: torch.device,
         distilled: Distilled | None = None,
+        topology: Topology | None = None,
     ) -> Composer:
         """Build the composer of one task."""
         num_classes = len(stream.class_names)
@@ -229,6 +245,7 @@ class Composer:
             distilled=distilled,
             alone=_alone(config, stream, task, memory),
             removed=removed,
+            topology=topology,
         )
 
     @property
@@ -236,21 +253,15 @@ class Composer:
         """Number of anchor images that every step shows in addition to its batch."""
         return 0 if self.topology is None else len(self.topology.anchors)
 
-    def request(self, part: Part) -> Request:
+    def request(self, part: MicroBatch) -> Request:
         """Request the images of a part: newly augmented views, or the evaluation view where a soft label is of that.
 
         With growing views (data.progressive) all have the epoch's size: a stored soft label is of the evaluation view
         at data.image_size, a teacher's of the very pixels.
         """
-        new, slot = part.batch.new[part.rows], part.batch.slot[part.rows]
-        from_memory = slot >= 0
-        sample = self.samples[new] if len(self.samples) else new.copy()
-        sample[from_memory] = self.memory.sample.numpy()[slot[from_memory]]
-        key = part.batch.view[part.rows].copy()
+        sample, key = self._samples(part).numpy(), part.batch.view[part.rows].copy()
         if self.config.prior.view == "stored":
-            soft = from_memory.copy()
-            soft[from_memory] = ~self.memory.replay.numpy()[slot[from_memory]]
-            key[soft] = 0
+            key[self._soft(part).numpy()] = 0
         if self.topology is not None:
             sample = np.concatenate([sample, self.topology.anchors[part.anchors]])
             key = np.concatenate([key, np.zeros(len(part.anchors), dtype=np.uint64)])
@@ -261,60 +272,63 @@ class Composer:
         grows, last = self.config.data.progressive, self.config.data.image_size
         return None if grows is None or last is None else grows.side(epoch, self.epochs, last)
 
-    def rows(self, part: Part, images: Images) -> Rows:
+    def rows(self, part: MicroBatch, images: Images) -> Rows:
         """Return the rows of a part, on the device: one for each image, then further rows of some of the images."""
-        slot = torch.from_numpy(part.batch.slot[part.rows])
-        sample = torch.from_numpy(self.request(part).sample[: len(slot)])
-        from_memory = slot >= 0
+        said = self._ask(images.pixels[: len(part.rows)], part)
+        rows = self._first(part, images, said)
+        if self.config.prior.label_weight > 0 or self.config.prior.mixes:
+            rows = self._with_true_labels(rows, part)
+        if self.distilled is not None:
+            rows = self._with_distilled(rows, self.distilled, part, said)
+        if self.removed is not None:
+            rows = self._with_removed(rows, self.removed, part)
+        rows = replace(rows, weight=rows.weight * images.valid[rows.image] * part.own[rows.image])
+        if self.topology is not None:
+            rows = self._with_features(rows, self.topology, part, images.valid)
+        plain = self.hard_kind == CROSS_ENTROPY and self.soft_kind == CROSS_ENTROPY
+        return replace(rows, kind=None if plain else rows.kind).to(self.device)
+
+    def _samples(self, part: MicroBatch) -> Tensor:
+        """Return the sample positions [p] of a part's rows."""
+        new, from_memory = part.batch.new[part.rows], part.from_memory
+        sample = torch.from_numpy(self.samples[new] if len(self.samples) else new.copy())
+        sample[from_memory] = self.memory.sample[part.slot[from_memory]]
+        return sample
+
+    def _soft(self, part: MicroBatch) -> Tensor:
+        """Return which images [p] of a part have a soft label in their first row."""
+        from_memory = part.from_memory
+        soft = from_memory.clone()
+        soft[from_memory] = ~self.memory.replay[part.slot[from_memory]]
+        return soft
+
+    def _first(self, part: MicroBatch, images: Images, said: Tensor) -> Rows:
+        """Return one row for each image: with the memory's or the teacher's soft label, or the true label."""
+        slot, from_memory, soft = part.slot, part.from_memory, self._soft(part)
+        sample = self._samples(part)
         alone = None if self.alone is None else ~from_memory & self.alone[sample]
         target, head = self.hard_targets(sample, alone)
+        target[soft], head[soft] = self.soft_targets(slot[soft], said[soft])
         weight = torch.full((len(slot),), part.batch.weight_new)
-        term = torch.full((len(slot),), NEW)
-        temperature = torch.ones(len(slot))
-        if bool(from_memory.any()):
-            kept = slot[from_memory]
-            weight[from_memory] = part.batch.weight_memory * self.memory_weights(kept)
-            term[from_memory] = torch.where(self.memory.replay[kept], REPLAY, SOFT)
-        soft = term == SOFT
-        said = self._ask(images.pixels[: len(slot)], soft, from_memory)
-        true_target, true_head = target[soft], head[soft]
-        if bool(soft.any()):
-            temperature[soft] = self.config.prior.temperature
-            target[soft], head[soft] = self.soft_targets(slot[soft], said[soft])
-        rows = Rows(
+        weight[from_memory] = part.batch.weight_memory * self.memory_weights(slot[from_memory])
+        return Rows(
             pixels=images.pixels,
             noise=torch.from_numpy(self._noise(part)),
             image=torch.arange(len(slot)),
             target=target,
             weight=weight,
             head=head,
-            temperature=temperature,
-            term=term,
+            temperature=torch.where(soft, self.config.prior.temperature, 1.0),
+            term=torch.where(soft, SOFT, torch.where(from_memory, REPLAY, NEW)),
             kind=torch.where(soft, self.soft_kind, self.hard_kind),
         )
-        if (self.config.prior.label_weight > 0 or self.config.prior.mixes) and bool(soft.any()):
-            beta = part.batch.weight_memory * self.memory_weights(slot[soft], self.beta)
-            rows = _with(rows, soft, true_target, true_head, weight=beta, temperature=1.0, term=REPLAY, kind=0)
-        if self.distilled is not None:
-            rows = self._with_distilled(rows, self.distilled, part, said)
-        if self.removed is not None:
-            taken = from_memory & self.removed[slot.clamp(min=0)]
-            rows = less(rows, taken, *self.hard_targets(sample))
-        own = torch.arange(len(slot)) < len(slot) - part.company
-        weight = rows.weight * images.valid[rows.image] * own[rows.image]
-        if self.topology is not None:
-            new = own & ~from_memory
-            said_of = self.topology.rows(sample, new, part.anchors, images.valid, batch=len(part.batch))
-            rows = replace(rows, features=said_of)
-        plain = self.hard_kind == CROSS_ENTROPY and self.soft_kind == CROSS_ENTROPY
-        return replace(rows, weight=weight, kind=None if plain else rows.kind).to(self.device)
 
-    def _noise(self, part: Part) -> Ints:
+    def _noise(self, part: MicroBatch) -> Ints:
         """Return the noise seeds [p + a] of the part's images; an anchor's depend on step and anchor, not on rank."""
         of_anchors = mix(part.batch.noise[0], part.anchors).astype(np.int64)
         return np.concatenate([part.batch.noise[part.rows], of_anchors])
 
-    def _ask(self, pixels: Tensor, soft: Tensor, from_memory: Tensor) -> Tensor:
+    def _ask(self, pixels: Tensor, part: MicroBatch) -> Tensor:
         """Return the teacher's logits [p, C] of the images whose rows need them, 0 elsewhere.
 
         Every rank makes one pass, even over no images, as the teacher's passes may be collective.
@@ -322,16 +336,22 @@ class Composer:
         said = torch.zeros(len(pixels), self.heads.shape[1])
         if self.teacher is None:
             return said
-        asked = soft if self.config.prior.view == "teacher" else torch.zeros_like(soft)
+        asked = self._soft(part) if self.config.prior.view == "teacher" else torch.zeros(len(pixels), dtype=torch.bool)
         if self.distilled is not None:
-            asked = asked | self.distilled.asks(from_memory)
+            asked = asked | self.distilled.asks(part.from_memory)
         said[asked] = self.teacher(pixels[asked].to(self.device)).cpu()
         return said
 
-    def _with_distilled(self, rows: Rows, distilled: Distilled, part: Part, said: Tensor) -> Rows:
+    def _with_true_labels(self, rows: Rows, part: MicroBatch) -> Rows:
+        """Append a row with the true label for every soft one."""
+        soft = self._soft(part)
+        target, head = self.hard_targets(self._samples(part)[soft])
+        weight = part.batch.weight_memory * self.memory_weights(part.slot[soft], self.beta)
+        return _with(rows, soft, target, head, weight=weight, temperature=1.0, term=REPLAY, kind=CROSS_ENTROPY)
+
+    def _with_distilled(self, rows: Rows, distilled: Distilled, part: MicroBatch, said: Tensor) -> Rows:
         """Append one row for every old head and every image that is distilled."""
-        slot = torch.from_numpy(part.batch.slot[part.rows])
-        from_memory = slot >= 0
+        slot, from_memory = part.slot, part.from_memory
         applies = distilled.applies(from_memory)
         if distilled.recorded is not None:
             place = torch.from_numpy(part.batch.new[part.rows]).where(~from_memory, len(self.samples) + slot)
@@ -345,6 +365,17 @@ class Composer:
             replace(rows, weight=rows.weight * by_label), image, target, head,
             weight=weight, temperature=distilled.config.temperature, term=DISTILL, kind=distilled.kind,
         )  # fmt: skip
+
+    def _with_removed(self, rows: Rows, removed: Tensor, part: MicroBatch) -> Rows:
+        """Append a row with the true label and weight -1 for every example that is to be forgotten."""
+        taken = part.from_memory & removed[part.slot.clamp(min=0)]
+        return less(rows, taken, *self.hard_targets(self._samples(part)))
+
+    def _with_features(self, rows: Rows, topology: Topology, part: MicroBatch, valid: Tensor) -> Rows:
+        """Add the losses on features: of the anchors, and of the session's own examples."""
+        new = part.own & ~part.from_memory
+        found = topology.rows(self._samples(part), new, part.anchors, valid, batch=len(part.batch))
+        return replace(rows, features=found)
 
     @property
     def hard_kind(self) -> int:
@@ -395,7 +426,7 @@ class Composer:
             logits = said.gather(1, columns.clamp(min=0))
         if self.soft_kind == SQUARED:
             return scattered(logits.float(), columns, num_classes=num_classes)
-        target, known = spread(logits, columns, temperature=temperature, num_classes=num_classes)
+        target, known = soft_probabilities(logits, columns, temperature=temperature, num_classes=num_classes)
         later = self.config.train.head == "seen" and self.config.prior.classes == "seen"
         return target, known | self.heads[-1] if later else known
 

@@ -116,7 +116,7 @@ def _selected(task: Task, samples: Ints, memory: Memory, state: RunState, world:
         label=torch.from_numpy(world.stream.labels("train")[choice.sample]),
         replay=torch.zeros(len(choice.sample), dtype=torch.bool),
         weight=torch.from_numpy(choice.weight),
-        rank=torch.from_numpy(choice.rank),
+        order=torch.from_numpy(choice.order),
         priority=torch.from_numpy(choice.priority),
     )
     if drained:
@@ -133,7 +133,7 @@ def _drawn_anew(before: Memory, left: Memory, world: World) -> Memory:
         own = before.task == task.index
         if bool(kept[own].all()) or not bool(before.priority[own].any()):  # or of an old checkpoint
             continue
-        columns = (before.sample, before.rank, before.weight.double(), before.priority)
+        columns = (before.sample, before.order, before.weight.double(), before.priority)
         choice = Choice(*(column[own].numpy() for column in columns))
         group = before.label[own].unique(return_inverse=True)[1].numpy()
         found = thinned(

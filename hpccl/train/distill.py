@@ -23,7 +23,7 @@ from hpccl.config.run import RunConfig
 from hpccl.data.protocols import Stream, Task, heads_of
 from hpccl.data.rows import CROSS_ENTROPY, SIGMOID
 from hpccl.memory.store import DTYPES, stored
-from hpccl.train.passes import shared_images
+from hpccl.train.passes import answers
 from hpccl.train.state import World
 
 __all__ = ["Distilled", "old_heads", "record"]
@@ -125,11 +125,9 @@ def record(samples: Ints, heads: Tensor, teacher: Callable[[Tensor], Tensor], wo
     columns = heads.any(dim=0).nonzero().squeeze(1)
     dtype = world.config.memory.dtype if bool((heads.sum(dim=0) <= 1).all()) else "fp32"
     found = [torch.zeros(0, len(columns), dtype=DTYPES[dtype])]
-    for seen in shared_images(samples, world, size=world.stream_batch):
-        number = len(seen.sample)
-        logits = teacher(seen.pixels)[:number].cpu()
-        logits = logits if dtype == "fp32" else _from_largest(logits, heads)
-        found.append(stored(logits[:, columns], columns.expand(number, -1), dtype))
+    for sample, said, _ in answers(teacher, samples, world):
+        logits = said.cpu() if dtype == "fp32" else _from_largest(said.cpu(), heads)
+        found.append(stored(logits[:, columns], columns.expand(len(sample), -1), dtype))
     return world.comm.gather(torch.cat(found))
 
 

@@ -18,7 +18,7 @@ from hpccl.dist.spread import Leaf
 from hpccl.engine.sharded import is_spread
 from hpccl.errors import DivergedError, FolderError
 from hpccl.folder import replacing
-from hpccl.train.compose import Part
+from hpccl.train.compose import MicroBatch
 from hpccl.train.state import RunState, World
 from hpccl.train.step import TERM_NAMES
 
@@ -31,7 +31,7 @@ class Failure:
 
     task: Task
     step: int
-    parts: Sequence[Part]
+    parts: Sequence[MicroBatch]
     rows: Sequence[Rows]
     terms: Tensor
 

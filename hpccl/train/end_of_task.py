@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, assert_never
+from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,8 @@ from hpccl.memory.means import ClassMeans, normalised
 from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
 from hpccl.train.kept import validation
-from hpccl.train.passes import shared_images
-from hpccl.train.score import last_layer
+from hpccl.train.passes import answers, shared_images
+from hpccl.train.score import input_of, last_layer
 from hpccl.train.state import RunState, World
 
 __all__ = ["class_means", "correction", "featuring"]
@@ -43,10 +43,9 @@ def correction(task: Task, state: RunState, world: World) -> Correction | None:
         phase.images = len(samples)
         found = [torch.zeros(0, num_classes)]
         usable = [torch.zeros(0, dtype=torch.bool)]
-        for seen in shared_images(samples, world, size=world.stream_batch):
-            number = len(seen.sample)
-            found.append(state.engine.predict(seen.pixels)[:number].cpu())
-            usable.append(seen.valid[:number])
+        for _, said, readable in answers(state.engine.predict, samples, world):
+            found.append(said.cpu())
+            usable.append(readable)
         logits, valid = world.comm.gather(torch.cat(found)), world.comm.gather(torch.cat(usable).long()) > 0
         labels = torch.from_numpy(world.stream.labels("train")[samples])
         fitted = Correction.fitted(
@@ -121,23 +120,15 @@ def featuring(state: RunState, world: World, *, asked_by: str | None = None) -> 
     Raises:
         ConfigError: the last layer is no nn.Linear.
     """
-    caught: list[Tensor] = []
-
-    def keep(_: Any, arguments: tuple[Any, ...]) -> None:
-        caught[:] = [arguments[0].detach()]
-
     asked_by = asked_by or f"evaluate.classifier={world.config.evaluate.classifier}"
     layer = last_layer(state.engine.module, world, state, asked_by=asked_by)
-    handle = layer.register_forward_pre_hook(keep)
+    with input_of(layer) as latest:
 
-    def features(pixels: Tensor) -> Tensor:
-        state.engine.predict(pixels)
-        return caught.pop().float()
+        def features(pixels: Tensor) -> Tensor:
+            state.engine.predict(pixels)
+            return latest()
 
-    try:
         yield features
-    finally:
-        handle.remove()
 
 
 def _seen(task: Task, world: World) -> Tensor:

@@ -14,7 +14,7 @@ from hpccl.data.protocols import Task, heads_of, task_numbers
 from hpccl.report.metrics import calibration_bins, calibration_error
 from hpccl.train.end_of_task import featuring
 from hpccl.train.loss import row_nats
-from hpccl.train.passes import shared_images, with_mirror_images
+from hpccl.train.passes import answers, with_mirror_images
 from hpccl.train.state import RunState, World
 
 __all__ = ["evaluate", "evaluate_all"]
@@ -35,7 +35,7 @@ def evaluate(task: Task, state: RunState, world: World) -> None:
         results = [_result(each, scores, task.index, world) for each in world.stream.tasks]
         phase.images = sum(result["num"] for result in results)
     calibration = {}
-    if _own_network(world):
+    if world.config.own_networks:
         # Every task has its own network: results of earlier networks stay.
         results = state.results[: task.index] + results[task.index :]
     else:
@@ -72,12 +72,10 @@ def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tu
     labels = torch.from_numpy(world.stream.labels("test"))
     with _classifier(state, world, last) as classifier:
         classify = with_mirror_images(classifier, world)
-        for seen in shared_images(np.arange(count), world, size=world.stream_batch, split="test"):
-            logits = classify(seen.pixels)
-            known = len(seen.sample)
-            shown = torch.where(seen.valid[:known], labels[torch.from_numpy(seen.sample)], -1)
-            tasks = torch.from_numpy(task_numbers(world.stream.tasks, "test", seen.sample))
-            yield logits[:known], shown.to(logits.device), tasks.to(logits.device)
+        for sample, logits, readable in answers(classify, np.arange(count), world, split="test"):
+            shown = torch.where(readable, labels[torch.from_numpy(sample)], -1)
+            tasks = torch.from_numpy(task_numbers(world.stream.tasks, "test", sample))
+            yield logits, shown.to(logits.device), tasks.to(logits.device)
 
 
 @contextlib.contextmanager
@@ -123,7 +121,7 @@ def _rows(task: Task, scores: Scores) -> Scores:
 
 def _result(task: Task, scores: Scores, last: int, world: World) -> dict[str, Any]:
     rows = _rows(task, scores)
-    competing = task.index <= last and not _own_network(world)
+    competing = task.index <= last and not world.config.own_networks
     seen = {label for other in world.stream.tasks[: last + 1] for label in other.classes}
     return {
         "task": task.index,
@@ -149,7 +147,3 @@ def _summary(columns: Scores, num_classes: int) -> dict[str, float]:
         "nll": float(nats.mean()),
         "ece": calibration_error(calibration_bins(confidence, right)),
     }
-
-
-def _own_network(world: World) -> bool:
-    return world.config.method == "separate"

@@ -20,7 +20,7 @@ from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
 from hpccl.prior.normal import NormalPrior
-from hpccl.train.compose import Composer, Part, head_steps, plan_task, split
+from hpccl.train.compose import Composer, MicroBatch, head_steps, plan_task, split
 from hpccl.train.distill import Distilled, record
 from hpccl.train.diverged import Failure, diagnose
 from hpccl.train.functional import Recalled, recalled, rows_memory
@@ -35,7 +35,7 @@ __all__ = ["fit"]
 # Steps between agreements of all ranks on stopping: few enough for any grace period, many enough to cost nothing.
 _POLL = 5
 
-Batches: TypeAlias = Generator[tuple[list[Part], list[Rows]], None, None]
+Batches: TypeAlias = Generator[tuple[list[MicroBatch], list[Rows]], None, None]
 
 
 def fit(task: Task, state: RunState, world: World) -> bool:
@@ -52,9 +52,15 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     distilled = Distilled.of(config, world.stream, task)
     teacher = _teacher(state, world, distilled)
     composer = Composer.build(
-        config, world.stream, task, memory, teacher=teacher, device=engine.device, distilled=distilled
+        config,
+        world.stream,
+        task,
+        memory,
+        teacher=teacher,
+        device=engine.device,
+        distilled=distilled,
+        topology=_topology(state, world),
     )
-    composer = replace(composer, topology=_topology(state, world))
     if distilled is not None and distilled.config.view == "recorded":
         composer = _recorded(task, composer, distilled, state, world)
     detach = _attach(state, world, plan)
@@ -87,8 +93,7 @@ def _steps(
         contextlib.closing(_batches(plan, composer, world, state.mark.step)) as batches,
         contextlib.closing(_recalled(task, plan, state, world)) as past,
     ):
-        layer = None if composer.topology is None else composer.topology.layer
-        return _run_steps(task, state, world, plan, batches=batches, past=past, layer=layer, save=save)
+        return _run_steps(task, state, world, plan, batches=batches, past=past, save=save)
 
 
 def _run_steps(
@@ -99,7 +104,6 @@ def _run_steps(
     *,
     batches: Batches,
     past: Iterator[Recalled | None],
-    layer: str | None,
     save: Callable[[int], None],
 ) -> int:
     first = state.mark.step
@@ -112,7 +116,7 @@ def _run_steps(
         parts, rows = next(batches)
         torch.manual_seed(int(mix(plan.seed, plan.task, step, world.comm.rank)) >> 1)
         num_rows = len(parts[0].batch)
-        stats = train_step(state.engine, rows, num_rows=num_rows, layer=layer, recalled=next(past))
+        stats = train_step(state.engine, rows, num_rows=num_rows, recalled=next(past))
         if not bool(torch.isfinite(stats.gradient_norm)):
             raise diagnose(Failure(task, step, parts, rows, stats.terms), state, world)
         done = step + 1
@@ -205,7 +209,7 @@ def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None
                 stack.callback(part.attach(engine, world.comm, num_train=plan.num_train))
         curvature = world.config.curvature
         of_task = isinstance(curvature, SiCurvature) and curvature.gradient == "task"
-        if quadratic is not None and world.config.follows and of_task:
+        if quadratic is not None and world.config.records_path and of_task:
             stack.callback(engine.follow(quadratic.pull_on(plan.num_train)))
         if isinstance(world.config.optim, VognOptim):
             stack.callback(watch_squares(engine.training_module, engine.add_squares, lambda: engine.image_weights))

@@ -67,7 +67,7 @@ def measure(
 def functional(task: Task, memory: Memory, state: RunState, world: World) -> Fromp | None:
     """Return the functional prior, with the curvature of all examples of all past tasks; None if its weight is 0."""
     precision = None
-    if world.config.prior.fromp.weight > 0 and world.config.measures:
+    if world.config.prior.fromp.weight > 0 and world.config.measures_curvature:
         with world.phase(task, "curvature") as phase:
             every = _rest(task, Memory.empty(), Memory.empty(), world)
             precision = _measured(task, every, state, world)

@@ -17,7 +17,7 @@ from hpccl.errors import WorldError
 from hpccl.train.state import World
 from hpccl.train.stop import Stopped
 
-__all__ = ["Seen", "shared_images", "with_mirror_images"]
+__all__ = ["Seen", "answers", "shared_images", "with_mirror_images"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -66,6 +66,15 @@ def shared_images(
                 yield Seen(part, blank, torch.zeros(1, dtype=torch.bool))
         _agree(world)
         assert next(loaded, None) is None, "everything that was asked for was used"
+
+
+def answers(
+    function: Callable[[Tensor], Tensor], samples: Ints, world: World, *, split: Split = "train"
+) -> Generator[tuple[Ints, Tensor, Tensor], None, None]:
+    """Yield positions [n], `function` of pixels [n, ...] and `Seen.valid` [n] of `shared_images`, n perhaps 0."""
+    for seen in shared_images(samples, world, size=world.stream_batch, split=split):
+        number = len(seen.sample)
+        yield seen.sample, function(seen.pixels)[:number], seen.valid[:number]
 
 
 def with_mirror_images(predict: Callable[[Tensor], Tensor], world: World) -> Callable[[Tensor], Tensor]:

@@ -149,7 +149,7 @@ def _what_takes_less(config: RunConfig) -> str:
     """Advice for an error message: first settings that a begun run may change, then those that need a new run."""
     train, model = config.train, config.model
     here = ["more processes or devices"]
-    if config.measures:
+    if config.measures_curvature:
         here.append(f"a lower curvature.batch_size (now {getattr(config.curvature, 'batch_size', 0)})")
     if isinstance(model, TimmModel) and not config.engine.recompute:
         here.append("engine.recompute=true")
@@ -174,7 +174,7 @@ def _through_the_stream(world: World, command: Sequence[str]) -> str:
     pretrained = (found is None or config.train.restart) and not continues(config)
     model, start = fresh_model(config, stream, pretrained=pretrained)
     state = _state_of(model, config, stream, world.comm)
-    if config.measures and isinstance(config.curvature, PassCurvature):
+    if config.measures_curvature and isinstance(config.curvature, PassCurvature):
         build_estimator(config.curvature, config.seed, state.coverage).check(state.engine.module)
     check_frozen(state, world)
     try:
@@ -296,7 +296,7 @@ def fresh_model(config: RunConfig, stream: Stream, *, pretrained: bool) -> tuple
 def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -> RunState:
     """Build the engine around a model; the curvature is planned first, as long as the weights are whole."""
     by_pass = isinstance(config.curvature, PassCurvature) and not isinstance(config.curvature, DenseCurvature)
-    measured = config.measures and by_pass
+    measured = config.measures_curvature and by_pass
     coverage = plan_ahead(model, stream.image_shape) if measured and spreads_weights(config) else None
     return RunState(build_engine(config, model, comm), coverage=coverage)
 

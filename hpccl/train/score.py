@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from hpccl.errors import ConfigError
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
-__all__ = ["Look", "competing", "last_layer", "looks"]
+__all__ = ["Look", "competing", "input_of", "last_layer", "looks"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -59,16 +59,15 @@ def looks(
     """
     engine = state.engine
     with contextlib.ExitStack() as cleanup:
-        caught: list[Tensor] = []
+        latest = None
         if inputs:
-            layer = last_layer(engine.module, world, state)
-            cleanup.enter_context(_catching(layer, caught))
+            latest = cleanup.enter_context(input_of(last_layer(engine.module, world, state)))
         for seen in shared_images(samples, world, size=world.stream_batch, split=split):
             number = len(seen.sample)
             logits = engine.predict(seen.pixels)[:number, classes]
             x = logits.new_zeros(number, 0)
-            if inputs:
-                x = caught.pop()[:number].float()
+            if latest is not None:
+                x = latest()[:number]
                 x = torch.cat([x, x.new_ones(number, 1)], dim=1)
             yield Look(seen.sample, seen.valid.numpy()[:number], logits, x)
 
@@ -107,14 +106,15 @@ def last_layer(module: nn.Module, world: World, state: RunState, *, asked_by: st
 
 
 @contextlib.contextmanager
-def _catching(layer: nn.Module, caught: list[Tensor]) -> Iterator[None]:
-    """Keep the input of the layer's latest call in `caught`."""
+def input_of(layer: nn.Module) -> Iterator[Callable[[], Tensor]]:
+    """Yield a function that returns the input [n, d] fp32 of the layer's latest call, once."""
+    caught: list[Tensor] = []
 
     def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         caught[:] = [arguments[0].detach()]
 
     handle = layer.register_forward_pre_hook(keep)
     try:
-        yield
+        yield lambda: caught.pop().float()
     finally:
         handle.remove()

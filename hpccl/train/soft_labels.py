@@ -13,7 +13,7 @@ from hpccl.data.protocols import Task
 from hpccl.errors import FolderError, WorldError
 from hpccl.memory.store import DTYPES, Memory, head_columns, stored
 from hpccl.prior.correction import Correction
-from hpccl.train.passes import shared_images
+from hpccl.train.passes import answers
 from hpccl.train.state import RunState, World
 
 __all__ = ["relabel", "soft_labels", "write_soft_labels"]
@@ -80,13 +80,11 @@ def soft_labels(
     """
     found = [torch.zeros(0, heads.shape[1], dtype=DTYPES[world.config.memory.dtype])]
     start = world.comm.share(len(memory)).start
-    for seen in shared_images(memory.sample.numpy(), world, size=world.stream_batch):
-        number = len(seen.sample)
-        named = heads[memory.task[start : start + number]]
-        logits = state.engine.predict(seen.pixels)[:number].cpu()
-        logits = logits if corrected is None else corrected(logits)
+    for sample, said, _ in answers(state.engine.predict, memory.sample.numpy(), world):
+        named = heads[memory.task[start : start + len(sample)]]
+        logits = said.cpu() if corrected is None else corrected(said.cpu())
         found.append(stored(logits.gather(1, named.clamp(min=0)), named, world.config.memory.dtype))
-        start += number
+        start += len(sample)
     return torch.cat(found)
 
 

@@ -38,14 +38,12 @@ def train_step(
     batches: Sequence[Rows],
     *,
     num_rows: int,
-    layer: str | None = None,
     recalled: Recalled | None = None,
 ) -> StepStats:
     """Take one step on J(w) / num_train,   J = sum_i v_i CE_i(w) + 1/2 (w - a)' P (w - a).
 
     batches: this rank's micro-batches
     num_rows: rows of the step over all ranks and micro-batches
-    layer: name of the last layer, where rows have losses on its input (`Rows.features`)
     recalled: the functional prior's examples of this step; they have a pass of their own, the first of the step
 
     The quadratic was attached to the engine when the task began and enters the gradient there. An optimiser that draws
@@ -60,20 +58,20 @@ def train_step(
                 found = recalled.learn(engine)
                 functional = found if at == 0 else functional
             for number, rows in enumerate(batches, start=1):
-                learned = _learn(engine, rows, num_rows=num_rows, layer=layer, last=number == len(batches))
+                learned = _learn(engine, rows, num_rows=num_rows, last=number == len(batches))
                 for term, nats in learned if at == 0 else ():
                     terms.index_add_(0, term, nats)
     return StepStats(terms, engine.step(), functional)
 
 
-def _learn(engine: Engine, rows: Rows, *, num_rows: int, layer: str | None, last: bool) -> list[tuple[Tensor, Tensor]]:
+def _learn(engine: Engine, rows: Rows, *, num_rows: int, last: bool) -> list[tuple[Tensor, Tensor]]:
     """Run a micro-batch forward and backward; return pairs (index into TERM_NAMES, loss), each by row."""
     engine.weigh(rows.image_weights)
-    if layer is None or rows.features is None:
+    if rows.features is None:
         nats = weighted_nats(engine.forward(rows.pixels, rows.noise, last=last), rows) / num_rows
         engine.backward(nats.sum())
         return [(rows.term, nats.detach())]
-    logits, features = engine.forward_features(rows.pixels, rows.noise, layer, last=last)
+    logits, features = engine.forward_features(rows.pixels, rows.noise, rows.features.layer, last=last)
     nats, extra = weighted_nats(logits, rows) / num_rows, feature_losses(features, rows.features)
     engine.backward(nats.sum() + extra.sum())
     return [(_FEATURES + (rows.features.kind != ANCHOR).long(), extra.detach()), (rows.term, nats.detach())]

@@ -20,7 +20,7 @@ from hpccl.data.rows import ANCHOR, PULL, PUSH, FeatureRows
 from hpccl.memory.gas import Gas, Rules
 from hpccl.memory.means import normalised
 from hpccl.train.end_of_task import featuring
-from hpccl.train.passes import shared_images
+from hpccl.train.passes import answers
 from hpccl.train.state import RunState, World
 
 __all__ = ["ASKED_BY", "Topology", "begin_session", "end_session"]
@@ -108,10 +108,9 @@ def _all_features(samples: Ints, state: RunState, world: World) -> tuple[Floats,
     found: list[Tensor] = []
     valid = [torch.zeros(0, dtype=torch.int64)]
     with featuring(state, world, asked_by=ASKED_BY) as features:
-        for seen in shared_images(samples, world, size=world.stream_batch):
-            number = len(seen.sample)
-            found.append(features(seen.pixels)[:number].double().cpu())
-            valid.append(seen.valid[:number].long().cpu())
+        for _, points, readable in answers(features, samples, world):
+            found.append(points.double().cpu())
+            valid.append(readable.long().cpu())
     every, usable = world.comm.gather(torch.cat(found)), world.comm.gather(torch.cat(valid))
     if world.config.prior.topology.normalised:
         every = normalised(every)
@@ -156,7 +155,14 @@ class Topology:
         image, target, weight, kind, stiff, margin = joined
         weight = weight * valid.to(weight.device)[image]
         return FeatureRows(
-            image, target.float(), weight.float(), kind, stiff.float(), margin.float(), self.config.normalised
+            image=image,
+            target=target.float(),
+            weight=weight.float(),
+            kind=kind,
+            stiff=stiff.float(),
+            margin=margin.float(),
+            layer=self.layer,
+            normalised=self.config.normalised,
         )
 
     def _anchored(self, anchors: Ints, *, first: int) -> tuple[Tensor, ...]:

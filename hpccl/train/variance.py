@@ -28,7 +28,7 @@ from hpccl.train.score import competing
 from hpccl.train.state import RunState, World
 from hpccl.train.task_pass import TaskPass
 
-__all__ = ["Spread", "logit_variances", "only_classes", "refuse_large_jacobians"]
+__all__ = ["LogitVariance", "logit_variances", "only_classes", "refuse_large_jacobians"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -37,7 +37,7 @@ _TOGETHER = 64  # images of a rank at a time
 
 
 @dataclass(frozen=True)
-class Spread:
+class LogitVariance:
     """A batch of this rank's examples; n may be 0.
 
     sample: [n] positions; valid: [n] bool, could be decoded
@@ -52,7 +52,7 @@ class Spread:
 
 def logit_variances(
     task: Task, samples: Ints, state: RunState, world: World, *, prior_precision: float
-) -> Iterator[Spread]:
+) -> Iterator[LogitVariance]:
     """Yield this rank's share of the task's `samples` in batches; collective, with unsharded weights on every rank.
 
     Raises:
@@ -77,7 +77,7 @@ def logit_variances(
         logits = state.engine.predict(seen.pixels)[:number, classes]
         with only_classes(network, classes):
             variance = posterior.logit_variance(network, pixels)[first : first + number]
-        yield Spread(seen.sample, seen.valid.numpy()[:number], logits, variance)
+        yield LogitVariance(seen.sample, seen.valid.numpy()[:number], logits, variance)
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def test_one_two_and_four_processes_agree(tmp_path: Path, changes: dict[str, Any
     for size in (2, 4):
         ranks = run_in_world(two_tasks, size, tmp_path, str(tmp_path), changes)
         for found in ranks:
-            for name in ("sample", "task", "label", "replay", "heads", "weight", "rank"):
+            for name in ("sample", "task", "label", "replay", "heads", "weight", "order"):
                 assert torch.equal(found["memory"][name], one["memory"][name]), name
             close(found["memory"]["soft"], one["memory"]["soft"], 1e-4)
             close(found["trace"], one["trace"], 1e-4)

@@ -109,10 +109,10 @@ def test_top_k(tmp_path: Path, ties: bool) -> None:
 def test_by_score(tmp_path: Path, balanced: bool, sampled: bool) -> None:
     found = same_everywhere(by_score, tmp_path, balanced, sampled)
     given = candidates(balanced)
-    assert sorted(found["rank"].tolist()) == list(range(60))
+    assert sorted(found["order"].tolist()) == list(range(60))
     if balanced:  # as are all beginnings of the order
         for keep in (10, 25, 60):
-            counts = np.bincount(given.group(found["sample"][found["rank"] < keep].numpy()), minlength=5)
+            counts = np.bincount(given.group(found["sample"][found["order"] < keep].numpy()), minlength=5)
             possible = np.minimum(given.counts, counts.max())
             assert (np.abs(counts - possible) <= 1).all()
     if not sampled:
@@ -141,9 +141,9 @@ def test_an_image_that_is_not_there_comes_last(tmp_path: Path) -> None:
 def test_uniform_is_todays_choice() -> None:
     given = candidates(True)
     choice = uniform(given)
-    assert sorted(choice.rank.tolist()) == list(range(60))
+    assert sorted(choice.order.tolist()) == list(range(60))
     smaller = uniform(Candidates(given.samples, given.labels, 23, True, given.words))
-    assert choice.sample[choice.rank < 23].tolist() == smaller.sample.tolist()
+    assert choice.sample[choice.order < 23].tolist() == smaller.sample.tolist()
 
 
 def test_what_is_not_finite_is_refused() -> None:

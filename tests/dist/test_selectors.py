@@ -57,7 +57,7 @@ def test_one_memory(tmp_path: Path, engine: str, sizes: tuple[int, ...]) -> None
         for rank in run_in_world(selections, size, folder, str(folder), ENGINES[engine]):
             for selector, expected in one.items():
                 found = rank[selector]
-                for name in ("sample", "label", "replay", "rank", "heads"):
+                for name in ("sample", "label", "replay", "order", "heads"):
                     assert torch.equal(found[name], expected[name]), (selector, name)
                 torch.testing.assert_close(found["weight"], expected["weight"], rtol=2e-3, atol=2e-3)
                 torch.testing.assert_close(found["soft"], expected["soft"], rtol=1e-2, atol=1e-2)

@@ -69,7 +69,7 @@ def test_two_tasks(tmp_path: Path, selector: dict[str, Any]) -> None:
     assert bool(torch.isfinite(memory.soft).all())
     for task in (0, 1):
         own = memory.task == task
-        assert sorted(memory.rank[own].tolist()) == list(range(20))
+        assert sorted(memory.order[own].tolist()) == list(range(20))
         assert torch.bincount(memory.label[own]).tolist()[-2:] == [10, 10]
     if not selector.get("sampled") and selector.get("weights") != "fitted":
         assert memory.weight.unique().tolist() == [1.0]
@@ -170,7 +170,7 @@ def test_a_total_is_shared_by_all_tasks(tmp_path: Path) -> None:
     alone, _ = after(1, tmp_path / "alone", {"total": 24, "selector": {"kind": "herding"}})
     first = alone.prior.memory
     assert first.per_task(1) == [24]
-    assert set(memory.sample[memory.task == 0].tolist()) == set(first.sample[first.rank < 8].tolist())
+    assert set(memory.sample[memory.task == 0].tolist()) == set(first.sample[first.order < 8].tolist())
     state.mark = Mark.at(3, "fit", 0)
     assert fit(world.stream.tasks[3], state, world)
 
@@ -238,7 +238,7 @@ def test_a_network_of_one_layer_has_no_other_layers(tmp_path: Path, kind: str) -
     ]
     one, other = (state.prior.memory for state, _ in kept)
     assert torch.equal(one.sample, other.sample)
-    assert torch.equal(one.rank, other.rank)
+    assert torch.equal(one.order, other.order)
 
 
 def test_variance_of_a_whole_network_against_dense_matrices(tmp_path: Path) -> None:

@@ -59,7 +59,11 @@ def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
 def _grouped(config: RunConfig) -> Iterator[Clash]:
     """Clashes of averaging gradients over groups of examples before squares or absolute values are taken."""
     curvature, engine, key = config.curvature, config.engine, "curvature.group"
-    if not isinstance(curvature, (DiagonalCurvature, MasCurvature)) or curvature.group == 1 or not config.measures:
+    if (
+        not isinstance(curvature, (DiagonalCurvature, MasCurvature))
+        or curvature.group == 1
+        or not config.measures_curvature
+    ):
         return
     if isinstance(curvature, DiagonalCurvature) and curvature.fisher != "empirical":
         problem = f"groups average gradients of true labels, but {curvature.fisher} uses others; set it to empirical"
@@ -93,7 +97,7 @@ def _path(config: RunConfig) -> Iterator[Clash]:
         return
     if set(config.curvature.fraction) != {1}:
         yield Clash(("curvature.fraction", "curvature.kind"), "si makes no pass over examples; leave it 1")
-    if not config.follows:
+    if not config.records_path:
         return
     if config.prior.normal.precision > 0:
         problem = "adds a pull to the weights, which si would count as an effect of the loss; set it to 0"

@@ -40,6 +40,7 @@ _MAX_KEY = 80  # characters; a plain tar header holds names of 100 bytes
 _TAR = re.compile(r"\.tar$", re.IGNORECASE)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _READ = 1 << 20  # bytes at a time
+_MAX_OPEN = 8  # files of a source
 _LOCAL_HEADER = 30  # bytes of a zip's local header before the name (APPNOTE.TXT 4.3.7)
 
 
@@ -115,9 +116,8 @@ def _left_out(names: list[str]) -> str:
 class SourceReader:
     """Reads members; keeps a few files open."""
 
-    def __init__(self, source: Path, max_open: int = 8) -> None:
+    def __init__(self, source: Path) -> None:
         self.source = source
-        self._max_open = max_open
         self._open: dict[str, BinaryIO] = {}
 
     def read(self, member: Member) -> bytes:
@@ -145,7 +145,7 @@ class SourceReader:
 
     def _file(self, name: str) -> BinaryIO:
         if name not in self._open:
-            if len(self._open) >= self._max_open:
+            if len(self._open) >= _MAX_OPEN:
                 self._open.pop(next(iter(self._open))).close()
             path = self.source / name if name else self.source
             self._open[name] = open(path, "rb", buffering=0)  # noqa: SIM115 - it stays open, `close` closes all

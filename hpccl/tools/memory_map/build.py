@@ -102,7 +102,7 @@ def _check(*, examples: int | None, fraction: float, prior_precision: float | No
 
 def _groups(state: RunState, world: World, *, examples: int | None, fraction: float, posterior: Kind) -> list[Group]:
     last = world.stream.tasks[state.mark.task]
-    learned = [last] if world.config.method == "separate" else list(world.stream.tasks[: last.index + 1])
+    learned = [last] if world.config.own_networks else list(world.stream.tasks[: last.index + 1])
     spans = [training_samples(each) for each in learned]
     seen = np.concatenate(spans)
     most = examples if examples is not None else len(seen) if posterior == "last_layer" else _FEW

@@ -19,7 +19,7 @@ from hpccl.report.text import size
 from hpccl.tools.plan.curvature import CurvaturePlan, plan_curvature
 from hpccl.tools.plan.measure import Rates, measure
 from hpccl.tools.plan.network import Network, forward_flops, look, moments
-from hpccl.tools.plan.spread import FLOAT, Spread, all_reduce, elements, held, rows, sent
+from hpccl.tools.plan.sharding import FLOAT, Sharding, all_reduce, elements, held, rows, sent
 from hpccl.train.checks import check_memory
 from hpccl.train.compose import num_new, planned
 from hpccl.train.kept import kept_of_tasks, num_learned
@@ -170,7 +170,7 @@ def make_plan(
         DataError: the data is not there.
     """
     ranks = nodes * nproc
-    spread = Spread.of(config.engine, ranks)
+    sharding = Sharding.of(config.engine, ranks)
     stream = outline(config.stream, config.data)
     num_classes, num_tasks = len(stream.class_names), len(stream.tasks)
     check_memory(config, stream)
@@ -178,9 +178,9 @@ def make_plan(
     rows = math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.accumulate)
     network = look(config, image_shape=stream.image_shape, num_classes=num_classes, rows=max(rows, 2))
     curvature = None
-    if config.measures:
-        curvature = plan_curvature(config.curvature, network.layouts, network.rest, spread, tasks=num_tasks)
-    case = _Case(config, stream, spread, network, curvature)
+    if config.measures_curvature:
+        curvature = plan_curvature(config.curvature, network.layouts, network.rest, sharding, tasks=num_tasks)
+    case = _Case(config, stream, sharding, network, curvature)
     kept, rates = moments(config), None
     if measured:
         rates = measure(config, image_shape=stream.image_shape, num_classes=num_classes, rows=rows)
@@ -214,22 +214,22 @@ class _Case:
 
     config: RunConfig
     stream: Outline
-    spread: Spread
+    sharding: Sharding
     network: Network
     curvature: CurvaturePlan | None
 
     def held(self, kept: float) -> Iterator[Held]:
         """Yield what the rank that holds most holds; kept: numbers that the optimiser keeps of each weight."""
-        config, network, spread = self.config, self.network, self.spread
-        for name, num_bytes in held(network.shapes, network.largest_unit, kept, spread).items():
-            yield Held(name, num_bytes, *_when(name, spread))
+        config, network, sharding = self.config, self.network, self.sharding
+        for name, num_bytes in held(network.shapes, network.largest_unit, kept, sharding).items():
+            yield Held(name, num_bytes, *_when(name, sharding))
         yield Held("buffers", network.buffer_bytes)
-        if spread.has_second_network:
-            second = FLOAT * rows(network.shapes, spread) + network.buffer_bytes
+        if sharding.has_second_network:
+            second = FLOAT * rows(network.shapes, sharding) + network.buffer_bytes
             yield Held("network for passes outside training", second)
             yield Held("whole blocks", 4 * FLOAT * network.largest_unit, "measuring")
         yield from self._held_trial()
-        weights = FLOAT * elements(network.shapes, spread, what="weights")
+        weights = FLOAT * elements(network.shapes, sharding, what="weights")
         if config.train.ema is not None:
             yield Held("averaged weights", weights, "training")
         if len(self.stream.tasks) > 1 and (config.train.frozen or config.train.head_epochs):
@@ -240,7 +240,7 @@ class _Case:
             yield Held("old weights", weights + network.buffer_bytes)
             yield Held("the next old weights", weights + network.buffer_bytes, "measuring")
         if self._has_teacher:
-            blocks = 2 * FLOAT * network.largest_unit if spread.spreads_weights else 0
+            blocks = 2 * FLOAT * network.largest_unit if sharding.spreads_weights else 0
             yield Held("teacher", weights + network.buffer_bytes + blocks, "training")
         if network.activations is not None:
             yield Held("activations", network.activations, "training")
@@ -254,15 +254,15 @@ class _Case:
         """Yield what optimisers with gradients at trial weights hold: displacements, means over passes, the weights."""
         if isinstance(self.config.optim, TimmOptim):
             return
-        own = FLOAT * elements(self.network.shapes, self.spread, what="moments")
+        own = FLOAT * elements(self.network.shapes, self.sharding, what="moments")
         yield Held("trial weights", own * (2 if passes_of(self.config.optim) > 1 else 1), "training")
-        if self.spread.stage and not self.spread.state_on_host:  # copies: DeepSpeed keeps its own elsewhere
+        if self.sharding.stage and not self.sharding.state_on_host:  # copies: DeepSpeed keeps its own elsewhere
             yield Held("gradients for the optimiser", own, "training")
-        if not self.spread.has_second_network:  # ZeRO-3 restores its optimiser's copy
-            whole = FLOAT * elements(self.network.shapes, self.spread, what="weights")
+        if not self.sharding.has_second_network:  # ZeRO-3 restores its optimiser's copy
+            whole = FLOAT * elements(self.network.shapes, self.sharding, what="weights")
             yield Held("weights as they were", whole, "training")
         if isinstance(self.config.optim, VognOptim):
-            squares = FLOAT * elements(self.network.shapes, self.spread, what="weights")
+            squares = FLOAT * elements(self.network.shapes, self.sharding, what="weights")
             yield Held("squares of examples' gradients", squares, "training")
 
     def _held_curvature(self) -> Iterator[Held]:
@@ -270,14 +270,14 @@ class _Case:
             return
         yield Held("curvature", max(self.curvature.held))
         if isinstance(self.config.curvature, SiCurvature):
-            path = 2 * FLOAT * elements(self.network.shapes, self.spread, what="weights")
+            path = 2 * FLOAT * elements(self.network.shapes, self.sharding, what="weights")
             yield Held("path", path)  # each weight's path integral, and its start
             yield Held("a step of the path", path, "training")
         if self.config.prior.quadratic.products == "bf16" and self.config.curvature.kind in ("kronecker", "ekfac"):
             yield Held("curvature in bf16", max(self.curvature.held) // 2, "training")
         yield Held("sums of the next curvature", self.curvature.measuring, "measuring")
         if self.config.prior.quadratic.anchor == "each":
-            pulled = elements(self.network.shapes, self.spread, what="weights")
+            pulled = elements(self.network.shapes, self.sharding, what="weights")
             yield Held("pull to each task's weights", FLOAT * pulled)
         if any(self.curvature.fetched):
             yield Held("old weights of a process's layers", max(self.curvature.fetched), "training")
@@ -311,37 +311,37 @@ class _Case:
     def sent(self) -> Iterator[Sent]:
         """Yield what a rank sends."""
         network, accumulate = self.network, self.config.train.accumulate
-        parts = sent(network.num_weights, network.buffer_bytes, self.spread, accumulate=accumulate)
-        passes, partly = passes_of(self.config.optim), self.spread.stage in (1, 2)
+        parts = sent(network.num_weights, network.buffer_bytes, self.sharding, accumulate=accumulate)
+        passes, partly = passes_of(self.config.optim), self.sharding.stage in (1, 2)
         for name, num_bytes in parts.items():
             if num_bytes:  # ZeRO 1 and 2 gather once a step, not in every pass
                 yield Sent(name, num_bytes * (1 if partly and name == "gather weights" else passes))
         yield from self._sent_trial()
-        if self._has_teacher and self.spread.spreads_weights:
-            share = (self.spread.shards - 1) / self.spread.shards
+        if self._has_teacher and self.sharding.spreads_weights:
+            share = (self.sharding.shards - 1) / self.sharding.shards
             yield Sent("gather the teacher's weights", accumulate * share * FLOAT * network.num_weights)
-        if self.curvature is not None and self.spread.ranks > 1:
+        if self.curvature is not None and self.sharding.ranks > 1:
             yield Sent("curvature", max(self.curvature.sent), "task")
 
     def _sent_trial(self) -> Iterator[Sent]:
         """Yield what a rank sends for optimisers with gradients at trial weights."""
-        optim, spread, whole = self.config.optim, self.spread, FLOAT * self.network.num_weights
-        if spread.ranks == 1:
+        optim, sharding, whole = self.config.optim, self.sharding, FLOAT * self.network.num_weights
+        if sharding.ranks == 1:
             return
-        if (trials := trials_of(optim)) and spread.stage in (1, 2):
-            yield Sent("gather trial weights", trials * (spread.ranks - 1) / spread.ranks * whole)
+        if (trials := trials_of(optim)) and sharding.stage in (1, 2):
+            yield Sent("gather trial weights", trials * (sharding.ranks - 1) / sharding.ranks * whole)
         if isinstance(optim, VognOptim):  # with sharded weights in every micro-batch, else in every pass
-            times = passes_of(optim) * (self.config.train.accumulate if spread.spreads_weights else 1)
-            yield Sent("squares of examples' gradients", times * all_reduce(whole, spread.ranks))
+            times = passes_of(optim) * (self.config.train.accumulate if sharding.spreads_weights else 1)
+            yield Sent("squares of examples' gradients", times * all_reduce(whole, sharding.ranks))
 
     def spent(self, rates: Rates, gigabytes_per_second: float | None) -> Iterator[Spent]:
         """Yield the seconds of the parts of a step of the last task."""
-        rows = self.config.train.batch_size / self.spread.ranks
+        rows = self.config.train.batch_size / self.sharding.ranks
         seconds = passes_of(self.config.optim) * rows * rates.row_seconds
         yield Spent("forward and backward pass", seconds, views=True)
         if self._has_teacher:
             yield Spent("teacher", rows * self._soft_share() * rates.predict_seconds, views=True)
-        updated = elements(self.network.shapes, self.spread, what="moments") / self.network.num_weights
+        updated = elements(self.network.shapes, self.sharding, what="moments") / self.network.num_weights
         yield Spent("optimizer", rates.optimizer_seconds * updated)
         if self.curvature is not None:
             yield Spent("pull of the curvature", max(self.curvature.flops) / rates.flops)
@@ -388,20 +388,20 @@ class _Case:
         return soft or (config.prior.distill.weight > 0 and config.prior.distill.view == "same")
 
 
-def _when(name: str, spread: Spread) -> tuple[When, bool]:
-    """Return when an entry of the engine (`spread.held`) is held, and whether in host memory."""
+def _when(name: str, sharding: Sharding) -> tuple[When, bool]:
+    """Return when an entry of the engine (`sharding.held`) is held, and whether in host memory."""
     match name:
         case "weights":
-            return "always", spread.weights_on_host
+            return "always", sharding.weights_on_host
         case "gradients":
-            with_state = spread.kind == "deepspeed" and spread.stage > 1 and spread.state_on_host
-            return "always", spread.weights_on_host or with_state
+            with_state = sharding.kind == "deepspeed" and sharding.stage > 1 and sharding.state_on_host
+            return "always", sharding.weights_on_host or with_state
         case "optimizer":
-            return "always", spread.state_on_host
+            return "always", sharding.state_on_host
         case "whole blocks":
-            return "training" if spread.has_second_network else "always", False
+            return "training" if sharding.has_second_network else "always", False
         case "bucket of gradients":
-            return "always" if spread.stage == 3 else "training", False
+            return "always" if sharding.stage == 3 else "training", False
         case "gradients on their way":
             return "training", False
         case _:

@@ -29,7 +29,7 @@ from hpccl.curvature.kronecker import layout_parts
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
 from hpccl.kron.pack import packed_size
-from hpccl.tools.plan.spread import FLOAT, Spread, all_reduce, rows
+from hpccl.tools.plan.sharding import FLOAT, Sharding, all_reduce, rows
 
 __all__ = ["CurvaturePlan", "plan_curvature"]
 
@@ -65,7 +65,7 @@ def plan_curvature(
     config: CurvatureConfig,
     layouts: Sequence[Layout],
     rest: Shapes,
-    spread: Spread,
+    sharding: Sharding,
     *,
     tasks: int,
 ) -> CurvaturePlan:
@@ -75,27 +75,27 @@ def plan_curvature(
         config: the section `curvature`.
         layouts: of the factored layers; empty for other kinds than kronecker and ekfac.
         rest: shapes of all other trainable weights, by name.
-        spread: the engine.
+        sharding: the engine.
         tasks: number of tasks that are summed.
     """
     total = sum(map(math.prod, rest.values()))
     match config:
         case DiagonalCurvature() | MasCurvature():
-            sums, held, flops = FLOAT * total, FLOAT * rows(rest.values(), spread), float(2 * total)
-            return _alike(sums, held, flops, _fetched((), rest, spread), spread.ranks)
+            sums, held, flops = FLOAT * total, FLOAT * rows(rest.values(), sharding), float(2 * total)
+            return _alike(sums, held, flops, _fetched((), rest, sharding), sharding.ranks)
         case OptimizerCurvature() | SiCurvature():
-            held, flops = FLOAT * rows(rest.values(), spread), float(2 * total)
-            return _alike(0, held, flops, _fetched((), rest, spread), spread.ranks)
+            held, flops = FLOAT * rows(rest.values(), sharding), float(2 * total)
+            return _alike(0, held, flops, _fetched((), rest, sharding), sharding.ranks)
         case DenseCurvature():
-            fetched = (FLOAT * total * spread.spreads_weights,) * spread.ranks
-            return _alike(FLOAT * total**2, FLOAT * total**2, float(2 * total**2), fetched, spread.ranks)
+            fetched = (FLOAT * total * sharding.spreads_weights,) * sharding.ranks
+            return _alike(FLOAT * total**2, FLOAT * total**2, float(2 * total**2), fetched, sharding.ranks)
         case EkfacCurvature():
-            return _placed(layouts, rest, spread, RefitTasks(), tasks, divisible=False, eigen=True, bases=True)
+            return _placed(layouts, rest, sharding, RefitTasks(), tasks, divisible=False, eigen=True, bases=True)
         case KroneckerCurvature():
             refit = isinstance(config.tasks, RefitTasks)
             divisible = config.keep_trace == 1 and not refit
             eigen = refit and tasks > 1
-            return _placed(layouts, rest, spread, config.tasks, tasks, divisible=divisible, eigen=eigen, bases=False)
+            return _placed(layouts, rest, sharding, config.tasks, tasks, divisible=divisible, eigen=eigen, bases=False)
         case _:
             assert_never(config)
 
@@ -109,7 +109,7 @@ def _alike(sums: int, held: int, flops: float, fetched: tuple[int, ...], ranks: 
 def _placed(
     layouts: Sequence[Layout],
     rest: Shapes,
-    spread: Spread,
+    sharding: Sharding,
     policy: TasksConfig,
     tasks: int,
     *,
@@ -117,11 +117,11 @@ def _placed(
     eigen: bool,
     bases: bool,
 ) -> CurvaturePlan:
-    ranks, sums = spread.ranks, FLOAT * sum(map(math.prod, rest.values()))
+    ranks, sums = sharding.ranks, FLOAT * sum(map(math.prod, rest.values()))
     placed = layout_parts(layouts, Comm(0, ranks, Comm.solo().device), divisible=divisible)
     whole = sum(pair_bytes(layout.shape, Part()) for layout in layouts)
     terms = listed_terms(policy, tasks, whole)
-    held, flops, own = [FLOAT * rows(rest.values(), spread)] * ranks, [0.0] * ranks, [0.0] * ranks
+    held, flops, own = [FLOAT * rows(rest.values(), sharding)] * ranks, [0.0] * ranks, [0.0] * ranks
     for layout, owning in placed:
         for rank, part in owning:
             one = eigen_bytes(layout.shape) if eigen else pair_bytes(layout.shape, part)
@@ -133,20 +133,20 @@ def _placed(
     others = whole + sum(FLOAT * math.prod(layout.shape) for layout in layouts) if bases else 0
     sent = tuple(sum(own) - mine + diagonal + others * (ranks > 1) for mine in own)
     most = tasks if isinstance(policy, ListedTasks) else 1
-    fetched = _fetched(placed, rest, spread)
+    fetched = _fetched(placed, rest, sharding)
     return CurvaturePlan(terms, most, tuple(held), tuple(flops), fetched, whole + sums + others, sent)
 
 
-def _fetched(placed: Parts, rest: Shapes, spread: Spread) -> tuple[int, ...]:
+def _fetched(placed: Parts, rest: Shapes, sharding: Sharding) -> tuple[int, ...]:
     """Return `CurvaturePlan.fetched`, for the layers and diagonals that each rank multiplies; 0 for whole weights."""
-    found = [0] * spread.ranks
-    if not spread.spreads_weights:
+    found = [0] * sharding.ranks
+    if not sharding.spreads_weights:
         return tuple(found)
     for layout, owning in placed:
         for rank in {rank for rank, _ in owning}:
             found[rank] += FLOAT * math.prod(layout.shape)
     sizes = {name: math.prod(shape) for name, shape in rest.items()}
-    for name, rank in owners({name: float(size) for name, size in sizes.items()}, spread.ranks).items():
+    for name, rank in owners({name: float(size) for name, size in sizes.items()}, sharding.ranks).items():
         found[rank] += 2 * FLOAT * sizes[name]
     return tuple(found)
 

@@ -101,7 +101,7 @@ def look(config: RunConfig, *, image_shape: tuple[int, int, int], num_classes: i
         problem = " ".join(str(error).split())[:200]
     curvature = config.curvature
     layouts = tuple(_layouts(model, curvature, calls)) if isinstance(curvature, LayerMeasured) else ()
-    if isinstance(curvature, LayerMeasured) and config.measures:
+    if isinstance(curvature, LayerMeasured) and config.measures_curvature:
         refuse_large({layout.name: layout.shape for layout in layouts}, curvature.max_factor)
     factored = {name for layout in layouts for name in layout.names}
     return Network(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 
 import pytest
@@ -20,7 +21,7 @@ from hpccl.kron.merge import (
     merge_error,
     nearest,
     nearest_weights,
-    pooled,
+    pooled_weights,
     refit,
     sum_norm,
 )
@@ -30,6 +31,10 @@ from tests.unit.kron.oracle import IN, OUT, applied, low_rank, pair, pairs, psd,
 
 def dense_pair(a: Tensor, b: Tensor) -> Pair:
     return Pair(Dense(a), Dense(b))
+
+
+def pooled(terms: Sequence[Pair], counts: Sequence[float]) -> Pair:
+    return combine(terms, *pooled_weights(terms, counts))
 
 
 def published() -> list[Pair]:

@@ -62,12 +62,12 @@ def test_shrinking_drops_the_last_of_the_order_and_keeps_mean_weights() -> None:
         label=torch.tensor([0, 1, 0, 1]),
         replay=torch.tensor([False, True, True, True]),
         weight=torch.tensor([1.0, 3.0, 2.0, 0.5]),
-        rank=torch.tensor([2, 0, 1, 3]),
+        order=torch.tensor([2, 0, 1, 3]),
     )
     memory = memory.admit(task=1, sample=torch.tensor([11]), label=torch.tensor([2]), replay=torch.tensor([False]))
     few = memory.shrunk([3, 1])
     assert few.sample.tolist() == [3, 5, 8, 11]
-    assert few.rank.tolist() == [2, 0, 1, 0]
+    assert few.order.tolist() == [2, 0, 1, 0]
     torch.testing.assert_close(few.weight, torch.tensor([1.0, 1.75, 2.0, 1.0]))
     assert few.shrunk([1, 0]).sample.tolist() == [5]
     assert memory.shrunk([4, 1]) is memory
@@ -82,7 +82,7 @@ def test_checkpoints_without_weights_have_ones_and_a_balanced_order() -> None:
     again = Memory.from_state_dict(state)
     assert again.weight.tolist() == [1.0] * 5
     assert again.heads.tolist() == [[0, 1, -1], [2, 3, 4]]
-    assert again.rank.tolist() == [0, 1, 0, 2, 1]  # one of each class before the second of one
+    assert again.order.tolist() == [0, 1, 0, 2, 1]  # one of each class before the second of one
 
 
 @pytest.mark.parametrize(("dtype", "bound", "share"), [("fp32", 1e-7, 1.0), ("fp16", 4e-4, 0.5), ("bf16", 1.5e-3, 0.5)])

@@ -20,7 +20,7 @@ def test_a_sampled_choice_that_shrinks_is_one_of_fewer(first: int, balanced: boo
     few = replace(whole, keep=24)
     before = scored(score, whole.samples, whole, Comm.solo(), sampled=True)
     expected = scored(score, few.samples, few, Comm.solo(), sampled=True)
-    left = before.rank < 24
+    left = before.order < 24
     group = labels[before.sample] if balanced else np.zeros(first, np.int64)
     weight = thinned(before, group, left, of=300, words=whole.words)
     np.testing.assert_array_equal(before.sample[left], expected.sample)
@@ -28,10 +28,10 @@ def test_a_sampled_choice_that_shrinks_is_one_of_fewer(first: int, balanced: boo
     assert weight[left].std() > 0.1
     # Once more: what the first time left of a class may be all that it had.
     half = replace(before, weight=weight)
-    again = Choice(half.sample[left], half.rank[left], half.weight[left], half.priority[left])
+    again = Choice(half.sample[left], half.order[left], half.weight[left], half.priority[left])
     last = replace(whole, keep=10)
     expected = scored(score, last.samples, last, Comm.solo(), sampled=True)
-    fewer = again.rank < 10
+    fewer = again.order < 10
     weight = thinned(again, group[left], fewer, of=300, words=whole.words)
     np.testing.assert_allclose(weight[fewer], expected.weight, rtol=1e-9)
 
@@ -42,5 +42,5 @@ def test_a_class_that_loses_nothing_keeps_its_chances() -> None:
     before = scored(score, whole.samples, whole, Comm.solo(), sampled=True)
     few = replace(whole, keep=30)
     expected = scored(score, few.samples, few, Comm.solo(), sampled=True)
-    weight = thinned(before, before.sample % 3, before.rank < 30, of=90, words=whole.words)
-    np.testing.assert_allclose(weight[before.rank < 30], expected.weight, rtol=1e-9)
+    weight = thinned(before, before.sample % 3, before.order < 30, of=90, words=whole.words)
+    np.testing.assert_allclose(weight[before.order < 30], expected.weight, rtol=1e-9)

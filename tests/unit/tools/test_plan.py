@@ -39,7 +39,7 @@ from hpccl.models.dropout import set_noise
 from hpccl.tools.plan.build import make_plan
 from hpccl.tools.plan.curvature import listed_terms, pair_bytes, plan_curvature, sent_numbers
 from hpccl.tools.plan.network import look, moments
-from hpccl.tools.plan.spread import Spread, elements, held, sent
+from hpccl.tools.plan.sharding import Sharding, elements, held, sent
 from hpccl.train.compose import planned_steps
 from tests.run.method import merged
 
@@ -51,40 +51,40 @@ Stage = Literal[0, 1, 2, 3]
 
 
 def test_data_parallel_holds_everything_everywhere() -> None:
-    spread = Spread.of(DdpEngine(), 8)
-    assert held(SHAPES, 100, 2, spread) == {"weights": 4 * NUM, "gradients": 4 * NUM, "optimizer": 8 * NUM}
-    assert sent(NUM, 0, spread, accumulate=4)["average gradients"] == pytest.approx(2 * 7 / 8 * 4 * NUM)
-    assert not any(sent(NUM, 128, Spread.of(DdpEngine(), 1), accumulate=1).values())
-    assert held(SHAPES, 100, 2, Spread.of(DeepspeedEngine(stage=0), 8)) == held(SHAPES, 100, 2, spread)
+    sharding = Sharding.of(DdpEngine(), 8)
+    assert held(SHAPES, 100, 2, sharding) == {"weights": 4 * NUM, "gradients": 4 * NUM, "optimizer": 8 * NUM}
+    assert sent(NUM, 0, sharding, accumulate=4)["average gradients"] == pytest.approx(2 * 7 / 8 * 4 * NUM)
+    assert not any(sent(NUM, 128, Sharding.of(DdpEngine(), 1), accumulate=1).values())
+    assert held(SHAPES, 100, 2, Sharding.of(DeepspeedEngine(stage=0), 8)) == held(SHAPES, 100, 2, sharding)
 
 
 def test_fully_sharded_holds_rows_and_four_whole_units() -> None:
-    spread = Spread.of(Fsdp2Engine(), 8)
+    sharding = Sharding.of(Fsdp2Engine(), 8)
     rows = 8 * 3 * 7 * 7 + 2 * 64 + 2  # of 64, 10 and 10 rows, the first of 8 ranks has 8, 2 and 2
-    assert held(SHAPES, 100, 1, spread) == {
+    assert held(SHAPES, 100, 1, sharding) == {
         "weights": 4 * rows,
         "gradients": 4 * rows,
         "optimizer": 4 * rows,
         "whole blocks": 1600,
     }
-    assert sum(sent(NUM, 0, spread, accumulate=1).values()) == pytest.approx(3 * 7 / 8 * 4 * NUM)
-    assert sum(sent(NUM, 0, spread, accumulate=2).values()) == pytest.approx(6 * 7 / 8 * 4 * NUM)
-    kept = Spread.of(Fsdp2Engine(reshard=False), 8)
+    assert sum(sent(NUM, 0, sharding, accumulate=1).values()) == pytest.approx(3 * 7 / 8 * 4 * NUM)
+    assert sum(sent(NUM, 0, sharding, accumulate=2).values()) == pytest.approx(6 * 7 / 8 * 4 * NUM)
+    kept = Sharding.of(Fsdp2Engine(reshard=False), 8)
     assert held(SHAPES, 100, 1, kept)["whole blocks"] == 4 * (NUM + 200)
     assert sum(sent(NUM, 0, kept, accumulate=1).values()) == pytest.approx(2 * 7 / 8 * 4 * NUM)
 
 
 def test_copies_in_shards() -> None:
     """Two copies on 4 ranks each: gathers within a copy, and the average of shards between them."""
-    spread = Spread.of(Fsdp2Engine(shard_size=4), 8)
-    assert elements(SHAPES, spread, what="weights") == 16 * 147 + 3 * 64 + 3
-    found = sent(NUM, 0, spread, accumulate=1)
+    sharding = Sharding.of(Fsdp2Engine(shard_size=4), 8)
+    assert elements(SHAPES, sharding, what="weights") == 16 * 147 + 3 * 64 + 3
+    found = sent(NUM, 0, sharding, accumulate=1)
     assert found["gather weights"] == pytest.approx(2 * 3 / 4 * 4 * NUM)
     assert found["average gradients"] == pytest.approx(3 / 4 * 4 * NUM + 2 * 1 / 2 * NUM)
     with pytest.raises(
         ConfigError, match=r"engine.shard_size=3 does not divide the 8 ranks of this run; allowed: 1, 2, 4, 8 "
     ):
-        Spread.of(Fsdp2Engine(shard_size=3), 8)
+        Sharding.of(Fsdp2Engine(shard_size=3), 8)
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_zero(stage: Stage, weights: float, gradients: float, optimizer: float, 
     """
     shapes = [(256, 256), (512, 128)]
     num = 2 * 65536
-    found = held(shapes, 0, 2, Spread.of(DeepspeedEngine(stage=stage), 4))
+    found = held(shapes, 0, 2, Sharding.of(DeepspeedEngine(stage=stage), 4))
     assert [found[name] / (4 * num) for name in ("weights", "gradients", "optimizer")] == [
         weights,
         gradients,
         optimizer,
     ]
-    assert sum(sent(num, 0, Spread.of(DeepspeedEngine(stage=stage), 4), accumulate=1).values()) == pytest.approx(
+    assert sum(sent(num, 0, Sharding.of(DeepspeedEngine(stage=stage), 4), accumulate=1).values()) == pytest.approx(
         wire * 4 * num
     )
     assert found["bucket of gradients"] == 4 * num
@@ -115,7 +115,7 @@ def test_zero_3_by_the_users_own_settings() -> None:
     """Weights go between the passes only if enough others pass by; then they are gathered twice."""
     shapes = [(256, 256), (512, 128)]
     num = 2 * 65536
-    found = held(shapes, 65536, 2, Spread.of(DeepspeedEngine(), 4))
+    found = held(shapes, 65536, 2, Sharding.of(DeepspeedEngine(), 4))
     assert (found["small weights, whole"], found["whole blocks"]) == (0, 4 * (num + 65536))
     zero = {
         "stage3_param_persistence_threshold": 100_000,
@@ -123,19 +123,19 @@ def test_zero_3_by_the_users_own_settings() -> None:
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 0,
     }
-    spread = Spread.of(DeepspeedEngine(deepspeed={"zero_optimization": zero}), 4)
-    found = held(shapes, 65536, 2, spread)
+    sharding = Sharding.of(DeepspeedEngine(deepspeed={"zero_optimization": zero}), 4)
+    found = held(shapes, 65536, 2, sharding)
     assert (found["small weights, whole"], found["whole blocks"]) == (4 * num, 4 * 2 * 65536)
     assert (found["bucket of gradients"], found["gradients on their way"]) == (4000, 4000)
-    assert sum(sent(num, 0, spread, accumulate=2).values()) == pytest.approx(2 * 3 * 3 / 4 * 4 * num)
+    assert sum(sent(num, 0, sharding, accumulate=2).values()) == pytest.approx(2 * 3 * 3 / 4 * 4 * num)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 8))
 def test_gradients_that_reach_into_a_share(sizes: list[int], ranks: int) -> None:
-    spread = Spread.of(DeepspeedEngine(stage=2), ranks)
+    sharding = Sharding.of(DeepspeedEngine(stage=2), ranks)
     share, whose = -(-sum(sizes) // ranks), [number for number, size in enumerate(sizes) for _ in range(size)]
     most = max(sum(sizes[number] for number in set(whose[rank * share :][:share])) for rank in range(ranks))
-    assert elements([(size,) for size in sizes], spread, what="gradients") == most
+    assert elements([(size,) for size in sizes], sharding, what="gradients") == most
 
 
 @pytest.mark.parametrize("count", [1000, 10**9])
@@ -145,9 +145,9 @@ def test_deepspeed_is_told_what_is_planned(count: int) -> None:
     for zero in ({}, own):
         engine = DeepspeedEngine(deepspeed={"zero_optimization": zero})
         told = _settings(merged({"engine": engine.model_dump()}), count)["zero_optimization"]
-        spread = Spread.of(engine, 2)
-        assert spread.persistent == told["stage3_param_persistence_threshold"]
-        assert held([(count,)], 0, 1, spread)["bucket of gradients"] == 4 * told["reduce_bucket_size"]
+        sharding = Sharding.of(engine, 2)
+        assert sharding.persistent == told["stage3_param_persistence_threshold"]
+        assert held([(count,)], 0, 1, sharding)["bucket of gradients"] == 4 * told["reduce_bucket_size"]
 
 
 # ---------------------------------------------------------------- curvature
@@ -164,7 +164,7 @@ def test_parts_and_messages_are_those_of_a_run(
         for number, (groups, outputs, inputs, bias) in enumerate(layers)
     ]
     config = KroneckerCurvature(tasks=PooledTasks(), keep_trace=1.0 if divisible else 0.5)
-    plan = plan_curvature(config, layouts, {"norm": (7,)}, Spread.of(DdpEngine(), ranks), tasks=3)
+    plan = plan_curvature(config, layouts, {"norm": (7,)}, Sharding.of(DdpEngine(), ranks), tasks=3)
     placed = layout_parts(layouts, Comm(0, ranks, torch.device("cpu")), divisible=divisible)
     for layout, owners in placed:
         assert all(sent_numbers(layout.shape, part) == _size(layout, part) for _, part in owners)
@@ -191,11 +191,11 @@ def test_terms_are_bounded_by_the_budget(policy: TasksConfig, tasks: int, terms:
 
 def test_other_kinds_of_curvature() -> None:
     layouts, rest = [Layout("layer", "w", None, (6, 10))], {"a": (30, 3), "b": (10,)}
-    diagonal = plan_curvature(DiagonalCurvature(), [], rest, Spread.of(DdpEngine(), 2), tasks=5)
+    diagonal = plan_curvature(DiagonalCurvature(), [], rest, Sharding.of(DdpEngine(), 2), tasks=5)
     assert (diagonal.held, diagonal.sent, diagonal.fetched) == ((400, 400), (400.0, 400.0), (0, 0))
-    dense = plan_curvature(DenseCurvature(), [], rest, Spread.of(DdpEngine(), 2), tasks=5)
+    dense = plan_curvature(DenseCurvature(), [], rest, Sharding.of(DdpEngine(), 2), tasks=5)
     assert dense.held == (40_000, 40_000)
-    ekfac = plan_curvature(EkfacCurvature(), layouts, {}, Spread.of(DdpEngine(), 1), tasks=5)
+    ekfac = plan_curvature(EkfacCurvature(), layouts, {}, Sharding.of(DdpEngine(), 1), tasks=5)
     assert ekfac.held == (4 * (36 + 100 + 60 + 16),)
 
 
@@ -203,12 +203,12 @@ def test_a_diagonal_is_spread_as_weights_are() -> None:
     """Rows of every parameter; what a process pulls on it has whole, with the old weights."""
     rest = {"a": (30, 3), "b": (10,)}
     for engine in (Fsdp2Engine(), DeepspeedEngine(stage=3)):
-        plan = plan_curvature(DiagonalCurvature(), [], rest, Spread.of(engine, 4), tasks=5)
+        plan = plan_curvature(DiagonalCurvature(), [], rest, Sharding.of(engine, 4), tasks=5)
         assert plan.held == (4 * (8 * 3 + 3),) * 4
         assert plan.fetched == (2 * 4 * 90, 2 * 4 * 10, 0, 0)
         assert plan.measuring == 400
     layouts = [Layout("layer", "w", None, (6, 10))]
-    layered = plan_curvature(KroneckerCurvature(keep_trace=0.5), layouts, {}, Spread.of(Fsdp2Engine(), 2), tasks=1)
+    layered = plan_curvature(KroneckerCurvature(keep_trace=0.5), layouts, {}, Sharding.of(Fsdp2Engine(), 2), tasks=1)
     assert sorted(layered.fetched) == [0, 4 * 60]
 
 

@@ -39,6 +39,7 @@ def said(kind: int, feature: list[float], target: list[float], **settings: float
         kind=torch.tensor([kind]),
         stiff=1 / variance[None] if kind == ANCHOR else torch.zeros(1, width, dtype=torch.float64),
         margin=torch.tensor([settings.get("margin", 0.0)], dtype=torch.float64),
+        layer="head",
         normalised=False,
     )
     return feature_losses(torch.tensor([feature], dtype=torch.float64), rows).sum()
@@ -66,6 +67,7 @@ def test_feature_losses_have_the_gradient_of_the_definition() -> None:
         kind=torch.tensor([ANCHOR, PULL, PUSH, PUSH, PULL]),
         stiff=torch.rand(5, 4, generator=generator, dtype=torch.float64),
         margin=torch.tensor([0.0, 0.0, 9.0, 0.01, 0.0], dtype=torch.float64),
+        layer="head",
     )
     (found,) = torch.autograd.grad(feature_losses(features, rows).sum(), features)
     expected = torch.zeros(())
@@ -85,7 +87,7 @@ def test_an_image_at_its_node_has_no_gradient_that_rounding_could_choose(off: fl
     feature = torch.tensor([[0.6 + off, 0.8 - off]], requires_grad=True)
     target, one, zeros = torch.tensor([[0.6, 0.8]]), torch.ones(1), torch.zeros(1, 2)
     for kind in (PULL, PUSH):
-        rows = FeatureRows(torch.tensor([0]), target, one, torch.tensor([kind]), zeros, one, normalised=False)
+        rows = FeatureRows(torch.tensor([0]), target, one, torch.tensor([kind]), zeros, one, "head", normalised=False)
         loss = feature_losses(feature, rows).sum()
         (gradient,) = torch.autograd.grad(loss, feature)
         assert bool((gradient == 0).all())
@@ -103,11 +105,15 @@ def session(folder: Path, changes: dict[str, Any] | None = None) -> tuple[RunSta
 
 def composer_of(state: RunState, world: World) -> Composer:
     task = world.stream.tasks[1]
-    built = Composer.build(
-        world.config, world.stream, task, state.prior.memory, teacher=None, device=state.engine.device
+    return Composer.build(
+        world.config,
+        world.stream,
+        task,
+        state.prior.memory,
+        teacher=None,
+        device=state.engine.device,
+        topology=Topology.of(state.prior.gas, world.config.prior.topology, "head"),
     )
-    topology = Topology.of(state.prior.gas, world.config.prior.topology, "head")
-    return Composer(**{**vars(built), "topology": topology})
 
 
 def test_a_step_s_parts_say_what_the_definition_says(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from typing import Literal, assert_never
 
 from hpccl.config.engine import BUCKET, DdpEngine, DeepspeedEngine, EngineConfig, Fsdp2Engine, shards_of
 
-__all__ = ["Spread", "all_reduce", "elements", "held", "rows", "sent"]
+__all__ = ["Sharding", "all_reduce", "elements", "held", "rows", "sent"]
 
 FLOAT = 4  # bytes of a weight, a gradient, a moment
 _PREFETCH = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size, in elements
@@ -49,7 +49,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Spread:
+class Sharding:
     """An engine on a number of ranks.
 
     ranks: P
@@ -76,7 +76,7 @@ class Spread:
     prefetch: int = _PREFETCH
 
     @classmethod
-    def of(cls, engine: EngineConfig, ranks: int) -> Spread:
+    def of(cls, engine: EngineConfig, ranks: int) -> Sharding:
         """Build from the section `engine` of a configuration.
 
         Raises:
@@ -127,23 +127,23 @@ class Spread:
         return min(num_weights, max(self.reuse, self.prefetch) // 2)
 
 
-def rows(shapes: Iterable[Shape], spread: Spread) -> int:
+def rows(shapes: Iterable[Shape], sharding: Sharding) -> int:
     """Return the elements of the network for passes outside training, on the rank that has most."""
-    if spread.spreads_weights:
-        return sum(_rows(shape, spread.shards) for shape in shapes)
+    if sharding.spreads_weights:
+        return sum(_rows(shape, sharding.shards) for shape in shapes)
     return sum(map(math.prod, shapes))
 
 
-def elements(shapes: Sequence[Shape], spread: Spread, *, what: Literal["weights", "gradients", "moments"]) -> int:
+def elements(shapes: Sequence[Shape], sharding: Sharding, *, what: Literal["weights", "gradients", "moments"]) -> int:
     """Return the elements of weights, gradients or one moment on the rank that has most."""
     sizes = [math.prod(shape) for shape in shapes]
-    if spread.kind == "fsdp2":
-        return rows(shapes, spread)
-    if spread.has_second_network:
-        return sum(-(-size // spread.ranks) for size in sizes)
-    if spread.stage == 2 and what == "gradients":
-        return _reaching(sizes, spread.ranks)
-    return -(-sum(sizes) // spread.ranks) if spread.stage and what == "moments" else sum(sizes)
+    if sharding.kind == "fsdp2":
+        return rows(shapes, sharding)
+    if sharding.has_second_network:
+        return sum(-(-size // sharding.ranks) for size in sizes)
+    if sharding.stage == 2 and what == "gradients":
+        return _reaching(sizes, sharding.ranks)
+    return -(-sum(sizes) // sharding.ranks) if sharding.stage and what == "moments" else sum(sizes)
 
 
 def _rows(shape: Shape, shards: int) -> int:
@@ -161,45 +161,45 @@ def _reaching(sizes: Sequence[int], ranks: int) -> int:
     return most
 
 
-def held(shapes: Sequence[Shape], largest_unit: int, moments: float, spread: Spread) -> dict[str, float]:
+def held(shapes: Sequence[Shape], largest_unit: int, moments: float, sharding: Sharding) -> dict[str, float]:
     """Return the bytes on the rank that has most, by purpose.
 
     Args:
         shapes: of the parameters.
         largest_unit: elements of the largest module whose weights are gathered and freed together.
         moments: k.
-        spread: the engine.
+        sharding: the engine.
     """
-    master = 1 if spread.kind == "deepspeed" and spread.stage > 0 else 0
+    master = 1 if sharding.kind == "deepspeed" and sharding.stage > 0 else 0
     found = {
-        "weights": FLOAT * elements(shapes, spread, what="weights"),
-        "gradients": FLOAT * elements(shapes, spread, what="gradients"),
-        "optimizer": FLOAT * (moments + master) * elements(shapes, spread, what="moments"),
+        "weights": FLOAT * elements(shapes, sharding, what="weights"),
+        "gradients": FLOAT * elements(shapes, sharding, what="gradients"),
+        "optimizer": FLOAT * (moments + master) * elements(shapes, sharding, what="moments"),
     }
     whole = sum(map(math.prod, shapes))
-    kept = spread.kept_whole(whole)
-    if spread.kind == "fsdp2":
+    kept = sharding.kept_whole(whole)
+    if sharding.kind == "fsdp2":
         found["whole blocks"] = FLOAT * (kept + (2 if kept else 4) * largest_unit)
-    if spread.has_second_network:
-        found["whole blocks"] = FLOAT * (min(whole, kept + spread.prefetch + largest_unit) + largest_unit)
-        found["small weights, whole"] = FLOAT * sum(n for n in map(math.prod, shapes) if n < spread.persistent)
+    if sharding.has_second_network:
+        found["whole blocks"] = FLOAT * (min(whole, kept + sharding.prefetch + largest_unit) + largest_unit)
+        found["small weights, whole"] = FLOAT * sum(n for n in map(math.prod, shapes) if n < sharding.persistent)
     if master:
-        bucket = spread.bucket or min(BUCKET, whole)
+        bucket = sharding.bucket or min(BUCKET, whole)
         found["bucket of gradients"] = FLOAT * bucket
-        if spread.stage > 1:  # stage 1 frees gradients that are in the bucket, which makes room
+        if sharding.stage > 1:  # stage 1 frees gradients that are in the bucket, which makes room
             found["gradients on their way"] = FLOAT * min(bucket, whole)
     return found
 
 
-def sent(num_weights: int, num_buffer_bytes: int, spread: Spread, *, accumulate: int) -> dict[str, float]:
+def sent(num_weights: int, num_buffer_bytes: int, sharding: Sharding, *, accumulate: int) -> dict[str, float]:
     """Return the bytes that a rank sends in a step, by purpose."""
-    whole, shards, copies = FLOAT * num_weights, spread.shards, spread.ranks // spread.shards
-    gathers = accumulate * (2 - spread.kept_whole(num_weights) / num_weights)
-    match spread.kind:
+    whole, shards, copies = FLOAT * num_weights, sharding.shards, sharding.ranks // sharding.shards
+    gathers = accumulate * (2 - sharding.kept_whole(num_weights) / num_weights)
+    match sharding.kind:
         case "ddp":
             return {
-                "average gradients": all_reduce(whole, spread.ranks),
-                "buffers": num_buffer_bytes * accumulate * (spread.ranks > 1),
+                "average gradients": all_reduce(whole, sharding.ranks),
+                "buffers": num_buffer_bytes * accumulate * (sharding.ranks > 1),
             }
         case "fsdp2":
             return {
@@ -207,18 +207,18 @@ def sent(num_weights: int, num_buffer_bytes: int, spread: Spread, *, accumulate:
                 "average gradients": accumulate * (_share(whole, shards) + all_reduce(whole / shards, copies)),
             }
         case "deepspeed":
-            if spread.stage == 0:
-                return {"average gradients": all_reduce(whole, spread.ranks)}
-            if spread.stage == 3:
+            if sharding.stage == 0:
+                return {"average gradients": all_reduce(whole, sharding.ranks)}
+            if sharding.stage == 3:
                 return {
                     "gather weights": gathers * _share(whole, shards),
                     "average gradients": accumulate * _share(whole, shards),
                 }
             # Stage 1 averages once a step, stage 2 after every micro-batch, as it keeps only shards.
-            times = accumulate if spread.stage == 2 else 1
+            times = accumulate if sharding.stage == 2 else 1
             return {
                 "gather weights": _share(whole, shards),
-                "average gradients": times * all_reduce(whole, spread.ranks),
+                "average gradients": times * all_reduce(whole, sharding.ranks),
             }
 
 
