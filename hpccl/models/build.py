@@ -30,17 +30,23 @@ def build_model(config: ModelConfig, *, image_shape: tuple[int, int, int], num_c
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        match config:
-            case PaperModel(kind="cifarnet"):
-                return cifarnet(image_shape, num_classes, dropout=config.dropout)
-            case PaperModel():
-                return vgg_small(image_shape, num_classes)
-            case MlpModel():
-                return mlp(image_shape, num_classes, hidden=config.hidden)
-            case TimmModel():
-                return _timm(config, image_shape, num_classes)
-            case _:
-                assert_never(config)
+        model = _built(config, image_shape, num_classes)
+    replace_dropout(model)
+    return model
+
+
+def _built(config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    match config:
+        case PaperModel(kind="cifarnet"):
+            return cifarnet(image_shape, num_classes, dropout=config.dropout)
+        case PaperModel():
+            return vgg_small(image_shape, num_classes)
+        case MlpModel():
+            return mlp(image_shape, num_classes, hidden=config.hidden)
+        case TimmModel():
+            return _timm(config, image_shape, num_classes)
+        case _:
+            assert_never(config)
 
 
 def skeleton(config: ModelConfig, *, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -146,7 +152,6 @@ def _timm(config: TimmModel, image_shape: tuple[int, int, int], num_classes: int
         model: nn.Module = timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=image_shape[0], **config.options
         )
-        replace_dropout(model)
     except Exception as error:  # timm's networks may raise anything for arguments that they do not check
         if out_of_memory(error):
             raise

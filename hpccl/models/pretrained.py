@@ -18,6 +18,7 @@ from hpccl.machine import out_of_memory
 __all__ = ["Start", "start_from"]
 
 _PICKLED = (".pth", ".pt", ".bin", ".tar")
+_COUNTER = ".num_batches_tracked"
 # Keys under which training programs save weights; averaged ones first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Prefixes that wrappers of a network add to the names of its weights.
@@ -35,7 +36,8 @@ class Start:
 def start_from(model: nn.Module, path: Path) -> Start:
     """Replace a network's weights and buffers by those in a file.
 
-    The head is replaced as well, or stays as it is if the file has another number of classes, or no head.
+    The head is replaced as well, or stays as it is if the file has another number of classes, or no head. Files older
+    than BatchNorm's counters, such as torchvision's first ones, may lack these, which change nothing.
 
     Args:
         model: changed in place.
@@ -50,8 +52,9 @@ def start_from(model: nn.Module, path: Path) -> Start:
     foreign = {name for name in given if name.startswith(_head(model))}
     same = foreign == set(head) and all(given[name].shape == own[name].shape for name in head)
     body = own.keys() - set(head)
+    counters = {name for name in body - given.keys() if name.endswith(_COUNTER)}
     wrong = {
-        "missing": sorted(body - given.keys()),
+        "missing": sorted(body - given.keys() - counters),
         "unexpected": sorted(given.keys() - own.keys() - foreign),
         "of another shape": [
             f"{name} ({_sides(given[name])} there, {_sides(own[name])} here)"
@@ -60,13 +63,17 @@ def start_from(model: nn.Module, path: Path) -> Start:
         ],
     }
     if any(wrong.values()):
+        other = ", or, for images of another size, model.options={dynamic_img_size: true} where the network takes it"
+        sized = all(name.startswith("pos_embed") for name in wrong["of another shape"])
+        sized = sized and not (wrong["missing"] or wrong["unexpected"])
         raise DataError(
             f"model.checkpoint '{path}' is of another network: {'; '.join(_few(*each) for each in wrong.items())}; "
             "only the head may differ: choose the model that it was trained with, and the same model.options"
+            f"{other * sized}"
         )
     with torch.no_grad():
         for name in own:
-            if name in body or same:
+            if (name in body or same) and name not in counters:
                 own[name].copy_(given[name])
     return Start(str(path), () if same else tuple(head))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hpccl.config.clash import Clash
 from hpccl.config.curvature import KroneckerCurvature, Measured
 from hpccl.config.engine import DdpEngine, DeepspeedEngine
+from hpccl.config.model import TimmModel
 from hpccl.config.optim import LieOptim, MultiplicativeGroup, TimmOptim, VognOptim
 from hpccl.config.stream import DigitsStream
 
@@ -61,6 +62,14 @@ def _unfit(config: RunConfig) -> Iterator[Clash]:
         name = config.optim.name.lower().split("_")[-1]  # after timm's prefix `lookahead_`
         if name in _UNFIT:
             yield Clash(("optim.name",), _UNFIT[name])
+
+
+def _tagged(config: RunConfig) -> Iterator[Clash]:
+    model = config.model
+    if isinstance(model, TimmModel) and "." in model.name and model.checkpoint is None:
+        name, _, tag = model.name.partition(".")
+        problem = f"names pretrained weights ({tag}), but none are read; set model.checkpoint, or {name} alone"
+        yield Clash(("model.name", "model.checkpoint"), problem)
 
 
 def _clipped(config: RunConfig) -> Iterator[Clash]:
@@ -125,6 +134,7 @@ def _per_example(config: RunConfig) -> Iterator[Clash]:
 RULES = (
     _schedule,
     _unfit,
+    _tagged,
     _clipped,
     _lengths,
     _shards,

@@ -144,6 +144,7 @@ DOMAINS = "stream.scenario.kind=domains"
         ([*FROMP, "prior.classes=known"], "prior.classes"),
         ([MEMORY, "prior.classes=known", "train.head=seen", "prior.loss=squared"], "prior.classes"),
         (["train.competing=task"], "train.competing"),
+        (["model={kind: timm, name: resnet18.a1_in1k}"], "model.name"),
         (["train.competing=all"], "train.competing"),
         (["train.competing=all", "train.head=seen", MEMORY], "train.competing"),
         (["train.competing=all", "train.head=seen", KD], "train.competing"),

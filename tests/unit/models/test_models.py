@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from hpccl.config.model import MlpModel, PaperModel, TimmModel
 from hpccl.errors import ConfigError
+from hpccl.models import build
 from hpccl.models.build import build_model, refuse_sizes
 from hpccl.models.dropout import KeyedDropout, replace_dropout, set_noise
 
@@ -98,6 +100,14 @@ def test_dropout_noise_belongs_to_the_example() -> None:
     assert torch.equal(layer(values[10:20]), whole[10:20])
     layer.keys = keys.flip(0)
     assert torch.equal(layer(values).flip(0), whole)
+
+
+def test_dropout_of_every_kind_of_network_belongs_to_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a kind that somebody adds."""
+    own = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 3))
+    monkeypatch.setattr(build, "mlp", lambda *_, **__: own)
+    model = build_model(MlpModel(), image_shape=(3, 2, 2), num_classes=3, seed=0)
+    assert any(isinstance(layer, KeyedDropout) for layer in model.modules())
 
 
 def test_dropout_noise_does_not_depend_on_the_layout_in_memory() -> None:

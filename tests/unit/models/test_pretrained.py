@@ -55,6 +55,26 @@ def test_a_file_without_a_head(tmp_path: Path) -> None:
     assert torch.equal(model.state_dict()["conv1.0.weight"], backbone.state_dict()["conv1.0.weight"])
 
 
+def test_a_file_may_lack_the_counters_of_batch_norm(tmp_path: Path) -> None:
+    """As torchvision's older files do; timm and torch accept these, too."""
+    source = built(RESNET, num_classes=10, seed=1).state_dict()
+    weights = {name: value for name, value in source.items() if not name.endswith("num_batches_tracked")}
+    assert 0 < len(weights) < len(source)
+    safetensors.torch.save_file(weights, tmp_path / "old.safetensors")
+    model = built(RESNET, num_classes=10, seed=2)
+    assert start_from(model, tmp_path / "old.safetensors").fresh == ()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+
+
+def test_a_transformer_for_images_of_another_size_is_told_how(tmp_path: Path) -> None:
+    small = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    config = TimmModel(kind="timm", name="vit_tiny_patch16_224", options={"img_size": 32, **small})
+    path = saved(built(config, num_classes=10, seed=1), tmp_path / "weights.safetensors")
+    other = config.model_copy(update={"options": {"img_size": 16, **small}})
+    with pytest.raises(DataError, match=r"pos_embed .*model.options=\{dynamic_img_size: true\}"):
+        start_from(build_model(other, image_shape=(3, 16, 16), num_classes=10, seed=2), path)
+
+
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
