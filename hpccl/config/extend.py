@@ -19,12 +19,11 @@ from hpccl.errors import ConfigError, FolderError
 __all__ = ["SETTINGS", "extended_config"]
 
 _PER_TASK = ("train.epochs", "optim.lr", "prior.weight", "curvature.fraction")
-# What the results of the tasks that were learned depend on stays as it is; the rest are the settings that may also
-# change when a run is continued.
-_MACHINERY = ("cluster", "engine", "checkpoint", "log")
+# What the tasks that are learned depend on stays as it is; all other settings may change, as when a run is resumed.
 SETTINGS = (
-    f"{', '.join(_PER_TASK)} (of the new tasks); {', '.join(f'data.{name}' for name in READING)}, memory.keep; all of "
-    f"{', '.join(_MACHINERY)} but engine.precision"
+    f"{', '.join(_PER_TASK)}, whose values are those of the new tasks; "
+    f"{', '.join(f'data.{name}' for name in READING)}, memory.keep, curvature.batch_size, curvature.max_factor, "
+    "curvature.max_parameters; all of cluster, engine (except engine.precision), checkpoint, log"
 )  # in words
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 from typer.testing import CliRunner
@@ -17,12 +18,13 @@ from hpccl.cli import app
 from hpccl.cluster.prepare import prepare
 from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
-from hpccl.config.stream import Part
+from hpccl.config.stream import Part, ShardStream
 from hpccl.data.shards.build import build
 from hpccl.data.shards.encodings import Lossless
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
 from hpccl.errors import FolderError, HpcclError
+from hpccl.models.build import build_model
 from hpccl.report.events import read_events
 from hpccl.report.summary import summarise
 from hpccl.tools.evaluate_run import evaluate_run, reopened
@@ -118,6 +120,35 @@ def test_new_tasks_are_learned_and_the_old_ones_stay(images: Path, tmp_path: Pat
     assert report.num_tasks == report.tasks_learned == 4
     assert report.fwt is None  # the new task was not tested before it came
     assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("method", ["ewc", "ewc+fr+replay"])
+def test_the_result_is_that_of_a_run_that_knew_all_tasks_from_the_beginning(
+    images: Path, tmp_path: Path, method: str
+) -> None:
+    """Both begin with the same weights: those of new rows are what they would have been."""
+    narrow = config_of(images, tmp_path / "run", METHODS[method], QUICK)
+    assert isinstance(narrow.stream, ShardStream)
+    parts = (*narrow.stream.parts, Part(path=str(images / "high")))
+    wide = narrow.model_copy(
+        update={
+            "stream": narrow.stream.model_copy(update={"parts": parts}),
+            "folder": str(tmp_path / "wide"),
+        }
+    )
+    assert go_on(wide) == "done"
+    fresh = build_model(wide.model, image_shape=(3, 8, 8), num_classes=10, seed=wide.seed).state_dict()
+    start = {name: value[:7].clone() if len(value) == 10 else value for name, value in fresh.items()}
+    save_file(start, tmp_path / "start.safetensors")
+    begun = {"model": {**QUICK["model"], "checkpoint": str(tmp_path / "start.safetensors")}}
+    base = finished(images, tmp_path / "run", METHODS[method], QUICK, begun)
+    assert go_on(extend(base, tmp_path / "out", parts=[str(images / "high")]).config) == "done"
+    with reopened(tmp_path / "wide") as (state, _):
+        expected = wholes(state.engine.gather())
+    with reopened(tmp_path / "out") as (state, _):
+        found = wholes(state.engine.gather())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +289,7 @@ def test_a_folder_in_use_is_kept(images: Path, quick: Path) -> None:
 
 def test_a_stream_with_more_parts_is_told_of_extend(images: Path, quick: Path) -> None:
     config = load_recorded(quick / "config.yaml")
+    assert isinstance(config.stream, ShardStream)
     more = config.stream.model_copy(update={"parts": (*config.stream.parts, Part(path=str(images / "high")))})
     with pytest.raises(FolderError, match=rf"hpccl extend {quick} --out OUT --part {images / 'high'}"):
         prepare(config.model_copy(update={"stream": more}), [])
