@@ -46,7 +46,8 @@ def extended_config(run: Path, out: Path, *, parts: Sequence[str], settings: Seq
         raise ConfigError("nothing to add: give the shards of the new tasks with --part")
     old = source.stream.parts
     stream = [*(part.model_dump(mode="json") for part in old), *map(_part, parts)]
-    words = [f"stream.parts={json.dumps(stream)}", f"folder={json.dumps(str(out))}", f"name={source.name}-extended"]
+    name = f"{source.name.removesuffix('-extended')}-extended"
+    words = [f"stream.parts={json.dumps(stream)}", f"folder={json.dumps(str(out))}", f"name={name}"]
     learned = sum(part.tasks for part in old)
     config = load([run / "config.yaml"], [*words, *(_setting(each, source, learned) for each in settings)])
     _refuse_changed(source, config)

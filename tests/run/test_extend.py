@@ -30,6 +30,8 @@ from hpccl.report.summary import summarise
 from hpccl.tools.evaluate_run import evaluate_run, reopened
 from hpccl.tools.extend import extend
 from hpccl.train.run import run
+from hpccl.train.stop import Stop
+from tests.dist.world import Result, run_in_world
 from tests.run.method import AfterEvent, go_on, merged, weights
 
 PARTS = {"low": (0, 1, 2, 3), "middle": (4, 5, 6), "high": (7, 8, 9)}
@@ -81,8 +83,13 @@ def finished(images: Path, folder: Path, *changes: dict[str, Any]) -> Path:
     return folder
 
 
-def accuracies(folder: Path, setting: str = "task_incremental") -> list[float]:
-    return [float(result[setting]["accuracy"]) for result in evaluate_run(folder)["tasks"] if result[setting]]
+def accuracies(folder: Path) -> list[float]:
+    return [float(result["task_incremental"]["accuracy"]) for result in evaluate_run(folder)["tasks"]]
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    with reopened(folder) as (state, _):
+        return wholes(state.engine.gather())
 
 
 def pull(folder: Path, moved: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -143,10 +150,7 @@ def test_the_result_is_that_of_a_run_that_knew_all_tasks_from_the_beginning(
     begun = {"model": {**QUICK["model"], "checkpoint": str(tmp_path / "start.safetensors")}}
     base = finished(images, tmp_path / "run", METHODS[method], QUICK, begun)
     assert go_on(extend(base, tmp_path / "out", parts=[str(images / "high")]).config) == "done"
-    with reopened(tmp_path / "wide") as (state, _):
-        expected = wholes(state.engine.gather())
-    with reopened(tmp_path / "out") as (state, _):
-        found = wholes(state.engine.gather())
+    expected, found = weights_of(tmp_path / "wide"), weights_of(tmp_path / "out")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
@@ -170,10 +174,8 @@ def test_the_quadratic_pulls_old_weights_as_before_and_new_ones_not_at_all(
     quadratic = {"prior": {"quadratic": undamped}, "curvature": curvature}
     base = finished(images, tmp_path / "run", quadratic, QUICK, {"memory": {"size": 0}})
     extend(base, tmp_path / "out", parts=[str(images / "high")])
-    with reopened(base) as (state, _):
-        shapes = {name: value.shape for name, value in wholes(state.engine.gather()).items()}
     generator = torch.Generator().manual_seed(0)
-    moved = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    moved = {name: torch.randn(value.shape, generator=generator) for name, value in weights_of(base).items()}
     before, after = pull(base, moved), pull(tmp_path / "out", moved)
     for name, value in before.items():
         assert float(value.norm()) > 0
@@ -195,6 +197,28 @@ def test_stopped_in_a_new_task_and_again_gives_the_same_weights(images: Path, tm
     assert go_on(config) == "done"
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert len(evaluate_run(tmp_path / "out")["tasks"]) == 6
+
+
+def on_ranks(comm: Comm, folder: str) -> Result:
+    """The run of the configuration in a folder."""
+    config = load_recorded(Path(folder) / "config.yaml")
+    return {"done": torch.tensor(run(config, comm, Stop(), quiet=True) == "done")}
+
+
+@pytest.mark.slow
+def test_what_two_processes_share_is_extended_by_one(images: Path, tmp_path: Path) -> None:
+    """Weights are in shards, and curvature is where its layer is."""
+    engine = {"engine": {"kind": "fsdp2"}}
+    prepare(config_of(images, tmp_path / "two", METHODS["ewc+fr+replay"], QUICK, engine), [])
+    assert all(rank["done"] for rank in run_in_world(on_ranks, 2, tmp_path / "first", str(tmp_path / "two")))
+    base = finished(images, tmp_path / "one", METHODS["ewc+fr+replay"], QUICK)
+    for folder in (tmp_path / "two", base):
+        extend(folder, folder / "out", parts=[str(images / "high")])
+    assert all(rank["done"] for rank in run_in_world(on_ranks, 2, tmp_path / "then", str(tmp_path / "two" / "out")))
+    assert go_on(load_recorded(base / "out" / "config.yaml")) == "done"
+    expected, found = weights_of(base / "out"), weights_of(tmp_path / "two" / "out")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("scenario", "tasks", "classes"), [("domains", 1, 0), ("blurry", 2, 4)])
