@@ -31,7 +31,7 @@ app = typer.Typer(
     help="Continual learning of image classifiers on a stream of tasks.",
 )
 for command in (
-    *(training.train, training.adapt),
+    *(training.train, training.adapt, training.extend),
     *(jobs.submit, jobs.status, jobs.logs, jobs.cancel),
     *(training.check, training.plan),
     *(results.evaluate, results.report, results.choose, results.export, results.merge, results.doctor),

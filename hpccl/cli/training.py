@@ -1,4 +1,4 @@
-"""`hpccl train`, `adapt`, `check` and `plan`."""
+"""`hpccl train`, `adapt`, `extend`, `check` and `plan`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hpccl.cli.common import Arguments, configs_of, train_all
 from hpccl.cluster.outcome import DONE
 from hpccl.cluster.step import end, in_step
 from hpccl.config.adapt import SETTINGS, adapted_config, named, reference_config
+from hpccl.config.extend import SETTINGS as OF_NEW_TASKS
 from hpccl.config.load import dump, is_override
 from hpccl.errors import ConfigError
 from hpccl.output import console
@@ -21,7 +22,7 @@ from hpccl.output import console
 if TYPE_CHECKING:
     from hpccl.config.run import RunConfig
 
-__all__ = ["adapt", "check", "plan", "train"]
+__all__ = ["adapt", "check", "extend", "plan", "train"]
 
 _MUCH = 0.05  # loss of accuracy in an adaptation that is worth a note
 
@@ -78,7 +79,7 @@ def adapt(
     options = [f"cluster.nproc={nproc}"] if nproc is not None else []
     options += ["log.quiet=true"] if quiet else []
     change = _change(add, None if remove is None else named(remove), prior_precision, model)
-    _refuse_files(settings or [])
+    _refuse_files(settings or [], "an adaptation")
     from hpccl.train.adapt import check_adaptation, last_mark
 
     given: dict[str, Any] = {
@@ -159,10 +160,39 @@ def _change(
     return next(iter(found.values()))
 
 
-def _refuse_files(settings: Sequence[str]) -> None:
+def _refuse_files(settings: Sequence[str], what: str) -> None:
     files = [setting for setting in settings if not is_override(setting)]
     if files:
-        raise ConfigError(f"'{files[0]}' is not key=value; an adaptation takes its configuration from the run's folder")
+        raise ConfigError(f"'{files[0]}' is not key=value; {what} takes its configuration from the run's folder")
+
+
+def extend(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run, which stays as it is.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help=f"Settings of the extended run: {OF_NEW_TASKS}."),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="A new folder, that of the extended run.")],
+    part: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SHARDS",
+            help="Shards of new tasks, as in stream.parts: a path, or '{path: PATH, tasks: 2}'; may be repeated.",
+        ),
+    ],
+) -> None:
+    """Add tasks with new classes to a finished run; train the new run folder to learn them."""
+    _refuse_files(settings or [], "an extended run")
+    from hpccl.cluster.prepare import prepare
+    from hpccl.tools.extend import extend as write
+
+    done = write(run, out, parts=part, settings=settings or [])
+    prepare(done.config, ["hpccl", *sys.argv[1:]])
+    typer.echo(
+        f"{out}: the run with {done.tasks} more {'task' if done.tasks == 1 else 'tasks'} and {done.classes} more "
+        f"classes; to learn them: hpccl train {out}/config.yaml"
+    )
 
 
 def check(arguments: Arguments) -> None:

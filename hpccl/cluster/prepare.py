@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.differences import differences, flat
 from hpccl.config.load import dump, load_recorded
 from hpccl.config.run import RunConfig
+from hpccl.config.stream import Part, ShardStream
 from hpccl.errors import ConfigError, FolderError
 from hpccl.folder import RunFolder, expanded, explain_os_error, replacing
 from hpccl.machine import ask_git, commit, machine
@@ -190,7 +192,23 @@ def _refuse_another(there: RunConfig, here: RunConfig, folder: RunFolder) -> Non
     advice = f"set folder=... (or name=...) for a new run, or delete '{folder.path}', or undo the change to resume"
     if _adapts(here):  # do not advise to delete it: it may be the folder of the run to adapt
         advice = "give another --out, or undo the change to continue what is there"
+    elif further := _further_parts(there, here):
+        parts = " ".join(f"--part {shlex.quote(part)}" for part in further)
+        advice = f"to learn the new parts after its tasks: hpccl extend {folder.path} --out OUT {parts}; or {advice}"
     raise FolderError(f"run folder '{folder.path}' holds a run of another configuration:\n{differs}\n{advice}")
+
+
+def _further_parts(there: RunConfig, here: RunConfig) -> list[str]:
+    """Return the parts of the stream, as `hpccl extend` takes them, that follow those of the run in the folder."""
+    if not isinstance(there.stream, ShardStream) or not isinstance(here.stream, ShardStream):
+        return []
+    first = len(there.stream.parts)
+    if here.stream.parts[:first] != there.stream.parts:
+        return []
+    return [
+        part.path if part == Part(path=part.path) else json.dumps(part.model_dump(mode="json", exclude_defaults=True))
+        for part in here.stream.parts[first:]
+    ]
 
 
 def _adapts(config: RunConfig) -> bool:

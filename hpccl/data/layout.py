@@ -159,7 +159,7 @@ def extended(layout: Layout, more: Sequence[Collection], *, parts: int) -> Layou
             raise DataError(
                 f"'{part.title}' has images of class '{unknown[0]}' ({len(unknown)} such classes), which the run has "
                 f"not learned; allowed: {', '.join(layout.class_names[:5])}{', ...' if len(known) > 5 else ''}. "
-                "New classes are new tasks: give them in stream.parts"
+                "New classes are new tasks: add them with `hpccl extend RUN --out OUT --part SHARDS`"
             )
         number_of = np.array([known.get(name, -1) for name in part.class_names], dtype=np.int64)
         label = number_of[part.labels["train"]]

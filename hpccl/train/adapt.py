@@ -74,7 +74,9 @@ def last_mark(run: Path) -> Mark:
     mark = latest(folder.checkpoints)
     if mark is None or mark.phase != "done":
         where = "has no checkpoint yet" if mark is None else f"has only reached {mark.name}"
-        raise FolderError(f"'{run}' {where}, but only a finished run can be adapted; continue the run to its end first")
+        raise FolderError(
+            f"'{run}' {where}, but only a finished run can be adapted or extended; continue the run to its end first"
+        )
     return mark
 
 
