@@ -60,14 +60,14 @@ def test_shards_are_built_on_a_node_in_spite_of_a_warning(cluster: Testbed, tmp_
 
 def test_a_run_for_each_line_of_a_file(cluster: Testbed, tmp_path: Path) -> None:
     quick = " ".join((*SMALL, "train.epochs=1", "stream.tasks=2"))
-    runs = [f"{quick} folder={tmp_path}/run-$HOME-{number}" for number in range(2)]  # a $ means itself
+    runs = [f"{quick} folder={tmp_path}/run-*'`id`-{number}" for number in range(2)]  # nothing is expanded
     (tmp_path / "runs.txt").write_text("# two runs\n\n" + "\n  ".join(runs) + "\n")
     job = submit(tmp_path, TEMPLATES / "array.sbatch", "runs.txt", options=["--array=0-2%2"])
     ended = [wait_for_state(f"{job}_{task}") for task in range(3)]
     assert [task["JobState"] for task in ended] == ["COMPLETED", "COMPLETED", "FAILED"], log(tmp_path, f"{job}_0")
     assert ended[2]["ExitCode"] == "2:0"
     assert "'runs.txt' has 2 runs, none with number 2; the first is 0" in log(tmp_path, f"{job}_2")
-    assert all(report(tmp_path / f"run-$HOME-{number}") for number in range(2))
+    assert all(report(tmp_path / f"run-*'`id`-{number}") for number in range(2))
 
 
 @pytest.mark.slow

@@ -103,7 +103,9 @@ def wait_for(folder: Path, event: str, times: int) -> None:
 )
 def test_an_interrupted_campaign_saves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     script = two_trainings(tmp_path)
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where tests run under nohup, the campaign would, too
     process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, former)
     wait_for(tmp_path / "a", "step", 5)
     os.kill(process.pid, number)
     _, err = process.communicate(timeout=60)
