@@ -14,7 +14,8 @@ from hpccl.config.load import load, load_recorded
 from hpccl.config.run import READING, RunConfig
 from hpccl.config.stream import Part, ShardStream
 from hpccl.config.tree import plain, read_value
-from hpccl.errors import ConfigError, FolderError
+from hpccl.errors import ConfigError
+from hpccl.folder import RunFolder
 
 __all__ = ["SETTINGS", "extended_config"]
 
@@ -56,9 +57,9 @@ def extended_config(run: Path, out: Path, *, parts: Sequence[str], settings: Seq
 
 def _source(run: Path) -> RunConfig:
     """The configuration of the run; raises FolderError or ConfigError if no run of its kind can go on."""
-    if not (run / "config.yaml").is_file():
-        raise FolderError(f"'{run}' is not a run folder (it has no config.yaml); give the folder of a run")
-    source = load_recorded(run / "config.yaml")
+    folder = RunFolder(run)
+    folder.require()
+    source = load_recorded(folder.config)
     train = source.train
     if isinstance(source.adapt, AnyAdaptation):
         raise ConfigError(
