@@ -34,8 +34,9 @@ from hpccl.prior.normal import NormalPrior
 from hpccl.prior.prior import Prior
 from hpccl.report.events import EventLog
 from hpccl.report.progress import make_progress
-from hpccl.train.compose import Composer, MicroBatch, plan_task, split
+from hpccl.train.compose import Composer, MicroBatch, split
 from hpccl.train.distill import Distilled
+from hpccl.train.plan import plan_task
 from hpccl.train.state import World
 from hpccl.train.step import train_step
 from hpccl.train.stop import Stop

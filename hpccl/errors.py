@@ -5,7 +5,7 @@ HpcclError                     something a user can fix; the command prints it w
 ├── DataError                  images or shards are missing, truncated, altered or undecodable
 ├── FolderError                a run folder cannot be used (another configuration, no permission, disk full)
 │   └── CheckpointError        a checkpoint is damaged or of an unknown format
-├── WorldError                 processes cannot connect, or one of them died
+├── WorldError                 the cause is outside this process: others cannot be reached, died or failed
 │   └── StragglerError         a process did not answer within cluster.timeout
 ├── CapacityError              the memory of the machine or of a device has run out
 ├── CoverageError              a parameter that the curvature was asked to cover is not covered
@@ -49,7 +49,7 @@ class CheckpointError(FolderError):
 
 
 class WorldError(HpcclError):
-    """Processes cannot connect, or one of them died."""
+    """The cause is outside this process: others cannot be reached, one died or reports a failure, or SLURM refuses."""
 
 
 class StragglerError(WorldError):

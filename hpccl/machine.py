@@ -21,6 +21,7 @@ __all__ = [
     "slurm_gpus",
     "slurm_job",
     "usable_cores",
+    "variable",
     "versions",
     "visible_gpus",
 ]
@@ -36,6 +37,12 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "hostname": socket.gethostname(),
     }
+
+
+def variable(name: str) -> int:
+    """Return the whole number in an environment variable; 0 if it has none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else 0
 
 
 def usable_cores() -> int:

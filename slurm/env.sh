@@ -6,14 +6,20 @@
 
 HPCCL_HOME=${HPCCL_HOME:-$SLURM_SUBMIT_DIR}
 if [ -f "$HPCCL_HOME/slurm/site.sh" ]; then
-  . "$HPCCL_HOME/slurm/site.sh" || exit 2
+  . "$HPCCL_HOME/slurm/site.sh" || {
+    echo "hpccl: the last command of '$HPCCL_HOME/slurm/site.sh' failed with $?; mend it, or end the file with 'true'" >&2
+    exit 2
+  }
 fi
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -d "$HPCCL_HOME/.venv/bin" ]; then
   PATH=$HPCCL_HOME/.venv/bin:$PATH
 fi
 export HPCCL_HOME PATH
 
-. "$HPCCL_HOME/hpccl/cluster/requeue.sh" || exit 2 # hpccl_finish, and traps of signals
+. "$HPCCL_HOME/hpccl/cluster/requeue.sh" || { # hpccl_finish, and traps of signals
+  echo "hpccl: '$HPCCL_HOME' is not the folder of the repository; submit from there, or set HPCCL_HOME" >&2
+  exit 2
+}
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -50,7 +51,7 @@ def main() -> None:
     try:
         with contextlib.redirect_stdout(Told(sys.stdout)) as told:
             try:
-                app()
+                app(args=[_expanded(argument) for argument in sys.argv[1:]])
             finally:
                 told.flush()
     except HpcclError as error:
@@ -65,6 +66,13 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     finally:
         flush()
+
+
+def _expanded(argument: str) -> str:
+    """Return an argument with the home folder in `--option=~/path`, which shells leave as it is."""
+    option, sign, path = argument.partition("=")
+    is_path = sign and option.startswith("--") and path.startswith("~")
+    return f"{option}={os.path.expanduser(path)}" if is_path else argument
 
 
 def _leave(code: int) -> NoReturn:

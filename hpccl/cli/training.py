@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ import typer
 
 from hpccl.cli.common import Arguments, configs_of, train_all
 from hpccl.cluster.outcome import DONE
-from hpccl.cluster.step import end, in_step
+from hpccl.cluster.step import end, first_of_step, in_step
 from hpccl.config.adapt import SETTINGS, adapted_config, named, reference_config
 from hpccl.config.extend import SETTINGS as OF_NEW_TASKS
 from hpccl.config.load import dump, is_override
 from hpccl.errors import ConfigError
+from hpccl.folder import expanded
 from hpccl.output import console
 
 if TYPE_CHECKING:
@@ -89,18 +91,19 @@ def adapt(
         "model": model,
         "settings": [*(settings or []), *options],
     }
+    out = expanded("--out", str(out))
     config, other = adapted_config(run, out, **given), None
     check_adaptation(config)
     if reference is not None:
-        folder = out / "reference" if reference == "retrain" else Path(reference)
+        folder = out / "reference" if reference == "retrain" else expanded("--reference", reference)
         other = reference_config(run, folder, **given)
     runs = [config, other] if other is not None and reference == "retrain" else [config]
     _refuse_folders(runs, None if reference == "retrain" else other)
     code = train_all(runs)
+    if code == DONE and first_of_step():
+        _compare(out, other)
     if in_step():
         end(code)
-    if code == DONE:
-        _compare(out, other)
     raise typer.Exit(code)
 
 
@@ -188,11 +191,12 @@ def extend(
     from hpccl.cluster.prepare import prepare
     from hpccl.tools.extend import extend as write
 
-    done = write(run, out, parts=part, settings=settings or [])
-    prepare(done.config, ["hpccl", *sys.argv[1:]])
+    done = write(run, expanded("--out", str(out)), parts=part, settings=settings or [])
+    folder = prepare(done.config, ["hpccl", *sys.argv[1:]])
+    command = "submit" if done.config.cluster.kind == "slurm" else "train"
     typer.echo(
-        f"{out}: the run with {done.tasks} more {'task' if done.tasks == 1 else 'tasks'} and {done.classes} more "
-        f"classes; to learn them: hpccl train {out}/config.yaml"
+        f"{folder.path}: the run with {done.tasks} more {'task' if done.tasks == 1 else 'tasks'} and {done.classes} "
+        f"more classes; to learn them: hpccl {command} {shlex.quote(str(folder.config))}"
     )
 
 

@@ -22,12 +22,12 @@ from typing import IO, TYPE_CHECKING
 from hpccl.cluster.outcome import ASKED_TO_STOP, DONE, FAILED, INTERRUPTED, STOPPED, tell
 from hpccl.cluster.signals import handled
 from hpccl.cluster.worker import die_with_parent
-from hpccl.config.load import is_override, sweep
+from hpccl.config.load import is_override, points, sweep
 from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError, HpcclError
 from hpccl.machine import usable_cores, visible_gpus
-from hpccl.output import discard
+from hpccl.output import discard, say
 
 if TYPE_CHECKING:
     from hpccl.cluster.submit import Submitted
@@ -110,6 +110,8 @@ def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
         steps = [_with(step, chosen.more, add=chosen.add) for step in campaign.steps]
         if chosen.add and not any(step.reports for step in steps):
             raise ConfigError("--add has no effect, as this campaign writes no report; leave it out")
+        _refuse_sweeps(chosen.more)
+        _tell_overruled(campaign.steps, chosen.more)
         if chosen.jobs < 1:
             raise ConfigError(f"--jobs is {chosen.jobs}; allowed: at least 1")
         if chosen.dry_run:
@@ -131,6 +133,26 @@ def _with(step: Step, more: Sequence[str], *, add: bool) -> Step:
     files = [each for each in given if not is_override(each)] + [each for each in more if not is_override(each)]
     settings = [each for each in more if is_override(each)] + [each for each in given if is_override(each)]
     return Step(step.name, ("train", *files, *settings), step.after)
+
+
+def _refuse_sweeps(more: Sequence[str]) -> None:
+    """Raise ConfigError if settings for all trainings make a sweep: other steps need one run in a step's folder."""
+    axes = points([each for each in more if is_override(each)])[0]
+    if axes:
+        key = next(iter(axes))
+        raise ConfigError(
+            f"--with {key}=A,B is a sweep, but a campaign's other steps need one run a training; give one value (a "
+            f"list is {key}=[A, B]), or use launch/sweep.py"
+        )
+
+
+def _tell_overruled(steps: Sequence[Step], more: Sequence[str]) -> None:
+    """Print which settings for all trainings have no effect, as the trainings set them, too."""
+    for setting in filter(is_override, more):
+        key = setting.partition("=")[0]
+        own = {step.name: each for step in steps for each in step.arguments[1:] if each.startswith(f"{key}=")}
+        for name, each in list(own.items())[:1]:
+            say(f"note: --with {setting} has no effect in {len(own)} steps, such as '{name}', which sets {each}")
 
 
 def _of_begun(step: Step) -> Step:
@@ -175,9 +197,15 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
             if here:
                 raise FolderError(f"'{here[0]}' is being trained on this machine; run `hpccl cancel {here[0]}` first")
         else:
-            folder = campaign.folder / "slurm" / step.name
-            arguments = _of_begun(step).arguments
-            jobs[step.name] = [submit_command(arguments, cluster, name=step.name, folder=folder, dependency=dependency)]
+            number = submit_command(
+                _of_begun(step).arguments,
+                cluster,
+                name=step.name,
+                folder=campaign.folder / "slurm" / step.name,
+                dependency=dependency,
+                awaited=any(step.name in other.after for other in steps),
+            )
+            jobs[step.name] = [number]
         print(f"{', '.join(jobs[step.name]) or 'done already'}: {_shown(step)}", flush=True)
     print(f"all steps are queued; follow them with `hpccl status {campaign.folder}`")
     return DONE

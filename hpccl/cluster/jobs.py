@@ -17,7 +17,7 @@ from hpccl.report.standing import Standing
 
 __all__ = ["Job", "find_jobs", "find_runs", "is_run", "latest_job", "refuse_absent"]
 
-_NOT_RUNS = {"checkpoints", "memory", "logs", "tensorboard", "report", "slurm", "__pycache__"}
+_OF_A_RUN = {"checkpoints", "memory", "logs", "tensorboard", "report", "slurm"}  # folders inside a run that hold none
 _SIGNS = ("config.yaml", "jobs.jsonl", "events.jsonl")
 
 
@@ -62,17 +62,21 @@ def _absence(folder: Path) -> str:
 
 
 def _below(folder: Path, depth: int = 8) -> Iterator[Path]:
-    """Yield runs, sorted by name. Searches inside runs, which may hold a sweep or a reference, but does not follow
-    links, which may form a cycle."""
+    """Yield runs, and folders of jobs that do not train, sorted by name.
+
+    Searches inside runs, which may hold a sweep or a reference, but does not follow links, which may form a cycle.
+    """
     try:
         with os.scandir(folder) as entries:
             inside = sorted(entries, key=lambda entry: entry.name)
     except OSError:
         return
-    if any(entry.name in _SIGNS for entry in inside):
+    found = any(entry.name in _SIGNS for entry in inside)
+    if found:
         yield folder
+    passed = _OF_A_RUN if found else ()
     for entry in inside:
-        if depth > 1 and entry.name not in _NOT_RUNS and entry.name[0] != "." and entry.is_dir(follow_symlinks=False):
+        if depth > 1 and entry.name not in passed and entry.name[0] != "." and entry.is_dir(follow_symlinks=False):
             yield from _below(folder / entry.name, depth - 1)
 
 
@@ -90,6 +94,7 @@ class Job:
     state: SLURM's state of the job
     log: file of its output outside of `logs/rank-N.txt`; empty if there is none
     recorded: it was submitted for the run; if False, the run is only a part of what it does
+    trains: False for another `hpccl` command, of which there are no events
     """
 
     kind: Literal["slurm", "local"]
@@ -100,6 +105,7 @@ class Job:
     state: JobState | None = None
     log: str = ""
     recorded: bool = True
+    trains: bool = True
 
 
 def find_jobs(runs: Mapping[Path, Standing]) -> dict[Path, list[Job]]:
@@ -126,7 +132,8 @@ def _job(record: JobRecord, known: Mapping[str, JobState]) -> Job:
     if record.kind == "slurm":
         state = known[record.id]
         alive = None if state.word == UNKNOWN else state.alive
-        return Job("slurm", record.id, alive, record.submitted, state=state, log=record.log)
+        trains = not record.command
+        return Job("slurm", record.id, alive, record.submitted, state=state, log=record.log, trains=trains)
     here = record.host == os.uname().nodename
     alive = (record.id.isdecimal() and birth(int(record.id)) == record.born > 0) if here else None
     return Job("local", record.id, alive, record.submitted, host=record.host, log=record.log)

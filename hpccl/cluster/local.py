@@ -24,7 +24,7 @@ from hpccl.cluster.step import in_step, refuse_standstill, run_step
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder, explain_os_error
-from hpccl.machine import SlurmJob, slurm_job, usable_cores
+from hpccl.machine import SlurmJob, slurm_job, usable_cores, variable
 from hpccl.output import say
 
 __all__ = ["launch", "pick_port", "spawn"]
@@ -91,9 +91,7 @@ def _inline(config: RunConfig, argv: Sequence[str], threads: int) -> int:
 
 def _threads(config: RunConfig) -> int:
     """Return the threads of a process: as configured, or by OMP_NUM_THREADS, or an equal share of the cores."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    chosen = config.cluster.threads or (int(given) if given.isdecimal() else 0)
-    return chosen or max(1, usable_cores() // config.cluster.nproc)
+    return config.cluster.threads or variable("OMP_NUM_THREADS") or max(1, usable_cores() // config.cluster.nproc)
 
 
 def pick_port(port: int) -> int:

@@ -24,6 +24,8 @@ class JobRecord:
     host: the machine that submitted it, and for `local` that runs it
     born: start time of a local process in the system's clock ticks, since pids are reused
     log: file of its output outside of `logs/rank-N.txt`; empty if there is none
+    command: the words of the `hpccl` command, quoted for a shell, if it is another one than training; else empty
+    dependency: what that job waits for, as for `sbatch --dependency`; empty if for nothing
     """
 
     kind: Literal["slurm", "local"]
@@ -32,6 +34,8 @@ class JobRecord:
     host: str
     born: int = 0
     log: str = ""
+    command: str = ""
+    dependency: str = ""
 
 
 def write_record(folder: RunFolder, record: JobRecord) -> None:

@@ -191,6 +191,8 @@ def judge(standing: Standing, job: Job | None, now: float) -> tuple[State, str]:
         return ("running" if job is not None and job.alive else "unreadable"), standing.problem
     if job is None:
         return _without_job(standing)
+    if not job.trains and job.state is not None and job.state.word != UNKNOWN:
+        return _of_command(job.state)
     if job.alive is None:
         own = standing.turn == "error" and standing.error_kind not in _PARTNER and standing.job == job.id
         return ("failed", "") if own else ("unknown", _doubt(standing, job))
@@ -221,6 +223,13 @@ def _doubt(standing: Standing, job: Job) -> str:
     said = {"run": "running", "stop": "stopped", "error": "failed"}.get(standing.turn or "", "none yet")
     why = job.state.reason if job.state is not None else f"its process is on {job.host}"
     return f"{why}; its last event: {said}"
+
+
+def _of_command(state: JobState) -> tuple[State, str]:
+    """The state of a job that does not train."""
+    if state.word == "COMPLETED":
+        return "done", ""
+    return (_waiting(state) or ("running", "")) if state.alive else _as_slurm_says(Standing(), state)
 
 
 def _waiting(state: JobState | None) -> tuple[State, str] | None:

@@ -24,11 +24,11 @@ from hpccl.cluster.outcome import FAILED, STOPPED, WRONG_CONFIG, code_of
 from hpccl.config.run import RunConfig
 from hpccl.errors import FolderError, HpcclError, WorldError
 from hpccl.folder import RunFolder, explain_os_error, replacing
-from hpccl.machine import SlurmJob, slurm_job
+from hpccl.machine import SlurmJob, slurm_job, variable
 from hpccl.output import flush, say
 from hpccl.report.standing import read_standing
 
-__all__ = ["end", "fail_step", "in_step", "refuse_standstill", "run_step"]
+__all__ = ["end", "fail_step", "first_of_step", "in_step", "refuse_standstill", "run_step"]
 
 _HIGHEST = 200  # added to exit codes of failures, to exceed those of killed ranks
 _OUTPUTS = (1, 2)  # file descriptors, so that output of libraries and children is redirected too
@@ -42,6 +42,11 @@ def in_step() -> bool:
     """Whether SLURM started this process as a rank: as one of several tasks, or with HPCCL_STEP=1."""
     alone = os.environ.get("HPCCL_STEP") == "1" and "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ
     return alone or bool(from_slurm())
+
+
+def first_of_step() -> bool:
+    """Whether this process is no rank of a step, or its first."""
+    return not in_step() or os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False) -> int:
@@ -66,7 +71,7 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
     os.environ.update(named)
     rank = int(os.environ.get("RANK", "0"))
     folder, job = RunFolder(Path(config.path)), slurm_job() or SlurmJob("none", 0)
-    threads = config.cluster.threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "0"))
+    threads = config.cluster.threads or variable("OMP_NUM_THREADS") or variable("SLURM_CPUS_PER_TASK")
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from hpccl.cluster import background
 from hpccl.cluster.job import CommandJob, TrainJob
 from hpccl.cluster.prepare import prepare, refuse_another
-from hpccl.cluster.queue import states
+from hpccl.cluster.queue import cancel, states
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.cluster.slurm import parameters, python_command, seconds
 from hpccl.config.engine import Fsdp2Engine, shards_of
+from hpccl.config.first_task import first_task_folder
 from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
 from hpccl.config.stream import FewShotScenario, PermutedScenario, RotatedScenario, ShardStream
@@ -126,27 +127,43 @@ def script(configs: Sequence[RunConfig], *, dependency: str | None = None) -> It
 
 
 def submit_command(
-    arguments: Sequence[str], cluster: SlurmCluster, *, name: str, folder: Path, dependency: str | None = None
+    arguments: Sequence[str],
+    cluster: SlurmCluster,
+    *,
+    name: str,
+    folder: Path,
+    dependency: str | None = None,
+    awaited: bool = False,
 ) -> str:
     """Queue another hpccl command, such as `report`, as a job of one process without GPUs; return its number.
 
-    If the last one from the same folder is queued or running already, it stays and nothing is queued.
+    If the last one from the same folder is queued or running already, it stays and nothing is queued; but if its words
+    or what it waits for differ, and no job waits for it (`awaited`), the new one replaces it, or follows it if it runs.
 
     Raises:
         ConfigError: the dependency is malformed, or the cluster has no such partition.
         WorldError: this machine has no SLURM or submitit, or SLURM refused.
     """
     _check_site([cluster])
-    record = RunFolder(folder)
+    record, command = RunFolder(folder), shlex.join(arguments)
     newest = read_records(record)[-1:]
     live = _alive({name: newest[0]}) if newest else {}
     if live:
-        return live[name][0].id
+        there, word = live[name]
+        if awaited or (there.command, there.dependency) == (command, dependency or ""):
+            return there.id
+        if word == "PENDING":
+            if problem := cancel([there.id]):
+                raise WorldError(f"job {there.id} is to be replaced, but: {problem}")
+        else:
+            dependency = ",".join(each for each in (dependency, f"afterany:{there.id}") if each)
     single = cluster.model_copy(update={"nodes": 1, "tasks": 1, "gpus": 0, "restarts": min(cluster.restarts, 50)})
-    job = CommandJob(tuple(arguments))
-    (number,) = _queue([job], single, name=name, folder=folder, dependency=dependency, command=True)
-    log = folder.absolute() / f"{number}_0_log.out"
-    write_record(record, JobRecord("slurm", number, time.time(), os.uname().nodename, log=str(log)))
+    (number,) = _queue(
+        [CommandJob(tuple(arguments))], single, name=name, folder=folder, dependency=dependency, command=True
+    )
+    log = str(folder.absolute() / f"{number}_0_log.out")
+    job = JobRecord("slurm", number, time.time(), os.uname().nodename, log=log)
+    write_record(record, replace(job, command=command, dependency=dependency or ""))
     return number
 
 
@@ -220,12 +237,15 @@ def _check_files(config: RunConfig) -> None:
                 tasks = 1
             manifests = _manifests(part.path, splits, copies, number)
             _check_classes(part.path, manifests, classes, tasks)
+    for key, folder in (("data.cache", config.data.cache), ("data.shard_cache", config.data.shard_cache)):
+        if folder is not None:
+            expanded(key, folder)
     checkpoint = config.model.checkpoint
-    if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
+    if checkpoint is not None and not expanded("model.checkpoint", checkpoint).is_file():
         raise DataError(f"model.checkpoint '{checkpoint}' is not a file")
     other = config.train.first_task_from
-    if other is not None and not RunFolder(expanded("train.first_task_from", other)).config.is_file():
-        raise ConfigError(f"train.first_task_from = '{other}' is not a run folder; submit or train that run first")
+    if other is not None:
+        first_task_folder(config, other)
 
 
 def _manifests(path: str, splits: tuple[str, str], copies: Path | None, part: int) -> tuple[Manifest, Manifest]:

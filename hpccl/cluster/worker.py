@@ -28,6 +28,7 @@ from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import HpcclError
 from hpccl.folder import RunFolder
+from hpccl.machine import variable
 from hpccl.output import flush, say
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[
     from hpccl.dist.mesh import join, leave
     from hpccl.train.run import run
 
-    threads = config.cluster.threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+    threads = config.cluster.threads or variable("OMP_NUM_THREADS")
     if threads > 0:
         torch.set_num_threads(threads)
     leader = os.environ.get("RANK", "0") == "0"

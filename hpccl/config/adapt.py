@@ -67,7 +67,10 @@ def reference_config(
         ConfigError: a setting clashes.
         FolderError: RUN is not a run.
     """
-    words = _words(run, out, _source(run), task=task, change={**change, "retrain": True})
+    source = _source(run)
+    words = _words(run, out, source, task=task, change={**change, "retrain": True})
+    if source.train.competing == "task":
+        words.append("train.competing=seen")  # no class is new where all data are there at once
     words += [*_model(model), "name=retrain", "train.data=seen", *_NO_QUADRATIC, "prior.fromp.weight=0"]
     words += [*_ALL_LEARNS, "prior.topology.nodes=0"]
     words += [

@@ -51,7 +51,9 @@ def extended_config(run: Path, out: Path, *, parts: Sequence[str], settings: Seq
     words = [f"stream.parts={json.dumps(stream)}", f"folder={json.dumps(str(out))}", f"name={name}"]
     learned = sum(part.tasks for part in old)
     config = load([run / "config.yaml"], [*words, *(_setting(each, source, learned) for each in settings)])
+    plainly = load([run / "config.yaml"], words)
     _refuse_changed(source, config)
+    _refuse_changed_past(plainly, config, learned)
     return config
 
 
@@ -101,11 +103,9 @@ def _setting(setting: str, source: RunConfig, learned: int) -> str:
         raise ConfigError(f"{setting}: --out sets the folder and the name of the extended run; leave {key} out")
     if key not in _PER_TASK:
         return setting
-    section, name = key.split(".")
-    before = getattr(getattr(source, section), name)
     given = plain(read_value(text, setting)[0])
-    values = [per_task(before, task) for task in range(learned)]
-    return f"{key}={json.dumps([*values, *(given if isinstance(given, list) else [given])])}"
+    values = [*_per_task(source, key, learned), *(given if isinstance(given, list) else [given])]
+    return f"{key}={json.dumps(values)}"
 
 
 def _refuse_changed(source: RunConfig, config: RunConfig) -> None:
@@ -116,3 +116,28 @@ def _refuse_changed(source: RunConfig, config: RunConfig) -> None:
                 f"{key}={now}: the tasks that are learned depend on {key}, which stays {before}; leave it out. Keys "
                 f"that may be set: {SETTINGS}"
             )
+
+
+def _refuse_changed_past(plainly: RunConfig, config: RunConfig, learned: int) -> None:
+    """Raise ConfigError if settings such as `stream.parts.0.tasks=3` or `train.epochs.0=3` change learned tasks.
+
+    plainly: the same without settings
+    learned: number of learned tasks
+    """
+    assert isinstance(config.stream, ShardStream), "stream.kind may not be set"
+    assert isinstance(plainly.stream, ShardStream), "_source refuses other streams"
+    if config.stream.parts != plainly.stream.parts:
+        raise ConfigError("stream.parts: the run's parts stay, and --part adds to them; leave stream.parts out")
+    for key in _PER_TASK:
+        before, now = (_per_task(each, key, learned) for each in (plainly, config))
+        if before != now:
+            raise ConfigError(
+                f"{key} of the learned tasks: {now}; they were trained with {before}, which stays. Give {key}=... with "
+                "the values of the new tasks alone"
+            )
+
+
+def _per_task(config: RunConfig, key: str, tasks: int) -> list[float]:
+    """The setting's values for the first tasks."""
+    section, name = key.split(".")
+    return [per_task(getattr(getattr(config, section), name), task) for task in range(tasks)]

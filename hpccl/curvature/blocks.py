@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
-from hpccl.curvature.protocols import Weights
+from hpccl.curvature.protocols import Weights, accumulation_dtype
 from hpccl.errors import CheckpointError
 from hpccl.kron.eigen import Eigen
 from hpccl.kron.factor import Dense, Factor, LowRank
@@ -76,7 +76,7 @@ class Layout:
         """Return weights - anchor as a matrix [g, o, d], subtracted in fp32."""
         groups, outputs, inputs = self.shape
         weight = self._matrix(weights[self.weight])
-        matrix = torch.empty(groups, outputs, inputs, dtype=_wide(weight.dtype), device=weight.device)
+        matrix = torch.empty(groups, outputs, inputs, dtype=accumulation_dtype(weight.dtype), device=weight.device)
         last = inputs - (self.bias is not None)
         torch.sub(weight.to(matrix.dtype), self._matrix(anchor[self.weight]), out=matrix[..., :last])
         if self.bias is not None:
@@ -115,6 +115,11 @@ class Layout:
     def bias_of(self, matrix: Tensor) -> Tensor:
         """The bias's part of a matrix [g, o, d]: [g * o]."""
         return matrix[..., -1].flatten()
+
+    def named(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Return a matrix [g, o, d] as named weights; the inverse of `matrix`."""
+        found = {self.weight: self.weight_of(matrix)}
+        return found if self.bias is None else {**found, self.bias: self.bias_of(matrix)}
 
     def order(self) -> Tensor:
         """The position of each of the matrix's inputs in the order (channel, kh, kw), bias last: [d]."""
@@ -311,10 +316,6 @@ class Block:
         parts = sorted(parts, key=lambda block: block.part.start)
         terms = tuple(_joined([block.terms[t] for block in parts], parts[0].part) for t in range(len(parts[0].terms)))
         return replace(parts[0], terms=terms, part=WHOLE)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _truncated(term: Term, keep: float) -> Term:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["Call", "captured", "first_not_finite", "measuring"]
+__all__ = ["Call", "captured", "first_not_finite", "measuring", "working_bytes"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ def measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = cudnn
         torch.backends.mha.set_fastpath_enabled(attention)
+
+
+def working_bytes(device: torch.device) -> int:
+    """Return how many bytes of activations, gradients or Jacobians a pass should hold at a time."""
+    return 1 << 28 if device.type == "cpu" else 1 << 32
 
 
 def first_not_finite(model: nn.Module, pixels: Tensor) -> tuple[str, Tensor] | None:

@@ -5,6 +5,7 @@ F = sum_i w_i J_i' Lambda_i J_i over all trainable parameters in one order (by n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -16,11 +17,12 @@ from hpccl.curvature.capture import measuring
 from hpccl.curvature.columns import Fisher, output_columns
 from hpccl.curvature.coverage import refuse_unfit
 from hpccl.curvature.protocols import Examples, Piece, Precision, Totals, Weights
-from hpccl.curvature.sweep import all_or_none, fit_examples
+from hpccl.curvature.sweep import MEASURE, fit_examples
+from hpccl.dist.agree import all_or_none
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, CoverageError, DivergedError
 
-__all__ = ["DenseEstimator", "DensePrecision"]
+__all__ = ["DenseEstimator", "DensePrecision", "split_by_name"]
 
 
 @final
@@ -100,6 +102,12 @@ class DensePrecision:
             raise CoverageError(f"dense curvatures of different parameters: only one of them has '{min(differing)}'")
 
 
+def split_by_name(vector: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Split a vector [P] of parameters with these shapes, in their order, into views by name."""
+    parts = vector.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
 def _piece(name: str, names: tuple[str, ...], rows: Tensor) -> Piece:
     def add(target: Tensor, weights: Weights, anchor: Weights, scale: float, damping: float) -> Tensor:
         deltas = {other: weights[other].float() - anchor[other] for other in names}
@@ -154,7 +162,7 @@ class DenseEstimator:
                 for number in range(len(part)):
                     self._add(model, parameters, part.select(slice(number, number + 1)), matrix)
 
-        all_or_none(comm, add)
+        all_or_none(comm, add, MEASURE)
         comm.sum_([matrix, count])
         return DensePrecision(matrix, {name: tuple(value.shape) for name, value in parameters.items()}, float(count))
 

@@ -8,7 +8,7 @@ Source: Martens 2020, "New insights and perspectives on the natural gradient met
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from hpccl.curvature.capture import measuring
+from hpccl.curvature.capture import measuring, working_bytes
 from hpccl.curvature.columns import Wanted
 from hpccl.curvature.coverage import Coverage, refuse_unfit, widen
 from hpccl.curvature.layers import Power, raised, squares
@@ -28,6 +28,7 @@ from hpccl.curvature.sweep import (
     Sweep,
     at_the_end,
     fit_examples,
+    fitting,
     in_step,
     listed,
     planned,
@@ -36,11 +37,24 @@ from hpccl.curvature.sweep import (
 )
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
-from hpccl.dist.spread import Leaf, Leaves, Place, Slab, Stored, aligned, elements, fetch, placed_whole, wholes
+from hpccl.dist.spread import (
+    Leaf,
+    Leaves,
+    Place,
+    Slab,
+    Stored,
+    aligned,
+    elements,
+    fetch,
+    mapped,
+    own,
+    placed_whole,
+    wholes,
+)
 from hpccl.engine.sharded import is_spread, parameters_of
 from hpccl.errors import CheckpointError, CoverageError
 
-__all__ = ["Diagonal", "DiagonalEstimator", "summed_diagonal"]
+__all__ = ["Diagonal", "DiagonalEstimator", "accumulated", "measured_parts", "summed_diagonal"]
 
 
 @final
@@ -85,7 +99,7 @@ class Diagonal:
     @property
     def _own(self) -> list[Tensor]:
         """The tensors that this rank holds."""
-        return [leaf.local if isinstance(leaf, Slab) else leaf for leaf in self.leaves.values()]
+        return [own(leaf) for leaf in self.leaves.values()]
 
     def _refuse_unknown(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.leaves]
@@ -120,10 +134,7 @@ class Diagonal:
     def times(self, scale: float) -> Diagonal:
         """Return the diagonal scaled by `scale` >= 0."""
         assert scale >= 0, "a precision stays positive semi-definite"
-        values = {
-            name: replace(leaf, local=leaf.local * scale) if isinstance(leaf, Slab) else leaf * scale
-            for name, leaf in self.leaves.items()
-        }
+        values = {name: mapped(leaf, lambda value: value * scale) for name, leaf in self.leaves.items()}
         return Diagonal(values, self.num_examples)
 
     def rounded(self) -> Diagonal:
@@ -168,6 +179,54 @@ def summed_diagonal(model: nn.Module, values: Mapping[str, Tensor], count: float
     return Diagonal(found, count)
 
 
+def accumulated(model: nn.Module, parts: Iterable[tuple[Tensor, Mapping[str, Tensor]]], comm: Comm) -> Diagonal:
+    """Sum, over all parts of all ranks, fp32 values by parameter; collective, one exchange at the end.
+
+    parts: total weight [] of a part's examples, and its values; made while they are summed, so that a failure on one
+        rank ends all
+    """
+    values = {name: zeros_for(value) for name, value in model.named_parameters() if value.requires_grad}
+    count = torch.zeros(1, dtype=torch.float64, device=comm.device)
+
+    def add() -> None:
+        for weight, found in parts:
+            count.add_(weight.to(count.device))
+            for name, value in found.items():
+                values[name] += value
+
+    at_the_end(model, comm, add)
+    comm.sum_([count])
+    return summed_diagonal(model, values, float(count), comm)
+
+
+def measured_parts(
+    model: nn.Module,
+    batches: Iterable[Examples],
+    comm: Comm,
+    known: Coverage | None,
+    *,
+    size: Callable[[Coverage, Examples], int],
+    measure: Callable[[nn.Module, Coverage, Examples], Mapping[str, Tensor]],
+) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+    """Yield, for `accumulated`, parts of the batches with what `measure` returns for each.
+
+    known: planned with the first batch if None
+    size: how many of the examples to hold at a time
+    """
+    coverage = known
+
+    def fits(examples: Examples) -> int:
+        nonlocal coverage
+        coverage = coverage or planned(model, examples)
+        return size(coverage, examples)
+
+    for part in in_step(model, fit_examples(model, batches), comm, fits):
+        assert coverage is not None, "a size was asked for first"
+        with measuring(model, part.pixels.device):
+            found = together(model, comm, partial(measure, model, coverage, part))
+        yield part.weight.double().sum(), found
+
+
 @final
 @dataclass(frozen=True)
 class DiagonalEstimator:
@@ -200,44 +259,21 @@ class DiagonalEstimator:
             DivergedError: an activation or a gradient is not finite.
             WorldError: any of these on another rank.
         """
-        values = {name: zeros_for(value) for name, value in model.named_parameters() if value.requires_grad}
-        count = torch.zeros(1, dtype=torch.float64, device=comm.device)
 
-        def add() -> None:
-            for examples, found in self._measured(model, batches, comm):
-                count.add_(examples.weight.double().sum().to(count.device))
-                for name, value in found.items():
-                    values[name] += value
-
-        at_the_end(model, comm, add)
-        comm.sum_([count])
-        total = summed_diagonal(model, values, float(count), comm)
-        return total.times(2.0) if self.fisher == "outputs" else total
-
-    def _measured(
-        self, model: nn.Module, batches: Iterable[Examples], comm: Comm
-    ) -> Iterator[tuple[Examples, Mapping[str, Tensor]]]:
-        """Yield parts of the batches that fit in memory, each with its sums of squares."""
-        coverage = self.known
-
-        def size(examples: Examples) -> int:
-            nonlocal coverage
-            coverage = coverage or planned(model, examples)
+        def size(coverage: Coverage, examples: Examples) -> int:
             return self._part(coverage, examples)[0]
 
-        for part in in_step(model, fit_examples(model, batches), comm, size):
-            assert coverage is not None, "a size was asked for first"
-            with measuring(model, part.pixels.device):
-                found = together(model, comm, partial(self._squares, model, coverage, part))
-            yield part, found
+        parts = measured_parts(model, batches, comm, self.known, size=size, measure=self._squares)
+        total = accumulated(model, parts, comm)
+        return total.times(2.0) if self.fisher == "outputs" else total
 
     def _part(self, coverage: Coverage, examples: Examples) -> tuple[int, int]:
         """Return how many examples, and how many columns of them, to hold at a time."""
-        budget = 1 << 27 if examples.pixels.device.type == "cpu" else 1 << 31
+        room = working_bytes(examples.pixels.device) // 2  # squares take as much again
         columns = max(1, self._sweep.num_columns(examples))
-        group = min(columns, max(1, budget // (8 * max(1, coverage.output_bytes))))
+        group = min(columns, max(1, room // (8 * max(1, coverage.output_bytes))))
         held = coverage.graph_bytes + group * coverage.output_bytes
-        return max(1, min(len(examples), budget // max(1, held))), group
+        return fitting(examples, held, room), group
 
     def _squares(self, model: nn.Module, coverage: Coverage, part: Examples) -> Mapping[str, Tensor]:
         rows = widen(model, coverage.widened, len(part))

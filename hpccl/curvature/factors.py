@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from hpccl.curvature.capture import measuring
+from hpccl.curvature.capture import measuring, working_bytes
 from hpccl.curvature.columns import Fisher
 from hpccl.curvature.coverage import Coverage, footprint, refuse_unfit, widen
 from hpccl.curvature.layers import Rotation, acts_as_known, squares
@@ -35,6 +35,7 @@ from hpccl.curvature.sweep import (
     at_the_end,
     fastest_layout,
     fit_examples,
+    fitting,
     in_step,
     listed,
     planned_together,
@@ -224,7 +225,7 @@ class EigenPass:
         held = 0 if known is None else known.graph_bytes
         layout: torch.memory_format | None = None
 
-        def fitting(batch: Examples) -> int:
+        def size(batch: Examples) -> int:
             nonlocal held
             if not held:
                 with measuring(model, batch.pixels.device):
@@ -233,7 +234,7 @@ class EigenPass:
 
         def add() -> None:
             nonlocal layout
-            for part in in_step(model, fit_examples(model, batches), comm, fitting):
+            for part in in_step(model, fit_examples(model, batches), comm, size):
                 with measuring(model, part.pixels.device):
                     layout = layout or fastest_layout(model, part.pixels)
                     laid = replace(part, pixels=part.pixels.contiguous(memory_format=layout))
@@ -367,5 +368,4 @@ def _refuse_idle_patterns(model: nn.Module, patterns: Iterable[str]) -> None:
 
 def _fitting(graph_bytes: int, examples: Examples) -> int:
     """Return how many examples to hold at a time."""
-    budget = 1 << 28 if examples.pixels.device.type == "cpu" else 1 << 32
-    return max(1, min(len(examples), budget // max(1, graph_bytes)))
+    return fitting(examples, graph_bytes, working_bytes(examples.pixels.device))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, final
 
 import torch
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from hpccl.curvature.capture import measuring
 from hpccl.curvature.columns import output_columns
 from hpccl.curvature.coverage import refuse_unfit
-from hpccl.curvature.diagonal import Diagonal, summed_diagonal
-from hpccl.curvature.layers import raised
+from hpccl.curvature.diagonal import Diagonal, accumulated
+from hpccl.curvature.layers import Power, raised
 from hpccl.curvature.protocols import Examples
-from hpccl.curvature.sweep import at_the_end, fit_examples, in_parts, zeros_for
+from hpccl.curvature.sweep import fit_examples, in_parts
 from hpccl.dist.comm import Comm
 from hpccl.engine.sharded import is_spread
 from hpccl.errors import DivergedError
@@ -56,20 +57,19 @@ class GroupedEstimator:
             WorldError: any of these on another rank.
         """
         assert not is_spread(model), "the configuration refuses this"
-        values = {name: zeros_for(value) for name, value in model.named_parameters() if value.requires_grad}
-        count = torch.zeros(1, dtype=torch.float64, device=comm.device)
-
-        def add() -> None:
-            for group in fit_examples(model, batches):
-                number = float(group.weight.double().sum())
-                count.add_(number)
-                for name, total in self._gradient(model, group).items():
-                    values[name] += number * raised(total / number, 1 if self.wanted == "outputs" else 2)
-
-        at_the_end(model, comm, add)
-        comm.sum_([count])
-        found = summed_diagonal(model, values, float(count), comm)
+        found = accumulated(model, map(partial(self._measured, model), fit_examples(model, batches)), comm)
         return found.times(2.0) if self.wanted == "outputs" else found
+
+    def _measured(self, model: nn.Module, group: Examples) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the group's weight n, and n g^2 or n |g| by parameter."""
+        weight = group.weight.double().sum()
+        number, power = float(weight), self._power
+        totals = self._gradient(model, group)
+        return weight, {name: number * raised(total / number, power) for name, total in totals.items()}
+
+    @property
+    def _power(self) -> Power:
+        return 1 if self.wanted == "outputs" else 2
 
     def _gradient(self, model: nn.Module, group: Examples) -> Mapping[str, Tensor]:
         """Return the gradient summed over the group's examples, each times its weight; by parameter name."""

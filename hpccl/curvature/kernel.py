@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from hpccl.curvature.capture import measuring
+from hpccl.curvature.capture import measuring, working_bytes
 from hpccl.curvature.jacobians import logit_jacobians, maps
 from hpccl.curvature.posterior import Posterior
 from hpccl.curvature.protocols import Weights
@@ -27,8 +27,6 @@ from hpccl.dist.grouping import filled
 from hpccl.errors import DivergedError
 
 __all__ = ["probability_kernel"]
-
-_BUDGET = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of Jacobians at a time
 
 
 class _Probabilities(nn.Module):
@@ -63,7 +61,7 @@ def probability_kernel(posterior: Posterior, model: nn.Module, pixels: Tensor, h
     total = torch.zeros(len(head), len(pixels), len(pixels), dtype=torch.float64, device=pixels.device)
     every = [f"model.{name}" for spectrum in posterior.spectra for name in spectrum.names]
     row = len(pixels) * pixels.element_size()  # bytes of one class and weight
-    budget = _BUDGET[pixels.device.type]
+    budget = working_bytes(pixels.device)
     with measuring(model, pixels.device):
         mapped = bool(every) and maps(_Probabilities(model, head, [0]), weights, every, pixels)
         for group in filled(posterior.spectra, lambda each: len(head) * row * each.values.numel(), budget):
@@ -97,7 +95,7 @@ def _halves(
     """
     names = [f"model.{name}" for spectrum in group for name in spectrum.names]
     classes, numel = len(model.chosen), sum(spectrum.values.numel() for spectrum in group)
-    size = max(1, _BUDGET[pixels.device.type] // (4 * classes * numel * pixels.element_size()))
+    size = max(1, working_bytes(pixels.device) // (4 * classes * numel * pixels.element_size()))
     found: list[list[Tensor]] = [[] for _ in group]
     for images in pixels.split(size):
         rows = logit_jacobians(model, weights, names, images, mapped=mapped)

@@ -24,7 +24,7 @@ from hpccl.curvature.diagonal import summed_diagonal
 from hpccl.curvature.factors import EigenPass, KroneckerPass, Measured
 from hpccl.curvature.kronecker import Kronecker, layout_parts
 from hpccl.curvature.protocols import Examples
-from hpccl.curvature.sweep import all_or_none
+from hpccl.dist.agree import all_or_none
 from hpccl.dist.comm import Comm
 from hpccl.dist.grouping import filled
 from hpccl.kron.eigen import Eigen
@@ -66,7 +66,9 @@ class KroneckerEstimator:
         # Eigenvectors need whole factors.
         divisible = self.keep_trace == 1 and not isinstance(self.tasks, RefitTasks)
         whole, _ = _measured(self.sweep, model, batches, comm, self.tasks, divisible=divisible)
-        truncated = all_or_none(comm, lambda: tuple(block.truncated(self.keep_trace) for block in whole.blocks))
+        truncated = all_or_none(
+            comm, lambda: tuple(block.truncated(self.keep_trace) for block in whole.blocks), "truncate its factors"
+        )
         return replace(whole, blocks=truncated, keep_trace=self.keep_trace)
 
 
@@ -92,7 +94,7 @@ class EkfacEstimator:
         """
         whole, placed = _measured(self.sweep, model, batches, comm, RefitTasks(), divisible=False)
         blocks = {block.layout.name: block for block in whole.blocks}
-        eigen = all_or_none(comm, lambda: _eigen(blocks))
+        eigen = all_or_none(comm, lambda: _eigen(blocks), "decompose its factors")
         bases = _everyone(eigen, placed, comm)
         values = EigenPass(self.sweep).run(model, batches, comm, bases)
         found: list[Block] = []

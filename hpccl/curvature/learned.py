@@ -10,15 +10,10 @@ VOGN squares per-example gradients, which do not include the penalty; in Adam's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
-from torch import Tensor
-
 from hpccl.config.optim import IvonOptim, OptimConfig, SobaOptim
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import Leaf, Slab, aligned
+from hpccl.dist.spread import Leaf, aligned, mapped, own
 from hpccl.engine.protocols import Engine
 from hpccl.optim.posterior import curvature, curvature_key
 
@@ -51,19 +46,14 @@ def learned_diagonal(
     steps = engine.steps_taken  # fewer than the task's steps if the head was trained alone first
     kept = engine.moments({key: "curvature"})["curvature"]
     leaves = {
-        name: _mapped(leaf, lambda value: curvature(config, value, num_train=num_train, steps=steps).float())
+        name: mapped(leaf, lambda value: curvature(config, value, num_train=num_train, steps=steps).float())
         for name, leaf in kept.items()
     }
     if past is not None and isinstance(config, (IvonOptim, SobaOptim)):
         for name, leaf in leaves.items():
             leaves[name] = _less(leaf, aligned(past.leaves[name], leaf, comm), weight, damping)
-    return Diagonal({name: _mapped(leaf, lambda value: value.clamp(min=0)) for name, leaf in leaves.items()}, num_train)
+    return Diagonal({name: mapped(leaf, lambda value: value.clamp(min=0)) for name, leaf in leaves.items()}, num_train)
 
 
 def _less(leaf: Leaf, past: Leaf, weight: float, damping: float) -> Leaf:
-    other = past.local if isinstance(past, Slab) else past
-    return _mapped(leaf, lambda value: value - weight * (other.to(value.device) + damping))
-
-
-def _mapped(leaf: Leaf, change: Callable[[Tensor], Tensor]) -> Leaf:
-    return replace(leaf, local=change(leaf.local)) if isinstance(leaf, Slab) else change(leaf)
+    return mapped(leaf, lambda value: value - weight * (own(past).to(value.device) + damping))

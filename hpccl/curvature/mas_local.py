@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, final
 
 import torch
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hpccl.curvature.capture import captured, measuring
+from hpccl.curvature.capture import captured, working_bytes
 from hpccl.curvature.coverage import Coverage, refuse_unfit
-from hpccl.curvature.diagonal import Diagonal, summed_diagonal
+from hpccl.curvature.diagonal import Diagonal, accumulated, measured_parts
 from hpccl.curvature.layers import has_formula, squares
 from hpccl.curvature.protocols import Examples
-from hpccl.curvature.sweep import at_the_end, fit_examples, in_step, planned, together, zeros_for
+from hpccl.curvature.sweep import fitting
 from hpccl.dist.comm import Comm
 from hpccl.engine.sharded import entered, whole_layer
 from hpccl.errors import CoverageError, DivergedError
@@ -62,36 +61,8 @@ class LocalMasEstimator:
             DivergedError: an output is not finite.
             WorldError: any of these on another rank.
         """
-        values = {name: zeros_for(value) for name, value in model.named_parameters() if value.requires_grad}
-        count = torch.zeros(1, dtype=torch.float64, device=comm.device)
-
-        def add() -> None:
-            for part, found in self._measured(model, batches, comm):
-                count.add_(part.weight.double().sum().to(count.device))
-                for name, value in found.items():
-                    values[name] += value
-
-        at_the_end(model, comm, add)
-        comm.sum_([count])
-        return summed_diagonal(model, values, float(count), comm).times(2.0)
-
-    def _measured(
-        self, model: nn.Module, batches: Iterable[Examples], comm: Comm
-    ) -> Iterator[tuple[Examples, Mapping[str, Tensor]]]:
-        """Yield parts of the batches that fit in memory, each with its sums."""
-        coverage = self.known
-
-        def size(examples: Examples) -> int:
-            nonlocal coverage
-            coverage = coverage or planned(model, examples)
-            _refuse_free(coverage)
-            return _fits(coverage, examples)
-
-        for part in in_step(model, fit_examples(model, batches), comm, size):
-            assert coverage is not None, "a size was asked for first"
-            with measuring(model, part.pixels.device):
-                found = together(model, comm, partial(_hebbian, model, coverage, part))
-            yield part, found
+        parts = measured_parts(model, batches, comm, self.known, size=_fits, measure=_hebbian)
+        return accumulated(model, parts, comm).times(2.0)
 
 
 @dataclass
@@ -128,8 +99,10 @@ class _Said:
 
 
 def _fits(coverage: Coverage, examples: Examples) -> int:
-    budget = 1 << 27 if examples.pixels.device.type == "cpu" else 1 << 31
-    return max(1, min(len(examples), budget // max(1, coverage.graph_bytes + 2 * coverage.output_bytes)))
+    """Return how many examples to hold at a time; raise CoverageError if a parameter has no layer of its own."""
+    _refuse_free(coverage)
+    each = coverage.graph_bytes + 2 * coverage.output_bytes
+    return fitting(examples, each, working_bytes(examples.pixels.device) // 2)
 
 
 def _refuse_free(coverage: Coverage) -> None:

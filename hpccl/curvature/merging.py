@@ -31,11 +31,11 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from hpccl.curvature.blocks import Block, Layout, Term
+from hpccl.curvature.dense import split_by_name
 from hpccl.curvature.protocols import Weights
 from hpccl.errors import ConfigError, DivergedError
 from hpccl.kron.eigen import Eigen
-from hpccl.kron.factor import Dense, Factor, LowRank
-from hpccl.kron.merge import refit
+from hpccl.kron.merge import eigen_of
 from hpccl.kron.pair import Pair
 from hpccl.kron.product import chain
 
@@ -77,7 +77,7 @@ class BlockCurve:
     @classmethod
     def of(cls, block: Block) -> BlockCurve:
         """Convert a block to float64."""
-        return cls(block.layout, tuple(_wide(term) for term in block.terms))
+        return cls(block.layout, tuple(term.to(torch.float64) for term in block.terms))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ class BlockCurve:
     def product(self, weights: Weights) -> dict[str, Tensor]:
         """See Curve."""
         matrix = self.layout.matrix(weights)
-        return _named(self.layout, sum((term.matvec(matrix) for term in self.terms), torch.zeros_like(matrix)))
+        return self.layout.named(sum((term.matvec(matrix) for term in self.terms), torch.zeros_like(matrix)))
 
 
 @final
@@ -139,7 +139,7 @@ class DenseCurve:
     def product(self, weights: Weights) -> dict[str, Tensor]:
         """See Curve."""
         flat = torch.cat([weights[name].reshape(-1) for name in self.shapes])
-        return _split(self.matrix.to(flat) @ flat, self.shapes)
+        return split_by_name(self.matrix.to(flat) @ flat, self.shapes)
 
 
 @final
@@ -207,7 +207,7 @@ def matched(group: str, base: Model | None, models: Sequence[Model], *, damping:
             own = _System(group, shapes, [(1.0, curve) for curve in model.curves], damping)
             right += model.scale * own.product(system.flat(model.weights))
         found, steps = system.solve(right, system.flat(average(models).weights))
-        return Solved(_split(found, shapes), steps)
+        return Solved(split_by_name(found, shapes), steps)
     prior = [(1.0, curve) for curve in base.curves]
     system = _System(group, shapes, [*prior, *terms], damping)
     begin = system.flat(base.weights)
@@ -216,7 +216,7 @@ def matched(group: str, base: Model | None, models: Sequence[Model], *, damping:
         own = _System(group, shapes, [*prior, *((1.0, curve) for curve in model.curves)], damping)
         right += model.scale * own.product(system.flat(model.weights) - begin)
     moved, steps = system.solve(right, system.flat(arithmetic(base.weights, models).weights) - begin)
-    return Solved(_split(begin + moved, shapes), steps)
+    return Solved(split_by_name(begin + moved, shapes), steps)
 
 
 # ---------------------------------------------------------------- diagonals
@@ -280,8 +280,8 @@ class _System:
 
     def product(self, vector: Tensor) -> Tensor:
         """Return H v."""
-        named, total = _split(vector, self.shapes), self.damping * vector
-        places = _split(total, self.shapes)  # views
+        named, total = split_by_name(vector, self.shapes), self.damping * vector
+        places = split_by_name(total, self.shapes)  # views
         for scale, curve in self.terms:
             for name, value in curve.product(named).items():
                 places[name].add_(value, alpha=scale)
@@ -329,13 +329,13 @@ class _System:
             return lambda vector, _power: vector
         layout = blocks[0][1].layout
         terms = [term.times(scale) for scale, curve in blocks if curve.layout == layout for term in curve.terms]
-        eigen = _eigen(terms)
+        eigen = eigen_of(terms)
         values = eigen.values.clamp_min(0) + self.damping + self._mean_diagonal(layout.names)
 
         def apply(vector: Tensor, power: float) -> Tensor:
-            named = _split(vector, self.shapes)
+            named = split_by_name(vector, self.shapes)
             rotated = chain(eigen.qb.mT, layout.matrix(named), eigen.qa) * values**power
-            turned = _named(layout, chain(eigen.qb, rotated, eigen.qa.mT))
+            turned = layout.named(chain(eigen.qb, rotated, eigen.qa.mT))
             return torch.cat([turned[name].reshape(-1) for name in self.shapes])
 
         return apply if set(layout.names) == set(self.shapes) else lambda vector, _power: vector
@@ -425,40 +425,6 @@ def _sum(models: Sequence[Model], name: str) -> Tensor:
     for model in models:
         total.add_(model.weights[name], alpha=model.scale)
     return total
-
-
-def _split(vector: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Split a flat vector into views by name."""
-    parts = vector.split([math.prod(shape) for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-
-
-def _named(layout: Layout, matrix: Tensor) -> dict[str, Tensor]:
-    found = {layout.weight: layout.weight_of(matrix)}
-    return found if layout.bias is None else {**found, layout.bias: layout.bias_of(matrix)}
-
-
-def _eigen(terms: Sequence[Term]) -> Eigen:
-    (first, *others) = terms
-    if others:
-        return refit(terms)
-    return first if isinstance(first, Eigen) else Eigen.of(first)
-
-
-def _wide(term: Term) -> Term:
-    match term:
-        case Pair():
-            return Pair(_wide_factor(term.a), _wide_factor(term.b))
-        case Eigen():
-            return Eigen(*(tensor.double() for tensor in _tensors(term)))
-
-
-def _wide_factor(factor: Factor) -> Factor:
-    match factor:
-        case Dense():
-            return Dense(factor.matrix.double())
-        case LowRank():
-            return LowRank(factor.vectors.double(), factor.values.double())
 
 
 def _tensors(term: Term) -> list[Tensor]:

@@ -32,17 +32,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpccl.curvature.capture import measuring
+from hpccl.curvature.capture import measuring, working_bytes
 from hpccl.curvature.coverage import footprint, refuse_unfit
 from hpccl.curvature.jacobians import logit_jacobians, logits_at, maps
-from hpccl.curvature.protocols import Precision, Weights
-from hpccl.curvature.spectrum import Spectrum, covered, gathered, spectra
+from hpccl.curvature.protocols import Precision, Weights, accumulation_dtype
+from hpccl.curvature.spectrum import Spectrum, covered, spectra
 from hpccl.curvature.sweep import listed
 from hpccl.dist.comm import Comm
 from hpccl.dist.grouping import filled
 from hpccl.errors import ConfigError, CoverageError, DivergedError
 
-__all__ = ["Posterior", "gathered"]
+__all__ = ["Posterior"]
 
 
 @final
@@ -223,7 +223,9 @@ class Posterior:
             if len(pixels):
                 held = footprint(model, pixels[:2])
                 row = num_classes * like.element_size()  # bytes of a weight in an image's Jacobian
-                for group in filled(self.spectra, lambda each: row * each.values.numel(), _budget(like.device) // 4):
+                for group in filled(
+                    self.spectra, lambda each: row * each.values.numel(), working_bytes(like.device) // 4
+                ):
                     self._add_variance(total, group, model, weights, pixels=pixels, held=held)
         self.comm.sum_([total])
         bad = ~total.flatten(1).isfinite().all(1)
@@ -246,11 +248,12 @@ class Posterior:
         for spectrum in self.spectra:
             coefficients = spectrum.coefficients({name: delta[name][None] for name in spectrum.names})[0]
             own |= spectrum.weights(coefficients * self._eigenvalues(spectrum) ** power)
-        wide = {name: own[name].to(_wide(value.dtype)) for name, value in delta.items() if name in own}
+        wide = {name: own[name].to(accumulation_dtype(value.dtype)) for name, value in delta.items() if name in own}
         if self.comm.size > 1:
             for name, value in delta.items():
                 if name not in wide:
-                    wide[name] = torch.zeros(value.shape, dtype=_wide(value.dtype), device=self.comm.device)
+                    dtype = accumulation_dtype(value.dtype)
+                    wide[name] = torch.zeros(value.shape, dtype=dtype, device=self.comm.device)
             self.comm.sum_([wide[name] for name in self.shapes])
         return {name: wide[name] for name in self.shapes}
 
@@ -304,7 +307,7 @@ class Posterior:
         numel = sum(spectrum.values.numel() for spectrum in group)
         # The Jacobian, its coefficients and one copy of each; and what the backward passes of all logits need.
         each = num_classes * (4 * total.element_size() * numel + held)
-        size = max(1, _budget(total.device) // max(1, each))
+        size = max(1, working_bytes(total.device) // max(1, each))
         for images, target in zip(pixels.split(size), total.split(size), strict=True):
             rows = logit_jacobians(model, weights, names, images, mapped=mapped)
             for spectrum in group:
@@ -338,7 +341,7 @@ def _noise(seed: int, number: int, name: str, like: Tensor) -> Tensor:
     """Draw standard normal numbers in the shape of `like`, on the CPU: the same on every machine and rank."""
     key = hashlib.blake2b(f"{seed}/{number}/{name}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype=np.uint64)))
-    return torch.from_numpy(generator.standard_normal(tuple(like.shape))).to(_wide(like.dtype))
+    return torch.from_numpy(generator.standard_normal(tuple(like.shape))).to(accumulation_dtype(like.dtype))
 
 
 def _falling_root(slope: Callable[[float], tuple[float, float]], low: float, high: float) -> float:
@@ -355,11 +358,3 @@ def _falling_root(slope: Callable[[float], tuple[float, float]], low: float, hig
             return step
         at = step if low < step < high else (low + high) / 2
     return at
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _budget(device: torch.device) -> int:
-    return 1 << 28 if device.type == "cpu" else 1 << 32

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from hpccl.dist.comm import Comm
 
-__all__ = ["Estimator", "Examples", "Piece", "Precision", "Shards", "Totals", "Weights", "strided_like"]
+__all__ = [
+    "Estimator",
+    "Examples",
+    "Piece",
+    "Precision",
+    "Shards",
+    "Totals",
+    "Weights",
+    "accumulation_dtype",
+    "strided_like",
+]
 
 Weights = Mapping[str, Tensor]  # full (unsharded) tensors by parameter name
 
@@ -145,6 +155,11 @@ class Estimator(Protocol):
             CoverageError: a trainable parameter is not covered.
             DivergedError: an activation or a gradient is not finite.
         """
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which numbers of `dtype` are subtracted and added: fp32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def strided_like(value: Tensor, like: Tensor) -> Tensor:

@@ -12,12 +12,10 @@ Source: Zenke, Poole and Ganguli 2017, "Continual Learning Through Synaptic Inte
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from hpccl.curvature.diagonal import Diagonal
-from hpccl.dist.spread import Leaf, Leaves, Slab
+from hpccl.dist.spread import Leaf, Leaves, mapped, own
 
 __all__ = ["synaptic"]
 
@@ -41,11 +39,10 @@ def synaptic(
 
 
 def _importance(credit: Leaf, start: Leaf, end: Leaf, xi: float, limit: float | None) -> Leaf:
-    moved = _own(end).float() - _own(start)
-    found = _own(credit).clamp(min=0) / (moved.square() + xi)
-    found = found if limit is None else found.clamp(max=limit)
-    return replace(credit, local=found) if isinstance(credit, Slab) else found
+    moved = own(end).float() - own(start)
 
+    def importance(credit: Tensor) -> Tensor:
+        found = credit.clamp(min=0) / (moved.square() + xi)
+        return found if limit is None else found.clamp(max=limit)
 
-def _own(leaf: Leaf) -> Tensor:
-    return leaf.local if isinstance(leaf, Slab) else leaf
+    return mapped(credit, importance)

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from hpccl.curvature.blocks import Block, Layout, Part
-from hpccl.curvature.dense import DensePrecision
+from hpccl.curvature.dense import DensePrecision, split_by_name
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.kronecker import Kronecker, layout_parts
 from hpccl.curvature.protocols import Precision, Weights
-from hpccl.curvature.sweep import agree, all_or_none
+from hpccl.dist.agree import all_or_none
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
 from hpccl.dist.spread import fetch
 from hpccl.errors import CoverageError
 from hpccl.kron.eigen import Eigen, symmetric_eigh
-from hpccl.kron.merge import refit
+from hpccl.kron.merge import eigen_of
 from hpccl.kron.product import chain, matmul
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "DiagonalSpectrum",
     "Spectrum",
     "covered",
-    "eigen_of",
     "gathered",
     "spectra",
 ]
@@ -91,9 +90,7 @@ class BlockSpectrum:
 
     def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
         """See Spectrum."""
-        matrix = chain(self.eigen.qb, coefficients, self.eigen.qa.mT)
-        found = {self.layout.weight: self.layout.weight_of(matrix)}
-        return found if self.layout.bias is None else {**found, self.layout.bias: self.layout.bias_of(matrix)}
+        return self.layout.named(chain(self.eigen.qb, coefficients, self.eigen.qa.mT))
 
 
 @final
@@ -143,9 +140,7 @@ class DenseSpectrum:
 
     def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
         """See Spectrum."""
-        flat = self.vectors @ coefficients
-        parts = flat.split([torch.Size(shape).numel() for shape in self.shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return split_by_name(self.vectors @ coefficients, self.shapes)
 
 
 def covered(precision: Precision) -> dict[str, tuple[int, ...]]:
@@ -182,19 +177,7 @@ def spectra(precision: Precision, comm: Comm) -> tuple[Spectrum, ...]:
     """
     covered(precision)
     blocks = tuple(_own_blocks(precision, comm)) if isinstance(precision, Kronecker) else ()
-    return all_or_none(comm, lambda: tuple(_decomposed(precision, blocks, comm)))
-
-
-def eigen_of(block: Block) -> Eigen:
-    """Return a whole block in its eigenbasis; several terms are replaced by their `refit`, whose diagonal is exact.
-
-    Raises:
-        DivergedError: a factor is not finite.
-    """
-    if len(block.terms) > 1:
-        return refit(block.terms)
-    (term,) = block.terms
-    return term if isinstance(term, Eigen) else Eigen.of(term)
+    return all_or_none(comm, lambda: tuple(_decomposed(precision, blocks, comm)), "decompose its factors")
 
 
 def gathered(precision: Kronecker, comm: Comm) -> Kronecker:
@@ -231,21 +214,17 @@ def _own_blocks(precision: Kronecker, comm: Comm) -> Iterator[Block]:
 def _refuse_absent(precision: Kronecker, comm: Comm) -> None:
     held = _held(precision)
     placed = _placed(precision, comm)
-    absent = [
-        layout.name
-        for layout, ranks in placed
-        for rank, part in ranks
-        if rank == comm.rank and (layout.name, part) not in held
-    ]
-    failure = (
-        CoverageError(
-            f"this rank has no curvature of layer '{absent[0]}' ({len(held)} of {len(placed)} layers or parts are "
-            f"here); it is distributed over other ranks than the {comm.size} of comm: pass the comm used to measure it"
-        )
-        if absent
-        else None
-    )
-    agree(comm, failure)
+
+    def check() -> None:
+        for layout, ranks in placed:
+            if any(rank == comm.rank and (layout.name, part) not in held for rank, part in ranks):
+                raise CoverageError(
+                    f"this rank has no curvature of layer '{layout.name}' ({len(held)} of {len(placed)} layers or "
+                    f"parts are here); it is distributed over other ranks than the {comm.size} of comm: pass the comm "
+                    "used to measure it"
+                )
+
+    all_or_none(comm, check, "find its layers of the curvature")
 
 
 def _held(precision: Kronecker) -> dict[tuple[str, Part], Block]:
@@ -307,7 +286,7 @@ def _decomposed(precision: Precision, blocks: Iterable[Block], comm: Comm) -> It
     match precision:
         case Kronecker():
             for block in blocks:
-                eigen = eigen_of(block)
+                eigen = eigen_of(block.terms)
                 yield BlockSpectrum(block.layout, replace(eigen, values=eigen.values.clamp_min(0)))
             yield from _diagonals(precision.rest, comm)
         case Diagonal():

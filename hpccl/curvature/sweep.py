@@ -21,18 +21,19 @@ from hpccl.curvature.columns import Wanted, check_labels, num_columns, output_co
 from hpccl.curvature.coverage import Coverage, plan, refuse_unfit
 from hpccl.curvature.protocols import Examples
 from hpccl.curvature.pullback import Layers, layer_gradients
+from hpccl.dist.agree import all_or_none
 from hpccl.dist.comm import Comm
 from hpccl.engine.sharded import computes_on, is_spread, whole_parameters
-from hpccl.errors import DivergedError, HpcclError, WorldError
+from hpccl.errors import DivergedError
 
 __all__ = [
+    "MEASURE",
     "Forward",
     "Sweep",
-    "agree",
-    "all_or_none",
     "at_the_end",
     "fastest_layout",
     "fit_examples",
+    "fitting",
     "in_parts",
     "in_step",
     "listed",
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 Made = TypeVar("Made")
+
+MEASURE = "measure its part of the curvature"  # a step of dist.agree
 
 _PROBE = 2  # examples that the coverage is checked with: two reveal whether each has its own rows
 
@@ -190,12 +193,12 @@ def padded(examples: Examples, length: int) -> Examples:
 
 def together(model: nn.Module, comm: Comm, make: Callable[[], Made]) -> Made:
     """Return `make()`; where passes are collective, a rank that fails in it stops the others before the next pass."""
-    return all_or_none(comm, make) if is_spread(model) else make()
+    return all_or_none(comm, make, MEASURE) if is_spread(model) else make()
 
 
 def at_the_end(model: nn.Module, comm: Comm, make: Callable[[], Made]) -> Made:
     """Return `make()`, a whole loop of passes; a failing rank stops the others, unless `together` already did so."""
-    return make() if is_spread(model) else all_or_none(comm, make)
+    return make() if is_spread(model) else all_or_none(comm, make, MEASURE)
 
 
 def _logits(model: nn.Module, pixels: Tensor, widened: dict[str, Tensor] | None) -> Tensor:
@@ -212,6 +215,11 @@ def _on_device(model: nn.Module, batch: Examples) -> Examples:
         return batch
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     return batch.to(like.device, like.dtype)
+
+
+def fitting(examples: Examples, each: int, room: int) -> int:
+    """Return how many of the examples, at least one, to hold at a time, of `each` bytes in `room` bytes."""
+    return max(1, min(len(examples), room // max(1, each)))
 
 
 def in_parts(examples: Examples, size: int) -> Iterator[Examples]:
@@ -262,50 +270,22 @@ def planned_together(
         return known, fit_examples(model, batches)
     assert not is_spread(model), "a network whose weights are spread is planned ahead"
     remaining = (batch for batch in batches if len(batch))
-    first: Examples | None = None
-    fit: Examples | None = None
-    failure: HpcclError | None = None
-    try:
-        first = next(remaining, None)
-        fit = next(fit_examples(model, [] if first is None else [first]), None)
-    except HpcclError as error:
-        failure = error
-    agree(comm, failure)
+
+    def first_batch() -> tuple[Examples | None, Examples | None]:
+        taken = next(remaining, None)
+        return taken, next(fit_examples(model, [] if taken is None else [taken]), None)
+
+    first, fit = all_or_none(comm, first_batch, MEASURE)
     having = comm.gather(torch.tensor([(first is not None) + (fit is not None)])).tolist()
     if not any(having):
         return None, iter(())
     source = having.index(max(having))  # the lowest rank with examples that count, or with any
-    coverage: Coverage | None = None
-    if comm.rank == source and first is not None:
-        try:
-            coverage = planned(model, fit or _on_device(model, first))
-        except HpcclError as error:
-            failure = error
-    agree(comm, failure)
+
+    def plan_of_all() -> Coverage | None:
+        return planned(model, fit or _on_device(model, first)) if comm.rank == source and first is not None else None
+
+    coverage = all_or_none(comm, plan_of_all, MEASURE)
     return _shared(coverage, source, comm), fit_examples(model, chain([] if first is None else [first], remaining))
-
-
-def agree(comm: Comm, failure: HpcclError | None) -> None:
-    """Raise on every rank if any has failed: its own failure on that rank, a WorldError on the others.
-
-    A WorldError comes from an earlier agreement, in which the failed rank took part; it is raised again without another
-    exchange, which that rank would not join.
-    """
-    if isinstance(failure, WorldError):
-        raise failure
-    if comm.any(failure is not None):
-        raise failure or WorldError("curvature stopped: another rank could not measure its part; see its message")
-
-
-def all_or_none(comm: Comm, make: Callable[[], Made]) -> Made:
-    """Return `make()` on each rank; if it fails on any, all ranks raise as in `agree`. Collective."""
-    try:
-        made = make()
-    except HpcclError as error:
-        agree(comm, error)
-        raise
-    agree(comm, None)
-    return made
 
 
 def listed(names: Iterable[object]) -> str:

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from hpccl.config.curvature import ListedTasks, NearestTasks, PooledTasks, RefitTasks, TasksConfig
 from hpccl.curvature.blocks import WHOLE, Block, Term
-from hpccl.curvature.sweep import all_or_none
+from hpccl.dist.agree import all_or_none
 from hpccl.dist.comm import Comm
 from hpccl.kron import merge
 from hpccl.kron.pair import Pair
 
 __all__ = ["norms", "summed"]
 
+_MERGE = "merge its layers' curvature"  # a step of dist.agree
 Grams = tuple[Tensor, Tensor]  # inner products of the input factors and of the gradient factors, [g, T, T] each
 
 
@@ -59,14 +60,12 @@ def summed(
     match tasks:
         case ListedTasks():
             return _within_budget(joined, tasks, comm, most_flops=tasks.max_cost * one_pull, keep_trace=keep_trace)
-        case PooledTasks():
-            grams = _grams(joined, comm)
-            return all_or_none(comm, lambda: [_pooled(b, g, keep_trace) for b, g in zip(joined, grams, strict=True)])
-        case NearestTasks():
-            grams = _grams(joined, comm)
-            return all_or_none(comm, lambda: [_nearest(b, g, keep_trace) for b, g in zip(joined, grams, strict=True)])
+        case PooledTasks() | NearestTasks():
+            merged = _pooled if isinstance(tasks, PooledTasks) else _nearest
+            pairs = list(zip(joined, _grams(joined, comm), strict=True))
+            return all_or_none(comm, lambda: [merged(block, grams, keep_trace) for block, grams in pairs], _MERGE)
         case RefitTasks():
-            return all_or_none(comm, lambda: [_refitted(block) for block in joined])
+            return all_or_none(comm, lambda: [_refitted(block) for block in joined], _MERGE)
         case _:
             assert_never(tasks)
 
@@ -104,7 +103,7 @@ def _within_budget(
     """Merge one pair of terms in every layer whose tolerance allows it, until all layers fit, or none allows it."""
     while _over_budget(blocks, tasks.max_gib * 2**30, most_flops, comm):
         grams = _grams(blocks, comm)
-        merged = all_or_none(comm, partial(_all_closest_merged, blocks, grams, tasks.tolerance, keep_trace))
+        merged = all_or_none(comm, partial(_all_closest_merged, blocks, grams, tasks.tolerance, keep_trace), _MERGE)
         if not comm.any(any(after is not before for after, before in zip(merged, blocks, strict=True))):
             break
         blocks = merged

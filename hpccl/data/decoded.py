@@ -27,7 +27,7 @@ from hpccl.data.protocols import Split
 from hpccl.data.rows import Images, Request, Views
 from hpccl.data.transfer import CPU, delivered
 from hpccl.errors import DataError, FolderError
-from hpccl.folder import locked, replacing
+from hpccl.folder import expanded, locked, replacing
 from hpccl.machine import usable_cores
 
 __all__ = ["DecodedImages", "Kept", "cache_folder", "keep_decoded", "kept_path"]
@@ -130,7 +130,7 @@ class DecodedImages:
 def cache_folder(configured: str | None) -> Path:
     """Return data.cache, or hpccl/decoded in the user's cache folder."""
     if configured is not None:
-        return Path(configured).expanduser()
+        return expanded("data.cache", configured)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "hpccl" / "decoded"
 

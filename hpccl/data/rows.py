@@ -5,7 +5,7 @@ Shapes: n images, r rows, C classes of the whole stream.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +142,23 @@ class Rows:
     def image_weights(self) -> Tensor:
         """[n] the sum of the weights of an image's rows."""
         return self.weight.new_zeros(len(self.pixels)).index_add_(0, self.image, self.weight)
+
+    def appended(
+        self, image: Tensor, target: Tensor, head: Tensor, *, weight: Tensor, temperature: float, term: int, kind: int
+    ) -> Rows:
+        """Return the rows with q more of the images `image` [q] (indices); target, head: [q, C]; weight: [q]."""
+        assert self.kind is not None or kind == CROSS_ENTROPY, "other kinds are known from the first row on"
+        count = len(image)
+        return replace(
+            self,
+            image=torch.cat([self.image, image]),
+            target=torch.cat([self.target, target]),
+            weight=torch.cat([self.weight, weight]),
+            head=torch.cat([self.head, head]),
+            temperature=torch.cat([self.temperature, self.temperature.new_full((count,), temperature)]),
+            term=torch.cat([self.term, self.term.new_full((count,), term)]),
+            kind=None if self.kind is None else torch.cat([self.kind, self.kind.new_full((count,), kind)]),
+        )
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on a device."""

@@ -27,6 +27,8 @@ __all__ = [
     "aligned",
     "elements",
     "fetch",
+    "mapped",
+    "own",
     "placed_whole",
     "streamed",
     "whole",
@@ -99,6 +101,16 @@ class Stored(Protocol):
 Leaf: TypeAlias = Tensor | Slab  # whole on every rank, or a part
 Leaves: TypeAlias = Mapping[str, Leaf]
 Place: TypeAlias = Callable[[Mapping[str, Tensor | Slab | Stored]], Leaves]  # such as Engine.place
+
+
+def own(leaf: Leaf) -> Tensor:
+    """Return this rank's elements: of a Slab its part, otherwise the tensor itself."""
+    return leaf.local if isinstance(leaf, Slab) else leaf
+
+
+def mapped(leaf: Leaf, change: Callable[[Tensor], Tensor]) -> Leaf:
+    """Return the leaf with its elements changed by `change`, which keeps their number."""
+    return replace(leaf, local=change(leaf.local)) if isinstance(leaf, Slab) else change(leaf)
 
 
 def elements(value: Tensor | Slab | Stored, start: int, stop: int) -> Tensor:

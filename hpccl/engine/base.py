@@ -29,7 +29,7 @@ from hpccl.engine.optim import averaging, learning_rate, tell_peak
 from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.engine.squares import Squares
 from hpccl.engine.trial import drawing, held_within
-from hpccl.errors import WorldError
+from hpccl.errors import ConfigError
 from hpccl.models.dropout import set_noise
 from hpccl.optim.noise import Run
 from hpccl.optim.perturbing import Perturbing
@@ -432,11 +432,11 @@ class BaseEngine(ABC):
         """A parameter's whole weights while its layer's gradient is computed."""
 
     def _refuse_silent_hooks(self) -> None:
-        """Raise WorldError if a hook was not called in this step: a prior must not be left out unnoticed."""
+        """Raise ConfigError if a hook was not called in this step: a prior must not be left out unnoticed."""
         silent = self._hooks.silent()
         self._last = False
         if silent:
-            raise WorldError(
+            raise ConfigError(
                 f"the prior did not reach the gradient of '{min(silent)}' ({len(silent)} parameters in all): the layer "
                 f"was not called as a module under engine.kind={self._config.kind}; use engine.kind=ddp, or exclude "
                 "the layer from the prior"

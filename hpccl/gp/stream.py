@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hpccl.dist.agree import all_or_none
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, ConfigError, DataError
 from hpccl.gp.inducing import drawn_by_leverage, pivots
@@ -274,8 +275,8 @@ class _Task:
 
 def _checked(state: State, x: Tensor, y: Tensor, comm: Comm, settings: Settings) -> int:
     """Refuse data that cannot be learned; return the number of examples of all ranks."""
-    failure: DataError | None = None
-    try:
+
+    def check() -> None:
         if len(x) != len(y):
             raise DataError(f"{len(x)} rows and {len(y)} labels for a Gaussian process; give one label per row")
         state.likelihood.check(y)
@@ -285,10 +286,8 @@ def _checked(state: State, x: Tensor, y: Tensor, comm: Comm, settings: Settings)
                 f"row {int(bad.nonzero()[0])} of {len(x)} for a Gaussian process is not finite; the network that made "
                 "its features has diverged, or its input is damaged"
             )
-    except DataError as error:
-        failure = error
-    if comm.any(failure is not None):
-        raise failure or DataError("another rank has invalid data for the Gaussian process; see its message")
+
+    all_or_none(comm, check, "use its data for the Gaussian process")
     counts = torch.tensor([len(x)], dtype=torch.int64, device=comm.device)
     comm.sum_([counts])
     if not int(counts):

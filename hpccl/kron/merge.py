@@ -36,6 +36,7 @@ __all__ = [
     "combination_error",
     "combine",
     "distance",
+    "eigen_of",
     "gram",
     "merge_error",
     "nearest",
@@ -160,6 +161,18 @@ def refit(terms: Sequence[Term]) -> Eigen:
     for term in terms:
         values += _diagonal(term, basis.qa, basis.qb)
     return Eigen(basis.qa, basis.qb, values.clamp_min(0), basis.a, basis.b)
+
+
+def eigen_of(terms: Sequence[Term]) -> Eigen:
+    """Return the sum of the terms in an eigenbasis: exact for one term, several are replaced by their `refit`.
+
+    Raises:
+        DivergedError: a factor is not finite.
+    """
+    (first, *others) = terms
+    if others:
+        return refit(terms)
+    return first if isinstance(first, Eigen) else Eigen.of(first)
 
 
 def _gram(factors: Sequence[Factor]) -> Tensor:

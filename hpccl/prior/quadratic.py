@@ -28,7 +28,7 @@ from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.protocols import Piece, Precision, Shards, strided_like
 from hpccl.dist.comm import Comm
 from hpccl.dist.placement import owners
-from hpccl.dist.spread import Leaf, Leaves, Place, Slab, elements, fetch
+from hpccl.dist.spread import Leaf, Leaves, Place, Slab, elements, fetch, mapped, own
 from hpccl.engine.protocols import Engine, GradientHook, Weights
 
 __all__ = ["Products", "Quadratic"]
@@ -113,8 +113,7 @@ class Quadratic:
         leaves, scale = self.precision.leaves, self.weight / num_train
 
         def part(leaf: Leaf, like: Tensor) -> Tensor:
-            local = leaf.local if isinstance(leaf, Slab) else leaf
-            return local.to(like.device).view_as(like)
+            return own(leaf).to(like.device).view_as(like)
 
         def force(name: str, weights: Tensor) -> Tensor:
             distance = weights - part(self.anchor[name], weights)
@@ -191,10 +190,7 @@ class Quadratic:
 def _scaled(leaves: Leaves | None, scale: float) -> Leaves | None:
     if leaves is None:
         return None
-    return {
-        name: replace(leaf, local=leaf.local * scale) if isinstance(leaf, Slab) else leaf * scale
-        for name, leaf in leaves.items()
-    }
+    return {name: mapped(leaf, lambda value: value * scale) for name, leaf in leaves.items()}
 
 
 def _bare(leaves: Leaves) -> dict[str, Tensor]:

@@ -28,12 +28,12 @@ from hpccl.curvature.dense import DensePrecision
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.kronecker import Kronecker
 from hpccl.curvature.protocols import Precision, Totals
-from hpccl.curvature.spectrum import eigen_of
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, DivergedError, FolderError
 from hpccl.folder import RunFolder
 from hpccl.kron.eigen import Eigen, symmetric_eigh
 from hpccl.kron.factor import Dense, Factor, LowRank
+from hpccl.kron.merge import eigen_of
 from hpccl.kron.pair import Pair
 from hpccl.report.text import fixed, percent, size, whole
 from hpccl.tools.evaluate_run import find_checkpoint
@@ -241,7 +241,7 @@ def _eigenvalues(block: Block) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(first, Pair) and not others:
         a, b = _of_factor(first.a), _of_factor(first.b)
         return a, b, b[:, :, None] * a[:, None, :]
-    eigen = eigen_of(block)
+    eigen = eigen_of(block.terms)
     noise = eigen.values.amax((1, 2), keepdim=True) * max(eigen.values.shape) * torch.finfo(eigen.values.dtype).eps
     return eigen.a, eigen.b, torch.where(eigen.values > noise, eigen.values, 0.0)
 

@@ -30,8 +30,8 @@ from hpccl.errors import FolderError
 from hpccl.folder import RunFolder
 from hpccl.memory.store import Memory
 from hpccl.prior.prior import Prior
-from hpccl.train.compose import plan_task
 from hpccl.train.copies import added_data, copies_of, open_for
+from hpccl.train.plan import plan_task
 from hpccl.train.removal import removed_samples
 from hpccl.train.soft_labels import soft_labels, write_soft_labels
 from hpccl.train.state import RunState, World

@@ -13,7 +13,8 @@ from hpccl.data.build import open_stream
 from hpccl.data.protocols import Stream, Task
 from hpccl.data.shards.copies import copied_name, drop_copies
 from hpccl.data.shards.reader import close_files
-from hpccl.errors import DataError, HpcclError, WorldError
+from hpccl.dist.agree import on_leader
+from hpccl.errors import DataError
 from hpccl.folder import RunFolder
 from hpccl.memory.store import Memory
 from hpccl.train.state import RunState, World
@@ -84,15 +85,12 @@ def keep_images(task: Task, memory: Memory, world: World) -> None:
         return
     with world.phase(task, "copy") as phase:
         phase.images = len(memory)
-        failure: HpcclError | None = None
-        if world.comm.leader:
-            try:
-                for number in memory.task.unique().tolist():
-                    world.stream.copy(number, memory.sample[memory.task == number].numpy(), world.folder.copies)
-            except HpcclError as error:
-                failure = error
-        if world.comm.any(failure is not None):
-            raise failure or WorldError("the first process could not copy the memory's images; see its message")
+
+        def copy() -> None:
+            for number in memory.task.unique().tolist():
+                world.stream.copy(number, memory.sample[memory.task == number].numpy(), world.folder.copies)
+
+        on_leader(world.comm, copy, "copy the memory's images")
 
 
 def drop_images(memory: Memory, world: World) -> None:

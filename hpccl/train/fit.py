@@ -20,12 +20,13 @@ from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
 from hpccl.prior.normal import NormalPrior
-from hpccl.train.compose import Composer, MicroBatch, head_steps, plan_task, split
+from hpccl.train.compose import Composer, MicroBatch, split
 from hpccl.train.distill import Distilled, record
 from hpccl.train.diverged import Failure, diagnose
 from hpccl.train.functional import Recalled, recalled, rows_memory
 from hpccl.train.hold import hold, last_name
 from hpccl.train.meter import Meter
+from hpccl.train.plan import head_steps, plan_task
 from hpccl.train.state import RunState, World
 from hpccl.train.step import train_step
 from hpccl.train.topology import ASKED_BY, Topology

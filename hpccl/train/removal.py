@@ -13,8 +13,6 @@ Source: Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS, section 4
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -74,13 +72,7 @@ def less(rows: Rows, taken: Tensor, target: Tensor, head: Tensor) -> Rows:
     target, head: [n, C] of the images' true labels
     """
     image = taken.nonzero().squeeze(1)
-    return replace(
-        rows,
-        image=torch.cat([rows.image, image]),
-        target=torch.cat([rows.target, target[image]]),
-        weight=torch.cat([rows.weight, rows.weight.new_full((len(image),), -1.0)]),
-        head=torch.cat([rows.head, head[image]]),
-        temperature=torch.cat([rows.temperature, torch.ones(len(image))]),
-        term=torch.cat([rows.term, torch.full((len(image),), REPLAY)]),
-        kind=None if rows.kind is None else torch.cat([rows.kind, torch.full((len(image),), CROSS_ENTROPY)]),
+    weight = rows.weight.new_full((len(image),), -1.0)
+    return rows.appended(
+        image, target[image], head[image], weight=weight, temperature=1.0, term=REPLAY, kind=CROSS_ENTROPY
     )

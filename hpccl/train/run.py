@@ -22,11 +22,12 @@ from hpccl.config.run import RunConfig
 from hpccl.curvature.build import build_estimator
 from hpccl.curvature.coverage import plan_ahead
 from hpccl.data.protocols import Split, Stream, Task
+from hpccl.dist.agree import on_leader
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
 from hpccl.engine.build import build_engine, spreads_weights
-from hpccl.errors import CapacityError, FolderError, HpcclError, WorldError
-from hpccl.folder import RunFolder
+from hpccl.errors import CapacityError, FolderError, HpcclError
+from hpccl.folder import RunFolder, expanded
 from hpccl.machine import commit, machine, out_of_memory, slurm_job, versions
 from hpccl.memory.store import Memory
 from hpccl.models.build import build_model
@@ -36,13 +37,13 @@ from hpccl.report.progress import make_progress
 from hpccl.report.tensorboard import TensorBoardSink
 from hpccl.train.adapt import adaptation_steps, adaptation_task, begin_adapting, continues
 from hpccl.train.checks import check_memory, check_sizes
-from hpccl.train.compose import planned_steps
 from hpccl.train.consolidate import admit_first, consolidate
 from hpccl.train.copies import check_images, copies_advised, drop_images, open_for, reopened_stream
 from hpccl.train.evaluate import evaluate, evaluate_all
 from hpccl.train.first_task import adopt_first_task, find_first_task
 from hpccl.train.fit import fit
 from hpccl.train.hold import check_frozen
+from hpccl.train.plan import planned_steps
 from hpccl.train.reconstruction import reconstruct
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop, Stopped
@@ -81,15 +82,7 @@ def _was_done(folder: RunFolder, comm: Comm) -> bool:
         CheckpointError: the last checkpoint is damaged (on the first rank).
         WorldError: the same, on the other ranks.
     """
-    done, problem = False, None
-    if comm.leader:
-        try:
-            done = _ended(folder)
-        except HpcclError as error:
-            problem = error
-    if comm.any(problem is not None):
-        raise problem or WorldError("the last checkpoint cannot be read; see the message of the first process")
-    return comm.any(done)
+    return comm.any(bool(on_leader(comm, lambda: _ended(folder), "read the last checkpoint")))
 
 
 def _ended(folder: RunFolder) -> bool:
@@ -290,7 +283,7 @@ def fresh_model(config: RunConfig, stream: Stream, *, pretrained: bool) -> tuple
     )
     if config.model.checkpoint is None or not pretrained:
         return model, None
-    return model, start_from(model, Path(config.model.checkpoint).expanduser())
+    return model, start_from(model, expanded("model.checkpoint", config.model.checkpoint))
 
 
 def _state_of(model: nn.Module, config: RunConfig, stream: Stream, comm: Comm) -> RunState:

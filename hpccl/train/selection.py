@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias, assert_never
+from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +47,6 @@ __all__ = ["chosen"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
-# (look, positions of its labels among the competing classes) -> scores [n]
-Scores: TypeAlias = Callable[[Look, Tensor], Tensor]
-
 # Purposes of hashes; in a hash, the candidates' `words` come first.
 _PROBES, _PROJECTION = 11, 12
 _TOGETHER = 4096  # examples whose gradients are computed at a time
@@ -70,35 +67,11 @@ def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choi
             return uniform(given)
         case GreedySelector():
             return _in_order_of_arrival(admitted_greedily(world.config, world.stream, task, np.zeros(0, np.int64)))
-        case ScoreSelector():
-            of_kind: dict[str, Scores] = {
-                "gini": lambda look, _: gini(look.logits),
-                "error": lambda look, labels: error(look.logits, labels),
-                "residual": lambda look, labels: residual(look.logits, labels),
-            }
-            score, sample = _scores(task, given, state, world, of_kind[config.kind], inputs=False)
-            return scored(score, sample, given, world.comm, sampled=config.sampled)
-        case PosteriorSelector(network="all"):
-            score, sample = _whole_scores(config, task, given, state, world)
-            return scored(score, sample, given, world.comm, sampled=config.sampled)
-        case PosteriorSelector():
-            layer = _top_layer(task, given, state, world, prior_precision=config.prior_precision)
-            of_kind = {
-                "leverage": lambda look, _: leverage(look.logits, look.x, layer),
-                "sensitivity": lambda look, labels: sensitivity(look.logits, look.x, labels, layer),
-            }
-            score, sample = _scores(task, given, state, world, of_kind[config.kind], inputs=True)
+        case ScoreSelector() | PosteriorSelector():
+            score, sample = _collected(_scored(config, task, given, state, world))
             return scored(score, sample, given, world.comm, sampled=config.sampled)
         case FeatureSelector():
-            by_kind: dict[str, Callable[[Floats, int], Ints]]
-            by_kind = {"herding": herding, "welling": welling, "k_center": k_center}
-
-            def pick(rows: Floats, keep: int) -> tuple[Ints, npt.NDArray[np.float64]]:
-                return by_kind[config.kind](rows, keep), np.ones(keep)
-
-            seen = _Share.of(task, given, state, world)
-            found = by_class(seen.x[:, :-1], seen.sample, seen.valid, given=given, comm=world.comm, pick=pick)
-            return replace(found, weight=np.ones(len(found.sample)))
+            return _by_features(config, task, given, state, world)
         case ReconstructionSelector():
             return _reconstruction(config, task, given, state, world)
         case _:
@@ -110,34 +83,71 @@ def _in_order_of_arrival(sample: Ints) -> Choice:
     return Choice(sample[order], order.astype(np.int64), np.ones(len(sample)), np.zeros(len(sample)))
 
 
-def _scores(
-    task: Task, given: Candidates, state: RunState, world: World, score: Scores, *, inputs: bool
-) -> tuple[npt.NDArray[np.float64], Ints]:
+# ---------------------------------------------------------------- scores
+
+Scored: TypeAlias = tuple[Ints, npt.NDArray[np.bool_], Tensor]  # of a batch: positions, whether decoded, scores
+
+
+def _collected(batches: Iterable[Scored]) -> tuple[npt.NDArray[np.float64], Ints]:
     """Return the scores of this rank's share and their sample positions; -inf where an image cannot be decoded."""
-    classes = competing(task, world)
     found, samples = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
-    for look in looks(given.samples, classes, state, world, inputs=inputs):
-        labels = _labels(look.sample, classes, world).to(look.logits.device)
-        found.append(np.where(look.valid, score(look, labels).double().cpu().numpy(), -np.inf))
-        samples.append(look.sample)
+    for sample, valid, score in batches:
+        found.append(np.where(valid, score.double().cpu().numpy(), -np.inf))
+        samples.append(sample)
     return np.concatenate(found), np.concatenate(samples)
 
 
-def _whole_scores(
-    config: PosteriorSelector, task: Task, given: Candidates, state: RunState, world: World
-) -> tuple[npt.NDArray[np.float64], Ints]:
-    """Return scores as `_scores` does, from the variance of the logits under the posterior of all layers."""
+def _scored(
+    config: ScoreSelector | PosteriorSelector, task: Task, given: Candidates, state: RunState, world: World
+) -> Iterator[Scored]:
+    """Yield the scores of each batch of this rank's share; collective."""
     classes = competing(task, world)
-    found, samples = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
-    for each in logit_variances(task, given.samples, state, world, prior_precision=config.prior_precision):
-        labels = _labels(each.sample, classes, world).to(each.logits.device)
-        if config.kind == "leverage":
-            score = whole_leverage(each.logits, each.variance)
-        else:
-            score = whole_sensitivity(each.logits, each.variance, labels)
-        found.append(np.where(each.valid, score.cpu().numpy(), -np.inf))
-        samples.append(each.sample)
-    return np.concatenate(found), np.concatenate(samples)
+
+    def labels(sample: Ints, logits: Tensor) -> Tensor:
+        return _labels(sample, classes, world).to(logits.device)
+
+    match config:
+        case ScoreSelector():
+            for look in looks(given.samples, classes, state, world, inputs=False):
+                score = _score_of_logits(config.kind, look.logits, labels(look.sample, look.logits))
+                yield look.sample, look.valid, score
+        case PosteriorSelector(network="all"):
+            for each in logit_variances(task, given.samples, state, world, prior_precision=config.prior_precision):
+                known = labels(each.sample, each.logits)
+                yield each.sample, each.valid, _score_of_variance(config.kind, each.logits, each.variance, known)
+        case PosteriorSelector():
+            layer = _top_layer(task, given, state, world, prior_precision=config.prior_precision)
+            for look in looks(given.samples, classes, state, world, inputs=True):
+                known = labels(look.sample, look.logits)
+                yield look.sample, look.valid, _score_of_layer(config.kind, look, known, layer)
+
+
+def _score_of_logits(kind: Literal["gini", "error", "residual"], logits: Tensor, labels: Tensor) -> Tensor:
+    match kind:
+        case "gini":
+            return gini(logits)
+        case "error":
+            return error(logits, labels)
+        case "residual":
+            return residual(logits, labels)
+
+
+def _score_of_variance(
+    kind: Literal["leverage", "sensitivity"], logits: Tensor, variance: Tensor, labels: Tensor
+) -> Tensor:
+    match kind:
+        case "leverage":
+            return whole_leverage(logits, variance)
+        case "sensitivity":
+            return whole_sensitivity(logits, variance, labels)
+
+
+def _score_of_layer(kind: Literal["leverage", "sensitivity"], look: Look, labels: Tensor, layer: TopLayer) -> Tensor:
+    match kind:
+        case "leverage":
+            return leverage(look.logits, look.x, layer)
+        case "sensitivity":
+            return sensitivity(look.logits, look.x, labels, layer)
 
 
 def _top_layer(task: Task, given: Candidates, state: RunState, world: World, *, prior_precision: float) -> TopLayer:
@@ -156,6 +166,9 @@ def _top_layer(task: Task, given: Candidates, state: RunState, world: World, *, 
     assert moment is not None, "a task has examples"
     world.comm.sum_([moment, curvature, count])
     return TopLayer.of(moment / count.clamp_min(1), curvature, prior_precision=prior_precision).to(state.engine.device)
+
+
+# ---------------------------------------------------------------- features and gradients
 
 
 @dataclass(frozen=True)
@@ -195,6 +208,27 @@ def _on_host(seen: Iterable[Look]) -> Iterator[Look]:
 def _labels(sample: Ints, classes: list[int], world: World) -> Tensor:
     """Return the positions of the samples' labels in `classes`."""
     return torch.from_numpy(np.searchsorted(classes, world.stream.labels("train")[sample]))
+
+
+def _by_features(config: FeatureSelector, task: Task, given: Candidates, state: RunState, world: World) -> Choice:
+    """Choose by class, from the inputs of the last layer."""
+
+    def pick(rows: Floats, keep: int) -> tuple[Ints, npt.NDArray[np.float64]]:
+        return _feature_order(config.kind, rows, keep), np.ones(keep)
+
+    seen = _Share.of(task, given, state, world)
+    found = by_class(seen.x[:, :-1], seen.sample, seen.valid, given=given, comm=world.comm, pick=pick)
+    return replace(found, weight=np.ones(len(found.sample)))
+
+
+def _feature_order(kind: Literal["herding", "welling", "k_center"], rows: Floats, keep: int) -> Ints:
+    match kind:
+        case "herding":
+            return herding(rows, keep)
+        case "welling":
+            return welling(rows, keep)
+        case "k_center":
+            return k_center(rows, keep)
 
 
 def _reconstruction(

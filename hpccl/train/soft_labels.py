@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpccl.checkpoint.apart import Apart, read_apart, write_apart
 from hpccl.data.protocols import Task
-from hpccl.errors import FolderError, WorldError
+from hpccl.dist.agree import on_leader
 from hpccl.memory.store import DTYPES, Memory, head_columns, stored
 from hpccl.prior.correction import Correction
 from hpccl.train.passes import answers
@@ -117,15 +117,13 @@ def write_soft_labels(
         FolderError: the run folder cannot be written (on the leader).
         WorldError: the same, on the other ranks.
     """
-    comm, path, failure = world.comm, "", None
+    comm = world.comm
     # As bytes, as not every backend supports half precision.
     every = comm.exchange(soft.view(torch.uint8), [len(soft), *[0] * (comm.size - 1)]).view(soft.dtype)
-    if comm.leader:
-        try:
-            path = write_apart(world.folder.path, f"memory/soft/task-{task.index:03d}", whole(every)).path
-        except FolderError as error:
-            failure = error
-    if comm.any(failure is not None):
-        raise failure or WorldError("the first process could not write the soft labels; see its message")
-    found = Apart(comm.broadcast_text(path))
+
+    def write() -> Apart:
+        return write_apart(world.folder.path, f"memory/soft/task-{task.index:03d}", whole(every))
+
+    written = on_leader(comm, write, "write the soft labels")
+    found = Apart(comm.broadcast_text(None if written is None else written.path))
     return found, read_apart(world.folder.path, found)

@@ -10,7 +10,7 @@ import torch
 
 from hpccl.checkpoint.store import Mark
 from hpccl.dist.comm import Comm
-from hpccl.errors import DataError
+from hpccl.errors import HpcclError
 from hpccl.gp.kernel import Kernel
 from hpccl.gp.likelihood import Gaussian, Softmax
 from hpccl.gp.stream import Settings, begin, learn, typical_distance
@@ -51,7 +51,7 @@ def figures(comm: Comm) -> dict[str, Any]:
     rows = torch.arange(part.start, part.stop)
     try:
         learn(begin(Kernel.of("rbf"), Softmax(3)), x[rows], labels[rows], rows, settings=Settings(), comm=comm)
-    except DataError as error:
+    except HpcclError as error:
         found["refused"] = str(error)
     return found
 
@@ -68,7 +68,7 @@ def test_the_number_of_ranks_does_not_matter(size: int, tmp_path: Path) -> None:
             for key in ("inducing", "mean", "variance", "lengthscale"):
                 torch.testing.assert_close(rank[name][key], alone[name][key], atol=1e-7, rtol=1e-7)
     assert sum("allowed: [n], 0 to 2" in rank["refused"] for rank in ranks) == 1
-    assert sum("another rank has invalid data" in rank["refused"] for rank in ranks) == size - 1
+    assert sum("another rank could not use its data" in rank["refused"] for rank in ranks) == size - 1
 
 
 def fitted(comm: Comm, folder: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from hpccl.checkpoint.store import Mark
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
-from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.compose import Composer, split
 from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
+from hpccl.train.plan import plan_task
 from hpccl.train.step import train_step
 from hpccl.train.stop import Stopped
 from tests.dist.world import Result, run_in_world

@@ -11,7 +11,8 @@ from hpccl.config.curvature import ListedTasks
 from hpccl.curvature.blocks import WHOLE, Block, Layout
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.kronecker import Kronecker, layout_parts
-from hpccl.curvature.posterior import Posterior, gathered
+from hpccl.curvature.posterior import Posterior
+from hpccl.curvature.spectrum import gathered
 from hpccl.dist.comm import Comm
 from hpccl.errors import HpcclError
 from hpccl.kron.eigen import Eigen

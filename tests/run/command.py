@@ -84,11 +84,12 @@ def trained(folder: Path, *settings: str) -> Path:
     return folder
 
 
-def hpccl(*arguments: str, timeout: float = 200) -> tuple[int, str]:
+def hpccl(*arguments: str, timeout: float = 200, **environment: str) -> tuple[int, str]:
     """Any other hpccl command."""
     done = subprocess.run(
         [sys.executable, "-m", "hpccl.cli", *arguments],
         cwd=ROOT,
+        env={**os.environ, **environment},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

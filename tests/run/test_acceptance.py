@@ -22,10 +22,11 @@ from hpccl.engine.protocols import trainable
 from hpccl.errors import ConfigError, CoverageError
 from hpccl.prior.prior import Prior
 from hpccl.report.events import read_events
-from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.compose import Composer, split
 from hpccl.train.fit import fit
 from hpccl.train.loss import row_nats, weighted_nats
 from hpccl.train.measure import measure
+from hpccl.train.plan import plan_task
 from hpccl.train.reconstruction import prior_gradients, true_gradient
 from hpccl.train.run import run
 from hpccl.train.soft_labels import relabel

@@ -41,11 +41,13 @@ from hpccl.tools.memory_map.build import map_memory
 from hpccl.tools.merge import merge
 from hpccl.tools.uncertainty import evaluate_posterior
 from hpccl.train.adapt import adaptation_task, begin_adapting, check_adaptation
-from hpccl.train.compose import Composer, _remaining, plan_task, split
+from hpccl.train.compose import Composer, split
 from hpccl.train.copies import open_for
 from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.loss import weighted_nats
+from hpccl.train.plan import plan_task
+from hpccl.train.row_weights import counted_examples
 from hpccl.train.run import run
 from hpccl.train.state import RunState, World
 from hpccl.train.stop import Stop
@@ -138,6 +140,20 @@ def test_a_run_whose_new_images_compete_in_their_task_alone_can_be_adapted(tmp_p
     settings = ("train.epochs=2",)
     config = adapted_config(run_folder, tmp_path / "out", task=0, change=PRECISION, model=None, settings=settings)
     assert learn(config) == "done"
+    given: dict[str, Any] = {"task": 0, "change": PRECISION, "model": None, "settings": ()}
+    reference = reference_config(run_folder, tmp_path / "reference", **given)
+    assert reference.train.competing == "seen", "all classes are there at once"
+
+
+def test_an_adaptation_in_a_step_of_slurm_is_compared_by_its_first_task(digits: Path, tmp_path: Path) -> None:
+    words = ["adapt", str(digits), "--remove", "3", "--out", str(tmp_path / "out"), "train.epochs=1", "log.quiet=true"]
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "HPCCL_STEP": "1"}
+    code, output = hpccl(*words, **step, SLURM_PROCID="0")
+    assert code == 0, output
+    (tmp_path / "out" / "adaptation.json").unlink()
+    code, output = hpccl(*words, **step, SLURM_PROCID="1")
+    assert code == 0, output
+    assert not (tmp_path / "out" / "adaptation.json").exists()
 
 
 def test_an_export_names_the_classes_that_were_removed(digits: Path, tmp_path: Path) -> None:
@@ -200,7 +216,7 @@ def test_removed_examples_count_in_neither_number(tmp_path: Path, replay: float)
     config, _ = both(folder, tmp_path / "out", REMOVE)
     state, world = begun(config, tmp_path / "state")
     labels, memory = world.stream.labels("train"), state.prior.memory
-    left, kept = _remaining(config, world.stream, memory)
+    left, kept = counted_examples(config, world.stream, memory)
     assert left == [int((labels != 3).sum())]
     assert kept == [int((labels[memory.sample.numpy()] != 3).sum())]
 

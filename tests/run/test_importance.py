@@ -16,11 +16,12 @@ from hpccl.dist.comm import Comm
 from hpccl.dist.spread import wholes
 from hpccl.engine.build import build_engine
 from hpccl.prior.quadratic import Quadratic
-from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.compose import Composer, split
 from hpccl.train.consolidate import consolidate
 from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.loss import weighted_nats
+from hpccl.train.plan import plan_task
 from hpccl.train.run import fresh_state, weights_sha256
 from hpccl.train.state import RunState, World
 from tests.run.method import learn, make_world, merged

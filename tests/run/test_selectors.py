@@ -36,6 +36,7 @@ SELECTORS: list[dict[str, Any]] = [
     {"kind": "leverage", "network": "all"},
     {"kind": "sensitivity", "network": "all", "sampled": True},
     {"kind": "herding"},
+    {"kind": "welling"},
     {"kind": "k_center"},
     {"kind": "reconstruction"},
     {"kind": "reconstruction", "weights": "fitted"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -184,6 +185,43 @@ def test_a_campaign_is_a_chain_and_a_failure_cancels_what_waits(cluster: Testbed
     assert [wait_for_state(job)["JobState"] for job in jobs] == ["COMPLETED", "COMPLETED", "FAILED", "CANCELLED"]
     assert (tmp_path / "runs" / "report" / "comparison.html").exists()
     assert steps(tmp_path / "runs" / "after") == 0
+    found = json.loads(hpccl("status", tmp_path / "runs", "--json"))
+    assert {Path(each["run"]).name: each["state"] for each in found} == {
+        "first": "done",
+        "bad": "failed",
+        "after": "cancelled",
+        "report": "done",
+    }
+
+
+@pytest.mark.slow
+def test_a_report_that_waits_is_replaced_by_that_of_more_runs(cluster: Testbed, tmp_path: Path) -> None:
+    script = tmp_path / "campaign.py"
+    script.write_text(REPORTED.format(small=SMALL))
+    more = ("--with", "cluster.kind=slurm", "cluster.threads=1", "cluster.mem=1G", "cluster.extra={hold: true}")
+    (first, report), (kept, second, new) = (
+        [line.partition(":")[0] for line in ask("python", script, *seeds, *more, folder=tmp_path).splitlines()[:-1]]
+        for seeds in (["--seeds=0"], ["--seeds=0,1"])
+    )
+    assert kept == first
+    assert state(report) == "CANCELLED"
+    assert show(new)["Dependency"].count("afterany") == 2
+    hpccl("cancel", tmp_path / "runs")
+    assert [wait_for_state(job)["JobState"] for job in (first, second, new)] == ["CANCELLED"] * 3
+
+
+REPORTED = """
+import sys
+from pathlib import Path
+from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+parser = options(None)
+parser.add_argument("--seeds")
+chosen = parser.parse_args()
+runs = [f"runs/{{seed}}" for seed in chosen.seeds.split(",")]
+steps = [Step(run, ("train", *{small}, f"folder={{run}}")) for run in runs]
+steps.append(Step("report", ("report", *runs, "--out", "runs/report"), after=tuple(runs)))
+sys.exit(carry_out(Campaign(Path("runs"), tuple(steps)), chosen))
+"""
 
 
 CAMPAIGN = """

@@ -111,6 +111,10 @@ def _slurm(config: RunConfig) -> Iterator[Clash]:
             shlex.split(module)
         except ValueError:
             yield Clash(("cluster.modules",), f"has an unclosed quotation mark: {module}")
+    for name, value in cluster.environment.items():
+        if re.search(rf"\$({name}\b|{{{name}\b)", value):
+            problem = f"would not be expanded, but be '{value}' literally; write `export {name}=...` into cluster.setup"
+            yield Clash((f"cluster.environment.{name}",), problem)
     for key in cluster.extra:
         if key in _OUR_SBATCH:
             yield Clash((f"cluster.extra.{key}",), f"is set by hpccl; {_OUR_SBATCH[key]}")

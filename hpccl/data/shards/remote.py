@@ -21,7 +21,7 @@ from typing import BinaryIO, TypeVar
 
 from hpccl.data.shards.manifest import INDEX, MANIFEST, Index, Manifest, ShardEntry
 from hpccl.errors import DataError
-from hpccl.folder import explain_os_error, locked
+from hpccl.folder import expanded, explain_os_error, locked
 
 __all__ = ["ShardCache", "is_url", "load_manifest"]
 
@@ -69,7 +69,8 @@ class ShardCache:
     def of(cls, folder: str | None, gib: float, tries: int) -> ShardCache:
         """Make one from the configuration; folder None is the user's cache folder."""
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return cls(Path(folder or Path(home) / "hpccl" / "shards").expanduser(), int(gib * (1 << 30)), tries)
+        where = Path(home) / "hpccl" / "shards" if folder is None else expanded("data.shard_cache", folder)
+        return cls(where, int(gib * (1 << 30)), tries)
 
     def manifest(self, url: str) -> Manifest:
         """Read `url/manifest.json`, which is small, may change, and is never cached."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hpccl.config.curvature import PassCurvature, SiCurvature
 from hpccl.config.optim import TimmOptim, VognOptim, passes_of, trials_of
 from hpccl.config.run import RunConfig
+from hpccl.curvature.capture import working_bytes
 from hpccl.data.build import outline
 from hpccl.data.outline import Outline
 from hpccl.dist.mesh import pick_device
@@ -21,12 +22,11 @@ from hpccl.tools.plan.measure import Rates, measure
 from hpccl.tools.plan.network import Network, forward_flops, look, moments
 from hpccl.tools.plan.sharding import FLOAT, Sharding, all_reduce, elements, held, rows, sent
 from hpccl.train.checks import check_memory
-from hpccl.train.compose import num_new, planned
 from hpccl.train.kept import kept_of_tasks, num_learned
+from hpccl.train.plan import num_new, plan_run
 
 __all__ = ["Held", "Plan", "Sent", "Spent", "Views", "make_plan"]
 
-_PASS = {"cpu": 1 << 28, "cuda": 1 << 32}  # largest bytes of activations while the curvature is measured
 _LABEL = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a soft label's logit
 _EXAMPLE = 45  # bytes of a kept example without its soft label
 
@@ -196,7 +196,7 @@ def make_plan(
         tasks=num_tasks,
         rows=rows,
         batch_size=config.train.batch_size,
-        steps=sum(plan.num_steps for plan in planned(config, stream)),
+        steps=sum(plan.num_steps for plan in plan_run(config, stream)),
         terms=0 if curvature is None else curvature.terms,
         most_terms=0 if curvature is None else curvature.most_terms,
         held=tuple(case.held(kept)),
@@ -283,7 +283,9 @@ class _Case:
             yield Held("old weights of a process's layers", max(self.curvature.fetched), "training")
         if self.network.graph is not None and isinstance(self.config.curvature, PassCurvature):
             graph = max(self.network.graph, 1)
-            fitting = max(1, _PASS[pick_device(self.config.engine.device).type] // graph)
+            room = working_bytes(pick_device(self.config.engine.device))
+            room //= 1 if self.config.curvature.kind in ("kronecker", "ekfac") else 2  # of `diagonal` and `mas`
+            fitting = max(1, room // graph)
             yield Held("activations", min(self.config.curvature.batch_size, fitting) * graph, "measuring")
 
     def _memory_bytes(self) -> int:
@@ -355,7 +357,7 @@ class _Case:
         if grows is None or last is None:
             return
         steps: Counter[int] = Counter()
-        for plan in planned(self.config, self.stream):
+        for plan in plan_run(self.config, self.stream):
             for epoch in range(plan.epochs):
                 steps[grows.side(epoch, plan.epochs, last)] += plan.steps_per_epoch
         num_classes = len(self.stream.class_names)
@@ -366,7 +368,7 @@ class _Case:
 
     def _soft_share(self) -> float:
         """Return the share of a step's images on which a teacher runs, in the last task."""
-        *_, last = planned(self.config, self.stream)
+        *_, last = plan_run(self.config, self.stream)
         mixed = last.memory_rows / last.batch_size if last.memory_rows else last.num_memory / last.num_train
         distill = self.config.prior.distill
         soft = mixed * self._softly() if self.config.prior.view == "teacher" else 0.0

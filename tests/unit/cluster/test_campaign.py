@@ -60,6 +60,18 @@ def test_settings_for_all_go_to_trainings_alone(capsys: pytest.CaptureFixture[st
     ]
 
 
+def test_settings_that_the_campaign_itself_makes_are_told_and_sweeps_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    steps = (training("a", Path("runs/a"), "seed=1"), training("b", Path("runs/b"), "seed=1"))
+    assert carry_out(Campaign(Path("runs"), steps), chosen("--dry-run", "--with", "seed=2", "memory.fraction=0.1")) == 0
+    told = capsys.readouterr().err
+    assert "note: --with seed=2 has no effect in 2 steps, such as 'a', which sets seed=1" in told
+    assert "fraction" not in told
+    assert carry_out(Campaign(Path("runs"), steps), chosen("--dry-run", "--with", "train.epochs=1,2")) == 2
+    assert "--with train.epochs=A,B is a sweep" in capsys.readouterr().err
+
+
 def test_nothing_is_added_where_nothing_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     campaign = Campaign(Path("runs"), (Step("a", ("train", "x.yaml")),))
     assert carry_out(campaign, chosen("--dry-run", "--add")) == 2

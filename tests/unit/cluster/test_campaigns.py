@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from hpccl.cluster.campaign import Campaign, Step
+from hpccl.config.first_task import first_task_identity
 from hpccl.config.load import is_override, load, sweep
 from hpccl.config.optim import TimmOptim
 from hpccl.config.run import RunConfig
 from hpccl.config.stream import ShardStream
 from hpccl.errors import ConfigError
 from hpccl.report.summary import summarise
-from hpccl.train.first_task import first_task_identity
 
 ROOT = Path(__file__).parents[3]
 

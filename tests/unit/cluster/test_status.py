@@ -187,11 +187,13 @@ def record(run: Path, pid: int, **more: Any) -> None:
 def test_runs_below_a_folder_are_found(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in ("a", "sweep/seed=0", "sweep/seed=1")]
     make_run(tmp_path / "a" / "checkpoints" / "no-run")
-    make_run(tmp_path / "report" / "no-run")
+    make_run(tmp_path / "a" / "report" / "no-run")
     (tmp_path / "circle").symlink_to(tmp_path)
     assert find_runs([tmp_path]) == runs
     assert find_runs([tmp_path / "sweep", tmp_path / "a", tmp_path]) == [runs[1], runs[2], runs[0]]
     assert find_runs([tmp_path / "absent"]) == [tmp_path / "absent"]
+    called = [make_run(tmp_path / "campaign" / name) for name in ("memory", "report")]
+    assert find_runs([tmp_path / "campaign"]) == called, "names of runs"
 
 
 def test_folders_without_a_run(tmp_path: Path) -> None:

@@ -36,8 +36,14 @@ def test_files_are_looked_for_before_a_job_waits_for_hours(tmp_path: Path) -> No
         check([load([], [shards])])
     with pytest.raises(DataError, match=r"model.checkpoint '.*w.pth' is not a file"):
         check([load([], [f"model.checkpoint={tmp_path}/w.pth"])])
-    with pytest.raises(ConfigError, match=r"train.first_task_from = '.*' is not a run folder"):
+    with pytest.raises(ConfigError, match=r"train.first_task_from='.*' is not a run folder: it does not exist"):
         check([load([], [f"train.first_task_from={tmp_path}/other"])])
+    prepare(load([], [f"folder={tmp_path}/first", "optim.lr=[0.5, 0.1]"]), [])
+    with pytest.raises(ConfigError, match=r"differently:\n  optim.lr: 0.5 there, 0.01 here\nset the same"):
+        check([load([], [f"train.first_task_from={tmp_path}/first", "optim.lr=0.01"])])
+    for key in ("data.cache", "data.shard_cache", "model.checkpoint"):
+        with pytest.raises(ConfigError, match=rf"{key} = '\$TMPDIR/x': environment variables are not expanded"):
+            check([load([], [f"{key}=$TMPDIR/x"])])
 
 
 def test_hidden_partitions_are_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ from hpccl.curvature.factors import KroneckerPass
 from hpccl.curvature.jacobians import logit_jacobians
 from hpccl.curvature.kfac import EkfacEstimator, KroneckerEstimator
 from hpccl.curvature.kronecker import Kronecker
-from hpccl.curvature.posterior import Posterior, gathered
+from hpccl.curvature.posterior import Posterior
 from hpccl.curvature.protocols import Estimator, Precision
+from hpccl.curvature.spectrum import gathered
 from hpccl.dist.comm import Comm
 from hpccl.errors import ConfigError, CoverageError, DivergedError
 from hpccl.kron.eigen import Eigen
@@ -353,7 +354,7 @@ def test_logit_variance_with_little_memory(monkeypatch: pytest.MonkeyPatch) -> N
         sizes.append((len(names), len(pixels)))
         return logit_jacobians(model, weights, names, pixels, mapped=mapped)
 
-    monkeypatch.setattr("hpccl.curvature.posterior._budget", lambda device: 1)
+    monkeypatch.setattr("hpccl.curvature.posterior.working_bytes", lambda device: 1)
     monkeypatch.setattr("hpccl.curvature.posterior.logit_jacobians", watched)
     torch.testing.assert_close(posterior.logit_variance(model, pixels), expected, rtol=1e-4, atol=1e-5)
     assert len(sizes) == 3 * len(posterior.spectra)

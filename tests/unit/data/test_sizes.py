@@ -25,7 +25,8 @@ from hpccl.errors import ConfigError
 from hpccl.memory.store import Memory
 from hpccl.models.build import build_model, refuse_sizes
 from hpccl.tools.plan.build import make_plan
-from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.compose import Composer, split
+from hpccl.train.plan import plan_task
 from hpccl.train.run import run
 from hpccl.train.stop import Stop
 from tests.unit.data.tiny_images import hash_of, image_bytes, pixels, write_folder

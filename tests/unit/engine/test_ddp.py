@@ -15,6 +15,7 @@ from hpccl.dist.spread import wholes
 from hpccl.engine.ddp import DdpEngine
 from hpccl.engine.optim import averaging
 from hpccl.engine.protocols import GradientHook, Weights
+from hpccl.errors import ConfigError
 from hpccl.models.small import cifarnet, mlp
 
 
@@ -48,6 +49,17 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
         split.backward(loss(split, pixels[part], noise[part], last=part.stop == 6))
     torch.testing.assert_close(whole.step(), split.step())
     torch.testing.assert_close(weights(whole), weights(split))
+
+
+def test_a_prior_that_does_not_reach_a_gradient_is_refused() -> None:
+    """A mistake of the network, which no other start of the job mends."""
+    made = engine()
+    *_, last = [name for name, _ in made.module.named_parameters() if name.endswith("weight")]
+    made.on_gradient([(last, GradientHook((last,), lambda gradient, _: gradient))])
+    made.forward(*batch(), last=True)
+    made.backward(made.module.get_parameter("1.weight").sum())
+    with pytest.raises(ConfigError, match=f"the prior did not reach the gradient of '{last}'"):
+        made.step()
 
 
 def test_clipping_limits_the_update_and_reports_the_norm_before() -> None:

@@ -198,7 +198,7 @@ def test_layers_share_the_passes_of_their_jacobians(budget: int, passes: int, mo
 
     for name in ("logit_jacobians", "maps"):
         monkeypatch.setattr(curvature_kernel, name, counted(name))
-    monkeypatch.setitem(curvature_kernel._BUDGET, "cpu", budget)
+    monkeypatch.setattr(curvature_kernel, "working_bytes", lambda device: budget)
     found = probability_kernel(Posterior(mean, shapes, spectra, 1.0, delta, SOLO), model, pixels, head)
     assert asked == {"maps": 1, "logit_jacobians": passes}
     jacobian = flat_jacobian(model, pixels, head)

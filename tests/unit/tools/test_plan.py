@@ -40,7 +40,7 @@ from hpccl.tools.plan.build import make_plan
 from hpccl.tools.plan.curvature import listed_terms, pair_bytes, plan_curvature, sent_numbers
 from hpccl.tools.plan.network import look, moments
 from hpccl.tools.plan.sharding import Sharding, elements, held, sent
-from hpccl.train.compose import planned_steps
+from hpccl.train.plan import planned_steps
 from tests.run.method import merged
 
 SHAPES = [(64, 3, 7, 7), (10, 64), (10,)]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hpccl.dist.comm import Comm
-from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.compose import Composer, split
 from hpccl.train.fit import fit
+from hpccl.train.plan import plan_task
 from hpccl.train.step import train_step
 from tests.run.method import learn, make_world, merged
 
@@ -25,7 +26,7 @@ def test_every_row_counts_in_one_part_and_no_part_is_alone(tmp_path: Path, size:
         for part in split(batch, Comm(rank, size, world.comm.device), accumulate=accumulate):
             assert len(part.rows) >= 2
             assert len(set(part.rows.tolist())) == len(part.rows)
-            counted += part.rows[: len(part.rows) - part.company].tolist()
+            counted += part.rows[: len(part.rows) - part.num_fillers].tolist()
     assert sorted(counted) == list(range(len(batch)))
 
 

@@ -12,11 +12,12 @@ from hpccl.checkpoint.store import Mark
 from hpccl.data.build import open_stream
 from hpccl.data.rows import DISTILL, NEW, REPLAY, SIGMOID, Rows
 from hpccl.dist.spread import wholes
-from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.compose import Composer, split
 from hpccl.train.distill import Distilled, old_heads, record
 from hpccl.train.fit import _recorded, fit
 from hpccl.train.loss import weighted_nats
 from hpccl.train.passes import shared_images
+from hpccl.train.plan import plan_task
 from hpccl.train.state import RunState, World
 from tests.run.method import learn, make_world, merged
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from hpccl.checkpoint.store import Mark
+from hpccl.config.first_task import first_task_identity
 from hpccl.data.protocols import training_samples
 from hpccl.data.rows import Request
 from hpccl.errors import ConfigError
 from hpccl.memory.store import Memory
 from hpccl.prior.correction import Correction
 from hpccl.prior.prior import Prior
-from hpccl.train.compose import Composer, head_steps, plan_task, planned_steps
+from hpccl.train.compose import Composer
 from hpccl.train.evaluate import evaluate_all
-from hpccl.train.first_task import first_task_identity
 from hpccl.train.fit import _old_network, fit
+from hpccl.train.plan import head_steps, plan_task, planned_steps
 from hpccl.train.state import RunState, World
 from tests.run.method import learn, make_world, merged
 

@@ -12,10 +12,11 @@ from hpccl.memory.balance import greedy_balance
 from hpccl.tools.plan.build import make_plan
 from hpccl.train import kept
 from hpccl.train.checks import check_memory
-from hpccl.train.compose import Composer, new_samples, plan_task, planned_steps
+from hpccl.train.compose import Composer
 from hpccl.train.consolidate import admit_first
 from hpccl.train.end_of_task import correction
 from hpccl.train.kept import held_out, kept_of_tasks, validation
+from hpccl.train.plan import new_samples, plan_task, planned_steps
 from hpccl.train.run import weights_sha256
 from hpccl.train.state import World
 from tests.run.method import learn, make_world, merged

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.data.rows import Request
-from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.compose import Composer, split
 from hpccl.train.consolidate import select
 from hpccl.train.loss import weighted_nats
+from hpccl.train.plan import plan_task
 from hpccl.train.state import RunState, World
 from tests.run.method import learn, make_world, merged
 

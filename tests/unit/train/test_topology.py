@@ -12,11 +12,12 @@ from hpccl.data.rows import ANCHOR, PULL, PUSH, FeatureRows
 from hpccl.dist.spread import wholes
 from hpccl.memory.gas import Gas
 from hpccl.memory.means import ClassMeans
-from hpccl.train.compose import Composer, plan_task, split
+from hpccl.train.compose import Composer, split
 from hpccl.train.consolidate import consolidate
 from hpccl.train.end_of_task import featuring
 from hpccl.train.fit import fit
 from hpccl.train.loss import feature_losses
+from hpccl.train.plan import plan_task
 from hpccl.train.state import RunState, World
 from hpccl.train.topology import ASKED_BY, Topology, begin_session
 from tests.run.method import learn, make_world, merged
