@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from hpccl.cluster.lock import holder
-from hpccl.cluster.queue import UNKNOWN, JobState, states
+from hpccl.cluster.queue import GONE, UNKNOWN, JobState, states
 from hpccl.cluster.records import JobRecord, birth, read_records
+from hpccl.cluster.slurm import ENDED
 from hpccl.errors import ConfigError
 from hpccl.folder import RunFolder, similar
 from hpccl.report.standing import Standing
 
 __all__ = ["Job", "find_jobs", "find_runs", "is_run", "latest_job", "refuse_absent"]
 
-_OF_A_RUN = {"checkpoints", "memory", "logs", "tensorboard", "report", "slurm"}  # folders inside a run that hold none
+_OF_A_RUN = {"checkpoints", "memory", "logs", "tensorboard", "report"}  # folders inside a run that hold none
 _SIGNS = ("config.yaml", "jobs.jsonl", "events.jsonl")
 
 
@@ -130,13 +132,27 @@ def latest_job(jobs: Sequence[Job]) -> Job | None:
 
 def _job(record: JobRecord, known: Mapping[str, JobState]) -> Job:
     if record.kind == "slurm":
-        state = known[record.id]
+        state = _as_logged(record, known[record.id]) if record.command else known[record.id]
         alive = None if state.word == UNKNOWN else state.alive
         trains = not record.command
         return Job("slurm", record.id, alive, record.submitted, state=state, log=record.log, trains=trains)
     here = record.host == os.uname().nodename
     alive = (record.id.isdecimal() and birth(int(record.id)) == record.born > 0) if here else None
     return Job("local", record.id, alive, record.submitted, host=record.host, log=record.log)
+
+
+def _as_logged(record: JobRecord, state: JobState) -> JobState:
+    """Return how a command's job ended, of which no events tell, from its log where SLURM does not know any more."""
+    if state.word != GONE:
+        return state
+    try:
+        last = Path(record.log).read_bytes()[-4096:].decode(errors="replace").rpartition(ENDED)
+    except OSError:
+        return state
+    code = re.match(r"\d+", last[2])
+    if not last[1] or code is None:
+        return state
+    return replace(state, word="FAILED" if int(code[0]) else "COMPLETED", reason="", exit_code=int(code[0]))
 
 
 def _with_unrecorded(

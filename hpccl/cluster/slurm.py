@@ -12,12 +12,15 @@ from typing import Any
 from hpccl.config.machine import Container, SlurmCluster
 from hpccl.errors import ConfigError
 
-__all__ = ["DEPENDENCY", "parameters", "python_command", "seconds", "setup_lines"]
+__all__ = ["DEPENDENCY", "ENDED", "parameters", "python_command", "seconds", "setup_lines"]
 
 _JOB = r"[0-9]+(_[0-9]+)?(\+[0-9]+)?"
-DEPENDENCY = re.compile(rf"(after|afterany|afternotok|afterok|aftercorr):{_JOB}(:{_JOB})*")
+_CONDITION = rf"(after|afterany|afternotok|afterok|aftercorr):{_JOB}(:{_JOB})*"
+DEPENDENCY = re.compile(rf"{_CONDITION}(,{_CONDITION})*")
+ENDED = "hpccl: the command ended with "  # in the log of a job that does not train, before its exit code
 # Signals are blocked until handlers are set: one that arrives while python starts would kill it. Children inherit this.
-_FINISH_COMMAND = "code=$?; if [ $code -eq 143 ]; then code=75; fi; hpccl_finish $code"  # 143 is SIGTERM
+_AGAIN = "if [ $code -eq 143 ]; then code=75; fi"  # 143 is SIGTERM
+_FINISH_COMMAND = f"code=$?; echo '{ENDED}'$code; {_AGAIN}; hpccl_finish $code"
 _BLOCKING = ("env", "--block-signal=USR1", "--block-signal=USR2")
 
 
@@ -52,7 +55,7 @@ def parameters(
     if dependency is not None and DEPENDENCY.fullmatch(dependency) is None:
         raise ConfigError(
             f"dependency '{dependency}' is invalid; allowed: afterok:ID, afterany:ID, afternotok:ID, after:ID, "
-            "aftercorr:ID, with several as afterok:ID:ID"
+            "aftercorr:ID, with several as afterok:ID:ID, and several of these with commas"
         )
     found: dict[str, Any] = {
         "job_name": name,

@@ -138,7 +138,8 @@ def submit_command(
     """Queue another hpccl command, such as `report`, as a job of one process without GPUs; return its number.
 
     If the last one from the same folder is queued or running already, it stays and nothing is queued; but if its words
-    or what it waits for differ, and no job waits for it (`awaited`), the new one replaces it, or follows it if it runs.
+    or what it waits for differ, and no job waits for it (`awaited`), the new one replaces it if it has not begun. Those
+    that run end first, as they write to the same place.
 
     Raises:
         ConfigError: the dependency is malformed, or the cluster has no such partition.
@@ -146,21 +147,16 @@ def submit_command(
     """
     _check_site([cluster])
     record, command = RunFolder(folder), shlex.join(arguments)
-    newest = read_records(record)[-1:]
-    live = _alive({name: newest[0]}) if newest else {}
-    if live:
-        there, word = live[name]
-        if awaited or (there.command, there.dependency) == (command, dependency or ""):
-            return there.id
-        if word == "PENDING":
-            if problem := cancel([there.id]):
-                raise WorldError(f"job {there.id} is to be replaced, but: {problem}")
-        else:
-            dependency = ",".join(each for each in (dependency, f"afterany:{there.id}") if each)
+    live = list(_alive({each.id: each for each in read_records(record)}).values())  # the last is the newest
+    if live and (awaited or (live[-1][0].command, live[-1][0].dependency) == (command, dependency or "")):
+        return live[-1][0].id
+    replaced = [there.id for there, word in live if word == "PENDING"]
+    if replaced and (problem := cancel(replaced)):
+        raise WorldError(f"job {', '.join(replaced)} is to be replaced, but: {problem}")
+    running = [f"afterany:{there.id}" for there, word in live if word != "PENDING"]
+    after = ",".join([*([dependency] if dependency else []), *running]) or None
     single = cluster.model_copy(update={"nodes": 1, "tasks": 1, "gpus": 0, "restarts": min(cluster.restarts, 50)})
-    (number,) = _queue(
-        [CommandJob(tuple(arguments))], single, name=name, folder=folder, dependency=dependency, command=True
-    )
+    (number,) = _queue([CommandJob(tuple(arguments))], single, name=name, folder=folder, dependency=after, command=True)
     log = str(folder.absolute() / f"{number}_0_log.out")
     job = JobRecord("slurm", number, time.time(), os.uname().nodename, log=log)
     write_record(record, replace(job, command=command, dependency=dependency or ""))
@@ -240,12 +236,17 @@ def _check_files(config: RunConfig) -> None:
     for key, folder in (("data.cache", config.data.cache), ("data.shard_cache", config.data.shard_cache)):
         if folder is not None:
             expanded(key, folder)
+    if config.train.first_task_from is not None and not _has_begun(config):
+        first_task_folder(config, config.train.first_task_from)
     checkpoint = config.model.checkpoint
     if checkpoint is not None and not expanded("model.checkpoint", checkpoint).is_file():
         raise DataError(f"model.checkpoint '{checkpoint}' is not a file")
-    other = config.train.first_task_from
-    if other is not None:
-        first_task_folder(config, other)
+
+
+def _has_begun(config: RunConfig) -> bool:
+    """Whether there are checkpoints, from which the run continues."""
+    checkpoints = RunFolder(Path(config.path)).checkpoints
+    return checkpoints.is_dir() and any(checkpoints.iterdir())
 
 
 def _manifests(path: str, splits: tuple[str, str], copies: Path | None, part: int) -> tuple[Manifest, Manifest]:

@@ -295,6 +295,8 @@ class _System:
         root = self._preconditioner()
         if any(scale < 0 for scale, _ in self.terms):
             self._refuse_indefinite(root)
+        if not bool(right.any()):  # no network moved: a residual relative to the right side has no meaning
+            return torch.zeros_like(right), 0
         return self._conjugate_gradients(right, guess, root)
 
     def _factored(self, right: Tensor) -> Tensor:

@@ -245,6 +245,13 @@ def test_the_command_writes_a_run_that_train_continues(images: Path, tmp_path: P
     assert read_events(out / "events.jsonl")[-1]["event"] == "done"
 
 
+def test_an_extended_run_of_slurm_is_to_be_submitted(images: Path, quick: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a b"
+    words = ["extend", str(quick), "--out", str(out), "--part", str(images / "high"), "cluster.kind=slurm"]
+    found = CliRunner().invoke(app, words)
+    assert f"to learn them: hpccl submit '{out}/config.yaml'" in found.output
+
+
 @pytest.fixture(scope="module")
 def quick(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(images, tmp_path_factory.mktemp("quick") / "run", METHODS["er"], QUICK)

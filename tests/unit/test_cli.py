@@ -161,6 +161,15 @@ assert "torch" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+def test_the_home_folder_in_an_option(tmp_path: Path) -> None:
+    """Shells expand `--out ~/x`, but not `--out=~/x`."""
+    env = {**os.environ, "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "hpccl.cli", "extend", "runs/none", "--out=~/x", "--part", "shards"]
+    (tmp_path / "x").mkdir()
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert f"--out '{tmp_path}/x' exists" in done.stderr
+
+
 # ---------------------------------------------------------------- train, evaluate, report
 
 

@@ -91,6 +91,13 @@ def test_every_key_reaches_the_script() -> None:
     assert {"--kill-on-bad-exit=1", "--gpu-bind=none", "--block-signal=USR2"} <= set(shlex.split(step))
 
 
+@pytest.mark.parametrize("value", ["/opt/lib:$LD_LIBRARY_PATH", "${LD_LIBRARY_PATH}:/opt/lib", "$LD_LIBRARY_PATH"])
+def test_a_variable_does_not_refer_to_itself(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"write `export LD_LIBRARY_PATH=\.\.\.` into cluster.setup"):
+        one(f"cluster.environment={{LD_LIBRARY_PATH: '{value}'}}")
+    one("cluster.environment={LD_LIBRARY: '$LD_LIBRARY_PATH'}")
+
+
 def test_all_memory_of_a_node() -> None:
     assert "#SBATCH --mem=0" in one("cluster.mem=0").splitlines()
     assert cluster("cluster.mem='0'").mem == "0"

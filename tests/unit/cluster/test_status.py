@@ -131,6 +131,33 @@ def test_states(told: Standing, job: Job | None, state: str, detail: str) -> Non
     assert more == "" or detail != ""
 
 
+@pytest.mark.parametrize(
+    ("word", "log", "expected"),
+    [
+        ("PENDING", "", "queued "),
+        ("RUNNING", "", "running "),
+        ("COMPLETED", "", "done "),
+        ("FAILED", "", "failed exit code 1"),
+        ("GONE", "...\nhpccl: the command ended with 143\nhpccl: the command ended with 0\n", "done "),
+        ("GONE", "hpccl: the command ended with 2\n...", "failed exit code 2"),
+        ("GONE", "", "lost its job is gone"),
+    ],
+)
+def test_jobs_that_do_not_train(
+    word: str, log: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "log").write_text(log)
+    folder = tmp_path / "campaign" / "slurm" / "report"
+    folder.mkdir(parents=True)
+    told = {"log": str(tmp_path / "log"), "command": "report runs/a"}
+    write_record(RunFolder(folder), JobRecord("slurm", "7", NOW, "here", **told))
+    given = JobState("7", word, exit_code=int(word == "FAILED"))
+    monkeypatch.setattr("hpccl.cluster.jobs.states", lambda ids: {"7": given})
+    (status,) = read_statuses([tmp_path / "campaign"])
+    assert status.run == folder
+    assert f"{status.state} {status.detail}".startswith(expected)
+
+
 def test_an_earlier_start_says_nothing_about_the_newest_job() -> None:
     earlier = Standing(turn="stop", turn_time=NOW - 5000, began=NOW - 6000, time=NOW - 5000, job="11", message="x")
     assert judge(earlier, slurm("FAILED", exit_code=7), NOW) == ("failed", "exit code 7")

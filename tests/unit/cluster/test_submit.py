@@ -4,18 +4,30 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 
 from hpccl.cli.jobs import _together
 from hpccl.cluster.prepare import prepare
+from hpccl.cluster.queue import JobState
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
-from hpccl.cluster.submit import check, script, submit
+from hpccl.cluster.slurm import parameters
+from hpccl.cluster.submit import check, script, submit, submit_command
 from hpccl.config.load import load, sweep
+from hpccl.config.machine import SlurmCluster
 from hpccl.errors import ConfigError, DataError, FolderError, WorldError
 from hpccl.folder import RunFolder
 from tests.run.command import SMALL, events, hpccl
+
+Patch: TypeAlias = Callable[[str, object], None]
+
+
+@pytest.fixture
+def patch(monkeypatch: pytest.MonkeyPatch) -> Patch:
+    return monkeypatch.setattr
 
 
 @pytest.fixture
@@ -44,6 +56,56 @@ def test_files_are_looked_for_before_a_job_waits_for_hours(tmp_path: Path) -> No
     for key in ("data.cache", "data.shard_cache", "model.checkpoint"):
         with pytest.raises(ConfigError, match=rf"{key} = '\$TMPDIR/x': environment variables are not expanded"):
             check([load([], [f"{key}=$TMPDIR/x"])])
+
+
+def test_a_run_that_has_begun_needs_no_first_task_of_others(tmp_path: Path) -> None:
+    """That of an extended run is of a shorter stream."""
+    config = load([], [f"train.first_task_from={tmp_path}/gone", f"folder={tmp_path}/run"])
+    prepare(config, [])
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        check([config])
+    (tmp_path / "run" / "checkpoints" / "task-000-done-00000010").mkdir(parents=True)
+    check([config])
+
+
+@pytest.mark.parametrize(
+    ("word", "others", "awaited", "dependency"),
+    [
+        ("PENDING", (), False, None),
+        ("PENDING", ("b",), True, None),
+        ("PENDING", ("b",), False, "afterany:5"),
+        ("RUNNING", ("b",), False, "afterany:5,afterany:7"),
+    ],
+)
+def test_a_report_of_other_runs_is_queued_anew(
+    word: str, others: tuple[str, ...], *, awaited: bool, dependency: str | None, tmp_path: Path, patch: Patch
+) -> None:
+    """dependency: of the new job; None: the one that is there is kept."""
+    cancelled: list[str] = []
+    queued: list[dict[str, Any]] = []
+
+    def queue(_jobs: object, cluster: SlurmCluster, **told: Any) -> list[str]:
+        parameters(cluster, name=told["name"], dependency=told["dependency"], command=True)  # is it valid?
+        queued.append(told)
+        return [str(8 + len(queued))]
+
+    patch("hpccl.cluster.submit._check_site", lambda clusters: None)
+    patch("hpccl.cluster.submit._queue", queue)
+    patch("hpccl.cluster.submit.cancel", lambda ids: cancelled.extend(ids) or "")
+    states = {"7": JobState("7", word), "9": JobState("9", "PENDING")}
+    patch("hpccl.cluster.submit.states", lambda ids: states)
+    patch("hpccl.cluster.submit.shutil.which", lambda name: name)
+    write_record(RunFolder(tmp_path), JobRecord("slurm", "7", 1.0, "here", command="report a", dependency="afterany:5"))
+    cluster = SlurmCluster(kind="slurm")
+    told: dict[str, Any] = {"name": "report", "folder": tmp_path, "dependency": "afterany:5", "awaited": awaited}
+    number = submit_command(("report", "a", *others), cluster, **told)
+    expected = ("7", []) if dependency is None else ("9", [dependency])
+    assert (number, [each["dependency"] for each in queued]) == expected
+    assert cancelled == (["7"] if dependency == "afterany:5" else [])
+    if word == "RUNNING":
+        assert submit_command(("report", "a", *others), cluster, **told) == "9", "what it asked for is what is compared"
+        assert submit_command(("report", "c"), cluster, **told) == "10"
+        assert (cancelled, queued[-1]["dependency"]) == (["9"], "afterany:5,afterany:7")
 
 
 def test_hidden_partitions_are_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

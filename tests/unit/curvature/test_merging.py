@@ -160,6 +160,19 @@ def test_any_mixture_of_curvatures_is_solved(name: str, kinds: tuple[str, str, s
     assert (found.steps > 0) == (name in ("large", "channels last"))
 
 
+@pytest.mark.parametrize("scales", [(0.3, 0.7), (0.1, 0.2, 0.4)])
+def test_networks_that_did_not_move_stay(scales: tuple[float, ...]) -> None:
+    """Sums of their weights round, which conjugate gradients would take for a system without a right side."""
+    layout, generator = LAYOUTS["large"], torch.Generator().manual_seed(0)
+    shapes = {"w": layout.weight_shape, "b": layout.weight_shape[:1]}
+    weights = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    models = [Model(scale, weights, curves("pair", generator, layout)) for scale in scales]
+    found = matched("l", Model(1.0, weights, curves("pair", generator, layout)), models, damping=1e-8)
+    assert found.steps == 0
+    for name, value in weights.items():
+        assert torch.equal(found.weights[name], value)
+
+
 def test_a_layout_of_another_order_is_another_matrix_of_the_same_weights() -> None:
     generator = torch.Generator().manual_seed(1)
     first, last = (Layout("l", "w", None, (16, 6, 3, 3), channels_last=flag) for flag in (False, True))
