@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hpccl.config.differences import ABSENT, Flat, flat
@@ -73,6 +74,12 @@ _POOLED_NOTE = (
 # MEMORY_SIZES have a column of their own. IGNORED keys change a run's cost or random path, but not what is compared.
 MEMORY_SIZES = ("memory.size", "memory.total", "memory.fraction")
 IGNORED = frozenset({"seed", "train.first_task_from", "data.cache", "data.workers"})
+
+# Of these, methods of one comparison have the same, or a note says otherwise.
+_SHARED = (
+    *("stream.", "data.", "model.", "optim.", "engine.precision", "evaluate.classifier"),
+    *("train.epochs", "train.batch_size", "train.head", "train.label_smoothing", "train.flip_test", "train.ema"),
+)
 
 _NEARLY = 0.005  # of two accuracies
 _MANY = 2  # settings above which a group shows only those in which it differs from the first group
@@ -151,14 +158,16 @@ class Comparison:
         common = _common([group.configuration for group in self.groups])
         groups = [asdict(group) for group in self.groups]
         for group in groups:
-            group["configuration"] = {k: valid_json(v) for k, v in group["configuration"].items() if k not in common}
-        return {
+            group["configuration"] = {k: v for k, v in group["configuration"].items() if k not in common}
+        written = {
             "format": 2,
             "dataset": self.dataset,
-            "configuration": valid_json(common),
+            "configuration": common,
             "groups": groups,
             "runs": [_run_dict(run) for run in self.runs],
         }
+        found: dict[str, Any] = valid_json(written)
+        return found
 
 
 def _common(configurations: Sequence[Flat]) -> Flat:
@@ -233,14 +242,17 @@ def _groups(
         key = json.dumps({k: v for k, v in identity.items() if k not in IGNORED}, sort_keys=True)
         members.setdefault(key, []).append(position)
     firsts = [positions[0] for positions in members.values()]
+    settings = {
+        method: _Settings.of([identities[i] for i in firsts if runs[i].method == method])
+        for method in dict.fromkeys(runs[i].method for i in firsts)
+    }
     found = []
     for positions in members.values():
         first = positions[0]
-        alike = [identities[i] for i in firsts if runs[i].method == runs[first].method]
         method, memory = _kind(identities[first], runs[first])
         size = int(identities[first]["memory.size"])
         found.append(
-            _group(method, _settings(identities[first], alike), {i: runs[i] for i in positions})
+            _group(method, settings[method].of_group(identities[first]), {i: runs[i] for i in positions})
             | {"memory_size": size, "memory": memory}
             | {"published": published.get((method, size)) if size or not memory else None}
             | {"configuration": {k: v for k, v in identities[first].items() if k not in IGNORED}}
@@ -269,25 +281,51 @@ def _budget(identity: Flat) -> str:
     return str(identity["memory.size"] or "")
 
 
-def _settings(identity: Flat, alike: Sequence[Flat]) -> str:
-    """Return `key=value` of every setting except the memory size in which groups of one method differ.
+@dataclass(frozen=True)
+class _Settings:
+    """The settings, except the memory size, in which groups of one method differ, and those of the first group."""
 
-    If these are many, only the first group lists all of them, the others those in which they differ from it.
-    """
-    keys = dict.fromkeys(key for other in alike for key in other if key not in (*IGNORED, *MEMORY_SIZES))
-    texts = {key: {json.dumps(other.get(key, ABSENT), sort_keys=True) for other in alike} for key in keys}
-    differing = [key for key, found in texts.items() if len(found) > 1]
-    kinds = {key.removesuffix("kind") for key in differing if key.endswith(".kind")}
-    told = [key for key in differing if not _explained(key, kinds, alike)]
-    if len(told) > _MANY and identity is not alike[0]:
-        told = [key for key in told if identity.get(key, ABSENT) != alike[0].get(key, ABSENT)]
-    return " ".join(f"{key}={_short(identity[key])}" for key in told if key in identity)
+    keys: tuple[str, ...]
+    first: Flat
+
+    @classmethod
+    def of(cls, alike: Sequence[Flat]) -> _Settings:
+        """Return those of the configurations of one method."""
+        keys = dict.fromkeys(key for other in alike for key in other if key not in (*IGNORED, *MEMORY_SIZES))
+        differing = [key for key in keys if len(_texts(key, alike)) > 1]
+        kinds = {key.removesuffix("kind") for key in differing if key.endswith(".kind")}
+        return cls(tuple(key for key in differing if not _explained(key, kinds, alike)), alike[0])
+
+    def of_group(self, identity: Flat) -> str:
+        """Return a group's `key=value`; if there are many, others than the first list those in which they differ."""
+        told = self.keys
+        if len(told) > _MANY and identity is not self.first:
+            told = tuple(key for key in told if identity.get(key, ABSENT) != self.first.get(key, ABSENT))
+        return " ".join(f"{key}={_short(identity[key])}" for key in told if key in identity)
+
+
+def _texts(key: str, configurations: Iterable[Flat]) -> frozenset[str]:
+    """Return the values of a setting, as text."""
+    return frozenset(json.dumps(one.get(key, ABSENT), sort_keys=True) for one in configurations)
+
+
+def _differing_between_methods(groups: Sequence[Group]) -> list[str]:
+    """Return the settings of _SHARED that should be the same for all methods, but are not."""
+    of_method = [
+        [group.configuration for group in groups if group.method == method]
+        for method in dict.fromkeys(group.method for group in groups)
+    ]
+    keys = [key for key in groups[0].configuration if key.startswith(_SHARED)]
+    everywhere = [key for key in keys if all(key in group.configuration for group in groups)]
+    return [key for key in everywhere if len({_texts(key, alike) for alike in of_method}) > 1]
 
 
 def _explained(key: str, kinds: set[str], alike: Sequence[Flat]) -> bool:
     """Whether a setting is redundant given the kind: some kinds lack it, and it is equal in all others."""
-    held = [json.dumps(other[key], sort_keys=True) for other in alike if key in other]
-    return any(key.startswith(kind) for kind in kinds) and len(held) < len(alike) and len(set(held)) == 1
+    if not any(key.startswith(kind) for kind in kinds):
+        return False
+    held = [other for other in alike if key in other]
+    return len(held) < len(alike) and len(_texts(key, held)) == 1
 
 
 def _short(value: Any) -> str:
@@ -351,7 +389,8 @@ def statistic(values: Sequence[float | None]) -> Statistic:
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     if not known.size:
         return Statistic(None, None, 0)
-    return Statistic(float(known.mean()), float(known.std(ddof=1)) if known.size > 1 else None, int(known.size))
+    spread = known.size > 1 and bool(np.isfinite(known).all())  # a likelihood may be infinite
+    return Statistic(float(known.mean()), float(known.std(ddof=1)) if spread else None, int(known.size))
 
 
 # ---------------------------------------------------------------- the table
@@ -397,7 +436,7 @@ def _rows(comparison: Comparison) -> list[list[str]]:
 
 
 def _row(comparison: Comparison, group: Group) -> list[str]:
-    row = [*group_cells(comparison, group, settings=_in_full(group)), str(len(group.seeds))]
+    row = [*group_cells(comparison, group, settings=_in_full(group)), _seeds(comparison, group)]
     for key in comparison.figures:
         statistic = group.statistics[key]
         row.append(plus_minus(statistic.mean, statistic.std))
@@ -405,6 +444,14 @@ def _row(comparison: Comparison, group: Group) -> list[str]:
             mean, std = group.published.figures.get(key, (None, None)) if group.published else (None, None)
             row.append(plus_minus(mean, std))
     return [*row, time_span(group.statistics["wall_seconds"].mean)]
+
+
+def _seeds(comparison: Comparison, group: Group) -> str:
+    """Return how many runs count, and after how many tasks if they are not finished."""
+    counted = comparison.members(group)
+    if comparison.finished(group):
+        return str(len(counted))
+    return f"{len(counted)}, after {min(run.tasks_learned for run in counted)} of {counted[0].num_tasks} tasks"
 
 
 def _has_settings(comparison: Comparison) -> bool:
@@ -423,6 +470,14 @@ def _notes(comparison: Comparison) -> list[str]:
     )
     twice = [group.label for group in comparison.groups if len(set(group.seeds)) < len(group.seeds)]
     notes += [f"Several runs of one seed, each of which counts: {', '.join(twice)}."] if twice else []
+    few = [
+        group.label
+        for group in comparison.groups
+        if any(0 < group.statistics[key].n < len(group.seeds) for key in comparison.figures)
+    ]
+    notes += [f"Some figures are of fewer runs than there are: {', '.join(few)}."] if few else []
+    if between := _differing_between_methods(comparison.groups):
+        notes.append(f"Not the same for all methods: {', '.join(between)} (comparison.json has the values).")
     left_out = [name for group in comparison.groups for name in group.left_out]
     notes += [f"Not finished and left out: {', '.join(left_out)}."] if left_out else []
     early = [run.name for group in comparison.groups for run in comparison.members(group) if run.status != "done"]
@@ -457,9 +512,9 @@ def print_comparison(comparison: Comparison, target: Console | None = None) -> N
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     left = _num_left(comparison)
     for position, heading in enumerate(_header(comparison)):
-        table.add_column(heading, justify="left" if position < left else "right", no_wrap=position == 0)
+        table.add_column(escape(heading), justify="left" if position < left else "right", no_wrap=position == 0)
     for row in _rows(comparison):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     target.print(table)
     for note in _notes(comparison):
         target.print(note, style="dim", markup=False, highlight=False)

@@ -83,7 +83,17 @@ def _render_csv(comparison: Comparison) -> str:
     names = [f"{key}_{part}" for key in comparison.groups[0].statistics for part in ("mean", "std")]
     published = [f"published_{key}_{part}" for key in PUBLISHED for part in ("mean", "std")]
     writer = csv.writer(buffer, lineterminator="\n")
-    about = ["method", "memory_size", "memory", "settings", "num_seeds", "seeds", "finished", "tasks_learned"]
+    about = [
+        "method",
+        "memory_size",
+        "memory",
+        "settings",
+        "num_seeds",
+        "seeds",
+        "finished",
+        "tasks_learned",
+        "tested_on",
+    ]
     writer.writerow([*about, *names, *published])
     for group in comparison.groups:
         values = [value for found in group.statistics.values() for value in (found.mean, found.std)]
@@ -93,7 +103,13 @@ def _render_csv(comparison: Comparison) -> str:
         seeds = " ".join(map(str, group.seeds))
         told = [group.method, group.memory_size, group.memory, group.settings, len(group.seeds), seeds]
         learned = min(run.tasks_learned for run in comparison.members(group))
-        writer.writerow([*told, str(comparison.finished(group)).lower(), learned, *values, *beside])
+        held = any(run.validation is not None for run in comparison.members(group))
+        told += [
+            str(comparison.finished(group)).lower(),
+            learned,
+            "held-out training images" if held else "test images",
+        ]
+        writer.writerow([*told, *values, *beside])
     return buffer.getvalue()
 
 

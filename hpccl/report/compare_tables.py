@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hpccl.report.compare import (
     LIKELIHOOD,
@@ -55,7 +55,7 @@ _PAIRED_NOTE = (
 )
 _BEHIND_NOTE = (
     "Average accuracy less that of the best with as large a memory, in percentage points: mean ± standard error over "
-    "the seeds that both have (±: of two or more)."
+    "the seeds that both have (±: of two or more). The best is that with the highest mean over all of its own seeds."
 )
 _COST_NOTE = (
     "Wall-clock is total time, with resumes and without pauses; training is the steps alone. Tasks trained are fewer "
@@ -105,7 +105,7 @@ def paired(comparison: Comparison) -> TextTable:
 
 
 def _paired_row(comparison: Comparison, first: Group, group: Group, figures: Sequence[str]) -> list[str]:
-    ours, theirs = ({run.seed: run for run in comparison.members(each)} for each in (group, first))
+    ours, theirs = (_by_seed(comparison.members(each)) for each in (group, first))
     seeds = [seed for seed in ours if seed in theirs]
     if len(seeds) < 2 or not (comparison.finished(first) and comparison.finished(group)):
         return []
@@ -120,8 +120,16 @@ def _mean_and_error(differences: Sequence[float | None]) -> str:
     return plus_minus(found.mean, error, scale=100, digits=1)
 
 
-def _less(run: RunReport, other: RunReport, figure: str) -> float | None:
-    one, two = getattr(run, figure), getattr(other, figure)
+def _by_seed(runs: Iterable[RunReport]) -> dict[int, list[RunReport]]:
+    found: dict[int, list[RunReport]] = {}
+    for run in runs:
+        found.setdefault(run.seed, []).append(run)
+    return found
+
+
+def _less(runs: Sequence[RunReport], others: Sequence[RunReport], figure: str) -> float | None:
+    """Return the difference of the means over runs of one seed."""
+    one, two = (statistic([getattr(run, figure) for run in each]).mean for each in (runs, others))
     return None if one is None or two is None else one - two
 
 
@@ -154,7 +162,7 @@ def _behind(comparison: Comparison, series: Sequence[Group], best: Group) -> str
         return plus_minus(None, None)
     if group is best:
         return "best"
-    ours, theirs = ({run.seed: run for run in comparison.members(each)} for each in (group, best))
+    ours, theirs = (_by_seed(comparison.members(each)) for each in (group, best))
     return _mean_and_error([_less(ours[seed], theirs[seed], "average_accuracy") for seed in ours if seed in theirs])
 
 

@@ -51,6 +51,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": INK,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # `$` in a path or a setting is no formula
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from hpccl.config.adaptation import AnyAdaptation
 from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError
@@ -161,7 +162,7 @@ def summarise_events(config: RunConfig, events: Sequence[Event]) -> RunReport:
     status, message = _status(events)
     accuracies = _accuracies(events, len(tasks))
     if status == "done":
-        message = _lost(accuracies["accuracy_matrix"])
+        message = _lost(accuracies["accuracy_matrix"], config)
     return RunReport(
         name=config.name,
         method=config.method,
@@ -246,13 +247,13 @@ def _accuracies(events: Sequence[Event], num_announced: int) -> dict[str, Any]:
         found[f"forgetting{suffix}"] = _known(metrics.forgetting(a))
         found[f"bwt{suffix}"] = _known(metrics.backward_transfer(a))
         found[f"learning_accuracy{suffix}"] = _known(metrics.learning_accuracy(a))
-    settings: tuple[tuple[str, metrics.Setting], ...] = (
-        ("", "task_incremental"),
-        ("_class_incremental", "class_incremental"),
+    settings: tuple[tuple[str, metrics.Setting, metrics.Floats], ...] = (
+        ("", "task_incremental", own),
+        ("_class_incremental", "class_incremental", seen),
     )
-    for (suffix, setting), figure in itertools.product(settings, ("top5", "nll", "ece")):
+    for (suffix, setting, a), figure in itertools.product(settings, ("top5", "nll", "ece")):
         values = metrics.matrix(evaluations, num_tasks, setting=setting, figure=figure)
-        found[f"{figure}{suffix}"] = _known(metrics.average_accuracy(values))
+        found[f"{figure}{suffix}"] = _known(metrics.average_accuracy(values, after=metrics.last_task(a)))
     return found
 
 
@@ -324,10 +325,11 @@ def _status(events: Sequence[Event]) -> tuple[Status, str | None]:
             return _STATUS[other], None
 
 
-def _lost(matrix: Matrix) -> str | None:
-    """Describe the evaluations that the events of a finished run lack; `joint` has none before its last task."""
+def _lost(matrix: Matrix, config: RunConfig) -> str | None:
+    """Describe the evaluations that the events of a finished run lack; runs of the last task alone have no others."""
     told = [any(value is not None for value in row) for row in matrix]
-    first = told.index(True) if True in told else 0
+    last = config.train.only_last or isinstance(config.adapt, AnyAdaptation)
+    first = told.index(True) if last and True in told else 0
     lost = [str(task) for task in range(first, len(told)) if not told[task]]
     if told and not lost:
         return None

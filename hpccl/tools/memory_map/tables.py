@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def table_of(found: Sequence[Found], state: RunState, world: World) -> dict[str,
 def tasks_of(table: dict[str, npt.NDArray[Any]], state: RunState, world: World) -> list[dict[str, Any]]:
     """Return mean nats of every task's examples, as learned and with each left out, and of its test data."""
     own = world.config.train.head == "own"
-    results = state.results if state.mark.phase == "done" else evaluate_all(state, world, last=state.mark.task)
+    results = _test_results(state, world)
     tested = {result["task"]: result["task_incremental" if own else "class_incremental"] for result in results}
     rows = []
     for number in np.unique(table["task"]).tolist():
@@ -59,6 +60,17 @@ def tasks_of(table: dict[str, npt.NDArray[Any]], state: RunState, world: World) 
             }
         )
     return rows
+
+
+def _test_results(state: RunState, world: World) -> list[dict[str, Any]]:
+    """Return the results of the plain network, as the other figures are, whatever the run itself was tested with."""
+    train = world.config.train
+    plain = state.prior.correction is None and state.prior.means is None and not train.flip_test
+    if plain and state.mark.phase == "done":
+        return state.results
+    config = world.config.model_copy(update={"train": train.model_copy(update={"flip_test": False})})
+    alone = replace(state, prior=replace(state.prior, correction=None, means=None))
+    return evaluate_all(alone, replace(world, config=config), last=state.mark.task)
 
 
 def classes_of(table: dict[str, npt.NDArray[Any]], found: Sequence[Found], world: World) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ from hpccl.config.load import dump
 from hpccl.config.memory import MemoryConfig, StratifiedMix
 from hpccl.config.optim import TimmOptim
 from hpccl.config.run import RunConfig
+from hpccl.config.stream import Part, ShardStream
 from hpccl.config.train import TrainConfig
 from hpccl.errors import ConfigError, FolderError
-from hpccl.report.compare import Comparison, _settings, compare_runs, group_table, print_comparison
+from hpccl.report.compare import Comparison, _Settings, compare_runs, group_table, print_comparison
 from hpccl.report.compare_files import write_comparison
 from hpccl.report.compare_latex import render_latex
 from hpccl.report.compare_tables import calibration
@@ -240,11 +241,48 @@ def test_an_unfinished_run_does_not_enter_a_mean(seeds: list[Path], tmp_path: Pa
     alone = compare_runs([late])
     assert alone.groups[0].seeds == [2]
     assert "shown as they stand: late" in printed(alone)
+    assert "1, after 3 of 3 tasks" in printed(alone), "a number of an unfinished run is marked where it stands"
     namesake = synthetic.config(name="late", seed=2, replay=0.0)
     synthetic.write_run(tmp_path / "namesake", namesake, tasks=1, finished=False)
     text = " ".join(printed(compare_runs([*seeds, late, tmp_path / "namesake"])).split())
     assert "left out: late (running)" in text
     assert "shown as they stand: late" in text
+
+
+def test_methods_that_were_trained_differently_are_told(seeds: list[Path], tmp_path: Path) -> None:
+    """Settings that distinguish methods are not, nor those that distinguish groups of each method alike."""
+    longer = {"train": TrainConfig(epochs=(9,)), "replay": 0.0}
+    others = [write(tmp_path / "er", quadratic=0.0), write(tmp_path / "ewc", **longer)]
+    assert "Not the same" not in printed(compare_runs([*seeds, others[0]]), 400)
+    assert "Not the same for all methods: train.epochs (comparison.json" in printed(
+        compare_runs([*seeds, *others]), 400
+    )
+    both = write(tmp_path / "longer", train=TrainConfig(epochs=(9,)))
+    plain = write(tmp_path / "plain", replay=0.0)
+    assert "Not the same" not in printed(compare_runs([*seeds, *others[1:], both, plain]), 400)
+
+
+def test_figures_of_fewer_runs_are_told(seeds: list[Path]) -> None:
+    events = seeds[0] / "events.jsonl"
+    lines = [line for line in events.read_text().splitlines(keepends=True) if '"task": 0, "results"' not in line]
+    events.write_text("".join(lines))
+    comparison = compare_runs(seeds)
+    assert comparison.groups[0].left_out == ["a (done)"], "it lost an evaluation"
+    alone = printed(compare_runs([seeds[0]]), 400)
+    assert "lacks the evaluation after tasks 0" in alone
+
+
+def test_infinite_figures_and_odd_names_are_written(seeds: list[Path], tmp_path: Path) -> None:
+    """Of a path with markup, and an infinite likelihood."""
+    events = seeds[0] / "events.jsonl"
+    events.write_text(events.read_text().replace('"nll": 0.5', '"nll": "Infinity"'))
+    streams = [ShardStream(parts=(Part(path=path),)) for path in ("$a$ [/new]", "$b$ [/old]")]
+    odd = [write(tmp_path / name, stream=stream) for name, stream in zip("xy", streams, strict=True)]
+    comparison = compare_runs([*seeds, *odd])
+    printed(comparison)
+    write_comparison(comparison, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert found["runs"][0]["nll"] == "Infinity"
 
 
 def test_published_values_stand_beside(seeds: list[Path], tmp_path: Path, published: Path) -> None:
@@ -355,9 +393,10 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
 def test_settings_that_come_with_a_kind_are_not_told_beside_it() -> None:
     kronecker = {"curvature.kind": "kronecker", "curvature.sharing": "expand", "curvature.fraction": 0.1}
     diagonal = {"curvature.kind": "diagonal", "curvature.fraction": 0.2}
-    assert _settings(kronecker, [kronecker, diagonal]) == "curvature.kind=kronecker curvature.fraction=0.1"
-    assert _settings(diagonal, [kronecker, diagonal]) == "curvature.kind=diagonal curvature.fraction=0.2"
+    two = _Settings.of([kronecker, diagonal])
+    assert two.of_group(kronecker) == "curvature.kind=kronecker curvature.fraction=0.1"
+    assert two.of_group(diagonal) == "curvature.kind=diagonal curvature.fraction=0.2"
     reduced = {**kronecker, "curvature.sharing": "reduce"}
-    assert _settings(reduced, [kronecker, reduced]) == "curvature.sharing=reduce"
+    assert _Settings.of([kronecker, reduced]).of_group(reduced) == "curvature.sharing=reduce"
     three = [kronecker, reduced, diagonal]
-    assert len({_settings(one, three) for one in three}) == 3
+    assert len({_Settings.of(three).of_group(one) for one in three}) == 3

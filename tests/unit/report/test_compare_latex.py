@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from hpccl.config.data import DataConfig
 from hpccl.config.train import TrainConfig
 from hpccl.report.compare import Statistic, compare_runs
 from hpccl.report.compare_latex import marks, render_latex
+from tests.unit.report import synthetic
 from tests.unit.report.test_compare_tables import PUBLISHED, write
 
 
@@ -90,6 +92,19 @@ def test_it_is_a_table_for_booktabs(text: str) -> None:
         assert one.count(r"\toprule") == one.count(r"\midrule") == one.count(r"\bottomrule") == 1
         assert one.count("{") == one.count("}")
         assert one.count("$") % 2 == 0
+
+
+def test_held_out_images_are_told_and_do_not_compete_with_test_images(tmp_path: Path) -> None:
+    runs = {
+        name: synthetic.write_run(tmp_path / name, synthetic.config(name=name, replay=replay, data=data))
+        for name, replay, data in (("a", 0.5, DataConfig()), ("b", 0.5, DataConfig(validation=0.1)))
+    }
+    mixed = render_latex(compare_runs(list(runs.values())))
+    assert "On held-out training images, and not competing: ewc+fr+replay m=20 data.validation=0.1" in mixed
+    accuracy = mixed.split(r"\bottomrule")[0]
+    assert accuracy.count(r"\mathbf") == 1
+    alone = render_latex(compare_runs([runs["b"]]))
+    assert "Average accuracy on held-out training images after the last task" in alone
 
 
 def test_settings_are_escaped(tmp_path: Path) -> None:

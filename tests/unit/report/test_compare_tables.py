@@ -79,6 +79,10 @@ def test_differences_are_of_the_seeds_that_both_have(tmp_path: Path) -> None:
     assert row[-6:] == ["2", f"{mean:.1f} ± {error:.1f}", f"{mean:.1f} ± {error:.1f}", *row[-3:-1], "2 of 2"]
     assert found.notes[0].startswith("Less ewc+fr+replay m=20 ")
     assert not paired(compare_runs(first)).rows
+    again = write(tmp_path / "again", seed=1, quadratic=2.0, shift=-0.03125)
+    (row,) = paired(compare_runs([*first, *second, again])).rows
+    mean = 100 * (0.0 + 3 / 32) / 2  # of seed 1, the mean of both runs
+    assert row[-5] == f"{mean:.1f} ± {mean:.1f}"
 
 
 def test_each_size_of_memory_has_its_own_best(tmp_path: Path) -> None:

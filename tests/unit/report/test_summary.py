@@ -57,7 +57,8 @@ def test_a_run_under_way_reports_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cut", "named"), [([2], "tasks 2"), ([0, 2], "tasks 2"), ([1], "tasks 1"), ([0, 1, 2], "any task")]
+    ("cut", "named"),
+    [([2], "tasks 2"), ([0, 2], "tasks 0, 2"), ([0], "tasks 0"), ([1], "tasks 1"), ([0, 1, 2], "any task")],
 )
 def test_lost_evaluations_of_a_run_that_is_done_are_told_of(tmp_path: Path, cut: list[int], named: str) -> None:
     path = synthetic.write_run(tmp_path / "run") / "events.jsonl"
@@ -70,6 +71,16 @@ def test_lost_evaluations_of_a_run_that_is_done_are_told_of(tmp_path: Path, cut:
     assert report.status == "done"
     assert f"lacks the evaluation after {named}" in (report.message or "")
     assert f"{report.name}: {report.message}." in "\n".join(_notes(compare_runs([path.parent])))
+
+
+def test_a_likelihood_that_is_not_finite_is_not_that_of_an_earlier_task(tmp_path: Path) -> None:
+    path = synthetic.write_run(tmp_path / "run") / "events.jsonl"
+    (last,) = [line for line in path.read_text().splitlines() if '"task": 2, "results"' in line]
+    path.write_text(path.read_text().replace(last, last.replace('"nll": 0.5', '"nll": "NaN"')))
+    report = summarise(path.parent)
+    assert report.average_accuracy == pytest.approx(2.375 / 3)
+    assert report.nll is None
+    assert report.nll_class_incremental is not None
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
