@@ -142,7 +142,7 @@ class Composer:
         own = heads_of(stream.tasks, num_classes)
         heads = torch.cat([own, own[: task.index + 1].any(dim=0, keepdim=True)])
         tau = weights_by_task(config, stream, task, memory, config.prior.weight)
-        said_too = weights_by_task(config, stream, task, memory, (config.prior.label_weight,))
+        of_labels = weights_by_task(config, stream, task, memory, (config.prior.label_weight,))
         share = true_shares(config, stream, memory)
         return cls(
             config=config,
@@ -151,7 +151,7 @@ class Composer:
             task_of_sample=torch.from_numpy(task_of_sample(stream)),
             heads=heads,
             tau=tau * (1 - share),
-            beta=tau * share if config.prior.mixes else said_too,
+            beta=tau * share if config.prior.mixes else of_labels,
             memory=memory,
             teacher=teacher,
             device=device,
@@ -190,12 +190,12 @@ class Composer:
     def rows(self, part: MicroBatch, images: Images) -> Rows:
         """Return the rows of a part, on the device: one for each image, then further rows of some of the images."""
         shown = self._examples(part)
-        said = self._ask(images.pixels[: len(part.rows)], shown)
-        rows = self._first(part, images, shown, said)
+        logits = self._teacher_logits(images.pixels[: len(part.rows)], shown)
+        rows = self._first(part, images, shown, logits)
         if self.config.prior.label_weight > 0 or self.config.prior.mixes:
             rows = self._with_true_labels(rows, part, shown)
         if self.distilled is not None:
-            rows = self._with_distilled(rows, self.distilled, part, shown, said)
+            rows = self._with_distilled(rows, self.distilled, part, shown, logits)
         if self.removed is not None:
             rows = self._with_removed(rows, self.removed, shown)
         rows = replace(rows, weight=rows.weight * images.valid[rows.image] * shown.own[rows.image])
@@ -214,12 +214,12 @@ class Composer:
         own = torch.arange(len(part.rows)) < len(part.rows) - part.num_fillers
         return _Examples(sample, slot, from_memory, soft, own)
 
-    def _first(self, part: MicroBatch, images: Images, shown: _Examples, said: Tensor) -> Rows:
+    def _first(self, part: MicroBatch, images: Images, shown: _Examples, logits: Tensor) -> Rows:
         """Return one row for each image: with the memory's or the teacher's soft label, or the true label."""
         slot, from_memory, soft = shown.slot, shown.from_memory, shown.soft
         alone = None if self.alone is None else ~from_memory & self.alone[shown.sample]
         target, head = self.hard_targets(shown.sample, alone)
-        target[soft], head[soft] = self.soft_targets(slot[soft], said[soft])
+        target[soft], head[soft] = self.soft_targets(slot[soft], logits[soft])
         weight = torch.full((len(slot),), part.batch.weight_new)
         weight[from_memory] = part.batch.weight_memory * self.memory_weights(slot[from_memory])
         return Rows(
@@ -239,19 +239,19 @@ class Composer:
         of_anchors = mix(part.batch.noise[0], part.anchors).astype(np.int64)
         return np.concatenate([part.batch.noise[part.rows], of_anchors])
 
-    def _ask(self, pixels: Tensor, shown: _Examples) -> Tensor:
+    def _teacher_logits(self, pixels: Tensor, shown: _Examples) -> Tensor:
         """Return the teacher's logits [p, C] of the images whose rows need them, 0 elsewhere.
 
         Every rank makes one pass, even over no images, as the teacher's passes may be collective.
         """
-        said = torch.zeros(len(pixels), self.heads.shape[1])
+        logits = torch.zeros(len(pixels), self.heads.shape[1])
         if self.teacher is None:
-            return said
+            return logits
         asked = shown.soft if self.config.prior.view == "teacher" else torch.zeros_like(shown.soft)
         if self.distilled is not None:
             asked = asked | self.distilled.asks(shown.from_memory)
-        said[asked] = self.teacher(pixels[asked].to(self.device)).cpu()
-        return said
+        logits[asked] = self.teacher(pixels[asked].to(self.device)).cpu()
+        return logits
 
     def _with_true_labels(self, rows: Rows, part: MicroBatch, shown: _Examples) -> Rows:
         """Append a row with the true label for every soft one."""
@@ -261,15 +261,15 @@ class Composer:
         return rows.appended(image, target, head, weight=weight, temperature=1.0, term=REPLAY, kind=CROSS_ENTROPY)
 
     def _with_distilled(
-        self, rows: Rows, distilled: Distilled, part: MicroBatch, shown: _Examples, said: Tensor
+        self, rows: Rows, distilled: Distilled, part: MicroBatch, shown: _Examples, logits: Tensor
     ) -> Rows:
         """Append one row for every old head and every image that is distilled."""
         slot, from_memory = shown.slot, shown.from_memory
         applies = distilled.applies(from_memory)
         if distilled.recorded is not None:
             place = torch.from_numpy(part.batch.new[part.rows]).where(~from_memory, len(self.samples) + slot)
-            said = torch.zeros_like(said).index_put_((applies,), distilled.logits(place[applies]))
-        target, head = distilled.targets(said[applies])
+            logits = torch.zeros_like(logits).index_put_((applies,), distilled.logits(place[applies]))
+        target, head = distilled.targets(logits[applies])
         counted = rows.weight[: len(slot)]  # of an image's first row, before it is divided between labels and old heads
         weight = (distilled.weight * counted[applies]).repeat_interleave(len(distilled.heads))
         by_label = torch.where(applies, distilled.labels, 1.0)[rows.image]
@@ -327,15 +327,14 @@ class Composer:
             target = target * head
         return target, head.clone()
 
-    def soft_targets(self, slots: Tensor, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return targets and competing classes of soft labels: the memory's, or the teacher's logits `said` [r, C]."""
+    def soft_targets(self, slots: Tensor, renewed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return targets and competing classes of soft labels: the memory's, or by the teacher's logits [r, C]."""
         num_classes, temperature = self.heads.shape[1], self.config.prior.temperature
         columns = self.memory.columns(slots)
-        renewed = self.teacher is not None and self.config.prior.view == "teacher"
         logits = self.memory.soft[slots]
-        if renewed:
-            assert said is not None, "the teacher was asked"
-            logits = said.gather(1, columns.clamp(min=0))
+        if self.teacher is not None and self.config.prior.view == "teacher":
+            assert renewed is not None, "the teacher was asked"
+            logits = renewed.gather(1, columns.clamp(min=0))
         if self.soft_kind == SQUARED:
             return scattered(logits.float(), columns, num_classes=num_classes)
         target, known = soft_probabilities(logits, columns, temperature=temperature, num_classes=num_classes)
