@@ -269,7 +269,7 @@ def quick(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"train.epochs of the learned tasks: \[3, 3, 3\]; they were trained with \[1, 1, 1\]",
         ),
         ("high stream.parts.0.tasks=4", "the run's parts stay, and --part adds to them"),
-        ("high stream.parts=[elsewhere]", "the run's parts stay, and --part adds to them"),
+        ('high stream.parts=[{"path":"elsewhere"}]', "the run's parts stay, and --part adds to them"),
         ("{path:high, task: 2}", "stream.parts.2.task"),
         ("{path:high, tasks: 4}", "cannot be split into 4 tasks"),
         ("{path:high", "--part"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hpccl
-from hpccl.cluster.slurm import parameters, python_command, seconds
+from hpccl.cluster.slurm import ENDED, parameters, python_command, seconds
 from hpccl.cluster.submit import script
 from hpccl.config.load import load, sweep
 from hpccl.config.machine import SlurmCluster
@@ -193,4 +193,5 @@ def test_a_command_is_warned_by_sigterm_and_goes_on_in_its_next_start() -> None:
     told = parameters(cluster("cluster.save=90"), name="shards", command=True)
     assert told["additional_parameters"]["signal"] == "TERM@90"
     ended = "hpccl_finish() { echo finish $1; }\n(exit 143)\n" + "\n".join(told["teardown"])
-    assert subprocess.run(["bash", "-c", ended], capture_output=True, text=True, check=True).stdout == "finish 75\n"
+    told_of = subprocess.run(["bash", "-c", ended], capture_output=True, text=True, check=True).stdout
+    assert told_of == f"{ENDED}143\nfinish 75\n"

@@ -81,17 +81,14 @@ def test_an_error_of_the_users_has_a_code_above_all_others_and_is_written_down(t
 
 
 @pytest.mark.parametrize(("given", "threads"), [("2", "2"), ("", "3")])
-def test_threads_are_those_of_the_environment_before_those_of_the_job(
-    given: str, threads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[str] = []
-    monkeypatch.setattr(worker, "main", lambda *_, **__: found.append(os.environ["OMP_NUM_THREADS"]) or 0)
-    for name, value in {**JOB, "OMP_NUM_THREADS": given, "SLURM_CPUS_PER_TASK": "3"}.items():
-        monkeypatch.setenv(name, value)
-    config = load([], [f"folder={tmp_path}"])
-    RunFolder(tmp_path).create()
-    assert step.run_step(config, ["test"]) == 0
-    assert found == [threads]
+def test_threads_are_those_of_the_environment_before_those_of_the_job(given: str, threads: str, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    instead = f"lambda *_, **__: pathlib.Path({str(told)!r}).write_text(os.environ['OMP_NUM_THREADS']) and 0"
+    first = f"import os, pathlib; from hpccl.cluster import worker; worker.main = {instead}"
+    process = start(tmp_path / "run", first=first, OMP_NUM_THREADS=given, SLURM_CPUS_PER_TASK="3")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert told.read_text() == threads
 
 
 def test_a_run_that_is_wrong_is_code_202(tmp_path: Path) -> None:
