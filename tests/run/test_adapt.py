@@ -147,7 +147,7 @@ def test_a_run_whose_new_images_compete_in_their_task_alone_can_be_adapted(tmp_p
 
 def test_an_adaptation_in_a_step_of_slurm_is_compared_by_its_first_task(digits: Path, tmp_path: Path) -> None:
     words = ["adapt", str(digits), "--remove", "3", "--out", str(tmp_path / "out"), "train.epochs=1", "log.quiet=true"]
-    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "HPCCL_STEP": "1"}
+    step: dict[str, Any] = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "HPCCL_STEP": "1"}
     code, output = hpccl(*words, **step, SLURM_PROCID="0")
     assert code == 0, output
     (tmp_path / "out" / "adaptation.json").unlink()

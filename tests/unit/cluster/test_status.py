@@ -149,8 +149,8 @@ def test_jobs_that_do_not_train(
     (tmp_path / "log").write_text(log)
     folder = tmp_path / "campaign" / "slurm" / "report"
     folder.mkdir(parents=True)
-    told = {"log": str(tmp_path / "log"), "command": "report runs/a"}
-    write_record(RunFolder(folder), JobRecord("slurm", "7", NOW, "here", **told))
+    job = JobRecord("slurm", "7", NOW, "here", log=str(tmp_path / "log"), command="report runs/a")
+    write_record(RunFolder(folder), job)
     given = JobState("7", word, exit_code=int(word == "FAILED"))
     monkeypatch.setattr("hpccl.cluster.jobs.states", lambda ids: {"7": given})
     (status,) = read_statuses([tmp_path / "campaign"])

@@ -89,9 +89,13 @@ def test_a_report_of_other_runs_is_queued_anew(
         queued.append(told)
         return [str(8 + len(queued))]
 
+    def cancel(ids: list[str]) -> str:
+        cancelled.extend(ids)
+        return ""
+
     patch("hpccl.cluster.submit._check_site", lambda clusters: None)
     patch("hpccl.cluster.submit._queue", queue)
-    patch("hpccl.cluster.submit.cancel", lambda ids: cancelled.extend(ids) or "")
+    patch("hpccl.cluster.submit.cancel", cancel)
     states = {"7": JobState("7", word), "9": JobState("9", "PENDING")}
     patch("hpccl.cluster.submit.states", lambda ids: states)
     patch("hpccl.cluster.submit.shutil.which", lambda name: name)

@@ -251,7 +251,7 @@ def test_an_unfinished_run_does_not_enter_a_mean(seeds: list[Path], tmp_path: Pa
 
 def test_methods_that_were_trained_differently_are_told(seeds: list[Path], tmp_path: Path) -> None:
     """Settings that distinguish methods are not, nor those that distinguish groups of each method alike."""
-    longer = {"train": TrainConfig(epochs=(9,)), "replay": 0.0}
+    longer: dict[str, Any] = {"train": TrainConfig(epochs=(9,)), "replay": 0.0}
     others = [write(tmp_path / "er", quadratic=0.0), write(tmp_path / "ewc", **longer)]
     assert "Not the same" not in printed(compare_runs([*seeds, others[0]]), 400)
     assert "Not the same for all methods: train.epochs (comparison.json" in printed(
