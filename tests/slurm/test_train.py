@@ -198,7 +198,8 @@ def test_a_campaign_is_a_chain_and_a_failure_cancels_what_waits(cluster: Testbed
 def test_a_report_that_waits_is_replaced_by_that_of_more_runs(cluster: Testbed, tmp_path: Path) -> None:
     script = tmp_path / "campaign.py"
     script.write_text(REPORTED.format(small=SMALL))
-    more = ("--with", "cluster.kind=slurm", "cluster.threads=1", "cluster.mem=1G", "cluster.extra={hold: true}")
+    settings = ("cluster.kind=slurm", "cluster.threads=1", "cluster.mem=1G", "cluster.extra={hold: true}")
+    more = ("--cluster", "slurm", "--with", *settings)
     (first, report), (kept, second, new) = (
         [line.partition(":")[0] for line in ask("python", script, *seeds, *more, folder=tmp_path).splitlines()[:-1]]
         for seeds in (["--seeds=0"], ["--seeds=0,1"])
