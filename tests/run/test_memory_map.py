@@ -26,7 +26,9 @@ from hpccl.tools.evaluate_run import evaluate_run, reopened
 from hpccl.tools.memory_map.all_weights import by_all_weights
 from hpccl.tools.memory_map.build import map_memory
 from hpccl.tools.memory_map.found import Group
+from hpccl.tools.memory_map.tables import _test_results
 from hpccl.tools.uncertainty import evaluate_posterior
+from hpccl.train.evaluate import evaluate_all
 from hpccl.train.score import looks
 from tests.run.command import events, finish, start, trained
 from tests.run.method import learn, make_world, merged
@@ -98,6 +100,19 @@ def test_estimates_stand_beside_the_measured_test_nll(run: Path, found: MemoryMa
     assert newest["test_nats"] == pytest.approx(measured)
     assert newest["train_nats"] < newest["left_out"] < newest["left_out_newton"]
     assert newest["left_out_newton"] == pytest.approx(measured, rel=0.1)
+
+
+def test_the_measured_test_nll_is_that_of_the_plain_network(run: Path) -> None:
+    """As that of the other columns, also where a run is tested on mirror images."""
+    with reopened(run) as (state, world):
+        train = world.config.train.model_copy(update={"flip_test": True})
+        mirrored = replace(world, config=world.config.model_copy(update={"train": train}))
+        with_mirror_images = evaluate_all(state, mirrored, last=1)
+        found = _test_results(state, mirrored)
+    for with_mirrors, one, plain in zip(with_mirror_images, found, state.results, strict=True):
+        nll = plain["task_incremental"]["nll"]
+        assert one["task_incremental"]["nll"] == pytest.approx(nll)
+        assert with_mirrors["task_incremental"]["nll"] != pytest.approx(nll)
 
 
 def test_the_memory_over_tasks(run: Path, found: MemoryMap) -> None:
