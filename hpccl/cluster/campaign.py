@@ -151,7 +151,8 @@ def _tell_overruled(steps: Sequence[Step], more: Sequence[str]) -> None:
     for setting in filter(is_override, more):
         key = setting.partition("=")[0]
         own = {step.name: each for step in steps for each in step.arguments[1:] if each.startswith(f"{key}=")}
-        for name, each in list(own.items())[:1]:
+        if own:
+            name, each = next(iter(own.items()))
             say(f"note: --with {setting} has no effect in {len(own)} steps, such as '{name}', which sets {each}")
 
 

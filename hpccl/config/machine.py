@@ -106,7 +106,7 @@ class SlurmCluster(AnyCluster):
     container: Container | None = None  # container in which the processes run; null: none
     modules: Annotated[tuple[Line, ...], Strict(False)] = ()  # modules to load (`module load`) before the start
     setup: Annotated[tuple[Line, ...], Strict(False)] = ()  # further shell commands before the start
-    environment: dict[Variable, Line] = {}  # further environment variables; $NAME is not expanded, as it is in setup
+    environment: dict[Variable, Line] = {}  # further environment variables; taken literally ($NAME: use setup)
     python: Line | None = None  # Python interpreter on the nodes; null: the one that submits
     srun: Annotated[tuple[Line, ...], Strict(False)] = ()  # further arguments of srun, such as --gpu-bind=none
     extra: dict[str, bool | int | Line] = {}  # further parameters of sbatch, by long names without leading dashes

@@ -149,6 +149,10 @@ class Comparison:
         pooled = any(a is not None and b is not None and abs(a - b) >= _NEARLY for a, b in pairs)
         return {key: heading for key, heading in FIGURES.items() if pooled or key != "final_union_accuracy"}
 
+    def held_out(self, group: Group) -> bool:
+        """Whether it was tested on held-out training images (data.validation), no test images."""
+        return any(run.validation is not None for run in self.members(group))
+
     def finished(self, group: Group) -> bool:
         """Whether all its runs are complete: others do not compete, because accuracies after few tasks are high."""
         return all(run.complete for run in self.members(group))

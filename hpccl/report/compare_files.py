@@ -83,18 +83,8 @@ def _render_csv(comparison: Comparison) -> str:
     names = [f"{key}_{part}" for key in comparison.groups[0].statistics for part in ("mean", "std")]
     published = [f"published_{key}_{part}" for key in PUBLISHED for part in ("mean", "std")]
     writer = csv.writer(buffer, lineterminator="\n")
-    about = [
-        "method",
-        "memory_size",
-        "memory",
-        "settings",
-        "num_seeds",
-        "seeds",
-        "finished",
-        "tasks_learned",
-        "tested_on",
-    ]
-    writer.writerow([*about, *names, *published])
+    about = ["method", "memory_size", "memory", "settings", "num_seeds", "seeds"]
+    writer.writerow([*about, "finished", "tasks_learned", "tested_on", *names, *published])
     for group in comparison.groups:
         values = [value for found in group.statistics.values() for value in (found.mean, found.std)]
         beside = [
@@ -103,13 +93,9 @@ def _render_csv(comparison: Comparison) -> str:
         seeds = " ".join(map(str, group.seeds))
         told = [group.method, group.memory_size, group.memory, group.settings, len(group.seeds), seeds]
         learned = min(run.tasks_learned for run in comparison.members(group))
-        held = any(run.validation is not None for run in comparison.members(group))
-        told += [
-            str(comparison.finished(group)).lower(),
-            learned,
-            "held-out training images" if held else "test images",
-        ]
-        writer.writerow([*told, *values, *beside])
+        finished = str(comparison.finished(group)).lower()
+        on = "held-out training images" if comparison.held_out(group) else "test images"
+        writer.writerow([*told, finished, learned, on, *values, *beside])
     return buffer.getvalue()
 
 

@@ -64,7 +64,7 @@ def _known(statistic: Statistic) -> bool:
 def _table(comparison: Comparison, key: str) -> str:
     rows = _series(comparison, key)
     columns = sorted({_column(group) for group in comparison.groups})
-    tested = [group for group in comparison.groups if not _held_out(comparison, group)]
+    tested = [group for group in comparison.groups if not comparison.held_out(group)]
     finished = {_place(group) for group in tested or comparison.groups if comparison.finished(group)}
     marked = {
         one: marks({name: cells[one] for name, cells in rows.items() if one in cells and (name, one) in finished}, key)
@@ -190,7 +190,7 @@ def _caption(comparison: Comparison, key: str) -> str:
     apart += (
         f". Not finished, and not competing: {_escaped(', '.join(group.label for group in early))}" if early else ""
     )
-    held = [group for group in comparison.groups if _held_out(comparison, group)]
+    held = [group for group in comparison.groups if comparison.held_out(group)]
     if len(held) == len(comparison.groups):
         heading += " on held-out training images"
     elif held:
@@ -200,11 +200,6 @@ def _caption(comparison: Comparison, key: str) -> str:
         "$m$ examples of a task in memory. Bold: the best of a column; underlined: within one standard error of it"
         f"{apart}.{published}"
     )
-
-
-def _held_out(comparison: Comparison, group: Group) -> bool:
-    """Whether it was not tested on test images (data.validation)."""
-    return any(run.validation is not None for run in comparison.members(group))
 
 
 def _escaped(text: str) -> str:
