@@ -26,6 +26,7 @@ from hpccl.engine.hooks import Hooks
 from hpccl.engine.modes import recomputing, refuse_recompute, without_statistics
 from hpccl.engine.moments import local
 from hpccl.engine.optim import averaging, learning_rate, tell_peak
+from hpccl.engine.path_integral import PathIntegral
 from hpccl.engine.protocols import GradientHook, Weights
 from hpccl.engine.squares import Squares
 from hpccl.engine.trial import drawing, held_within
@@ -53,10 +54,7 @@ class BaseEngine(ABC):
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self._hooks = Hooks()
         self._average: dict[str, Tensor] | None = None
-        self._records_path = config.records_path
-        self._credit: dict[str, Tensor] = {}
-        self._begun: dict[str, Tensor] = {}
-        self._pull: Callable[[str, Tensor], Tensor] | None = None
+        self._path = PathIntegral(self._graded) if config.records_path else None
         self._task = self._step = self._num_steps = 0
         self._last = False
         self._held = Held()
@@ -124,9 +122,8 @@ class BaseEngine(ABC):
         self._average = None
         if self._train.ema is not None:
             self._average = {name: value.detach().clone() for name, value in self._locals().items()}
-        if self._records_path:
-            self._begun = self._learned()
-            self._credit = {name: torch.zeros_like(value) for name, value in self._begun.items()}
+        if self._path is not None:
+            self._path.begin(self._learned())
 
     def reset(self) -> None:
         """See the protocol."""
@@ -184,7 +181,7 @@ class BaseEngine(ABC):
     def step(self) -> Tensor:
         """See the protocol."""
         self._refuse_silent_hooks()
-        norm = self._followed() if self._records_path else self._moved()
+        norm = self._moved() if self._path is None else self._followed(self._path)
         if (perturbing := self._perturbing) is not None:
             perturbing.forget()
         if self._average is not None and self._train.ema is not None and bool(torch.isfinite(norm)):
@@ -234,23 +231,13 @@ class BaseEngine(ABC):
     # ---------------------------------------------------------------- the path integral (SI)
 
     @torch.no_grad()
-    def _followed(self) -> Tensor:
-        """Update, and add each weight's -g (after - before) to the path integral; g without prior, before clipping.
-
-        Held weights do not move and get no credit.
-        """
+    def _followed(self, path: PathIntegral) -> Tensor:
+        """Update, and add the step to the path integral. Held weights do not move and get no credit."""
         before = self._learned()
         gradients = {name: gradient.clone() for name, gradient in self._gradients().items()}
         norm = self._moved()
         if bool(torch.isfinite(norm)):
-            now = self._locals()
-            for name, gradient in gradients.items():
-                old = self._graded(name, before[name])
-                own = gradient.to(old.device).view_as(old)  # weights may be offloaded to host memory
-                if self._pull is not None:
-                    own = own - self._graded(name, self._pull(name, before[name]))
-                moved = self._graded(name, now[name]) - old
-                self._graded(name, self._credit[name]).addcmul_(own, moved, value=-1)
+            path.add(before, gradients, self._locals())
         return norm
 
     def _graded(self, name: str, value: Tensor) -> Tensor:
@@ -259,7 +246,7 @@ class BaseEngine(ABC):
 
     def _credited(self) -> dict[str, Tensor]:
         """Return a copy of this rank's path integral; collective where gradients are sharded but weights are not."""
-        return {name: value.clone() for name, value in self._credit.items()}
+        return {} if self._path is None else {name: value.clone() for name, value in self._path.credit.items()}
 
     def _learned(self) -> dict[str, Tensor]:
         """Return a copy of this rank's elements of the trainable parameters."""
@@ -273,18 +260,23 @@ class BaseEngine(ABC):
 
     def follow(self, pull: Callable[[str, Tensor], Tensor]) -> Callable[[], None]:
         """See the protocol."""
-        self._pull = pull
+        path = self._recorded
+        path.pull = pull
 
         def end() -> None:
-            self._pull = None
+            path.pull = None
 
         return end
 
     def path(self) -> tuple[Leaves, Leaves]:
         """See the protocol."""
-        assert self._records_path, "no path was asked for"
-        credit = {name: self._leaf(name, value) for name, value in self._credited().items()}
-        return credit, {name: self._leaf(name, value.clone()) for name, value in self._begun.items()}
+        begun = {name: value.clone() for name, value in self._recorded.begun.items()}
+        return self._leaves(self._credited()), self._leaves(begun)
+
+    @property
+    def _recorded(self) -> PathIntegral:
+        assert self._path is not None, "no path was asked for"
+        return self._path
 
     # ---------------------------------------------------------------- trial weights
 
@@ -471,7 +463,7 @@ class BaseEngine(ABC):
 
     def gather(self) -> Leaves:
         """See the protocol."""
-        return {name: self._leaf(name, value.detach().clone()) for name, value in self._tensors().items()}
+        return self._leaves({name: value.detach().clone() for name, value in self._tensors().items()})
 
     def place(self, values: Mapping[str, Tensor | Slab | Stored]) -> Leaves:
         """See the protocol."""
@@ -503,13 +495,13 @@ class BaseEngine(ABC):
 
     def state_dict(self, *, ended: bool = False) -> dict[str, Any]:
         """See the protocol; also the path integral and the position in the schedule."""
-        average, credit, begun = self._average, {} if ended else self._credited(), {} if ended else self._begun
+        average, path = self._average, None if ended else self._path
         return {
             "weights": self.gather(),
             "optimizer": None if ended else self._optimizer_state(),
-            "average": None if average is None else {name: self._leaf(name, value) for name, value in average.items()},
-            "credit": {name: self._leaf(name, value) for name, value in credit.items()},
-            "begun": {name: self._leaf(name, value) for name, value in begun.items()},
+            "average": None if average is None else self._leaves(average),
+            "credit": {} if path is None else self._leaves(self._credited()),
+            "begun": {} if path is None else self._leaves(path.begun),
             "position": {
                 "task": self._task,
                 "step": self._step,
@@ -528,8 +520,8 @@ class BaseEngine(ABC):
             self._step = position["step"]
             self._load_optimizer_state(state["optimizer"])
         self._average = None if average is None else self._own_parts(average)
-        self._credit = self._own_parts(state.get("credit", {}))
-        self._begun = self._own_parts(state.get("begun", {}))
+        if self._path is not None:
+            self._path.restart(self._own_parts(state.get("credit", {})), self._own_parts(state.get("begun", {})))
 
     def _own_parts(self, values: Mapping[str, Tensor | Slab | Stored]) -> dict[str, Tensor]:
         """Return this rank's elements of parameter-shaped values, as new tensors."""
@@ -555,6 +547,9 @@ class BaseEngine(ABC):
     def _leaf(self, name: str, value: Tensor) -> Leaf:
         span = self._spans.get(name)
         return value if span is None else Slab(value, span)
+
+    def _leaves(self, values: Weights) -> Leaves:
+        return {name: self._leaf(name, value) for name, value in values.items()}
 
     def _part(self, name: str, value: Tensor | Slab | Stored, like: Tensor) -> Tensor:
         """Return this rank's elements of a parameter-shaped value, in the shape of `like`."""

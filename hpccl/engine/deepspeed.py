@@ -192,13 +192,6 @@ class DeepspeedEngine(BaseEngine):
             self._comm.sum_([credit[name] for name in sorted(credit)])
         return credit
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See BaseEngine; each rank keeps the path integral of the elements that it has gradients of, 0 elsewhere."""
-        super().load_state_dict(state)
-        for name, value in self._credit.items():
-            own = self._graded(name, value).clone()
-            self._graded(name, value.zero_()).copy_(own)
-
     # ---------------------------------------------------------------- trial weights
 
     def _runs(self) -> dict[Tensor, list[Run]]:
