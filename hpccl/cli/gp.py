@@ -39,7 +39,7 @@ def fit_gp(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for machines.")] = False,
 ) -> None:
     """Learn the tasks of a run with a Gaussian process on its network's features, keeping a few examples of each."""
-    from hpccl.gp.stream import Settings
+    from hpccl.gp.state import Settings
     from hpccl.tools.gp_fit import fit_gp as find
     from hpccl.tools.gp_fit import markdown, refuse_out, write_gp
 

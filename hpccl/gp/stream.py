@@ -17,168 +17,23 @@ rows include all ranks, so that results do not depend on the number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from hpccl.dist.agree import all_or_none
 from hpccl.dist.comm import Comm
-from hpccl.errors import CheckpointError, ConfigError, DataError
+from hpccl.errors import ConfigError, DataError
+from hpccl.gp.evidence import Past, Task, at_noise, tuned
 from hpccl.gp.inducing import drawn_by_leverage, pivots
-from hpccl.gp.kernel import Kernel
-from hpccl.gp.likelihood import Gaussian, Likelihood, Sites, Softmax, likelihood_of
-from hpccl.gp.posterior import DualPosterior, Duals, contribution, own_contribution
+from hpccl.gp.likelihood import Gaussian, Likelihood, Sites
+from hpccl.gp.posterior import DualPosterior, Duals, contribution
+from hpccl.gp.state import Memory, Settings, State
 
-__all__ = ["Memory", "Settings", "State", "begin", "bound", "learn", "leverage", "typical_distance"]
+__all__ = ["learn", "leverage", "typical_distance"]
 
 _LARGEST = 4 << 30  # most bytes of the duals
-
-
-@final
-@dataclass(frozen=True)
-class Settings:
-    """How a task is learned.
-
-    inducing: largest number of inducing inputs
-    steps, rate: steps of the sites, and the largest r, in (0, 1]; a Gaussian likelihood always takes one step of rate 1
-    memory: number of examples kept from a task
-    tune, tune_rate: Adam steps on the logarithms of the hyperparameters (0: leave them), and their learning rate.
-        Without a memory only at the first task: later ones lack the likelihood of the past, which the bound needs
-    seed: of the memory draws
-    jitter: on the diagonal of K, relative to its mean
-    """
-
-    inducing: int = 100
-    steps: int = 20
-    rate: float = 0.5
-    memory: int = 0
-    tune: int = 0
-    tune_rate: float = 0.05
-    seed: int = 0
-    jitter: float = 1e-9
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range, with a ConfigError."""
-        for name, low in (("inducing", 1), ("steps", 1), ("memory", 0), ("tune", 0)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"Gaussian process: {name}={getattr(self, name)}; allowed: at least {low}")
-        for name in ("rate", "tune_rate", "jitter"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"Gaussian process: {name}={getattr(self, name)}; allowed: above 0 and at most 1")
-
-
-@final
-@dataclass(frozen=True)
-class Memory:
-    """Examples that are kept, the same on all ranks.
-
-    x: [k, d]; y: [k] or [k, C]; number: [k] int64, ascending within a task
-    alpha, beta: [k, C] their sites
-    duals: their part of the posterior's duals
-    """
-
-    x: Tensor
-    y: Tensor
-    number: Tensor
-    alpha: Tensor
-    beta: Tensor
-    duals: Duals
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def plus(self, other: Memory) -> Memory:
-        """Return both memories as one."""
-        names = ("x", "y", "number", "alpha", "beta")
-        x, y, number, alpha, beta = (torch.cat([getattr(self, name), getattr(other, name)]) for name in names)
-        return Memory(x, y, number, alpha, beta, self.duals.plus(other.duals))
-
-
-@final
-@dataclass(frozen=True)
-class State:
-    """The Gaussian process after some tasks.
-
-    posterior: None before the first
-    num_seen: number of examples learned so far, on all ranks
-    """
-
-    kernel: Kernel
-    likelihood: Likelihood
-    posterior: DualPosterior | None = None
-    memory: Memory | None = None
-    num_seen: int = 0
-
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance [n, C] of the latent functions at rows x [n, d].
-
-        Raises:
-            DivergedError: a matrix has no Cholesky factor.
-        """
-        if self.posterior is None:
-            zeros = torch.zeros(len(x), self.likelihood.num_latent, dtype=torch.float64, device=x.device)
-            return zeros, self.kernel.diagonal(x)[:, None].expand_as(zeros)
-        return self.posterior.predict(x.double())
-
-    def widened(self, number: int) -> State:
-        """Return a classifier's state for `number` classes; new classes have duals of 0.
-
-        Raises:
-            ConfigError: there are fewer classes than before, or the likelihood has no classes.
-        """
-        if not isinstance(self.likelihood, Softmax) or number < self.likelihood.num_latent:
-            raise ConfigError(f"Gaussian process with {number} classes; allowed: at least as many as before")
-        more = number - self.likelihood.num_latent
-        posterior, memory = self.posterior, self.memory
-        if posterior is not None:
-            posterior = replace(posterior, duals=posterior.duals.widened(more))
-        if memory is not None:
-            alpha, beta = (functional.pad(part, (0, more)) for part in (memory.alpha, memory.beta))
-            memory = replace(memory, alpha=alpha, beta=beta, duals=memory.duals.widened(more))
-        return replace(self, likelihood=Softmax(number), posterior=posterior, memory=memory)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as tensors and JSON values; `from_state_dict` is the inverse."""
-        posterior, memory, by = self.posterior, self.memory, self.likelihood
-        parts = None if memory is None else {**vars(memory), "duals": dict(vars(memory.duals))}
-        own = None
-        if posterior is not None:
-            own = {"inducing": posterior.inducing, "duals": dict(vars(posterior.duals)), "jitter": posterior.jitter}
-        noise = {"noise": by.noise} if isinstance(by, Gaussian) else {}
-        return {
-            "kernel": dict(vars(self.kernel)),
-            "likelihood": {"kind": type(by).__name__.lower(), "num_latent": by.num_latent, **noise},
-            "posterior": own,
-            "memory": parts,
-            "num_seen": self.num_seen,
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> State:
-        """The inverse of `state_dict`.
-
-        Raises:
-            CheckpointError: the state is damaged.
-        """
-        try:
-            kernel, own, kept = Kernel(**state["kernel"]), state["posterior"], state["memory"]
-            posterior = None
-            if own is not None:
-                posterior = DualPosterior(kernel, own["inducing"], Duals(**own["duals"]), own["jitter"])
-            memory = None if kept is None else Memory(**{**kept, "duals": Duals(**kept["duals"])})
-            likelihood = likelihood_of(**state["likelihood"])
-            return cls(kernel, likelihood, posterior, memory, int(state["num_seen"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the state of a Gaussian process is damaged ({error!r}); fit it again") from error
-
-
-def begin(kernel: Kernel, likelihood: Likelihood) -> State:
-    """Return the state before the first task."""
-    return State(kernel, likelihood)
 
 
 def learn(state: State, x: Tensor, y: Tensor, number: Tensor, *, settings: Settings, comm: Comm) -> State:
@@ -202,18 +57,18 @@ def learn(state: State, x: Tensor, y: Tensor, number: Tensor, *, settings: Setti
     total = _checked(state, x, y, comm, settings)
     posterior, memory = _moved(state, x, number, settings, comm)
     fresh = torch.zeros(len(x), state.likelihood.num_latent, dtype=torch.float64, device=x.device)
-    task = _Task(x, y, (fresh, fresh))
+    task = Task(x, y, (fresh, fresh))
     posterior, task, memory = _sites(posterior, state.likelihood, task, memory, settings=settings, comm=comm)
     likelihood = state.likelihood
     if settings.tune and (state.num_seen == 0 or memory is not None):
-        past = _Past(_without(posterior, task, memory, comm), memory, state.num_seen)
-        kernel, likelihood = _tuned(posterior, likelihood, task, past, settings=settings, comm=comm)
+        past = Past(_without(posterior, task, memory, comm), memory, state.num_seen)
+        kernel, likelihood = tuned(posterior, likelihood, task, past, settings=settings, comm=comm)
         # Discarded examples keep their duals; those still present get new ones under the new kernel.
-        task = replace(task, sites=_at_noise(likelihood, task.y, task.sites))
+        task = replace(task, sites=at_noise(likelihood, task.y, task.sites))
         posterior = replace(posterior, kernel=kernel, duals=past.duals)
         duals = past.duals.plus(_duals(posterior, task.x, task.sites, comm))
         if memory is not None:
-            alpha, beta = _at_noise(likelihood, memory.y, (memory.alpha, memory.beta))
+            alpha, beta = at_noise(likelihood, memory.y, (memory.alpha, memory.beta))
             own = _duals(posterior, memory.x, (alpha, beta), comm, shared=True)
             memory, duals = replace(memory, alpha=alpha, beta=beta, duals=own), duals.plus(own)
         posterior = replace(posterior, duals=duals)
@@ -232,45 +87,7 @@ def leverage(posterior: DualPosterior, x: Tensor, beta: Tensor) -> Tensor:
     return (beta * variance).sum(1)
 
 
-def bound(
-    posterior: DualPosterior,
-    likelihood: Likelihood,
-    x: Tensor,
-    y: Tensor,
-    comm: Comm,
-    *,
-    memory: Memory | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """Return this rank's share of the evidence bound in nats; the sum over ranks is the bound. Not collective.
-
-    Args:
-        posterior: q.
-        likelihood: of the examples.
-        x: [n, d] this rank's rows.
-        y: their labels or targets.
-        comm: determines this rank's share of the memory.
-        memory: examples of the past.
-        scale: factor of their expected log likelihoods.
-    """
-    total = likelihood.expected_log(y, *posterior.predict(x)).sum() - posterior.divergence() / comm.size
-    if memory is not None and len(memory):
-        part = comm.share(len(memory))
-        own = slice(part.start, part.stop)
-        total = total + scale * likelihood.expected_log(memory.y[own], *posterior.predict(memory.x[own])).sum()
-    return total
-
-
 # ---------------------------------------------------------------- parts of a task
-
-
-@dataclass(frozen=True)
-class _Task:
-    """This rank's rows with their sites."""
-
-    x: Tensor
-    y: Tensor
-    sites: Sites
 
 
 def _checked(state: State, x: Tensor, y: Tensor, comm: Comm, settings: Settings) -> int:
@@ -332,12 +149,12 @@ def _moved(
 def _sites(
     posterior: DualPosterior,
     likelihood: Likelihood,
-    task: _Task,
+    task: Task,
     memory: Memory | None,
     *,
     settings: Settings,
     comm: Comm,
-) -> tuple[DualPosterior, _Task, Memory | None]:
+) -> tuple[DualPosterior, Task, Memory | None]:
     """Iterate the sites of the task and of the memory towards a joint fixed point.
 
     A step follows the natural gradient of  sum_D E + sum_memory E - KL(q || the process of discarded examples);  one
@@ -365,7 +182,7 @@ class _Present:
     """
 
     posterior: DualPosterior
-    task: _Task
+    task: Task
     memory: Memory | None
     forgotten: Duals
     new: tuple[Tensor, Tensor]
@@ -377,7 +194,7 @@ class _Present:
         cls,
         posterior: DualPosterior,
         likelihood: Likelihood,
-        task: _Task,
+        task: Task,
         memory: Memory | None,
         *,
         forgotten: Duals | None,
@@ -421,98 +238,14 @@ def _duals(posterior: DualPosterior, x: Tensor, sites: Sites, comm: Comm, *, sha
     return contribution(posterior.kernel, posterior.inducing, x, sites, comm)
 
 
-def _without(posterior: DualPosterior, task: _Task, memory: Memory | None, comm: Comm) -> Duals:
+def _without(posterior: DualPosterior, task: Task, memory: Memory | None, comm: Comm) -> Duals:
     """Return the duals of discarded examples, neither of the task nor in memory."""
     kept = posterior.duals.plus(_duals(posterior, task.x, task.sites, comm), -1.0)
     return kept if memory is None else kept.plus(memory.duals, -1.0)
 
 
-@dataclass(frozen=True)
-class _Past:
-    """The duals of discarded examples, the memory, and the number of past examples that it represents."""
-
-    duals: Duals
-    memory: Memory | None
-    num_seen: int
-
-    @property
-    def scale(self) -> float:
-        """Factor of the memory in the bound."""
-        return self.num_seen / len(self.memory) if self.memory is not None and len(self.memory) else 1.0
-
-
-def _tuned(
-    posterior: DualPosterior, likelihood: Likelihood, task: _Task, past: _Past, *, settings: Settings, comm: Comm
-) -> tuple[Kernel, Likelihood]:
-    """Return hyperparameters with a larger evidence bound; collective.
-
-    Sites alpha, beta are fixed (those of a Gaussian likelihood follow its noise), and duals follow the kernel: at the
-    optimum of the sites this bound is tighter than the one with fixed duals (Adam et al. 2021, sec. 3.2).
-    """
-    kernel = posterior.kernel
-    values = [kernel.lengthscale, kernel.variance, *([likelihood.noise] if isinstance(likelihood, Gaussian) else [])]
-    logs = [value.detach().log().clone().requires_grad_() for value in values]
-    if kernel.kind == "linear":
-        logs[0].requires_grad_(False)  # redundant with the variance
-    free = [log for log in logs if log.requires_grad]
-    optimiser = torch.optim.Adam(free, lr=settings.tune_rate, maximize=True)
-    for _ in range(settings.tune):
-        present, by = _at(logs, posterior, likelihood)
-        gradients = _slope(free, present, by, task, past, comm=comm)
-        for log, gradient in zip(free, gradients, strict=True):
-            log.grad = gradient
-        optimiser.step()
-    present, by = _at([log.detach() for log in logs], posterior, likelihood)
-    return present.kernel, by
-
-
-def _at(logs: list[Tensor], posterior: DualPosterior, likelihood: Likelihood) -> tuple[DualPosterior, Likelihood]:
-    kernel = Kernel(posterior.kernel.kind, logs[0].exp(), logs[1].exp())
-    by = replace(likelihood, noise=logs[2].exp()) if isinstance(likelihood, Gaussian) else likelihood
-    return replace(posterior, kernel=kernel), by
-
-
-def _slope(
-    free: list[Tensor], present: DualPosterior, likelihood: Likelihood, task: _Task, past: _Past, *, comm: Comm
-) -> list[Tensor]:
-    """Return the bound's derivatives by `free`, summed over all ranks.
-
-    The duals are a sum over ranks, through which autograd cannot differentiate: it goes back to the duals, their
-    derivatives are summed over ranks, and it continues from this rank's part.
-    """
-    kernel, inducing, memory = present.kernel, present.inducing, past.memory
-    own = own_contribution(kernel, inducing, task.x, _at_noise(likelihood, task.y, task.sites))
-    if memory is not None:
-        part = comm.share(len(memory))
-        mine = slice(part.start, part.stop)
-        sites = _at_noise(likelihood, memory.y[mine], (memory.alpha[mine], memory.beta[mine]))
-        own = own.plus(own_contribution(kernel, inducing, memory.x[mine], sites))
-    total = Duals(own.first.detach().clone(), own.second.detach().clone())
-    comm.sum_([total.first, total.second])
-    leaves = [each.requires_grad_() for each in vars(past.duals.plus(total)).values()]
-    bounded = bound(
-        replace(present, duals=Duals(*leaves)), likelihood, task.x, task.y, comm, memory=memory, scale=past.scale
-    )
-    direct: Sequence[Tensor | None] = torch.autograd.grad(
-        bounded, [*free, *leaves], retain_graph=True, allow_unused=True
-    )
-    found = [torch.zeros_like(log) if each is None else each for log, each in zip(free, direct, strict=False)]
-    outer = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, direct[len(free) :], strict=True)]
-    comm.sum_(outer)
-    if own.first.requires_grad:
-        more: Sequence[Tensor | None] = torch.autograd.grad([own.first, own.second], free, outer, allow_unused=True)
-        found = [each if g is None else each + g for each, g in zip(found, more, strict=True)]
-    comm.sum_(found)
-    return found
-
-
-def _at_noise(likelihood: Likelihood, y: Tensor, sites: Sites) -> Sites:
-    """Return the sites; for a Gaussian likelihood, those at its current noise and y, which alone determine them."""
-    return likelihood.sites(y, *sites) if isinstance(likelihood, Gaussian) else sites
-
-
 def _grown(
-    posterior: DualPosterior, task: _Task, memory: Memory | None, number: Tensor, *, settings: Settings, comm: Comm
+    posterior: DualPosterior, task: Task, memory: Memory | None, number: Tensor, *, settings: Settings, comm: Comm
 ) -> Memory | None:
     """Return the memory with some of the task's examples added."""
     if not settings.memory:

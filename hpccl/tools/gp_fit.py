@@ -23,7 +23,8 @@ from hpccl.errors import ConfigError, DataError, FolderError
 from hpccl.folder import RunFolder, refuse_unwritable, replacing_folder
 from hpccl.gp.kernel import Kernel, Kind
 from hpccl.gp.likelihood import Softmax
-from hpccl.gp.stream import Settings, State, begin, learn, typical_distance
+from hpccl.gp.state import Settings, State, begin
+from hpccl.gp.stream import learn, typical_distance
 from hpccl.report.metrics import accuracy, expected_calibration_error, negative_log_likelihood
 from hpccl.report.text import fixed, markdown_table, percent, whole
 from hpccl.report.write import write_json, write_text
@@ -54,7 +55,7 @@ class Fitted:
 
     features: dimension of the features
     names: of the learned tasks
-    settings: of hpccl.gp.stream
+    settings: of hpccl.gp.state
     state: after the last task
     after: for every learned task, figures on the test data of the tasks up to it, over the classes seen by then
     network: by task, the network's own figures in the same setting, as the run has them; None where it has none

@@ -13,7 +13,8 @@ from hpccl.dist.comm import Comm
 from hpccl.errors import HpcclError
 from hpccl.gp.kernel import Kernel
 from hpccl.gp.likelihood import Gaussian, Softmax
-from hpccl.gp.stream import Settings, begin, learn, typical_distance
+from hpccl.gp.state import Settings, begin
+from hpccl.gp.stream import learn, typical_distance
 from hpccl.tools.gp_fit import fit_features
 from tests.dist.world import run_in_world
 from tests.run.method import make_world, merged

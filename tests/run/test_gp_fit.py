@@ -17,7 +17,7 @@ from hpccl.cli import app
 from hpccl.config.load import dump
 from hpccl.errors import ConfigError, FolderError
 from hpccl.gp.likelihood import Softmax
-from hpccl.gp.stream import Settings, State
+from hpccl.gp.state import Settings, State
 from hpccl.tools.gp_fit import fit_gp
 from hpccl.train.evaluate import evaluate
 from tests.run.method import learn, make_world, merged

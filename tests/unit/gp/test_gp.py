@@ -15,12 +15,14 @@ from torch import Tensor
 from hpccl.checkpoint.tree import read_tree, write_tree
 from hpccl.dist.comm import Comm
 from hpccl.errors import CheckpointError, ConfigError, DataError, DivergedError
-from hpccl.gp import stream as inner
+from hpccl.gp import evidence as inner
+from hpccl.gp.evidence import bound
 from hpccl.gp.inducing import drawn_by_leverage, pivots
 from hpccl.gp.kernel import Kernel, Kind
 from hpccl.gp.likelihood import Bernoulli, Gaussian, Likelihood, Softmax
 from hpccl.gp.posterior import DualPosterior, Duals, own_contribution
-from hpccl.gp.stream import Settings, State, begin, bound, learn, leverage, typical_distance
+from hpccl.gp.state import Settings, State, begin
+from hpccl.gp.stream import learn, leverage, typical_distance
 
 SOLO = Comm.solo()
 KINDS: tuple[Kind, ...] = ("rbf", "matern52", "linear")
@@ -400,7 +402,7 @@ def test_the_slope_of_the_bound_is_that_of_differences() -> None:
     assert memory is not None
     own = slice(12, 24)
     sites = new.likelihood.sites(y[own], *posterior.predict(x[own]))
-    past, task = inner._Past(Duals.zeros(3, 6), memory, 12), inner._Task(x[own], y[own], sites)
+    past, task = inner.Past(Duals.zeros(3, 6), memory, 12), inner.Task(x[own], y[own], sites)
 
     def value(logs: list[Tensor]) -> Tensor:
         present, by = inner._at(logs, posterior, new.likelihood)
