@@ -188,7 +188,7 @@ def _messages(leaves: Leaves) -> Iterator[list[str]]:
 def _gathered(slabs: Mapping[str, Slab], comm: Comm) -> dict[str, Tensor]:
     """Gather whole tensors from slabs; one message of elements and one of spans if they share a dtype.
 
-    The results are on the rank's device, even if the slabs are not.
+    Elements that no rank has are 0. The results are on the rank's device, even if the slabs are not.
     """
     dtypes = {slab.local.dtype for slab in slabs.values()}
     if len(dtypes) > 1:
@@ -197,7 +197,7 @@ def _gathered(slabs: Mapping[str, Slab], comm: Comm) -> dict[str, Tensor]:
     places = torch.tensor([[slab.span.start, slab.span.stop] for slab in slabs.values()], device=comm.device)
     by_rank = comm.gather(places).view(-1, len(slabs), 2).cpu()
     found = {
-        name: torch.empty(math.prod(slab.shape), dtype=slab.local.dtype, device=comm.device)
+        name: torch.zeros(math.prod(slab.shape), dtype=slab.local.dtype, device=comm.device)
         for name, slab in slabs.items()
     }
     position = 0

@@ -388,9 +388,9 @@ class BaseEngine(ABC):
         held: dict[str, Leaf] = {}
         for name, like in self.like.items():
             found = moments.get(name, {}).get(key)
-            if found is None:  # this rank has none of its elements
-                empty = Span(tuple(like.shape), 0, 0)
-                found = Slab(torch.zeros(0, device=self.device), self._spans.get(name, empty))
+            if found is None:  # this rank has none of its elements, or they never had a gradient
+                span = self._spans.get(name, Span(tuple(like.shape), 0, 0))
+                found = Slab(torch.zeros(span.numel, device=self.device), span)
             held[name] = found
         return self.place({name: value.clone() for name, value in streamed(held, self._comm)})
 

@@ -380,7 +380,7 @@ class DeepspeedEngine(BaseEngine):
         moments = state["moments"]
         settings = self._inner.param_groups[0]
         for flat, places in self._buckets():
-            keys = moments.get(next(iter(places), ""), {})
+            keys = dict.fromkeys(key for name in places for key in moments.get(name, {}))
             if keys:
                 self._inner.state[flat] = {
                     key: _filled(flat, places, moments, key, device_of(key, settings, flat)) for key in keys
@@ -394,10 +394,15 @@ def _filled(
     key: str,
     device: torch.device,
 ) -> Any:
-    """Assemble one entry of the optimiser's state of `flat` from its parameters'; device: that of a number."""
+    """Assemble one entry of the optimiser's state of `flat` from its parameters'; device: that of a number.
+
+    Other engines save no state of parameters that had no gradient; here it is 0.
+    """
     made: Tensor | None = None
     for name, (span, first) in places.items():
-        value = moments[name][key]
+        value = moments.get(name, {}).get(key)
+        if value is None:
+            continue
         if not isinstance(value, (Tensor, Slab, Stored)) or tuple(value.shape) != span.shape:
             return value.to(device, copy=True) if isinstance(value, Tensor) else value
         part = elements(value, span.start, span.stop)

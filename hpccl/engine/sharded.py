@@ -34,6 +34,7 @@ __all__ = [
     "Mesh",
     "computes_on",
     "entered",
+    "free_gathered",
     "is_spread",
     "load_spread",
     "own_parameters",
@@ -159,16 +160,26 @@ def computes_on(parameter: Tensor) -> torch.device:
     return parameter.device if mesh is None else torch.empty(0, device=mesh.device_type).device
 
 
-def own_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return this rank's elements [n] by parameter, sharing memory; between passes only."""
+def free_gathered(model: nn.Module) -> None:
+    """Leave a network with its shards only; between passes.
+
+    Without resharding after the forward pass, weights that no backward pass followed are still gathered, and the
+    network's parameters are the gathered ones: other objects, without mesh and gradients.
+    """
     for unit in model.modules():
         if is_spread(unit):
             cast("FSDPModule", unit).reshard()
+
+
+def own_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return this rank's elements [n] by parameter, sharing memory; between passes only."""
+    free_gathered(model)
     return {name: local(value.detach()).view(-1) for name, value in model.named_parameters()}
 
 
 def parameters_of(model: nn.Module) -> tuple[dict[str, Leaf], int]:
-    """Return the trainable parameters, whole or this rank's rows, and the number of copies of the network."""
+    """Return the trainable parameters, whole or this rank's rows, and the number of copies; between passes only."""
+    free_gathered(model)
     named = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     if not is_spread(model):
         return dict(named), 1

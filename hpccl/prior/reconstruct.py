@@ -26,7 +26,7 @@ from hpccl.dist.comm import Comm
 from hpccl.dist.spread import Leaves
 from hpccl.engine.moments import local
 from hpccl.engine.protocols import trainable
-from hpccl.engine.sharded import is_spread
+from hpccl.engine.sharded import free_gathered, is_spread
 
 __all__ = ["Losses", "compare_gradients", "local_parts", "summed_gradients"]
 
@@ -44,6 +44,7 @@ def summed_gradients(
     """
     was_training, spread = model.training, is_spread(model)
     model.eval()
+    free_gathered(model)
     parameters = trainable(model)
     sums = [{name: torch.zeros_like(local(value)) for name, value in parameters.items()} for _ in range(num_terms)]
     for pixels, losses in batches:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from hpccl.checkpoint.store import Mark, latest, load, open_shards
 from hpccl.dist.comm import Comm
-from hpccl.dist.spread import streamed
+from hpccl.dist.spread import Slab, streamed
 from hpccl.engine.build import build_engine
 from hpccl.train.consolidate import consolidate
 from hpccl.train.evaluate import evaluate_all
@@ -37,6 +37,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp2": FSDP2,
     **{f"zero-{stage}": {"kind": "deepspeed", "stage": stage} for stage in range(4)},
 }
+
+GATHERED: dict[str, Any] = {"kind": "fsdp2", "reshard": False}
+GROUPS: dict[str, Any] = {"kind": "fsdp2", "shard_size": 2}
 
 
 def two_tasks(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
@@ -82,6 +85,12 @@ def agree(found: Result, expected: Result, tolerance: float, *, accuracy: float 
 def test_engines_agree(tmp_path: Path, name: str) -> None:
     expected = run_in_world(two_tasks, 2, tmp_path / "ddp", str(tmp_path), {"engine": DDP})[0]
     for found in run_in_world(two_tasks, 2, tmp_path / name, str(tmp_path), {"engine": ENGINES[name]}):
+        agree(found, expected, 1e-6)
+
+
+def test_shards_that_stay_gathered_between_forward_and_backward(tmp_path: Path) -> None:
+    expected = run_in_world(two_tasks, 2, tmp_path / "ddp", str(tmp_path), {"engine": DDP})[0]
+    for found in run_in_world(two_tasks, 2, tmp_path / "fsdp2", str(tmp_path), {"engine": GATHERED}):
         agree(found, expected, 1e-6)
 
 
@@ -180,6 +189,48 @@ def test_a_rank_without_rows(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
+class Idle(torch.nn.Module):
+    """A network whose first layer its passes do not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle, self.used = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.used(pixels.flatten(1))
+        return logits
+
+
+def taken_over(comm: Comm, engine: dict[str, Any]) -> Result:
+    """The optimiser's state after a step alone, and as an engine has it that took it over."""
+    pixels, noise = (
+        torch.rand(2, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(2, dtype=torch.int64),
+    )
+    torch.manual_seed(0)
+    one = build_engine(merged(SECTIONS, ADAM, {"engine": DDP}), Idle(), Comm.solo())
+    one.start(num_steps=2, task=0)
+    one.backward(one.forward(pixels, noise).square().sum())
+    one.step()
+    other = build_engine(merged(SECTIONS, ADAM, {"engine": engine}), Idle(), comm)
+    other.load_state_dict(one.state_dict())
+    names = {"exp_avg": "mean", "exp_avg_sq": "square"}
+    before, after = (
+        {f"{key} {name}": value.clone() for key, leaves in held.items() for name, value in streamed(leaves, ranks)}
+        for held, ranks in ((one.moments(names), Comm.solo()), (other.moments(names), comm))
+    )
+    return {"before": before, "after": after}
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero-1", pytest.param("zero-3", marks=pytest.mark.slow)])
+def test_the_state_of_weights_that_had_no_gradient(tmp_path: Path, name: str) -> None:
+    """Without any itself, the first parameter does not hide that of the others."""
+    dismiss()
+    for found in run_in_world(taken_over, 2, tmp_path, ENGINES[name]):
+        assert sum(bool(value.any()) for value in found["before"].values()) == 4
+        torch.testing.assert_close(found["after"], found["before"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLOAD)
 def test_shards_in_host_memory(tmp_path: Path, name: str) -> None:
@@ -230,7 +281,7 @@ def test_bf16_keeps_no_lowered_copy_of_spread_weights(tmp_path: Path, name: str)
 )
 def test_four_processes(tmp_path: Path, name: str) -> None:
     expected = run_in_world(two_tasks, 1, tmp_path / "ddp", str(tmp_path), {"engine": DDP})[0]
-    engine = ENGINES.get(name, {"kind": "fsdp2", "shard_size": 2})
+    engine = ENGINES.get(name, GROUPS)
     dismiss()  # DeepSpeed numbers modules as they are made, and wants equal numbers: processes of one age
     for found in run_in_world(two_tasks, 4, tmp_path / name, str(tmp_path), {"engine": engine}):
         agree(found, expected, 1e-5)
@@ -268,14 +319,23 @@ def half_and_rest(comm: Comm, folder: str, changes: dict[str, Any], *, resume: b
     return {"weights": everything(state, comm), "step": state.mark.step}
 
 
-WORLDS = {"zero-3 on 4": 4, "ddp on 1": 1, "fsdp2 on 2": 2, "zero-1 on 2": 2, "zero-2 on 3": 3, "fsdp2 on 4": 4}
+WORLDS = {
+    "zero-3 on 4": 4,
+    "ddp on 1": 1,
+    "fsdp2 on 2": 2,
+    "zero-1 on 2": 2,
+    "zero-2 on 3": 3,
+    "fsdp2 on 4": 4,
+    "zero-0 on 2": 2,
+    "groups on 4": 4,
+}
 CHAIN = list(WORLDS)
 
 
 def part(tmp_path: Path, folder: Path, world: str, *, resume: bool) -> Result:
     """`half_and_rest` on one of WORLDS."""
     name, _, _ = world.partition(" ")
-    engine = {"engine": ENGINES[name], "checkpoint": {"background": name == "fsdp2"}}
+    engine = {"engine": ENGINES.get(name, GROUPS), "checkpoint": {"background": name == "fsdp2"}}
     run = rest if resume else half
     return run_in_world(run, WORLDS[world], tmp_path / f"{world}-{resume}", str(folder), engine)[0]
 
@@ -294,22 +354,39 @@ def consolidated(comm: Comm, folder: str, changes: dict[str, Any]) -> Result:
     """Reach its end, and make the prior of the third, with all that is measured on the way."""
     state, world = make_world(merged(SECTIONS, ADAM, changes), Path(folder), comm)
     checkpoints = world.folder.checkpoints
-    found = latest(checkpoints)
-    assert found is not None
-    state.load_state_dict(load(checkpoints, found), found, open_shards(checkpoints, found), comm)
+    if found := latest(checkpoints):
+        state.load_state_dict(load(checkpoints, found), found, open_shards(checkpoints, found), comm)
+    else:
+        learn(state, world, 1)
+        state.mark = Mark.at(1, "fit", 0)
     assert fit(world.stream.tasks[1], state, world)
     reconstruct(world.stream.tasks[1], state, world)
     consolidate(world.stream.tasks[1], state, world)
-    return {"step": state.mark.step}
+    saved = [leaf for leaf in tree_leaves(state.prior.state_dict()) if isinstance(leaf, Tensor | Slab)]
+    leaves = {str(number): leaf for number, leaf in enumerate(saved)}
+    made = {name: value.clone() for name, value in streamed(leaves, comm)}
+    return {"step": state.mark.step, "weights": everything(state, comm), "prior": made}
+
+
+def assert_ended_alike(found: Result, undisturbed: Result) -> None:
+    """Bit for bit, in the weights and in all that the next task's prior is made of."""
+    assert found["step"] == undisturbed["step"]
+    assert len(undisturbed["prior"]) > 1
+    for kind in ("weights", "prior"):
+        assert found[kind].keys() == undisturbed[kind].keys()
+        differing = [name for name, value in undisturbed[kind].items() if not torch.equal(value, found[kind][name])]
+        assert differing == []
 
 
 @pytest.mark.parametrize("changes", RESTORED.values(), ids=list(RESTORED))
 def test_what_is_measured_after_a_stop(tmp_path: Path, changes: dict[str, Any]) -> None:
     """As tests/gpu has it with shards in host memory."""
     more = {**changes, "engine": ENGINES["fsdp2"]}
+    undisturbed = run_in_world(consolidated, 2, tmp_path / "one", str(tmp_path / "whole"), more)[0]
     stopped = run_in_world(half, 2, tmp_path / "half", str(tmp_path / "run"), more)[0]
     ended = run_in_world(consolidated, 2, tmp_path / "rest", str(tmp_path / "run"), more)[0]
     assert 0 < stopped["step"] < ended["step"]
+    assert_ended_alike(ended, undisturbed)
 
 
 FAST = list(zip(CHAIN[::2], CHAIN[1::2], strict=True))  # each of WORLDS once

@@ -14,6 +14,7 @@ from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
 from hpccl.engine.sharded import Mesh, is_spread, shard
 from hpccl.errors import HpcclError
+from hpccl.prior.reconstruct import summed_gradients
 from hpccl.train.fit import fit
 from tests.dist.test_curvature import COUNT, assert_same, shares
 from tests.dist.test_engines import DDP, ENGINES, OFFLOAD, SECTIONS, agree, two_tasks
@@ -63,13 +64,13 @@ def blocks() -> nn.Module:
     return model.eval()
 
 
-def measured_in_shards(comm: Comm) -> Result:
+def measured_in_shards(comm: Comm, *, reshard: bool = True) -> Result:
     """Of a network that is whole if nobody shares it."""
     model = blocks()
     pixels = torch.randn(COUNT, 2, 8, 8, generator=torch.Generator().manual_seed(5))
     known = planned(model, examples(pixels))  # as the trainer does
     if comm.size > 1:
-        shard(model, Mesh.of(comm, None))
+        shard(model, Mesh.of(comm, None), reshard=reshard)
         assert sum(is_spread(unit) for unit in model.modules()) == 4
     state = LocalMasEstimator(known).estimate(model, shares(comm, examples(pixels)), comm).state_dict()
     state["values"] = {name: value.clone() for name, value in streamed(state["values"], comm)}
@@ -80,6 +81,35 @@ def test_layers_in_shards_say_what_whole_layers_say(tmp_path: Path) -> None:
     alone = measured_in_shards(Comm.solo())
     for rank in run_in_world(measured_in_shards, 2, tmp_path):
         assert_same(alone, rank, rtol=1e-5)
+
+
+def measured_where_weights_stay_gathered(comm: Comm) -> Result:
+    """Its passes have no backward pass that would free them."""
+    return measured_in_shards(comm, reshard=False)
+
+
+def test_layers_that_stay_gathered_say_so_too(tmp_path: Path) -> None:
+    alone = measured_in_shards(Comm.solo())
+    for rank in run_in_world(measured_where_weights_stay_gathered, 2, tmp_path):
+        assert_same(alone, rank, rtol=1e-5)
+
+
+def gradient_after_a_pass(comm: Comm) -> Result:
+    """The gradient's norm right after a pass that left the weights gathered."""
+    model, pixels = blocks(), torch.ones(2, 2, 8, 8)
+    shard(model, Mesh.of(comm, None), reshard=False)
+    with torch.no_grad():
+        model(pixels)
+    (found,) = summed_gradients(model, [(pixels, lambda logits: (logits.square().sum(),))], Comm.solo(), num_terms=1)
+    return {"squares": sum(float(value.square().sum()) for value in found.values())}
+
+
+def test_gradients_after_a_pass_that_left_weights_gathered(tmp_path: Path) -> None:
+    alone, pixels = blocks(), torch.ones(2, 2, 8, 8)
+    (expected,) = summed_gradients(alone, [(pixels, lambda logits: (logits.square().sum(),))], Comm.solo(), num_terms=1)
+    parts = run_in_world(gradient_after_a_pass, 2, tmp_path)
+    total = sum(part["squares"] for part in parts)
+    assert total == pytest.approx(sum(float(value.square().sum()) for value in expected.values()), rel=1e-5)
 
 
 def diverged_in_shards(comm: Comm) -> Result:

@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.test_engines import ENGINES, OFFLOAD, RESTORED, VARIANTS, agree, consolidated, half, rest, two_tasks
+from tests.dist.test_engines import (
+    ENGINES,
+    OFFLOAD,
+    RESTORED,
+    VARIANTS,
+    agree,
+    assert_ended_alike,
+    consolidated,
+    half,
+    rest,
+    two_tasks,
+)
 from tests.dist.world import Result
 from tests.gpu.world import run_on_devices
 
@@ -101,6 +112,8 @@ def test_shards_in_host_memory_meet_what_was_read_from_a_checkpoint(tmp_path: Pa
     (stopped,) = run_on_devices(half, 1, tmp_path / "half", folder, changes)
     (ended,) = run_on_devices(consolidated, 1, tmp_path / "rest", folder, changes)
     assert 0 < stopped["step"] < ended["step"]
+    (undisturbed,) = run_on_devices(consolidated, 1, tmp_path / "one", str(tmp_path / "whole"), changes)
+    assert_ended_alike(ended, undisturbed)
 
 
 PAIRS = [("ddp", "fsdp2"), ("fsdp2", "zero-3"), ("zero-3", "zero-1"), ("zero-1", "ddp")]

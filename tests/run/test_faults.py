@@ -123,7 +123,7 @@ def test_folder_of_another_configuration_says_what_differs(tmp_path: Path) -> No
     assert finish(start(folder, "train.epochs=1"))[0] == 0
     code, output = finish(start(folder, "train.epochs=1", "seed=3"))
     assert code == 1
-    assert "seed: 0 there, 3 here" in output.replace("'", "") or ("seed" in output and "0" in output and "3" in output)
+    assert "seed: 0 there, 3 here" in output
     assert "folder=" in output
 
 

@@ -43,7 +43,8 @@ def test_a_killed_report_leaves_whole_files(tmp_path: Path) -> None:
     assert json.loads(new["report.json"])
     for name in names:
         (folder / name).write_text("old")
-    for tenth in range(3, 11):
+    seen = {name: set[str]() for name in names}
+    for tenth in range(3, 13):
         process = subprocess.Popen([sys.executable, "-m", "hpccl.cli", "report", str(folder)], cwd=ROOT)
         time.sleep(usual * tenth / 10)
         process.kill()
@@ -51,3 +52,5 @@ def test_a_killed_report_leaves_whole_files(tmp_path: Path) -> None:
         for name in names:
             content = (folder / name).read_text()
             assert content == "old" or len(content) == len(new[name]), name
+            seen[name].add("old" if content == "old" else "new")
+    assert all(found == {"old", "new"} for found in seen.values()), "no kill came before the writing, or none after it"

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpccl.checkpoint.store import Mark, load, open_shards
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.learned import learned_diagonal
 from hpccl.dist.comm import Comm
+from hpccl.dist.spread import streamed
+from hpccl.engine.build import build_engine
 from hpccl.train.consolidate import consolidate
 from hpccl.train.fit import fit
 from hpccl.train.run import fresh_state, weights_sha256
@@ -64,6 +66,32 @@ def test_what_was_learned_goes_with_what_a_pass_measures(tmp_path: Path, kind: s
     pair = torch.stack([flat(found), flat(state.prior.quadratic.precision)])
     assert float(torch.corrcoef(pair)[0, 1]) > least
     assert float(pair.min()) >= 0
+
+
+class Idle(nn.Module):
+    """A network with a layer that its passes do not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.used(pixels.flatten(1))
+        return logits
+
+
+def test_weights_that_had_no_gradient_have_learned_nothing() -> None:
+    torch.use_deterministic_algorithms(True)  # what is allocated is filled with NaN
+    try:
+        engine = build_engine(merged(SECTIONS, {"optim": OPTIMISERS["adamw"]}), Idle(), Comm.solo())
+        engine.start(num_steps=1, task=0)
+        engine.backward(engine.forward(torch.ones(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)).square().sum())
+        engine.step()
+        found = dict(streamed(engine.moments({"exp_avg_sq": "squares"})["squares"], Comm.solo()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert float(found["used.weight"].min()) > 0
+    assert {name for name, value in found.items() if not value.any()} == {"idle.weight", "idle.bias"}
 
 
 @dataclass
