@@ -109,4 +109,4 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else SPLIT_CIFAR
     setting = Setting(**{**vars(setting), "seeds": tuple(chosen.seeds or setting.seeds)})
-    sys.exit(carry_out(campaign(setting, chosen.rows), chosen))
+    sys.exit(carry_out(lambda: campaign(setting, chosen.rows), chosen))

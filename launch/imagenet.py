@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+from hpccl.cluster.campaign import Campaign, Step, at_least_one, carry_out, options
 
 CONFIG = "configs/imagenet_10x100.yaml"
 REFERENCES = ("finetune", "separate", "joint")
@@ -82,12 +82,14 @@ if __name__ == "__main__":
         "--synsets", type=Path, metavar="FILE", help="for --labels of numbers: a file with one class per line"
     )
     parser.add_argument("--shards", default="shards/imagenet", help="folder of shards (shards/imagenet)")
-    parser.add_argument("--max-side", type=int, default=400, help="pixels of the longer side of stored images (400)")
-    parser.add_argument("--folder", default="runs/imagenet", help="folder of the runs (runs/imagenet)")
-    parser.add_argument("--tasks", type=int, default=10, help="tasks of equally many classes (10)")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[200, 1000, 5000], help="memory sizes, examples per task"
+        "--max-side", type=at_least_one, default=400, help="pixels of the longer side of stored images (400)"
+    )
+    parser.add_argument("--folder", default="runs/imagenet", help="folder of the runs (runs/imagenet)")
+    parser.add_argument("--tasks", type=at_least_one, default=10, help="tasks of equally many classes (10)")
+    parser.add_argument(
+        "--sizes", type=at_least_one, nargs="+", default=[200, 1000, 5000], help="memory sizes, examples per task"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds (0)")
     arguments = parser.parse_args()
-    sys.exit(carry_out(campaign(arguments), arguments))
+    sys.exit(carry_out(lambda: campaign(arguments), arguments))

@@ -156,4 +156,4 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else SPLIT_CIFAR
     narrowed = {key: tuple(value) for key in ("heads", "seeds") if (value := getattr(chosen, key))}
-    sys.exit(carry_out(campaign(Setting(**{**vars(setting), **narrowed}), chosen.methods), chosen))
+    sys.exit(carry_out(lambda: campaign(Setting(**{**vars(setting), **narrowed}), chosen.methods), chosen))

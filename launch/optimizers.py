@@ -91,4 +91,8 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else CIFAR10
     models, seeds = chosen.models or setting.models, chosen.seeds or setting.seeds
-    sys.exit(carry_out(campaign(replace(setting, models=tuple(models), seeds=tuple(seeds)), chosen.optimizers), chosen))
+    sys.exit(
+        carry_out(
+            lambda: campaign(replace(setting, models=tuple(models), seeds=tuple(seeds)), chosen.optimizers), chosen
+        )
+    )

@@ -31,4 +31,4 @@ def campaign() -> Campaign:
 
 
 if __name__ == "__main__":
-    sys.exit(carry_out(campaign(), options(__doc__).parse_args()))
+    sys.exit(carry_out(campaign, options(__doc__).parse_args()))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+from hpccl.cluster.campaign import Campaign, Step, at_least_one, carry_out, options
 from hpccl.config.memory import NAMED_SELECTORS, SELECTORS
 
 COMPARED = (*SELECTORS, "reconstruction+fitted")
@@ -97,9 +97,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--selectors", nargs="+", choices=NAMED_SELECTORS, default=COMPARED, metavar="NAME", help="(all)"
     )
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="memory sizes, examples per task")
+    parser.add_argument("--sizes", nargs="+", type=at_least_one, metavar="M", help="memory sizes, examples per task")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="(0 1 2)")
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else SPLIT_CIFAR
     narrowed = {key: tuple(value) for key in ("sizes", "seeds") if (value := getattr(chosen, key))}
-    sys.exit(carry_out(campaign(Setting(**{**vars(setting), **narrowed}), chosen.selectors), chosen))
+    sys.exit(carry_out(lambda: campaign(Setting(**{**vars(setting), **narrowed}), chosen.selectors), chosen))

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+from hpccl.cluster.campaign import Campaign, Step, at_least_one, carry_out, options
 
 ALONE = ("finetune", "joint", "separate", "ewc")  # methods without a memory
 METHODS = (*ALONE, "replay", "fr", "fr+replay", "ewc+fr", "ewc+replay", "ewc+fr+replay", "ewc+both")
@@ -95,11 +95,11 @@ if __name__ == "__main__":
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="train on the digits instead, in a minute")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="(all eleven)")
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="memory sizes, examples per task")
+    parser.add_argument("--sizes", nargs="+", type=at_least_one, metavar="M", help="memory sizes, examples per task")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="(0 1 2)")
     parser.add_argument("--compare", type=Path, metavar="CSV", help="file of published values to compare with")
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else SPLIT_CIFAR
     narrowed = {key: tuple(value) for key in ("sizes", "seeds") if (value := getattr(chosen, key))}
     setting = Setting(**{**vars(setting), **narrowed})
-    sys.exit(carry_out(campaign(setting, chosen.methods, chosen.compare), chosen))
+    sys.exit(carry_out(lambda: campaign(setting, chosen.methods, chosen.compare), chosen))

@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 from hpccl.cluster.campaign import Campaign, Step, carry_out, options
-from hpccl.cluster.outcome import tell
 from hpccl.config.load import is_override, points, sweep
-from hpccl.errors import ConfigError, HpcclError
+from hpccl.errors import ConfigError
 
 
 def campaign(name: str, arguments: list[str], *, together: bool) -> Campaign:
@@ -52,8 +51,4 @@ if __name__ == "__main__":
     parser.add_argument("name", help="name of the sweep; its folder is runs/NAME")
     parser.add_argument("arguments", nargs="+", metavar="FILE|key=a,b", help="files and settings, as for hpccl train")
     chosen = parser.parse_intermixed_args()
-    try:
-        wanted = campaign(chosen.name, chosen.arguments, together=chosen.cluster == "slurm")
-    except HpcclError as error:
-        sys.exit(tell(error))
-    sys.exit(carry_out(wanted, chosen))
+    sys.exit(carry_out(lambda: campaign(chosen.name, chosen.arguments, together=chosen.cluster == "slurm"), chosen))

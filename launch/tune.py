@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpccl.cluster.campaign import Campaign, Step, carry_out, options
+from hpccl.cluster.campaign import Campaign, Step, at_least_one, carry_out, options
 
 Grid = Mapping[str, Sequence[str]]
 
@@ -112,8 +112,10 @@ if __name__ == "__main__":
     parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="train on the digits instead, in a minute")
     parser.add_argument("--methods", nargs="+", choices=list(GRID), default=list(GRID), metavar="METHOD", help="(all)")
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="M", help="memory sizes, examples per task (200 1000)")
+    parser.add_argument(
+        "--sizes", nargs="+", type=at_least_one, metavar="M", help="memory sizes, examples per task (200 1000)"
+    )
     chosen = parser.parse_args()
     setting = DIGITS if chosen.quick else SPLIT_CIFAR
     setting = replace(setting, sizes=tuple(chosen.sizes or setting.sizes))
-    sys.exit(carry_out(campaign(setting, chosen.methods), chosen))
+    sys.exit(carry_out(lambda: campaign(setting, chosen.methods), chosen))

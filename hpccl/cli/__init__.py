@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -17,7 +18,8 @@ from hpccl.cli.memory import memory
 from hpccl.cli.shards import shards
 from hpccl.cluster.outcome import INTERRUPTED, tell
 from hpccl.cluster.step import end, in_step
-from hpccl.errors import CapacityError, HpcclError
+from hpccl.errors import CapacityError, FolderError, HpcclError
+from hpccl.folder import explain_os_error
 from hpccl.machine import out_of_memory
 from hpccl.output import Told, flush, say
 
@@ -48,6 +50,8 @@ def main() -> None:
     Exit codes: 0 done; 1 failed; 2 wrong command or configuration; 75 stopped and saved, the same command continues;
     130 interrupted by Ctrl-C, before training handles it or by a second one.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the terminal's encoding lacks a character of a table
     try:
         with contextlib.redirect_stdout(Told(sys.stdout)) as told:
             try:
@@ -61,6 +65,11 @@ def main() -> None:
         if words is None:
             raise
         _leave(tell(CapacityError(f"memory ran out ({words}); free some, or use a machine or device with more")))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.errno is None:
+            raise
+        named = "" if error.filename is None else f"'{os.fsdecode(error.filename)}': "
+        _leave(tell(FolderError(f"{named}{explain_os_error(error, other='another path')}")))
     except KeyboardInterrupt:
         say("stopped by Ctrl-C; run the same command again")
         sys.exit(INTERRUPTED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -34,10 +33,11 @@ def show_curvature(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
     """Print a run's curvature layer by layer: its size, spectrum, cost and accuracy."""
+    from hpccl.report.events import json_text
     from hpccl.tools.curvature_show import read_curvature, render
 
     shown = read_curvature(run, task=task, spectra=spectra)
     if as_json:
-        typer.echo(json.dumps(shown.as_dict(), indent=2))
+        typer.echo(json_text(shown.as_dict()))
         return
     console().print(render(shown))

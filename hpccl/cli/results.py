@@ -48,13 +48,14 @@ def evaluate(
 ) -> None:
     """Test a run's checkpoint on all tasks and print the figures as JSON; with --posterior, also how certain it is."""
     if posterior is None:
+        from hpccl.report.events import json_text
         from hpccl.tools.evaluate_run import evaluate_run
 
         given = {"--samples": samples, "--examples": examples, "--prior-precision": prior_precision, "--out": out}
         lost = [name for name, value in given.items() if value is not None]
         if lost:
             raise ConfigError(f"{lost[0]} needs --posterior; add --posterior sampled, or leave {lost[0]} out")
-        typer.echo(json.dumps(evaluate_run(run, task=task, weights=weights), indent=2))
+        typer.echo(json_text(evaluate_run(run, task=task, weights=weights)))
         return
     from hpccl.report.uncertainty import markdown, summary, write_uncertainty
     from hpccl.tools.uncertainty import evaluate_posterior

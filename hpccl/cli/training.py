@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
@@ -221,6 +220,7 @@ def plan(
 ) -> None:
     """Predict a run's memory, communication and time on any number of processes, without training."""
     configs = configs_of(arguments)
+    from hpccl.report.events import json_text
     from hpccl.tools.plan.build import make_plan
     from hpccl.tools.plan.show import render
 
@@ -238,7 +238,7 @@ def plan(
     ]
     if as_json:
         found = [each.as_dict() for each in plans]
-        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+        typer.echo(json_text(found[0] if len(found) == 1 else found))
         return
     for each in plans:
         console().print(render(each))

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -26,13 +26,14 @@ from hpccl.config.load import is_override, points, sweep
 from hpccl.config.machine import SlurmCluster
 from hpccl.config.run import RunConfig
 from hpccl.errors import ConfigError, FolderError, HpcclError
+from hpccl.folder import explain_os_error
 from hpccl.machine import usable_cores, visible_gpus
 from hpccl.output import discard, say
 
 if TYPE_CHECKING:
     from hpccl.cluster.submit import Submitted
 
-__all__ = ["Campaign", "Step", "carry_out", "options"]
+__all__ = ["Campaign", "Step", "at_least_one", "carry_out", "options"]
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,24 @@ class Campaign:
         for step in self.steps:
             unknown = sorted(set(step.after) - seen)
             if step.name in seen or unknown:
-                what = f"waits for {', '.join(unknown)}, which does not come before it" if unknown else "occurs twice"
+                what = (
+                    f"waits for {', '.join(unknown)}, which does not come before it"
+                    if unknown
+                    else "occurs twice; give each value once"
+                )
                 raise ConfigError(f"step '{step.name}' of the campaign {what}")
             seen.add(step.name)
+
+
+def at_least_one(text: str) -> int:
+    """Return the number of an option's value that counts something.
+
+    Raises:
+        ArgumentTypeError: it is no whole number above 0.
+    """
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text}; allowed: whole numbers above 0")
+    return int(text)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
@@ -99,14 +115,15 @@ def options(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def carry_out(campaign: Campaign, chosen: argparse.Namespace) -> int:
+def carry_out(make: Callable[[], Campaign], chosen: argparse.Namespace) -> int:
     """Run or queue all steps; return the exit code.
 
     Args:
-        campaign: the steps.
+        make: returns the steps, or raises an HpcclError where the command line's values cannot be.
         chosen: the options that the parser of `options` returned.
     """
     try:
+        campaign = make()
         steps = [_with(step, chosen.more, add=chosen.add) for step in campaign.steps]
         if chosen.add and not any(step.reports for step in steps):
             raise ConfigError("--add has no effect, as this campaign writes no report; leave it out")
@@ -207,8 +224,8 @@ def _queue(campaign: Campaign, steps: Sequence[Step], more: Sequence[str]) -> in
                 awaited=any(step.name in other.after for other in steps),
             )
             jobs[step.name] = [number]
-        print(f"{', '.join(jobs[step.name]) or 'done already'}: {_shown(step)}", flush=True)
-    print(f"all steps are queued; follow them with `hpccl status {campaign.folder}`")
+        say(f"{', '.join(jobs[step.name]) or 'done already'}: {_shown(step)}", sys.stdout)
+    say(f"all steps are queued; follow them with `hpccl status {campaign.folder}`", sys.stdout)
     return DONE
 
 
@@ -295,10 +312,13 @@ class _Local:
         output: IO[bytes] | None = None
         if self.limit > 1:
             log = self.folder / "logs" / f"{step.name}.txt"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            output = log.open("ab")
+            try:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                output = log.open("ab")
+            except OSError as error:
+                raise FolderError(f"'{log}' cannot be written: {explain_os_error(error)}") from error
         where = f" > {output.name}" if output is not None else ""
-        print(f"{_shown(step)}{where}", flush=True)
+        say(f"{_shown(step)}{where}", sys.stdout)
         threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.limit))} if self.limit > 1 else {}
         command = [sys.executable, "-m", "hpccl.cli", *step.arguments]
         orphaned = functools.partial(die_with_parent, os.getpid(), signal.SIGTERM)  # it saves, and frees its folder
@@ -329,7 +349,7 @@ class _Local:
                 self.codes[name] = STOPPED if unheard else code if code >= 0 else 128 - code
                 del self.running[name]
                 if self.limit > 1:
-                    print(f"{name}: {'done' if code == DONE else f'exit code {code}'}", flush=True)
+                    say(f"{name}: {'done' if code == DONE else f'exit code {code}'}", sys.stdout)
 
     @contextlib.contextmanager
     def _passing_on(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ def holding(folder: RunFolder, *, patience: float = 15.0) -> Iterator[None]:
     A run that was just killed may need a moment to end, so wait up to `patience` seconds.
 
     Raises:
-        FolderError: another process trains in this folder.
+        FolderError: another process trains in this folder, or it cannot be written.
     """
     path = folder.path / ".lock"
     try:
@@ -41,8 +41,11 @@ def holding(folder: RunFolder, *, patience: float = 15.0) -> Iterator[None]:
                     "(folder=..., or --out of hpccl adapt)"
                 )
             time.sleep(0.1)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        except OSError as error:
+            raise FolderError(f"'{path}' cannot be written: {explain_os_error(error)}") from error
         yield
     finally:
         os.close(handle)

@@ -11,6 +11,7 @@ from hpccl.cluster.jobs import find_jobs, find_runs, is_run, latest_job
 from hpccl.cluster.status import statuses_of
 from hpccl.errors import FolderError
 from hpccl.folder import RunFolder, explain_os_error
+from hpccl.output import say
 from hpccl.report.standing import read_standing
 
 __all__ = ["find_log", "print_log", "tail"]
@@ -27,14 +28,23 @@ def print_log(folder: Path, *, rank: int = 0, lines: int = 40, follow: bool = Fa
     """
     run = _only_run(folder)
     path = _wait_for_log(run, rank) if follow else find_log(run, rank)
+    say(f"-- {path}")
+    for found in _parts(run, path, lines, follow=follow):
+        sys.stdout.buffer.write(found)
+        sys.stdout.flush()
+
+
+def _parts(run: Path, path: Path, lines: int, *, follow: bool) -> Iterator[bytes]:
+    """Yield the log's last lines, then what is added.
+
+    Raises:
+        FolderError: it cannot be read.
+    """
     try:
         size = path.stat().st_size
-        sys.stderr.write(f"-- {path}\n")
-        sys.stderr.flush()
-        _put(tail(path, size, lines))
+        yield tail(path, size, lines)
         if follow:
-            for more in _growth(run, path, size):
-                _put(more)
+            yield from _growth(run, path, size)
     except OSError as error:
         raise FolderError(f"'{path}' cannot be read: {explain_os_error(error)}") from error
 
@@ -95,11 +105,6 @@ def _only_run(folder: Path) -> Path:
     if not is_run(runs[0]):
         raise FolderError(f"'{folder}' is not the folder of a run, and no run is below it; give runs/<name>")
     return runs[0]
-
-
-def _put(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.flush()
 
 
 # ---------------------------------------------------------------- following

@@ -75,7 +75,7 @@ def _parse(line: bytes) -> JobRecord | None:
 def birth(pid: int) -> int:
     """Return when a process of this machine started, in the system's clock ticks; 0 if none is there (any more)."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return 0
     fields = stat.rpartition(")")[2].split()  # the name before it may contain anything; see proc(5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from hpccl.cluster.status import RunStatus, State, read_statuses
 from hpccl.output import console
+from hpccl.report.events import json_text
 from hpccl.report.progress import duration
 
 __all__ = ["render", "show", "watch"]
@@ -37,7 +37,7 @@ def show(folders: Sequence[Path], *, as_json: bool = False) -> list[RunStatus]:
     """Print the status of the runs once, and return it."""
     found = read_statuses(folders)
     if as_json:
-        print(json.dumps([status.as_dict() for status in found], indent=2), flush=True)
+        print(json_text([status.as_dict() for status in found]), flush=True)
     else:
         console(columns=240).print(render(found))
     return found

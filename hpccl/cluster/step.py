@@ -80,7 +80,7 @@ def run_step(config: RunConfig, argv: Sequence[str], *, leader_log: bool = False
         sys.stderr.flush()
         if isinstance(error, WorldError):
             if rank == 0:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(FolderError):
                     _remember(folder, {"job": job.id, "restart": job.restart, "reason": str(error)})
             return STOPPED  # the cause is elsewhere, such as a broken machine
         _note(folder, job, rank, type(error).__name__, str(error))
@@ -179,7 +179,7 @@ def refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:
     """Record this start, and refuse it if the last ones of the same job all began at the same checkpoint.
 
     Raises:
-        FolderError: the job was requeued repeatedly without learning anything.
+        FolderError: the job was requeued repeatedly without learning anything, or the start cannot be recorded.
     """
     if read_standing(folder.events).turn == "done":
         return  # each start of a sweep in one step passes its finished runs
@@ -205,11 +205,18 @@ def refuse_standstill(folder: RunFolder, job: SlurmJob) -> None:
 
 
 def _remember(folder: RunFolder, line: dict[str, Any]) -> None:
-    """Append a line on a start of a job: where it began, or the error of a lost rank that ended it."""
+    """Append a line on a start of a job: where it began, or the error of a lost rank that ended it.
+
+    Raises:
+        FolderError: it cannot be written.
+    """
     path = folder.logs / _STARTS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise FolderError(f"'{path}' cannot be written: {explain_os_error(error)}") from error
 
 
 def _remembered(path: Path) -> list[dict[str, Any]]:

@@ -278,12 +278,7 @@ def _check_site(clusters: Sequence[SlurmCluster]) -> None:
             f"no {', '.join(missing)} on PATH: this is not a machine of a SLURM cluster; use its login node, load its "
             "module, or set cluster.kind=local. --dry-run prints the script anywhere"
         )
-    try:
-        import submitit  # noqa: F401 - is it installed?
-    except ImportError as error:
-        raise WorldError(
-            "submitit is not installed: pip install 'hpccl[slurm]', or use `sbatch slurm/train.sbatch` without it"
-        ) from error
+    _require_submitit()
     wanted = {cluster.partition for cluster in clusters} - {None}
     known = _partitions() if wanted else set()
     unknown = sorted(name for name in wanted if name is not None and known and not set(name.split(",")) <= known)
@@ -291,6 +286,15 @@ def _check_site(clusters: Sequence[SlurmCluster]) -> None:
         raise ConfigError(
             f"cluster.partition = {', '.join(unknown)}: no such partition; there are: {', '.join(sorted(known))}"
         )
+
+
+def _require_submitit() -> None:
+    try:
+        import submitit  # noqa: F401 - is it installed?
+    except ImportError as error:
+        raise WorldError(
+            "submitit is not installed: pip install 'hpccl[slurm]', or use `sbatch slurm/train.sbatch` without it"
+        ) from error
 
 
 def _partitions() -> set[str]:
@@ -391,6 +395,7 @@ def _executor(cluster: SlurmCluster, told: Mapping[str, Any], folder: Path) -> S
 
 
 def _text(cluster: SlurmCluster, name: str, folder: Path, dependency: str | None, *, count: int) -> str:
+    _require_submitit()
     from submitit.slurm.slurm import _make_sbatch_string  # the executor itself needs srun
 
     told = parameters(cluster, name=name, dependency=dependency)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ def named(text: str) -> list[str]:
     """
     path = Path(text)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+        # os.path: a long list of names is no error there, although no path may be as long
+        lines = path.read_text(encoding="utf-8").splitlines() if os.path.isfile(text) else text.split(",")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--remove {text}: the file cannot be read: {error}") from error
     found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))

@@ -192,7 +192,7 @@ def matched(group: str, base: Model | None, models: Sequence[Model], *, damping:
         ConfigError: H is not positive definite.
         DivergedError: curvature or weights are not finite, or the solver did not converge.
     """
-    _refuse_infinite(group, models if base is None else [base, *models])
+    refuse_infinite(group, models if base is None else [base, *models])
     simple = len(models[0].weights) == 1 and all(
         isinstance(curve, DiagonalCurve) for model in (*models, *([base] if base else [])) for curve in model.curves
     )
@@ -411,7 +411,8 @@ def _not_positive(group: str, smallest: float) -> ConfigError:
     )
 
 
-def _refuse_infinite(group: str, models: Sequence[Model]) -> None:
+def refuse_infinite(group: str, models: Sequence[Model]) -> None:
+    """Raise DivergedError if weights or curvature of a group are not finite."""
     for model in models:
         tensors = [*model.weights.values(), *(tensor for curve in model.curves for tensor in curve.tensors)]
         if not all(bool(tensor.sum().isfinite()) for tensor in tensors):

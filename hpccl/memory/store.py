@@ -197,7 +197,9 @@ def stored(logits: Tensor, columns: Tensor, dtype: Literal["fp32", "fp16", "bf16
     return (logits - largest).masked_fill(~named, 0.0).to(DTYPES[dtype])
 
 
-def soft_probabilities(soft: Tensor, columns: Tensor, *, temperature: float, num_classes: int) -> tuple[Tensor, Tensor]:
+def soft_probabilities(
+    soft: Tensor, columns: Tensor, *, temperature: float | Tensor, num_classes: int
+) -> tuple[Tensor, Tensor]:
     """Turn soft logits [r, K] of classes `columns` [r, K] into (probabilities [r, C], class mask [r, C] bool)."""
     probabilities = (soft.float() / temperature).masked_fill(columns < 0, -torch.inf).softmax(dim=1)
     return scattered(probabilities, columns, num_classes=num_classes)

@@ -48,6 +48,8 @@ class KeyedDropout(nn.Module):
             raise RuntimeError(
                 "KeyedDropout: call set_noise(model, keys) with one key per example before a training pass"
             )
+        if threshold == 256:
+            return values * 0.0
         keep = _bytes(self.keys, self.layer, 1 if self.whole else values[0].numel()) >= threshold
         if self.whole:
             return values * keep.to(values.dtype).mul_(256 / (256 - threshold)).view(-1, *[1] * (values.dim() - 1))

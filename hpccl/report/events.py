@@ -18,7 +18,7 @@ import numpy as np
 from hpccl.errors import FolderError
 from hpccl.folder import explain_os_error
 
-__all__ = ["Event", "EventLog", "Sink", "latest", "number", "phase_parts", "read_events", "valid_json"]
+__all__ = ["Event", "EventLog", "Sink", "json_text", "latest", "number", "phase_parts", "read_events", "valid_json"]
 
 Event: TypeAlias = dict[str, Any]
 
@@ -53,6 +53,11 @@ def valid_json(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value
+
+
+def json_text(value: Any) -> str:
+    """Return `valid_json` of a value as indented text."""
+    return json.dumps(valid_json(value), indent=2, allow_nan=False)
 
 
 def number(value: Any) -> float | None:

@@ -42,7 +42,8 @@ def evaluate_run(path: Path, *, task: int | None = None, weights: Path | None = 
 
     Raises:
         ConfigError: `weights` are of another network, or the run is not tested by the network's logits alone.
-        DataError: `weights` cannot be read.
+        DataError: `weights` cannot be read, or a task has no readable test images.
+        DivergedError: the network's logits are not finite.
         FolderError: the folder is no run, or has no such checkpoint.
     """
     with reopened(path, task=task) as (state, world):

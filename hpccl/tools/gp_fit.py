@@ -25,6 +25,7 @@ from hpccl.gp.kernel import Kernel, Kind
 from hpccl.gp.likelihood import Softmax
 from hpccl.gp.state import Settings, State, begin
 from hpccl.gp.stream import learn, typical_distance
+from hpccl.report.events import valid_json
 from hpccl.report.metrics import accuracy, expected_calibration_error, negative_log_likelihood
 from hpccl.report.text import fixed, markdown_table, percent, whole
 from hpccl.report.write import write_json, write_text
@@ -277,6 +278,6 @@ def write_gp(found: Fitted, out: Path) -> Path:
     """
     with replacing_folder(out) as beside:
         write_tree(beside, found.state.state_dict(), header={"format": 1, "checkpoint": found.checkpoint})
-        write_json(beside / "gp.json", found.as_dict())
+        write_json(beside / "gp.json", valid_json(found.as_dict()))
         write_text(beside / "gp.md", markdown(found))
     return out

@@ -244,8 +244,10 @@ def _solved(group: str, base: Model | None, models: Sequence[Model], plan: _Plan
             return merging.matched(group, None, models, damping=plan.prior_precision)
         case "arithmetic":
             assert base is not None
+            merging.refuse_infinite(group, [base, *models])
             return merging.arithmetic(base.weights, models)
         case "average":
+            merging.refuse_infinite(group, models)
             return merging.average(models)
         case _:
             assert_never(plan.method)
@@ -268,6 +270,7 @@ def _merge_buffers(plan: _Plan, writer: Writer) -> tuple[str, ...]:
             continue
         averaged.append(name)
         models = [Model(scale, {name: source.weight(name)}, ()) for source, scale in kept]
+        merging.refuse_infinite(name, models)
         writer.write(name, merging.average(models).weights[name].view(plan.shapes[name]).float())
     return tuple(averaged)
 

@@ -166,7 +166,7 @@ def _run(path: Path) -> Source:
 def _exported(folder: Path) -> Source:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config["hpccl"]["model"], config["label_names"]
+        config["hpccl"]["model"], config["hpccl"]["tasks"], config["label_names"], config["architecture"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"'{folder}' is not an export by hpccl: {CONFIG} cannot be read ({error!r})") from error
     curvature = None

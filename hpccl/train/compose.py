@@ -61,10 +61,10 @@ def _fillers(rows: Ints, count: int) -> Ints:
     """Return the filler rows that bring a part to two rows of a batch of `count` rows.
 
     An empty part still has to take part in collectives, and BatchNorm cannot normalise a single example. A batch of one
-    row has no second one.
+    row is filled with itself.
     """
     start = int(rows[0]) + 1 if len(rows) else 0
-    return (start + np.arange(max(0, min(2, count) - len(rows)))) % count
+    return (start + np.arange(max(0, 2 - len(rows)))) % count
 
 
 def _cut(items: range, number: int, parts: int) -> range:
@@ -229,7 +229,7 @@ class Composer:
             target=target,
             weight=weight,
             head=head,
-            temperature=torch.where(soft, self.config.prior.temperature, 1.0),
+            temperature=torch.where(soft, self._temperatures(slot), 1.0),
             term=torch.where(soft, SOFT, torch.where(from_memory, REPLAY, NEW)),
             kind=torch.where(soft, self.soft_kind, self.hard_kind),
         )
@@ -327,9 +327,17 @@ class Composer:
             target = target * head
         return target, head.clone()
 
+    def _temperatures(self, slots: Tensor) -> Tensor:
+        """Return the temperatures [r] of the soft labels of memory examples.
+
+        1 for those to be forgotten: what remains of an example's two rows (removal.py) must not depend on predictions.
+        """
+        usual = torch.full((len(slots),), self.config.prior.temperature)
+        return usual if self.removed is None else usual.masked_fill(self.removed[slots] & (slots >= 0), 1.0)
+
     def soft_targets(self, slots: Tensor, renewed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return targets and competing classes of soft labels: the memory's, or by the teacher's logits [r, C]."""
-        num_classes, temperature = self.heads.shape[1], self.config.prior.temperature
+        num_classes, temperature = self.heads.shape[1], self._temperatures(slots)[:, None]
         columns = self.memory.columns(slots)
         logits = self.memory.soft[slots]
         if self.teacher is not None and self.config.prior.view == "teacher":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hpccl.data.protocols import Task, heads_of, task_numbers
+from hpccl.errors import DataError, DivergedError
 from hpccl.report.metrics import calibration_bins, calibration_error
 from hpccl.train.end_of_task import featuring
 from hpccl.train.loss import row_nats
@@ -28,6 +29,8 @@ def evaluate(task: Task, state: RunState, world: World) -> None:
     """Test after training on `task`, log the results and keep them in the state.
 
     Raises:
+        DataError: none of a task's test images can be decoded.
+        DivergedError: logits are not finite.
         Stopped: the run was asked to stop; nothing was changed.
     """
     with world.phase(task, "evaluate") as phase:
@@ -52,6 +55,8 @@ def evaluate_all(state: RunState, world: World, *, last: int) -> list[dict[str, 
     tasks 0..last compete; it is None for later tasks and where every task has its own network.
 
     Raises:
+        DataError: none of a task's test images can be decoded.
+        DivergedError: logits are not finite.
         Stopped: the run was asked to stop.
     """
     scores = _tested(state, world, last)
@@ -64,7 +69,26 @@ def _tested(state: RunState, world: World, last: int) -> Scores:
     scores = [_scores(*seen, world, last) for seen in _logits(count, state, world, last)]
     empty = torch.zeros(0, 9, device=state.engine.device)
     gathered: Scores = world.comm.gather(torch.cat([empty, *scores])).cpu().numpy()
+    for task in world.stream.tasks:
+        _check(task, _rows(task, gathered))
     return gathered
+
+
+def _check(task: Task, rows: Scores) -> None:
+    """Refuse figures that would be of no images, or of a network that has diverged; the same on all ranks."""
+    if not len(rows):
+        raise DataError(
+            f"task {task.index} ('{task.name}') has no test images that can be decoded, so it cannot be tested; repair "
+            "the data, or leave its classes out of the stream"
+        )
+    # A step's gradient is checked before its update, so nothing else notices a last step that goes too far.
+    wrong = np.count_nonzero(~np.isfinite(rows[:, 2]))
+    if wrong:
+        raise DivergedError(
+            f"the network's logits are not finite for {wrong} of {len(rows)} test images of task {task.index} "
+            f"('{task.name}'): it has diverged, or its weights are damaged. Train with a lower optim.lr, or with "
+            "train.clip_norm, in another folder=... (or name=...), as the settings of a run are fixed"
+        )
 
 
 def _logits(count: int, state: RunState, world: World, last: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -35,7 +35,7 @@ def task_of_sample(stream: Stream) -> Ints:
 def memory_weights(config: RunConfig, stream: Stream, task: Task, memory: Memory, values: tuple[float, ...]) -> Tensor:
     """Return `values` by task [T], scaled by N_s / m (prior.scale_to_task) or N_t / M (prior.scale_to_new).
 
-    N_s, m: training examples of past task s, and how many of them are in memory; N_t, M: learned examples of the new
+    N_s, m: learned examples of past task s, and how many of them are in memory; N_t, M: learned examples of the new
     task, and the size of the memory. Examples that are to be forgotten count in neither N_s nor m, whether they are
     still in memory or not.
     """
@@ -61,9 +61,9 @@ def true_shares(config: RunConfig, stream: Stream, memory: Memory) -> Tensor:
 
 
 def counted_examples(config: RunConfig, stream: Stream, memory: Memory) -> tuple[list[int], list[int]]:
-    """Return, by task, how many training examples are not to be forgotten, and how many of these are in memory."""
+    """Return, by task, how many learned examples are not to be forgotten, and how many of these are in memory."""
     count = len(stream.tasks)
-    left, kept = [len(task.samples("train")) for task in stream.tasks], memory.per_task(count)
+    left, kept = [num_learned(config, stream, task) for task in stream.tasks], memory.per_task(count)
     slots = removed_slots(config, stream, memory)
     if slots is None or not isinstance(config.adapt, RemoveData):
         return left, kept

@@ -351,6 +351,50 @@ def test_the_gradient_is_that_of_retraining_up_to_what_the_run_left_undone(
         assert float(left.norm()) > 1e-2 * float(retrained.norm())  # it is not small by itself
 
 
+@pytest.mark.parametrize("view", ["stored", "teacher"])
+def test_what_is_removed_does_not_depend_on_the_temperature(linear: Path, tmp_path: Path, view: str) -> None:
+    """Two rows of one image add up to y - p* only where both are at temperature 1."""
+    warm, plain = (
+        adapted_config(
+            linear, tmp_path / name, task=0, change=REMOVE, model=None, settings=("train.batch_size=4000", *settings)
+        )
+        for name, settings in (("plain", ()), ("warm", ("prior.temperature=2.0", f"prior.view={view}")))
+    )
+    with reopened(linear) as (state, _):
+        old = {name: value.double() for name, value in wholes(state.engine.gather()).items()}
+    removed = []
+    for number, scale in enumerate((1.0, 3.0)):
+        weights = {name: scale * value for name, value in old.items()}
+        removed.append(gradient_of_removed(warm, weights, old, tmp_path / f"warm-{number}"))
+    torch.testing.assert_close(removed[0], gradient_of_removed(plain, old, old, tmp_path / "plain-at-1"))
+    torch.testing.assert_close(removed[0], removed[1])  # independent of the weights
+    assert float(removed[0].norm()) > 0
+
+
+def gradient_of_removed(config: RunConfig, weights: dict[str, Tensor], old: dict[str, Tensor], folder: Path) -> Tensor:
+    """By the logits [n, C] of the images to be removed, of all their rows: summed over an image's rows."""
+    state, world = begun(config, folder)
+    task, memory, model = adaptation_task(config, world.stream), state.prior.memory, state.engine.module.double()
+    plan = plan_task(config, world.stream, task, memory)
+
+    def teacher(pixels: Tensor) -> Tensor:
+        model.load_state_dict(old)
+        with torch.no_grad():
+            return model(pixels.double()).float()
+
+    composer = Composer.build(config, world.stream, task, memory, teacher=teacher, device=state.engine.device)
+    (part,) = split(plan.batch(0), world.comm, accumulate=1)
+    (images,) = world.stream.load([composer.request(part)])
+    rows = composer.rows(part, images)
+    model.load_state_dict(weights)
+    logits = model(rows.pixels.double()).detach().requires_grad_()
+    (found,) = torch.autograd.grad(weighted_nats(logits, rows).sum(), logits)
+    assert composer.removed is not None
+    slot = torch.from_numpy(part.batch.slot[part.rows])
+    order = slot.argsort()
+    return found[order][composer.removed[slot[order]]]
+
+
 def test_adding_is_exact_too(images: Path, tmp_path: Path) -> None:
     folder = source(tmp_path / "run", {**LINEAR, **shards(images, tmp_path / "cache")})
     change = {"kind": "add", "data": [str(images / "shards" / "more")]}
@@ -590,6 +634,9 @@ def test_the_curvature_of_a_run_is_not_that_of_its_adaptation(tmp_path: Path) ->
 
 def test_names_come_from_a_list_or_a_file(tmp_path: Path) -> None:
     assert named("3, 7,3") == ["3", "7"]
+    assert (
+        named(",".join(f"n{number:08d}" for number in range(500)))[499] == "n00000499"
+    )  # no name of a file is as long
     (tmp_path / "ids.txt").write_text("digits/4\n\n digits/5 \n")
     assert named(str(tmp_path / "ids.txt")) == ["digits/4", "digits/5"]
     with pytest.raises(ConfigError, match="names no class"):

@@ -291,3 +291,13 @@ def test_an_undecodable_image_stops_or_is_skipped_and_counted(tmp_path: Path, st
     code, output = finish(start(tmp_path / "skip", *own, "data.bad_images=skip", "--nproc=2"))
     assert code == 0, output
     assert report(tmp_path / "skip")["skipped"] == 1
+
+
+def test_a_last_step_that_goes_too_far_is_no_result(tmp_path: Path) -> None:
+    """No later step has a gradient that would show it."""
+    settings = ("stream.tasks=1", "train.epochs=1", "train.batch_size=5000", "optim.name=sgd", "optim.lr=1e38")
+    code, output = finish(start(tmp_path / "run", *settings, "optim.warmup=0", "prior.quadratic.weight=0"))
+    assert code == 1
+    assert "the network's logits are not finite for" in output
+    assert "Traceback" not in output
+    assert not events(tmp_path / "run", "done")

@@ -221,7 +221,7 @@ chosen = parser.parse_args()
 runs = [f"runs/{{seed}}" for seed in chosen.seeds.split(",")]
 steps = [Step(run, ("train", *{small}, f"folder={{run}}")) for run in runs]
 steps.append(Step("report", ("report", *runs, "--out", "runs/report"), after=tuple(runs)))
-sys.exit(carry_out(Campaign(Path("runs"), tuple(steps)), chosen))
+sys.exit(carry_out(lambda: Campaign(Path("runs"), tuple(steps)), chosen))
 """
 
 
@@ -236,7 +236,7 @@ steps = (
     Step("bad", ("train", *small, "train.clip_norm=null", "optim.lr=1e30", "folder=runs/bad"), after=("first",)),
     Step("after", ("train", *small, "folder=runs/after"), after=("bad",)),
 )
-sys.exit(carry_out(Campaign(Path("runs"), steps), options(None).parse_args()))
+sys.exit(carry_out(lambda: Campaign(Path("runs"), steps), options(None).parse_args()))
 """
 
 

@@ -312,3 +312,36 @@ def test_two_ways_to_store_images_are_refused(
     code, told = refusal(*arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert told == "error: --lossless together with --max-side or --quality: choose one way to store images\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", 300 * "x"],
+        ["report", 300 * "x"],
+        ["memory", "map", 300 * "x"],
+        ["shards", "verify", 300 * "x"],
+        ["export", 300 * "x", "out"],
+        ["logs", 300 * "x"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_path_that_the_system_refuses_is_told(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, told = refusal(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert told.count("\n") == 1
+    assert "File name too long (a file name has at most 255 bytes: choose another path)" in told
+
+
+def test_an_encoding_without_a_character_loses_that_character_only(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = command("train", QUICK, *SMALL, f"folder={folder}", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    arguments = [sys.executable, "-m", "hpccl.cli", "report", str(folder)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    shown = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "BWT" in shown.stdout

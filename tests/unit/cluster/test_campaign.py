@@ -13,7 +13,7 @@ import pytest
 from hpccl.cluster.campaign import Campaign, Step, _cluster, _numbers, carry_out, options
 from hpccl.cluster.submit import Submitted
 from hpccl.errors import ConfigError
-from tests.run.command import SMALL, events
+from tests.run.command import ROOT, SMALL, events
 
 
 def chosen(*arguments: str) -> argparse.Namespace:
@@ -38,7 +38,7 @@ def test_steps_run_after_those_they_wait_for_and_a_failure_skips_the_rest(
             after=("first", "never"),
         ),
     )
-    code = carry_out(Campaign(tmp_path, steps), chosen("--jobs", "2"))
+    code = carry_out(lambda: Campaign(tmp_path, steps), chosen("--jobs", "2"))
     out, err = capfd.readouterr()
     assert code == 2
     assert "2 of 5 steps failed or could not begin: wrong, never" in err
@@ -53,7 +53,7 @@ def test_settings_for_all_go_to_trainings_alone(capsys: pytest.CaptureFixture[st
     steps = (Step("a", ("train", "x.yaml", "seed=1")), Step("b", ("report", "runs/a"), after=("a",)))
     campaign = Campaign(Path("runs"), steps)
     more = ("--add", "--with", "c.yaml", "seed=2", "train.epochs=[1, 2]")
-    assert carry_out(campaign, chosen("--dry-run", *more)) == 0
+    assert carry_out(lambda: campaign, chosen("--dry-run", *more)) == 0
     assert capsys.readouterr().out.splitlines() == [
         "+ hpccl train x.yaml c.yaml seed=2 'train.epochs=[1, 2]' seed=1",  # what the campaign itself says counts
         "+ hpccl report runs/a --add",
@@ -64,17 +64,20 @@ def test_settings_that_the_campaign_itself_makes_are_told_and_sweeps_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     steps = (training("a", Path("runs/a"), "seed=1"), training("b", Path("runs/b"), "seed=1"))
-    assert carry_out(Campaign(Path("runs"), steps), chosen("--dry-run", "--with", "seed=2", "memory.fraction=0.1")) == 0
+    assert (
+        carry_out(lambda: Campaign(Path("runs"), steps), chosen("--dry-run", "--with", "seed=2", "memory.fraction=0.1"))
+        == 0
+    )
     told = capsys.readouterr().err
     assert "note: --with seed=2 has no effect in 2 steps, such as 'a', which sets seed=1" in told
     assert "fraction" not in told
-    assert carry_out(Campaign(Path("runs"), steps), chosen("--dry-run", "--with", "train.epochs=1,2")) == 2
+    assert carry_out(lambda: Campaign(Path("runs"), steps), chosen("--dry-run", "--with", "train.epochs=1,2")) == 2
     assert "--with train.epochs=A,B is a sweep" in capsys.readouterr().err
 
 
 def test_nothing_is_added_where_nothing_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     campaign = Campaign(Path("runs"), (Step("a", ("train", "x.yaml")),))
-    assert carry_out(campaign, chosen("--dry-run", "--add")) == 2
+    assert carry_out(lambda: campaign, chosen("--dry-run", "--add")) == 2
     assert "--add has no effect, as this campaign writes no report" in capsys.readouterr().err
 
 
@@ -98,7 +101,7 @@ def two_trainings(folder: Path) -> Path:
         f"small = {(*SMALL, 'checkpoint.every=1000')}\n"
         f"steps = (Step('a', ('train', *small, 'folder={folder}/a')), Step('b', ('train', *small, "
         f"'folder={folder}/b'), ('a',)))\n"
-        f"sys.exit(carry_out(Campaign(Path('{folder}'), steps), options(None).parse_args()))\n"
+        f"sys.exit(carry_out(lambda: Campaign(Path('{folder}'), steps), options(None).parse_args()))\n"
     )
     return script
 
@@ -145,7 +148,7 @@ def test_commands_at_the_same_time_have_gpus_of_their_own(tmp_path: Path, monkey
         training("b", tmp_path, "memory.size=100000"),
         training("both", tmp_path, "memory.size=100000", "cluster.nproc=2"),
     )
-    carry_out(Campaign(tmp_path, steps), chosen("--jobs", "3"))
+    carry_out(lambda: Campaign(tmp_path, steps), chosen("--jobs", "3"))
     shown = [(tmp_path / step.name / "env.txt").read_text() for step in steps]
     lines = [line for text in shown for line in text.splitlines() if line.startswith("CUDA_VISIBLE_DEVICES=")]
     assert [line.partition("=")[2] for line in lines] == ["2", "5", "2,5"]
@@ -159,7 +162,7 @@ def test_what_waits_for_a_part_of_an_older_array_does_not_wait_for_the_task_that
 
 def test_nothing_that_is_for_a_cluster_is_trained_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = (training("a", tmp_path / "a"), training("b", tmp_path / "b", after=("a",)))
-    assert carry_out(Campaign(tmp_path, steps), chosen("--cluster", "slurm")) == 2
+    assert carry_out(lambda: Campaign(tmp_path, steps), chosen("--cluster", "slurm")) == 2
     assert "--cluster slurm queues trainings, but 'a' has cluster.kind=local" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -168,7 +171,7 @@ def test_who_reads_the_commands_may_stop_early() -> None:
     steps = "tuple(Step(str(n), ('report', 1000 * 'a')) for n in range(200))"  # more than a pipe holds
     script = (
         "import sys; from pathlib import Path; from hpccl.cluster.campaign import Campaign, Step, carry_out, options; "
-        f"sys.exit(carry_out(Campaign(Path('runs'), {steps}), options(None).parse_args(['--dry-run'])))"
+        f"sys.exit(carry_out(lambda: Campaign(Path('runs'), {steps}), options(None).parse_args(['--dry-run'])))"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -185,3 +188,51 @@ def test_commands_that_train_nothing_have_the_cluster_of_the_trainings() -> None
     train = ("train", "model={kind: timm, name: resnet50}", "data.image_size=32", *more)
     assert _cluster([Step("shards", ("shards", "build")), Step("a", train)], more).partition == "long"
     assert _cluster([Step("shards", ("shards", "build"))], more).partition == "long"
+
+
+def test_values_that_cannot_be_are_told_by_all_scripts(tmp_path: Path) -> None:
+    told = {
+        ("split_cifar", "--seeds", "0", "0"): "step 'finetune-0' of the campaign occurs twice; give each value once",
+        ("split_cifar", "--sizes", "0"): "argument --sizes: 0; allowed: whole numbers above 0",
+        ("tune", "--sizes", "-5"): "argument --sizes",
+        ("selection", "--sizes", "1.5"): "argument --sizes: 1.5; allowed: whole numbers above 0",
+        ("sweep", "x", "configs/quickstart.yaml", "name=y"): "name follow from the name of the sweep, 'x'",
+    }
+    for (script, *arguments), message in told.items():
+        done = subprocess.run(
+            [sys.executable, ROOT / "launch" / f"{script}.py", *arguments, "--dry-run"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_output_that_cannot_be_kept_is_told_before_a_step_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    campaign = Campaign(tmp_path / "file", (training("a", tmp_path),))
+    assert carry_out(lambda: campaign, chosen("--jobs", "2")) == 1
+    assert "a.txt' cannot be written: Not a directory" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_steps_go_on_when_nobody_reads_what_they_are(tmp_path: Path) -> None:
+    steps = "tuple(Step(name, ('check', 'configs/quickstart.yaml')) for name in 'ab')"
+    script = (
+        "import sys; from pathlib import Path; from hpccl.cluster.campaign import Campaign, Step, carry_out, options; "
+        f"sys.exit(carry_out(lambda: Campaign(Path('{tmp_path}'), {steps}), options(None).parse_args(['--jobs', '2'])))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["a.txt", "b.txt"]

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hpccl.cluster import step, worker
+from hpccl.cluster.lock import holding
 from hpccl.cluster.records import JobRecord, birth, read_records, write_record
 from hpccl.config.load import load
 from hpccl.errors import FolderError
@@ -216,3 +220,35 @@ def test_one_task_is_a_rank_where_a_template_says_so(tmp_path: Path) -> None:
     assert done.returncode == 202, done.stderr
     assert json.loads((tmp_path / "run/logs/error.json").read_text())["kind"] == "ConfigError"
     assert (tmp_path / "run/logs/starts.jsonl").exists(), "it has the guard against standstills"
+
+
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """Nothing can be written to files, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_start_that_cannot_be_written_down_is_told(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    with no_room(), pytest.raises(FolderError, match=r"starts.*' cannot be written: File too large \(larger than"):
+        step.refuse_standstill(folder, SlurmJob("12", 0))
+    with no_room(), pytest.raises(FolderError, match=r"\.lock' cannot be written: File too large"), holding(folder):
+        pass
+    with holding(folder):
+        pass
+
+
+def test_a_process_of_another_program_may_have_any_name(tmp_path: Path) -> None:
+    """The kernel cuts names at 15 bytes, within a character, too."""
+    script = "import ctypes, sys; ctypes.CDLL(None).prctl(15, bytes([0xC3, 0x28])); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert b"\xc3(" in Path(f"/proc/{process.pid}/stat").read_bytes()
+        assert birth(process.pid) > 0

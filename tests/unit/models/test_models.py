@@ -119,6 +119,14 @@ def test_dropout_noise_does_not_depend_on_the_layout_in_memory() -> None:
     assert other.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_dropout_of_all_leaves_nothing() -> None:
+    layer = KeyedDropout(0.9985)
+    layer.keys, values = torch.arange(3), torch.ones(3, 4, requires_grad=True)
+    layer(values).sum().backward()
+    assert values.grad is not None
+    assert not values.grad.any()
+
+
 @pytest.mark.parametrize("rate", [0.25, 0.5, 0.1])
 def test_dropout_rate_and_expectation(rate: float) -> None:
     layer = KeyedDropout(rate)

@@ -21,11 +21,11 @@ from hpccl.checkpoint.tree import read_tree
 from hpccl.cli import app
 from hpccl.compat import import_timm
 from hpccl.config.load import dump
-from hpccl.errors import ConfigError, DataError, FolderError
+from hpccl.errors import ConfigError, DataError, DivergedError, FolderError
 from hpccl.models.exported import load_exported
 from hpccl.tools.evaluate_run import evaluate_run
 from hpccl.tools.export import export
-from hpccl.tools.merge import merge
+from hpccl.tools.merge import Method, merge
 from hpccl.train.consolidate import consolidate
 from hpccl.train.fit import fit
 from tests.run.method import make_world, merged
@@ -247,6 +247,14 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
         merge([run, turned], tmp_path / "out", method="average")
     with pytest.raises(FolderError, match=r"is neither a run folder .* nor an export \(it has no config\.json\)"):
         merge([tmp_path], tmp_path / "out", method="average")
+    ours = json.loads((tmp_path / "plain" / "config.json").read_text())
+    for lost in ("architecture", "tasks"):
+        older = {key: value for key, value in ours.items() if key != lost}
+        older["hpccl"] = {key: value for key, value in ours["hpccl"].items() if key != lost}
+        (tmp_path / "plain" / "config.json").write_text(json.dumps(older))
+        with pytest.raises(DataError, match=f"is not an export by hpccl: .*{lost}"):
+            merge([tmp_path / "plain", run], tmp_path / "out", method="average")
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(ours))
     (tmp_path / "torn.safetensors").write_bytes(b"half")
     with pytest.raises(DataError, match="cannot be read"):
         merge([run], tmp_path / "out", method="arithmetic", base=tmp_path / "torn.safetensors")
@@ -259,6 +267,19 @@ def test_what_does_not_go_together_is_told(trained: Trained, tmp_path: Path) -> 
     evaluate_run(run, weights=tmp_path / "plain")
     with pytest.raises(ConfigError, match=r"has other classes than the run, .*number 0 is"):
         evaluate_run(turned, weights=tmp_path / "plain")
+
+
+@pytest.mark.parametrize("method", ["average", "arithmetic"])
+def test_a_network_that_has_diverged_is_not_merged(trained: Trained, tmp_path: Path, method: Method) -> None:
+    run = trained("none", 0)
+    export(run, tmp_path / "wrong")
+    weights = weights_in(tmp_path / "wrong")
+    weights["1.weight"][0, 0] = torch.nan
+    safetensors.torch.save_file(weights, tmp_path / "wrong" / "model.safetensors")
+    base = run if method == "arithmetic" else None
+    with pytest.raises(DivergedError, match=r"weights or curvature of '1\.weight' are not finite"):
+        merge([run, tmp_path / "wrong"], tmp_path / "out", method=method, base=base)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_importance_weighs_no_networks(trained: Trained, tmp_path: Path) -> None:

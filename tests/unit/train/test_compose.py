@@ -74,3 +74,23 @@ def test_batch_normalisation_learns_from_parts_of_one_row(tmp_path: Path) -> Non
         merged({"model": model, "train": train, "stream": {"kind": "digits", "tasks": 5}}), tmp_path
     )
     assert fit(world.stream.tasks[0], state, world)
+
+
+def test_batch_normalisation_learns_from_steps_of_one_row(tmp_path: Path) -> None:
+    """A step's only row fills its part, without weight."""
+    model = {"kind": "timm", "name": "test_resnet"}
+    state, world = make_world(
+        merged({"model": model, "train": {"epochs": 1, "batch_size": 1}, "stream": {"kind": "digits", "tasks": 10}}),
+        tmp_path,
+    )
+    plan = plan_task(world.config, world.stream, world.stream.tasks[0], state.prior.memory)
+    (part,) = split(plan.batch(0), world.comm, accumulate=1)
+    assert (part.rows.tolist(), part.num_fillers) == ([0, 0], 1)
+    composer = Composer.build(
+        world.config, world.stream, world.stream.tasks[0], state.prior.memory, teacher=None, device=world.comm.device
+    )
+    (images,) = world.stream.load([composer.request(part)])
+    state.engine.start(num_steps=plan.num_steps, task=0)
+    stats = train_step(state.engine, [composer.rows(part, images)], num_rows=1)
+    assert torch.isfinite(stats.gradient_norm)
+    assert composer.rows(part, images).weight.tolist() == [1.0, 0.0]
