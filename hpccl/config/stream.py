@@ -56,7 +56,7 @@ class RotatedScenario(Section):
 class BlurryScenario(Section):
     """Tasks share classes: some training images of a class are given to other tasks (Blurry-M, i-Blurry-N-M).
 
-    Test images stay with the task that has most of their class.
+    Test images stay with the task that their class is dealt to first, which has most of it unless much is blurred.
     """
 
     kind: Literal["blurry"] = "blurry"

@@ -23,6 +23,7 @@ from hpccl.errors import ConfigError, CoverageError, FolderError
 from hpccl.optim.posterior import _unlearned_ivon, curvature_key, variance
 from hpccl.report.memory_map import MemoryMap, summary, write_memory_map
 from hpccl.tools.evaluate_run import evaluate_run, reopened
+from hpccl.tools.memory_map import last_layer
 from hpccl.tools.memory_map.all_weights import by_all_weights
 from hpccl.tools.memory_map.build import map_memory
 from hpccl.tools.memory_map.found import Group
@@ -127,6 +128,29 @@ def test_a_class_is_missed(found: MemoryMap) -> None:
     for row in found.classes:
         if row["task"] == 1:
             assert row["nats"] < row["left_out"] < row["removed"]
+
+
+def test_a_class_is_removed_by_the_precision_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the dense system of the last layer's weights, for three classes and four inputs."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(30, 4, generator=generator), torch.arange(30) % 3
+    logits = torch.randn(30, 3, generator=generator)
+    torch.cat([logits, x], dim=1).numpy().tofile(tmp_path / "rows")
+    spool = last_layer._Spool([5, 7, 9], np.arange(30), labels.numpy(), tmp_path / "rows", scale=2.0)
+    found = spool.scored(spool.factors(), 0.5).removed
+    x, logits = x.double(), logits.double()
+    p = logits.softmax(dim=1)
+    for number in range(3):
+        own = labels == number
+        moment = x[~own].T @ x[~own] / int((~own).sum())
+        curvature = sum((torch.diag(row) - torch.outer(row, row) for row in p[~own]), torch.zeros(3, 3).double())
+        precision = torch.kron(2.0 * curvature, moment) + 0.5 * torch.eye(12).double()
+        error = p[own] - torch.nn.functional.one_hot(labels[own], 3)
+        step = torch.linalg.solve(precision, (2.0 * error.T @ x[own]).reshape(-1)).view(3, 4)
+        loss = torch.nn.functional.cross_entropy(logits[own] + x[own] @ step.T, labels[own])
+        assert found[[5, 7, 9][number]] == pytest.approx(float(loss), rel=1e-5)
+    monkeypatch.setattr(last_layer, "_DECOMPOSED", 0)
+    assert spool.scored(spool.factors(), 0.5).removed == {}, "rather no figure than one of another precision"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ __all__ = ["by_last_layer"]
 
 Ints = npt.NDArray[np.int64]
 
-_BY_CLASS = 1 << 26  # elements of the input moments of all classes, up to which they are kept by class
+_DECOMPOSED = 3e12  # K (K^3 + d^3): decompositions of each class's posterior, at most some minutes
 _GRADIENTS = 1 << 26  # elements of gradients at a time: for all of 1,000 classes they would take 16 GB
 
 
@@ -123,21 +123,16 @@ class _Spool:
             labels = torch.from_numpy(self.labels[here])
             yield part[:, : len(self.classes)], part[:, len(self.classes) :], labels
 
-    def factors(self) -> _Factors:
-        """Sum the curvature's factors over the examples of each class, or of all classes if that would be too large."""
-        _, inputs = self._widths()
-        by_class = len(self.classes) * inputs**2 <= _BY_CLASS
-        count = len(self.classes) if by_class else 1
-        moments = torch.zeros(count, inputs, inputs, dtype=torch.float64)
-        curvatures = torch.zeros(count, len(self.classes), len(self.classes), dtype=torch.float64)
-        for logits, x, labels in self._parts():
-            group = labels if by_class else torch.zeros_like(labels)
-            for number in group.unique().tolist():
-                own = group == number
-                moments[number] += x[own].double().T @ x[own].double()
-                curvatures[number] += output_curvature(logits[own])
-        sizes = np.bincount(self.labels, minlength=count) if by_class else np.array([len(self.labels)])
-        return _Factors(moments, curvatures, torch.from_numpy(sizes), self.scale)
+    def factors(self, among: range | None = None) -> _Factors:
+        """Sum the curvature's factors over the examples; among: only over those with a label in this range."""
+        outputs, inputs = self._widths()
+        moment = torch.zeros(inputs, inputs, dtype=torch.float64)
+        curvature, size = torch.zeros(outputs, outputs, dtype=torch.float64), 0
+        for logits, x, _ in self._parts(among):
+            moment += x.double().T @ x.double()
+            curvature += output_curvature(logits)
+            size += len(x)
+        return _Factors(moment, curvature, size, self.scale)
 
     def scored(self, factors: _Factors, prior_precision: float) -> Found:
         """Return every example's figures, and every class's loss if it had not been learned."""
@@ -145,17 +140,26 @@ class _Spool:
         columns = [
             perturbed(logits, labels, top_layer_variance(x, layer)).columns() for logits, x, labels in self._parts()
         ]
+        return Found(self.sample, joined(columns), self._without_each(factors, prior_precision))
+
+    def _without_each(self, factors: _Factors, prior_precision: float) -> dict[int, float]:
+        """Return, by class number, the mean loss of its examples after a step that removes them.
+
+        Empty where the classes' own posteriors would take too long.
+        """
         outputs, inputs = self._widths()
         removed: dict[int, float] = {}
+        if outputs * (outputs**3 + inputs**3) > _DECOMPOSED:
+            return removed
         some = max(1, _GRADIENTS // (outputs * inputs))
         for first in range(0, outputs, some):
             among = range(first, min(first + some, outputs))
             steps = self._gradients(among)
             for number in among:  # in place, as they are large
-                left = factors.posterior(prior_precision, without=number) if factors.by_class else layer
+                left = factors.less(self.factors(range(number, number + 1))).posterior(prior_precision)
                 steps[number - first] = left.solve(steps[number - first] * self.scale)
             removed |= self._removed(among, steps)
-        return Found(self.sample, joined(columns), removed)
+        return removed
 
     def _widths(self) -> tuple[int, int]:
         """Return K and d."""
@@ -186,29 +190,24 @@ class _Spool:
 
 @dataclass(frozen=True)
 class _Factors:
-    """The last layer's curvature by class of the examples: sums of both factors, and numbers of examples.
+    """The last layer's curvature: sums of both factors over examples, and the number of examples.
 
-    moments: [G, d, d]; curvatures: [G, K, K]; sizes: [G]. G is 1 where all classes are summed together.
+    moment: [d, d]; curvature: [K, K]
     scale: as in `_Spool`
     """
 
-    moments: Tensor
-    curvatures: Tensor
-    sizes: Tensor
+    moment: Tensor
+    curvature: Tensor
+    size: int
     scale: float
 
-    @property
-    def by_class(self) -> bool:
-        """Whether there are sums for each class."""
-        return len(self.sizes) > 1
+    def less(self, some: _Factors) -> _Factors:
+        """Return the sums without some of the examples."""
+        return _Factors(self.moment - some.moment, self.curvature - some.curvature, self.size - some.size, self.scale)
 
-    def posterior(self, prior_precision: float, *, without: int | None = None) -> TopLayer:
-        """Return the posterior given all examples, or all but those of class `without` if there are sums by class."""
-        kept = torch.ones(len(self.sizes), dtype=torch.float64)
-        if without is not None and self.by_class:
-            kept[without] = 0
-        moment = torch.einsum("g,gij->ij", kept, self.moments) / (kept * self.sizes).sum().clamp_min(1)
-        curvature = torch.einsum("g,gkl->kl", kept, self.curvatures) * self.scale
+    def posterior(self, prior_precision: float) -> TopLayer:
+        """Return the posterior given these examples."""
+        moment, curvature = self.moment / max(self.size, 1), self.curvature * self.scale
         return TopLayer.of(moment, curvature, prior_precision=prior_precision)
 
 
