@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from hpccl.checkpoint.store import Mark
+from hpccl.cluster.prepare import prepare
 from hpccl.dist.comm import Comm
 from hpccl.dist.spread import streamed
 from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
+from hpccl.train.run import run
 from hpccl.train.state import RunState, World
+from hpccl.train.stop import Stop
 from tests.dist.world import Result, run_in_world
-from tests.run.method import learn, make_world, merged
+from tests.run.method import learn, make_world, merged, weights
 
 BASE: dict[str, Any] = {
     "model": {"kind": "mlp", "hidden": [12]},
@@ -49,6 +52,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "train": {"head": "seen"},
         "memory": {"total": 120, "selector": {"kind": "herding"}},
         "prior": {"replay": 1.0, "distill": {**DISTILL, "balance": "classes"}, "correct": {"share": 0.1}},
+    },
+    "joint": {"train": {"data": "seen", "restart": True}},
+    "gdumb": {
+        "train": {"data": "memory", "restart": True, "head": "seen", "epochs": 3},
+        "memory": {"total": 60, "selector": {"kind": "greedy"}},
+        "prior": {"replay": 1.0},
     },
 }
 
@@ -172,3 +181,59 @@ def test_what_is_held_stays_to_the_last_bit(tmp_path: Path, name: str) -> None:
                     row for row in range(10) if not torch.equal(before["head.weight"][row], after["head.weight"][row])
                 ]
                 assert rows == [2, 3]
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    **METHODS,
+    "fromp": {
+        "memory": {"size": 12, "selector": {"kind": "gini"}},
+        "curvature": {"kind": "diagonal"},
+        "prior": {"replay": 0.0, "fromp": {"weight": 1.0}},
+        "log": {"reconstruction": 0.0},
+    },
+    "topic": {
+        "train": {"head": "seen", "frozen": ["old_classes"], "norms": "running"},
+        "memory": {"size": 0},
+        "prior": {"replay": 0.0, "topology": {"nodes": 20}},
+    },
+}
+
+
+class WithinTheSecondTask(Stop):
+    """A wish to stop that comes once there is a checkpoint in the middle of the second task."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        super().__init__()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "reason" and any((self.folder / "checkpoints").glob("task-001-fit-*[1-9]*")):
+            return "enough"
+        return super().__getattribute__(name)
+
+
+def resumed(comm: Comm, folder: str, names: tuple[str, ...]) -> Result:
+    """By method, how an undisturbed run ends, how one that is to stop does, and how that ends when it goes on."""
+    found: Result = {}
+    for name in names:
+        ends = []
+        for kind in ("whole", "stopped", "stopped"):
+            path = Path(folder) / f"{name}-{kind}"
+            changes = {"checkpoint": {"every": 2}, "stream": {"kind": "digits", "tasks": 2}}
+            config = merged(BASE, {"train": {"batch_size": 40}}, changes, RESUMED[name], {"train": {"epochs": 2}})
+            config = config.model_copy(update={"folder": str(path)})
+            stop = WithinTheSecondTask(path) if kind == "stopped" and len(ends) == 1 else Stop()
+            if comm.leader:
+                prepare(config, [])
+            comm.barrier()
+            ends.append(run(config, comm, stop, quiet=True))
+        comm.barrier()  # the leader writes the last event
+        whole, stopped = (weights(Path(folder) / f"{name}-{kind}") for kind in ("whole", "stopped"))
+        found[name] = {"ends": ends, "same": whole == stopped}
+    return found
+
+
+@pytest.mark.parametrize("names", [("bic",), pytest.param(tuple(RESUMED), marks=pytest.mark.slow)], ids=["bic", "all"])
+def test_every_method_ends_bit_for_bit_where_it_would_have_on_two_ranks(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for found in run_in_world(resumed, 2, tmp_path, str(tmp_path), names):
+        assert found == {name: {"ends": ["done", "stopped", "done"], "same": True} for name in names}
