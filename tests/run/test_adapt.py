@@ -442,10 +442,11 @@ def test_what_is_removed_of_tasks_that_share_a_class_is_removed_of_each_once(
 # ---------------------------------------------------------------- ranks, resuming
 
 
-def on_ranks(comm: Comm, folder: str, run_folder: str) -> Result:
-    """The removal of a class, and the weights at its end."""
+def on_ranks(comm: Comm, folder: str, run_folder: str, change: dict[str, Any], engine: tuple[str, ...]) -> Result:
+    """An adaptation, and the weights at its end."""
     out = Path(folder) / f"size-{comm.size}"
-    config, _ = both(Path(run_folder), out, REMOVE, "train.epochs=4", "optim.name=momentum", "optim.lr=0.05")
+    settings = ("train.epochs=4", "optim.name=momentum", "optim.lr=0.02", "optim.weight_decay=0", *engine)
+    config, _ = both(Path(run_folder), out, change, *settings)
     assert learn(config, comm) == "done"
     comm.barrier()
     with reopened(out) as (state, _):
@@ -453,9 +454,17 @@ def on_ranks(comm: Comm, folder: str, run_folder: str) -> Result:
 
 
 @pytest.mark.slow
-def test_two_processes_remove_as_one_does(digits: Path, tmp_path: Path) -> None:
-    one = run_in_world(on_ranks, 1, tmp_path, str(tmp_path), str(digits))[0]
-    for rank in run_in_world(on_ranks, 2, tmp_path, str(tmp_path), str(digits)):
+@pytest.mark.parametrize("change", [REMOVE, PRECISION, MODEL], ids=lambda change: change["kind"])
+@pytest.mark.parametrize(
+    "engine",
+    [(), ("engine.kind=fsdp2",), ("engine.kind=deepspeed", "engine.stage=3")],
+    ids=["ddp", "fsdp2", "zero-3"],
+)
+def test_two_processes_adapt_as_one_does(
+    digits: Path, tmp_path: Path, engine: tuple[str, ...], change: dict[str, Any]
+) -> None:
+    one = run_in_world(on_ranks, 1, tmp_path, str(tmp_path), str(digits), change, ())[0]
+    for rank in run_in_world(on_ranks, 2, tmp_path, str(tmp_path), str(digits), change, engine):
         for name, value in one["weights"].items():
             assert float((rank["weights"][name] - value).norm()) <= 1e-4 * float(value.norm())
 
