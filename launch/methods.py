@@ -11,8 +11,8 @@ their number, so that all methods hold equally many in the end. FROMP, which wou
 step, holds a fifth and recalls 50 of each task; its strengths are the published ones
 (configs/preset/authors/fromp.yaml). The strengths of MAS, local MAS and SI were chosen by launch/tune.py,
 task-incrementally, and are used class-incrementally, too; all others are those of configs/method, which are not tuned
-for this comparison. GDumb trains one network on the memory alone, for so many epochs that it sees fewer than half of the
-images that the other methods see (on the digits about as many).
+for this comparison. GDumb trains one network on the memory alone, for so many epochs that it sees fewer than half of
+the images that the other methods see (on the digits about as many).
 
 Needs the shards that README.md builds; `--quick` trains on scikit-learn's digits in minutes instead. Finished runs are
 not repeated and killed ones continue, so you can start it again at any time. Seeds run one after the other. A seed's

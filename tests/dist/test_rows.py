@@ -216,7 +216,7 @@ def resumed(comm: Comm, folder: str, names: tuple[str, ...]) -> Result:
     """By method, how an undisturbed run ends, how one that is to stop does, and how that ends when it goes on."""
     found: Result = {}
     for name in names:
-        ends = []
+        ends: list[str] = []
         for kind in ("whole", "stopped", "stopped"):
             path = Path(folder) / f"{name}-{kind}"
             changes = {"checkpoint": {"every": 2}, "stream": {"kind": "digits", "tasks": 2}}

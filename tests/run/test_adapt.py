@@ -380,7 +380,8 @@ def gradient_of_removed(config: RunConfig, weights: dict[str, Tensor], old: dict
     def teacher(pixels: Tensor) -> Tensor:
         model.load_state_dict(old)
         with torch.no_grad():
-            return model(pixels.double()).float()
+            logits: Tensor = model(pixels.double())
+        return logits.float()
 
     composer = Composer.build(config, world.stream, task, memory, teacher=teacher, device=state.engine.device)
     (part,) = split(plan.batch(0), world.comm, accumulate=1)
@@ -392,7 +393,8 @@ def gradient_of_removed(config: RunConfig, weights: dict[str, Tensor], old: dict
     assert composer.removed is not None
     slot = torch.from_numpy(part.batch.slot[part.rows])
     order = slot.argsort()
-    return found[order][composer.removed[slot[order]]]
+    gone: Tensor = found[order][composer.removed[slot[order]]]
+    return gone
 
 
 def test_adding_is_exact_too(images: Path, tmp_path: Path) -> None:
