@@ -165,6 +165,11 @@ class PriorConfig(Section):
         """Whether every example in memory has both labels, each with a share of its weight."""
         return self.share_of == "labels" and self.some_true and self.some_soft
 
+    @property
+    def stands_alone(self) -> bool:
+        """Whether an example in memory stands for itself only, since the quadratic has the others of its task."""
+        return self.quadratic.weight > 0 and not self.scale_to_task
+
     def true_share(self, kept: int, num_train: int) -> float:
         """Share of true labels for a task with `num_train` training examples, of which memory keeps `kept`."""
         return kept / max(num_train, 1) if self.replay == "coverage" else self.replay

@@ -3,7 +3,7 @@
 IVON and SOBA estimate the Hessian of the whole objective, including the quadratic penalty of earlier tasks, because
 they take gradients at sampled weights. The penalty's Hessian is known and is subtracted, so that tasks add up:
 
-    F_t = max(0, N (h - h_t) - weight (F_{<t} + damping))
+    F_t = max(0, N (h - h_t) / (1 - b^t) - weight (F_{<t} + damping))
 
 VOGN squares per-example gradients, which do not include the penalty; in Adam's root of squares it cannot be separated.
 """

@@ -1,9 +1,9 @@
 """Curvature and posterior variance from an optimiser's state, in nats per squared weight, summed over N examples.
 
                 likelihood's curvature     posterior variance
-    ivon        N (h - h_t)                1 / (lambda (h + delta))
+    ivon        N (h - h_t) / (1 - b^t)    1 / (lambda (h + delta))
     vogn        N s                        tau / (rho N (s + delta~ + gamma))
-    soba        s - s_t                    1 / s
+    soba        (s - s_t) / (1 - b^t)      1 / s
     adam, rmsprop   N sqrt(v)              1 / (N sqrt(v) + delta)
     bsam        -                          1 / (N s), N times `augmentation`
     lie         -                          sigma0^2;  sigma0^2 A^2;  (2 - pi / 2) (g+^2 + g-^2)
@@ -12,7 +12,8 @@ h, s: curvature per example (for SOBA, summed); v: the raw mean of squared gradi
 place of the curvature in these rules (Nickl et al. 2023, "The memory-perturbation equation", NeurIPS). delta is the
 prior precision, or the weight decay where the module of the rule defines it so. h_t and s_t are h and s after t steps
 without a gradient: what is left of the initial value, which for SOBA tends to delta. It does not come from data and so
-is not part of a likelihood's curvature; the rows of future classes have nothing else.
+is not part of a likelihood's curvature; the rows of future classes have nothing else. With b the decay of the average,
+t steps have the weight 1 - b^t in it, by which the rest is divided: it is then a mean over the steps.
 """
 
 from __future__ import annotations
@@ -55,13 +56,19 @@ def curvature(config: OptimConfig, kept: Tensor, *, num_train: int, steps: int) 
     """Return the likelihood's curvature from the state `curvature_key` after `steps`; below 0 where noise dominates."""
     match config:
         case IvonOptim():
-            return (kept - _unlearned_ivon(config, steps)) * num_train
+            learned = _learned(1 - config.curvature_decay, steps)
+            return (kept - _unlearned_ivon(config, steps)) * (num_train / learned)
         case VognOptim():
             return kept * num_train
         case SobaOptim():
-            return kept - _unlearned_soba(config, num_train, steps)
+            return (kept - _unlearned_soba(config, num_train, steps)) / _learned(config.curvature_rate, steps)
         case _:
             return kept.sqrt() * num_train
+
+
+def _learned(rate: float, steps: int) -> float:
+    """Return the weight that all steps together have in an average which forgets with this rate."""
+    return -math.expm1(steps * math.log1p(-rate)) if 0 < rate < 1 and steps > 0 else 1.0
 
 
 def _unlearned_ivon(config: IvonOptim, steps: int) -> float:

@@ -9,7 +9,8 @@ sum_i CE(y_i, f_w(x_i)) + delta/2 |w|^2,
     sum_i J_i' (p_i - y_i) + delta w  =  sum_i J_i' (p_i - p*_i) + delta (w - w*)
 
 for all w if J does not depend on w: so soft labels of all examples and pull = delta around a = w* reconstruct the
-gradient of the past exactly. Changing the prior to delta' makes precision = delta', while pull = delta stays.
+gradient of the past exactly. True labels leave less to the pull (train/normal.py). Changing the prior to delta' makes
+precision = delta', while the pull stays.
 
 Source: Khan and Swaroop 2021, "Knowledge-adaptation priors", NeurIPS, sections 3 and 4.
 
@@ -51,15 +52,18 @@ class NormalPrior:
     anchor: Leaves | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, anchor: Leaves | None) -> NormalPrior | None:
-        """Build it from a configuration and the weights of the newest old model; None if it would be 0."""
+    def of(cls, config: RunConfig, anchor: Leaves | None, *, labelled: float = 0.0) -> NormalPrior | None:
+        """Build it from a configuration and the weights of the newest old model; None if it would be 0.
+
+        labelled: share of the past that memory represents by true labels, which leaves less to the pull
+        """
         normal, adapt = config.prior.normal, config.adapt
         precision = adapt.precision if isinstance(adapt, NewPrecision) else normal.precision
         if anchor is None or config.train.data == "seen" or config.train.restart:
             return cls(precision) if precision > 0 else None
-        pull = normal.weight * normal.precision
-        precision = precision if isinstance(adapt, NewPrecision) else pull
-        return cls(precision, pull, anchor) if precision > 0 or pull > 0 else None
+        around = normal.weight * normal.precision
+        precision = precision if isinstance(adapt, NewPrecision) else around
+        return cls(precision, around * (1 - labelled), anchor) if precision > 0 or around > 0 else None
 
     def force(self, weights: Tensor, anchor: Tensor | None) -> Tensor:
         """Return dR/dw of a parameter, given its weights and their anchor."""

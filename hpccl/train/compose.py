@@ -272,10 +272,10 @@ class Composer:
         target, head = distilled.targets(logits[applies])
         counted = rows.weight[: len(slot)]  # of an image's first row, before it is divided between labels and old heads
         weight = (distilled.weight * counted[applies]).repeat_interleave(len(distilled.heads))
-        by_label = torch.where(applies, distilled.labels, 1.0)[rows.image]
         image = applies.nonzero().squeeze(1).repeat_interleave(len(distilled.heads))
         temperature, kind = distilled.config.temperature, distilled.kind
-        return replace(rows, weight=rows.weight * by_label).appended(
+        # Memory's labels count as new images' do, whether its images are distilled or not.
+        return replace(rows, weight=rows.weight * distilled.labels).appended(
             image, target, head, weight=weight, temperature=temperature, term=DISTILL, kind=kind
         )
 

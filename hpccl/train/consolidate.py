@@ -122,7 +122,8 @@ def _selected(task: Task, samples: Ints, memory: Memory, state: RunState, world:
     if drained:
         return _drained(admitted, world)
     left = admitted.shrunk(share)
-    return _drawn_anew(admitted, left, world) if getattr(config.memory.selector, "sampled", False) else left
+    sampled = getattr(config.memory.selector, "sampled", False)
+    return _drawn_anew(admitted, left, world) if sampled and not config.prior.stands_alone else left
 
 
 def _drawn_anew(before: Memory, left: Memory, world: World) -> Memory:

@@ -38,7 +38,7 @@ class Distilled:
     heads:    [H, C] bool, the classes of each old head, or of all of them together
     kind:     loss of the distilled rows, CROSS_ENTROPY or SIGMOID
     weight:   lambda of a row, including T^2
-    labels:   factor on the weights of all other rows of a distilled image
+    labels:   factor on the weights of all other rows
     recorded: [n, K] logits of the old classes in ascending order, of the evaluation view, by position in the task's
         samples followed by the memory's slots; None: the teacher runs in every step
     """

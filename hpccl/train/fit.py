@@ -19,13 +19,13 @@ from hpccl.curvature.online import watch_squares
 from hpccl.data.order import BatchPlan, mix
 from hpccl.data.protocols import Task
 from hpccl.data.rows import Request, Rows
-from hpccl.prior.normal import NormalPrior
 from hpccl.train.compose import Composer, MicroBatch, split
 from hpccl.train.distill import Distilled, record
 from hpccl.train.diverged import Failure, diagnose
 from hpccl.train.functional import Recalled, recalled, rows_memory
 from hpccl.train.hold import hold, last_name
 from hpccl.train.meter import Meter
+from hpccl.train.normal import normal_prior
 from hpccl.train.plan import head_steps, plan_task
 from hpccl.train.state import RunState, World
 from hpccl.train.step import train_step
@@ -64,7 +64,7 @@ def fit(task: Task, state: RunState, world: World) -> bool:
     )
     if distilled is not None and distilled.config.view == "recorded":
         composer = _recorded(task, composer, distilled, state, world)
-    detach = _attach(state, world, plan)
+    detach = _attach(task, state, world, plan)
     world.progress.begin(task.name, "fit", plan.num_steps, first)
     try:
         with world.phase(task, "fit", part=first) as phase:
@@ -200,10 +200,10 @@ def _recorded(task: Task, composer: Composer, distilled: Distilled, state: RunSt
     return replace(composer, distilled=replace(distilled, recorded=found))
 
 
-def _attach(state: RunState, world: World, plan: BatchPlan) -> Callable[[], None]:
+def _attach(task: Task, state: RunState, world: World, plan: BatchPlan) -> Callable[[], None]:
     """Attach the priors on weights and what else hooks into the engine; the returned function detaches them."""
     engine, quadratic = state.engine, state.prior.quadratic
-    normal = NormalPrior.of(world.config, state.prior.anchor)
+    normal = normal_prior(task, state.prior, world)
     with contextlib.ExitStack() as stack:
         for part in (normal, quadratic):
             if part is not None:

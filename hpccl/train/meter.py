@@ -13,6 +13,7 @@ from hpccl.data.protocols import Task
 from hpccl.prior.normal import NormalPrior
 from hpccl.prior.quadratic import Quadratic
 from hpccl.report.progress import Reading
+from hpccl.train.normal import normal_prior
 from hpccl.train.state import RunState, World
 from hpccl.train.step import TERM_NAMES, StepStats
 
@@ -47,7 +48,7 @@ class Meter:
         self.steps, self.images, self.since = 0, 0, time.perf_counter()
 
     def _write(self, done: int, stats: StepStats) -> None:
-        prior, normal = self.state.prior, NormalPrior.of(self.world.config, self.state.prior.anchor)
+        prior, normal = self.state.prior, normal_prior(self.task, self.state.prior, self.world)
         of_weights = [self._value(prior.quadratic), self._value(normal)]
         terms = torch.cat([self.terms / self.steps, self.terms.new_tensor(of_weights)])
         self.world.comm.sum_([terms])

@@ -14,11 +14,11 @@ from hpccl.data.protocols import Task
 from hpccl.dist.spread import aligned
 from hpccl.engine.sharded import is_spread, parameters_of
 from hpccl.memory.store import Memory
-from hpccl.prior.normal import NormalPrior
 from hpccl.prior.prior import Prior
 from hpccl.prior.reconstruct import Losses, compare_gradients, local_parts, summed_gradients
 from hpccl.train.compose import Composer
 from hpccl.train.loss import row_loss
+from hpccl.train.normal import normal_prior
 from hpccl.train.passes import shared_images
 from hpccl.train.state import RunState, World
 
@@ -73,7 +73,7 @@ def prior_gradients(task: Task, prior: Prior, state: RunState, world: World) -> 
     if prior.quadratic is not None:
         quadratic = local_parts(prior.quadratic.force(weights, world.comm))
     terms = {"soft": soft, "replay": replay, "quadratic": quadratic}
-    normal = NormalPrior.of(world.config, prior.anchor)
+    normal = normal_prior(task, prior, world)
     if normal is not None and prior.anchor is not None:
         # An engine's saved weights may be sharded differently from the network of this pass.
         anchors = {name: aligned(prior.anchor[name], weights[name], world.comm) for name in soft}

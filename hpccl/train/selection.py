@@ -69,7 +69,9 @@ def chosen(task: Task, given: Candidates, state: RunState, world: World) -> Choi
             return _in_order_of_arrival(admitted_greedily(world.config, world.stream, task, np.zeros(0, np.int64)))
         case ScoreSelector() | PosteriorSelector():
             score, sample = _collected(_scored(config, task, given, state, world))
-            return scored(score, sample, given, world.comm, sampled=config.sampled)
+            choice = scored(score, sample, given, world.comm, sampled=config.sampled)
+            # Memory would stand for its task, whose other examples are in the quadratic.
+            return replace(choice, weight=np.ones(len(choice.weight))) if world.config.prior.stands_alone else choice
         case FeatureSelector():
             return _by_features(config, task, given, state, world)
         case ReconstructionSelector():
@@ -273,6 +275,6 @@ def _reconstruction(
     choice = by_class(gradients, seen.sample, seen.valid, given=given, comm=comm, pick=pick)
     if config.weights == "equal":
         return replace(choice, weight=np.ones(len(choice.weight)))
-    # With a quadratic an example stands for itself, whatever the size of the memory, unless the prior scales it up.
-    alone = weight > 0 and not prior.scale_to_task
-    return replace(choice, weight=choice.weight * len(given.samples) / max(given.keep, 1)) if alone else choice
+    # As it may stand alone, whatever the size of the memory.
+    scale = len(given.samples) / max(given.keep, 1) if world.config.prior.stands_alone else 1.0
+    return replace(choice, weight=choice.weight * scale)

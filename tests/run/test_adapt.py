@@ -610,7 +610,7 @@ def test_all_of_another_network_learns(tmp_path: Path) -> None:
     for config in both(tmp_path, tmp_path / "out", MODEL, "model.hidden=[4]"):
         assert (config.train.frozen, config.train.norms) == ((), "batch")
         assert (config.prior.quadratic.weight, config.prior.quadratic.decay) == (0, 1)
-    kept, _ = both(tmp_path, tmp_path / "out", REMOVE)
+    kept, _ = both(tmp_path, tmp_path / "out", PRECISION, "optim.weight_decay=0")
     assert (kept.train.frozen, kept.train.norms) == (("features",), "running")
     assert kept.prior.quadratic.decay == 0.9
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hpccl.config.adaptation import AddData, AnyAdaptation, NewModel, RemoveData
 from hpccl.config.clash import Clash
+from hpccl.config.curvature import MasCurvature, SiCurvature
 from hpccl.config.prior import PriorConfig
 from hpccl.config.rules.common import differs
 from hpccl.config.stream import BlurryScenario, PermutedScenario, RotatedScenario
@@ -21,6 +22,16 @@ def _removed(config: RunConfig) -> Iterator[Clash]:
     if isinstance(config.adapt, RemoveData) and config.prior.mixes:
         problem = "gives examples both labels, of which removing subtracts only one; adapt a run with share_of=examples"
         yield Clash(("prior.share_of", "adapt.kind"), problem)
+    quadratic = config.prior.quadratic
+    if not isinstance(config.adapt, RemoveData) or config.adapt.retrain or quadratic.weight == 0:
+        return
+    problem = "what is removed is in it at its theoretical weight, and is taken out at that; adapt a run with 1"
+    for name in ("weight", "decay"):
+        if getattr(quadratic, name) != 1:
+            yield Clash((f"prior.quadratic.{name}", "adapt.kind"), problem)
+    if isinstance(config.curvature, (MasCurvature, SiCurvature)):
+        problem = "is an importance of weights, from which no example can be taken out; adapt a run of another kind"
+        yield Clash(("curvature.kind", "adapt.kind"), problem)
 
 
 def _adapted(config: RunConfig) -> Iterator[Clash]:

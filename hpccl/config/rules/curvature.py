@@ -40,6 +40,12 @@ def _learned_curvature(config: RunConfig) -> Iterator[Clash]:
             f"{', '.join(LEARNING_SQUARES)}; or curvature.kind=diagonal"
         )
         yield Clash(("curvature.kind", "optim.name" if timm else "optim.kind"), problem)
+    if isinstance(optim, TimmOptim) and config.train.clip_norm is not None:
+        problem = "this optimiser learns its curvature from clipped gradients; leave it null"
+        yield Clash(("train.clip_norm", "curvature.kind"), f"{problem}, or use curvature.kind=diagonal")
+    if isinstance(optim, TimmOptim) and optim.name.lower() != "adamw" and optim.weight_decay > 0:
+        problem = "is a part of the gradients whose squares this optimiser averages; set it to 0, or use adamw"
+        yield Clash(("optim.weight_decay", "curvature.kind"), problem)
     if config.train.first_task_from is not None:
         problem = "the optimiser that learned the first task's curvature is in another run; use curvature.kind=diagonal"
         yield Clash(("train.first_task_from", "curvature.kind"), problem)

@@ -79,6 +79,12 @@ def _normal(config: RunConfig) -> Iterator[Clash]:
     if isinstance(config.adapt, NewPrecision) and normal.weight != 1:
         problem = "would remove only a part of the old prior before the new one is added; set it to 1"
         yield Clash(("prior.normal.weight", "adapt.kind"), problem)
+    if config.memory.kept and config.prior.some_soft and isinstance(config.adapt, NoAdaptation):
+        because = f"the pull of {key} is to the newest old weights"
+        if config.memory.labels == "kept":
+            yield Clash(("memory.labels", key), f"{because}, so soft labels must be theirs; set it to renewed")
+        if config.prior.loss == "squared":
+            yield Clash(("prior.loss", key), f"{because}, as follows from cross-entropy; set it to cross_entropy")
 
 
 _OF_SOFTMAX = (ScoreSelector, PosteriorSelector, ReconstructionSelector)
@@ -209,6 +215,11 @@ def _sigmoids(config: RunConfig) -> Iterator[Clash]:
         yield Clash(
             ("train.label_smoothing", "train.loss"), f"spreads a label over a softmax, but {because}; set it to 0"
         )
+    if prior.correct.share > 0:
+        problem = (
+            f"is fitted to differences of logits, but {because}, and sigmoids change with all of them; set it to 0"
+        )
+        yield Clash(("prior.correct.share", "train.loss"), problem)
     if prior.distill.weight > 0:
         if train.head == "own":
             problem = "distillation sets the targets of all old classes for every image; set train.head=seen"
@@ -316,10 +327,11 @@ def _competing(config: RunConfig) -> Iterator[Clash]:
     elif train.data != "task":
         problem = "distinguishes a task's own images from those of the past; leave it seen, or set train.data=task"
         yield Clash(("train.competing", "train.data"), problem)
-    measured = config.prior.quadratic.weight > 0 and not isinstance(config.curvature, SiCurvature | OptimizerCurvature)
+    measured = config.measures_curvature and not isinstance(config.curvature, SiCurvature | OptimizerCurvature)
     if train.competing == "task" and measured:
         problem = "trains a task among its own classes, but curvature is measured among all seen; leave it seen"
-        yield Clash(("train.competing", "prior.quadratic.weight"), problem)
+        used = "quadratic" if config.prior.quadratic.weight > 0 else "fromp"
+        yield Clash(("train.competing", f"prior.{used}.weight"), problem)
     if train.loss == "sigmoid":
         yield Clash(("train.competing", "train.loss"), "is about a softmax, but there is none; leave it seen")
 
@@ -364,10 +376,28 @@ def _topology(config: RunConfig) -> Iterator[Clash]:
         )
 
 
+def _of_one_size(config: RunConfig) -> Iterator[Clash]:
+    """Clashes of what is fitted to evaluation views of training images, and then applied to test images."""
+    if config.data.test_size in (None, config.data.image_size):
+        return
+    for key, used in (
+        ("prior.correct.share", config.prior.correct.share > 0),
+        ("evaluate.classifier", config.evaluate.classifier != "head"),
+    ):
+        if used:
+            problem = "is fitted to images of data.image_size, but tests have another size; leave data.test_size out"
+            yield Clash((key, "data.test_size"), problem)
+
+
 def _tested(config: RunConfig) -> Iterator[Clash]:
     if config.evaluate.classifier == "nearest_mean" and not config.memory.kept:
         problem = "class means are those of memory's examples; set memory.size or memory.total"
         yield Clash(("evaluate.classifier", "memory.size"), problem)
+    of_memory = config.evaluate.classifier == "nearest_mean" and config.evaluate.means == "memory"
+    memory = config.memory
+    if of_memory and memory.kept and not memory.balanced and not isinstance(memory.selector, GreedySelector):
+        problem = "may keep no example of a class, which would have no mean; set it to true, or evaluate.means=data"
+        yield Clash(("memory.balanced", "evaluate.classifier"), problem)
     if config.evaluate.classifier != "nearest_mean" and config.evaluate.means != "memory":
         problem = "applies to evaluate.classifier=nearest_mean only; set that, or leave it memory"
         yield Clash(("evaluate.means", "evaluate.classifier"), problem)
@@ -390,5 +420,6 @@ RULES = (
     _frozen,
     _competing,
     _topology,
+    _of_one_size,
     _tested,
 )

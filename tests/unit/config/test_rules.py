@@ -25,6 +25,8 @@ PICTURES = (
 BIC = ("train.head=seen", "memory.total=100", "prior.replay=1", "prior.correct.share=0.1")
 FROMP = ("prior.fromp.weight=1", MEMORY)
 ADAPT = ("adapt={kind: precision, precision: 2.0, source: runs/a, task: 0}", MEMORY)
+REMOVE = ("adapt={kind: remove, names: [a], source: runs/a, task: 0}", MEMORY)
+RAW = ("curvature.kind=optimizer", "prior.quadratic.weight=1")
 ADDED = ("adapt={kind: add, data: [shards/more], source: runs/a, task: 0}", MEMORY)
 STUDENT = ("adapt={kind: model, source: runs/a, task: 0}", MEMORY)
 MAS = ("curvature.kind=mas", "prior.quadratic.weight=1")
@@ -107,6 +109,18 @@ DOMAINS = "stream.scenario.kind=domains"
         ([*FROMP, "log.reconstruction=0.5"], "log.reconstruction"),
         ([*FROMP, "prior.fromp.kernel=identity", "prior.fromp.jitter=0.1"], "prior.fromp.jitter"),
         ([*FROMP, "memory.labels=kept"], "memory.labels"),
+        (["prior.normal.precision=1", "optim.weight_decay=0", MEMORY, "memory.labels=kept"], "memory.labels"),
+        (["prior.normal.precision=1", "optim.weight_decay=0", MEMORY, "prior.loss=squared"], "prior.loss"),
+        ([*FROMP, "train.head=seen", "train.competing=task"], "train.competing"),
+        ([*BIC, "train.loss=sigmoid"], "prior.correct.share"),
+        ([*REMOVE, "prior.quadratic.weight=0.5"], "prior.quadratic.weight"),
+        ([*REMOVE, "prior.quadratic={weight: 1.0, decay: 0.9}"], "prior.quadratic.decay"),
+        ([*REMOVE, *MAS], "curvature.kind"),
+        ([*RAW, "train.clip_norm=1"], "train.clip_norm"),
+        ([*RAW, "optim.name=adam", "optim.weight_decay=0.1"], "optim.weight_decay"),
+        ([MEMORY, "evaluate.classifier=nearest_mean", "memory.balanced=false"], "memory.balanced"),
+        ([*LARGE, *BIC, "data.test_size=96"], "prior.correct.share"),
+        ([*LARGE, MEMORY, "evaluate.classifier=nearest_mean", "data.test_size=96"], "evaluate.classifier"),
         ([*FROMP, "curvature.kind=mas"], "curvature.kind"),
         ([ADAPT[0], "train.data=seen"], "train.data"),
         ([*ADAPT, "prior.normal={precision: 1.0, weight: 0.5}"], "prior.normal.weight"),

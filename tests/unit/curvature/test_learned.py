@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hpccl.checkpoint.store import Mark, load, open_shards
+from hpccl.config.optim import IvonOptim
 from hpccl.curvature.diagonal import Diagonal
 from hpccl.curvature.learned import learned_diagonal
 from hpccl.dist.comm import Comm
@@ -116,15 +117,43 @@ def test_units_and_what_is_taken_off() -> None:
 
     ivon = {"kind": "ivon", "initial_curvature": 0.2, "curvature_decay": 0.5, "weight_decay": 0.3}
     left = 0.2 - 0.5 * 0.2 + (0.5 * 0.2) ** 2 / (2 * 0.5)  # after a step without a gradient
-    assert of(ivon, num_train=100, steps=1) == [50.0 - 100 * left, 0.0]
+    assert of(ivon, num_train=100, steps=1) == [(50.0 - 100 * left) / 0.5, 0.0]  # a step weighs half
     assert of(ivon, num_train=100, steps=10**5) == [50.0, 10.0]
     assert of(ivon, steps=10**5, **quadratic) == [50.0 - 2 * 3.5, 0.0]
     assert of({"kind": "vogn"}, steps=1, **quadratic) == [50.0, 10.0]
     soba = {"kind": "soba", "prior_precision": 0.2, "initial_curvature": 0.004, "curvature_rate": 0.5}
     u = 0.5 * (0.2 / 0.4 - 1)
-    assert of(soba, num_train=100, steps=1) == [0.5 - 0.4 * (1 + u + u**2 / 2), 0.0]
+    assert of(soba, num_train=100, steps=1) == [(0.5 - 0.4 * (1 + u + u**2 / 2)) / 0.5, 0.0]
     assert of(soba, num_train=100, steps=10**4) == [0.3, 0.0]
     assert of({"name": "adamw"}, steps=1, **quadratic) == [100 * 0.5**0.5, 100 * 0.1**0.5]
+
+
+@pytest.mark.parametrize("steps", [50, 2000])
+def test_tasks_that_are_short_beside_the_average_add_up(steps: int) -> None:
+    """IVON's rule with its default decay and a Hessian of 1: that of the task and, later, of the quadratic, too."""
+    optim = IvonOptim(kind="ivon")
+    total = 0.0
+    for _ in range(3):
+        h, rate = optim.initial_curvature, 1 - optim.curvature_decay
+        for _ in range(steps):
+            found = 1.0 + total / 100  # per example
+            h += rate * (found - h) + (rate * (found - h)) ** 2 / (2 * (h + optim.weight_decay))
+        engine: Any = Kept(steps, h)
+        past = None if total == 0 else Diagonal({"w": torch.tensor([total])}, 100)
+        task = learned_diagonal(engine, optim, Comm.solo(), num_train=100, past=past, weight=1.0)
+        assert float(task.values["w"]) == pytest.approx(100.0, rel=0.01)
+        total += float(task.values["w"])
+
+
+@dataclass
+class Kept:
+    """An engine whose optimiser has learned one curvature, in more digits than fp32 has."""
+
+    steps_taken: int
+    curvature: float
+
+    def moments(self, names: dict[str, str]) -> dict[str, dict[str, Tensor]]:
+        return {answer: {"w": torch.tensor([self.curvature], dtype=torch.float64)} for answer in names.values()}
 
 
 @pytest.mark.parametrize("kind", ["ivon", "soba", "adamw"])
