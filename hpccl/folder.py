@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import os
 import shutil
@@ -19,6 +20,7 @@ __all__ = [
     "expanded",
     "explain_os_error",
     "locked",
+    "may_pass",
     "put_in_place",
     "refuse_unwritable",
     "replacing",
@@ -188,6 +190,27 @@ def explain_os_error(error: OSError, *, other: str = "another folder") -> str:
         36: f"a file name has at most 255 bytes: choose {other}",
     }.get(error.errno or 0, "check the path and run the same command again")
     return f"{error.strerror or error} ({advice})"
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether another attempt may succeed: servers of shared file systems answer so while they fail over."""
+    return error.errno in _PASSING
+
+
+_PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EREMOTEIO,
+}
 
 
 @contextlib.contextmanager

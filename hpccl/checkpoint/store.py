@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 
 from hpccl.checkpoint.tree import has_slabs, read_header, read_tree, write_slabs, write_tree
 from hpccl.dist.comm import Comm
-from hpccl.errors import CheckpointError, FolderError, WorldError
-from hpccl.folder import explain_os_error, put_in_place, sync
+from hpccl.errors import CheckpointError, FolderError, HpcclError, WorldError
+from hpccl.folder import explain_os_error, may_pass, put_in_place, sync
 
 __all__ = [
     "FORMAT",
@@ -224,7 +224,7 @@ class Writing:
 
         Raises:
             FolderError: it cannot be written; earlier checkpoints are untouched.
-            WorldError: another rank could not write.
+            WorldError: another rank could not write, or the file system does not answer.
         """
         if self.thread is not None:
             self.thread.join()
@@ -236,10 +236,12 @@ class Writing:
                 sync(self.beside)
                 put_in_place(self.beside, self.final)  # replaces the one that an earlier, killed start wrote here
                 sync(self.checkpoints)
-                _prune(self.checkpoints, self.keep)
         self.shard.moved(self.content.source, self.final, self.header[_OF])
         written = torch.tensor([self.num_bytes], device=self.comm.device)
         self.comm.sum_([written])
+        if self.comm.leader:  # last, as the others need not wait for it
+            with contextlib.suppress(OSError, HpcclError):  # nor does a failure stop the run
+                _prune(self.checkpoints, self.keep)
         return Saved(int(written), time.perf_counter() - self.start)
 
     def _write(self) -> None:
@@ -280,7 +282,8 @@ def _together(comm: Comm, beside: Path, final: Path) -> Iterator[None]:
         )
     if not isinstance(failure, OSError):
         raise failure
-    raise FolderError(
+    kind = WorldError if may_pass(failure) else FolderError
+    raise kind(
         f"checkpoint '{final}' cannot be written: {explain_os_error(failure)}; the checkpoints before it are untouched"
     ) from failure
 

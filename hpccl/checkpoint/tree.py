@@ -159,9 +159,9 @@ class _Spread:
         pieces: dict[str, list[_Piece]] = {}
         for stem in stems:
             content = json.loads((folder / f"{stem}.json").read_text())
-            sums = content.get(_SUMS, {})
+            sums, path = content.get(_SUMS, {}), folder / f"{stem}.safetensors"
             for name, start in content["tree"].items():
-                pieces.setdefault(name, []).append((start, folder / f"{stem}.safetensors", sums.get(name)))
+                pieces.setdefault(name, []).append((start, path, sums.get(name)))
         return cls({name: sorted(found, key=lambda piece: piece[:2]) for name, found in pieces.items()})
 
     def stored(self, name: str, shape: list[int], dtype: str) -> _StoredTensor:

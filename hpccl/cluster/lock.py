@@ -21,7 +21,8 @@ __all__ = ["Holder", "holder", "holding"]
 def holding(folder: RunFolder, *, patience: float = 15.0) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when this process ends, however it ends.
 
-    A run that was just killed may need a moment to end, so wait up to `patience` seconds.
+    A run that was just killed may need a moment to end, so wait up to `patience` seconds. On shared file systems, the
+    lock of a machine that has crashed ends with its lease only.
 
     Raises:
         FolderError: another process trains in this folder, or it cannot be written.
@@ -38,7 +39,7 @@ def holding(folder: RunFolder, *, patience: float = 15.0) -> Iterator[None]:
                 holder = os.pread(handle, 100, 0).decode(errors="replace").strip() or "another process"
                 raise FolderError(
                     f"{holder} is training in run folder '{folder.path}'; wait for it, stop it, or use another folder "
-                    "(folder=..., or --out of hpccl adapt)"
+                    f"(folder=..., or --out of hpccl adapt). If its machine has crashed, delete '{path}'"
                 )
             time.sleep(0.1)
         try:

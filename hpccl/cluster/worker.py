@@ -28,7 +28,7 @@ from hpccl.config.load import load_recorded
 from hpccl.config.run import RunConfig
 from hpccl.errors import HpcclError
 from hpccl.folder import RunFolder
-from hpccl.machine import variable
+from hpccl.machine import slurm_job, variable
 from hpccl.output import flush, say
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[
     if threads > 0:
         torch.set_num_threads(threads)
     leader = os.environ.get("RANK", "0") == "0"
-    with holding(RunFolder(Path(config.path))) if leader else contextlib.nullcontext():
+    patience = _LEASE if slurm_job() else 15.0
+    with holding(RunFolder(Path(config.path)), patience=patience) if leader else contextlib.nullcontext():
         comm = join(config.engine.device, timeout=timedelta(seconds=config.cluster.timeout))
         try:
             refuse_any_other(config)  # the leader holds the lock, so all ranks find the same
@@ -152,6 +153,7 @@ def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> Non
         os.kill(os.getpid(), number)
 
 
+_LEASE = 180.0  # seconds after which servers of shared file systems drop the locks of a client that has crashed
 _LONGEST = 8000  # characters of an error; a pipe holds more than that, encoded
 
 

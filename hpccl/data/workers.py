@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hpccl.errors import DataError
+from hpccl.errors import DataError, WorldError
 
 __all__ = ["in_workers"]
 
@@ -49,7 +49,8 @@ def in_workers(
     Arrays in the items should be numpy arrays, which are handed over without pickling their data.
 
     Raises:
-        DataError: a worker died, or did not answer for `timeout` seconds (None: wait for ever).
+        DataError: a worker died.
+        WorldError: it did not answer for `timeout` seconds (None: wait for ever).
         RuntimeError: `make` raised an exception, whose traceback is in the message.
     """
     return _received(_Crew.start(make, workers, timeout), iter(keys))
@@ -77,7 +78,7 @@ class _Worker:
         try:
             self.channel.send(key)
         except TimeoutError as error:
-            raise DataError(self._silence(crew)) from error
+            raise WorldError(self._silence(crew)) from error
         except OSError as error:
             raise DataError(self._obituary(crew)) from error
 
@@ -85,7 +86,7 @@ class _Worker:
         try:
             item = self.channel.receive()
         except TimeoutError as error:
-            raise DataError(self._silence(crew)) from error
+            raise WorldError(self._silence(crew)) from error
         except (OSError, EOFError) as error:
             raise DataError(self._obituary(crew)) from error
         if isinstance(item, _Failure):

@@ -61,16 +61,20 @@ class Comm:
         """Concatenate along the first dimension in rank order; lengths may differ between ranks."""
         if self.size == 1:
             return tensor
-        length = torch.tensor([tensor.shape[0]], device=self.device)
-        lengths = [torch.zeros_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length)
-        counts: list[int] = torch.cat(lengths).tolist()
-        padded = tensor.new_zeros((max(counts), *tensor.shape[1:]), device=self.device)
-        padded[: tensor.shape[0]] = tensor
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
-        whole = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-        return whole.to(tensor.device)
+        lengths = torch.empty(self.size, dtype=torch.int64, device=self.device)
+        dist.all_gather_into_tensor(lengths, torch.tensor([tensor.shape[0]], device=self.device))
+        counts: list[int] = lengths.tolist()
+        most = max(counts)
+        if most == 0:
+            return tensor
+        sent = tensor.to(self.device).contiguous()
+        if len(sent) < most:
+            sent = torch.cat([sent, sent.new_zeros((most - len(sent), *sent.shape[1:]))])
+        found = sent.new_empty((self.size * most, *sent.shape[1:]))
+        dist.all_gather_into_tensor(found, sent)
+        if min(counts) < most:
+            found = torch.cat([found[rank * most : rank * most + count] for rank, count in enumerate(counts)])
+        return found.to(tensor.device)
 
     def exchange(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
         """Send rows to other ranks and return the received ones, in rank order.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import TypeAlias
@@ -137,16 +138,21 @@ def _run_steps(
 def _batches(plan: BatchPlan, composer: Composer, world: World, first: int) -> Batches:
     """Yield this rank's parts of each step and their rows; images are prefetched."""
     accumulate = world.config.train.accumulate
+    asked: deque[list[MicroBatch]] = deque()  # in another thread, some steps ahead
 
     def requests() -> Iterator[Request]:
         for step in range(first, plan.num_steps):
-            for part in split(plan.batch(step), world.comm, accumulate=accumulate, anchors=composer.num_anchors):
+            parts = split(plan.batch(step), world.comm, accumulate=accumulate, anchors=composer.num_anchors)
+            asked.append(parts)
+            for part in parts:
                 yield composer.request(part)
 
     with contextlib.closing(world.stream.load(requests(), device=world.comm.device)) as images:
-        for step in range(first, plan.num_steps):
-            parts = split(plan.batch(step), world.comm, accumulate=accumulate, anchors=composer.num_anchors)
-            yield parts, [composer.rows(part, next(images)) for part in parts]
+        for _ in range(first, plan.num_steps):
+            following = next(images)  # only then its step is known to be asked for
+            parts = asked.popleft()
+            rows = [composer.rows(parts[0], following)]
+            yield parts, rows + [composer.rows(part, next(images)) for part in parts[1:]]
 
 
 def _recalled(task: Task, plan: BatchPlan, state: RunState, world: World) -> Generator[Recalled | None, None, None]:

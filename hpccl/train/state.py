@@ -100,7 +100,8 @@ class World:
         config, start = self.config.checkpoint, time.perf_counter()
         tree = {**state.state_dict(), "data": self.stream.fingerprint}
         source = state.prior.precision
-        content = Content(_copied(tree) if config.background else tree, source, state.prior.curvature_shard)
+        copied = _copied(tree, whole=self.comm.leader) if config.background else tree
+        content = Content(copied, source, state.prior.curvature_shard)
         state.writing = Writing.begin(
             self.folder.checkpoints,
             mark,
@@ -149,12 +150,15 @@ class World:
         write("phase")
 
 
-def _copied(node: Any) -> Any:
-    """Copy the tensors of a nested structure to host memory, as training goes on while they are written."""
+def _copied(node: Any, *, whole: bool) -> Any:
+    """Copy what this rank writes of a nested structure to host memory, as training goes on while it is written.
+
+    whole: whether it writes the tensors that are whole on every rank; else they stay as they are
+    """
     if isinstance(node, Tensor):
-        return node.detach().to("cpu", copy=True)
+        return node.detach().to("cpu", copy=True) if whole else node
     if isinstance(node, Slab):
         return replace(node, local=node.local.detach().to("cpu", copy=True))
     if isinstance(node, dict):
-        return {key: _copied(value) for key, value in node.items()}
-    return [_copied(value) for value in node] if isinstance(node, (list, tuple)) else node
+        return {key: _copied(value, whole=whole) for key, value in node.items()}
+    return [_copied(value, whole=whole) for value in node] if isinstance(node, (list, tuple)) else node

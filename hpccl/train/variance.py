@@ -69,7 +69,8 @@ def logit_variances(
     precision = estimator.estimate(network, TaskPass(task, samples, world), comm)
     weights = {name: value.detach() for name, value in (*network.named_parameters(), *network.named_buffers())}
     posterior = Posterior.of(precision, weights, prior_precision=prior_precision, comm=comm)
-    for seen in shared_images(samples, world, size=min(world.stream_batch, _TOGETHER)):
+    size = max(1, min(world.stream_batch, _TOGETHER // comm.size))
+    for seen in shared_images(samples, world, size=size):
         number = len(seen.sample)
         counts = comm.gather(torch.tensor([number])).tolist()
         first = sum(counts[: comm.rank])

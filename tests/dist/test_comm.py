@@ -21,6 +21,8 @@ def collectives(comm: Comm) -> Result:
         "gathered": comm.gather(mine),
         "rows": comm.gather(mine[:, None].expand(-1, 2)),
         "nothing": comm.gather(torch.zeros(0, 3)),
+        "equally many": comm.gather(torch.tensor([comm.rank, -1])),
+        "flags": comm.gather(torch.tensor([comm.rank == 0] * (1 + comm.rank))),
         "sum": several[0],
         "ranks": several[1],
         "integers": several[2],
@@ -38,6 +40,8 @@ def test_collectives(size: int, tmp_path: Path) -> None:
         assert torch.equal(found["gathered"], torch.arange(10.0))
         assert torch.equal(found["rows"], torch.arange(10.0)[:, None].expand(-1, 2))
         assert found["nothing"].shape == (0, 3)
+        assert found["equally many"].tolist() == [number for rank in range(size) for number in (rank, -1)]
+        assert found["flags"].tolist() == [rank == 0 for rank in range(size) for _ in range(1 + rank)]
         assert float(found["sum"]) == 45
         assert torch.equal(found["ranks"], torch.full((2, 2), float(sum(range(size)))))
         assert int(found["integers"]) == sum(range(1, size + 1))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import resource
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from hpccl.data.shards.manifest import INDEX, Index, Manifest, ShardEntry, refuse_absent, splits
 from hpccl.data.shards.remote import ShardCache, is_url
 from hpccl.errors import DataError
+from hpccl.folder import may_pass
 
 __all__ = ["Copies", "ShardSet", "close_files", "missing_files"]
 
@@ -24,6 +26,7 @@ Ints = npt.NDArray[np.int64]
 
 _SNATCHED = 5  # times a fetched shard may be deleted before it is opened
 _FILES = 4096  # open files that a process asks for, if it may have so many; half are for shards (ImageNet has 2000)
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before another attempt to read
 _FETCHED = 32  # fetched shards that a process keeps open: a deleted one takes up disk space until it is closed
 _CHUNK = 1 << 20  # bytes that are hashed at a time
 
@@ -270,21 +273,29 @@ class _Files:
         return self.cache.fetch(where, manifest.index_bytes, manifest.index_sha256).read_bytes()
 
     def read(self, number: int, offset: int, length: int) -> bytes:
-        """Read `length` bytes of file `number`.
+        """Read `length` bytes of file `number`; again after a pause where the error may pass.
 
         Raises:
             DataError: it cannot be read or ends too early.
         """
-        try:
-            descriptor = _opened(self, number)
-            data = os.pread(descriptor.number, length, offset)
-            while len(data) < length:
-                more = os.pread(descriptor.number, length - len(data), offset + len(data))
-                if not more:
-                    raise OSError(0, "the file ends too early")
-                data += more
-        except OSError as error:
-            raise self._unreadable(number, error) from error
+        for pause in (*_PAUSES, None):
+            try:
+                return self._read(number, offset, length)
+            except OSError as error:
+                if pause is None or not may_pass(error):
+                    raise self._unreadable(number, error) from error
+            close_files()  # a stale one stays so
+            time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _read(self, number: int, offset: int, length: int) -> bytes:
+        descriptor = _opened(self, number)
+        data = os.pread(descriptor.number, length, offset)
+        while len(data) < length:
+            more = os.pread(descriptor.number, length - len(data), offset + len(data))
+            if not more:
+                raise OSError(0, "the file ends too early")
+            data += more
         return data
 
     def check(self, number: int) -> None:

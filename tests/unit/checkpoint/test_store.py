@@ -12,7 +12,7 @@ import torch
 from hpccl.checkpoint import store
 from hpccl.checkpoint.store import Content, Mark, latest, load, open_shards, refuse_torn, save
 from hpccl.dist.spread import whole
-from hpccl.errors import CheckpointError, FolderError
+from hpccl.errors import CheckpointError, FolderError, WorldError
 
 TREE: dict[str, Any] = {"a": torch.arange(3), "b": {"c": [torch.ones(2, 2), None, 1.5], "d": "text"}, "e": {}}
 
@@ -137,6 +137,18 @@ def test_full_disk_leaves_the_older_ones(tmp_path: Path) -> None:
         save(Path("/dev/full"), Mark.at(0, "fit", 2), Content(TREE), keep=1)
     assert names(tmp_path) == ["task-000-fit-00000001"]
     assert os.strerror(errno.ENOSPC)
+
+
+def test_a_server_that_fails_over_is_no_reason_to_give_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WorldError: a job of SLURM is queued again."""
+
+    def stale(folder: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("hpccl.checkpoint.store.sync", stale)
+    with pytest.raises(WorldError, match=r"Stale file handle .*the checkpoints before it are untouched"):
+        save(tmp_path, Mark.at(0, "fit", 2), Content(TREE), keep=1)
+    assert names(tmp_path) == []
 
 
 def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:

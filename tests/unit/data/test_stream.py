@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -394,6 +395,36 @@ def test_a_shard_that_cannot_be_read_is_not_remembered(root: Path, tmp_path: Pat
     assert not [file for file in path.parent.iterdir() if file.suffix != ".lock"]
     shutil.copy(root / "small" / "train" / lost.name, lost)
     assert not kept().bad
+
+
+def test_a_server_that_fails_over_is_asked_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stale handle stays so: the file is opened anew. What will not pass is told at once."""
+    shards = ShardSet.open(root / "small", "train")
+    expected, usual, asked = shards.read(0), os.pread, [0]
+    slept: list[float] = []
+
+    def failing(number: int, length: int, offset: int) -> bytes:
+        asked[0] += 1
+        if asked[0] <= 3:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return usual(number, length, offset)
+
+    monkeypatch.setattr("os.pread", failing)
+    monkeypatch.setattr("time.sleep", slept.append)
+    assert shards.read(0) == expected
+    assert slept == [1.0, 2.0, 4.0]
+    asked[0] = -100
+    with pytest.raises(DataError, match=r"cannot be read \(Stale file handle\)"):
+        shards.read(0)
+    assert len(slept) == 3 + 5
+    monkeypatch.setattr("os.pread", denied)
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
+        shards.read(0)
+    assert len(slept) == 3 + 5
+
+
+def denied(number: int, length: int, offset: int) -> bytes:
+    raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @pytest.mark.parametrize("bad_images", ["stop", "skip"])

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from hpccl.data.workers import in_workers
-from hpccl.errors import DataError
+from hpccl.errors import DataError, WorldError
 from tests.dist.world import dismiss
 
 
@@ -73,7 +73,7 @@ def test_a_worker_that_stands_still_is_named() -> None:
     next(made)
     victim = workers()[0]
     os.kill(victim, signal.SIGSTOP)
-    with pytest.raises(DataError, match=rf"\(pid {victim}, one of 2\) did not answer for 1.5 s.*data.timeout"):
+    with pytest.raises(WorldError, match=rf"\(pid {victim}, one of 2\) did not answer for 1.5 s.*data.timeout"):
         list(made)
     assert not workers()
 

@@ -43,7 +43,8 @@ def test_the_share_of_the_past_that_true_labels_stand_for(tmp_path: Path, config
     assert labelled_share(config, world.stream, second, state.prior.memory) == pytest.approx(share)
     prior = normal_prior(second, state.prior, world)
     assert prior is not None
-    assert (prior.precision, prior.pull) == (2.0, pytest.approx(2.0 * (1 - share)))
+    assert prior.precision == 2.0
+    assert prior.pull == pytest.approx(2.0 * (1 - share))
 
 
 def test_all_of_the_past_with_true_labels_leaves_no_error(tmp_path: Path) -> None:
