@@ -45,6 +45,7 @@ SELECTORS: list[dict[str, Any]] = [
 
 
 ONE_LAYER = {"kind": "mlp", "hidden": []}
+ALONE = {"quadratic": {"weight": 0.0}}
 KEPT = [31, 56, 64, 71, 78, 81, 142, 148, 159, 171, 176, 236]
 REPLAYED = [56, 71, 81, 148, 176, 236]
 
@@ -152,7 +153,7 @@ def test_last_layer_inputs_make_the_logits(tmp_path: Path) -> None:
 
 
 def test_weights_multiply_tau(tmp_path: Path) -> None:
-    state, world = after(1, tmp_path, {"size": 20, "selector": {"kind": "gini", "sampled": True}})
+    state, world = after(1, tmp_path, {"size": 20, "selector": {"kind": "gini", "sampled": True}}, prior=ALONE)
     memory, task = state.prior.memory, world.stream.tasks[1]
     assert len(memory.weight.unique()) > 5
     config = merged({"memory": {"size": 20}, "prior": {"weight": 3.0, "scale_to_task": True}})
@@ -179,12 +180,24 @@ def test_a_total_is_shared_by_all_tasks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("balanced", [True, False])
 def test_what_is_left_of_a_sampled_memory_counts_as_if_it_had_been_drawn_alone(tmp_path: Path, balanced: bool) -> None:
     shared = {"selector": {"kind": "gini", "sampled": True}, "balanced": balanced}
-    memory = after(3, tmp_path / "three", {"total": 24, **shared})[0].prior.memory
-    alone = after(1, tmp_path / "alone", {"size": 8, **shared})[0].prior.memory
+    memory = after(3, tmp_path / "three", {"total": 24, **shared}, prior=ALONE)[0].prior.memory
+    alone = after(1, tmp_path / "alone", {"size": 8, **shared}, prior=ALONE)[0].prior.memory
     own = memory.task == 0
     assert memory.sample[own].tolist() == alone.sample.tolist()
     torch.testing.assert_close(memory.weight[own], alone.weight)
     assert len(alone.weight.unique()) > 5
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_sampled_memory_beside_a_quadratic_stands_for_itself(tmp_path: Path, scaled: bool) -> None:
+    """Also what is left of it: the quadratic has lost every example in memory as a whole."""
+    prior = {"quadratic": {"weight": 1.0}, "replay": 1.0, "scale_to_task": scaled}
+    memory = {"total": 40, "selector": {"kind": "error", "sampled": True}}
+    state, world = make_world(merged({"train": {"epochs": 1}, "prior": prior, "memory": memory}), tmp_path)
+    learn(state, world, 2)
+    weight = state.prior.memory.weight
+    assert len(weight) == 40
+    assert bool((weight == 1).all()) == (not scaled)
 
 
 def test_a_reservoir_of_all_tasks_is_a_uniform_sample_of_all(tmp_path: Path) -> None:

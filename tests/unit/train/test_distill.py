@@ -84,6 +84,15 @@ def test_memory_is_distilled_too_and_classes_are_weighed(tmp_path: Path, view: s
     assert composer.distilled.columns.tolist() == [0, 1, 2, 3]
 
 
+def test_memory_that_is_not_distilled_is_weighed_as_new_images_are(tmp_path: Path) -> None:
+    distill = {**ALL["prior"]["distill"], "images": "new"}
+    rows, _, _ = composed(*third_task(tmp_path, {**ALL, "prior": {"replay": 1.0, "distill": distill}}))
+    assert set(rows.term.tolist()) == {NEW, REPLAY, DISTILL}
+    for term, weight in ((NEW, 1 / 3), (REPLAY, 1 / 3), (DISTILL, 2 / 3)):
+        own = rows.weight[rows.term == term]
+        torch.testing.assert_close(own, torch.full_like(own, weight))
+
+
 def test_sigmoids_leave_the_old_classes_to_the_old_network(tmp_path: Path) -> None:
     """iCaRL: one target a class, and each class has one."""
     distill = {"weight": 1.0, "images": "all", "view": "same", "temperature": 1.0}
