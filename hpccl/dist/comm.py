@@ -57,6 +57,7 @@ class Comm:
         if sent is not tensor:
             tensor.copy_(sent)
 
+    @torch.no_grad()
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate along the first dimension in rank order; lengths may differ between ranks."""
         if self.size == 1:
@@ -67,7 +68,7 @@ class Comm:
         most = max(counts)
         if most == 0:
             return tensor
-        sent = tensor.to(self.device).contiguous()
+        sent = tensor.detach().to(self.device).contiguous()
         if len(sent) < most:
             sent = torch.cat([sent, sent.new_zeros((most - len(sent), *sent.shape[1:]))])
         found = sent.new_empty((self.size * most, *sent.shape[1:]))
