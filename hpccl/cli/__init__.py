@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -19,11 +20,17 @@ from hpccl.cli.shards import shards
 from hpccl.cluster.outcome import INTERRUPTED, tell
 from hpccl.cluster.step import end, in_step
 from hpccl.errors import CapacityError, FolderError, HpcclError
-from hpccl.folder import explain_os_error
+from hpccl.folder import explain_os_error, may_pass
 from hpccl.machine import out_of_memory
 from hpccl.output import Told, flush, say
 
 __all__ = ["app", "main"]
+
+# What the user can mend; others may be mistakes of ours, whose traceback is needed.
+_OF_THE_MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOLCK),
+}
 
 app = typer.Typer(
     name="hpccl",
@@ -66,7 +73,7 @@ def main() -> None:
             raise
         _leave(tell(CapacityError(f"memory ran out ({words}); free some, or use a machine or device with more")))
     except OSError as error:
-        if isinstance(error, BrokenPipeError) or error.errno is None:
+        if error.errno not in _OF_THE_MACHINE and not may_pass(error):
             raise
         named = "" if error.filename is None else f"'{os.fsdecode(error.filename)}': "
         _leave(tell(FolderError(f"{named}{explain_os_error(error, other='another path')}")))

@@ -8,17 +8,18 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from hpccl.errors import FolderError
+from hpccl.errors import FolderError, WorldError
 from hpccl.folder import RunFolder, explain_os_error
+from hpccl.output import say
 
 __all__ = ["Holder", "holder", "holding"]
 
 
 @contextlib.contextmanager
-def holding(folder: RunFolder, *, patience: float = 15.0) -> Iterator[None]:
+def holding(folder: RunFolder, *, patience: float = 15.0, asked: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when this process ends, however it ends.
 
     A run that was just killed may need a moment to end, so wait up to `patience` seconds. On shared file systems, the
@@ -26,6 +27,7 @@ def holding(folder: RunFolder, *, patience: float = 15.0) -> Iterator[None]:
 
     Raises:
         FolderError: another process trains in this folder, or it cannot be written.
+        WorldError: `asked` to stop meanwhile.
     """
     path = folder.path / ".lock"
     try:
@@ -33,10 +35,15 @@ def holding(folder: RunFolder, *, patience: float = 15.0) -> Iterator[None]:
     except OSError as error:
         raise FolderError(f"'{path}' cannot be written: {explain_os_error(error)}") from error
     try:
-        until = time.monotonic() + patience
+        until, told = time.monotonic() + patience, False
         while not _taken(handle):
+            holder = os.pread(handle, 100, 0).decode(errors="replace").strip() or "another process"
+            if not told:
+                say(f"{holder} is training in '{folder.path}'; waiting up to {patience:g} s for it to end")
+                told = True
+            if asked():
+                raise WorldError(f"asked to stop while {holder} was training in run folder '{folder.path}'")
             if time.monotonic() >= until:
-                holder = os.pread(handle, 100, 0).decode(errors="replace").strip() or "another process"
                 raise FolderError(
                     f"{holder} is training in run folder '{folder.path}'; wait for it, stop it, or use another folder "
                     f"(folder=..., or --out of hpccl adapt). If its machine has crashed, delete '{path}'"

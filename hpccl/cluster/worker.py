@@ -76,8 +76,9 @@ def _train(config: RunConfig, argv: Sequence[str], stop: Stop, report: Callable[
     if threads > 0:
         torch.set_num_threads(threads)
     leader = os.environ.get("RANK", "0") == "0"
-    patience = _LEASE if slurm_job() else 15.0
-    with holding(RunFolder(Path(config.path)), patience=patience) if leader else contextlib.nullcontext():
+    patience = max(15.0, min(_LEASE, config.cluster.timeout / 2)) if slurm_job() else 15.0
+    lock = holding(RunFolder(Path(config.path)), patience=patience, asked=lambda: stop.reason is not None)
+    with lock if leader else contextlib.nullcontext():
         comm = join(config.engine.device, timeout=timedelta(seconds=config.cluster.timeout))
         try:
             refuse_any_other(config)  # the leader holds the lock, so all ranks find the same

@@ -16,6 +16,8 @@ from hpccl.dist.grouping import filled
 __all__ = ["Comm"]
 
 _BUCKET = 1 << 23  # elements in one flat buffer
+# Its newer name: torch warns of the older one where there are both.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Comm:
         if self.size == 1:
             return tensor
         lengths = torch.empty(self.size, dtype=torch.int64, device=self.device)
-        dist.all_gather_into_tensor(lengths, torch.tensor([tensor.shape[0]], device=self.device))
+        _all_gather(lengths, torch.tensor([tensor.shape[0]], device=self.device))
         counts: list[int] = lengths.tolist()
         most = max(counts)
         if most == 0:
@@ -72,7 +74,7 @@ class Comm:
         if len(sent) < most:
             sent = torch.cat([sent, sent.new_zeros((most - len(sent), *sent.shape[1:]))])
         found = sent.new_empty((self.size * most, *sent.shape[1:]))
-        dist.all_gather_into_tensor(found, sent)
+        _all_gather(found, sent)
         if min(counts) < most:
             found = torch.cat([found[rank * most : rank * most + count] for rank, count in enumerate(counts)])
         return found.to(tensor.device)

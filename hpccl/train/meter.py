@@ -28,6 +28,7 @@ class Meter:
     world: World
     plan: BatchPlan
     state: RunState
+    normal: NormalPrior | None = field(init=False)
     terms: Tensor = field(init=False)  # in the order of TERM_NAMES, then the functional prior
     steps: int = 0
     images: int = 0
@@ -35,6 +36,7 @@ class Meter:
 
     def __post_init__(self) -> None:
         self.terms = torch.zeros(len(TERM_NAMES) + 1, device=self.state.engine.device)
+        self.normal = normal_prior(self.task, self.state.prior, self.world)
 
     def update(self, done: int, images: int, stats: StepStats) -> None:
         """Add a step's figures, after `done` steps of the task; write and reset them when due."""
@@ -48,7 +50,7 @@ class Meter:
         self.steps, self.images, self.since = 0, 0, time.perf_counter()
 
     def _write(self, done: int, stats: StepStats) -> None:
-        prior, normal = self.state.prior, normal_prior(self.task, self.state.prior, self.world)
+        prior, normal = self.state.prior, self.normal
         of_weights = [self._value(prior.quadratic), self._value(normal)]
         terms = torch.cat([self.terms / self.steps, self.terms.new_tensor(of_weights)])
         self.world.comm.sum_([terms])

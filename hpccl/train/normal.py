@@ -8,14 +8,17 @@ the whole past (kappa 1, no pull), and in the mean for a uniform choice between.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from hpccl.config.adaptation import RemoveData
 from hpccl.config.run import RunConfig
 from hpccl.data.protocols import Stream, Task
 from hpccl.memory.store import Memory
 from hpccl.prior.normal import NormalPrior
 from hpccl.prior.prior import Prior
 from hpccl.train.kept import num_learned
+from hpccl.train.removal import removed_samples
 from hpccl.train.row_weights import memory_weights, true_shares
 from hpccl.train.state import World
 
@@ -41,4 +44,8 @@ def labelled_share(config: RunConfig, stream: Stream, task: Task, memory: Memory
     if prior.mixes:
         beside = alone * true_shares(config, stream, memory)
     by_label = torch.where(memory.replay, alone[memory.task], beside[memory.task])
-    return min(float((by_label * memory.weight).sum()) / past, 1.0)
+    labelled = float((by_label * memory.weight).sum())
+    if isinstance(config.adapt, RemoveData) and not config.adapt.retrain:
+        # Those that memory held with true labels have left it, and with them what they said (train/adapt.py).
+        labelled += int((~np.isin(removed_samples(config.adapt, stream), memory.sample.numpy())).sum())
+    return min(labelled / past, 1.0)

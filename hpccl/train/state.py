@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpccl.checkpoint.store import Content, Mark, Shard, Writing
@@ -153,10 +154,10 @@ class World:
 def _copied(node: Any, *, whole: bool) -> Any:
     """Copy what this rank writes of a nested structure to host memory, as training goes on while it is written.
 
-    whole: whether it writes the tensors that are whole on every rank; else they stay as they are
+    whole: whether it writes the tensors that are whole on every rank; else they are empty
     """
     if isinstance(node, Tensor):
-        return node.detach().to("cpu", copy=True) if whole else node
+        return node.detach().to("cpu", copy=True) if whole else torch.empty(0)
     if isinstance(node, Slab):
         return replace(node, local=node.local.detach().to("cpu", copy=True))
     if isinstance(node, dict):

@@ -46,6 +46,7 @@ from hpccl.train.copies import open_for
 from hpccl.train.evaluate import evaluate_all
 from hpccl.train.fit import fit
 from hpccl.train.loss import weighted_nats
+from hpccl.train.normal import labelled_share
 from hpccl.train.plan import plan_task
 from hpccl.train.row_weights import counted_examples
 from hpccl.train.run import run
@@ -219,6 +220,18 @@ def test_removed_examples_count_in_neither_number(tmp_path: Path, replay: float)
     left, kept = counted_examples(config, world.stream, memory)
     assert left == [int((labels != 3).sum())]
     assert kept == [int((labels[memory.sample.numpy()] != 3).sum())]
+
+
+@pytest.mark.parametrize(("replay", "share"), [(1.0, 1.0), (0.0, 0.0)])
+def test_true_labels_that_are_removed_leave_as_little_to_the_old_weights(
+    tmp_path: Path, replay: float, share: float
+) -> None:
+    """With the whole past in memory, retraining has no pull, and nor has the adaptation."""
+    folder = source(tmp_path / "run", {**LINEAR, "train": {"epochs": 1}, "prior": {"replay": replay}})
+    config, _ = both(folder, tmp_path / "out", REMOVE)
+    state, world = begun(config, tmp_path / "state")
+    task = adaptation_task(config, world.stream)
+    assert labelled_share(config, world.stream, task, state.prior.memory) == pytest.approx(share)
 
 
 @pytest.mark.slow

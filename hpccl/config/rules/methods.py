@@ -79,6 +79,9 @@ def _normal(config: RunConfig) -> Iterator[Clash]:
     if isinstance(config.adapt, NewPrecision) and normal.weight != 1:
         problem = "would remove only a part of the old prior before the new one is added; set it to 1"
         yield Clash(("prior.normal.weight", "adapt.kind"), problem)
+    if config.prior.distill.weight > 0 and isinstance(config.adapt, NoAdaptation):
+        problem = f"changes what labels say of the past, which {key} counts on; set one of the two to 0"
+        yield Clash(("prior.distill.weight", key), problem)
     if config.memory.kept and config.prior.some_soft and isinstance(config.adapt, NoAdaptation):
         because = f"the pull of {key} is to the newest old weights"
         if config.memory.labels == "kept":
@@ -376,19 +379,6 @@ def _topology(config: RunConfig) -> Iterator[Clash]:
         )
 
 
-def _of_one_size(config: RunConfig) -> Iterator[Clash]:
-    """Clashes of what is fitted to evaluation views of training images, and then applied to test images."""
-    if config.data.test_size in (None, config.data.image_size):
-        return
-    for key, used in (
-        ("prior.correct.share", config.prior.correct.share > 0),
-        ("evaluate.classifier", config.evaluate.classifier != "head"),
-    ):
-        if used:
-            problem = "is fitted to images of data.image_size, but tests have another size; leave data.test_size out"
-            yield Clash((key, "data.test_size"), problem)
-
-
 def _tested(config: RunConfig) -> Iterator[Clash]:
     if config.evaluate.classifier == "nearest_mean" and not config.memory.kept:
         problem = "class means are those of memory's examples; set memory.size or memory.total"
@@ -420,6 +410,5 @@ RULES = (
     _frozen,
     _competing,
     _topology,
-    _of_one_size,
     _tested,
 )
