@@ -25,7 +25,7 @@ __all__ = ["by_last_layer"]
 
 Ints = npt.NDArray[np.int64]
 
-_DECOMPOSED = 3e12  # K (K^3 + d^3): decompositions of each class's posterior, at most some minutes
+_DECOMPOSED = 3e12  # K (K^3 + d^3): the work up to which each class's posterior is decomposed
 _GRADIENTS = 1 << 26  # elements of gradients at a time: for all of 1,000 classes they would take 16 GB
 
 
